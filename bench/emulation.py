@@ -21,7 +21,7 @@ from typing import Final
 from bench import peers
 from bench.figures import WrongRunError
 from bench.ours import X07
-from x07_sandbox.host.processes import children_of
+from x07_sandbox.host.linux import children_of
 from x07_sandbox.images.store import find_image
 
 DRIVER: Final = r'''

@@ -24,7 +24,6 @@ import socket
 import statistics
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 import zipfile
@@ -308,14 +307,15 @@ class Card:
             mark="bench",
         )
         words = machines.kernel_command_line(machine)
+        paths = machine.paths
         changed = {
-            machines.KERNEL: str(self.image.folder / parts.kernel.file),
-            machines.ROOT: str(self.image.folder / parts.root.file),
-            machines.INITRD: str(self.initrd),
+            paths.kernel: str(self.image.folder / parts.kernel.file),
+            paths.root: str(self.image.folder / parts.root.file),
+            paths.initrd: str(self.initrd),
             words: f"{words} {network_guest.CARD}{setting}",
         }
         argv = [changed.get(word, word) for word in machines.qemu_argv(machine)]
-        return [word.replace(f"={machines.ROOT}", f"={changed[machines.ROOT]}") for word in argv]
+        return [word.replace(f"={paths.root}", f"={changed[paths.root]}") for word in argv]
 
     @contextlib.contextmanager
     def _running(self, argv: list[str], passed: list[int]) -> Iterator[None]:
@@ -342,25 +342,16 @@ def card_modules(release: str, work: Path) -> list[tuple[str, bytes]]:
     if done.returncode:
         raise SystemExit(f"cannot download {package}: {done.stderr.strip()}\nRun apt-get update, then x07 image build")
     (deb,) = folder.glob("*.deb")
-    tree = folder / "tree.tar"
-    with tree.open("wb") as file:
-        subprocess.run(["dpkg-deb", "--fsys-tarfile", str(deb)], check=True, stdout=file)
+    subprocess.run(["dpkg-deb", "--extract", str(deb), str(folder / "tree")], check=True)
+    files = {kernel.module_name(path.name): path for path in (folder / "tree").rglob("*.ko*")}
     loaded: dict[str, bytes] = {}
-    depends: dict[str, list[str]] = {}
-    with tarfile.open(tree) as tar:
-        files = {kernel.module_name(member.name): member for member in tar if ".ko" in member.name}
-        pending = [DRIVER]
-        while pending:
-            name = pending.pop()
-            stored = tar.extractfile(files[name])
-            assert stored is not None
-            data = stored.read()
-            loaded[name] = lzma.decompress(data) if files[name].name.endswith(".xz") else data
-            depends[name] = [
-                kernel.module_name(one) for one in kernel.modinfo(loaded[name])["depends"].split(",") if one
-            ]
-            pending += depends[name]
-    return [(name, loaded[name]) for name in kernel.load_order([DRIVER], depends)]
+
+    def needs(name: str) -> list[str]:
+        data = files[name].read_bytes()
+        loaded[name] = lzma.decompress(data) if files[name].suffix == ".xz" else data
+        return kernel.needed_modules(loaded[name])
+
+    return [(name, loaded[name]) for name in kernel.load_order([DRIVER], needs)]
 
 
 def show(found: dict[str, list[Figures]], pairs: list[tuple[float, float]]) -> None:

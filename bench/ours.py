@@ -18,14 +18,14 @@ from bench import programs
 from bench.figures import WrongRunError
 from x07_sandbox.backends.base import MachineKind
 from x07_sandbox.backends.handshake import greet
-from x07_sandbox.backends.qemu.machine import qmp_quit
-from x07_sandbox.backends.qemu.start import Accelerator, QemuJob, start_qemu
+from x07_sandbox.backends.qemu.machine import QMP_QUIT
+from x07_sandbox.backends.qemu.start import QemuJob, start_qemu
 from x07_sandbox.backends.qemu.template import opened_template, template_for
 from x07_sandbox.channel.messages import Close, Exec, Open, Room
 from x07_sandbox.host import settings
 from x07_sandbox.host.cancel import Cancel
+from x07_sandbox.host.linux import children_of
 from x07_sandbox.host.paths import state_dir
-from x07_sandbox.host.processes import children_of
 from x07_sandbox.images.store import find_image
 from x07_sandbox.images.verify import open_image
 from x07_sandbox.jobs.record import Claim, create_record, new_run_id
@@ -133,8 +133,7 @@ class Floor:
     def __init__(self, stack: contextlib.ExitStack, program: Path) -> None:
         image = stack.enter_context(open_image(find_image(None)))
         self.kind = MachineKind(image=image, ram_bytes=ram_class_bytes(default_policy().limits.mem_bytes))
-        self.accelerator = Accelerator(kvm=False)
-        self.saved = stack.enter_context(opened_template(template_for(self.kind, self.accelerator)))
+        self.saved = stack.enter_context(opened_template(template_for(self.kind, kvm=False)))
         self.artifact = program.read_bytes()
 
     @contextlib.contextmanager
@@ -144,14 +143,14 @@ class Floor:
             Claim(run_id=new_run_id(), phase="bench", wall_ms=1000), backend="qemu", image_digest=digest
         )
         job = QemuJob(record=record, kind=self.kind, deadline_s=60)
-        with start_qemu(job, self.accelerator, memory=self.saved) as instance:
+        with start_qemu(job, kvm=False, memory=self.saved) as instance:
             yield instance
 
     def quit_seconds(self) -> float:
         """Time QEMU from its start to its end, with a quit command sent at once."""
         started = time.monotonic()
         with self._started() as instance:
-            instance.send_qmp(qmp_quit())
+            instance.send_qmp(QMP_QUIT)
             instance.release()
             select.select([instance.pidfd], [], [])
             return time.monotonic() - started

@@ -1,15 +1,17 @@
 #!/usr/bin/env python3
-"""Write docs/specification.md: every promise of the project with the test that proves it.
+"""Write docs/specification.md, the promises of the project, and a page for each with the tests that prove it.
 
-A promise is the docstring of a test. The script parses the tests and does not import them, so any Python can run it:
+What a test proves is its docstring. The script parses the tests and does not import them, so any Python can run it:
 
-    python3 scripts/make_specification.py           write the file
-    python3 scripts/make_specification.py --check   exit with 1 if it is stale
+    python3 scripts/make_specification.py           write the files
+    python3 scripts/make_specification.py --check   exit with 1 if one is stale
 """
 
 from __future__ import annotations
 
 import ast
+import fnmatch
+import itertools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,14 +26,139 @@ TARGET = ROOT / "docs" / "specification.md"
 HEAD = """\
 # Specification
 
-The promises of x07-sandbox, one per line, each with the test that proves it. `scripts/make_specification.py` generates
-this page from the tests' docstrings: to change a line, change its test.
+x07-sandbox makes eight promises. Each has a page with the tests that prove it. Tests of everything else are not listed.
+`scripts/make_specification.py` generates these pages from the tests' docstrings: to change a line, change its test.
 """
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """One promise. tests: the test files that prove it, without `tests/`, `test_` and `.py`; `*` for any text."""
+
+    name: str
+    title: str
+    text: str
+    tests: tuple[str, ...]
+
+
+PAGES = (
+    Page(
+        "fail-closed",
+        "Fail closed",
+        "Without a VM runtime, without proof that it works, with an unknown field or after a failed check, nothing "
+        "runs. Weaker isolation is used only if the user asks for it by name, and the result names the boundary that "
+        "was used.",
+        (
+            *(
+                "contract/*",
+                "containers/containers",
+                "process/command",
+                "unit/backend_selection",
+                "unit/images_manifest",
+            ),
+            *("unit/images_verify", "unit/isolated_start", "unit/manifest", "unit/policy_decode", "unit/policy_rules"),
+            *(
+                "unit/prerequisites",
+                "unit/project_files",
+                "unit/qemu_proof",
+                "vm/image_swap",
+                "vm/odd_hosts",
+                "vm/proof",
+            ),
+            *("vm/refusals", "vm/without_namespaces"),
+        ),
+    ),
+    Page(
+        "policy",
+        "The policy is enforced out of the program's reach",
+        "For every field of the policy, x07 says in advance who enforces the field, or that it is only advisory.",
+        (
+            *("process/confined", "unit/channel_*", "unit/container_commands", "unit/execute", "unit/guest_filters"),
+            *("unit/jail_bwrap", "unit/jail_cgroups", "unit/jail_landlock", "unit/jail_libraries", "unit/jail_uids"),
+            *("unit/plan_controls", "unit/plan_grants", "unit/plan_outcomes", "unit/policy_differences"),
+            *("unit/policy_environment", "unit/policy_explain", "unit/policy_limits", "unit/policy_overrides"),
+            *("unit/process_backends", "unit/qemu_machine", "unit/scaling", "vm/confinement", "vm/hostile_*"),
+            *("vm/jail_filter", "vm/jail_reach", "vm/limits", "vm/outcomes", "vm/policy_explain", "vm/signals"),
+        ),
+    ),
+    Page(
+        "host-files",
+        "The host changes only after the run",
+        "A change set is checked, readable, applied atomically and undoable. Entries that are not allowed are left "
+        "out, named and kept. If a file was changed on the host meanwhile, nothing is applied.",
+        (
+            *("unit/change_rules", "unit/changes_left_out", "unit/commands_and_working_folders", "unit/files_apply"),
+            *("unit/files_patch", "unit/files_there_and_back", "unit/run_host_files", "unit/run_outputs"),
+            *("unit/saved_changes", "vm/exec", "vm/host_files"),
+        ),
+    ),
+    Page(
+        "network",
+        "The egress gate is the only way out",
+        "The guest has no network card. Every connection is requested by name, and the host decides about it.",
+        (
+            *("fuzz/differential", "lab/*", "process/gate_process", "process/own_limits", "unit/egress_frames"),
+            *("unit/guest_dns", "unit/jail_own_limits", "unit/network_*"),
+        ),
+    ),
+    Page(
+        "builds",
+        "Building is running too",
+        "Compilers read hostile input, so they run in a VM of their own without network. One file with a recorded "
+        "digest goes on to the VM of the run.",
+        (
+            *("unit/artifacts", "unit/files_pack", "unit/guest_unpack", "unit/toolchains", "vm/python_program"),
+            *("vm/script_languages", "vm/toolchains", "vm/x07_programs"),
+        ),
+    ),
+    Page(
+        "nothing-left",
+        "Nothing is left behind",
+        "Whatever is killed, the next start or `x07 sweep` removes what remains, and never touches anything else.",
+        (
+            *(
+                "chaos/chaos",
+                "process/both_backends",
+                "process/job_commands",
+                "process/reaper",
+                "process/sweep_after_kill",
+            ),
+            *("unit/admission", "unit/host_locks", "unit/host_processes", "unit/job_record", "unit/prune"),
+            *("unit/stop_rules", "unit/sweep", "vm/forked_children", "vm/full_disk", "vm/interrupted_calls"),
+            *("vm/jail_end", "vm/many_runs", "vm/prune", "vm/sweep"),
+        ),
+    ),
+    Page(
+        "refusals",
+        "Every refusal is visible",
+        "A denial has a type and a count, and names the line of the policy and the flag that would allow it.",
+        (
+            *(
+                "unit/failure_reports",
+                "unit/guest_audit",
+                "unit/plan_hints",
+                "unit/plan_observed",
+                "unit/refused_lines",
+            ),
+            "vm/denials",
+        ),
+    ),
+    Page(
+        "fast",
+        "A job starts fast",
+        "A job starts in a clone of a prepared VM: about as quickly as a container without hardware virtualisation, "
+        "and in less time with it.",
+        (
+            *("unit/bench", "unit/qemu_template", "vm/bench", "vm/boot_timer", "vm/clones", "vm/imports", "vm/pool"),
+            "vm/python_start",
+        ),
+    ),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Promise:
-    """One test: its file (relative to the project, with slashes), its name, and its docstring on one line."""
+    """What one test proves: its file (relative to the project, with slashes), its name, its docstring on one line."""
 
     file: str
     test: str
@@ -58,32 +185,45 @@ def _tests(tree: ast.Module) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncF
                 yield prefix + child.name, child
 
 
-def render(root: Path = ROOT) -> str:
-    """Return the text of docs/specification.md."""
-    lines = [HEAD]
-    file = ""
-    for number, promise in enumerate(promises(root), start=1):
-        if promise.file != file:
-            file = promise.file
-            title = ast.get_docstring(ast.parse((root / file).read_bytes())) or ""
-            summary = title.partition("\n\n")[0].replace("\n", " ")
-            lines.append(f"\n## {file}\n\n{summary}\n" if summary else f"\n## {file}\n")
-        lines.append(f"{number}. {promise.text} (`{promise.test}`)")
-    return "\n".join(lines) + "\n"
+def render(root: Path = ROOT) -> dict[Path, str]:
+    """Return the text of docs/specification.md and of each promise's page, by path."""
+    every = list(promises(root))
+    lines, pages = [HEAD], {}
+    for number, page in enumerate(PAGES, start=1):
+        patterns = [f"tests/{'/test_'.join(name.rsplit('/', 1))}.py" for name in page.tests]
+        proved = [one for one in every if any(fnmatch.fnmatch(one.file, pattern) for pattern in patterns)]
+        found = TARGET.with_suffix("") / f"{page.name}.md"
+        pages[found] = _page(root, f"# {number}. {page.title}\n\n{page.text}\n", proved)
+        lines.append(f"{number}. **{page.title}.** {page.text} [{len(proved)} tests](specification/{page.name}.md)")
+    return {TARGET: "\n".join(lines) + "\n", **pages}
+
+
+def _page(root: Path, head: str, proved: list[Promise]) -> str:
+    lines = [head]
+    for file, tests in itertools.groupby(proved, lambda one: one.file):
+        title = ast.get_docstring(ast.parse((root / file).read_bytes())) or ""
+        summary = title.partition("\n\n")[0].replace("\n", " ")
+        lines.append(f"## {file}\n\n{summary}\n" if summary else f"## {file}\n")
+        lines += [f"- {one.text} (`{one.test}`)" for one in tests]
+        lines.append("")
+    return "\n".join(lines)
 
 
 def main(argv: list[str]) -> int:
-    """Write the file or compare it; return the exit code."""
-    text = render()
+    """Write the files or compare them; return the exit code."""
+    wanted = render()
     if argv == ["--check"]:
-        current = TARGET.is_file() and TARGET.read_text(encoding="utf-8") == text
-        print("docs/specification.md is up to date." if current else "docs/specification.md is stale: run this script.")
-        return 0 if current else 1
+        stale = [
+            path for path, text in wanted.items() if not path.is_file() or path.read_text(encoding="utf-8") != text
+        ]
+        print("The specification is stale: run this script." if stale else "The specification is up to date.")
+        return 1 if stale else 0
     if argv:
         print(__doc__, file=sys.stderr)
         return 2
-    TARGET.parent.mkdir(exist_ok=True)
-    TARGET.write_text(text, encoding="utf-8")
+    for path, text in wanted.items():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
     return 0
 
 

@@ -166,9 +166,9 @@ def full() -> bool:
 def _open_fds() -> dict[int, str]:
     """Return every open descriptor of this process and its target, without the listing's own."""
     found: dict[int, str] = {}
-    for name in os.listdir("/proc/self/fd"):  # noqa: PTH208 a name here is a number, no path
+    for name in os.listdir("/dev/fd"):  # noqa: PTH208 a name here is a number, no path
         try:
-            found[int(name)] = os.readlink(f"/proc/self/fd/{name}")  # noqa: PTH115 its target is no path either
+            found[int(name)] = os.readlink(f"/dev/fd/{name}")  # noqa: PTH115 its target is no path either
         except FileNotFoundError:
             continue
     return found

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.conftest import FULL
-from x07_sandbox.backends.engines import PACKAGES
+from x07_sandbox.backends.engines import CLIENTS
 from x07_sandbox.backends.registry import built
 from x07_sandbox.conformance.behaviours import BEHAVIOURS, Behaviour
 from x07_sandbox.conformance.harness import open_bench
@@ -35,7 +35,7 @@ def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         patch.setenv("X07_VM_STATE_DIR", str(tmp_path_factory.mktemp("contract") / "jobs"))
         if request.param == "qemu":
             build_image(progress=lambda _text: None)
-        if request.param in PACKAGES:
+        if request.param in CLIENTS:
             for name, value in request.getfixturevalue(request.param).env.items():
                 patch.setenv(name, value)
         try:

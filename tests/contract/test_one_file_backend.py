@@ -24,7 +24,7 @@ from x07_sandbox.backends.process.backend import NoneBackend
 from x07_sandbox.backends.process.start import remove_folder
 from x07_sandbox.backends.process.view import agent_argv
 from x07_sandbox.backends.registry import BackendRow
-from x07_sandbox.conformance import runner
+from x07_sandbox.conformance import harness, runner
 from x07_sandbox.conformance.behaviours import BEHAVIOURS
 from x07_sandbox.conformance.harness import open_bench
 from x07_sandbox.conformance.run import check_behaviour, conform
@@ -33,13 +33,14 @@ from x07_sandbox.host.processes import own_identity
 from x07_sandbox.jail.bwrap import supervisor_argv
 from x07_sandbox.jobs.launcher import Launch, launch
 from x07_sandbox.jobs.record import JobRecord, create_record, mark_done
-from x07_sandbox.jobs.stopping import live_records, stop_recorded
+from x07_sandbox.jobs.stopping import stop_recorded
 from x07_sandbox.plan.features import Features
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from x07_sandbox.backends.base import Backend
+    from x07_sandbox.backends.prerequisites import Need
     from x07_sandbox.images.verify import OpenImage
 
 pytestmark = [pytest.mark.vm, pytest.mark.user]
@@ -90,17 +91,21 @@ class OneFile:
     uses_image = False
     engine_images = None
     cloning: Cloning | None = None
+    needs: Sequence[Need] = ()
 
     @property
     def known_gaps(self) -> Mapping[str, str]:
         """Return the gaps of an unconfined process."""
         return NoneBackend.known_gaps
 
+    def least_features(self) -> Features:
+        """Guarantee nothing."""
+        return Features(isolation="none", own_kernel=False, can_enforce=frozenset())
+
     def probe(self, image: OpenImage | None, *, boot: bool = True) -> Availability:
-        """Report no prerequisites and no guarantees."""
+        """Return the features without a test."""
         del image, boot
-        features = Features(isolation="none", own_kernel=False, can_enforce=frozenset())
-        return Availability(features=features, proof="none needed")
+        return Availability(features=self.least_features(), proof="none needed")
 
     @contextlib.contextmanager
     def start(self, job: Job) -> Iterator[Child]:
@@ -132,33 +137,27 @@ class OneFile:
                     mark_done(record)
                 instance.close()
 
-    def list_owned(self) -> Sequence[JobRecord]:
-        """List jobs by their records."""
-        return live_records(self.name)
-
     def stop(self, record: JobRecord) -> bool:
         """Stop a job by its record."""
         return stop_recorded(record)
 
 
-class Forgetful(OneFile):
-    """A backend that lists no job."""
+class Idle(OneFile):
+    """A backend that stops no job by its record."""
 
-    def list_owned(self) -> Sequence[JobRecord]:
-        """Return nothing."""
-        return []
+    def stop(self, record: JobRecord) -> bool:
+        """Do nothing."""
+        del record
+        return True
 
 
 class Boastful(OneFile):
     """A backend that claims guarantees it does not have."""
 
-    def probe(self, image: OpenImage | None, *, boot: bool = True) -> Availability:
+    def least_features(self) -> Features:
         """Claim the memory limit and hidden host files."""
-        del image, boot
-        features = Features(
-            isolation="none", own_kernel=False, can_enforce=frozenset({"limits.mem_bytes", "no-host-files"})
-        )
-        return Availability(features=features, proof="none needed")
+        held = frozenset({"limits.mem_bytes", "no-host-files"})
+        return Features(isolation="none", own_kernel=False, can_enforce=held)
 
 
 @pytest.fixture(autouse=True)
@@ -175,15 +174,12 @@ def test_a_backend_in_one_file_passes_the_contract() -> None:
     assert found == set(NoneBackend.known_gaps)
 
 
-def test_a_backend_that_does_not_list_its_jobs_fails() -> None:
-    """A backend that does not list a live job fails every check of stopping jobs by their records."""
-    with registered(ROW, Forgetful), open_bench(NAME, RUNNER) as bench:
-        verdicts = {
-            name: check_behaviour(BY_NAME[name], bench) for name in ("listed", "stop-by-record", "killed-runner")
-        }
-    assert {(verdict.verdict, verdict.reason) for verdict in verdicts.values()} == {
-        ("failed", "jobs listed: expected ['one-file'], got []")
-    }
+def test_a_backend_that_does_not_stop_its_jobs_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backend that only claims to have stopped a job fails every check of stopping jobs by their records."""
+    monkeypatch.setattr(harness, "ANSWER_S", 3.0)
+    with registered(ROW, Idle), open_bench(NAME, RUNNER) as bench:
+        verdicts = [check_behaviour(BY_NAME[name], bench) for name in ("listed", "stop-by-record")]
+    assert {verdict.reason for verdict in verdicts} == {"expected a line of output, got none in 3 s"}
 
 
 def test_a_backend_that_claims_a_known_gap_fails() -> None:

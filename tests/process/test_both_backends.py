@@ -20,6 +20,7 @@ from x07_sandbox.channel.link import State, Stream
 from x07_sandbox.channel.messages import Left
 from x07_sandbox.errors import HostError
 from x07_sandbox.host.cancel import Caller, Cancel
+from x07_sandbox.jobs.stopping import live_records
 
 if TYPE_CHECKING:
     from tests.process.conftest import Backend
@@ -175,8 +176,8 @@ def test_a_started_job_has_completed_the_handshake(backend: Backend) -> None:
     job = Job(claim=claim(), kind=kind, caller=Caller(cancel=cancel))
     with contextlib.closing(cancel), backend.start(job) as instance:
         assert instance.greeting.connection.link.state is State.READY
-        assert [record.mark for record in backend.list_owned()] == [instance.record.mark]
-    assert not list(backend.list_owned())
+        assert [record.mark for record in live_records(backend.name)] == [instance.record.mark]
+    assert not live_records(backend.name)
 
 
 def test_a_job_can_be_stopped_by_its_record(backend: Backend) -> None:
@@ -184,7 +185,7 @@ def test_a_job_can_be_stopped_by_its_record(backend: Backend) -> None:
     with started(backend) as instance:
         assert backend.stop(instance.record)
         assert not left(instance.record.mark)
-        assert not list(backend.list_owned())
+        assert not live_records(backend.name)
 
 
 def test_inaccessible_folders_are_removed(backend: Backend) -> None:

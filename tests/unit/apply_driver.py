@@ -7,6 +7,7 @@ a summary and fails with a description of the fault.
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import random
 import signal
@@ -41,7 +42,7 @@ def at_call(number: int, act: Callable[[], None]) -> None:
 
     def watch(frame: Any, event: str, arg: Any) -> None:  # noqa: ANN401 - what sys.setprofile gives
         nonlocal count
-        ours = event in {"call", "return"} and frame.f_code.co_name == "_renameat2"
+        ours = event in {"call", "return"} and frame.f_code.co_name == "renameat2"
         if ours or (event == "c_call" and arg.__module__ == "posix" and arg.__name__ in CHANGING):
             count += 1
             if count == number:
@@ -362,30 +363,46 @@ def mounted(base: Path) -> None:
         same(read(root), OLD, "where it is mounted")
 
 
-def old_system(base: Path) -> None:
-    """Apply without openat2 and on a file system without RENAME_EXCHANGE and RENAME_NOREPLACE."""
-    _filter()
+def without_exchange(base: Path) -> None:
+    """Apply on a file system without RENAME_EXCHANGE and RENAME_NOREPLACE."""
+    _block({"x86_64": 316, "aarch64": 276}[os.uname().machine], errno.EINVAL, flags_at=48)  # renameat2's fifth argument
     case = Case(base)
     case.begin()
     case.apply()
-    same(read(case.root), NEW, "on an old system")
+    same(read(case.root), NEW, "without exchange")
     undone(case.folder)
-    same(read(case.root), OLD, "on an old system, undone")
+    same(read(case.root), OLD, "without exchange, undone")
     killed(base)
     led_outside(base)
 
 
-def _filter() -> None:
-    """Make the kernel reject those calls for this process and its children (seccomp(2))."""
-    numbers = {"x86_64": 316, "aarch64": 276}
+def without_openat2(base: Path) -> None:
+    """Apply where the kernel has no openat2; print the error."""
+    case = Case(base)
+    case.begin()
+    _block(437, errno.ENOSYS)
+    try:
+        case.apply()
+    except HostError as exc:
+        say(exc)
+    same(read(case.root), OLD, "without openat2")
+    if left := sorted(path.name for path in case.folder.iterdir()):
+        raise SystemExit(f"{left} is left")
+
+
+def _block(number: int, error: int, flags_at: int = 0) -> None:
+    """Make a call fail for this process and its children (seccomp(2)). flags_at: only if the argument there is not 0.
+
+    flags_at is an offset in struct seccomp_data; at 0 is the call's number.
+    """
     load, equal, give = 0x20, 0x15, 0x06
     allow, refuse = 0x7FFF0000, 0x00050000
     program = [
         (load, 0, 0, 0),
-        (equal, 0, 3, numbers[os.uname().machine]),
-        (load, 0, 0, 48),  # the low half of the fifth argument: flags
+        (equal, 0, 3, number),
+        (load, 0, 0, flags_at),
         (equal, 1, 0, 0),
-        (give, 0, 0, refuse | 22),  # EINVAL
+        (give, 0, 0, refuse | error),
         (give, 0, 0, allow),
     ]
     code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *line) for line in program))
@@ -405,7 +422,8 @@ RUNS = {
     "closed-root": closed_root,
     "refused-owner": refused_owner,
     "mounted": mounted,
-    "old-system": old_system,
+    "without-exchange": without_exchange,
+    "without-openat2": without_openat2,
 }
 
 if __name__ == "__main__":

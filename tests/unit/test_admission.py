@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from x07_sandbox.errors import Cancelled, HostError, RefusedError, UsageError
+from x07_sandbox.host.linux import children_of
 from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.paths import cache_folder
-from x07_sandbox.host.processes import children_of
 from x07_sandbox.jobs.admission import admitted, max_running, warm_slots
 
 

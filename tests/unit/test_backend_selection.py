@@ -17,7 +17,7 @@ MACOS_12 = Platform(system="macos", macos_major=12)
 OTHER = Platform(system="other")
 PLATFORMS = [LINUX, MACOS_26, MACOS_12, OTHER]
 AUTOS: tuple[Class, ...] = ("vm", "none")
-QEMU = Choice(backend="qemu", sandbox_backend="vm")
+QEMU = Choice(backend="qemu")
 
 # For each backend named alone: its result on Linux, macOS 26, macOS 12 and elsewhere, without acceptance and
 # with it. "closed": refused without acceptance; "later": not built yet, on any platform; "elsewhere": not for this
@@ -72,12 +72,12 @@ def test_a_named_backend_is_taken_or_refused_never_replaced(name: str, by: str) 
         (BackendRequest(sandbox_flag="vm", backend_variable="os"), QEMU),
         (BackendRequest(sandbox_flag="vm", backend_variable="qemu", sandbox_variable="vm"), QEMU),
         (BackendRequest(sandbox_flag="os"), "closed"),
-        (BackendRequest(sandbox_flag="os", accepted=True), Choice(backend="os", sandbox_backend="os")),
+        (BackendRequest(sandbox_flag="os", accepted=True), Choice(backend="os")),
         (
             BackendRequest(sandbox_flag="os", backend_variable="qemu", accepted=True),
-            Choice(backend="os", sandbox_backend="os"),
+            Choice(backend="os"),
         ),
-        (BackendRequest(sandbox_flag="none", accepted=True), Choice(backend="none", sandbox_backend="none")),
+        (BackendRequest(sandbox_flag="none", accepted=True), Choice(backend="none")),
         (BackendRequest(sandbox_variable="none"), "closed"),
         (BackendRequest(sandbox_flag="auto", backend_variable="docker"), "closed"),
         (BackendRequest(auto="none"), "closed"),

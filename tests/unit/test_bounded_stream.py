@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from x07_sandbox.host.bounded_stream import BoundedStream
+from x07_sandbox.backends.jailed import BoundedStream
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import pickle
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from x07_sandbox.guest.trees import LOOKED_AT_MAX, Tree, left_files, stream_of
 from x07_sandbox.host.cancel import Cancel
 from x07_sandbox.plan.guest_paths import PROGRAM, WORK, guest_path
 from x07_sandbox.policy import Policy, default_policy
+from x07_sandbox.reports.result import render_result
 from x07_sandbox.runs.host_files import effective_roots
 from x07_sandbox.runs.private_files import FILES_MAX, LeftFiles, work_files
 from x07_sandbox.runs.program import load_program
@@ -276,9 +278,12 @@ def test_any_bytes_are_files_or_an_error_of_the_guests(data: bytes, cut: int) ->
         assert all(name and ".." not in name.split("/") for name in taken.files())
 
 
-def test_a_result_keeps_its_files_when_it_is_pickled() -> None:
-    """A pickled result keeps its files."""
-    result = draft_result("1-2-3").with_files({"a": b"1"})
+def test_a_result_keeps_its_files_when_it_is_copied() -> None:
+    """A pickled or changed result keeps its files, and its JSON document does not have them."""
+    result = replace(draft_result("1-2-3"), files={"a": b"1"})
     again = pickle.loads(pickle.dumps(result))  # noqa: S301 - our own
     assert (again, again.files) == (result, {"a": b"1"})
+    assert replace(result, reason="changed").files == {"a": b"1"}
     assert draft_result("1-2-3").files == {}
+    for full in (True, False):
+        assert "files" not in json.loads(render_result(result, full=full))

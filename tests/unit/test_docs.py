@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.make_specification import render
+from scripts.make_specification import PAGES, TARGET, render
 from x07_sandbox.backends.qemu.backend import SLOWDOWN
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,9 +31,20 @@ def tested_commands() -> set[str]:
 
 
 def test_the_specification_is_current() -> None:
-    """docs/specification.md lists exactly the promises of the tests."""
-    written = (ROOT / "docs" / "specification.md").read_text(encoding="utf-8")
-    assert written == render(), "run: python3 scripts/make_specification.py"
+    """docs/specification.md and the page of each promise list exactly the tests that prove it."""
+    wanted = render()
+    assert {*wanted} == {TARGET, *TARGET.with_suffix("").iterdir()}
+    stale = [path for path, text in wanted.items() if path.read_text(encoding="utf-8") != text]
+    assert not stale, "run: python3 scripts/make_specification.py"
+
+
+def test_every_promise_names_tests_that_exist() -> None:
+    """Each file that a promise names exists, and no file proves two promises."""
+    named = [name for page in PAGES for name in page.tests]
+    found = {name: [*(ROOT / "tests").glob(f"{'/test_'.join(name.rsplit('/', 1))}.py")] for name in named}
+    assert [name for name, files in found.items() if not files] == []
+    files = [file for name in named for file in found[name]]
+    assert len(files) == len(set(files))
 
 
 def test_every_command_of_the_readme_is_tested() -> None:

@@ -640,8 +640,13 @@ def test_two_sets_at_once_are_one_after_the_other(tmp_path: Path) -> None:
 
 
 def test_it_works_without_exchange(fast: Path) -> None:
-    """Apply, undo and recovery work on kernels and file systems without openat2 and RENAME_EXCHANGE."""
-    assert driven("old-system", fast)
+    """Apply, undo and recovery work on file systems without RENAME_EXCHANGE and RENAME_NOREPLACE."""
+    assert driven("without-exchange", fast)
+
+
+def test_nothing_is_applied_without_openat2(fast: Path) -> None:
+    """On a kernel without openat2, applying changes fails with advice, and nothing changes."""
+    assert "without a seccomp filter that blocks openat2" in driven("without-openat2", fast)
 
 
 NAMES = st.sampled_from(["a", "b", "c", "a-", "é", "x y", "\udcff", "\n"])

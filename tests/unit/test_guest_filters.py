@@ -21,8 +21,8 @@ from tests.unit.test_jail_own_limits import answer as verdict
 from x07_sandbox.guest import environment
 from x07_sandbox.guest import filters as guest_filters
 from x07_sandbox.guest.boot import filters, places
-from x07_sandbox.guest.restrict import TOKEN_BYTES
 from x07_sandbox.host.arch import host_arch
+from x07_sandbox.kernel import TOKEN_BYTES
 from x07_sandbox.plan.confinement import Confinement
 
 SOURCES: Final = Path(filters.__file__).parents[3]
@@ -187,9 +187,8 @@ def with_token(code: bytes) -> bytes:
 def run_under(code: bytes, token: bytes, words: list[str]) -> subprocess.CompletedProcess[str]:
     """Run a Python process that loads the filter and executes a command."""
     program = (
-        "from x07_sandbox.guest import restrict, system; system.prctl(38, 1)\n"
-        "restrict_self, execute = restrict.exec_functions()\n"
-        f"restrict_self({code!r}, -1); execute({words!r}, {{'A': 'b'}}, {token!r})"
+        "from x07_sandbox import kernel; kernel.prctl(38, 1)\n"
+        f"kernel.load_filter({code!r}); kernel.execute({words!r}, {{'A': 'b'}}, {token!r})"
     )
     env = {**os.environ, "PYTHONPATH": str(SOURCES)}
     return subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=False)
@@ -224,9 +223,8 @@ def test_a_kernel_accepts_every_filter(codes: dict[str, bytes]) -> None:
     """The kernel accepts every filter on top of the base filter."""
     for name, code in codes.items():
         program = (
-            "from x07_sandbox.guest import restrict, system; system.prctl(38, 1)\n"
-            "restrict_self, execute = restrict.exec_functions()\n"
-            f"restrict_self({codes['base']!r}, -1); restrict_self({code!r}, -1); print('under it')"
+            "from x07_sandbox import kernel; kernel.prctl(38, 1)\n"
+            f"kernel.load_filter({codes['base']!r}); kernel.load_filter({code!r}); print('under it')"
         )
         env = {**os.environ, "PYTHONPATH": str(SOURCES)}
         ended = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=False)

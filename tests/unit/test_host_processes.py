@@ -15,16 +15,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from x07_sandbox.host.processes import (
-    Identity,
-    boot_id,
-    has_mark,
-    identify,
-    is_alive,
-    kill_identity,
-    pid_namespace,
-    wait_gone,
-)
+from x07_sandbox.host.linux import boot_id, pid_namespace
+from x07_sandbox.host.processes import Identity, has_mark, identify, is_alive, kill_identity, wait_gone
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -222,6 +214,6 @@ def test_boot_and_namespace_have_names() -> None:
     """Boot id and pid namespace are stable and shared with child processes."""
     assert re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", boot_id())
     assert re.fullmatch(r"pid:\[\d+\]", pid_namespace())
-    code = "from x07_sandbox.host.processes import boot_id, pid_namespace; print(boot_id(), pid_namespace())"
+    code = "from x07_sandbox.host.linux import boot_id, pid_namespace; print(boot_id(), pid_namespace())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == [boot_id(), pid_namespace()]

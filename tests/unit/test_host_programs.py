@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from x07_sandbox.host.programs import FOLDERS, find_program, inherited_environment
+from x07_sandbox.host.paths import PROGRAMS, find_program
+from x07_sandbox.host.variables import inherited_environment
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,7 +25,7 @@ def test_path_and_the_current_folder_are_not_searched(tmp_path: Path, monkeypatc
     for name in ("fetcher", "./fetcher", f"../{tmp_path.name}/fetcher", "", str(tmp_path / "plain")):
         assert find_program(name) is None, name
     assert find_program(str(program)) == str(program)
-    assert os.path.dirname(find_program("cat") or "") in FOLDERS  # noqa: PTH120 - the text
+    assert os.path.dirname(find_program("cat") or "") in PROGRAMS  # noqa: PTH120 - the text
 
 
 def test_inherited_variables_load_no_code(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from tests.conftest import overwrite
 from tests.published import document
 from x07_sandbox.cli.main import main
 from x07_sandbox.errors import HostError, ImageError, UsageError
-from x07_sandbox.host import programs
+from x07_sandbox.host import paths
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.housekeeping.prune import prune
 from x07_sandbox.images import base as bases
@@ -107,7 +107,7 @@ def test_forbidden_namespaces_are_explained(tmp_path: Path) -> None:
 def science(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> store.Image:
     """An image called "science" with further packages, and its base."""
     monkeypatch.setenv("X07_VM_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(programs, "FOLDERS", ())
+    monkeypatch.setattr(paths, "PROGRAMS", ())
     store.set_name("science", _make(PACKAGES))
     return store.find_image("science")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from x07_sandbox.errors import HostError, ImageError, UsageError
-from x07_sandbox.host import programs
+from x07_sandbox.host import paths
 from x07_sandbox.host.arch import ARCHES
 from x07_sandbox.images import commands, guestcode, recipe
 
@@ -77,7 +77,7 @@ def test_environment_is_explicit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_missing_command_names_its_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A missing tool is an error that names the package to install."""
-    monkeypatch.setattr(programs, "FOLDERS", (str(tmp_path),))
+    monkeypatch.setattr(paths, "PROGRAMS", (str(tmp_path),))
     with pytest.raises(HostError, match="apt install erofs-utils"):
         commands.tool("mkfs.erofs")
 

@@ -300,7 +300,7 @@ def test_missing_and_foreign_files_are_reported(image: store.Image) -> None:
 def test_damaged_record_means_hashing(image: store.Image, counted: list[int], damage: bytes) -> None:
     """A damaged verification record is ignored and rewritten."""
     _open(image)
-    record = next((image.folder.parent.parent / "verified").glob("*.json"))
+    record = next((image.folder.parent.parent / "verdicts").glob("verified-*.json"))
     assert record.stat().st_mode & 0o777 == 0o600
     whole = record.read_bytes()
     record.write_bytes(damage)

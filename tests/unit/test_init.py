@@ -8,7 +8,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -149,16 +148,6 @@ def test_no_link_is_written_through(tmp_path: Path) -> None:
     assert not (tmp_path / "elsewhere").exists()
 
 
-def test_no_makefile_outside_is_read(tmp_path: Path) -> None:
-    """A Makefile that links out of the folder is refused."""
-    (tmp_path / "in").mkdir()
-    (tmp_path / "outside").write_text("secret: x\n")
-    (tmp_path / "in/Makefile").symlink_to("../outside")
-    code, out, err = x07(tmp_path, "init", "--toolchain", "make", "in")
-    assert (code, out, "secret" in err) == (2, b"", False)
-    assert "Makefile leads out of the project" in err
-
-
 def test_a_folder_that_is_named_is_made(tmp_path: Path) -> None:
     """`x07 init DIR` creates the folder, or says why it cannot."""
     assert init(tmp_path, "new/project")[1]["project_root"] == str(tmp_path / "new" / "project")
@@ -195,9 +184,8 @@ def test_a_manifest_lists_the_sources_that_are_there(
 ) -> None:
     """Each toolchain lists its own sources, without hidden files and build output."""
     fill(tmp_path, *there, ".git/x.c", ".git/x.py", "build/y.c", "__pycache__/z.py", "node_modules/w.sh")
-    if toolchain == "make":
-        (tmp_path / "Makefile").write_text("BIN := bin/p\nall: $(BIN)\n\n$(BIN): src/a.c\n\tcc -o $@ $^\n")
-    code, report, err = init(tmp_path, "--toolchain", toolchain)
+    artifact = ["--artifact", "bin/p"] if toolchain == "make" else []
+    code, report, err = init(tmp_path, "--toolchain", toolchain, *artifact)
     assert (code, report["status"], report["toolchain"], err) == (0, "created", toolchain, "")
     assert made(tmp_path) == {"entry": None, "artifact": None, "toolchain": toolchain} | expected
 
@@ -205,7 +193,7 @@ def test_a_manifest_lists_the_sources_that_are_there(
 def test_our_own_example_is_understood(tmp_path: Path) -> None:
     """`x07 init` recognizes the make project in examples/routes."""
     shutil.copytree(ROOT / "examples" / "routes", tmp_path / "routes", ignore=shutil.ignore_patterns(FILE))
-    init(tmp_path, "--toolchain", "make", "routes")
+    init(tmp_path, "--toolchain", "make", "--artifact", "bin/routes", "routes")
     found = made(tmp_path / "routes")
     assert (found["toolchain"], found["artifact"]) == ("make", "bin/routes")
     assert found["files"] == [*("Makefile", "policy.json", "roads.txt", "src/graph.cpp", "src/graph.h", "src/main.cpp")]
@@ -219,8 +207,7 @@ def test_a_make_project_includes_all_inputs(tmp_path: Path) -> None:
     (tmp_path / "prog").write_bytes(b"\x7fELF")
     (tmp_path / "libx.so.1").write_bytes(b"\x7fELF")
     (tmp_path / "libx.a").write_bytes(b"!<arch>\n")
-    (tmp_path / "Makefile").write_text("P = src/lua\nall: $(P)\n$(P): src/a.c\n\tcc -o $@ src/a.c\n")
-    assert init(tmp_path, "--toolchain", "make")[0] == 0
+    assert init(tmp_path, "--toolchain", "make", "--artifact", "src/lua")[0] == 0
     found = made(tmp_path)
     assert found["artifact"] == "src/lua"
     assert set(found["files"]) == {
@@ -252,87 +239,35 @@ def test_flags_name_what_cannot_be_inferred(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("toolchain", "files", "makefile", "why"),
+    ("toolchain", "files", "why"),
     [
-        ("c", ["a.py"], "", r"no file ends in \.c"),
-        ("make", ["a.c"], "", "no Makefile"),
-        ("make", ["Makefile"], "", "no command in the Makefile has -o PROGRAM"),
-        ("make", ["Makefile"], "$(OBJECTS): x\n", "--artifact"),
-        ("make", ["Makefile"], "%.o: %.c\n", "--artifact"),
-        ("make", ["Makefile"], "all: libx.a\nlibx.a: a.c\n\tar cr $@\n", r"x07 exec --workdir \. -- make test"),
-        ("make", ["Makefile", "configure"], "all:\n\techo no\n", r"-- sh -c '\./configure && make'"),
-        ("make", ["configure", "Makefile.in"], "", r"before \./configure has created it.*x07 exec --workdir"),
-        ("python", ["a.py", "b.py"], "", "any of a.py, b.py.*--entry"),
-        ("shell", ["lib/a.sh"], "", "no such file is in the top folder"),
-        ("python", ["../a.py"], "", "--entry|not a path inside"),
-        ("python", ["main.py", *(f"{number}/a.py" for number in range(1024))], "", r"length <= 1024 - at `\$\.files`"),
+        ("c", ["a.py"], r"no file ends in \.c"),
+        ("make", ["a.c"], "no Makefile"),
+        ("make", ["Makefile"], r"Add --artifact FILE, or .*x07 exec --workdir \. -- make test"),
+        ("make", ["Makefile", "configure"], r"-- sh -c '\./configure && make'"),
+        ("make", ["configure", "Makefile.in"], r"before \./configure has created it.*x07 exec --workdir"),
+        ("python", ["a.py", "b.py"], "any of a.py, b.py.*--entry"),
+        ("shell", ["lib/a.sh"], "no such file is in the top folder"),
+        ("python", ["../a.py"], "--entry|not a path inside"),
+        ("python", ["main.py", *(f"{number}/a.py" for number in range(1024))], r"length <= 1024 - at `\$\.files`"),
     ],
 )
-def test_an_incomplete_project_is_an_error(toolchain: str, files: list[str], makefile: str, why: str) -> None:
+def test_an_incomplete_project_is_an_error(toolchain: str, files: list[str], why: str) -> None:
     """A folder that is no project of the toolchain is an error that says what is missing."""
     with pytest.raises(UsageError, match=why):
-        sandbox_manifest(toolchain, files, makefile=makefile)
-
-
-@pytest.mark.parametrize(
-    ("makefile", "artifact"),
-    [
-        ("all:\n\tcc -o prog a.c\n", "prog"),
-        ("all:\n\tcc -c -o a.o a.c\n\tcc a.o\n", None),
-        ("all: prog\nprog: a.c\n", None),
-        ("all: \\\n  prog\nprog: a.c\n\tcc \\\n -o $@ a.c\n", "prog"),
-        ("B := x # y\nC ?= bin/$(B)\n$(C) z: a\n\tcc -o $(C)\n", None),  # variables are not nested
-        ("B:=x # y\r\nall : bin/${B} ; echo\r\nbin/${B} : a.c\r\n\tcc -o $@\r\n", "bin/x"),
-        ("all: l.so p\nl.so: a\n\tcc -o $@\np: a\n\tcc -o $@\n", "p"),  # a library is no program
-        ("start: bin/prog\n\t./bin/prog\nbin/prog: a.c\n\tmkdir -p bin\n\tcc -o $@ $<\n", "bin/prog"),
-        ("all: libx.a\nlibx.a: a.o\n\tar cq $@\n", None),
-    ],
-)
-def test_a_makefile_is_read_line_by_line(makefile: str, artifact: str | None) -> None:
-    """The artifact is the first program that a command of the Makefile writes with `-o`."""
-    if artifact is None:
-        with pytest.raises(UsageError, match="--artifact"):
-            sandbox_manifest("make", ["Makefile"], makefile=makefile)
-    else:
-        data = sandbox_manifest("make", ["Makefile", "hello.c"], makefile=makefile)
-        assert decode_manifest(data, source=FILE)[0].artifact == artifact
-
-
-@pytest.mark.parametrize(
-    "makefile",
-    [
-        "a" + " " * (1 << 20),
-        "a" + "\n \t" * (1 << 18),
-        "a=" + "b" * (1 << 19) + "\n" + "$(a)" * (1 << 17) + ": x",
-        "a=" + "b" * 4000 + "\n" + "$(a):=\n" * (1 << 17) + ("$(a)" * 1000 + ": x\n") * 100,
-        "a " * (1 << 19),
-        "$(" * (1 << 19) + ":",
-        "a=" + "b " * 2000 + "\n" + ("$(a): $(a)\n" + "\tx\n" * 1000) * 300,
-        "".join(f"v{n} = $(v{n + 1})$(v{n + 1})\n" for n in range(2000)) + "$(v0): x\n" * 10000,
-        "".join(f"t{n}: t{n + 1}\n" for n in range(60000)),
-        "a=" + "$(a)" * 32 + "\n" + "$(a)" * 30 + ":\n" + "\tc -o $@\n" * 100_000,
-        "t:\n\t" + "-o " * (1 << 18) + " " * (1 << 18),
-    ],
-)
-@pytest.mark.timeout(60)
-def test_a_hostile_makefile_is_rejected_quickly(makefile: str) -> None:
-    """A hostile Makefile is rejected in bounded time."""
-    before_s = time.thread_time()  # which goes on only while we do
-    with pytest.raises(UsageError, match="--artifact"):
-        sandbox_manifest("make", ["Makefile"], makefile=makefile)
-    assert time.thread_time() - before_s < 10
+        sandbox_manifest(toolchain, files)
 
 
 @given(
     st.sampled_from(ROWS),
     st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12), max_size=5),
-    st.text(max_size=200),
+    st.text(max_size=20),
 )
-def test_any_names_make_a_manifest_or_our_error(row: Toolchain, names: list[str], makefile: str) -> None:
-    """Any file names and Makefile give a valid manifest or a usage error."""
+def test_any_names_make_a_manifest_or_our_error(row: Toolchain, names: list[str], artifact: str) -> None:
+    """Any file names give a valid manifest or a usage error."""
     files = [f"{name}{suffix}" for name in names for suffix in row.project_files[:2]]
     try:
-        data = sandbox_manifest(row.name, ["Makefile", *files], makefile=makefile)
+        data = sandbox_manifest(row.name, ["Makefile", *files], artifact=artifact)
     except UsageError:
         return
     assert decode_manifest(data, source=FILE)[1] == row

@@ -36,10 +36,10 @@ def test_a_program_needs_itself_its_loader_and_its_libraries() -> None:
 def test_the_cached_list_is_correct(cache: Path) -> None:
     """The cached list equals the computed one, and the cache is private."""
     first = needed_files(SETPRIV)
-    (record,) = (cache / "libraries").iterdir()
+    (record,) = (cache / "verdicts").iterdir()
     assert needed_files(SETPRIV) == first
     assert json.loads(record.read_bytes())["files"] == list(first)
-    assert stat.S_IMODE((cache / "libraries").stat().st_mode) == 0o700
+    assert stat.S_IMODE((cache / "verdicts").stat().st_mode) == 0o700
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_the_cached_list_is_correct(cache: Path) -> None:
 def test_a_damaged_cache_entry_is_recomputed(content: bytes, cache: Path) -> None:
     """A damaged cache entry is discarded and recomputed."""
     first = needed_files(SETPRIV)
-    (record,) = (cache / "libraries").iterdir()
+    (record,) = (cache / "verdicts").iterdir()
     record.write_bytes(content)
     assert needed_files(SETPRIV) == first
     assert json.loads(record.read_bytes())["files"] == list(first)

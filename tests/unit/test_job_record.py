@@ -16,8 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from x07_sandbox.errors import HostError
-from x07_sandbox.host.clocks import boot_ms, unix_ms
-from x07_sandbox.host.processes import boot_id, identify, pid_namespace
+from x07_sandbox.host.clocks import unix_ms
+from x07_sandbox.host.linux import boot_id, boot_ms, pid_namespace
+from x07_sandbox.host.processes import identify
 from x07_sandbox.jobs import record as records
 from x07_sandbox.jobs.record import Claim, JobRecord, create_record, mark_done, new_run_id, runner_instance, write_owner
 

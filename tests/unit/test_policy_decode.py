@@ -12,8 +12,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from x07_sandbox.errors import UsageError
-from x07_sandbox.policy.decode import MAX_BYTES, MAX_PROBLEMS, accept, decode_policy, find_problems, parse
+from x07_sandbox.policy.decode import MAX_BYTES, MAX_PROBLEMS, accept, decode_policy, parse
 from x07_sandbox.policy.default import default_policy, render_policy
+from x07_sandbox.policy.explain import schema_problems
 from x07_sandbox.policy.model import Policy
 from x07_sandbox.policy.problems import PolicyError, Problem
 
@@ -106,10 +107,15 @@ def test_a_valid_document_becomes_the_policy_that_it_describes() -> None:
 @settings(deadline=None)
 @given(nearly_valid())
 @example(document())
-def test_fast_and_slow_way_agree(value: object) -> None:
-    """The fast decoder accepts exactly the documents in which the checker finds no problem."""
+def test_what_is_wrong_is_said(value: object) -> None:
+    """The error for a document says what is wrong with it, and the schema finds nothing wrong with a valid one."""
     parsed = parse(encode(value), source="p")
-    assert (accept(parsed) is not None) == (find_problems(parsed) == ())
+    if accept(parsed) is not None:
+        assert list(schema_problems(parsed)) == []
+        return
+    with pytest.raises(PolicyError) as caught:
+        decode_policy(encode(value), source="p")
+    assert caught.value.problems != (Problem("$", "is not valid"),)
 
 
 @settings(deadline=None)

@@ -148,3 +148,4 @@ def test_a_document_without_flags_is_completed_by_the_template() -> None:
     assert found.line("p.json") == "x07 policy new > p.json"
     assert completion(b"{}") is None
     assert completion(b"[1") is None
+    assert completion(render_policy(TEMPLATES["cli"])) is None

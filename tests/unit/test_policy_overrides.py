@@ -198,7 +198,6 @@ def test_roots_are_added_once() -> None:
             "a:\u0661",
         ),
         *("a b:1", "a;b:1", "a\0:1", "\udcff:1", "x" * 256 + ":1", "https://example.org:443", "*.example.org:443"),
-        "a:" + ",".join(map(str, range(1, 66))),
     ],
 )
 def test_a_bad_host_is_wrong_usage(spec: str) -> None:
@@ -243,13 +242,13 @@ def test_a_policy_holds_only_so_much() -> None:
     """Too many hosts, ports or roots are refused."""
     hosts = tuple(f"h{number}.example:1" for number in range(257))
     assert len(hosts_of(derive(allow_host=hosts[:256]))) == 256
-    with pytest.raises(UsageError, match="257 hosts"):
+    with pytest.raises(UsageError, match="at most 256 entries, not 257"):
         derive(allow_host=hosts)
     assert len(hosts_of(derive(allow_host=hosts, deny_host=(hosts[0],)))) == 256
     ports = ",".join(map(str, range(1, 65)))
-    with pytest.raises(UsageError, match="65 ports of a"):
+    with pytest.raises(UsageError, match="at most 64 entries, not 65"):
         derive(allow_host=(f"a:{ports}", "a:65"))
-    with pytest.raises(UsageError, match="129 folders"):
+    with pytest.raises(UsageError, match="at most 128 entries, not 129"):
         derive(allow_read_root=tuple(map(str, range(129))))
 
 

@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
 
-from x07_sandbox.backends.prerequisites import (
-    NEEDS,
-    BackendState,
-    Facts,
-    Proof,
-    Seen,
-    backend_states,
-    gather,
-    needs_of,
-    place_of,
-)
-from x07_sandbox.backends.qemu.start import required_tools
-from x07_sandbox.backends.registry import BY_NAME, Platform
-from x07_sandbox.cli.doctor import START, platform_finding, proof_among
+from x07_sandbox.backends.container.backend import ContainerBackend
+from x07_sandbox.backends.prerequisites import Found, Looks, Need, check, require, unmet
+from x07_sandbox.backends.qemu.start import needs_of
+from x07_sandbox.backends.registry import BY_NAME, Platform, built, create
+from x07_sandbox.cli.doctor import START, backend_state, platform_finding, proof_among
+from x07_sandbox.errors import HostError
 from x07_sandbox.host.arch import ARCHES
 from x07_sandbox.host.variables import VARIABLES
-from x07_sandbox.reports.doctor import Finding
+from x07_sandbox.reports.doctor import BackendState, Finding
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from pathlib import Path
 
 LINUX = Platform(system="linux")
@@ -36,102 +28,121 @@ PLATFORMS = (
     Platform(system="macos", macos_major=26),
     Platform(system="other"),
 )
-HERE = Proof(good=True, text="our agent answered")
-BROKEN = Proof(good=False, text="it ended", fixes=("Give it rights",))
+HERE = Finding(subject=START, good=True, text="our agent answered")
+BROKEN = Finding(subject=START, good=False, text="it ended", fix="Give it rights")
 
 
-def facts(
-    platform: Platform = LINUX,
-    machine: str = "x86_64",
-    *,
-    without: tuple[str, ...] = (),
-    environ: Mapping[str, str] | None = None,
-) -> Facts:
-    """A host that has everything except *without*."""
-    seen: dict[tuple[str, str], Seen] = {}
-    for name in BY_NAME:
-        for need in needs_of(name, machine):
-            place = place_of(need, environ or {})
-            seen[need.kind, place] = Seen(good=place not in without, text="missing" if place in without else "here")
-    return Facts(platform=platform, machine=machine, environ=environ or {}, seen=seen)
+def looks(name: str, *, without: tuple[str, ...] = ()) -> Looks:
+    """The prerequisites of a backend on an x86_64 host that has everything except *without*."""
+    needs = needs_of(ARCHES["x86_64"]) if name == "qemu" else create(name).needs if name in built() else ()
+    return [
+        (need, Found("missing" if need.name in without else "here", good=need.name not in without)) for need in needs
+    ]
 
 
-def proofs(proof: Proof | None) -> dict[str, Proof]:
-    """The results of starting a VM, by backend."""
-    return {} if proof is None else {"qemu": proof}
+def state(
+    name: str, proof: Finding | None, *, without: tuple[str, ...] = (), platform: Platform = LINUX
+) -> BackendState:
+    """The state of one backend on a host that has everything except *without*."""
+    return backend_state(BY_NAME[name], platform, looks(name, without=without), proof)
 
 
-def state(name: str, found: Facts, proof: Proof | None = HERE) -> BackendState:
-    """The state of one backend."""
-    return next(state for state in backend_states(found, proofs(proof)) if state.name == name)
-
-
-@pytest.mark.parametrize("machine", [*ARCHES, "riscv64"])
+@pytest.mark.parametrize("name", BY_NAME)
 @pytest.mark.parametrize("platform", PLATFORMS, ids=str)
 @pytest.mark.parametrize("proof", [None, HERE, BROKEN])
-def test_every_backend_is_listed_on_any_host(platform: Platform, machine: str, proof: Proof | None) -> None:
-    """`x07 doctor` lists every backend on any host, with a reason, and remedies unless it is proven."""
-    states = backend_states(facts(platform, machine), proofs(proof))
-    assert [state.name for state in states] == list(BY_NAME)
-    for found in states:
-        assert found.text
-        remedies = {"proven": 0, "failed": 3, "later": 2, "not-here": 2}
-        assert len(set(found.remedies)) == remedies[found.state], found
-        assert (found.state == "not-here") == (not BY_NAME[found.name].runs_on(platform))
-        assert not found.looks or found.state != "not-here"
+@pytest.mark.parametrize("machine", [*ARCHES, "riscv64"])
+def test_every_backend_has_a_state_on_any_host(
+    monkeypatch: pytest.MonkeyPatch, name: str, platform: Platform, proof: Finding | None, machine: str
+) -> None:
+    """`x07 doctor` gives the state of every backend on any host, with a reason, and remedies unless it is proven."""
+    monkeypatch.setattr("os.uname", lambda: SimpleNamespace(machine=machine))
+    found = backend_state(BY_NAME[name], platform, (), proof)
+    assert found.text
+    own = proof is BROKEN and machine in ARCHES and BY_NAME[name].isolation == ("container",)  # the engine's own advice
+    remedies = {"proven": 0, "failed": 1 if own else 3, "later": 2, "not-here": 2}
+    assert len(set(found.remedies)) == remedies[found.state], found
+    assert (found.state == "not-here") == (not BY_NAME[name].runs_on(platform))
 
 
 def test_only_a_started_vm_proves_a_backend() -> None:
     """A backend is proven only by a VM that answered."""
-    assert state("qemu", facts(), None).state == "failed"
-    assert state("qemu", facts(), BROKEN).state == "failed"
-    assert state("qemu", facts(), HERE).state == "proven"
-    assert [found.name for found in backend_states(facts(), proofs(HERE)) if found.state == "proven"] == ["qemu"]
+    assert state("qemu", None).state == "failed"
+    assert state("qemu", BROKEN).state == "failed"
+    assert state("qemu", HERE).state == "proven"
 
 
 def test_an_untried_weaker_backend_is_no_failure() -> None:
     """An untried weaker backend is neither good nor bad."""
-    found = next(
-        state for state in backend_states(facts(), {"os": Proof(good=None, text="all is here")}) if state.name == "os"
-    )
+    found = state("os", Finding(subject="os", good=None, text="all is here"))
     assert (found.state, found.text, found.remedies) == ("untried", "all is here", ())
 
 
 def test_a_missing_program_is_named_with_its_package() -> None:
     """A missing program is reported with the package to install."""
-    for path, package in required_tools(ARCHES["x86_64"]).items():
-        found = state("qemu", facts(without=(path,)), BROKEN)
-        assert path in found.text
-        assert found.remedies[0] == f"Run apt-get install --no-install-recommends {package}"
+    programs = [need for need in needs_of(ARCHES["x86_64"]) if need.code == "program"]
+    assert programs
+    for need in programs:
+        found = state("qemu", BROKEN, without=(need.name,))
+        assert found.text == f"missing: {need.package}"
+        assert found.remedies[0] == f"Run: apt-get install --no-install-recommends {need.package}"
 
 
 def test_the_fix_of_what_failed_comes_first() -> None:
     """The fix for a failed start comes first."""
-    found = state("qemu", facts(), BROKEN)
+    found = state("qemu", BROKEN)
     assert (found.text, found.remedies[0]) == ("it ended", "Give it rights")
 
 
 def test_missing_hardware_virtualisation_is_no_fault_of_qemu() -> None:
     """A missing /dev/kvm is no fault for qemu."""
-    found = facts(without=("/dev/kvm",))
-    assert {look.good for look in state("qemu", found).looks if look.what == "/dev/kvm"} == {None}
+    found = state("qemu", HERE, without=("/dev/kvm",))
+    assert {look.good for look in found.looks if look.what == "/dev/kvm"} == {None}
 
 
-def test_variables_override_locations() -> None:
-    """Variables override where prerequisites are looked for."""
-    assert {need.variable for needs in NEEDS.values() for need in needs if need.variable} <= VARIABLES.keys()
-    looks = state("podman", facts(environ={"X07_VM_PODMAN_BIN": "/elsewhere"})).looks
-    assert [look.what for look in looks] == ["/elsewhere"]
+@pytest.mark.parametrize("name", built())
+def test_each_prerequisite_can_be_checked_and_installed(name: str) -> None:
+    """Each backend lists its prerequisites once, and names a package for each program, library and file."""
+    needs = create(name).needs
+    assert len({(need.code, need.name) for need in needs}) == len(needs) > 0
+    assert {found.text != "" for _, found in check(needs)} == {True}
+    for need in needs:
+        assert not need.variable or need.variable in VARIABLES
+        assert need.package or need.code not in {"program", "library", "firmware", "version"}
 
 
-def test_a_program_must_be_executable(tmp_path: Path) -> None:
-    """A program is found only if it can be executed."""
+def test_a_variable_overrides_where_a_program_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A variable overrides where a program is looked for, and the program must be executable."""
     program = tmp_path / "podman"
     program.write_text("#!/bin/sh\n")
-    environ = {"X07_VM_PODMAN_BIN": str(program)}
-    for mode, good in ((0o700, True), (0o600, False)):
-        program.chmod(mode)
-        assert gather(LINUX, environ).seen["program", str(program)].good is good
+    monkeypatch.setenv("X07_VM_PODMAN_BIN", str(program))
+    (need,) = ContainerBackend("podman").needs
+    assert need.place == str(program)
+    program.chmod(0o700)
+    assert [found.text for _, found in check([need])] == ["found"]
+    program.chmod(0o600)
+    with pytest.raises(HostError, match="which is no executable program") as caught:
+        require([need], "cannot use podman")
+    assert caught.value.fix == "Set X07_VM_PODMAN_BIN to an absolute path"
+
+
+def test_each_kind_of_prerequisite_says_what_is_wrong(tmp_path: Path) -> None:
+    """Missing packages are named together, and other faults with their own advice."""
+    shared = tmp_path / "shared"
+    shared.write_text("#!/bin/sh\necho tool 1.2.3\n")
+    shared.chmod(0o4755)
+    missing = (Need("program", "/nowhere/a", "one"), Need("library", "libnowhere.so.9", "two"))
+    for needs, why, fix in (
+        (missing, "missing: one two", "Run: apt-get install --no-install-recommends one two"),
+        ((Need("firmware", "/nowhere/b", "three"),), "missing: /nowhere/b", "Run: apt-get install --reinstall three"),
+        ((Need("not-setuid", str(shared)),), "is set-user-ID", f"Run: chmod u-s {shared}"),
+        ((Need("version", str(shared), "tool", least=(1, 3)),), "is too old", "Install tool 1.3 or newer"),
+    ):
+        with pytest.raises(HostError) as caught:
+            require(needs, "cannot start")
+        assert (why in caught.value.why, fix in caught.value.fix) == (True, True), caught.value
+    assert not unmet(
+        check([Need("version", str(shared), "tool", least=(1, 2)), Need("device", "/nowhere", optional=True)])
+    )
 
 
 def test_a_platform_without_a_backend_is_bad() -> None:
@@ -142,10 +153,8 @@ def test_a_platform_without_a_backend_is_bad() -> None:
 
 def test_the_first_fault_is_the_backends_state() -> None:
     """The first fault of image or start determines the backend's state."""
-    started = Finding(subject=START, good=True, text="answered")
+    good = Finding(subject="guest image", good=True, text="here")
     bad = Finding(subject="no guest image", good=False, text="none was built", fix="Run x07 image build")
-    assert proof_among([started]) == Proof(good=True, text="answered")
-    assert proof_among([bad, started]) == Proof(
-        good=False, text="no guest image: none was built", fixes=("Run x07 image build",)
-    )
-    assert proof_among([]) is None
+    assert proof_among([good]).good is True
+    found = proof_among([good, bad])
+    assert (found.good, found.text, found.fix) == (False, "no guest image: none was built", "Run x07 image build")

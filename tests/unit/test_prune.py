@@ -23,6 +23,7 @@ from x07_sandbox.host import clocks
 from x07_sandbox.host.locks import file_lock, lock_for_removal, lock_shared
 from x07_sandbox.host.paths import private_dir
 from x07_sandbox.host.processes import Identity, own_identity
+from x07_sandbox.host.verdicts import Verdict
 from x07_sandbox.housekeeping.prune import prune
 from x07_sandbox.housekeeping.pruner import PARTS, Part, PruneReport, everything
 from x07_sandbox.images import manifest, store
@@ -342,34 +343,29 @@ def test_unused_artifacts_are_removed(tmp_path: Path) -> None:
 
 
 def test_templates_are_removed_with_their_image() -> None:
-    """Templates and notes are removed with their image, also in a dry run."""
+    """Templates are removed with their image, and results of tests once they have expired, also in a dry run."""
     named, old = image("default"), image(size=1000)
-    templates, verified = (store.images_dir().parent / name for name in ("templates", "verified"))
-    for folder in (templates, verified):
-        folder.mkdir(mode=0o700)
+    templates = store.images_dir().parent / "templates"
+    templates.mkdir(mode=0o700)
     part = {"file": "ram", "sha256": "0" * 64, "bytes": 1}
     for key, made in (("a" * 64, named), ("b" * 64, old)):
         (templates / key).mkdir(mode=0o700)
         document: dict[str, object] = {"schema_version": "x07.sandbox.template@0.2.0", "key": key, "image": made.digest}
         document |= {"ram": part, "state": part, "scratch": part, "scratch_disk": {"bytes": 1, "pieces": []}}
         (templates / key / "template.json").write_text(json.dumps(document))
-        (verified / f"{key}.json").write_bytes(b"{}")
-        (verified / f"{made.folder.name}.json").write_bytes(b"{}")
-    (templates / f"{'a' * 64}.bad").write_text('{"boot_id": "another", "reason": "x"}')
+    valid, expired, foreign = (Verdict("verified", name) for name in ("valid", "expired", "foreign"))
+    for verdict in (valid, foreign):
+        verdict.write({"files": {}})
+    expired.path.write_text('{"boot_id": "another", "files": {}}')
+    foreign.path.rename(foreign.path.with_name("notes.json"))
     (templates / ".new-left").mkdir()
-    expected = {
-        old.folder,
-        templates / ("b" * 64),
-        templates / f"{'a' * 64}.bad",
-        templates / ".new-left",
-        verified / f"{old.folder.name}.json",
-    }
+    expected = {old.folder, templates / ("b" * 64), templates / ".new-left", expired.path}
     assert paths(swept(dry_run=True)) == {str(path) for path in expected}
     report = swept()
     assert paths(report) >= {str(path) for path in expected}
     assert not any(path.exists() for path in expected)
     assert (templates / ("a" * 64)).is_dir()
-    assert (verified / f"{named.folder.name}.json").exists()
+    assert sorted(path.name for path in valid.path.parent.iterdir()) == sorted([valid.path.name, "notes.json"])
 
 
 # the command

@@ -11,18 +11,19 @@ import pytest
 from x07_sandbox.backends.base import HandshakeFailure
 from x07_sandbox.backends.qemu import proof
 from x07_sandbox.backends.qemu.proof import known_verdict
-from x07_sandbox.host.clocks import boot_ms
-from x07_sandbox.host.processes import boot_id
+from x07_sandbox.host.linux import boot_id, boot_ms
+from x07_sandbox.host.verdicts import Verdict
 
 
 @pytest.fixture
 def record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The file of the cached verdict, on a host with an accessible /dev/kvm."""
-    path = tmp_path / "proof.json"
-    monkeypatch.setattr(proof, "_record", lambda: path)
+    monkeypatch.setenv("X07_VM_CACHE_DIR", str(tmp_path / "cache"))
+    verdict = Verdict("kvm")
+    monkeypatch.setattr(proof, "_verdict", lambda: verdict)
     monkeypatch.setattr(Path, "exists", lambda _path: True)
     monkeypatch.setattr(os, "access", lambda _path, _mode: True)
-    return path
+    return verdict.path
 
 
 def test_a_late_guest_is_tried_again_minutes_later(record: Path) -> None:

@@ -12,9 +12,9 @@ import pytest
 from x07_sandbox.backends.qemu.template import (
     MANIFEST,
     SCHEMA,
+    SUSPENDED,
     Template,
     TemplateManifest,
-    clear_suspensions,
     expired_templates,
     lack_of_space,
     opened_template,
@@ -24,7 +24,8 @@ from x07_sandbox.backends.qemu.template import (
 )
 from x07_sandbox.errors import ImageError
 from x07_sandbox.host import settings
-from x07_sandbox.host.clocks import boot_ms
+from x07_sandbox.host.linux import boot_ms
+from x07_sandbox.host.verdicts import forget
 from x07_sandbox.images.manifest import Part, Piece, ScratchDisk
 from x07_sandbox.plan.sizes import RAM_CLASSES
 
@@ -58,7 +59,7 @@ def test_distrust_of_templates_can_be_reset(tmp_path: Path, monkeypatch: pytest.
         template.suspend("a clone of it ended", transient=False)
     for template in templates:
         assert template.suspended().startswith("a clone of it ended. Such jobs boot a new VM until this host reboots")
-    clear_suspensions()
+    forget(SUSPENDED)
     assert [template.suspended() for template in templates] == ["", ""]
 
 

@@ -11,7 +11,7 @@ from tests.published import document, published
 from x07_sandbox.errors import SandboxError
 from x07_sandbox.library.run import run_program
 from x07_sandbox.plan.outcomes import OUTCOMES
-from x07_sandbox.reports.document import render_json
+from x07_sandbox.reports.result import render_result
 from x07_sandbox.runs.result import Result
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def test_a_usage_error_is_a_result_that_keeps_to_the_schema(tmp_path: Path, monk
     monkeypatch.setenv("X07_VM_STATE_DIR", str(tmp_path / "jobs"))
     with pytest.raises(SandboxError) as caught:
         run_program(tmp_path / "missing.py")
-    found = document(render_json(caught.value.result))
+    found = document(render_result(caught.value.result, full=True))
     assert found["outcome"] == "usage-error"
     assert found["x07_exit_code"] == 2
     schema = published()[found["schema_version"]]

@@ -33,9 +33,8 @@ from x07_sandbox.files.apply import ConflictError
 from x07_sandbox.files.changes import Change, ChangeSet, Node, RootChanges, encode
 from x07_sandbox.files.copy import NUMBER_MAX
 from x07_sandbox.files.journal import Head, Place
-from x07_sandbox.host import beneath
 from x07_sandbox.host.cancel import Cancel, Notice
-from x07_sandbox.host.paths import private_dir
+from x07_sandbox.host.paths import closing_fd, private_dir
 from x07_sandbox.plan.denials import HowToAllow
 from x07_sandbox.plan.guest_paths import OUT
 from x07_sandbox.policy import render_policy
@@ -423,7 +422,7 @@ def test_a_cancelled_run_applies_nothing(run: Run, *, waits: bool) -> None:
             run.cancel(signal.SIGTERM)
 
     files = run.files(progress=on_progress)
-    with beneath.closing_fd(os.open(run.root, os.O_RDONLY)) as held:
+    with closing_fd(os.open(run.root, os.O_RDONLY)) as held:
         if waits:
             fcntl.flock(held, fcntl.LOCK_EX)
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, TypeVar, cast
 
 import pytest
+from msgspec.structs import replace
 
 from x07_sandbox.backends import handshake
 from x07_sandbox.backends.base import NoAnswerError
@@ -53,6 +55,7 @@ from x07_sandbox.plan.outcomes import Stage
 from x07_sandbox.runs import execution
 from x07_sandbox.runs.execution import Facts
 from x07_sandbox.runs.phase import CommandStreams, PhaseSpec, Receivers, input_files, run_phase
+from x07_sandbox.runs.private_files import LeftFiles
 from x07_sandbox.runs.streams import InFile, OutFile, Sink, memory_file
 
 if TYPE_CHECKING:
@@ -366,7 +369,7 @@ def test_a_program_running_after_suspension_is_ended(runs: Runs) -> None:
     run.begin(started=True)
     with run.suspended(10 * WALL_S):
         pass
-    assert run.guest.until(Stop).id == 1
+    assert run.guest.until(Stop) == Stop(1, signal.SIGKILL)
     run.guest.say(EXITED._replace(wait_status=9), CLOSED)
     assert run.result().evidence.deadline_passed
 
@@ -384,7 +387,7 @@ def test_a_program_that_never_stops_writing_is_ended_at_its_deadline(runs: Runs)
             break
         run.time.now += passes_s
         passes_s = 0.05
-    assert event == Stop(1)
+    assert event == Stop(1, signal.SIGKILL)
     run.guest.link.streams.finish(number)
     run.guest.say(EXITED, CLOSED)
     assert run.result().evidence.deadline_passed
@@ -494,17 +497,22 @@ def test_changes_before_the_program_has_ended_end_the_session(runs: Runs, receiv
     assert run.result().evidence.channel_error == f"bad frame: {stream.name} was not asked for"
 
 
-def test_changes_over_a_limit_are_refused_and_the_session_closes(runs: Runs, receivers: Receivers) -> None:
-    """If the host takes no more changes, it resets their stream, and the guest can close the session all the same."""
+@pytest.mark.parametrize("more", [False, True])
+def test_changes_over_a_limit_are_refused(runs: Runs, receivers: Receivers, more: bool) -> None:  # noqa: FBT001
+    """If the host takes no more changes, the session ends, unless files of private folders are to come."""
+    if more:
+        receivers = replace(receivers, left=LeftFiles(contextlib.ExitStack(), 100))
     run = runs(receivers=receivers)
     run.begin(started=True)
     run.guest.say(EXITED)
     number = run.guest.stream(Stream.CHANGES, CHANGES + bytes(DATA_MAX), ended=False)
-    assert run.guest.until_event(streams.RESET).stream == number
-    assert not run.guest.link.streams.is_open(number)
-    run.guest.say(CLOSED)
+    if more:
+        assert run.guest.until_event(streams.RESET).stream == number
+        assert not run.guest.link.streams.is_open(number)
+        run.guest.say(CLOSED)
     facts = run.result()
-    assert (facts.evidence.channel_error, facts.evidence.wait_status, facts.closed) == (None, 0, CLOSED)
+    closed = CLOSED if more else None
+    assert (facts.evidence.channel_error, facts.evidence.wait_status, facts.closed) == (None, 0, closed)
     assert receivers.changes.too_many
     assert not receivers.changes.complete
 

@@ -9,10 +9,11 @@ import pytest
 from msgspec.structs import replace
 
 from tests.published import document
+from x07_sandbox.backends.container.backend import ContainerBackend
 from x07_sandbox.cli import main
 from x07_sandbox.cli.parser import parser_for
 from x07_sandbox.plan.controls import make_plan
-from x07_sandbox.plan.features import Isolation, container_features, vm_features
+from x07_sandbox.plan.features import Isolation, vm_features
 from x07_sandbox.policy.default import default_policy
 from x07_sandbox.reports.result import render_result
 from x07_sandbox.runs.result import ControlReport, Result, draft_result
@@ -24,7 +25,9 @@ def _with_controls(*, isolation: Isolation = "vm-emulated", spawn: bool = True) 
     """A result with the controls of the built-in policy, or of one without child processes."""
     policy = default_policy()
     policy = replace(policy, process=replace(policy.process, allow_spawn=spawn))
-    plan = make_plan(policy, container_features() if isolation == "container" else vm_features(isolation))
+    plan = make_plan(
+        policy, ContainerBackend("podman").least_features() if isolation == "container" else vm_features(isolation)
+    )
     controls = [ControlReport(field=c.field, state=c.state, by=c.by, why=c.why) for c in plan.controls]
     return replace(draft_result("1-1-0"), outcome="ok", controls=controls)
 

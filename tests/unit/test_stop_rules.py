@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from x07_sandbox.host.processes import Identity, boot_id, own_identity, pid_namespace
+from x07_sandbox.host.linux import boot_id, pid_namespace
+from x07_sandbox.host.processes import Identity, own_identity
 from x07_sandbox.jobs.reader import StoredJob, all_stored, read_stored
 from x07_sandbox.jobs.record import (
     Claim,

@@ -107,7 +107,7 @@ def test_every_toolchain_has_a_manifest(row: Toolchain) -> None:
         data = f'schema_version = "{SCHEMA}"\ntoolchain = "{row.name}"\nfiles = ["a"]\nentry = "a"\n'.encode()
     else:
         files = MAKEFILES[:1] if row.artifact else [f"sub/other{row.suffixes[0]}", f"tool{row.suffixes[-1]}"]
-        data = sandbox_manifest(row.name, files, makefile="prog:\n\tcc -o $@\n")
+        data = sandbox_manifest(row.name, files, artifact="prog")
     manifest, found = decode_manifest(data, source=FILE)
     assert found is row
     assert (manifest.entry is None, manifest.artifact is None) == (row.entries is None, not row.artifact)

@@ -273,7 +273,7 @@ def copy_cache(place: Path) -> None:
     """Make a cache of images and saved machines beside the user's, with its own queue and pool."""
     place.mkdir(mode=0o700)
     for path in cache_dir().iterdir():
-        if path.name in {"images", "templates", "verified", "proofs", "jail", "libraries", "artifacts"}:
+        if path.name in {"images", "templates", "verdicts", "artifacts"}:
             _link_all(path, place / path.name)
 
 

@@ -27,7 +27,7 @@ from msgspec.structs import replace
 
 from x07_sandbox.backends.base import MachineKind, NoAnswerError
 from x07_sandbox.backends.handshake import evidence_of, greet
-from x07_sandbox.backends.qemu.start import Accelerator, QemuJob, start_qemu
+from x07_sandbox.backends.qemu.start import QemuJob, start_qemu
 from x07_sandbox.channel.messages import Close, Exec, Open, Room
 from x07_sandbox.errors import BackendError
 from x07_sandbox.host import settings
@@ -101,7 +101,7 @@ def started(order: dict[str, Any]) -> Iterator[QemuInstance]:
         kind = MachineKind(image=image, ram_bytes=512 * settings.MIB)
         job = QemuJob(record=record, kind=kind, deadline_s=order.get("deadline_s", 120))
         arch = replace(host_arch(), qemu_binary=order["binary"], firmware=())
-        with start_qemu(job, Accelerator(kvm=False), arch) as instance:
+        with start_qemu(job, kvm=False, arch=arch) as instance:
             assert instance.supervisor is not None
             tell(
                 "started",

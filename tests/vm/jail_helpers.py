@@ -22,9 +22,9 @@ import pytest
 import x07_sandbox
 from tests.conftest import need
 from tests.vm.conftest import marked
-from x07_sandbox.backends.qemu.machine import ROOT
+from x07_sandbox.backends.qemu.machine import Paths
+from x07_sandbox.host.linux import children_of
 from x07_sandbox.host.paths import cache_dir
-from x07_sandbox.host.processes import children_of
 from x07_sandbox.jail.bwrap import SETPRIV
 
 if TYPE_CHECKING:
@@ -352,7 +352,9 @@ class Runner:
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline:
             made = Path(f"/proc/{self.inner}", "mountinfo" if self.account.namespaces else "limits")
-            if (ROOT if self.account.namespaces else _LIMITED) in " ".join(made.read_text(encoding="utf-8").split()):
+            if (Paths().root if self.account.namespaces else _LIMITED) in " ".join(
+                made.read_text(encoding="utf-8").split()
+            ):
                 return
             select.select([], [], [], 0.01)  # no event announces another process's mounts
         pytest.fail("the jail was not made")

@@ -14,7 +14,6 @@ from tests.conftest import FULL
 from x07_sandbox.backends.base import MachineKind
 from x07_sandbox.backends.qemu import machine as machines
 from x07_sandbox.backends.qemu.proof import known_verdict
-from x07_sandbox.backends.qemu.start import Accelerator
 from x07_sandbox.backends.qemu.template import Template, make_template, template_for
 from x07_sandbox.cli.main import main
 from x07_sandbox.errors import BackendError
@@ -156,18 +155,17 @@ def test_no_machine_with_a_wrong_timer_is_saved(
 ) -> None:
     """A machine is saved only from a kernel that measured right or from the last attempt."""
     monkeypatch.setattr(settings, "BOOTS_MAX", 2)
-    accelerator = Accelerator(kvm=False)
     with open_image(image) as opened:
         kind = MachineKind(image=opened, ram_bytes=512 * settings.MIB)
-        template = template_for(kind, accelerator)
+        template = template_for(kind, kvm=False)
         booted = boots(LATE)
         (tmp_path / "good").mkdir()
-        made = make_template(template, kind, accelerator, tmp_path / "good")
+        made = make_template(template, kind, tmp_path / "good", kvm=False)
         assert (len(booted), made.key) == (2, template.key)
         booted = boots(NONE, NONE)
         (tmp_path / "bad").mkdir()
         began = time.monotonic()
         with pytest.raises(BackendError, match="the timer was measured wrong"):
-            make_template(template, kind, accelerator, tmp_path / "bad")
+            make_template(template, kind, tmp_path / "bad", kvm=False)
         assert (len(booted), time.monotonic() - began < 2 * settings.TEMPLATE_S) == (2, True)
     assert [path for path in state.glob("*/job.json") if not (path.parent / "done").is_file()] == []

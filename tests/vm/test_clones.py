@@ -29,9 +29,11 @@ from x07_sandbox.backends.qemu.template import (
     templates_dir,
 )
 from x07_sandbox.cli.main import main
-from x07_sandbox.host import clocks, settings
+from x07_sandbox.host import clocks, linux, settings
 from x07_sandbox.host.arch import ARCHES, host_arch
 from x07_sandbox.host.locks import file_lock
+from x07_sandbox.host.paths import cache_folder
+from x07_sandbox.host.verdicts import forget
 from x07_sandbox.images.build import build_image
 from x07_sandbox.images.store import find_image
 from x07_sandbox.jail.libraries import needed_files
@@ -135,7 +137,7 @@ def test_a_program_cannot_change_the_saved_machine(sandbox: Sandbox) -> None:
 def own_cache(image: Image, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A cache beside the user's, with the same packages and no saved machine."""
     cache = tmp_path_factory.mktemp("clones") / "cache"
-    unused = shutil.ignore_patterns("templates", "verified", "pool", "*.lock")
+    unused = shutil.ignore_patterns("templates", "verdicts", "pool", "*.lock")
 
     def ignored(folder: str, names: list[str]) -> set[str]:
         others = {name for name in names if len(name) == 64 and name != image.folder.name}
@@ -297,7 +299,7 @@ def test_a_clone_that_does_not_answer_is_replaced_by_a_cold_start(
         ]
         assert len(warnings) == 1, warnings
         assert "or until you run x07 image build" in warnings[0]
-    assert list(templates_dir().glob("*.bad"))
+    assert list(cache_folder("verdicts").glob("suspended-*"))
 
 
 def test_a_pool_boots_cold_if_a_clone_does_not_answer(saved: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -443,8 +445,7 @@ def test_clones_that_never_answer_end_a_run(silent_clones: Sandbox, monkeypatch:
     monkeypatch.setattr(Template, "suspended", lambda _template: "")
     ran = silent_clones.behave("nothing")
     assert (ran.outcome, "did not boot in time" in ran.reason) == ("guest-lost", True), ran.reason
-    for path in templates_dir().glob("*.bad"):
-        path.unlink()
+    forget(SUSPENDED)
 
 
 def test_another_processor_under_a_saved_machine_costs_a_cold_start(silent_clones: Sandbox) -> None:
@@ -456,8 +457,7 @@ def test_another_processor_under_a_saved_machine_costs_a_cold_start(silent_clone
         for text in ran.result.warnings
         if "booted without a saved VM: a clone of the saved VM did not answer" in text
     ]
-    for path in templates_dir().glob("*.bad"):
-        path.unlink()
+    forget(SUSPENDED)
 
 
 def test_a_killed_clone_costs_only_a_cold_start(saved: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -497,7 +497,7 @@ def test_a_machine_killed_while_it_is_saved_is_saved_again_later(
     assert (ran.outcome, starts(ran)) == ("ok", {"run": "cold"}), ran.reason
     (warning,) = (text for text in ran.result.warnings if "cannot save a VM" in text)
     assert "Such jobs boot a new VM for 5 minutes" in warning
-    now_ms = clocks.boot_ms()
+    now_ms = linux.boot_ms()
     monkeypatch.setattr("x07_sandbox.host.verdicts.boot_ms", lambda: now_ms + 301_000)
     assert starts(saved.behave("nothing")) == {"run": "clone"}
 

@@ -16,7 +16,7 @@ import pytest
 
 from tests.conftest import FULL, overwrite
 from tests.vm.conftest import marked
-from x07_sandbox.host import programs
+from x07_sandbox.host import paths
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.images import build, commands, manifest, sources, store, verify
 
@@ -98,7 +98,7 @@ def test_two_builds_are_bit_identical(
 def test_second_build_reuses_what_is_there(first: Image, killed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A build with nothing new starts no outside command, and a second name costs nothing."""
     monkeypatch.setenv("X07_VM_CACHE_DIR", str(killed))
-    monkeypatch.setattr(programs, "FOLDERS", ())
+    monkeypatch.setattr(paths, "PROGRAMS", ())
     assert build.build_image(progress=print).folder == first.folder
     assert build.build_image(name="second", progress=print).folder == first.folder
     assert [image.name for image in store.list_images()] == ["default", "second"]

@@ -24,12 +24,12 @@ pytestmark = [pytest.mark.vm, pytest.mark.usefixtures("state")]
 OURS: Final = """
 backends.base backends.handshake backends.jailed backends.lease backends.qemu.backend
 backends.qemu.bounds backends.qemu.instance backends.qemu.machine backends.qemu.proof backends.qemu.start
-backends.qemu.template backends.registry backends.selection
+backends.qemu.template backends.prerequisites backends.registry backends.selection
 channel.connection channel.link channel.messages channel.streams
 cli.cancel cli.console cli.main cli.parser cli.run cli.run_options cli.std_streams
 errors
-host.arch host.bounded_stream host.cancel host.clocks host.close_on_fork host.cores host.decoding host.locks
-host.memory host.mounts host.os_errors host.paths host.poll host.processes host.settings host.threads host.variables
+host.arch host.cancel host.clocks host.close_on_fork host.cores host.decoding host.locks
+host.linux host.memory host.os_errors host.paths host.poll host.processes host.settings host.threads host.variables
 host.verdicts host.version
 housekeeping.start
 images.guestcode images.manifest images.scratch images.store images.verify

@@ -1,48 +1,44 @@
-"""The seccomp filter's table and program."""
+"""The seccomp filter around a VMM, by interpretation, and the table of system call numbers."""
 
 from __future__ import annotations
 
-import ctypes
-import ctypes.util
-import struct
+import errno
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-import pytest
-
-from tests.conftest import need
-from x07_sandbox.host.arch import ARCHES, Arch
+from tests.unit.test_jail_own_limits import ALLOW, KILL, LACKING, REFUSED, answer, each_arch, number, numbers
 from x07_sandbox.jail.seccomp import DENIED, vmm_filter
 
-LIBSECCOMP = "libseccomp.so.2"
-LINE = struct.Struct("=HBBI")
-RETURN = 0x06
-JUMPS = {0x15, 0x35, 0x45}
+if TYPE_CHECKING:
+    import pytest
+
+    from x07_sandbox.host.arch import Arch
 
 
-@pytest.fixture
-def libseccomp() -> ctypes.CDLL:
-    """libseccomp, which QEMU's package depends on and which has every architecture's system call numbers."""
-    try:
-        return ctypes.CDLL(LIBSECCOMP)
-    except OSError:
-        need(condition=False, reason=f"{LIBSECCOMP} is not installed", installable=True)
-        raise
+@each_arch
+def test_system_call_numbers_match_libseccomp(arch: Arch) -> None:
+    """Each system call number in the table matches libseccomp's."""
+    assert arch.syscalls == {name: number(arch.name, name) for name in arch.syscalls}
 
 
-@pytest.mark.parametrize("arch", ARCHES.values(), ids=lambda arch: arch.name)
-def test_system_call_numbers_match_libseccomp(arch: Arch, libseccomp: ctypes.CDLL) -> None:
-    """Each system call number in the table matches libseccomp's, and a call without a number does not exist there."""
-    for name in {*DENIED, *arch.syscalls}:
-        known = libseccomp.seccomp_syscall_resolve_name_arch(ctypes.c_uint32(arch.audit), name.encode())
-        assert arch.syscalls.get(name, -1) == max(known, -1), name
-
-
-@pytest.mark.parametrize("arch", ARCHES.values(), ids=lambda arch: arch.name)
-def test_the_filter_is_well_formed(arch: Arch) -> None:
-    """Every jump stays inside the filter, its last instruction allows, and the filter fits one atomic pipe write."""
+@each_arch
+def test_the_filter_refuses_what_it_lists(arch: Arch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The VMM's filter refuses the listed calls, checks arguments, allows the rest, and fits one atomic write."""
+    monkeypatch.setenv("X07_VM_CACHE_DIR", str(tmp_path))
     program = vmm_filter(arch)
-    lines = list(LINE.iter_unpack(program))
-    for at, (code, if_true, if_false, _value) in enumerate(lines):
-        if code in JUMPS:
-            assert at + 1 + max(if_true, if_false) < len(lines)
-    assert lines[-1] == (RETURN, 0, 0, 0x7FFF0000)
+
+    def ask(name: str, *arguments: int) -> int:
+        return answer(program, number(arch.name, name), arch.audit, arguments)
+
+    assert {answer(program, call, arch.audit) for call in numbers(arch, *DENIED)} == {REFUSED}
+    assert {ask(name) for name in ("read", "openat", "mmap", "futex", "execve", "sendmsg")} == {ALLOW}
+    assert ask("clone3") == LACKING
+    assert answer(program, number(arch.name, "read"), 0x40000003) == KILL
+    assert (ask("clone", 0x003D0F00), ask("clone", 0x103D0F00), ask("clone", 17)) == (ALLOW, REFUSED, REFUSED)
+    allowed = [command for command in range(2048) if ask("fcntl", 3, command) == ALLOW]
+    assert allowed == [0, 1, 2, 3, 4, 1030]
+    assert ask("fcntl", 3, 1 << 31) == REFUSED
+    assert [family for family in range(64) if ask("socket", family) == ALLOW] == [1]
+    assert ask("socket", 40) == 0x00050000 | errno.EAFNOSUPPORT
+    assert vmm_filter(arch) == program
     assert len(program) <= 4096  # PIPE_BUF: written whole or not at all

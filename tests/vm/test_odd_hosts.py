@@ -292,9 +292,10 @@ def test_a_proc_with_subset_pid_is_refused(state: Path) -> None:
 def test_a_missing_tool_leaves_no_record(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run refused because a tool is missing leaves no job record."""
     from x07_sandbox import SandboxError, run_program
+    from x07_sandbox.backends.prerequisites import Need
     from x07_sandbox.backends.qemu import start
 
-    monkeypatch.setattr(start, "required_tools", lambda _arch: {"/usr/bin/no-such-tool": "nothing"})
+    monkeypatch.setattr(start, "needs_of", lambda _arch: (Need("program", "/usr/bin/no-such-tool", "nothing"),))
     with pytest.raises(SandboxError, match="missing: nothing"):
         run_program(source="true", toolchain="shell")
     assert [path for path in state.iterdir() if (path / "job.json").exists()] == []

@@ -12,7 +12,6 @@ import pytest
 from x07_sandbox.backends.qemu import proof
 from x07_sandbox.backends.qemu.instance import QemuInstance
 from x07_sandbox.backends.qemu.proof import prove
-from x07_sandbox.backends.qemu.start import Accelerator
 from x07_sandbox.host import settings
 from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.paths import cache_folder
@@ -30,7 +29,7 @@ def test_an_agent_that_answers_is_the_proof(image: Image, tmp_path: Path, monkey
     """The proof succeeds if the guest's agent answers in time."""
     monkeypatch.setenv("X07_VM_STATE_DIR", str(tmp_path / "jobs"))
     with open_image(image) as opened:
-        found = prove(opened, Accelerator(kvm=False), settings.BOOT_S)
+        found = prove(opened, settings.BOOT_S, kvm=False)
     assert found.works, found.reason
     assert "agent answered" in found.reason
 
@@ -39,7 +38,7 @@ def test_a_late_guest_is_reported_as_late(image: Image, tmp_path: Path, monkeypa
     """A guest that does not answer in time is no evidence that guests do not work."""
     monkeypatch.setenv("X07_VM_STATE_DIR", str(tmp_path / "jobs"))
     with open_image(image) as opened:
-        found = prove(opened, Accelerator(kvm=False), 0.2)
+        found = prove(opened, 0.2, kvm=False)
     assert (found.works, found.transient) == (False, True), found.reason
 
 
@@ -54,14 +53,13 @@ def test_a_killed_guest_proves_nothing(image: Image, tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(QemuInstance, "release", killed)
     with open_image(image) as opened:
-        found = prove(opened, Accelerator(kvm=False), settings.BOOT_S)
+        found = prove(opened, settings.BOOT_S, kvm=False)
     assert (found.works, found.transient) == (False, True), found.reason
     assert "if this host ran out of memory" in found.reason
 
 
 TRY = """
 from x07_sandbox.backends.qemu.proof import prove
-from x07_sandbox.backends.qemu.start import Accelerator
 from x07_sandbox.errors import HostError
 from x07_sandbox.images.store import find_image
 from x07_sandbox.images.verify import open_image
@@ -69,7 +67,7 @@ import resource
 resource.setrlimit(resource.RLIMIT_CPU, (1, 2))
 with open_image(find_image(None)) as opened:
     try:
-        print(prove(opened, Accelerator(kvm=False), 60))
+        print(prove(opened, 60, kvm=False))
     except HostError as exc:
         print(exc)
 """
@@ -89,7 +87,7 @@ def test_a_stopped_proof_does_not_block_others(image: Image, monkeypatch: pytest
     """A process that is stopped during its proof does not block other processes for ever."""
     monkeypatch.setattr(proof, "known_verdict", lambda: None)
     monkeypatch.setattr(settings, "BOOTS_MAX", 0)
-    with open_image(image) as opened, file_lock(cache_folder("proofs") / ".lock"):
+    with open_image(image) as opened, file_lock(cache_folder("verdicts") / ".lock"):
         found = proof.kvm_verdict(opened)
     assert not found.works
     assert "another process has held the lock" in found.reason

@@ -97,12 +97,12 @@ def test_doctor_names_the_form_and_the_flags(bare: Account) -> None:
 def test_the_namespace_verdict_is_cached(tmp_path: Path) -> None:
     """The verdict on namespaces is cached for one boot and set of privileges."""
     env = os.environ | {"X07_VM_CACHE_DIR": str(tmp_path / "cache")}
-    record = tmp_path / "cache" / "jail" / "namespaces.json"
     code = "from x07_sandbox.jail.forms import forbidden; print(bool(forbidden()))"
 
     def tried(*before: str) -> tuple[str, int]:
         argv = [*before, sys.executable, "-c", code]
         done = subprocess.run(argv, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True)
+        (record,) = (tmp_path / "cache" / "verdicts").glob("namespaces-*.json")
         return done.stdout.strip(), record.stat().st_mtime_ns
 
     first, again = tried(), tried()

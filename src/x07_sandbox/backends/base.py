@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
     from pathlib import Path
 
+    from x07_sandbox.backends.prerequisites import Need
     from x07_sandbox.channel.connection import Connection
     from x07_sandbox.host.processes import Identity
 
@@ -142,14 +143,18 @@ class HandshakeFailure(msgspec.Struct, frozen=True, kw_only=True):
         """
         return self.kind == "late" or (self.kind == "ended" and self.exit_status != 0)
 
+    @property
+    def text(self) -> str:
+        """The reason, with the end of the console output if the instance ended."""
+        said = " ".join(self.console_tail.split())[-200:] if self.kind == "ended" else ""
+        return f"{self.why}; {said}" if said else self.why
+
 
 class NoAnswerError(BackendError):
     """The agent of a started instance did not answer, and the instance was stopped. times_ms: see `Greeting`."""
 
     def __init__(self, instance: Instance, failure: HandshakeFailure, times_ms: dict[str, float]) -> None:
-        said = " ".join(failure.console_tail.split())[-200:] if failure.kind == "ended" else ""
-        why = f"{failure.why}; {said}" if said else failure.why
-        super().__init__("the guest agent did not answer", why, "Run x07 doctor")
+        super().__init__("the guest agent did not answer", failure.text, "Run x07 doctor")
         self.instance = instance
         self.failure = failure
         self.times_ms = times_ms
@@ -258,6 +263,10 @@ class Backend(Protocol):
     uses_image: bool
 
     @property
+    def needs(self) -> Sequence[Need]:
+        """The prerequisites of the backend on this machine."""
+
+    @property
     def known_gaps(self) -> Mapping[str, str]:
         """The behaviours of the contract (conformance/behaviours) that the backend lacks, each with the reason."""
 
@@ -268,6 +277,9 @@ class Backend(Protocol):
     @property
     def cloning(self) -> Cloning | None:
         """Support for cloning saved VMs, if there is any."""
+
+    def least_features(self) -> Features:
+        """Return the features of the backend's weakest isolation class, without starting anything. Raises HostError."""
 
     def probe(self, image: OpenImage | None, *, boot: bool = True) -> Availability:
         """Return what the backend offers on this host. Raises HostError if the backend cannot run here.
@@ -280,9 +292,6 @@ class Backend(Protocol):
 
         When the context ends, the job is gone and recorded as gone.
         """
-
-    def list_owned(self) -> Sequence[JobRecord]:
-        """Return this user's jobs on this backend that are not recorded as gone."""
 
     def stop(self, record: JobRecord) -> bool:
         """Stop a job from any process. Return whether it is proven and recorded as gone. Raises SandboxError."""

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from x07_sandbox.backends.engines import PACKAGES, engine
+from x07_sandbox.backends.engines import CLIENTS, engine
 from x07_sandbox.errors import BackendError, HostError, UsageError
 from x07_sandbox.host.paths import cache_folder
 from x07_sandbox.host.version import __version__
@@ -44,7 +44,7 @@ def load(
     names: the engines; () for all of this host. archive: a file to write the image to as well. Raises SandboxError.
     """
     engines = [engine(name) for name in names]
-    for name in () if names else PACKAGES:
+    for name in () if names else CLIENTS:
         with contextlib.suppress(HostError, BackendError):
             one = engine(name)
             if not one.call("info").status:  # docker's client may be installed without the engine

@@ -9,12 +9,15 @@ from typing import Any, Final, Literal
 
 import msgspec
 
+from x07_sandbox.backends.prerequisites import Need, require
 from x07_sandbox.errors import BackendError, HostError, printable
-from x07_sandbox.host.programs import find_program
-from x07_sandbox.host.variables import text
+from x07_sandbox.host.paths import find_program
 
 Name = Literal["podman", "docker"]
-PACKAGES: Final[dict[Name, str]] = {"podman": "podman", "docker": "docker.io"}
+CLIENTS: Final[dict[Name, Need]] = {
+    "podman": Need("program", "podman", "podman", "X07_VM_PODMAN_BIN"),
+    "docker": Need("program", "docker", "docker.io", "X07_VM_DOCKER_BIN"),
+}
 _ANSWER_MAX: Final = 8 << 20
 _CALL_S: Final = 30.0
 _GONE: Final = ("no such", "not found", "does not exist", "no container")  # podman's and docker's words
@@ -78,7 +81,7 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True):
             why = f"{self.name} {words[0]} did not answer within {timeout_s:.0f} s"
             raise BackendError(what, why, f"Check that {self.name} works: {self.name} ps") from exc
         except OSError as exc:
-            raise BackendError(what, f"{exc.strerror} ({self.binary})", f"Install {PACKAGES[self.name]}") from exc
+            raise BackendError(what, f"{exc.strerror} ({self.binary})", "Run x07 doctor") from exc
         output, error = done.stdout[:_ANSWER_MAX], done.stderr[-4096:]
         return Answer(
             status=done.returncode,
@@ -89,14 +92,7 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True):
 
 def engine(name: Name) -> Engine:
     """Return the engine of this host. Raises HostError if there is none, or if DOCKER_HOST is another machine."""
-    variable = f"X07_VM_{name.upper()}_BIN"
-    named = text(variable)
-    if (binary := find_program(named or name)) is None:
-        why = f"missing: {name}"
-        fix = f"Run: apt-get install --no-install-recommends {PACKAGES[name]}, or set {variable}"
-        if named:
-            why, fix = f"{variable} is {named}, which is no executable program", f"Set {variable} to an absolute path"
-        raise HostError(f"cannot use {name}", why, fix)
+    require([CLIENTS[name]], f"cannot use {name}")
     env = {key: os.environ[key] for key in _KEPT if key in os.environ}
     env |= {
         "PATH": "/usr/sbin:/usr/bin:/sbin:/bin:/usr/local/bin",
@@ -112,7 +108,7 @@ def engine(name: Name) -> Engine:
             env["DOCKER_HOST"] = host
         # The user's configuration may add variables to containers or lead to another machine.
         env["DOCKER_CONFIG"] = "/nonexistent"
-    return Engine(name=name, binary=binary, env=env)
+    return Engine(name=name, binary=find_program(CLIENTS[name].place) or name, env=env)
 
 
 def container_id(answer: Answer) -> str:

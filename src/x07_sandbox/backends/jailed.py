@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
 from x07_sandbox.errors import BackendError, HostError
 from x07_sandbox.host import settings
-from x07_sandbox.host.bounded_stream import BoundedStream
 from x07_sandbox.host.clocks import Deadline
+from x07_sandbox.host.linux import children_of, open_pidfd, send_signal
+from x07_sandbox.host.paths import closing_fd
 from x07_sandbox.host.poll import wait_readable
-from x07_sandbox.host.processes import Identity, children_of, identify, own_identity, wait_gone
+from x07_sandbox.host.processes import Identity, identify, own_identity, wait_gone
 from x07_sandbox.jobs.launcher import Launch, launch
 from x07_sandbox.jobs.record import mark_done, write_owner
 
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 _J = TypeVar("_J", bound="Jailed")
 _SETUP_S: Final = 10.0
 _LOOK_AGAIN_S: Final = 0.0003
+_CHUNK: Final = 64 * 1024
+_PRINTABLE: Final = {"\n", "\t"}
 _GONE_S: Final = 10.0
 
 
@@ -43,32 +46,74 @@ def socket_ends(stack: contextlib.ExitStack, given: FdGroup) -> tuple[int, int]:
 
 def error_stream(stack: contextlib.ExitStack, given: FdGroup) -> tuple[BoundedStream, int]:
     """Make a pipe for a child's stderr. Return our end, closed by *stack*, and the child's end, closed by *given*."""
-    fd, theirs = os.pipe2(os.O_CLOEXEC)
+    fd, theirs = os.pipe()
     stack.callback(os.close, fd)
     os.set_blocking(fd, False)
     return BoundedStream(fd, keep_bytes=settings.STDERR_MAX_BYTES), given.add(theirs)
 
 
-class HostAgent:
-    """Methods of an instance without a VM. Its agent does nothing before it receives a frame."""
+class BoundedStream:
+    """Keeps the last bytes of a stream, which may be hostile, from a non-blocking descriptor that the caller owns."""
 
-    _errors: BoundedStream
+    def __init__(self, fd: int, *, keep_bytes: int) -> None:
+        self.fd = fd
+        self.ended = False
+        self.total_bytes = 0
+        self._keep_bytes = keep_bytes
+        self._kept = bytearray()
+
+    def read(self) -> None:
+        """Read one chunk, or nothing if no data is ready."""
+        if self.ended:
+            return
+        try:
+            data = os.read(self.fd, _CHUNK)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self.ended = True
+            return
+        self.total_bytes += len(data)
+        self._kept += data
+        del self._kept[: -self._keep_bytes]
+
+    def text(self) -> str:
+        """Return the kept text. Characters other than printable ones, tabs and newlines are replaced."""
+        text = self._kept.decode("utf-8", errors="replace").replace("\r", "")
+        return "".join(
+            char if char.isprintable() or char in _PRINTABLE else "\N{REPLACEMENT CHARACTER}" for char in text
+        )
+
+
+class RunningAgent:
+    """An instance whose agent already waits for its first frame. Its streams beside the channel have size limits.
+
+    shown: the streams whose text is the console output. hidden: others.
+    """
+
+    shown: tuple[BoundedStream, ...]
+    hidden: tuple[BoundedStream, ...] = ()
 
     def release(self) -> None:
-        """Do nothing, since the agent waits for the first frame anyway."""
+        """Do nothing, since the agent runs already."""
 
     def side_fds(self) -> tuple[int, ...]:
-        """Return the descriptor of the error stream, until the stream has ended."""
-        return () if self._errors.ended else (self._errors.fd,)
+        """Return the descriptors of the streams that have not ended."""
+        return tuple(stream.fd for stream in (*self.shown, *self.hidden) if not stream.ended)
 
-    def drain(self, _fd: int) -> None:
-        """Read the error stream, within its size limit."""
-        self._errors.read()
+    def drain(self, fd: int) -> None:
+        """Read one of the `side_fds`, within its size limit."""
+        for stream in (*self.shown, *self.hidden):
+            if stream.fd == fd:
+                stream.read()
 
     def console_tail(self) -> str:
-        """Return the end of the error stream, with control characters replaced."""
-        self._errors.read()
-        return self._errors.text()
+        """Return the end of the console output, with control characters replaced."""
+        for stream in self.shown:
+            stream.read()
+        return "".join(stream.text() for stream in self.shown)
 
 
 class Start(NamedTuple):
@@ -143,8 +188,7 @@ def inner_process(child: subprocess.Popen[bytes], depth: int) -> Identity:
     """Return the process *depth* generations below the supervisor once it exists. Raises ProcessLookupError."""
     # Found in /proc, since bubblewrap's --info-fd reports numbers of its own pid namespace.
     deadline = Deadline.after(_SETUP_S)
-    pidfd = os.pidfd_open(child.pid)
-    try:
+    with closing_fd(open_pidfd(child.pid)) as pidfd:
         late = False
         while not late:
             late = deadline.passed()  # then look once more: this process may have been stopped
@@ -157,8 +201,6 @@ def inner_process(child: subprocess.Popen[bytes], depth: int) -> Identity:
             if wait_readable(pidfd, 0):
                 break
             time.sleep(_LOOK_AGAIN_S)  # there is no event for another process's child
-    finally:
-        os.close(pidfd)
     raise ProcessLookupError
 
 
@@ -185,8 +227,8 @@ class Jailed:
         self._closed = False
         self._start = start
         self.supervisor = identify(child.pid)
-        self.inner_pidfd = os.pidfd_open(inner.pid)  # first, since it may fail: this process may be gone
-        self.pidfd = os.pidfd_open(child.pid)
+        self.inner_pidfd = open_pidfd(inner.pid)  # first, since it may fail: this process may be gone
+        self.pidfd = open_pidfd(child.pid)
 
     def record_owner(self, runner: Identity) -> None:
         """Record the job's processes, and *runner* as the job's x07 process. Raises BackendError, HostError."""
@@ -208,15 +250,13 @@ class Jailed:
         if self.gone or self._closed:
             return self.gone
         if not self.quit_gracefully():
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self.pidfd, signal.SIGTERM)
+            send_signal(self.pidfd, signal.SIGTERM)
         deadline = Deadline.after(_GONE_S)
         try:
             self.child.wait(_GONE_S / 2)
         except subprocess.TimeoutExpired:  # for instance a supervisor under SIGSTOP
             for pidfd in (self.inner_pidfd, self.pidfd):
-                with contextlib.suppress(ProcessLookupError):
-                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                send_signal(pidfd, signal.SIGKILL)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.child.wait(deadline.left_s())
         # The proof: the kernel reaps the first process of a pid namespace after all others.

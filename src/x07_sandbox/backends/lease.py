@@ -12,13 +12,13 @@ import contextlib
 import json
 import os
 import socket
-import struct
 from typing import TYPE_CHECKING, Any, Final
 
 from x07_sandbox.backends.handshake import greet
 from x07_sandbox.errors import BackendError
 from x07_sandbox.host import close_on_fork
-from x07_sandbox.host.paths import cache_folder, state_dir
+from x07_sandbox.host.linux import fd_path, peer_of
+from x07_sandbox.host.paths import cache_folder, closing_fd, state_dir
 from x07_sandbox.host.poll import wait_readable
 from x07_sandbox.jobs.record import record_from, record_values
 
@@ -34,7 +34,6 @@ MESSAGE_MAX: Final = 64 * 1024
 ANSWER_S: Final = 5.0
 GONE_S: Final = 15.0
 _FDS_MAX: Final = 16
-_CREDENTIALS: Final = struct.Struct("3i")
 
 
 def pool_dir() -> Path:
@@ -45,18 +44,8 @@ def pool_dir() -> Path:
 @contextlib.contextmanager
 def socket_address(folder: Path, name: str = SOCKET) -> Iterator[str]:
     """Yield an address of a socket in *folder*, via /proc/self/fd to stay within the limit of 107 bytes."""
-    fd = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        yield f"/proc/self/fd/{fd}/{name}"
-    finally:
-        os.close(fd)
-
-
-def peer_of(connection: socket.socket) -> tuple[int, int]:
-    """Return (pid, uid) of the peer, from the kernel (unix(7): SO_PEERCRED)."""
-    data = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    pid, uid, _ = _CREDENTIALS.unpack(data)
-    return pid, uid
+    with closing_fd(os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)) as fd:
+        yield f"{fd_path(fd)}/{name}"
 
 
 def send(connection: socket.socket, message: Mapping[str, object], fds: Sequence[int] = ()) -> None:
@@ -94,7 +83,7 @@ def connect_to_pool() -> socket.socket | None:
     folder = pool_dir()
     if not (folder / SOCKET).exists():
         return None
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         connection.settimeout(ANSWER_S)
         with socket_address(folder) as address:

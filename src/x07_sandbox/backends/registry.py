@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import msgspec
 
-from x07_sandbox.host.arch import ARCHES
-from x07_sandbox.plan.features import Isolation, container_features, vm_features
+from x07_sandbox.plan.features import Isolation
 
 if TYPE_CHECKING:
     from x07_sandbox.backends.base import Backend
-    from x07_sandbox.plan.features import Features
 
     Factory = Callable[[str], Backend]
-    Tools = Callable[[str], Mapping[str, str]]
 else:
-    Factory = Tools = Any  # msgspec reads annotations
+    Factory = Any  # msgspec reads annotations
 
 Class = Literal["vm", "os", "none"]
 System = Literal["linux", "macos", "other"]
@@ -41,8 +38,7 @@ class BackendRow(msgspec.Struct, frozen=True):
 
     sandbox_class: its class for --sandbox-backend. isolation: the isolation classes that it can provide, best first.
     macos_from: the first version of macOS that it supports, or 0 for none. auto: whether `auto` may select it. factory:
-    makes the backend from its name; None if this version lacks it. tools: the programs that it needs on a machine
-    (uname -m), by path, with the Debian package of each.
+    makes the backend from its name; None if this version lacks it.
     """
 
     name: str
@@ -52,7 +48,6 @@ class BackendRow(msgspec.Struct, frozen=True):
     macos_from: int = 0
     auto: bool = False
     factory: Factory | None = None
-    tools: Tools = lambda _machine: {}
 
     @property
     def built(self) -> bool:
@@ -69,6 +64,14 @@ class BackendRow(msgspec.Struct, frozen=True):
         if platform.system == "linux":
             return self.linux
         return platform.system == "macos" and 0 < self.macos_from <= platform.macos_major
+
+    def unsupported(self, platform: Platform) -> str:
+        """Return why this version cannot use the backend on this platform, or "" if it can."""
+        places = ["Linux"] * self.linux + [f"macOS {self.macos_from} or newer"] * bool(self.macos_from)
+        here, only = self.runs_on(platform), f"only on {' and '.join(places)}"
+        if not self.built:
+            return "not supported in this version" + ("" if here else f", and {only}")
+        return "" if here else f"not supported on {platform}, {only}"
 
 
 def _qemu(_name: str) -> Backend:
@@ -89,26 +92,14 @@ def _container(name: str) -> Backend:
     return ContainerBackend("podman" if name == "podman" else "docker")
 
 
-def _qemu_tools(machine: str) -> Mapping[str, str]:
-    from x07_sandbox.backends.qemu.start import required_tools
-
-    return required_tools(ARCHES[machine]) if machine in ARCHES else {}
-
-
-def _process_tools(_machine: str) -> Mapping[str, str]:
-    from x07_sandbox.backends.process.backend import PACKAGES
-
-    return PACKAGES
-
-
 _ROWS: Final = (
     BackendRow("firecracker-ctr", "vm", ("vm-hardware",), auto=True),
     BackendRow("apple-container", "vm", ("vm-hardware",), linux=False, macos_from=26, auto=True),
-    BackendRow("qemu", "vm", ("vm-hardware", "vm-emulated"), auto=True, factory=_qemu, tools=_qemu_tools),
+    BackendRow("qemu", "vm", ("vm-hardware", "vm-emulated"), auto=True, factory=_qemu),
     BackendRow("vz", "vm", ("vm-hardware",), linux=False, macos_from=12, auto=True),
     BackendRow("podman", "vm", ("container",), factory=_container),
     BackendRow("docker", "vm", ("container",), factory=_container),
-    BackendRow("os", "os", ("process",), factory=_process, tools=_process_tools),
+    BackendRow("os", "os", ("process",), factory=_process),
     BackendRow("none", "none", ("none",), factory=_process),
 )
 # In order of preference.
@@ -120,14 +111,6 @@ def create(name: str) -> Backend:
     factory = BY_NAME[name].factory
     assert factory is not None  # noqa: S101 - only built backends are selected
     return factory(name)
-
-
-def features_of(row: BackendRow) -> Features:
-    """Return a backend's features in its weakest isolation class, without starting anything. Raises HostError."""
-    backend = create(row.name)
-    if backend.engine_images is not None:
-        return container_features()
-    return vm_features(row.isolation[-1]) if backend.uses_image else backend.probe(None, boot=False).features
 
 
 def built() -> tuple[str, ...]:

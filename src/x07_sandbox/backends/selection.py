@@ -37,10 +37,14 @@ class BackendRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Choice(msgspec.Struct, frozen=True, kw_only=True):
-    """The selected backend and its class for --sandbox-backend."""
+    """The selected backend, by name."""
 
     backend: str
-    sandbox_backend: Class
+
+    @property
+    def sandbox_backend(self) -> Class:
+        """The backend's class for --sandbox-backend."""
+        return BY_NAME[self.backend].sandbox_class
 
 
 def select(platform: Platform, request: BackendRequest) -> Choice:
@@ -56,14 +60,11 @@ def select(platform: Platform, request: BackendRequest) -> Choice:
         walls = {"container": "a container", "process": "a confined process on this system"}
         wall = walls.get(row.isolation[0], "no sandbox at all")
         why = f"it runs programs in {wall}; that is weaker isolation than a virtual machine and needs your consent"
-        fix = _instead(platform, request, row, named=named)
+        fix = instead(platform, request, row, named=named)
         raise RefusedError(f"cannot use the backend {row.name}", why, fix)
-    if not (row.runs_on(platform) and row.built):
-        why = f"not supported on {platform}" if row.built else "not supported in this version"
-        if not (row.built or row.runs_on(platform)):
-            why += f", and it needs {'Linux' if row.linux else f'macOS {row.macos_from} or later'}"
-        raise RefusedError(f"cannot use the backend {row.name}", why, _instead(platform, request))
-    return Choice(backend=row.name, sandbox_backend=row.sandbox_class)
+    if why := row.unsupported(platform):
+        raise RefusedError(f"cannot use the backend {row.name}", why, instead(platform, request))
+    return Choice(backend=row.name)
 
 
 def backend_request(
@@ -105,7 +106,7 @@ def backend_named(word: str) -> BackendRow:
 def usable_flags(platform: Platform) -> tuple[str, ...]:
     """Return flags that select a backend on *platform* without consent to weaker isolation, or () if no flags do."""
     for row in BY_NAME.values():
-        if row.built and row.runs_on(platform) and not row.weaker:
+        if not row.unsupported(platform) and not row.weaker:
             return "--sandbox-backend", row.sandbox_class, "--backend", row.name
     return ()
 
@@ -119,7 +120,7 @@ def _wanted(platform: Platform, request: BackendRequest) -> tuple[str, str | Non
     ):
         if name is not None and _contradict(wanted, name):
             why = f"the backend {name} is of the kind {BY_NAME[name].sandbox_class}, not {wanted}"
-            raise UsageError(f"{origin} and {name_origin} contradict each other", why, _instead(platform, caller))
+            raise UsageError(f"{origin} and {name_origin} contradict each other", why, instead(platform, caller))
     if request.backend_flag is not None:
         return BY_NAME[request.backend_flag].sandbox_class, request.backend_flag
     wanted = request.sandbox_flag or request.sandbox_variable or "auto"
@@ -134,15 +135,14 @@ def _contradict(wanted: str | None, name: str | None) -> bool:
 
 def _automatic(platform: Platform, request: BackendRequest) -> Choice:
     candidates = [row for row in BY_NAME.values() if row.auto and row.runs_on(platform)]
-    for row in candidates:
-        if row.built:
-            return Choice(backend=row.name, sandbox_backend=row.sandbox_class)
+    if found := next((row.name for row in candidates if row.built), None):
+        return Choice(backend=found)
     names = " and ".join(row.name for row in candidates)
     why = f"the backends for {platform} are not in this version ({names})" if names else f"none supports {platform}"
-    raise RefusedError("there is no virtual machine backend", why, _instead(platform, request))
+    raise RefusedError("there is no virtual machine backend", why, instead(platform, request))
 
 
-def _instead(
+def instead(
     platform: Platform, request: BackendRequest, weaker: BackendRow | None = None, *, named: bool = True
 ) -> str:
     """Return what the user can do instead.
@@ -152,7 +152,7 @@ def _instead(
     here = usable_flags(platform)
     words = _by_caller(request, here or usable_flags(Platform(system="linux")))
     parts = [f"Use {words}" if here else f"Run x07 on Linux with {words}"]
-    if weaker is not None and weaker.built and weaker.runs_on(platform):
+    if weaker is not None and not weaker.unsupported(platform):
         if request.flags:
             wall = "" if named else f"--sandbox-backend {weaker.sandbox_class} "
             parts.append(f"or add {wall}{ACCEPT_FLAG} (or {ACCEPT_VARIABLE}=1)")

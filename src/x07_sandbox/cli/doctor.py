@@ -6,17 +6,19 @@ import argparse
 import contextlib
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from msgspec.structs import replace
 
-from x07_sandbox.backends.prerequisites import Proof, advice, backend_states, gather
-from x07_sandbox.backends.registry import BY_NAME, create
+from x07_sandbox.backends.prerequisites import Looks, advice, check, unmet
+from x07_sandbox.backends.registry import BY_NAME, BackendRow, Platform, create
 from x07_sandbox.backends.selection import (
     ACCEPT_FLAG,
     BackendRequest,
     choice_from_environment,
+    instead,
     select,
     this_platform,
     usable_flags,
@@ -28,18 +30,17 @@ from x07_sandbox.errors import SandboxError
 from x07_sandbox.host.arch import ARCHES, host_arch
 from x07_sandbox.host.paths import cache_dir, private_dir, state_dir
 from x07_sandbox.host.variables import PREFIXES, SANDBOX_BACKENDS, VARIABLES
-from x07_sandbox.reports.doctor import DoctorReport, Finding
+from x07_sandbox.reports.doctor import BackendState, DoctorReport, Finding, Look, State
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
-    from x07_sandbox.backends.prerequisites import BackendState
-    from x07_sandbox.backends.registry import Platform
     from x07_sandbox.backends.selection import Choice
     from x07_sandbox.images.store import Image
     from x07_sandbox.runs.result import Result
 
 START: Final = "VM start"
+_ANSWERED: Final = "the guest agent answered and ran a program"
 _NO_START: Final = "Runs will fail the same way"
 _NO_UIDS: Final = f"{_NO_START}: allow changing uids (in a container: --privileged)"
 _TOO_SLOW: Final = "This host is slow or busy: run x07 doctor again when it is less busy"
@@ -52,6 +53,22 @@ _EXAMPLES: Final = """examples:
 
 exit code: 0 no finding is BAD; 1 at least one is BAD
 """
+
+
+_NO_ARCHITECTURE: Final = (
+    f"Run x07 on one of: {', '.join(sorted(ARCHES))}",
+    "Run x07 in an emulated x86_64 Debian 13 VM here (slow, but complete)",
+    "Add a row for this architecture to host/arch.py, and report whether it works",
+)
+_MISSING: Final = (
+    "Run scripts/setup.sh in a checkout of x07-sandbox, which installs what is missing",
+    "Run x07 in a Debian 13 VM or container that has them",
+)
+_NO_NAMESPACES: Final = (
+    "Allow user and mount namespaces: sysctl kernel.unprivileged_userns_clone=1, or run x07 as root",
+    "If x07 itself runs in a container, start that container with --privileged",
+    "Run x07 on another Linux host with --sandbox-backend vm --backend qemu",
+)
 
 
 def add_doctor(parser: argparse.ArgumentParser) -> None:
@@ -92,49 +109,92 @@ def _print_backend(state: BackendState) -> None:
 def _examine() -> DoctorReport:
     platform = this_platform()
     findings = [platform_finding(platform), _architecture(), _first_on_path(os.environ), _variables(os.environ)]
-    findings += [*_requested_backend(), _folders()]
-    proofs = {}
+    findings += [*_checked("requested backend", _requested_backend), *_checked("folders", _folders)]
+    proofs: dict[str, Finding] = {}
+    looks = gather(platform)
     if platform.system == "linux" and os.uname().machine in ARCHES:
         choice = select(platform, BackendRequest())
         name, machine = choice.backend, _image_and_machine(choice)
-        findings += [*_tools(name), _image_tools(), _cgroups(), *_capacity(), *_jail(name), *machine]
-        if (proof := proof_among(machine)) is not None:
-            proofs[name] = proof
+        findings += [_image_tools(), _cgroups(), *_checked("runs at once", _capacity)]
+        findings += [*_checked("jail", partial(_jail, name)), *machine]
+        proofs[name] = proof_among(machine)
         proofs |= {row.name: _weaker(row.name) for row in BY_NAME.values() if row.built and row.weaker}
     return DoctorReport(
         good=all(finding.good is not False for finding in findings),
         findings=tuple(findings),
-        backends=backend_states(gather(platform, os.environ), proofs),
+        backends=tuple(
+            backend_state(row, platform, looks.get(row.name, ()), proofs.get(row.name)) for row in BY_NAME.values()
+        ),
     )
 
 
-def _weaker(name: str) -> Proof:
+def gather(platform: Platform) -> dict[str, Looks]:
+    """Check the prerequisites of all backends for this platform, without starting a backend."""
+    return {row.name: check(create(row.name).needs) for row in BY_NAME.values() if not row.unsupported(platform)}
+
+
+def backend_state(row: BackendRow, platform: Platform, looks: Looks, proof: Finding | None) -> BackendState:
+    """Return the state of a backend. proof: the result of a test start; neither good nor bad if nothing was started."""
+    state: State
+    remedies: tuple[str, ...] = ()
+    if text := row.unsupported(platform):
+        state, remedies = "later" if row.runs_on(platform) else "not-here", alternatives(platform)
+    elif proof is not None and proof.good is not False:
+        state, text = "proven" if proof.good else "untried", proof.text
+    else:
+        state, (text, remedies) = "failed", _failure(row, looks, proof)
+    rows = (Look(need.place, found.good or (None if need.optional else False), found.text) for need, found in looks)
+    kind = row.sandbox_class
+    return BackendState(row.name, kind, row.isolation, row.weaker, state, text, tuple(rows), remedies)
+
+
+def _failure(row: BackendRow, looks: Looks, proof: Finding | None) -> tuple[str, tuple[str, ...]]:
+    """Return why a backend cannot be used, and three remedies."""
+    if (machine := os.uname().machine) not in ARCHES:
+        return f"no virtual machine for architecture {machine}", _NO_ARCHITECTURE
+    if failed := unmet(looks):
+        why, fix = advice(failed)
+        return why, (fix, *_MISSING)
+    if proof is None:
+        return "nothing was started", _NO_NAMESPACES
+    more = () if row.isolation == ("container",) else _NO_NAMESPACES  # an engine's own error says what it needs
+    return proof.text, (*filter(None, [proof.fix]), *more)[:3]
+
+
+def alternatives(platform: Platform) -> tuple[str, str]:
+    """Return two alternatives to a backend that is not available."""
+    if usable_flags(platform):
+        other = "Leave out --backend and X07_VM_BACKEND; x07 then selects a backend that works"
+    else:
+        other = "Run x07 in a Linux virtual machine here"
+    return instead(platform, BackendRequest()), other
+
+
+def _weaker(name: str) -> Finding:
     """Return whether the prerequisites of a weaker backend are met. Starts nothing, since no flag accepted it."""
     try:
         availability = create(name).probe(None, boot=False)
     except (SandboxError, OSError) as exc:
-        bad = _bad(name, exc)
-        return Proof(good=False, text=bad.text, fixes=(bad.fix,))
+        return _bad(name, exc)
     by = "--sandbox-backend" if name in SANDBOX_BACKENDS else "--backend"  # os and none need to be named as a class
-    flags = f"{by} {name} {ACCEPT_FLAG}"
-    return Proof(good=None, text=f"{availability.proof}; to test it: x07 conform {flags}")
+    text = f"{availability.proof}; to test it: x07 conform {by} {name} {ACCEPT_FLAG}"
+    return Finding(subject=name, good=None, text=text)
 
 
 def platform_finding(platform: Platform) -> Finding:
     """Return whether this version has a backend for the platform."""
     if words := " ".join(usable_flags(platform)):
         return Finding(subject="platform", good=True, text=f"{platform}, supported by {words}")
-    text, fix = f"this version has no backend for {platform}", ". ".join(advice(platform))
+    text, fix = f"this version has no backend for {platform}", ". ".join(alternatives(platform))
     return Finding(subject="platform", good=False, text=text, fix=fix)
 
 
-def proof_among(findings: list[Finding]) -> Proof | None:
-    """Return the first bad finding, or else the proof that a VM started, or None if there is neither."""
+def proof_among(findings: list[Finding]) -> Finding:
+    """Return the proof that a VM started, or the first bad finding as the reason why there is none."""
     bad = next((finding for finding in findings if finding.good is False), None)
-    if bad is not None:
-        return Proof(good=False, text=f"{bad.subject}: {bad.text}", fixes=(bad.fix,))
-    started = next((finding for finding in findings if finding.subject == START), None)
-    return None if started is None else Proof(good=True, text=started.text)
+    if bad is None:
+        return Finding(subject=START, good=True, text=_ANSWERED)
+    return Finding(subject=START, good=False, text=f"{bad.subject}: {bad.text}", fix=bad.fix)
 
 
 def _first_on_path(environ: Mapping[str, str]) -> Finding:
@@ -167,13 +227,18 @@ def _variables(environ: Mapping[str, str]) -> Finding:
     return Finding(subject="variables", good=None, text=text, fix="See docs/reference/settings.md" if others else "")
 
 
-def _requested_backend() -> list[Finding]:
-    """Return a finding if variables request a backend that is unavailable. Runs without a backend flag then fail."""
+def _checked(subject: str, check_it: Callable[[], Finding | None]) -> list[Finding]:
+    """Return the finding of one check, if it has one, or the finding for its error."""
     try:
-        choice_from_environment()
-    except SandboxError as exc:
-        return [_bad("requested backend", exc)]
-    return []
+        found = check_it()
+    except (SandboxError, OSError) as exc:
+        return [_bad(subject, exc)]
+    return [] if found is None else [found]
+
+
+def _requested_backend() -> None:
+    """Raise if variables request a backend that is unavailable. Runs without a backend flag then fail."""
+    choice_from_environment()
 
 
 def _bad(subject: str, exc: SandboxError | OSError) -> Finding:
@@ -195,15 +260,6 @@ def _architecture() -> Finding:
     return Finding(subject="architecture", good=True if arch.tested else None, text=arch.name + tested)
 
 
-def _tools(backend: str) -> list[Finding]:
-    return [
-        Finding(subject=path, good=True, text="found")
-        if os.access(path, os.X_OK)
-        else Finding(subject=path, good=False, text="missing", fix=f"apt-get install --no-install-recommends {package}")
-        for path, package in BY_NAME[backend].tools(os.uname().machine).items()
-    ]
-
-
 def _image_tools() -> Finding:
     from x07_sandbox.images.base import require_namespaces
     from x07_sandbox.images.commands import missing_tools
@@ -220,10 +276,7 @@ def _image_tools() -> Finding:
 
 
 def _folders() -> Finding:
-    try:
-        state, cache = private_dir(state_dir()), private_dir(cache_dir())
-    except (SandboxError, OSError) as exc:
-        return _bad("folders", exc)
+    state, cache = private_dir(state_dir()), private_dir(cache_dir())
     return Finding(subject="folders", good=True, text=f"records in {state}, images in {cache}")
 
 
@@ -238,39 +291,32 @@ def _cgroups() -> Finding:
     return Finding(subject="control groups", good=None, text=text)
 
 
-def _capacity() -> list[Finding]:
+def _capacity() -> Finding:
     """Return how many runs this user may have at the same time on this host."""
     from x07_sandbox.host.cores import cores
     from x07_sandbox.host.memory import memory_bytes
     from x07_sandbox.jobs.admission import MEMORY_PER_MACHINE, max_running
 
-    subject, memory, each = "runs at once", memory_bytes(), MEMORY_PER_MACHINE >> 30
-    try:
-        most = max_running()
-    except SandboxError as exc:
-        return [_bad(subject, exc)]
-    text = f"{most}; this host has {cores()} cores and {size(memory)} of memory; each run counts as {each} GiB"
+    memory, each = memory_bytes(), MEMORY_PER_MACHINE >> 30
+    text = f"{max_running()}; this host has {cores()} cores and {size(memory)} of memory; each run counts as {each} GiB"
     if memory * 3 // 4 < MEMORY_PER_MACHINE:
         text += ", which is more than three quarters of this memory: large programs may not fit"
-    return [Finding(subject=subject, good=None, text=text)]
+    return Finding(subject="runs at once", good=None, text=text)
 
 
-def _jail(name: str) -> list[Finding]:
+def _jail(name: str) -> Finding | None:
     """Return which form of the jail around QEMU this host allows: with or without namespaces."""
     from x07_sandbox.jail.bwrap import BWRAP
     from x07_sandbox.jail.forms import jail_form, namespace_flags
 
     if name != "qemu" or not os.access(BWRAP, os.X_OK):
-        return []
-    try:
-        form = jail_form()
-    except (SandboxError, OSError) as exc:
-        return [_bad("jail", exc)]
+        return None
+    form = jail_form()
     if form.namespaces:
-        return [Finding(subject="jail", good=True, text="namespaces, seccomp and a private root")]
+        return Finding(subject="jail", good=True, text="namespaces, seccomp and a private root")
     text = f"without namespaces, by Landlock {form.landlock} and seccomp: {form.why}"
     text += "; X07_VM_REQUIRE_NAMESPACES=1 rejects this"
-    return [Finding(subject="jail", good=None, text=text, fix=f"To get namespaces, allow them: {namespace_flags()}")]
+    return Finding(subject="jail", good=None, text=text, fix=f"To get namespaces, allow them: {namespace_flags()}")
 
 
 def _image_and_machine(choice: Choice) -> list[Finding]:
@@ -334,7 +380,7 @@ def _start(choice: Choice) -> Finding:
     if error is not None:
         return _bad(START, error)
     if result.ok:
-        return Finding(subject=START, good=True, text="the guest agent answered and ran a program")
+        return Finding(subject=START, good=True, text=_ANSWERED)
     late = any(phase.times_ms.get("end", 0) >= settings.BOOT_S * 1000 for phase in result.phases.values())
     fix = _TOO_SLOW if late else _NO_UIDS if "setres" in result.reason else _NO_START
     return Finding(subject=START, good=False, text=result.reason, fix=fix)

@@ -164,10 +164,10 @@ def _build(options: argparse.Namespace) -> int:
 
 def _load(options: argparse.Namespace) -> int:
     from x07_sandbox.backends.engine_images import DEFAULT_REFERENCE, check_reference, load
-    from x07_sandbox.backends.engines import PACKAGES
+    from x07_sandbox.backends.engines import CLIENTS
     from x07_sandbox.runs.prepare import current_image
 
-    if unknown := sorted(set(options.engines) - set(PACKAGES)):
+    if unknown := sorted(set(options.engines) - set(CLIENTS)):
         raise UsageError(
             f"cannot load an image into {unknown[0]!r}", "it is no container engine", "Use podman or docker"
         )

@@ -16,11 +16,9 @@ from x07_sandbox.cli.policy_init import BASE_FOLDER, DIFFERENT, file_name
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host.documents import MANIFEST, project_root, write_document
 from x07_sandbox.host.paths import real_path
-from x07_sandbox.host.project import ProjectFolder
 from x07_sandbox.policy.templates import TEMPLATES
 from x07_sandbox.programs.manifest import FILE
 from x07_sandbox.programs.new_manifest import ROWS, sandbox_manifest
-from x07_sandbox.programs.toolchains import MAKEFILES
 from x07_sandbox.reports.verbs import InitReport
 from x07_sandbox.x07.project import first_project
 
@@ -28,7 +26,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _FILES_MAX: Final = 10_000
-_MAKEFILE_MAX: Final = 1 << 20
 _WITH_ENTRY: Final = tuple(row.name for row in ROWS if row.entries)
 _WITH_ARTIFACT: Final = tuple(row.name for row in ROWS if row.artifact)
 _DEPTH_MAX: Final = 256  # os.walk of Python 3.11 calls itself for each level
@@ -61,7 +58,7 @@ def add_init(parser: argparse.ArgumentParser) -> None:
     made = ", ".join(_WITH_ARTIFACT)
     doc = f"file to start; only for {', '.join(_WITH_ENTRY)} (default: main, with the language's suffix)"
     parser.add_argument("--entry", type=nonempty, metavar="FILE", help=doc)
-    parser.add_argument("--artifact", metavar="FILE", help=f"file that {made} builds (default: from the Makefile)")
+    parser.add_argument("--artifact", metavar="FILE", help=f"file that {made} builds; required for {made}")
     doc = "for X07 projects: the template whose policy file x07.json names (default: default)"
     parser.add_argument("--template", choices=tuple(TEMPLATES), metavar="T", help=doc)
     add_document_flags(parser, "print one line of JSON")
@@ -78,13 +75,10 @@ def _init(options: argparse.Namespace) -> int:
     if options.toolchain is None:
         data = first_project(files, policy)
     else:
-        makefile = ""
         if options.toolchain == "make":
             with _usable(folder):
                 files = [name for name in files if not _is_built(folder / name)]
-            makefile = _makefile(folder, files)
-        chosen = {"entry": options.entry, "artifact": options.artifact}
-        data = sandbox_manifest(options.toolchain, files, makefile=makefile, **chosen)
+        data = sandbox_manifest(options.toolchain, files, entry=options.entry, artifact=options.artifact)
     with _usable(folder):
         folder.mkdir(parents=True, exist_ok=True)  # only now: an error above leaves no empty folder
     root, name = real_path(folder), MANIFEST if options.toolchain is None else FILE
@@ -156,12 +150,3 @@ def _is_built(path: Path) -> bool:
         return False
     with path.open("rb") as file:
         return file.read(8).startswith((b"\x7fELF", b"!<arch>\n"))
-
-
-def _makefile(folder: Path, files: list[str]) -> str:
-    """Return the text of the Makefile that make would use, or "" if there is none."""
-    name = next((name for name in MAKEFILES if name in files), None)
-    if name is None:
-        return ""
-    place = ProjectFolder(folder, f"cannot start a project in {folder}")
-    return place.read(name, name, _MAKEFILE_MAX).decode("utf-8", "replace")

@@ -19,7 +19,7 @@ from x07_sandbox.network.rules import NetSettings, decide, endpoint_text, make_a
 from x07_sandbox.policy.canonical import policy_digest
 from x07_sandbox.policy.complete import completion
 from x07_sandbox.policy.decode import MAX_BYTES
-from x07_sandbox.policy.problems import ADVICE, MISSING, PolicyError
+from x07_sandbox.policy.problems import ADVICE, PolicyError
 from x07_sandbox.policy.schema import fields, render_schema
 from x07_sandbox.policy.templates import BUILT_IN
 from x07_sandbox.reports.policies import CheckedFile, CheckReport, DiffReport, DigestReport, HostReport
@@ -216,7 +216,7 @@ def _checked(name: str) -> CheckedFile:
 def _completed(name: str, exc: PolicyError) -> dict[str, str]:
     """Return the text about an invalid policy and, if only fields are missing, a command that adds these fields."""
     found = None
-    if name.isprintable() and all(problem.message == MISSING for problem in exc.problems):
+    if name.isprintable():
         with contextlib.suppress(UsageError):
             found = completion(read_bounded(Path(name), "policy", MAX_BYTES))
     if found is None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from x07_sandbox.backends.registry import BY_NAME, features_of
+from x07_sandbox.backends.registry import BY_NAME, create
 from x07_sandbox.backends.selection import backend_named, backend_request, select, this_platform
 from x07_sandbox.network.names import pattern_text
 from x07_sandbox.network.rules import make_allowlist, unreachable_entries
@@ -65,7 +65,7 @@ def explanation(policy: Policy, source: str, backend_name: str | None, toolchain
     backend = None if backend_name is None else backend_named(backend_name)
     if backend is None or not (backend.built and backend.runs_on(this_platform())):
         backend = BY_NAME[select(this_platform(), backend_request(backend=backend_name, flags=("--backend",))).backend]
-    features = features_of(backend)
+    features = create(backend.name).least_features()
     plan = make_plan(policy, features, proxy_resolves=policy.may_connect and read_settings().proxy_resolves)
     values = leaf_values(policy)
     return ExplainReport(

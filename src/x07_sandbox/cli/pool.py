@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from x07_sandbox.backends.lease import GONE_S, PROTOCOL, connect_to_pool, peer_of, pool_dir, receive, send
+from x07_sandbox.backends.lease import GONE_S, PROTOCOL, connect_to_pool, pool_dir, receive, send
 from x07_sandbox.cli.console import Progress, show
 from x07_sandbox.cli.json_output import document_wanted, print_document
 from x07_sandbox.cli.parser import add_document_flags, inner_verb, whole_number
 from x07_sandbox.errors import HostError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.decoding import prepared
-from x07_sandbox.host.programs import inherited_environment
+from x07_sandbox.host.linux import peer_of
+from x07_sandbox.host.variables import inherited_environment
 from x07_sandbox.reports.verbs import PoolReport, PoolStatus
 
 if TYPE_CHECKING:

@@ -16,16 +16,17 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 from msgspec.structs import replace
 
-from x07_sandbox.backends.registry import BY_NAME, create
+from x07_sandbox.backends.registry import create
 from x07_sandbox.backends.selection import Choice
 from x07_sandbox.host import settings
 from x07_sandbox.host.cancel import Cancel
 from x07_sandbox.host.paths import state_dir
 from x07_sandbox.host.poll import wait_readable
 from x07_sandbox.host.processes import has_mark
-from x07_sandbox.host.programs import inherited_environment
+from x07_sandbox.host.variables import inherited_environment
 from x07_sandbox.images.store import find_image
 from x07_sandbox.images.verify import OpenImage, open_image
+from x07_sandbox.jobs.stopping import live_records
 from x07_sandbox.policy import Policy, default_policy
 from x07_sandbox.programs.toolchains import OUTPUT
 from x07_sandbox.runs.prepare import current_image
@@ -74,8 +75,7 @@ def request(backend: str, *args: str, **fields: Any) -> RunRequest:  # noqa: ANN
     """Return a request to run LAUNCHER with *args*, the first of which is Python code to execute."""
     fields.setdefault("source", LAUNCHER)
     fields.setdefault("policy", policy_with())
-    choice = Choice(backend=backend, sandbox_backend=BY_NAME[backend].sandbox_class)
-    return RunRequest(toolchain="python", args=args, choice=choice, **fields)
+    return RunRequest(toolchain="python", args=args, choice=Choice(backend=backend), **fields)
 
 
 class Running(NamedTuple):
@@ -166,8 +166,8 @@ class Bench:
             expect("jobs", [], [path.name for path in state_dir().glob(f"*-{runner.pid}-*-*")])
 
     def owned_by(self, pid: int) -> list[JobRecord]:
-        """Return those jobs in the backend's list that the process *pid* started."""
-        return [record for record in self.backend.list_owned() if record.run_id.split("-")[1] == str(pid)]
+        """Return the live jobs of the backend that the process *pid* started."""
+        return [record for record in live_records(self.backend.name) if record.run_id.split("-")[1] == str(pid)]
 
 
 def read_line(fd: int) -> str:

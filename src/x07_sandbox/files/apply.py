@@ -27,9 +27,9 @@ from x07_sandbox.files.inode import MISSING, ConflictError, conflict_error
 from x07_sandbox.files.journal import Head, Place
 from x07_sandbox.files.protected import completed_repository, why_repository
 from x07_sandbox.files.staging import Planner, fill, undo_changes
-from x07_sandbox.host import beneath, close_on_fork, settings
+from x07_sandbox.host import beneath, close_on_fork, linux, settings
 from x07_sandbox.host.locks import lock_fd_held
-from x07_sandbox.host.paths import private_dir
+from x07_sandbox.host.paths import closing_fd, private_dir
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -51,6 +51,7 @@ _FIXES: Final = {
     errno.EPERM: "Apply the changes as the owner of the files and a member of their groups",
     errno.EXDEV: "Unmount that file system, grant it as a separate folder, or add --skip",
     errno.EBUSY: "Unmount that file system",
+    errno.ENOSYS: "Use Linux 5.6 or newer, without a seccomp filter that blocks openat2",
 }
 
 
@@ -175,7 +176,7 @@ def _execute(folder: Path, head: Head, sites: list[Site], planner: Planner, inve
             started = number
             apply_steps.apply_step(sites[step.place], step)
         for site in sites:
-            beneath.sync(site.fd)
+            linux.sync(site.fd)
         roots = (
             one.root if one.site.keeps_modes else with_actual_modes(one.root, one.site.fd, one.prefix)
             for one in inverse
@@ -304,6 +305,7 @@ def _sites(
                 fd = beneath.open_root(path)
             except OSError as exc:
                 if exc.errno not in MISSING:
+                    exc.filename = path
                     raise
                 raise _moved(path, recorded) from exc
             stack.callback(close_on_fork.close, close_on_fork.add(fd))  # a copy in a forked child would keep the lock
@@ -335,7 +337,7 @@ def _check_unmoved(path: str, site: Site, recorded: dict[str, Place] | None) -> 
         fd = beneath.open_root(path)
     except OSError as exc:
         raise _moved(path, recorded) from exc
-    with beneath.closing_fd(fd):
+    with closing_fd(fd):
         info = os.fstat(fd)
     if (info.st_dev, info.st_ino) != site.place.ident:
         raise _moved(path, recorded)

@@ -10,7 +10,7 @@ import msgspec
 
 from x07_sandbox.channel.trees import can_hold_names
 from x07_sandbox.errors import PeerError
-from x07_sandbox.files.changes import STAGING, Change, Node, Refused, parent_folders, printable, same_node
+from x07_sandbox.files.changes import STAGING, Change, Node, Refused, is_folder, parent_folders, printable, same_node
 from x07_sandbox.files.copy import DEPTH_MAX, FIELDS, NUMBER_MAX, link_stays_inside, value_for, why_left_out
 from x07_sandbox.files.dependencies import renames, with_dependents
 from x07_sandbox.files.link_targets import OUT, Links
@@ -113,7 +113,7 @@ class _Check(NamedTuple):
         changes = [
             Change(name=name, before=before.get(name), after=after.get(name))
             for name in sorted({*before, *after})
-            if not same_node(before.get(name), after.get(name)) and (name or not _is_folder(after.get(name)))
+            if not same_node(before.get(name), after.get(name)) and (name or not is_folder(after.get(name)))
         ]
         moved = _moved(changes)
         links = Links(after, skipped)
@@ -135,10 +135,6 @@ class _Check(NamedTuple):
 
 def _protected(name: str, why: str) -> Refused:
     return Refused(name=name, rule="protected", why=why, flag="--allow-protected")
-
-
-def _is_folder(node: Node | None) -> bool:
-    return node is not None and node.kind == "folder"
 
 
 def _near(reported: Iterable[ReportedEntry], most: int) -> tuple[list[ReportedEntry], list[Refused]]:
@@ -179,8 +175,7 @@ def _after(before: Mapping[str, Node], reported: Iterable[ReportedEntry]) -> tup
     whole = after.get("")  # None for a missing root, which is created as a folder
     for name in after:
         above = name.rpartition("/")[0]
-        is_folder = _is_folder(after.get(above)) or (not above and whole is None) or above in others
-        if name and not is_folder:
+        if name and not (is_folder(after.get(above)) or (not above and whole is None) or above in others):
             raise PeerError("bad changes", "an entry lies in something that is not a folder")
     return after, refused
 
@@ -284,7 +279,7 @@ def _by_place(changes: Iterable[Change], skipped: Mapping[str, Skipped], bounds:
         # A hidden entry is already refused because of its name.
         if there is not None and change.after is not None and there.reason != "hidden":
             yield _by_skipped(change.name, "replaces an existing entry", change.name, there, bounds)
-        if _is_folder(change.before) and not _is_folder(change.after):
+        if is_folder(change.before) and not is_folder(change.after):
             folders.add(change.name)
     if not folders:
         return
@@ -310,7 +305,7 @@ def _by_skipped(name: str, why: str, skipped: str, there: Skipped, bounds: Bound
 
 def _by_action(change: Change, allowed: AllowedActions, moved: set[str]) -> Iterator[Refused]:
     name, before, after = change.name, change.before, change.after
-    if _is_folder(after) and not _is_folder(before) and not allowed.mkdir and name not in allowed.created:
+    if is_folder(after) and not is_folder(before) and not allowed.mkdir and name not in allowed.created:
         yield Refused(name=name, rule="fs.allow_mkdir", why="new folder, and fs.allow_mkdir is false", value=True)
     lost = before is not None and (after is None or after.kind != before.kind)
     if not lost:
@@ -327,5 +322,5 @@ def _moved(changes: Sequence[Change]) -> set[str]:
     """Return the removed names whose content now has another name, and removed folders with only such names."""
     removed = {change.name: change.before for change in changes if change.before is not None and change.after is None}
     moved = {name for name, _ in renames(changes) if name in removed}
-    lost = {name for name, node in removed.items() if name not in moved and not _is_folder(node)}
+    lost = {name for name, node in removed.items() if name not in moved and not is_folder(node)}
     return (moved | (removed.keys() & parent_folders(moved))) - parent_folders(lost)

@@ -45,6 +45,11 @@ def same_node(one: Node | None, other: Node | None) -> bool:
     return msgspec.structs.replace(one, at=None) == msgspec.structs.replace(other, at=None)
 
 
+def is_folder(node: Node | None) -> bool:
+    """Return whether a node exists and is a folder."""
+    return node is not None and node.kind == "folder"
+
+
 class Change(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The change of one name below a root. The name's parts are separated by '/' and decoded by os.fsdecode.
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import msgspec
 
 from x07_sandbox.errors import HostError
-from x07_sandbox.files.changes import STAGING, Change, Node, same_node
+from x07_sandbox.files.changes import STAGING, Change, Node, is_folder, same_node
 from x07_sandbox.files.inode import open_inode
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def root_anchor(root: RootChanges) -> tuple[str, str]:
     The anchor is the parent folder if the root may be created or removed, else the root itself, with the name "".
     """
     whole = next((change for change in root.changes if not change.name), None)
-    stays = whole is None or (_kind(whole.before) == _kind(whole.after) == "folder")
+    stays = whole is None or (is_folder(whole.before) and is_folder(whole.after))
     if stays and not root.missing:
         return root.root, ""
     folder, name = posixpath.split(root.root)
@@ -87,7 +87,7 @@ def compare_root(root: RootChanges, dir_fd: int, prefix: str, undo: Mapping[tupl
     if root.missing:
         changes, fits = _as_missing(changes, dir_fd, prefix)
         conflicts += [] if fits else [root.root]
-    folders = {change.name for change in changes if _kind(change.after) == "folder"}
+    folders = {change.name for change in changes if is_folder(change.after)}
     removed = {change.name for change in changes if change.before is not None and change.after is None}
     items: list[Item] = []
     applied: set[str] = set()
@@ -99,7 +99,7 @@ def compare_root(root: RootChanges, dir_fd: int, prefix: str, undo: Mapping[tupl
                 if _fits(found, change.after) or _is_applied(found, change, undo.get((root.root, change.name))):
                     applied.add(change.name)
                 items.append(Item(name, change, found.info if found else None))
-                if good and found and _kind(change.before) == "folder" != _kind(change.after):
+                if good and found and is_folder(change.before) and not is_folder(change.after):
                     names = (posixpath.join(change.name, part) for part in found.names())
                     conflicts += [posixpath.join(root.root, part) for part in names if part not in removed]
         except OSError as exc:
@@ -146,7 +146,7 @@ def _as_missing(changes: list[Change], dir_fd: int, prefix: str) -> tuple[list[C
             return [whole or Change(name="", before=None, after=created), *rest], True
         if found.kind != "folder":
             return changes, False
-        if whole and _kind(whole.after) == "folder" and whole.before is None:
+        if whole and is_folder(whole.after) and whole.before is None:
             now = Node(kind="folder", mode=found.mode & 0o777)
             rest = [msgspec.structs.replace(whole, before=now), *rest]
         elif whole:
@@ -167,7 +167,7 @@ def _check_root(root: RootChanges) -> None:
             continue
         _check_node(change.after, where)
         parent = by_name.get("/".join(parts[:-1])) if parts else None
-        if parent is not None and _kind(parent.after) != "folder":
+        if parent is not None and not is_folder(parent.after):
             raise ValueError(f"{where} would lie in something that is not a folder")
         if change.after.kind == "file" and change.after.at is None and not _same_content(change):
             raise ValueError(f"{where} has no content")
@@ -178,7 +178,7 @@ def _check_nested(root: RootChanges, inner: list[str]) -> None:
     for change in root.changes if names else ():
         for name in names:
             below = f"{change.name}/"
-            removes = change.name and name.startswith(below) and _kind(change.after) != "folder"
+            removes = change.name and name.startswith(below) and not is_folder(change.after)
             if below.startswith(name) or removes:
                 raise ValueError(f"{change.name!r} below {root.root!r} affects the root {name!r} inside it")
 
@@ -206,11 +206,7 @@ def _same_content(change: Change) -> bool:
 
 def only_mode(change: Change) -> bool:
     """Return whether a change affects only the mode."""
-    return _same_content(change) or _kind(change.before) == _kind(change.after) == "folder"
-
-
-def _kind(node: Node | None) -> str | None:
-    return node.kind if node else None
+    return _same_content(change) or (is_folder(change.before) and is_folder(change.after))
 
 
 def _below(prefix: str, name: str) -> str:

@@ -27,11 +27,12 @@ from x07_sandbox.files.changes import Node, parent_folders
 from x07_sandbox.files.contents import add_zeros
 from x07_sandbox.files.roots import Mount
 from x07_sandbox.host import beneath, settings
+from x07_sandbox.host.paths import closing_fd
 from x07_sandbox.plan.guest_paths import is_below
 from x07_sandbox.policy.limits import FILE_BYTES, flag_for_file, size_text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
     from typing import BinaryIO
 
     from x07_sandbox.files.changes import Rule
@@ -170,14 +171,14 @@ class _Walk:
     def run(self) -> None:
         top = self._open()
         if top is not None:
-            with beneath.closing_fd(top) as fd:
+            with closing_fd(top) as fd:
                 info = os.fstat(fd)
                 if self._tree.only:
                     only = self._tree.only
                     self._retried(lambda: self._file(fd, only, only, info.st_dev), only)
                 else:
                     self._put(Entry(Kind.FOLDER, b"", mode=info.st_mode & 0o777, mtime_ns=info.st_mtime_ns), "")
-                    self._folders(fd, info.st_dev)
+                    self._folders(fd, "", info.st_dev)
         self._places()
         self._out.write(Entry(Kind.END, b"").encoded())
 
@@ -232,24 +233,13 @@ class _Walk:
             fix = "Check the path and its permissions"
             raise UsageError(f"cannot copy {host} into the VM", exc.strerror or str(exc), fix) from exc
 
-    def _folders(self, top: int, device: int) -> None:
-        stack: list[tuple[int, str, Iterator[str]]] = [(top, "", iter(self._names(top, "")))]
-        try:
-            while stack:
-                fd, prefix, names = stack[-1]
-                name = next(names, None)
-                if name is None:
-                    stack.pop()
-                    if fd != top:
-                        os.close(fd)
-                    continue
-                inner = self._entry(fd, name, f"{prefix}{name}", device)
-                if inner is not None:
-                    stack.append((inner, f"{prefix}{name}/", iter(self._names(inner, f"{prefix}{name}"))))
-        finally:
-            for fd, _, _ in stack:
-                if fd != top:
-                    os.close(fd)
+    def _folders(self, fd: int, prefix: str, device: int) -> None:
+        """Pack the entries of a folder. The depth is limited, so this function may call itself."""
+        for part in self._names(fd, prefix.removesuffix("/")):
+            inner = self._entry(fd, part, f"{prefix}{part}", device)
+            if inner is not None:
+                with closing_fd(inner):
+                    self._folders(inner, f"{prefix}{part}/", device)
 
     def _names(self, fd: int, name: str) -> list[str]:
         try:
@@ -336,7 +326,7 @@ class _Walk:
 
     def _file(self, folder: int, part: str, name: str, device: int) -> None:
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-        with beneath.closing_fd(os.open(part, flags, dir_fd=folder)) as fd:
+        with closing_fd(os.open(part, flags, dir_fd=folder)) as fd:
             before = os.fstat(fd)
             if not stat.S_ISREG(before.st_mode):  # it was replaced after its stat
                 raise _changed(part)
@@ -466,7 +456,7 @@ def _holds_links(folder: int, part: str) -> bool:
         fd = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
     except OSError:
         return False
-    with beneath.closing_fd(fd), os.scandir(fd) as entries:
+    with closing_fd(fd), os.scandir(fd) as entries:
         return any(entry.is_symlink() for entry in itertools.islice(entries, 100))
 
 

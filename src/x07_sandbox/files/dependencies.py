@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from msgspec.structs import replace
 
-from x07_sandbox.files.changes import parent_folders
+from x07_sandbox.files.changes import is_folder, parent_folders
 from x07_sandbox.files.copy import DEPTH_MAX
 
 if TYPE_CHECKING:
@@ -78,12 +78,13 @@ def unmet(root: RootChanges, selected: AbstractSet[str]) -> tuple[str, str] | No
     every = (*root.changes, *root.left_out)
     others = {change.name: change for change in every if change.name not in selected}
     holding = {folder: name for name in others for folder in _above(name)}
+    made = {name for name, other in others.items() if is_folder(other.after) and not is_folder(other.before)}
     for change in every if others else ():
         after = change.after if change.name in selected else None
         way = _link_path(change.name, after.target) if after is not None and after.kind == "link" else ()
         needed = [name for name in way if name in others and _redirects(others[name])]
         above = _above(change.name) if after is not None else ()
-        needed += [name for name in above if name in others and _makes_folder(others[name])]
+        needed += filter(made.__contains__, above)
         if change.name in selected & holding.keys() and removes_folder(change):
             needed.append(holding[change.name])
         if needed:
@@ -122,21 +123,13 @@ def _above(name: str) -> Iterator[str]:
 
 def removes_folder(change: Change) -> bool:
     """Return whether a folder is deleted, or replaced by a file or a link."""
-    return _is_folder(change.before) and not _is_folder(change.after)
+    return is_folder(change.before) and not is_folder(change.after)
 
 
 def _redirects(change: Change) -> bool:
     """Return whether a link or a folder stops being what it was."""
-    is_kept = _is_folder(change.before) and _is_folder(change.after)
+    is_kept = is_folder(change.before) and is_folder(change.after)
     return change.before is not None and change.before.kind != "file" and not is_kept
-
-
-def _makes_folder(change: Change) -> bool:
-    return _is_folder(change.after) and not _is_folder(change.before)
-
-
-def _is_folder(node: Node | None) -> bool:
-    return node is not None and node.kind == "folder"
 
 
 def renames(changes: Iterable[Change]) -> Iterator[tuple[str, str]]:

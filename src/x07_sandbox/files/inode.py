@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 from x07_sandbox.errors import SandboxError
 from x07_sandbox.files import contents
 from x07_sandbox.host import beneath
+from x07_sandbox.host.paths import closing_fd
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -114,7 +115,7 @@ class OpenInode:
 
     def _sha256(self, size: int) -> str:
         if not self._digest:
-            with beneath.closing_fd(self.open_file()) as fd:
+            with closing_fd(self.open_file()) as fd:
                 self._digest = contents.digest(fd, size)
         return self._digest
 

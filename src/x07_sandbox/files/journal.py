@@ -20,13 +20,12 @@ import msgspec
 from x07_sandbox.errors import HostError
 from x07_sandbox.files.changes import Node
 from x07_sandbox.files.inode import Ident
-from x07_sandbox.host.beneath import closing_fd
 from x07_sandbox.host.decoding import prepared
+from x07_sandbox.host.paths import closing_fd, replace_file
 
 Phase = Literal["staging", "journal", "committed"]
 StepKind = Literal["mode", "remove", "replace", "add"]
 _PHASES: Final[tuple[Phase, ...]] = ("committed", "journal", "staging")  # the later one counts
-_PART: Final = ".part"
 _VERSION: Final = 1
 
 
@@ -108,8 +107,8 @@ def pending(folder: Path) -> bool:
 def remove(folder: Path) -> None:
     """Remove the journal. Raises OSError."""
     for phase in reversed(_PHASES):
-        for name in (phase, phase + _PART):
-            (folder / name).unlink(missing_ok=True)
+        for path in (folder / phase, *folder.glob(f".{phase}.*")):  # and what a killed replace_file() left
+            path.unlink(missing_ok=True)
 
 
 def read(folder: Path) -> tuple[Phase, Head, list[Step]] | None:
@@ -129,15 +128,7 @@ def _decode(line: bytes, model: type[_Line]) -> _Line:
 
 
 def _write(folder: Path, phase: Phase, head: Head, steps: Iterable[Step]) -> None:
-    part = folder / (phase + _PART)
-    part.unlink(missing_ok=True)
-    fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    with os.fdopen(fd, "wb") as file:
-        for value in (head, *steps):
-            file.write(_encode(value))
-        file.flush()
-        os.fsync(fd)
-    part.rename(folder / phase)
+    replace_file(folder / phase, b"".join(map(_encode, (head, *steps))), sync=True)
     _sync_folder(folder)
 
 

@@ -8,15 +8,16 @@ import os
 import re
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
 import msgspec
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from x07_sandbox.files.changes import Change, ChangeSet, Node, RootChanges
 
+    _Code = tuple[Literal["replace", "delete", "insert", "equal"], int, int, int, int]
     Content = Callable[[str, str, Node], bytes | None]  # of a node, given its root and name; None if it is missing
 
 TEXT_MAX: Final = 1 << 20
@@ -198,6 +199,17 @@ class _Bounded(difflib.SequenceMatcher[bytes]):
         return super().find_longest_match(alo, ahi, blo, bhi)
 
 
+class _Compared(difflib.SequenceMatcher[bytes]):
+    """Matcher whose opcodes are known already, to be grouped."""
+
+    def __init__(self, codes: list[_Code]) -> None:
+        super().__init__(None, (), ())
+        self._codes = codes
+
+    def get_opcodes(self) -> list[_Code]:
+        return self._codes
+
+
 def hunks(old: bytes, new: bytes, work: Work) -> Iterator[bytes]:
     """Yield the hunks of a unified diff. work: the budget, which every compared pair of lines reduces."""
     one, two = _lines(old), _lines(new)
@@ -208,11 +220,17 @@ def hunks(old: bytes, new: bytes, work: Work) -> Iterator[bytes]:
     while end < min(len(one), len(two)) - start and one[-1 - end] == two[-1 - end]:
         end += 1
     middle = one[start : len(one) - end], two[start : len(two) - end]
-    if max(map(len, middle)) > _COMPARED_MAX:
-        blocks = [("replace", 0, len(middle[0]), 0, len(middle[1]))]
-    else:
-        blocks = [code for code in _Bounded(*middle, work).get_opcodes() if code[0] != "equal"]
-    for group in _grouped([(a + start, b + start, c + start, d + start) for _, a, b, c, d in blocks]):
+    codes: list[_Code] = [("replace", 0, len(middle[0]), 0, len(middle[1]))]
+    if max(map(len, middle)) <= _COMPARED_MAX:
+        codes = _Bounded(*middle, work).get_opcodes()
+    codes = [(tag, a + start, b + start, c + start, d + start) for tag, a, b, c, d in codes]
+    if codes:
+        codes = [
+            ("equal", 0, start, 0, start),
+            *codes,
+            ("equal", len(one) - end, len(one), len(two) - end, len(two)),
+        ]
+    for group in _Compared(codes).get_grouped_opcodes(_CONTEXT):
         yield from _hunk(one, two, group)
 
 
@@ -223,34 +241,15 @@ def _lines(data: bytes) -> list[bytes]:
     return [*found, last] if last else found
 
 
-def _grouped(blocks: list[tuple[int, int, int, int]]) -> Iterator[list[tuple[int, int, int, int]]]:
-    group: list[tuple[int, int, int, int]] = []
-    for block in blocks:
-        if group and block[0] - group[-1][1] > 2 * _CONTEXT:
-            yield group
-            group = []
-        group.append(block)
-    if group:
-        yield group
-
-
-def _hunk(one: list[bytes], two: list[bytes], group: list[tuple[int, int, int, int]]) -> Iterator[bytes]:
-    first, last = group[0], group[-1]
-    lead = min(_CONTEXT, first[0])
-    trail = min(_CONTEXT, len(one) - last[1])
-    lines: list[bytes] = []
-    at = first[0] - lead
-    for old_from, old_to, new_from, new_to in group:
-        lines += [b" " + line for line in one[at:old_from]]
-        lines += [b"-" + line for line in one[old_from:old_to]]
-        lines += [b"+" + line for line in two[new_from:new_to]]
-        at = old_to
-    lines += [b" " + line for line in one[at : at + trail]]
-    old_size = last[1] + trail - (first[0] - lead)
-    new_size = last[3] + trail - (first[2] - lead)
-    yield b"@@ -%s +%s @@\n" % (_range(first[0] - lead, old_size), _range(first[2] - lead, new_size))
-    for line in lines:
-        yield line if line.endswith(b"\n") else line + b"\n\\ No newline at end of file\n"
+def _hunk(one: list[bytes], two: list[bytes], group: Sequence[tuple[str, int, int, int, int]]) -> Iterator[bytes]:
+    (_, old_from, _, new_from, _), (_, _, old_to, _, new_to) = group[0], group[-1]
+    yield b"@@ -%s +%s @@\n" % (_range(old_from, old_to - old_from), _range(new_from, new_to - new_from))
+    for tag, a, b, c, d in group:
+        lines = [b" " + line for line in one[a:b]]
+        if tag != "equal":
+            lines = [*(b"-" + line for line in one[a:b]), *(b"+" + line for line in two[c:d])]
+        for line in lines:
+            yield line if line.endswith(b"\n") else line + b"\n\\ No newline at end of file\n"
 
 
 def _range(start: int, size: int) -> bytes:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from x07_sandbox.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from x07_sandbox.host.project import ProjectFolder
 
@@ -94,7 +94,7 @@ class Walk:
             if part.text == _ANY and at + 1 == len(self._parts[number]):
                 self._matched.add(number)  # `**` also matches no folder
         found = []
-        for part_name, kind in self._listed(fd, folder, None if others else plain):
+        for part_name, kind in self._listed(fd, folder):
             matched, inner = self._step(part_name, (*others, *plain.get(part_name, ())))
             if not matched and not inner:
                 continue
@@ -105,25 +105,13 @@ class Walk:
             found.append((name, bool(matched) and not is_folder, inner if is_folder else set()))
         return found
 
-    def _listed(self, fd: int, folder: str, plain: Iterable[str] | None) -> Iterator[tuple[str, int]]:
-        """Yield the names in a folder and their types, without following links. plain: check only these names."""
+    def _listed(self, fd: int, folder: str) -> Iterator[tuple[str, int]]:
+        """Yield the names in a folder and their types, without following links."""
         try:
-            if plain is None:
-                inner = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-                try:
-                    with os.scandir(inner) as entries:
-                        for entry in entries:
-                            self._count()
-                            yield entry.name, _kind(entry)
-                finally:
-                    os.close(inner)
-                return
-            for name in plain:
-                self._count()
-                try:
-                    yield name, stat.S_IFMT(os.stat(name, dir_fd=fd, follow_symlinks=False).st_mode)
-                except (FileNotFoundError, ValueError):
-                    continue
+            with os.scandir(f"/proc/self/fd/{fd}") as entries:
+                for entry in entries:
+                    self._count()
+                    yield entry.name, _kind(entry)
         except OSError as exc:
             why = f"{folder or 'the folder itself'} cannot be read ({exc.strerror or exc})"
             raise self._folder.refused(why, "Make that folder readable, or remove it from the project") from exc

@@ -140,34 +140,21 @@ def _look(root: Root) -> str:
     """Return a root's kind: `folder`, `file` or `missing`. Raises UsageError for other kinds and paths with links."""
     out = root.field == "--out"
     what = f"cannot use --out {root.given}" if out else f"cannot copy {root.given} into the VM"
-    parts = PurePosixPath(root.host).parts[1:]
-    mode = stat.S_IFDIR
-    fd = os.open("/", os.O_PATH | os.O_CLOEXEC)
-    try:
-        for number, part in enumerate(parts):
-            try:
-                inner = os.open(part, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
-            except FileNotFoundError as exc:
-                if root.write and number == len(parts) - 1:
-                    return "missing"
-                missing = "/" + "/".join(parts[: number + 1])
-                fix = f"Create {missing}, or omit {_origin(root)}"
-                raise UsageError(what, f"{missing} does not exist", fix) from exc
-            except OSError as exc:
-                why = f"{root.host} cannot be opened ({exc.strerror})"
-                raise UsageError(what, why, "Check the path and its permissions") from exc
-            os.close(fd)
-            fd = inner
-            mode = os.fstat(fd).st_mode
-            if stat.S_ISLNK(mode):
-                link = "/" + "/".join(parts[: number + 1])
-                raise UsageError(what, f"{link} is a symbolic link", f"Use the path {os.path.realpath(root.host)}")
-        if stat.S_ISDIR(mode):
-            return "folder"
-        if stat.S_ISREG(mode):
-            if out:
-                raise UsageError(what, f"{root.host} is a file", "Use --out with a folder")
-            return "file"
+    path, mode = Path(root.host), 0
+    for here in (*reversed(path.parents), path):
+        try:
+            mode = here.lstat().st_mode
+        except FileNotFoundError as exc:
+            if root.write and here == path:
+                return "missing"
+            raise UsageError(what, f"{here} does not exist", f"Create {here}, or omit {_origin(root)}") from exc
+        except OSError as exc:
+            why = f"{root.host} cannot be opened ({exc.strerror})"
+            raise UsageError(what, why, "Check the path and its permissions") from exc
+        if stat.S_ISLNK(mode):
+            raise UsageError(what, f"{here} is a symbolic link", f"Use the path {os.path.realpath(root.host)}")
+    if stat.S_ISREG(mode) and out:
+        raise UsageError(what, f"{root.host} is a file", "Use --out with a folder")
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise UsageError(what, f"{root.host} is neither a file nor a folder", "Use the path of a file or folder")
-    finally:
-        os.close(fd)
+    return "folder" if stat.S_ISDIR(mode) else "file"

@@ -15,7 +15,7 @@ from x07_sandbox.files.changes import same_node
 from x07_sandbox.files.checks import only_mode
 from x07_sandbox.files.inode import open_inode
 from x07_sandbox.files.journal import Step, StepKind
-from x07_sandbox.host.beneath import closing_fd
+from x07_sandbox.host.paths import closing_fd
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

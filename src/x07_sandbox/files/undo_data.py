@@ -18,8 +18,7 @@ from x07_sandbox.files import changes as data_model
 from x07_sandbox.files import contents
 from x07_sandbox.files.apply_steps import OLD, displaced_slot
 from x07_sandbox.files.inode import open_inode
-from x07_sandbox.host.beneath import closing_fd
-from x07_sandbox.host.paths import replace_file
+from x07_sandbox.host.paths import closing_fd, replace_file
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -17,6 +17,14 @@ from x07_sandbox.guest.system import children_of, read_file, write_file
 _ROOT: Final = "/sys/fs/cgroup"
 _GROUP: Final = f"{_ROOT}/x07"
 _GONE_S: Final = 5.0
+# Each counter: its controller, its file in versions 2 and 1, and the keys of its lines if the file has several lines.
+_COUNTERS: Final[tuple[tuple[str, ...], ...]] = (
+    ("tasks_refused", "pids", "pids.events", "pids.events", "max"),
+    ("tasks_peak", "pids", "pids.peak", "pids.peak"),
+    ("memory_bytes", "memory", "memory.current", "memory.usage_in_bytes"),
+    ("memory_peak_bytes", "memory", "memory.peak", "memory.max_usage_in_bytes"),
+    ("oom_kills", "memory", "memory.events", "memory.oom_control", "oom_kill", "oom_group_kill"),
+)
 
 
 class NoGroup:
@@ -27,16 +35,16 @@ class NoGroup:
     KILLS: whether the group can kill all its processes. If not, init kills them. OF_COMMAND: whether it holds one
     command, not all.
     COUNTERS: for each counter, its control file, and the keys of the relevant lines if the file has several lines.
-    SHOWN: the group's folder that the program may read, or "" if there is none.
+    shown: the group's folder that the program may read, or "" if there is none.
     """
 
     KILLS: ClassVar[bool] = False
     OF_COMMAND: ClassVar[bool] = False
     COUNTERS: ClassVar[dict[str, tuple[str, ...]]] = {}
-    SHOWN: ClassVar[str] = ""
 
     def __init__(self, folder: str = "") -> None:
         self._folder = folder
+        self.shown = ""
         self._counters = self.COUNTERS
         self._limits = (0, 0)
 
@@ -86,13 +94,7 @@ class HostGroup(NoGroup):
     """A version 2 group at *folder*, made by the host, with the controllers that are available there."""
 
     KILLS = True
-    COUNTERS: ClassVar[dict[str, tuple[str, ...]]] = {
-        "tasks_refused": ("pids.events", "max"),
-        "tasks_peak": ("pids.peak",),
-        "memory_bytes": ("memory.current",),
-        "memory_peak_bytes": ("memory.peak",),
-        "oom_kills": ("memory.events", "oom_kill", "oom_group_kill"),
-    }
+    COUNTERS: ClassVar[dict[str, tuple[str, ...]]] = {name: (file, *keys) for name, _, file, _, *keys in _COUNTERS}
 
     def __init__(self, folder: str) -> None:
         super().__init__(folder)
@@ -137,8 +139,6 @@ class HostGroup(NoGroup):
 class RootGroup(HostGroup):
     """A version 2 group made by this process, which owns the whole hierarchy."""
 
-    SHOWN = _GROUP
-
     def __init__(self) -> None:
         write_file(f"{_ROOT}/cgroup.subtree_control", "+memory +pids +cpu")
         os.mkdir(_GROUP)
@@ -165,6 +165,10 @@ class _CommandGroup(HostGroup):
 
     OF_COMMAND = True
 
+    def __init__(self, folder: str) -> None:
+        super().__init__(folder)
+        self.shown = folder
+
     def remove(self) -> None:
         """Remove the group, unless a process of the command is left in it."""
         with contextlib.suppress(OSError):
@@ -188,11 +192,7 @@ class HostGroupsV1(NoGroup):
     """Version 1 groups below *folder*, made by the host for the controllers memory, pids and cpuacct, if they exist."""
 
     COUNTERS: ClassVar[dict[str, tuple[str, ...]]] = {
-        "tasks_refused": ("pids/pids.events", "max"),
-        "tasks_peak": ("pids/pids.peak",),
-        "memory_bytes": ("memory/memory.usage_in_bytes",),
-        "memory_peak_bytes": ("memory/memory.max_usage_in_bytes",),
-        "oom_kills": ("memory/memory.oom_control", "oom_kill"),
+        name: (f"{controller}/{file}", *keys) for name, controller, _, file, *keys in _COUNTERS
     }
 
     def __init__(self, folder: str) -> None:

@@ -17,7 +17,8 @@ import socket
 from collections.abc import Callable
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 
-from x07_sandbox.guest import execution, interpreter, restrict, system
+from x07_sandbox import kernel
+from x07_sandbox.guest import execution, interpreter, system, waiting
 
 T = TypeVar("T")
 
@@ -177,10 +178,10 @@ def _tmpfs(path: str) -> None:
 
 def _temporary(world: World) -> None:
     _tmpfs(f"{ROOT}/tmp")  # noqa: S108 - in the guest
-    system.mount("tmpfs", f"{ROOT}/run", "tmpfs", system.MS_NOSUID | system.MS_NODEV, "mode=0755,size=64k")
+    system.mount("tmpfs", f"{ROOT}/run", "tmpfs", system.MS_NOSUID | system.MS_NODEV, "mode=0755,size=128k")
     if world.preload is not None:
-        os.mkdir(f"{ROOT}{interpreter.FOLDER}")
-        with open(f"{ROOT}{interpreter.FOLDER}/sitecustomize.py", "x", encoding="utf-8") as file:
+        os.mkdir(f"{ROOT}{waiting.FOLDER}")
+        with open(f"{ROOT}{waiting.FOLDER}/sitecustomize.py", "x", encoding="utf-8") as file:
             file.write(interpreter.hook(world.preload))
     system.bind(MACHINE_ID, f"{ROOT}/etc/machine-id", system.MS_RDONLY)
     if world.network:
@@ -221,15 +222,15 @@ def rules(world: World) -> None:
     This is done before the VM is saved, since a clone would need time for each rule. `_programs` adds the job's rules.
     `restrict` enforces the ruleset if the job has an execution list.
     """
-    fd = system.landlock_ruleset(files=system.FS_EXECUTE | system.FS_READ_FILE | system.FS_REFER)
-    os.dup2(fd, interpreter.RULES_FD, inheritable=world.preload is not None)
+    fd = kernel.landlock_ruleset(kernel.EXECUTE | kernel.READ_FILE | kernel.REFER)
+    os.dup2(fd, waiting.RULES_FD, inheritable=world.preload is not None)
     os.close(fd)
     # Do not forbid moving files between folders.
-    system.landlock_allow(interpreter.RULES_FD, "/", system.FS_REFER)
+    kernel.landlock_allow(waiting.RULES_FD, "/", kernel.REFER)
     own = [f"/{name}" for name in sorted(_OWN) if os.path.isdir(f"/{name}")]
     for path in (*own, *world.readable):
         with contextlib.suppress(FileNotFoundError):  # on a shared system, it may have been removed
-            system.landlock_allow(interpreter.RULES_FD, path, system.FS_READ_FILE)
+            kernel.landlock_allow(waiting.RULES_FD, path, kernel.READ_FILE)
     for path in _LOADERS:  # the kernel executes them with every program
         with contextlib.suppress(FileNotFoundError):
             execution.allow_program(path)
@@ -245,8 +246,8 @@ def root_mode(flags: int) -> None:
 def forget_interpreter() -> None:
     """Remove the waiting interpreter's start-up module from the file system that the program sees."""
     _remount("/run", 0)
-    os.unlink(f"{interpreter.FOLDER}/sitecustomize.py")
-    os.rmdir(interpreter.FOLDER)
+    os.unlink(f"{waiting.FOLDER}/sitecustomize.py")
+    os.rmdir(waiting.FOLDER)
     _remount("/run", system.MS_RDONLY)
 
 
@@ -324,9 +325,8 @@ def _control_group(world: World) -> None:
 
 def no_capabilities(_world: World) -> None:
     """Drop the bounding and ambient sets, so that nothing that this process executes has capabilities."""
-    for cap in range(int(system.read_file("/proc/sys/kernel/cap_last_cap")) + 1):
-        system.prctl(system.PR_CAPBSET_DROP, cap)
-    system.prctl(system.PR_CAP_AMBIENT, system.PR_CAP_AMBIENT_CLEAR_ALL)
+    kernel.drop_bounding_set()
+    kernel.prctl(kernel.PR_CAP_AMBIENT, kernel.PR_CAP_AMBIENT_CLEAR_ALL)
 
 
 def _own_user(_world: World) -> None:
@@ -336,7 +336,7 @@ def _own_user(_world: World) -> None:
 
 
 def _no_new_privileges(_world: World) -> None:
-    system.prctl(system.PR_SET_NO_NEW_PRIVS, 1)
+    kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
 
 
 def scopes(_world: World) -> None:
@@ -345,16 +345,15 @@ def scopes(_world: World) -> None:
     The namespaces forbid them already; this is a second barrier.
     """
     # Measured: if a later ruleset handles files, this one must allow moving them too.
-    fd = system.landlock_ruleset(files=system.FS_REFER, scopes=system.SCOPE_SIGNAL | system.SCOPE_ABSTRACT_UNIX_SOCKET)
-    system.landlock_allow(fd, "/", system.FS_REFER)
-    restrict.exec_functions()[0](b"", fd)
+    fd = kernel.landlock_ruleset(kernel.REFER, scopes=kernel.SCOPES)
+    kernel.landlock_allow(fd, "/", kernel.REFER)
+    kernel.landlock_restrict(fd)
     os.close(fd)
 
 
 def _system_calls(world: World) -> None:
-    restrict_self, _ = restrict.exec_functions()
-    restrict_self(world.quiet_filter, -1, recorded=False)
-    restrict_self(world.base_filter, -1)
+    kernel.load_filter(world.quiet_filter)
+    kernel.load_filter(world.base_filter, audited=True)
 
 
 def _fresh_signals(_world: World) -> None:

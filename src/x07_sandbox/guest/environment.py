@@ -101,7 +101,7 @@ class Environment:
             readable=filters.readable_places() if platform.filtered else [],
             namespaces=platform.namespaces,
             network=network,
-            group_folder=self.group.SHOWN,
+            group_folder=self._first.group.shown,
             program_uid=-1 if platform.program_uid is None else platform.program_uid,
         )
         self.relay = platform.relay(world.netns_fd) if network else None

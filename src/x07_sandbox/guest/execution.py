@@ -6,7 +6,8 @@ import functools
 import os
 from typing import NamedTuple
 
-from x07_sandbox.guest import interpreter, system
+from x07_sandbox import kernel
+from x07_sandbox.guest import system, waiting
 
 
 class ExecutionRules(NamedTuple):
@@ -29,7 +30,7 @@ def allow(rules: ExecutionRules) -> None:
     if rules.programs is None:
         return
     for at in rules.mounts:
-        system.landlock_allow(interpreter.RULES_FD, at, system.FS_READ_FILE)
+        kernel.landlock_allow(waiting.RULES_FD, at, kernel.READ_FILE)
     if rules.program:
         allow_program(rules.program)
     for path in _listed(rules):
@@ -38,7 +39,7 @@ def allow(rules: ExecutionRules) -> None:
 
 def allow_program(path: str) -> None:
     """Allow executing a file, or all files in a folder. Raises OSError."""
-    system.landlock_allow(interpreter.RULES_FD, path, system.FS_EXECUTE | system.FS_READ_FILE)
+    kernel.landlock_allow(waiting.RULES_FD, path, kernel.EXECUTE | kernel.READ_FILE)
 
 
 def _listed(rules: ExecutionRules) -> list[str]:

@@ -6,7 +6,6 @@ barrier that denies fast.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import select
 import socket
@@ -16,7 +15,6 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from x07_sandbox.channel import egress
 from x07_sandbox.guest.errors import JobError
 from x07_sandbox.guest.netlink import HeldPackets, add_elements, deliver_locally
-from x07_sandbox.guest.system import read_all, write_all
 
 if TYPE_CHECKING:
     from x07_sandbox.channel.messages import Network
@@ -162,25 +160,16 @@ def admit(network: Network, sockets: Sockets) -> None:
 
 def _load(rules: str) -> None:
     """Load rules atomically with nft. Raises JobError."""
-    rules_r, rules_w = os.pipe2(os.O_CLOEXEC)
-    output_r, output_w = os.pipe2(os.O_CLOEXEC)
-    pid = os.fork()
-    if pid == 0:
-        try:
-            os.dup2(rules_r, 0)
-            os.dup2(output_w, 1)
-            os.dup2(output_w, 2)
-            os.execve(NFT, [NFT, "-f", "-"], {"PATH": "/usr/sbin:/usr/bin", "LC_ALL": "C"})
-        finally:
-            os._exit(127)
-    os.close(rules_r)
-    os.close(output_w)
-    with contextlib.suppress(BrokenPipeError):  # its output has the reason
-        write_all(rules_w, rules.encode())
-    os.close(rules_w)
-    output = read_all(output_r)
-    if os.waitpid(pid, 0)[1]:
-        message = output[:500].decode("ascii", "replace").strip()
+    rules_fd, output_fd = (os.memfd_create(name) for name in ("rules", "output"))
+    os.pwrite(rules_fd, rules.encode(), 0)
+    actions = [(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate((rules_fd, output_fd, output_fd))]
+    environment = {"PATH": "/usr/sbin:/usr/bin", "LC_ALL": "C"}
+    pid = os.posix_spawn(NFT, [NFT, "-f", "-"], environment, file_actions=actions)
+    status, output = os.waitpid(pid, 0)[1], os.pread(output_fd, 500, 0)
+    os.close(rules_fd)
+    os.close(output_fd)
+    if status:
+        message = output.decode("ascii", "replace").strip()
         raise JobError("firewall", 0, f"nft did not load the rules: {message}")
 
 

@@ -12,6 +12,7 @@ import resource
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
+from x07_sandbox import kernel
 from x07_sandbox.channel.messages import Confine
 from x07_sandbox.guest import confine, system
 from x07_sandbox.guest.audit import NoAudit
@@ -43,7 +44,7 @@ def _devices(_world: confine.World) -> None:
 
 def _rules(world: confine.World) -> None:
     # On an older kernel, a job that needs the rules fails, since their descriptor is missing.
-    if system.landlock_version() >= _RULES_ABI:
+    if kernel.landlock_version() >= _RULES_ABI:
         confine.rules(world)
 
 
@@ -57,11 +58,11 @@ def _own_user(world: confine.World) -> None:
         for name in ("uid_map", "gid_map"):
             write_file(f"/proc/self/{name}", f"{confine.UID} 0 1")
     confine.no_capabilities(world)
-    system.drop_capabilities()
+    kernel.drop_capabilities()
 
 
 def _scopes(world: confine.World) -> None:
-    if system.landlock_version() >= _SCOPES_ABI:
+    if kernel.landlock_version() >= _SCOPES_ABI:
         confine.scopes(world)
 
 
@@ -170,12 +171,12 @@ class Confined(OnSharedKernel):
 
 def _own_init(world: confine.World) -> None:
     """Become a subreaper, so that the program's orphans are children of init, and end when the agent ends."""
-    system.prctl(system.PR_SET_CHILD_SUBREAPER, 1)
+    kernel.prctl(kernel.PR_SET_CHILD_SUBREAPER, 1)
     _end_with_parent(world)
 
 
 def _end_with_parent(_world: confine.World) -> None:
-    system.prctl(system.PR_SET_PDEATHSIG, 9)
+    kernel.prctl(kernel.PR_SET_PDEATHSIG, 9)
 
 
 def limits_of_child(settings: confine.JobSettings) -> None:

@@ -10,6 +10,10 @@ import socket
 import struct
 from typing import Final
 
+from x07_sandbox.kernel import PR_SET_PDEATHSIG as PR_SET_PDEATHSIG  # noqa: PLC0414 - for guest/relay
+from x07_sandbox.kernel import check, libc
+from x07_sandbox.kernel import prctl as prctl  # noqa: PLC0414 - for guest/relay
+
 MS_RDONLY: Final = 1
 MS_NOSUID: Final = 2
 MS_NODEV: Final = 4
@@ -21,55 +25,26 @@ MS_REC: Final = 16384
 MS_PRIVATE: Final = 1 << 18
 MNT_DETACH: Final = 2
 
-PR_SET_PDEATHSIG: Final = 1
-PR_CAPBSET_DROP: Final = 24
-PR_SET_CHILD_SUBREAPER: Final = 36
-PR_SET_NO_NEW_PRIVS: Final = 38
-PR_CAP_AMBIENT: Final = 47
-PR_CAP_AMBIENT_CLEAR_ALL: Final = 4
-
 _RNDADDENTROPY: Final = 0x40085203  # _IOW('R', 0x03, int[2])
 _RNDRESEEDCRNG: Final = 0x5207  # _IO('R', 0x07)
 _SIOCSIFFLAGS: Final = 0x8914
 _IFF_UP_RUNNING: Final = 0x41
 _RB_POWER_OFF: Final = 0x4321FEDC
 
-_OPEN_TREE: Final = 428  # the same number on every architecture
-_MOVE_MOUNT: Final = 429
-_MOUNT_SETATTR: Final = 442
+_OPEN_TREE, _MOVE_MOUNT, _MOUNT_SETATTR = 428, 429, 442  # the same on every architecture
 _OPEN_TREE_CLONE: Final = 1
 _MOVE_MOUNT_F_EMPTY_PATH: Final = 4
 _AT_FDCWD: Final = -100
 _AT_EMPTY_PATH: Final = 0x1000
 _AT_RECURSIVE: Final = 0x8000
-_CAPABILITY_VERSION: Final = 0x20080522  # of capset's structures (capabilities(7)): two times three words
-# Landlock (landlock(7)); the call numbers are the same on every architecture.
-FS_EXECUTE: Final = 1 << 0
-FS_READ_FILE: Final = 1 << 2
-FS_REFER: Final = 1 << 13
-SCOPE_ABSTRACT_UNIX_SOCKET: Final = 1 << 0
-SCOPE_SIGNAL: Final = 1 << 1
-_LANDLOCK_CREATE_RULESET: Final = 444
-_LANDLOCK_ADD_RULE: Final = 445
-_LANDLOCK_RULE_PATH_BENEATH: Final = 1
-
-_PIVOT_ROOT: Final = {"x86_64": 155, "aarch64": 41}
 _FINIT_MODULE: Final = {"x86_64": 313, "aarch64": 273}
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mount.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p]
-
-
-def _check(result: int, subject: str) -> int:
-    if result < 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code), subject)
-    return result
+libc.mount.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p]
 
 
 def mount(source: str, target: str, kind: str, flags: int = 0, options: str = "") -> None:
     """Mount a file system. Raises OSError with the target as its file name."""
-    _check(_libc.mount(os.fsencode(source), os.fsencode(target), kind.encode(), flags, options.encode()), target)
+    check(libc.mount(os.fsencode(source), os.fsencode(target), kind.encode(), flags, options.encode()), target)
 
 
 def bind(source: str, target: str, flags: int = 0) -> None:
@@ -81,14 +56,14 @@ def bind(source: str, target: str, flags: int = 0) -> None:
 def pivot_root(new_root: str) -> None:
     """Make *new_root* the root of this mount namespace and detach the old one."""
     os.chdir(new_root)
-    _check(_libc.syscall(_PIVOT_ROOT[os.uname().machine], b".", b"."), "pivot_root")
-    _check(_libc.umount2(b".", MNT_DETACH), "umount of the old root")
+    check(libc.pivot_root(b".", b"."), "pivot_root")
+    check(libc.umount2(b".", MNT_DETACH), "umount of the old root")
     os.chdir("/")
 
 
 def open_tree(path: str) -> int:
     """Return a detached copy of the mount at *path*. Raises OSError."""
-    return _check(_libc.syscall(_OPEN_TREE, _AT_FDCWD, os.fsencode(path), _OPEN_TREE_CLONE | os.O_CLOEXEC), path)
+    return check(libc.syscall(_OPEN_TREE, _AT_FDCWD, os.fsencode(path), _OPEN_TREE_CLONE | os.O_CLOEXEC), path)
 
 
 def change_mount(mount: int | str, flags: int, *, below: bool = False) -> None:
@@ -99,59 +74,26 @@ def change_mount(mount: int | str, flags: int, *, below: bool = False) -> None:
     fd, path, how = (mount, b"", _AT_EMPTY_PATH) if isinstance(mount, int) else (_AT_FDCWD, os.fsencode(mount), 0)
     attributes = struct.pack("=4Q", MS_NOSUID | MS_NODEV | flags, 0, 0, 0)  # the first four bits are those of mount(2)
     how |= _AT_RECURSIVE if below else 0
-    _check(_libc.syscall(_MOUNT_SETATTR, fd, path, how, attributes, len(attributes)), f"mount_setattr {mount}")
+    check(libc.syscall(_MOUNT_SETATTR, fd, path, how, attributes, len(attributes)), f"mount_setattr {mount}")
 
 
 def move_mount(fd: int, target: str) -> None:
     """Attach a detached mount. Raises OSError with the target as its file name."""
-    _check(_libc.syscall(_MOVE_MOUNT, fd, b"", _AT_FDCWD, os.fsencode(target), _MOVE_MOUNT_F_EMPTY_PATH), target)
+    check(libc.syscall(_MOVE_MOUNT, fd, b"", _AT_FDCWD, os.fsencode(target), _MOVE_MOUNT_F_EMPTY_PATH), target)
 
 
 def unmount(target: str) -> None:
     """Unmount the topmost mount at *target*. Raises OSError."""
-    _check(_libc.umount2(target.encode(), 0), target)
-
-
-def prctl(option: int, *values: int) -> None:
-    """Change a property of this process (prctl(2)). Raises OSError."""
-    padded = [ctypes.c_ulong(value) for value in (*values, 0, 0, 0, 0)[:4]]
-    _check(_libc.prctl(option, *padded), f"prctl {option}")
-
-
-def drop_capabilities() -> None:
-    """Clear the permitted, effective and inheritable capabilities of this process. Raises OSError."""
-    _check(_libc.capset(struct.pack("=Ii", _CAPABILITY_VERSION, 0), bytes(24)), "capset")
-
-
-def landlock_version() -> int:
-    """Return the kernel's Landlock version, or 0 if it has no Landlock."""
-    version: int = _libc.syscall(_LANDLOCK_CREATE_RULESET, None, 0, 1)
-    return max(0, version)
-
-
-def landlock_ruleset(*, files: int = 0, scopes: int = 0) -> int:
-    """Return the descriptor of a new ruleset: *files* access needs a rule, *scopes* are forbidden. Raises OSError."""
-    attributes = struct.pack("=QQQ", files, 0, scopes)
-    return _check(_libc.syscall(_LANDLOCK_CREATE_RULESET, attributes, len(attributes), 0), "landlock_create_ruleset")
-
-
-def landlock_allow(ruleset_fd: int, path: str, files: int) -> None:
-    """Allow the accesses in *files* at and below *path*. The path is resolved now. Raises OSError."""
-    fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
-    try:
-        rule = struct.pack("=Qi", files, fd)
-        _check(_libc.syscall(_LANDLOCK_ADD_RULE, ruleset_fd, _LANDLOCK_RULE_PATH_BENEATH, rule, 0), path)
-    finally:
-        os.close(fd)
+    check(libc.umount2(target.encode(), 0), target)
 
 
 def load_module(path: str) -> None:
     """Load a kernel module, unless it is already loaded. Raises OSError."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        result = _libc.syscall(_FINIT_MODULE[os.uname().machine], fd, b"", 0)
+        result = libc.syscall(_FINIT_MODULE[os.uname().machine], fd, b"", 0)
         if result < 0 and ctypes.get_errno() != errno.EEXIST:
-            _check(result, path)
+            check(result, path)
     finally:
         os.close(fd)
 
@@ -231,5 +173,5 @@ def loopback_up() -> None:
 
 def power_off() -> None:
     """Power off the machine. Never returns."""
-    _libc.reboot(_RB_POWER_OFF)
+    libc.reboot(_RB_POWER_OFF)
     os._exit(0)

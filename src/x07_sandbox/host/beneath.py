@@ -1,43 +1,27 @@
 """Operations on names below an open folder that follow no link, cross no mount point and overwrite nothing."""
 
 import contextlib
-import ctypes
 import errno
 import os
 import stat
 from collections.abc import Iterator
 from typing import Final
 
-_OPENAT2: Final = 437  # the same on every architecture
+from x07_sandbox.host.linux import openat2, renameat2
+from x07_sandbox.host.paths import closing_fd
+
 _NO_XDEV, _NO_SYMLINKS, _BENEATH = 0x01, 0x04, 0x08  # openat2(2)
 _NOREPLACE, _EXCHANGE = 1, 2  # renameat2(2)
 # Errors of file systems that do not support a rename flag, or links.
 _UNSUPPORTED: Final = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
 _NO_LINKS: Final = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.syscall.restype = ctypes.c_long
-_libc.renameat2.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint]
-
-
-class _How(ctypes.Structure):
-    _fields_ = (("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64))
-
-
-@contextlib.contextmanager
-def closing_fd(fd: int) -> Iterator[int]:
-    """Yield *fd*, and close it at the end of the context."""
-    try:
-        yield fd
-    finally:
-        os.close(fd)
-
 
 def open_root(path: str) -> int:
     """Open a folder by its absolute path. Raises OSError: ELOOP or ENOTDIR if the path contains a link."""
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
     with closing_fd(os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)) as top:
-        return _openat2(top, path.lstrip("/") or ".", flags, _NO_SYMLINKS)
+        return openat2(top, path.lstrip("/") or ".", flags, _NO_SYMLINKS)
 
 
 def look(dir_fd: int, name: str) -> int:
@@ -46,7 +30,7 @@ def look(dir_fd: int, name: str) -> int:
     Raises OSError: ELOOP or ENOTDIR if a parent is not a folder, EXDEV at a mount point.
     """
     flags = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
-    return _openat2(dir_fd, name, flags, _NO_SYMLINKS | _NO_XDEV | _BENEATH)
+    return openat2(dir_fd, name, flags, _NO_SYMLINKS | _NO_XDEV | _BENEATH)
 
 
 @contextlib.contextmanager
@@ -62,7 +46,7 @@ def parent_of(dir_fd: int, name: str) -> Iterator[tuple[int, str]]:
 
 def exchange(fd: int, name: str, other_fd: int, other: str) -> bool:
     """Exchange two names atomically. Return False if the file system cannot do so. Raises OSError for other errors."""
-    code = _renameat2(fd, name, other_fd, other, _EXCHANGE)
+    code = renameat2(fd, name, other_fd, other, _EXCHANGE)
     if code and code not in _UNSUPPORTED:
         raise OSError(code, os.strerror(code), name)
     return not code
@@ -70,7 +54,7 @@ def exchange(fd: int, name: str, other_fd: int, other: str) -> bool:
 
 def move(fd: int, name: str, to_fd: int, to: str) -> None:
     """Rename a file or folder without overwriting. Raises OSError, which is a FileExistsError if *to* exists."""
-    code = _renameat2(fd, name, to_fd, to, _NOREPLACE)
+    code = renameat2(fd, name, to_fd, to, _NOREPLACE)
     # The new name may be a link that a killed process of ours made in _move_by_link.
     if code in _UNSUPPORTED or (code == errno.EEXIST and _same_inode(fd, name, to_fd, to)):
         _move_by_link(fd, name, to_fd, to)
@@ -107,25 +91,3 @@ def _same_inode(fd: int, name: str, to_fd: int, to: str) -> bool:
     except FileNotFoundError:
         return False
     return os.path.samestat(one, other)
-
-
-def sync(fd: int) -> None:
-    """Flush the file system of *fd* to disk: syncfs(2). Raises OSError if that fails."""
-    if _libc.syncfs(fd):
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
-
-
-def _renameat2(fd: int, name: str, to_fd: int, to: str, flags: int) -> int:
-    failed = _libc.renameat2(fd, os.fsencode(name), to_fd, os.fsencode(to), flags)
-    return ctypes.get_errno() if failed else 0
-
-
-def _openat2(dir_fd: int, name: str, flags: int, resolve: int) -> int:
-    how = _How(flags, 0, resolve)
-    words = (ctypes.c_long(dir_fd), ctypes.c_char_p(os.fsencode(name)), ctypes.byref(how), ctypes.c_size_t(24))
-    fd = int(_libc.syscall(ctypes.c_long(_OPENAT2), *words))
-    if fd < 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code), name)
-    return fd

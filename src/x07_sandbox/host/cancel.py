@@ -10,7 +10,7 @@ import msgspec
 
 from x07_sandbox.errors import Cancelled
 from x07_sandbox.host.locks import LOOK_AGAIN_S
-from x07_sandbox.host.poll import wait_readable
+from x07_sandbox.host.poll import Event, wait_readable
 
 BY_KILL: Final = -1  # in place of a signal
 
@@ -19,7 +19,8 @@ class Cancel:
     """A cancellation request by a signal handler, another thread or `x07 kill`. The event loop polls its descriptor."""
 
     def __init__(self) -> None:
-        self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._event = Event()
+        self.fd = self._event.fd
         self._signal: int | None = None
         self._waiting = False
 
@@ -32,11 +33,10 @@ class Cancel:
     def listen(self, path: Path) -> None:
         """Let `x07 kill` request cancellation by writing to a named pipe at *path*. Raises OSError."""
         os.mkfifo(path, 0o600)
-        fd = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)  # as its own writer it sees no hangup
-        os.dup2(fd, self.fd, inheritable=False)
-        os.close(fd)
+        # Opened for writing too, since a pipe without a writer is at its end.
+        self._event.move_to(os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC))
         if self._signal is not None:
-            self._wake()
+            self._event.set()
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -71,15 +71,11 @@ class Cancel:
         """Request cancellation. signal: the received signal; 0 if no signal made the request."""
         if self._signal is None:
             self._signal = signal
-        self._wake()
-
-    def _wake(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # it is readable already
-            os.write(self.fd, b"\1" * 8)
+        self._event.set()
 
     def close(self) -> None:
         """Close the descriptor that event loops poll."""
-        os.close(self.fd)
+        self._event.close()
 
 
 class Notice(str):

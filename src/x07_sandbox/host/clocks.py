@@ -14,11 +14,6 @@ def unix_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
-def boot_ms() -> int:
-    """Return milliseconds since boot, including suspend."""
-    return time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1_000_000
-
-
 def unix_ns() -> int:
     """Return the wall clock in nanoseconds since 1970, to set a guest's clock."""
     return time.time_ns()

@@ -1,10 +1,10 @@
 """Available cores: the host's, or fewer if a CPU affinity or a cgroup limits this process."""
 
 import contextlib
-import os
 from pathlib import Path
 from typing import Final
 
+from x07_sandbox.host.linux import allowed_cores
 from x07_sandbox.host.memory import group_files
 
 _ROOT: Final = Path("/")
@@ -12,7 +12,7 @@ _ROOT: Final = Path("/")
 
 def cores(root: Path = _ROOT) -> int:
     """Return how many cores this process may use; part of a core counts as one. root: the folder of proc and sys."""
-    found = len(os.sched_getaffinity(0))
+    found = allowed_cores()
     for path in group_files(root, "cpu", "cpu.max", "cpu.cfs_quota_us"):
         with contextlib.suppress(OSError, ValueError):  # no such cgroup, or "max"
             words = path.read_text("ascii").split()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from x07_sandbox.errors import UsageError
-from x07_sandbox.host.paths import is_file, real_path
+from x07_sandbox.host.paths import closing_fd, is_file, real_path
 
 MANIFEST = "x07.json"
 
@@ -97,11 +97,9 @@ def _present(folder: int, name: str, most: int) -> tuple[bytes, int] | None:
         fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
     except FileNotFoundError:
         return None
-    try:
+    with closing_fd(fd):
         mode = os.fstat(fd).st_mode
         if not stat.S_ISREG(mode):
             raise OSError("it is not a regular file")
         with open(fd, "rb", closefd=False) as file:
             return file.read(most), stat.S_IMODE(mode)
-    finally:
-        os.close(fd)

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ from typing import Final
 
 from x07_sandbox.host import close_on_fork
 from x07_sandbox.host.clocks import Deadline
-from x07_sandbox.host.paths import open_private_file
+from x07_sandbox.host.paths import closing_fd, open_private_file
 
 LOOK_AGAIN_S: Final = 0.02
 Pause = Callable[[], None]
@@ -26,39 +27,41 @@ def _sleep() -> None:
 
 
 @contextlib.contextmanager
+def lock_fd_held(
+    owned_fd: int,
+    *,
+    on_wait: Callable[[], Pause | None] | None = None,
+    most_s: float = math.inf,
+    pause: Pause = _sleep,
+) -> Iterator[None]:
+    """Hold an exclusive flock(2) on an open descriptor. The descriptor is closed at the end of the context.
+
+    on_wait: called once before waiting. It may return a function to use as *pause*. most_s: timeout, after which
+    TimeoutError is raised. pause: waits for a polling interval; an exception from it ends the wait.
+    """
+    close_on_fork.add(owned_fd)
+    try:
+        if not _taken(owned_fd):
+            pause = (on_wait() if on_wait is not None else None) or pause
+            deadline = Deadline.after(most_s)
+            while not _taken(owned_fd):
+                if deadline.passed():
+                    raise TimeoutError(f"another process has held the lock for {most_s:.0f} s")
+                pause()
+        yield
+    finally:
+        close_on_fork.unlock(owned_fd)
+
+
 def file_lock(
     path: Path,
     *,
     on_wait: Callable[[], None] | None = None,
-    most_s: float | None = None,
-    pause: Callable[[], None] = _sleep,
-) -> Iterator[None]:
-    """Hold an exclusive flock(2) on *path*, which is created if missing and never removed.
-
-    on_wait: called once before waiting. most_s: timeout, after which TimeoutError is raised. pause: waits for a polling
-    interval; an exception from it ends the wait.
-    """
-    fd = close_on_fork.add(open_private_file(path, os.O_RDWR))
-    try:
-        _take(fd, on_wait, most_s, pause)
-        yield
-    finally:
-        close_on_fork.unlock(fd)
-
-
-@contextlib.contextmanager
-def lock_fd_held(owned_fd: int, *, on_wait: Callable[[], Pause | None] | None = None) -> Iterator[None]:
-    """Hold an exclusive flock(2) on an open descriptor. The descriptor is closed at the end of the context.
-
-    on_wait: called once before waiting. It may return a function that waits for a polling interval; an exception from
-    that function ends the wait.
-    """
-    close_on_fork.add(owned_fd)
-    try:
-        _take(owned_fd, on_wait)
-        yield
-    finally:
-        close_on_fork.unlock(owned_fd)
+    most_s: float = math.inf,
+    pause: Pause = _sleep,
+) -> contextlib.AbstractContextManager[None]:
+    """Hold an exclusive flock(2) on *path*, which is created if missing and never removed. See `lock_fd_held`."""
+    return lock_fd_held(open_private_file(path, os.O_RDWR), on_wait=on_wait, most_s=most_s, pause=pause)
 
 
 def lock_shared(path: Path) -> int:
@@ -85,16 +88,8 @@ def lock_shared(path: Path) -> int:
 @contextlib.contextmanager
 def lock_for_removal(path: Path) -> Iterator[bool]:
     """Try to lock a folder exclusively. Yield False if a process holds a shared lock. Raises OSError like open(2)."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
-    finally:
-        os.close(fd)
+    with closing_fd(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)) as fd:
+        yield _taken(fd)
 
 
 def is_locked(path: Path) -> bool:
@@ -104,23 +99,6 @@ def is_locked(path: Path) -> bool:
             return not free
     except OSError:
         return False
-
-
-def _take(
-    fd: int, on_wait: Callable[[], Pause | None] | None, most_s: float | None = None, pause: Pause = _sleep
-) -> None:
-    if _taken(fd):
-        return
-    own_pause = on_wait() if on_wait is not None else None
-    if most_s is None and own_pause is None:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        return
-    deadline = Deadline.after(most_s) if most_s is not None else None
-    pause = own_pause or pause
-    while not _taken(fd):
-        if deadline is not None and deadline.passed():
-            raise TimeoutError(f"another process has held the lock for {most_s:.0f} s")
-        pause()
 
 
 def _taken(fd: int) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+from x07_sandbox.host.linux import new_memory_file
 from x07_sandbox.host.poll import write_all
 
 _ROOT: Final = Path("/")
@@ -46,7 +47,7 @@ def group_files(root: Path, controller: str, name: str, old_name: str) -> Iterat
 
 def memory_file(data: bytes) -> int:
     """Return a file in memory with the content *data*, at offset 0. The caller owns the returned descriptor."""
-    fd = os.memfd_create("x07", os.MFD_CLOEXEC)
+    fd = new_memory_file()
     try:
         write_all(fd, data)
         os.lseek(fd, 0, os.SEEK_SET)

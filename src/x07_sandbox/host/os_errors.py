@@ -2,10 +2,10 @@
 
 import errno
 import os
-from pathlib import Path
 from typing import Final
 
 from x07_sandbox.errors import HostError
+from x07_sandbox.host.linux import require_own_proc
 
 _WRONG_TYPE: Final = "Remove it; x07 creates its own"
 _FIXES: Final = {
@@ -53,14 +53,3 @@ def fix_for(exc: OSError, otherwise: str) -> str:
     """Return the advice for a full or read-only file system or too many open files, or *otherwise* for other errors."""
     known = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE}
     return _FIXES[exc.errno] if exc.errno in known else otherwise
-
-
-def require_own_proc() -> None:
-    """Raise HostError if /proc is missing or belongs to another pid namespace."""
-    try:
-        number = Path("/proc/self").readlink().name
-    except OSError as exc:
-        raise HostError("cannot inspect processes", f"/proc cannot be read ({exc.strerror})", "Mount /proc") from exc
-    if number != str(os.getpid()):
-        why = "/proc belongs to another pid namespace"
-        raise HostError("cannot inspect processes", why, "Mount this namespace's own /proc: unshare --mount-proc")

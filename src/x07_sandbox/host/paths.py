@@ -1,14 +1,18 @@
-"""Folders for state and caches, created private and without links; other path helpers."""
+"""Folders for state and caches, created private and without links; where programs are; other path helpers."""
 
+import contextlib
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
 from x07_sandbox.errors import HostError, UsageError
+from x07_sandbox.host.linux import new_unnamed_file
 
+SYSTEM: Final = ("/usr/sbin", "/usr/bin", "/sbin", "/bin")
+PROGRAMS: Final = (*SYSTEM, "/usr/local/bin", "/opt/homebrew/bin")
 _OWN: Final = 0o600
 
 
@@ -116,25 +120,40 @@ def is_folder(path: Path) -> bool:
     return os.path.isdir(path)  # noqa: PTH112 - as above
 
 
+def find_program(name: str) -> str | None:
+    """Return the absolute path of the program *name*, itself an absolute path or a name in PROGRAMS; None if missing.
+
+    PATH is never searched, because it may name the current folder, or a folder that a sandboxed program can change.
+    """
+    places = [name] if name.startswith("/") else [f"{folder}/{name}" for folder in PROGRAMS if "/" not in name]
+    return next((place for place in places if is_file(Path(place)) and os.access(place, os.X_OK)), None)
+
+
 def read_bounded(path: Path, what: str, max_bytes: int) -> bytes:
     """Return a regular file's content. what: the kind of file. Raises UsageError if unreadable or too large."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
+        with closing_fd(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)) as fd:
             mode = os.fstat(fd).st_mode
             if not stat.S_ISREG(mode):
                 why = "Is a directory" if stat.S_ISDIR(mode) else "it is not a regular file"
                 raise UsageError(f"cannot read the {what} {path}", why, "Name a file")
             with open(fd, "rb", closefd=False) as file:
                 data = file.read(max_bytes + 1)
-        finally:
-            os.close(fd)
     except (OSError, ValueError) as exc:  # ValueError: a zero byte in the name
         why = getattr(exc, "strerror", None) or str(exc)
         raise UsageError(f"cannot read the {what} {path}", why, "Use a readable file") from exc
     if len(data) > max_bytes:
         raise UsageError(f"cannot read the {what} {path}", f"it has more than {max_bytes} bytes", "Use a smaller file")
     return data
+
+
+@contextlib.contextmanager
+def closing_fd(fd: int) -> Iterator[int]:
+    """Yield *fd*, and close it at the end of the context."""
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def open_private_file(path: Path, flags: int) -> int:
@@ -147,6 +166,17 @@ def open_private_file(path: Path, flags: int) -> int:
         os.close(fd)
         raise
     return fd
+
+
+def unnamed_file(folder: Path, what: str) -> int:
+    """Create a file without a name on the disk of *folder* and return its descriptor. Raises HostError, with *what*."""
+    try:
+        return new_unnamed_file(folder)
+    except OSError as exc:
+        from x07_sandbox.host.os_errors import fix_for
+
+        fix = fix_for(exc, "Set X07_VM_STATE_DIR to a folder on ext4, xfs or btrfs")
+        raise HostError(what, f"{exc.strerror} ({folder})", fix) from exc
 
 
 def replace_file(path: Path, data: bytes, *, sync: bool = False) -> None:

@@ -1,7 +1,39 @@
 """Waiting for one descriptor by poll(2), since select(2) does not accept descriptors above 1023."""
 
+import contextlib
 import os
 import select
+
+
+class Event:
+    """A flag for event loops. Its descriptor *fd* is readable while the flag is set."""
+
+    def __init__(self) -> None:
+        self.fd, self._write_fd = os.pipe()
+        for fd in (self.fd, self._write_fd):
+            os.set_blocking(fd, False)
+
+    def set(self) -> None:
+        """Set the flag. A signal handler may call this."""
+        with contextlib.suppress(BlockingIOError):  # it is set already
+            os.write(self._write_fd, b"\1")
+
+    def clear(self) -> None:
+        """Clear the flag."""
+        with contextlib.suppress(BlockingIOError):
+            while os.read(self.fd, 4096):
+                pass
+
+    def move_to(self, owned_fd: int) -> None:
+        """Use a descriptor that is open for reading and writing from now on, under the number of *fd*. Close it."""
+        for fd in (self.fd, self._write_fd):
+            os.dup2(owned_fd, fd, inheritable=False)
+        os.close(owned_fd)
+
+    def close(self) -> None:
+        """Close the descriptors."""
+        os.close(self.fd)
+        os.close(self._write_fd)
 
 
 def wait_readable(fd: int, timeout_s: float | None = None) -> bool:

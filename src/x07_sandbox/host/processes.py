@@ -7,38 +7,15 @@ import contextlib
 import errno
 import os
 import signal
-from functools import cache
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Annotated
 
 import msgspec
 
 from x07_sandbox.errors import HostError
+from x07_sandbox.host.linux import of_process, open_pidfd, process_ids, send_signal
+from x07_sandbox.host.paths import closing_fd
 from x07_sandbox.host.poll import wait_readable
-
-
-@cache
-def boot_id() -> str:
-    """Return the id of this boot (random(4): boot_id). Raises HostError if /proc does not show it."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    except OSError as exc:
-        from x07_sandbox.host.os_errors import require_own_proc
-
-        require_own_proc()
-        why = f"{exc.strerror} ({exc.filename})"
-        fix = "Mount /proc without subset=pid (in a systemd unit: ProcSubset=all)"
-        raise HostError("cannot identify this boot", why, fix) from exc
-
-
-def pid_namespace() -> str:
-    """Return this process's pid namespace."""
-    return str(Path("/proc/self/ns/pid").readlink())
-
-
-def sees_every_process() -> bool:
-    """Return whether this is the initial pid namespace, in which every process is visible."""
-    return pid_namespace() == "pid:[4026531836]"  # linux/proc_ns.h: PROC_PID_INIT_INO
 
 
 class Identity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -65,39 +42,24 @@ def own_identity() -> Identity:
     return found
 
 
-def children_of(pid: int) -> list[int]:
-    """Return the children of a single-threaded process (proc(5): /proc/PID/task/TID/children)."""
-    try:
-        return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()]
-    except (FileNotFoundError, ProcessLookupError):
-        return []
-
-
 def _stat_fields(pid: int) -> list[str] | None:
     """Return the fields of /proc/PID/stat after the command name, which may contain any characters."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    return text.rpartition(")")[2].split()
+    data = of_process(pid, "stat")
+    return None if data is None else data.decode("utf-8", "replace").rpartition(")")[2].split()
 
 
 def has_mark(pid: int, mark: str) -> bool:
     """Return whether *mark* is not empty and is in the arguments of a process. Only our launcher sets marks."""
-    try:
-        return bool(mark) and mark.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
-    except (FileNotFoundError, ProcessLookupError):
-        return False
+    return bool(mark) and mark.encode() in (of_process(pid, "cmdline") or b"")
 
 
 def processes_with_mark(mark: str) -> list[Identity]:
     """Return every other visible process that has *mark* in its arguments."""
     found = []
-    for entry in os.scandir("/proc"):
-        if entry.name.isdigit() and int(entry.name) != os.getpid():
-            with contextlib.suppress(PermissionError):  # another user's, with hidepid
-                if has_mark(int(entry.name), mark) and (identity := identify(int(entry.name))) is not None:
-                    found.append(identity)
+    for pid in process_ids():
+        with contextlib.suppress(PermissionError):  # another user's, with hidepid
+            if pid != os.getpid() and has_mark(pid, mark) and (identity := identify(pid)) is not None:
+                found.append(identity)
     return found
 
 
@@ -109,40 +71,30 @@ def is_alive(identity: Identity) -> bool:
 
 def kill_identity(identity: Identity, mark: str, number: int = signal.SIGKILL) -> bool:
     """Send signal *number* through a pidfd if pid, start time and mark match. Return whether the signal was sent."""
-    pidfd = _pidfd(identity.pid)
-    if pidfd is None:
-        return False
-    try:
+    with _pidfd(identity.pid) as pidfd:
         # Checked after the pidfd was opened, so that the pid cannot be reused in between.
-        if not is_alive(identity) or not has_mark(identity.pid, mark):
+        if pidfd is None or not is_alive(identity) or not has_mark(identity.pid, mark):
             return False
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(pidfd, number)
+        send_signal(pidfd, number)
         return True
-    finally:
-        os.close(pidfd)
 
 
-def _pidfd(pid: int) -> int | None:
-    """Return a pidfd, or None if the pid is unused or belongs to a thread."""
+@contextlib.contextmanager
+def _pidfd(pid: int) -> Iterator[int | None]:
+    """Yield a pidfd, or None if the pid is unused or belongs to a thread."""
     try:
-        return os.pidfd_open(pid)
-    except (ProcessLookupError, FileNotFoundError):
-        return None
+        pidfd = open_pidfd(pid)
     except OSError as exc:
-        if exc.errno == errno.EINVAL:  # older kernels, for a thread
-            return None
-        raise
+        # EINVAL: older kernels, for a thread.
+        if not (isinstance(exc, ProcessLookupError | FileNotFoundError) or exc.errno == errno.EINVAL):
+            raise
+        yield None
+    else:
+        with closing_fd(pidfd):
+            yield pidfd
 
 
 def wait_gone(identity: Identity, timeout_s: float) -> bool:
     """Wait at most *timeout_s* until a process has ended. Return whether it has ended."""
-    pidfd = _pidfd(identity.pid)
-    if pidfd is None:
-        return True
-    try:
-        if not is_alive(identity):
-            return True
-        return wait_readable(pidfd, timeout_s)
-    finally:
-        os.close(pidfd)
+    with _pidfd(identity.pid) as pidfd:
+        return pidfd is None or not is_alive(identity) or wait_readable(pidfd, timeout_s)

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from x07_sandbox.errors import UsageError
+from x07_sandbox.host.linux import fd_path
+from x07_sandbox.host.paths import closing_fd
 
 
 class ProjectFolder:
@@ -27,16 +29,14 @@ class ProjectFolder:
         shown = shown or name
         with self._readable(shown):
             fd = os.open(f"{self.base}/{name}", os.O_PATH | os.O_CLOEXEC)
-        try:
+        with closing_fd(fd):
             with self._readable(shown):
                 # The path of the descriptor, since the name may change meanwhile.
-                place = os.readlink(f"/proc/self/fd/{fd}")  # noqa: PTH115 - called very often
+                place = os.readlink(fd_path(fd))  # noqa: PTH115 - called very often
                 info = os.fstat(fd)
             if place != self.base and not place.startswith(self._below):
                 raise self.refused(f"{shown} leads out of the project, to {place}", "Copy it into the project")
             yield fd, info
-        finally:
-            os.close(fd)
 
     def open(self, name: str, shown: str = "") -> int:
         """Return an owned descriptor of a regular file, open for reading. Raises UsageError if it cannot be opened."""
@@ -45,7 +45,7 @@ class ProjectFolder:
                 raise self.refused(f"{shown or name} is not a regular file", "Replace it by a file, or remove it")
             with self._readable(shown or name):
                 # O_NONBLOCK: another process may hold a lease on the file.
-                return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+                return os.open(fd_path(fd), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
 
     def has_file(self, name: str) -> bool:
         """Return whether *name* is a regular file of the project."""

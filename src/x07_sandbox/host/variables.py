@@ -12,6 +12,7 @@ from typing import Final, Literal
 import msgspec
 
 from x07_sandbox.errors import UsageError
+from x07_sandbox.host.paths import SYSTEM
 
 PREFIXES: Final = ("X07_VM_", "X07_SANDBOX_", "X07_I_")
 MOST_RUNNING: Final = 4096
@@ -19,6 +20,8 @@ _YES: Final = frozenset({"1", "true", "TRUE", "yes", "YES"})
 _NO: Final = frozenset({"0", "false", "FALSE", "no", "NO"})
 _SHOWN_CHARS: Final = 80
 _DIGITS: Final = 18  # more are out of every range
+# Variables that make programs load code: those of the dynamic loader, of shells and of interpreters.
+_LOADING: Final = ("BASH_", "DYLD_", "ENV=", "LD_", "PERL", "PYTHON")
 _DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}")
 
 # Accepted words and their meaning, also for flags.
@@ -152,6 +155,12 @@ def check_environment(environ: Mapping[str, str]) -> tuple[str, ...]:
     for name in environ.keys() & VARIABLES.keys():
         _read(VARIABLES[name], environ)
     return tuple(_unknown(name) for name in sorted(environ) if name.startswith(PREFIXES) and name not in VARIABLES)
+
+
+def inherited_environment() -> dict[str, str]:
+    """Return this process's variables without those that make programs load code, and with PATH naming SYSTEM."""
+    kept = {name: value for name, value in os.environ.items() if not f"{name}=".startswith(_LOADING)}
+    return kept | {"PATH": ":".join(SYSTEM)}
 
 
 def flag(name: str, environ: Mapping[str, str] | None = None) -> bool:

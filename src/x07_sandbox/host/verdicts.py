@@ -1,4 +1,4 @@
-"""Stored results of tests of this host and of its files.
+"""The store of results of tests of this host and of its files.
 
 A result is valid until the host reboots, or for minutes if the state of the host may have caused it.
 """
@@ -9,38 +9,70 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host import settings
-from x07_sandbox.host.clocks import boot_ms
+from x07_sandbox.host.linux import boot_id, boot_ms
 from x07_sandbox.host.paths import cache_folder, read_bounded, replace_file
-from x07_sandbox.host.processes import boot_id
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
+FOLDER: Final = "verdicts"
 _MAX: Final = 64 * 1024
 
 
-def proof_file(program: str, *parts: object) -> Path:
-    """Return the path of the file that stores the result of a test of *program* (a path). Raises HostError.
+def file_state(path: str) -> tuple[object, ...]:
+    """Return JSON values that change when a file is written or replaced. Raises OSError."""
+    info = Path(path).stat()
+    return path, info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns
 
-    The path depends on the boot of this host, the kernel, *program* and *parts* (JSON values).
+
+class Verdict:
+    """The stored result of one test.
+
+    kind: the name of the test. subject: what was tested, as JSON values. key: a JSON value on which the result depends
+    too. Results with different subjects are stored side by side. A result with another key replaces the earlier one.
     """
-    info, host = Path(program).stat(), os.uname()
-    key = [boot_id(), host.release, host.version, info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, *parts]
-    return cache_folder("proofs") / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.json"
+
+    def __init__(self, kind: str, *subject: object, key: object = None) -> None:
+        self.path = cache_folder(FOLDER) / f"{kind}-{_digest(subject)}.json"
+        self._key = None if key is None else _digest(key)
+
+    def read(self) -> dict[str, Any]:
+        """Return the stored values, or {} if there are none or if they have expired."""
+        stored = stored_in(self.path)
+        return stored if stored.get("key") == self._key else {}
+
+    def write(self, values: Mapping[str, object], *, transient: bool = False) -> None:
+        """Store *values* until the host reboots, or for minutes if the cause may be *transient*. Raises OSError."""
+        stored = dict(values) | {"boot_id": boot_id(), "key": self._key}
+        if transient:
+            stored["retry_at_ms"] = boot_ms() + int(settings.RETRY_S * 1000)
+        replace_file(self.path, json.dumps(stored).encode())
+
+    def read_or_make(self, test: Callable[[], Mapping[str, object]]) -> Mapping[str, Any]:
+        """Return the stored values. If there are none, store and return those of *test*. Raises OSError."""
+        if known := self.read():
+            return known
+        made = test()
+        self.write(made)
+        return made
 
 
-def write_verdict(path: Path, values: Mapping[str, object], *, transient: bool = False) -> None:
-    """Store *values* until the host reboots, or for minutes if the cause may be *transient*. Raises OSError."""
-    stored = dict(values) | {"boot_id": boot_id()}
-    if transient:
-        stored["retry_at_ms"] = boot_ms() + int(settings.RETRY_S * 1000)
-    replace_file(path, json.dumps(stored).encode())
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:32]
+
+
+def stored_in(path: Path) -> dict[str, Any]:
+    """Return the values stored in a verdict's file, or {} if there are none or if they have expired."""
+    with contextlib.suppress(UsageError, ValueError, RecursionError, AttributeError, TypeError, KeyError):
+        stored = json.loads(read_bounded(path, "verdict", _MAX))
+        if stored["boot_id"] == boot_id() and boot_ms() < float(stored.get("retry_at_ms", math.inf)):
+            return dict(stored)
+    return {}
 
 
 def validity(stored: Mapping[str, Any]) -> str:
@@ -51,10 +83,7 @@ def validity(stored: Mapping[str, Any]) -> str:
     return f"for {minutes} minute{'' if minutes == 1 else 's'}"
 
 
-def read_verdict(path: Path) -> dict[str, Any]:
-    """Return the values stored in *path*, or {} if there are none or if they have expired."""
-    with contextlib.suppress(UsageError, ValueError, RecursionError, AttributeError, TypeError, KeyError):
-        stored = json.loads(read_bounded(path, "verdict", _MAX))
-        if stored["boot_id"] == boot_id() and boot_ms() < float(stored.get("retry_at_ms", math.inf)):
-            return dict(stored)
-    return {}
+def forget(kind: str) -> None:
+    """Remove all results of one test. Raises HostError."""
+    for path in cache_folder(FOLDER).glob(f"{kind}-*.json"):
+        path.unlink(missing_ok=True)

@@ -8,6 +8,7 @@ import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from x07_sandbox.host import verdicts
 from x07_sandbox.host.paths import cache_dir, private_dir, why_not_ours
 from x07_sandbox.housekeeping.images import prune_images, prune_saved
 from x07_sandbox.housekeeping.pruner import Pruner, entries, sweep_temporaries
@@ -19,26 +20,25 @@ if TYPE_CHECKING:
     from x07_sandbox.housekeeping.pruner import Part, PruneReport
 
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
-_WITH_TEMPORARIES: Final = ("artifacts", "libraries", "proofs", "verified")
+_VERDICT: Final = re.compile(r"[a-z]+-[0-9a-f]{32}\.json")
+_WITH_TEMPORARIES: Final = ("artifacts", verdicts.FOLDER)
 
 
 def prune(parts: Collection[Part], *, progress: Callable[[str], None], dry_run: bool) -> PruneReport:
     """Remove unused files of the given *parts*. Raises SandboxError if a folder of this tool cannot be used."""
     pruner = Pruner(progress, dry_run=dry_run)
-    gone: set[str] = set()
-    if "images" in parts:
-        gone = prune_images(pruner)
+    gone = prune_images(pruner) if "images" in parts else set()
     if {"images", "cache"} & set(parts):
         prune_saved(pruner, gone)
     if "cache" in parts:
-        _prune_cache(pruner, gone)
+        _prune_cache(pruner)
     if "runs" in parts:
         prune_records(pruner)
     return pruner.report()
 
 
-def _prune_cache(pruner: Pruner, gone: set[str]) -> None:
-    """Remove unused artifacts, and records that verify missing images or VMs. gone: digests of the removed images."""
+def _prune_cache(pruner: Pruner) -> None:
+    """Remove unused artifacts, and results of tests that have expired."""
     cache = cache_dir()
     if not os.path.lexists(cache):
         return
@@ -50,9 +50,7 @@ def _prune_cache(pruner: Pruner, gone: set[str]) -> None:
         info = path.lstat()
         if _DIGEST.fullmatch(path.name) and (pruner.old(info) or why_not_ours(info, stat.S_ISREG)):
             pruner.remove_own("artifact", path, "it was not used for 7 days", Path.unlink)
-    there = {path.name for name in ("images", "templates") for path in entries(cache / name)}
-    there -= {digest.removeprefix("sha256:") for digest in gone}
-    for path in entries(cache / "verified"):
-        known = path.suffix == ".json" and not path.name.startswith(".")
-        if known and path.stem not in there and not why_not_ours(path.lstat(), stat.S_ISREG):
-            pruner.remove("verification", path, "the image or VM that it verified is missing", Path.unlink)
+    for path in entries(cache / verdicts.FOLDER):
+        ours = _VERDICT.fullmatch(path.name) and not why_not_ours(path.lstat(), stat.S_ISREG)
+        if ours and not verdicts.stored_in(path):
+            pruner.remove("verification", path, "it has expired", Path.unlink)

@@ -1,4 +1,4 @@
-"""Code for all pruning: remove, count and report. A file or folder that may still be in use is kept."""
+"""Removal of unused things, for pruning and sweeping: remove, count and report. What may still be in use is kept."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import re
 import stat
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple, cast
 
 import msgspec
 
@@ -55,30 +55,43 @@ class PruneReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     kept: tuple[Kept, ...]
 
 
+class Row(NamedTuple):
+    """A thing that was removed or kept. name: its path, or the id of a job, a run or a container."""
+
+    kind: str  # as in the report
+    name: str
+    why: str
+    bytes: int = 0
+    failed: bool = False
+
+
 class Pruner:
-    """Remover of files and folders. In a dry run, it only counts them. now_ms: the wall-clock time at the start."""
+    """Remover of files and folders. In a dry run, it only counts them. now_ms: the wall-clock time at the start.
+
+    removed, kept: what was done, in order.
+    """
 
     def __init__(self, progress: Callable[[str], None], *, dry_run: bool) -> None:
         self.progress = progress
+        self.dry_run = dry_run
         self.now_ms = unix_ms()
-        self._dry_run = dry_run
-        self._removed: list[Removed] = []
-        self._kept: list[Kept] = []
+        self.removed: list[Row] = []
+        self.kept: list[Row] = []
         self._links: dict[tuple[int, int], int] = {}  # for each file, the number of its hard links that would be left
 
     def remove(self, kind: Kind, path: Path, why: str, how: Callable[[Path], None]) -> None:
         """Remove *path* by calling *how*. A failure is reported, not raised."""
         size = sum(self._freed(info) for info in everything(path))
-        if not self._dry_run:
+        if not self.dry_run:
             try:
                 how(path)
             except FileNotFoundError:  # another process was faster
                 return
             except (OSError, SandboxError) as exc:
                 error = exc.strerror or str(exc) if isinstance(exc, OSError) else str(exc)
-                self._kept.append(Kept(kind=kind, path=str(path), why=f"it cannot be removed: {error}", failed=True))
+                self.kept.append(Row(kind, str(path), f"it cannot be removed: {error}", failed=True))
                 return
-        self._removed.append(Removed(kind=kind, path=str(path), bytes=size, why=why))
+        self.removed.append(Row(kind, str(path), why, size))
 
     def remove_own(self, kind: Kind, path: Path, why: str, how: Callable[[Path], None]) -> None:
         """Remove a folder or an artifact's file like `remove`, but only if it belongs to this user."""
@@ -89,7 +102,7 @@ class Pruner:
 
     def keep(self, kind: Kind, path: Path, why: str) -> None:
         """Report that *path* stays."""
-        self._kept.append(Kept(kind=kind, path=str(path), why=why))
+        self.kept.append(Row(kind, str(path), why))
 
     def old(self, info: os.stat_result, limit_s: float = settings.RETENTION_S) -> bool:
         """Whether a file was last changed over limit_s ago, by the wall clock, since other clocks end at a reboot."""
@@ -97,8 +110,12 @@ class Pruner:
 
     def report(self) -> PruneReport:
         """Return the report on all files and folders that were removed or kept."""
-        size = sum(removed.bytes for removed in self._removed)
-        return PruneReport(dry_run=self._dry_run, bytes=size, removed=tuple(self._removed), kept=tuple(self._kept))
+        removed = (
+            Removed(kind=cast("Kind", row.kind), path=row.name, bytes=row.bytes, why=row.why) for row in self.removed
+        )
+        kept = (Kept(kind=cast("Kind", row.kind), path=row.name, why=row.why, failed=row.failed) for row in self.kept)
+        size = sum(row.bytes for row in self.removed)
+        return PruneReport(dry_run=self.dry_run, bytes=size, removed=tuple(removed), kept=tuple(kept))
 
     def _freed(self, info: os.stat_result) -> int:
         """Return the disk space that removing one name of a file frees. Images share files by hard links."""

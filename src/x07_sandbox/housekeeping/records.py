@@ -12,9 +12,10 @@ import stat
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.host import settings
+from x07_sandbox.host.linux import boot_id, pid_namespace
 from x07_sandbox.host.locks import is_locked, lock_for_removal
 from x07_sandbox.host.paths import private_dir, state_dir, why_not_ours
-from x07_sandbox.host.processes import boot_id, is_alive, pid_namespace
+from x07_sandbox.host.processes import is_alive
 from x07_sandbox.housekeeping.pruner import entries
 from x07_sandbox.jobs.reader import all_stored
 from x07_sandbox.runs.folder import APPLYING, RUN_NAME, runs_dir

@@ -26,7 +26,8 @@ from x07_sandbox.host.clocks import Deadline, unix_ms
 from x07_sandbox.host.locks import is_locked
 from x07_sandbox.host.paths import private_dir, state_dir
 from x07_sandbox.host.processes import identify
-from x07_sandbox.housekeeping.records import doomed_name
+from x07_sandbox.housekeeping.pruner import Pruner, Row, entries
+from x07_sandbox.housekeeping.records import doomed_name, prune_records
 from x07_sandbox.jobs.active import JOB_NAME, unfinished_jobs
 from x07_sandbox.jobs.reader import locked_stored
 from x07_sandbox.jobs.record import runner_instance
@@ -34,9 +35,8 @@ from x07_sandbox.jobs.stop_rules import here_and_now, judge
 from x07_sandbox.runs.folder import APPLYING, RUN_NAME, runs_dir
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping
+    from collections.abc import Callable, Collection, Iterable, Mapping
 
-    from x07_sandbox.backends.base import Backend
     from x07_sandbox.jobs.reader import StoredJob
     from x07_sandbox.jobs.stop_rules import Now
 
@@ -76,92 +76,74 @@ class SweepReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     kept: tuple[Swept, ...]
 
 
-class Sweeper:
-    """The options and results of one sweep."""
-
-    def __init__(self, progress: Callable[[str], None], *, dry_run: bool, budget_s: float | None = None) -> None:
-        self.progress = progress
-        self.dry_run = dry_run
-        self.deadline = None if budget_s is None else Deadline.after(budget_s)
-        self._removed: dict[tuple[str, str], Swept] = {}
-        self._kept: dict[tuple[str, str], Swept] = {}
-
-    def removed(self, kind: Kind, name: str, why: str) -> None:
-        """Add a removed object to the report. In a dry run, the object would be removed."""
-        self._removed.setdefault((kind, name), Swept(kind=kind, id=name, why=why))
-
-    def kept(self, kind: Kind, name: str, why: str, *, failed: bool = False) -> None:
-        """Add an object that stays to the report. failed: whether an attempt to remove it failed."""
-        self._kept.setdefault((kind, name), Swept(kind=kind, id=name, why=why, failed=failed))
-
-    def backend(self, name: str) -> Backend | None:
-        """Return the backend called *name*, or None if this version lacks it."""
-        return create(name) if name in built() else None
-
-    def report(self) -> SweepReport:
-        """Return the report on all objects that were removed or kept."""
-        return SweepReport(dry_run=self.dry_run, removed=tuple(self._removed.values()), kept=tuple(self._kept.values()))
-
-
 def sweep(*, dry_run: bool, progress: Callable[[str], None], budget_s: float | None = None) -> SweepReport:
     """Remove what dead x07 processes left. Raises SandboxError if a folder of this tool cannot be used.
 
     budget_s: sweep only jobs, newest first, and begin no further job after this time. None: sweep everything.
     """
-    sweeper = Sweeper(progress, dry_run=dry_run, budget_s=budget_s)
+    pruner = Pruner(progress, dry_run=dry_run)
     if os.path.lexists(state_dir()):
-        live = sweep_jobs(sweeper, _ALL if budget_s is None else _AT_START)
+        live = sweep_jobs(pruner, budget_s)
         if budget_s is None:
-            _sweep_orphans(sweeper, live)
-            _sweep_changes(sweeper)
-            _sweep_leftovers(sweeper)
-    return sweeper.report()
+            _sweep_orphans(pruner, live)
+            _sweep_changes(pruner)
+            _sweep_leftovers(pruner)
+    removed, kept = _swept(pruner.removed, records="record"), _swept(pruner.kept, records="job")
+    return SweepReport(dry_run=dry_run, removed=removed, kept=kept)
 
 
-def sweep_jobs(sweeper: Sweeper, most: int) -> set[str]:
-    """Check the *most* newest jobs, end those that may be ended, and return the names of live jobs.
+def _swept(rows: Iterable[Row], *, records: str) -> tuple[Swept, ...]:
+    """Return the rows of the report. Of several about one thing, the first counts. records: the kind of pruned jobs."""
+    found: dict[tuple[str, str], Swept] = {}
+    for row in rows:
+        kind, path = row.kind, Path(row.name)
+        pruned = path.is_absolute() and kind in {"job", "run"}
+        kind, name = records if pruned and kind == "job" else kind, path.name if pruned else row.name
+        found.setdefault((kind, name), Swept(kind=cast("Kind", kind), id=name, why=row.why, failed=row.failed))
+    return tuple(found.values())
 
-    Raises SandboxError.
-    """
+
+def sweep_jobs(pruner: Pruner, budget_s: float | None) -> set[str]:
+    """End the jobs that may be ended, and return the names of live jobs. budget_s: see `sweep`. Raises SandboxError."""
     root = private_dir(state_dir())
     instance, now, live = runner_instance(root), here_and_now(), set()
-    for name in unfinished_jobs(root, most):
-        if sweeper.deadline is not None and sweeper.deadline.passed():
+    deadline = None if budget_s is None else Deadline.after(budget_s)
+    for name in unfinished_jobs(root, _ALL if budget_s is None else _AT_START):
+        if deadline is not None and deadline.passed():
             break
         with locked_stored(root / name, instance) as stored:
-            if stored is None or not _settled(sweeper, stored, now):
+            if stored is None or not _settled(pruner, stored, now):
                 live.add(name)
     return live
 
 
-def _settled(sweeper: Sweeper, stored: StoredJob, now: Now) -> bool:
+def _settled(pruner: Pruner, stored: StoredJob, now: Now) -> bool:
     """Sweep one job, whose folder the caller has locked. Return False if the job counts as live."""
     judgement = judge(stored, now)
     name = stored.folder.name
     if judgement.fate == "kept":
         if why := _why_unstarted(stored):
-            if sweeper.dry_run or _remove_unstarted(stored.folder):
-                sweeper.removed("unstarted", name, why)
+            if pruner.dry_run or _remove_unstarted(stored.folder):
+                pruner.removed.append(Row("unstarted", name, why))
             return True
-        sweeper.kept("job", name, stored.why)
+        pruner.kept.append(Row("job", name, stored.why))
         return stored.standing != "unowned"
     if judgement.fate in {"live", "ended"}:
         return judgement.fate == "ended"
-    if not sweeper.dry_run and (problem := _not_stopped(sweeper, stored)):
-        sweeper.kept("job", name, f"{judgement.why}, and {problem}", failed=True)
+    if not pruner.dry_run and (problem := _not_stopped(stored)):
+        pruner.kept.append(Row("job", name, f"{judgement.why}, and {problem}", failed=True))
     else:
-        sweeper.removed("job", name, judgement.why)
+        pruner.removed.append(Row("job", name, judgement.why))
     return True
 
 
-def _not_stopped(sweeper: Sweeper, stored: StoredJob) -> str:
+def _not_stopped(stored: StoredJob) -> str:
     """Stop a job by its record. Return why the job is not proven gone, or "" if it is."""
     assert stored.record is not None  # noqa: S101 - the job is ours
-    backend = sweeper.backend(stored.record.backend)
-    if backend is None:
+    if stored.record.backend not in built():
         return f"this version has no backend {stored.record.backend!a}"
     try:
-        return "" if backend.stop(stored.record) else "nothing proves that its processes are gone"
+        return "" if create(stored.record.backend).stop(stored.record) else "nothing proves that its processes are gone"
     except SandboxError as exc:
         return f"it cannot be stopped ({exc.what}: {exc.why})"
     except OSError as exc:  # the other jobs must be swept all the same
@@ -239,64 +221,51 @@ def _runner_lives(labels: Mapping[str, str]) -> bool:
     return match is not None and identify(int(match[1])) is not None
 
 
-def _sweep_orphans(sweeper: Sweeper, live: Collection[str]) -> None:
+def _sweep_orphans(pruner: Pruner, live: Collection[str]) -> None:
     """Remove this tool's containers without a live job from every container engine. live: names of the live jobs."""
     instance = runner_instance(state_dir())
     for name in built():
-        backend: object = sweeper.backend(name)
+        backend: object = create(name)
         if not isinstance(backend, HoldsInstances):
             continue
         try:
             for orphan in list(backend.orphans())[:_ORPHANS_MAX]:
                 called = f"{name}:{orphan.id}"
                 if problem := why_kept(orphan.labels, instance=instance, live=live, now_unix_ms=unix_ms()):
-                    sweeper.kept("instance", called, problem)
+                    pruner.kept.append(Row("instance", called, problem))
                 elif _runner_lives(orphan.labels):
                     why = "the x07 process that started it may be alive, with its record in another folder"
-                    sweeper.kept("instance", called, why)
-                elif sweeper.dry_run or backend.remove(orphan):
-                    sweeper.removed("instance", called, "it has no record, and its deadline has passed")
+                    pruner.kept.append(Row("instance", called, why))
+                elif pruner.dry_run or backend.remove(orphan):
+                    pruner.removed.append(Row("instance", called, "it has no record, and its deadline has passed"))
                 else:
-                    sweeper.kept("instance", called, "it was removed, but still exists", failed=True)
+                    pruner.kept.append(Row("instance", called, "it was removed, but still exists", failed=True))
         except SandboxError as exc:
-            sweeper.kept("instance", name, f"{exc.what}: {exc.why}")
+            pruner.kept.append(Row("instance", name, f"{exc.what}: {exc.why}"))
 
 
-def _sweep_changes(sweeper: Sweeper) -> None:
+def _sweep_changes(pruner: Pruner) -> None:
     """Roll back or complete file changes that were interrupted."""
-    from x07_sandbox.housekeeping.pruner import entries
     from x07_sandbox.runs.saved_changes import recover_all
 
     folder = runs_dir(state_dir()) / APPLYING
     before = {path.name for path in entries(folder) if RUN_NAME.fullmatch(path.name)}
-    if not sweeper.dry_run:
-        recover_all(sweeper.progress)
-    left = {path.name for path in entries(folder)} if not sweeper.dry_run else set()
+    if not pruner.dry_run:
+        recover_all(pruner.progress)
+    left = set() if pruner.dry_run else {path.name for path in entries(folder)}
     for run in sorted(before):
         if run in left:
-            sweeper.kept("changes", run, "its changes are being applied, or cannot be recovered yet")
+            pruner.kept.append(Row("changes", run, "its changes are being applied, or cannot be recovered yet"))
         else:
-            sweeper.removed("changes", run, "its changes were applied incompletely")
+            pruner.removed.append(Row("changes", run, "its changes were applied incompletely"))
 
 
-def _sweep_leftovers(sweeper: Sweeper) -> None:
+def _sweep_leftovers(pruner: Pruner) -> None:
     """Remove expired folders, saved VMs without an image, and control groups of dead x07 processes."""
     from x07_sandbox.housekeeping.images import prune_saved
-    from x07_sandbox.housekeeping.pruner import Pruner
-    from x07_sandbox.housekeeping.records import prune_records
     from x07_sandbox.jail.cgroups import remove_abandoned_groups
 
-    def name(path: str, kind: str) -> str:
-        return Path(path).name if kind in {"job", "run"} else path
-
-    pruner = Pruner(sweeper.progress, dry_run=sweeper.dry_run)
     prune_records(pruner)
     prune_saved(pruner, set())
-    report = pruner.report()
-    for gone in report.removed:  # pruning only removes records of jobs
-        kind = cast("Kind", "record" if gone.kind == "job" else gone.kind)
-        sweeper.removed(kind, name(gone.path, gone.kind), gone.why)
-    for kept in report.kept:
-        sweeper.kept(cast("Kind", kept.kind), name(kept.path, kept.kind), kept.why, failed=kept.failed)
-    if not sweeper.dry_run:
+    if not pruner.dry_run:
         remove_abandoned_groups()

@@ -23,8 +23,8 @@ import msgspec
 from x07_sandbox.errors import HostError, ImageError
 from x07_sandbox.host.arch import Arch
 from x07_sandbox.host.decoding import prepared
+from x07_sandbox.host.linux import mounts
 from x07_sandbox.host.locks import file_lock
-from x07_sandbox.host.mounts import mounts
 from x07_sandbox.host.paths import cache_dir
 from x07_sandbox.images import apt_index, commands, kernel, manifest, recipe, scratch, sources, verify
 
@@ -74,7 +74,7 @@ class BaseSpec(msgspec.Struct, frozen=True, kw_only=True):
     def key(self) -> str:
         """A hash of the inputs, for the name of the base's folder."""
         words = [recipe.RECIPE, self.arch.deb, self.suite, list(self.include)]
-        words += [self.x07, commands.EPOCH] if self.x07 else []
+        words += [self.x07] if self.x07 else []
         words += [{"pip": sorted(self.pip), "layout": recipe.PIP_LAYOUT}] if self.pip else []
         return hashlib.sha256(manifest.canonical(words)).hexdigest()[:32]
 
@@ -108,10 +108,9 @@ def make_base(work: Path, spec: BaseSpec, progress: Callable[[str], None]) -> Pa
     progress(f"fetching and unpacking {spec.suite} packages")
     _mmdebstrap(work, spec, progress)
     progress("extracting the kernel")
-    with (work / "kernel.tar").open("wb") as tar:
-        argv = [commands.tool("dpkg-deb"), "--fsys-tarfile", str(work / "kernel.deb")]
-        commands.run(argv, cwd=work, timeout_s=120, stdout_fd=tar.fileno())
-    parts = kernel.read_package(work / "kernel.tar", _unzstd)
+    argv = [commands.tool("dpkg-deb"), "--extract", str(work / "kernel.deb"), str(work / "kernel")]
+    commands.run(argv, cwd=work, timeout_s=120)
+    parts = kernel.read_package(work / "kernel", _unzstd)
     progress("making the root file system")
     folder = work / "base"
     folder.mkdir(mode=0o700)

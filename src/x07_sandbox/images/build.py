@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from x07_sandbox.images.store import Image
 
 WORK_PREFIX = "image-"
-X07_COPY = "x07"
+X07_TAR = "x07.tar"
 WHEELS = "wheels"
 SOURCES = "pip-sources"
 
@@ -75,7 +75,7 @@ def build_image(  # noqa: PLR0913 - one keyword per ingredient
         try:
             if x07 is not None:
                 progress(f"copying the X07 toolchain {x07}")
-                extras = msgspec.structs.replace(extras, x07=toolchain.snapshot(x07, work / X07_COPY))
+                extras = msgspec.structs.replace(extras, x07=toolchain.pack(x07, work / X07_TAR))
             if requirements is not None:
                 if extras.pip:
                     progress(f"replacing the Python packages: {', '.join(wheel.name for wheel in extras.pip)}")
@@ -225,14 +225,12 @@ class _Builder:
             return self._with_wheels(extras)
         if not extras.x07:
             return bases.make_base(work, extras.base_spec(), self._progress)
-        if not (work / X07_COPY).exists():
+        if not (work / X07_TAR).exists():
             why = "this host has no copy of the image's X07 toolchain"
             raise ImageError("cannot rebuild the image", why, "Add --x07-toolchain DIR")
         below, base = self._base(msgspec.structs.replace(extras, x07=""))
         self._progress("adding the X07 toolchain")
-        tar = work / "x07.tar"
-        toolchain.pack(work / X07_COPY, tar)
-        return bases.add_layer(work, below, base, tar, x07=extras.x07)
+        return bases.add_layer(work, below, base, work / X07_TAR, x07=extras.x07)
 
     def _with_wheels(self, extras: Extras) -> Path:
         work = self._work

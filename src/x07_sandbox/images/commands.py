@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import selectors
 import signal
 import subprocess
 import time
@@ -16,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from x07_sandbox.errors import HostError, ImageError
-from x07_sandbox.host.programs import SYSTEM, find_program
+from x07_sandbox.host.paths import SYSTEM, find_program
+from x07_sandbox.host.poll import wait_readable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -110,22 +110,18 @@ def run(
 def _drain(fd: int, log: bytearray, on_line: Callable[[str], None] | None, until: float) -> bool:
     """Read *fd* to its end into *log*, which keeps the last LOG_BYTES. Return False on timeout."""
     line = b""
-    with selectors.DefaultSelector() as selector:
-        selector.register(fd, selectors.EVENT_READ)
-        while True:
-            left_s = until - time.monotonic()
-            if left_s <= 0 or not selector.select(left_s):
-                return False
-            chunk = os.read(fd, 65536)
-            if not chunk:
-                return True
-            log += chunk
-            del log[:-LOG_BYTES]
-            *whole, line = (line + chunk).split(b"\n")
-            line = line[-LOG_BYTES:]
-            if on_line is not None:
-                for text in whole:
-                    on_line(text.decode(errors="replace"))
+    while (left_s := until - time.monotonic()) > 0 and wait_readable(fd, left_s):
+        chunk = os.read(fd, 65536)
+        if not chunk:
+            return True
+        log += chunk
+        del log[:-LOG_BYTES]
+        *whole, line = (line + chunk).split(b"\n")
+        line = line[-LOG_BYTES:]
+        if on_line is not None:
+            for text in whole:
+                on_line(text.decode(errors="replace"))
+    return False
 
 
 def _tail(log: bytearray) -> str:

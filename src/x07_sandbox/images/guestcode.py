@@ -32,7 +32,8 @@ class GuestCode(msgspec.Struct, frozen=True, kw_only=True):
 def read_guest_code(root: Path | None = None) -> GuestCode:
     """Read the guest's files below *root*, by default this package. The guest gets an empty __init__ of the package."""
     root = root or Path(__file__).parents[1]
-    paths = [root / "errors.py", *root.glob("channel/**/*.py"), *root.glob("guest/**/*.py")]
+    alone = [root / f"{name}.py" for name in ("errors", "kernel", "libseccomp")]
+    paths = [*alone, *root.glob("channel/**/*.py"), *root.glob("guest/**/*.py")]
     boot = root / "guest" / "boot"
     agent = {
         path.relative_to(root).as_posix(): path.read_bytes() for path in sorted(paths) if not path.is_relative_to(boot)

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from x07_sandbox.errors import HostError, ImageError, UsageError
-from x07_sandbox.host.programs import find_program, inherited_environment
+from x07_sandbox.host.paths import find_program, read_bounded
+from x07_sandbox.host.variables import inherited_environment
 from x07_sandbox.images import apt_index, commands, manifest
 
 if TYPE_CHECKING:
@@ -113,14 +114,7 @@ def check_requirements(asked: Sequence[str]) -> tuple[str, ...]:
 
 
 def _read_file(path: Path) -> list[str]:
-    what = f"cannot read the requirements {str(path)!r}"
-    try:
-        with path.open("rb") as file:
-            data = file.read(FILE_MAX_BYTES + 1)
-    except OSError as exc:
-        raise UsageError(what, exc.strerror or str(exc), "Use a file: --pip file:requirements.txt") from exc
-    if len(data) > FILE_MAX_BYTES:
-        raise UsageError(what, f"it has more than {FILE_MAX_BYTES} bytes", "Use a shorter one")
+    data = read_bounded(path, "requirements", FILE_MAX_BYTES)
     lines: list[str] = []
     joined, begin = "", 0
     for number, raw in enumerate([*data.decode(errors="replace").splitlines(), ""], start=1):

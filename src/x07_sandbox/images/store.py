@@ -10,14 +10,13 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import stat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from x07_sandbox.errors import ImageError, UsageError
-from x07_sandbox.host.paths import cache_folder, private_dir, replace_file
+from x07_sandbox.host.paths import cache_folder, private_dir, read_bounded, replace_file
 from x07_sandbox.host.variables import text
 from x07_sandbox.images import guestcode, manifest
 from x07_sandbox.images.manifest import Manifest
@@ -214,13 +213,6 @@ def _by_prefix(hexes: str) -> str:
 
 def _read(path: Path) -> bytes:
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-        with os.fdopen(fd, "rb") as file:
-            info = os.fstat(fd)
-            if not stat.S_ISREG(info.st_mode) or info.st_uid != os.geteuid():
-                raise ImageError(
-                    f"cannot use {path}", "it is not a regular file that you own", "Remove it, then try again"
-                )
-            return file.read(manifest.MAX_BYTES + 1)
-    except OSError as exc:
-        raise ImageError(f"cannot read {path}", exc.strerror or str(exc), "Remove it, then try again") from exc
+        return read_bounded(path, "file", manifest.MAX_BYTES)
+    except UsageError as exc:
+        raise ImageError(exc.what, exc.why, "Remove it, then try again") from exc

@@ -22,10 +22,9 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from x07_sandbox.errors import ImageError
-from x07_sandbox.host.mounts import mounts
+from x07_sandbox.host.linux import mounts
 from x07_sandbox.host.os_errors import host_error
-from x07_sandbox.host.paths import cache_folder
-from x07_sandbox.host.verdicts import read_verdict, write_verdict
+from x07_sandbox.host.verdicts import Verdict
 from x07_sandbox.images import manifest, store
 from x07_sandbox.images.manifest import Manifest
 
@@ -240,14 +239,10 @@ def _check_manifest(folder_fd: int, image: Image, subject: Subject) -> None:
         raise _bad(subject, "manifest.json has changed since it was read")
 
 
-def _record_path(subject: Subject) -> Path:
-    return cache_folder("verified") / f"{subject.record}.json"
-
-
 def _recorded(subject: Subject) -> dict[str, Identity]:
     """Return the identities of files verified since the host booted, or {} if there is no valid record of them."""
     with contextlib.suppress(msgspec.ValidationError):
-        return msgspec.convert(read_verdict(_record_path(subject)).get("files", {}), dict[str, Identity])
+        return msgspec.convert(Verdict("verified", subject.record).read().get("files", {}), dict[str, Identity])
     return {}
 
 
@@ -255,7 +250,7 @@ def _write_record(subject: Subject, files: dict[str, Identity]) -> None:
     """Record the identity of each large file, whose digest is known to be right."""
     now_ns = time.time_ns()  # wall time, because ctime is
     settled = {name: identity for name, identity in files.items() if identity[4] < now_ns - SETTLED_NS}
-    write_verdict(_record_path(subject), {"files": settled})
+    Verdict("verified", subject.record).write({"files": settled})
 
 
 def _run_out(exc: OSError) -> HostError | None:

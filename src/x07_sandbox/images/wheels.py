@@ -6,13 +6,14 @@ two wheels contain the same file, the last one by name wins.
 
 from __future__ import annotations
 
-import configparser
+import io
 import re
 import shutil
 import tarfile
 import zipfile
+from importlib.metadata import Distribution
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import IO, TYPE_CHECKING, Final
 
 from x07_sandbox.errors import ImageError
 from x07_sandbox.images import boot, commands, tar
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 MAX_BYTES: Final = 8 * 1024**3  # total, unpacked
 ENTRIES_MAX: Final = 400_000
 _TEXT_MAX: Final = 1024**2  # of entry_points.txt
-_CHUNK: Final = 1024 * 1024
 _NAME_MAX: Final = 255
 _BIN: Final = "usr/local/bin"
 _PYTHON: Final = b"#!/usr/bin/python3"
@@ -50,13 +50,17 @@ class Unpacker:
         try:
             with zipfile.ZipFile(wheel) as archive:
                 self._unpack(archive, wheel.name)
-        except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, ValueError) as exc:
+        except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, ValueError, TypeError) as exc:
             raise _bad(wheel.name, f"the archive is damaged ({exc})") from exc
         except (FileExistsError, IsADirectoryError, NotADirectoryError) as exc:
             raise _bad(wheel.name, "one of its files is a folder in another wheel, or vice versa") from exc
 
     def _unpack(self, archive: zipfile.ZipFile, wheel: str) -> None:
         files = {info.filename: info for info in archive.infolist() if not info.is_dir()}
+        self._entries += len(files)
+        self._bytes += sum(info.file_size for info in files.values())  # zipfile reads no more than this
+        if self._bytes > MAX_BYTES or self._entries > ENTRIES_MAX:
+            raise _bad(wheel, f"the wheels have more than {MAX_BYTES >> 30} GiB or {ENTRIES_MAX} files in total")
         info_folders = {name.split("/")[0] for name in files if name.split("/")[0].endswith(".dist-info")}
         if len(info_folders) != 1:
             raise _bad(wheel, "it does not have exactly one .dist-info folder")
@@ -64,10 +68,12 @@ class Unpacker:
         for name, info in sorted(files.items()):
             place = self._place(name, about.removesuffix(".dist-info") + ".data", wheel)
             if place is not None:
-                self._write(archive, info, self._root / place, wheel)
+                with archive.open(info) as source:
+                    self._write(source, self._root / place, executable=bool((info.external_attr >> 16) & 0o111))
         points = f"{about}/entry_points.txt"
-        if points in files:
-            self._launchers(_text(archive, files[points], wheel), wheel)
+        if points in files and files[points].file_size > _TEXT_MAX:
+            raise _bad(wheel, f"{points[:100]!r} is too long")
+        self._launchers(self._root / self._site / about, wheel)
 
     def _place(self, name: str, data: str, wheel: str) -> str | None:
         """Return the path below the image's root for the file *name* of a wheel, or None to skip the file."""
@@ -87,52 +93,26 @@ class Unpacker:
             return None
         raise _bad(wheel, f"its file {name[:100]!r} has an unknown type")
 
-    def _write(self, archive: zipfile.ZipFile, info: zipfile.ZipInfo, target: Path, wheel: str) -> None:
-        self._entries += 1
+    def _write(self, source: IO[bytes], target: Path, *, executable: bool) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)
         is_script = target.parent == self._root / _BIN
-        with archive.open(info) as source, target.open("xb") as file:
-            first = True
-            while chunk := source.read(_CHUNK):
-                self._bytes += len(chunk)
-                if self._bytes > MAX_BYTES or self._entries > ENTRIES_MAX:
-                    why = f"the wheels have more than {MAX_BYTES >> 30} GiB or {ENTRIES_MAX} files in total"
-                    raise _bad(wheel, why)
-                file.write(re.sub(rb"\A#!pythonw?", _PYTHON, chunk) if first and is_script else chunk)
-                first = False
-        executable = is_script or (info.external_attr >> 16) & 0o111
-        target.chmod(0o700 if executable else 0o600)
+        with target.open("xb") as file:
+            if is_script:
+                file.write(re.sub(rb"\A#!pythonw?", _PYTHON, source.read(len(_PYTHON))))
+            shutil.copyfileobj(source, file)
+        target.chmod(0o700 if executable or is_script else 0o600)
 
-    def _launchers(self, text: str, wheel: str) -> None:
-        """Write a program to /usr/local/bin for each console script in *text*, the content of entry_points.txt."""
-        parser = configparser.ConfigParser(delimiters=("=",), interpolation=None, strict=False)
-        parser.optionxform = str  # type: ignore[assignment,method-assign]
-        try:
-            parser.read_string(text)
-        except configparser.Error as exc:
-            raise _bad(wheel, "its entry_points.txt is invalid") from exc
-        scripts = parser["console_scripts"] if parser.has_section("console_scripts") else {}
-        for name, value in scripts.items():
-            match = _ENTRY_POINT.fullmatch(value.strip())
-            if match is None or not _PROGRAM_NAME.fullmatch(name):
-                raise _bad(wheel, f"its entry_points.txt has an invalid entry for {name[:100]!r}")
+    def _launchers(self, about: Path, wheel: str) -> None:
+        """Write a program to /usr/local/bin for each console script of the unpacked .dist-info folder *about*."""
+        for point in Distribution.at(about).entry_points.select(group="console_scripts"):
+            match = _ENTRY_POINT.fullmatch(point.value)
+            if match is None or not _PROGRAM_NAME.fullmatch(point.name):
+                raise _bad(wheel, f"its entry_points.txt has an invalid entry for {point.name[:100]!r}")
             module, function = match.groups()
             first = function.partition(".")[0]
             body = f"import sys\n\nfrom {module} import {first}\n\nsys.exit({function}())\n"
-            target = self._root / _BIN / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.unlink(missing_ok=True)
-            target.write_bytes(_PYTHON + b"\n" + body.encode())
-            target.chmod(0o700)
-
-
-def _text(archive: zipfile.ZipFile, info: zipfile.ZipInfo, wheel: str) -> str:
-    with archive.open(info) as file:
-        data = file.read(_TEXT_MAX + 1)
-    if len(data) > _TEXT_MAX:
-        raise _bad(wheel, f"{info.filename[:100]!r} is too long")
-    return data.decode()
+            self._write(io.BytesIO(_PYTHON + b"\n" + body.encode()), self._root / _BIN / point.name, executable=True)
 
 
 def make_layer(work: Path, wheels: Sequence[Path], root: Path, python: str) -> Path:

@@ -19,7 +19,7 @@ from typing import Final
 import msgspec
 
 from x07_sandbox.host.arch import host_arch
-from x07_sandbox.host.mounts import mounts
+from x07_sandbox.host.linux import mounts
 
 BWRAP: Final = "/usr/bin/bwrap"
 SETPRIV: Final = "/usr/bin/setpriv"

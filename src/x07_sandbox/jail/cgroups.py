@@ -19,11 +19,20 @@ import msgspec
 import msgspec.structs
 
 from x07_sandbox.host.clocks import unix_ms
-from x07_sandbox.host.processes import identify, sees_every_process
+from x07_sandbox.host.linux import sees_every_process
+from x07_sandbox.host.processes import identify
 
 _ROOT: Final = Path("/sys/fs/cgroup")
 _PARENT: Final = "x07-sandbox"
-_MEMORY_LIMITS: Final = ("memory.max", "memory.limit_in_bytes")  # of versions 2 and 1
+# For each controller, its files in versions 2 and 1. The first is the limit; the agent writes to all of them.
+_FILES: Final = {
+    "memory": (
+        ("memory.max", "memory.swap.max", "memory.oom.group"),
+        ("memory.limit_in_bytes", "memory.memsw.limit_in_bytes"),
+    ),
+    "pids": (("pids.max",), ("pids.max",)),
+    "cpuacct": ((), ()),  # version 2 counts CPU time in every group
+}
 _JOB_NAME: Final = re.compile(r"\d+-\d+-\d+-[a-z0-9-]+")
 _ABANDONED_S: Final = 60.0
 _SWEPT_AT_ONCE: Final = 256
@@ -50,7 +59,7 @@ class HostGroups(msgspec.Struct, frozen=True, kw_only=True):
 
     def limit_memory(self, memory_bytes: int) -> None:
         """Change the memory limit, if there is one. Raises OSError if more memory is in use."""
-        for path in (folder / name for folder in self.folders for name in _MEMORY_LIMITS):
+        for path in (folder / files[0] for folder in self.folders for files in _FILES["memory"]):
             if path.exists():
                 path.write_text(str(memory_bytes), encoding="ascii")
 
@@ -74,17 +83,18 @@ def _is_jobs(folder: Path) -> bool:
 def make_groups(name: str, *, memory_bytes: int, tasks: int) -> HostGroups:
     """Create groups called *name* with these limits. If the host provides none, the result has no folders."""
     remove_abandoned_groups()
+    limits = {"memory": memory_bytes, "pids": tasks}
     if (_ROOT / "cgroup.controllers").exists():
         with contextlib.suppress(OSError):
             if (parent := _parent_2()) is not None:
                 folder = parent / name
                 folder.mkdir()
-                if _limited(folder, {"memory.max": memory_bytes, "pids.max": tasks}):
-                    return HostGroups(folders=(folder,), holds=("memory", "pids"))
+                if _limited(folder, {_FILES[controller][0][0]: value for controller, value in limits.items()}):
+                    return HostGroups(folders=(folder,), holds=tuple(limits))
         return HostGroups(folders=(), holds=())
     held = {}
-    for controller, file, value in (("memory", "memory.limit_in_bytes", memory_bytes), ("pids", "pids.max", tasks)):
-        if (made := _made_1(controller, name)) and _limited(made, {file: value}):
+    for controller, value in limits.items():
+        if (made := _made_1(controller, name)) and _limited(made, {_FILES[controller][1][0]: value}):
             held[controller] = made
     return HostGroups(folders=tuple(held.values()), holds=tuple(held))
 
@@ -104,19 +114,6 @@ class ProgramGroups(HostGroups, frozen=True, kw_only=True):
             (self.agent / "cgroup.procs").write_text(str(pid), encoding="ascii")
 
 
-# The files that a group's user may write to.
-_DELEGATED: Final = {
-    "memory": ("cgroup.procs", "memory.limit_in_bytes", "memory.memsw.limit_in_bytes"),
-    "pids": ("cgroup.procs", "pids.max"),
-    "cpuacct": ("cgroup.procs",),
-}
-_DELEGATED_2: Final = (
-    "cgroup.procs",
-    "cgroup.kill",
-    *("memory.max", "memory.swap.max", "memory.oom.group", "pids.max"),
-)
-
-
 def program_groups(name: str, *, uid: int) -> ProgramGroups:
     """Create groups called *name*, without limits, for *uid*. If the host provides none, the result has no folders.
 
@@ -126,10 +123,10 @@ def program_groups(name: str, *, uid: int) -> ProgramGroups:
     if (_ROOT / "cgroup.controllers").exists():
         return _program_group_2(name, uid)
     places = {}
-    for controller, files in _DELEGATED.items():
+    for controller, (_, files) in _FILES.items():
         if os.geteuid() == 0 and (folder := _made_1(controller, name)):
             places[controller] = folder
-            _delegate(folder, files, uid)
+            _delegate(folder, uid, files)
     return ProgramGroups(folders=tuple(places.values()), holds=tuple(places), places=places)
 
 
@@ -149,18 +146,18 @@ def _program_group_2(name: str, uid: int) -> ProgramGroups:
         agent.mkdir()
         program.mkdir()
         for folder in (job, agent):
-            _delegate(folder, ("cgroup.procs",), uid)
-        _delegate(program, _DELEGATED_2, uid)
+            _delegate(folder, uid)
+        _delegate(program, uid, ("cgroup.kill", *(file for files, _ in _FILES.values() for file in files)))
     except OSError:
         groups.remove()
         return nothing
-    # Version 2 counts CPU time in every group.
     return msgspec.structs.replace(groups, holds=(*held, "cpuacct"))
 
 
-def _delegate(folder: Path, files: tuple[str, ...], uid: int) -> None:
-    for file in files:
-        if (folder / file).exists():  # not every kernel has all of them
+def _delegate(folder: Path, uid: int, files: tuple[str, ...] = ()) -> None:
+    """Let a user move processes into a group, and write to those of its *files* that this kernel has."""
+    for file in ("cgroup.procs", *files):
+        if (folder / file).exists():
             os.chown(folder / file, uid, uid)
 
 
@@ -231,7 +228,7 @@ def _removed(folder: Path) -> bool:
 
 def remove_abandoned_groups() -> None:
     """Remove the empty groups that killed x07 processes left, except groups that may still be filled."""
-    for parent in (_ROOT / _PARENT, *(_ROOT / controller / _PARENT for controller in _DELEGATED)):
+    for parent in (_ROOT / _PARENT, *(_ROOT / controller / _PARENT for controller in _FILES)):
         with contextlib.suppress(OSError):
             for folder in list(parent.iterdir())[:_SWEPT_AT_ONCE]:
                 if folder.is_dir() and _abandoned(folder):

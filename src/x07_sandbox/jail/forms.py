@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from x07_sandbox.errors import HostError, RefusedError, printable
-from x07_sandbox.host.paths import cache_folder
 from x07_sandbox.host.variables import flag
-from x07_sandbox.host.verdicts import read_verdict, write_verdict
+from x07_sandbox.host.verdicts import Verdict, file_state
 from x07_sandbox.jail.bwrap import BWRAP, Jail, jail_argv, probe_argv
 from x07_sandbox.jail.libraries import needed_files
 from x07_sandbox.jail.seccomp import vmm_filter
@@ -55,13 +54,21 @@ class Form(NamedTuple):
     landlock: int = 0
     why: str = ""
 
-    def argv(self, jail: Jail, command: list[str]) -> list[str]:
-        """Return the command line of *command* in the jail."""
+    def open_ruleset(self, jail: Jail, program: str) -> int | None:
+        """Return the descriptor of the Landlock ruleset that the jail's process needs, or None. Raises OSError."""
         if self.namespaces:
+            return None
+        from x07_sandbox.jail.landlock import open_ruleset
+
+        return open_ruleset(jail, program, self.landlock)
+
+    def argv(self, jail: Jail, command: list[str], ruleset_fd: int | None) -> list[str]:
+        """Return the command line of *command* in the jail."""
+        if ruleset_fd is None:
             return jail_argv(jail, command)
         from x07_sandbox.jail.landlock import landlock_argv
 
-        return landlock_argv(jail, command, self.landlock)
+        return landlock_argv(jail, command, ruleset_fd)
 
     def release_message(self, arch: Arch) -> Callable[[int], bytes]:
         """Return a function that turns the pid of the jail's first process into the message that releases the jail."""
@@ -80,6 +87,8 @@ def jail_form() -> Form:
     if flag("X07_VM_REQUIRE_NAMESPACES"):
         fix = f"Unset X07_VM_REQUIRE_NAMESPACES, which forbids other jails, or allow namespaces: {namespace_flags()}"
         raise RefusedError("a jail with namespaces was required", why, fix)
+    from x07_sandbox.kernel import landlock_version  # rarely needed
+
     return landlock_form(why, landlock_version(), _missing_capabilities() if os.geteuid() == 0 else [])
 
 
@@ -110,19 +119,12 @@ def namespace_flags() -> str:
 
 def forbidden() -> str:
     """Return why namespaces cannot be used here, or "" if they can. Raises HostError if the test itself fails."""
-    record, key = cache_folder("jail") / "namespaces.json", _key()
-    known = read_verdict(record)
-    if known.get("key") == key:
-        return str(known["why"])
-    why = _try_namespaces()
-    write_verdict(record, {"key": key, "why": why})
-    return why
+    return str(Verdict("namespaces", key=_key()).read_or_make(lambda: {"why": _try_namespaces()})["why"])
 
 
 def _key() -> list[object]:
     """Return everything known to affect namespaces, as JSON values."""
-    info = Path(BWRAP).stat()
-    found: list[object] = [os.geteuid(), info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns]
+    found: list[object] = [os.geteuid(), file_state(BWRAP)]
     found += [Path("/proc/self/ns", name).readlink().name for name in ("user", "mnt", "pid", "net")]
     status = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace").splitlines()
     found += [line for line in status if line.startswith(_RIGHTS)]
@@ -148,15 +150,6 @@ def _try_namespaces() -> str:
     if any(words in said for words in _FORBIDDEN):
         return f"namespaces are forbidden here ({said})"
     raise HostError(what, said, "Try again, or run x07 doctor")
-
-
-def landlock_version() -> int:
-    """Return the kernel's Landlock version, or 0 if it has no Landlock (landlock_create_ruleset(2))."""
-    import ctypes  # rarely needed
-
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.syscall.restype, libc.syscall.argtypes = ctypes.c_long, [ctypes.c_long] * 4
-    return max(0, int(libc.syscall(444, 0, 0, 1)))
 
 
 def _missing_capabilities() -> list[str]:

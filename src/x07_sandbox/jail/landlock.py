@@ -1,6 +1,6 @@
-"""Command line and filter of the jail without namespaces: Landlock and seccomp. Pure.
+"""Command line, ruleset and filter of the jail without namespaces: Landlock and seccomp.
 
-data/landlock.pl sets up both in the process that becomes the VMM (docs/explanation/design.md, "The jail"):
+data/landlock.pl applies both to the process that becomes the VMM (docs/explanation/design.md, "The jail"):
 
 Landlock   The VMM can open only its own file, its libraries and firmware, and the files it was given, each with the
            rights that it needs.
@@ -15,6 +15,7 @@ the jail, the whole jail, including the supervisor, runs under the job's uid.
 from __future__ import annotations
 
 import errno
+import os
 import secrets
 import struct
 from pathlib import Path
@@ -22,12 +23,11 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+from x07_sandbox import kernel
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.jail.bwrap import PERL, Jail, supervisor_argv
 from x07_sandbox.jail.seccomp import (
-    ARG0,
-    ARG1,
-    ARG2,
+    ALL_64_BITS,
     COMMON_RULES,
     FSTAT_ONLY,
     REQUESTS,
@@ -46,25 +46,21 @@ CONFINER: Final = Path(__file__).with_name("data") / "landlock.pl"
 VERSION_NEEDED: Final = 3
 KERNEL_NEEDED: Final = "Linux 6.2"
 
-_EXECUTE, _WRITE_FILE, _READ_FILE, _TRUNCATE = 1 << 0, 1 << 1, 1 << 2, 1 << 14
-_TCP: Final = 1 << 0 | 1 << 1  # bind, connect
-_TCP_SINCE: Final = 4
-_SCOPES: Final = 1 << 0 | 1 << 1  # abstract Unix sockets, and signals to processes outside
-_SCOPES_SINCE: Final = 6
-_FILE_RIGHTS: Final = {3: (1 << 15) - 1, 5: (1 << 16) - 1}  # version 5 added ioctl on devices
 _SETUP_CALLS: Final = ("close_range", "mmap", "read", "execve", "prctl", "seccomp", "prlimit64")
 
+# Older variants of some calls, such as poll, are missing on newer architectures.
 CALLS: Final = (
     # data through open descriptors
     *("read", "write", "readv", "writev", "pread64", "pwrite64", "preadv", "pwritev", "lseek", "close", "close_range"),
     *("dup", "dup3", "fstat", "fstatfs", "ftruncate", "fallocate", "fsync", "fdatasync"),
     *("sync_file_range", "fadvise64"),
     # how QEMU looks for its firmware
-    "faccessat",
+    *("faccessat", "access"),
     *("sendto", "sendmsg", "recvfrom", "recvmsg", "shutdown", "getsockname", "getpeername", "getsockopt", "setsockopt"),
     *("pipe2", "eventfd2", "signalfd4"),
     # waiting
     *("epoll_create1", "epoll_ctl", "epoll_pwait", "epoll_pwait2", "ppoll", "pselect6", "futex", "membarrier"),
+    *("epoll_wait", "poll", "select", "pause"),
     *("nanosleep", "clock_nanosleep", "clock_gettime", "clock_getres", "gettimeofday", "sched_yield"),
     *("timer_create", "timer_settime", "timer_gettime", "timer_getoverrun", "timer_delete"),
     *("timerfd_create", "timerfd_settime", "timerfd_gettime"),
@@ -72,11 +68,11 @@ CALLS: Final = (
     *("mmap", "munmap", "mprotect", "mremap", "madvise", "mincore", "msync", "brk"),
     *("rt_sigaction", "rt_sigprocmask", "rt_sigreturn", "rt_sigtimedwait", "rt_sigsuspend", "sigaltstack"),
     *("set_robust_list", "rseq", "set_tid_address", "restart_syscall", "exit", "exit_group", "seccomp"),
+    "arch_prctl",
     # facts about this process and the machine
     *("getpid", "getppid", "gettid", "getuid", "geteuid", "getgid", "getegid", "getresuid", "getresgid", "getgroups"),
     *("getrandom", "getrusage", "sched_getaffinity", "sysinfo", "capget"),
 )
-CALLS_OLD: Final = ("epoll_wait", "poll", "select", "arch_prctl", "pause", "access")
 
 _PR_SET_NAME, _PR_SET_TIMERSLACK, _PR_SET_NO_NEW_PRIVS, _PR_GET_NO_NEW_PRIVS = 15, 29, 38, 39
 _PR_GET_SECCOMP: Final = 21
@@ -98,16 +94,15 @@ def random_addresses() -> ExecAddresses:
     return ExecAddresses(*(_LOWEST + step * secrets.randbelow((_HIGHEST - _LOWEST) // step) for _ in range(3)))
 
 
-def landlock_argv(jail: Jail, command: list[str], version: int) -> list[str]:
-    """Return the command line: supervisor, confining script, *command*. version: the kernel's Landlock version."""
+def landlock_argv(jail: Jail, command: list[str], ruleset_fd: int) -> list[str]:
+    """Return the command line: supervisor, confining script, *command*. ruleset_fd: see `open_ruleset`."""
     kept = [fd for fd, _ in (*jail.fd_files, *jail.fd_writable)] + list(jail.fds)
     numbers = (str(host_arch().syscalls[name]) for name in _SETUP_CALLS)
-    rules = [word for file, rights in file_rights(jail, command[0]).items() for word in (file, str(rights))]
     variables = [f"X07_INSTANCE={jail.mark}", "MALLOC_ARENA_MAX=1"]  # as in jail_argv
     script = [str(CONFINER)] if jail.uid is None else ["-e", CONFINER.read_text(encoding="utf-8"), "--"]
-    argv = [PERL, *script, str(jail.filter_fd), ",".join(map(str, kept)), ruleset(version).hex(), *numbers]
+    argv = [PERL, *script, str(jail.filter_fd), str(ruleset_fd), ",".join(map(str, kept)), *numbers]
     limits = [str(number) for which, values in jail.limits.items() for number in (which, *values)]
-    argv += [str(len(limits)), *limits, str(len(rules)), *rules, str(len(variables)), *variables, *command]
+    argv += [str(len(limits)), *limits, str(len(variables)), *variables, *command]
     return supervisor_argv(
         argv,
         deadline_s=jail.deadline_s,
@@ -118,19 +113,28 @@ def landlock_argv(jail: Jail, command: list[str], version: int) -> list[str]:
     )
 
 
-def ruleset(version: int) -> bytes:
-    """Return everything that this Landlock version can restrict, as a struct landlock_ruleset_attr."""
-    files = max(rights for since, rights in _FILE_RIGHTS.items() if since <= version)
-    return struct.pack("=QQQ", files, _TCP if version >= _TCP_SINCE else 0, _SCOPES if version >= _SCOPES_SINCE else 0)
+def open_ruleset(jail: Jail, program: str, version: int) -> int:
+    """Return the descriptor of a Landlock ruleset that allows only the jail's files. Raises OSError.
+
+    It restricts everything that the kernel's Landlock version can restrict.
+    """
+    fd = kernel.landlock_ruleset(*kernel.landlock_restrictions(version))
+    try:
+        for file, rights in file_rights(jail, program).items():
+            kernel.landlock_allow(fd, file, rights)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
 
 
-def file_rights(jail: Jail, program: str) -> dict[str, int]:
-    """Return the rights on each file, by path or descriptor number."""
-    rights = dict.fromkeys((*jail.files, *jail.devices), _READ_FILE)
+def file_rights(jail: Jail, program: str) -> dict[str | int, int]:
+    """Return the rights on each file, by path or descriptor."""
+    rights: dict[str | int, int] = dict.fromkeys((*jail.files, *jail.devices), kernel.READ_FILE)
     for path in rights.keys() & {program, host_arch().loader}:
-        rights[path] |= _EXECUTE
-    rights |= {str(fd): _READ_FILE for fd, _ in jail.fd_files}
-    return rights | {str(fd): _READ_FILE | _WRITE_FILE | _TRUNCATE for fd, _ in jail.fd_writable}
+        rights[path] |= kernel.EXECUTE
+    rights |= {fd: kernel.READ_FILE for fd, _ in jail.fd_files}
+    return rights | {fd: kernel.READ_FILE | kernel.WRITE_FILE | kernel.TRUNCATE for fd, _ in jail.fd_writable}
 
 
 def release_message(arch: Arch, pid: int) -> bytes:
@@ -147,25 +151,25 @@ def landlock_filter(arch: Arch, pid: int, addresses: ExecAddresses) -> bytes:
         "socket": errno.EAFNOSUPPORT,
         "kill": errno.ESRCH,  # as in a pid namespace: no process is visible
     }
-    return allowlist_filter(arch, (*CALLS, *CALLS_OLD), call_rules(pid, addresses), errors)
+    return allowlist_filter(arch, CALLS, call_rules(pid, addresses), errors)
 
 
 def call_rules(pid: int, addresses: ExecAddresses) -> Rules:
     """Return conditions for calls that are allowed only with certain arguments."""
-    halves = [half for place in msgspec.structs.astuple(addresses) for half in (place & 0xFFFFFFFF, place >> 32)]
+    drawn = msgspec.structs.astuple(addresses)
     return {
         **COMMON_RULES,
-        "execve": (tuple(Check(word, (half,)) for word, half in enumerate(halves)),),
+        "execve": (tuple(Check(number, (place,), ALL_64_BITS) for number, place in enumerate(drawn)),),
         # To wake one of its own threads. There is no process 0.
-        "tgkill": ((Check(ARG0, (pid,)),),),
+        "tgkill": ((Check(0, (pid,)),),),
         "clone": THREADS_ONLY,
-        "ioctl": ((Check(ARG1, REQUESTS),), (Check(ARG1, (_KVM,), 0xFF00),)),
+        "ioctl": ((Check(1, REQUESTS),), (Check(1, (_KVM,), 0xFF00),)),
         # Landlock decides what may be opened and how; this excludes unnamed files.
-        "openat": ((Check(ARG2, (0,), TMPFILE),),),
-        "open": ((Check(ARG1, (0,), TMPFILE),),),
+        "openat": ((Check(2, (0,), TMPFILE),),),
+        "open": ((Check(1, (0,), TMPFILE),),),
         "newfstatat": FSTAT_ONLY,
         "prctl": (
-            (Check(ARG0, (_PR_SET_NAME, _PR_SET_TIMERSLACK, _PR_SET_NO_NEW_PRIVS, _PR_GET_NO_NEW_PRIVS)),),
-            (Check(ARG0, (_PR_GET_SECCOMP,)),),
+            (Check(0, (_PR_SET_NAME, _PR_SET_TIMERSLACK, _PR_SET_NO_NEW_PRIVS, _PR_GET_NO_NEW_PRIVS)),),
+            (Check(0, (_PR_GET_SECCOMP,)),),
         ),
     }

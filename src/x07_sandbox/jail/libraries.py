@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import re
 import subprocess
-from pathlib import Path
 
 from x07_sandbox.errors import HostError
-from x07_sandbox.host.paths import cache_folder
-from x07_sandbox.host.verdicts import read_verdict, write_verdict
+from x07_sandbox.host.verdicts import Verdict, file_state
 
 _LDD = "/usr/bin/ldd"
 _LINE = re.compile(r"^\s*(?:\S+ => )?(/\S+) \(0x[0-9a-f]+\)$")
@@ -19,22 +17,12 @@ def needed_files(binary: str) -> tuple[str, ...]:
 
     ldd(1) is slow, so the result is cached for this boot, until the binary or the library cache (ld.so.cache) changes.
     """
-    key = _identity(binary)
-    record = cache_folder("libraries") / f"{Path(binary).name}.json"
-    known = read_verdict(record)
-    if known.get("key") != key:
-        known = {"key": key, "files": _ask(binary)}
-        write_verdict(record, known)
-    return tuple(known["files"])
-
-
-def _identity(binary: str) -> list[object]:
     try:
-        states = [Path(path).stat() for path in (binary, "/etc/ld.so.cache")]
+        verdict = Verdict("libraries", binary, key=(file_state(binary), file_state("/etc/ld.so.cache")))
     except OSError as exc:
         fix = "Run x07 doctor to see what is missing"
         raise HostError(f"cannot find {binary}", exc.strerror or str(exc), fix) from exc
-    return [binary, *([info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns] for info in states)]
+    return tuple(verdict.read_or_make(lambda: {"files": _ask(binary)})["files"])
 
 
 def _ask(binary: str) -> list[str]:

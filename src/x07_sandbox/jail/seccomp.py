@@ -1,4 +1,4 @@
-"""Seccomp filter around a VMM, and the building blocks of the other filters. Pure.
+"""Seccomp filter around a VMM, and the building blocks of the other filters. libseccomp compiles them.
 
 Capabilities and namespaces leave these gaps, which the filter closes in both forms of the jail:
 
@@ -15,8 +15,12 @@ Capabilities and namespaces leave these gaps, which the filter closes in both fo
 from __future__ import annotations
 
 import errno
+import itertools
 import struct
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final, NamedTuple
+
+from x07_sandbox.host.verdicts import Verdict
 
 if TYPE_CHECKING:
     from x07_sandbox.host.arch import Arch
@@ -38,103 +42,90 @@ CLONE_THREAD: Final = 0x00010000
 CLONE_NEW: Final = 0x7E020000  # every CLONE_NEW* flag of clone(2); NEWTIME is only in clone3
 _AF_UNIX: Final = 1
 _F_DUPFD_CLOEXEC: Final = 1030
-_X32: Final = 0x40000000  # x86-64's second set of call numbers
-
-# Offsets in struct seccomp_data; an argument has 8 bytes, the low half first (our machines are little-endian).
-_NR, _ARCH, _ARGUMENTS = 0, 4, 16
-LOAD, JEQ, _JGE, RETURN = 0x20, 0x15, 0x35, 0x06
-ALLOW: Final = 0x7FFF0000
-_KILL: Final = 0x80000000
-ERRNO: Final = 0x00050000
-_AND: Final = 0x54
+_LOAD, _JUMP_IF_EQUAL, _RETURN, _KILL = 0x20, 0x15, 0x06, 0x80000000
+_ARCH: Final = 4  # offset in struct seccomp_data
 ALL_BITS: Final = 0xFFFFFFFF
+ALL_64_BITS: Final = 0xFFFFFFFFFFFFFFFF
 
 
 class Check(NamedTuple):
-    """A condition on one half of a system call's argument: its bits in *mask* equal one of *values*.
+    """A condition on a system call's argument, by number: its bits in *mask* equal one of *values*.
 
-    word: twice the argument's number, plus one for the upper half. The kernel ignores the upper half of most arguments.
+    The kernel ignores the upper half of most arguments.
     """
 
-    word: int
+    argument: int
     values: tuple[int, ...]
     mask: int = ALL_BITS
 
 
 # By call: alternatives, each of checks that must all hold.
 Rules = dict[str, tuple[tuple[Check, ...], ...]]
+# (call, its errno or 0 if it is allowed, conditions that must all hold: (argument, mask, value under the mask))
+_Rule = tuple[str, int, tuple[tuple[int, int, int], ...]]
 
-ARG0, ARG1, ARG2, ARG3 = 0, 2, 4, 6
 TMPFILE: Final = 0x400000  # O_TMPFILE's own bit
 REQUESTS: Final = (0x541B, 0x5421, 0x5450, 0x5451)  # FIONREAD, FIONBIO, FIONCLEX, FIOCLEX; none names a process
+# F_DUPFD to F_SETFL, F_DUPFD_CLOEXEC: all that QEMU uses (strace); no locks, leases, owners, notices or hints.
+_FCNTL: Final = Check(1, (0, 1, 2, 3, 4, _F_DUPFD_CLOEXEC))
+_THREAD: Final = Check(0, (CLONE_THREAD,), CLONE_THREAD | CLONE_NEW)
 COMMON_RULES: Final[Rules] = {
-    # F_DUPFD to F_SETFL, F_DUPFD_CLOEXEC: all that QEMU uses (strace); no locks, leases, owners, notices or hints.
-    "fcntl": ((Check(ARG1, (0, 1, 2, 3, 4, _F_DUPFD_CLOEXEC)),),),
+    "fcntl": ((_FCNTL,),),
     # Reading its own limits: pid 0, and no new limits.
-    "prlimit64": ((Check(ARG0, (0,)), Check(ARG2, (0,)), Check(ARG2 + 1, (0,))),),
+    "prlimit64": ((Check(0, (0,)), Check(2, (0,), ALL_64_BITS)),),
 }
-FSTAT_ONLY: Final = ((Check(ARG3, (0x1000,)),),)  # AT_EMPTY_PATH, for newfstatat
-THREADS_ONLY: Final = ((Check(ARG0, (CLONE_THREAD,), CLONE_THREAD | CLONE_NEW),),)  # for clone
+FSTAT_ONLY: Final = ((Check(3, (0x1000,)),),)  # AT_EMPTY_PATH, for newfstatat
+THREADS_ONLY: Final = ((_THREAD,),)  # for clone
 
 
 def vmm_filter(arch: Arch) -> bytes:
-    """Return the VMM's filter, an array of struct sock_filter."""
-    numbers = arch.syscalls
-    lines = prologue(arch)
-    for name in DENIED:
-        if name in numbers:  # not every machine has fork and vfork
-            lines += [line(JEQ, numbers[name], 0, 1), line(RETURN, ERRNO | errno.EPERM)]
+    """Return the VMM's filter, an array of struct sock_filter. It is compiled once per boot. Raises OSError."""
+    rules: list[_Rule] = [(name, errno.EPERM, ()) for name in DENIED]
     # Its flags are in memory, unseen by filters; the C library falls back on clone.
-    lines += [line(JEQ, numbers["clone3"], 0, 1), line(RETURN, ERRNO | errno.ENOSYS)]
-    lines += _rule(numbers["clone"], THREADS_ONLY, errno.EPERM)
-    lines += _rule(numbers["fcntl"], COMMON_RULES["fcntl"], errno.EPERM)
-    lines += _rule(numbers["socket"], ((Check(ARG0, (_AF_UNIX,)),),), errno.EAFNOSUPPORT)
-    return b"".join([*lines, line(RETURN, ALLOW)])
-
-
-def prologue(arch: Arch) -> list[bytes]:
-    """Return a filter's first instructions: kill on another architecture, refuse x32, load the call's number."""
-    lines = [line(LOAD, _ARCH), line(JEQ, arch.audit, 1, 0), line(RETURN, _KILL), line(LOAD, _NR)]
-    return [*lines, line(_JGE, _X32, 0, 1), line(RETURN, ERRNO | errno.ENOSYS)]
-
-
-def line(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
-    """Return one instruction, a struct sock_filter."""
-    return struct.pack("=HBBI", code, if_true, if_false, value)
+    rules.append(("clone3", errno.ENOSYS, ()))
+    rules += [("clone", errno.EPERM, (other,)) for other in _others(_THREAD)]
+    rules += [("fcntl", errno.EPERM, (other,)) for other in _others(_FCNTL)]
+    rules += [("socket", errno.EAFNOSUPPORT, (other,)) for other in _others(Check(0, (_AF_UNIX,)))]
+    stored = Verdict("jail-filter", key=[arch.name, rules])
+    return bytes.fromhex(stored.read_or_make(lambda: {"code": _compiled(arch, 0, rules).hex()})["code"])
 
 
 def allowlist_filter(arch: Arch, names: tuple[str, ...], rules: Rules, errors: dict[str, int]) -> bytes:
-    """Return a filter that allows the calls *names*, and the calls in *rules* under their conditions.
+    """Return a filter that allows the calls *names*, and the calls in *rules* under their conditions. Raises OSError.
 
     Every other call fails with its error in *errors*, or with EPERM.
     """
-    numbers = arch.syscalls
-    lines = prologue(arch)
-    for name, code in errors.items():
-        lines += [line(JEQ, numbers[name], 0, 1), line(RETURN, ERRNO | code)]
-    for name in names:
-        if name in numbers:
-            lines += [line(JEQ, numbers[name], 0, 1), line(RETURN, ALLOW)]
-    for name, conditions in rules.items():
-        if name in numbers:
-            lines += _rule(numbers[name], conditions, errno.EPERM)
-    return b"".join([*lines, line(RETURN, ERRNO | errno.EPERM)])
+    made: list[_Rule] = [(name, code, ()) for name, code in errors.items()]
+    made += [(name, 0, ()) for name in names]
+    for name, alternatives in rules.items():
+        for checks in alternatives:
+            choices = [[(check.argument, check.mask, value) for value in check.values] for check in checks]
+            made += [(name, 0, held) for held in itertools.product(*choices)]
+    return _compiled(arch, errno.EPERM, made)
 
 
-def _rule(number: int, conditions: tuple[tuple[Check, ...], ...], error: int) -> list[bytes]:
-    """Return the instructions that allow a call under any of *conditions*. Otherwise the call fails with *error*."""
-    body = [instruction for checks in conditions for instruction in _condition(checks)]
-    body.append(line(RETURN, ERRNO | error))
-    return [line(JEQ, number, 0, len(body)), *body]
+def _others(check: Check) -> Iterator[tuple[int, int, int]]:
+    """Yield conditions (argument, mask, value) of which one holds exactly where *check* does not hold."""
+    seen = 0
+    for bit in (1 << number for number in reversed(range(32)) if check.mask >> number & 1):
+        begins = {value & seen for value in check.values}
+        seen |= bit
+        listed = {value & seen for value in check.values}
+        yield from (
+            (check.argument, seen, begin | way) for begin in begins for way in (0, bit) if begin | way not in listed
+        )
 
 
-def _condition(checks: tuple[Check, ...]) -> list[bytes]:
-    """Return the instructions that allow the call if all checks hold."""
-    lines = [line(RETURN, ALLOW)]
-    for check in reversed(checks):
-        last = len(check.values) - 1
-        compare = [line(JEQ, value, last - at, 0) for at, value in enumerate(check.values[:-1])]
-        compare.append(line(JEQ, check.values[-1], 0, len(lines)))
-        masked = [] if check.mask == ALL_BITS else [line(_AND, check.mask)]
-        lines = [line(LOAD, _ARGUMENTS + 4 * check.word), *masked, *compare, *lines]
-    return lines
+def _compiled(arch: Arch, default: int, rules: list[_Rule]) -> bytes:
+    from x07_sandbox.libseccomp import ALLOW, ERRNO, MASKED_EQUAL, compile_filter  # not needed by most runs
+
+    def action(code: int) -> int:
+        return ERRNO | code if code else ALLOW
+
+    full = [
+        (name, action(code), tuple((argument, MASKED_EQUAL, mask, value) for argument, mask, value in held))
+        for name, code, held in rules
+    ]
+    # libseccomp has one answer for x32 and for other architectures. These instructions kill the latter first.
+    begin = ((_LOAD, 0, 0, _ARCH), (_JUMP_IF_EQUAL, 1, 0, arch.audit), (_RETURN, 0, 0, _KILL))
+    return b"".join(struct.pack("=HBBI", *line) for line in begin) + compile_filter(action(default), full, arch.audit)

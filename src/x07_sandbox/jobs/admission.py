@@ -17,12 +17,13 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Final, Self
+from typing import Final
 
 from x07_sandbox.errors import Cancelled, HostError, RefusedError
 from x07_sandbox.host import close_on_fork, settings
 from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.cores import cores
+from x07_sandbox.host.linux import open_pidfd
 from x07_sandbox.host.memory import memory_bytes
 from x07_sandbox.host.os_errors import fix_for
 from x07_sandbox.host.paths import cache_folder, open_private_file
@@ -33,6 +34,7 @@ _VARIABLE: Final = "X07_VM_MAX_RUNNING"
 MEMORY_PER_MACHINE: Final = 2 * settings.GIB  # of which an ordinary machine uses a small part
 _LOOK_AGAIN_S: Final = 0.003
 _SAY_AFTER_S: Final = 1.0
+_ULIMIT: Final = "Raise the limits of this shell: ulimit -a"
 
 
 def max_running() -> int:
@@ -109,22 +111,38 @@ def _free_slot_if_nobody_waits(folder: Path, most: int) -> int | None:
 def _slot_after_waiting(
     folder: Path, most: int, cancel_fd: int, timeout_s: float, progress: Callable[[str], None]
 ) -> int:
-    """Wait in the queue for a free slot, lock it and return its descriptor. Raises RefusedError, Cancelled."""
-    need_exit_statuses()  # of the child process that waits
-    deadline = Deadline.after(timeout_s)
-    say_at = Deadline.after(_SAY_AFTER_S)
-    said = False
-    with _Turn(_opened(folder / "turn")) as turn:
+    """Wait in the queue for a free slot, lock it and return its descriptor. Raises RefusedError, Cancelled, HostError.
+
+    A waiting flock(2) cannot be cancelled. So a child process waits for the turn's lock on an open file that this
+    process shares with the child. If this process is killed, the child ends as soon as it gets the lock.
+    """
+    need_exit_statuses()  # of the child process
+    deadline, say_at = Deadline.after(timeout_s), Deadline.after(_SAY_AFTER_S)
+    first = said = False
+    with contextlib.ExitStack() as stack:
+        turn = _opened(folder / "turn")
+        stack.callback(close_on_fork.unlock, turn)
+        pidfd = _start_flock(turn, stack)
         while not deadline.passed():
+            poll = select.poll()
+            poll.register(cancel_fd, select.POLLIN)
+            if not first:
+                poll.register(pidfd, select.POLLIN)
             # There is no event for several locks: the first in the queue polls them, the others sleep.
-            pause_s = _LOOK_AGAIN_S if turn.come else _SAY_AFTER_S
-            if turn.cancelled(cancel_fd, min(deadline.left_s(), pause_s)):
+            ready = dict(poll.poll(min(deadline.left_s(), _LOOK_AGAIN_S if first else _SAY_AFTER_S) * 1000))
+            if cancel_fd in ready:
                 raise Cancelled("the run was cancelled", "it was waiting for a free slot", "Start it again")
+            if pidfd in ready:
+                first = True
+                try:
+                    fcntl.flock(turn, fcntl.LOCK_EX | fcntl.LOCK_NB)  # succeeds unless the child was killed
+                except BlockingIOError:
+                    raise HostError("cannot wait for a free slot", "flock was killed", "Start it again") from None
             if not said and say_at.passed():
                 limit = f"only {most} may run at once (set by {_VARIABLE}, or by cores and memory)"
                 progress(f"waiting for a free slot: {limit}")
                 said = True
-            if turn.come and (slot := _free_slot(folder, most)) is not None:
+            if first and (slot := _free_slot(folder, most)) is not None:
                 return slot
     longer = "" if timeout_s >= settings.QUEUE_S else "a longer --queue-timeout of x07 run, or "
     raise RefusedError(
@@ -134,63 +152,24 @@ def _slot_after_waiting(
     )
 
 
-class _Turn:
-    """The lock of the queue's first process, and the wait for that lock.
-
-    A waiting flock(2) cannot be cancelled. So a child process waits for the lock on an open file that this process
-    shares with the child. If this process is killed, the child ends as soon as it gets the lock.
-    """
-
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-        self.come = False
-        self._pidfd = -1
-        self._child: subprocess.Popen[bytes] | None = None
-        try:
-            with close_on_fork.no_fork():
-                self._child = subprocess.Popen(
-                    ["/usr/bin/flock", "-x", str(fd)],
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.DEVNULL,
-                    pass_fds=(fd,),
-                    env={},
-                    process_group=0,  # Ctrl-C is handled here
-                )
-            self._pidfd = os.pidfd_open(self._child.pid)
-        except BaseException as exc:  # also Ctrl-C: a child left behind would block the queue
-            self.__exit__()
-            if not isinstance(exc, OSError):
-                raise
-            missing = isinstance(exc, FileNotFoundError)
-            fix = "Install util-linux" if missing else fix_for(exc, "Raise the limits of this shell: ulimit -a")
-            raise HostError("cannot wait for a free slot", f"flock failed with {exc.strerror or exc}", fix) from exc
-
-    def __enter__(self) -> Self:
-        return self
-
-    def cancelled(self, cancel_fd: int, timeout_s: float) -> bool:
-        """Wait up to timeout_s for the lock or until cancel_fd is readable. Return whether cancel_fd is readable."""
-        poll = select.poll()
-        poll.register(cancel_fd, select.POLLIN)
-        if not self.come:
-            poll.register(self._pidfd, select.POLLIN)
-        ready = {fd for fd, _events in poll.poll(timeout_s * 1000)}
-        if self._pidfd in ready:
-            self._took()
-        return cancel_fd in ready
-
-    def _took(self) -> None:
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # succeeds unless the child was killed
-        except BlockingIOError:
-            raise HostError("cannot wait for a free slot", "flock was killed", "Start it again") from None
-        self.come = True
-
-    def __exit__(self, *_exc: object) -> None:
-        if self._child is not None:
-            self._child.kill()
-            self._child.wait()
-        if self._pidfd >= 0:
-            os.close(self._pidfd)
-        close_on_fork.unlock(self._fd)
+def _start_flock(fd: int, stack: contextlib.ExitStack) -> int:
+    """Start flock(1), which waits for the lock of *fd*, and return its pidfd. *stack* ends it. Raises HostError."""
+    try:
+        with close_on_fork.no_fork():
+            child = subprocess.Popen(
+                ["/usr/bin/flock", "-x", str(fd)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                pass_fds=(fd,),
+                env={},
+                process_group=0,  # Ctrl-C is handled here
+            )
+        stack.callback(child.wait)
+        stack.callback(child.kill)
+        pidfd = open_pidfd(child.pid)
+    except OSError as exc:
+        fix = "Install util-linux" if isinstance(exc, FileNotFoundError) else fix_for(exc, _ULIMIT)
+        raise HostError("cannot wait for a free slot", f"flock failed with {exc.strerror or exc}", fix) from exc
+    stack.callback(os.close, pidfd)
+    return pidfd

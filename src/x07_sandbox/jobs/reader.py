@@ -112,48 +112,36 @@ _DAMAGES: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 def read_stored(folder: Path, instance: str) -> StoredJob | None:
     """Read one job's folder, or return None if there is none. instance: this user's `runner_instance` id."""
-    opened = _opened(folder)
-    if not isinstance(opened, int):
-        return opened
-    try:
-        return _read(folder, opened, instance)
-    finally:
-        os.close(opened)
+    with _stored(folder, instance, lock=False) as stored:
+        return stored
+
+
+def locked_stored(folder: Path, instance: str) -> contextlib.AbstractContextManager[StoredJob | None]:
+    """Read one job's folder under the sweep lock; yield None if another sweep has the lock or the folder is gone."""
+    return _stored(folder, instance, lock=True)
 
 
 @contextlib.contextmanager
-def locked_stored(folder: Path, instance: str) -> Iterator[StoredJob | None]:
-    """Read one job's folder under the sweep lock; return None if another sweep has the lock or the folder is gone."""
-    opened = _opened(folder)
-    if not isinstance(opened, int):
-        yield opened
-        return
-    try:
-        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(opened)
-        yield None
-        return
-    try:
-        yield _read(folder, opened, instance)
-    finally:
-        os.close(opened)
-
-
-def _opened(folder: Path) -> int | StoredJob | None:
-    """Open a job's folder. Return its descriptor, a StoredJob if it cannot be opened, or None if it does not exist."""
-    try:
-        info = folder.lstat()
-    except OSError:
-        return None
-    if problem := why_not_ours(info, stat.S_ISDIR):
-        return StoredJob(folder=folder, info=info, standing="foreign", why=problem)
-    try:
-        return os.open(folder, _FLAGS | os.O_DIRECTORY)
-    except FileNotFoundError:
-        return None
-    except OSError as exc:
-        return StoredJob(folder=folder, info=info, standing="damaged", why=f"it cannot be read ({exc.strerror})")
+def _stored(folder: Path, instance: str, *, lock: bool) -> Iterator[StoredJob | None]:
+    with contextlib.ExitStack() as stack:
+        found: StoredJob | None = None
+        with contextlib.suppress(OSError):  # no such folder, or it is locked
+            info = folder.lstat()
+            if problem := why_not_ours(info, stat.S_ISDIR):
+                found = StoredJob(folder=folder, info=info, standing="foreign", why=problem)
+            else:
+                try:
+                    fd = os.open(folder, _FLAGS | os.O_DIRECTORY)
+                except OSError as exc:
+                    if not isinstance(exc, FileNotFoundError):
+                        why = f"it cannot be read ({exc.strerror})"
+                        found = StoredJob(folder=folder, info=info, standing="damaged", why=why)
+                else:
+                    stack.callback(os.close, fd)
+                    if lock:
+                        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    found = _read(folder, fd, instance)
+        yield found
 
 
 def _read(folder: Path, fd: int, instance: str) -> StoredJob:

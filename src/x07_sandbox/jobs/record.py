@@ -14,16 +14,19 @@ import os
 import re
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 from msgspec.structs import asdict, replace
 
 from x07_sandbox.errors import HostError
 from x07_sandbox.host import settings
-from x07_sandbox.host.clocks import boot_ms, unix_ms
+from x07_sandbox.host.clocks import unix_ms
+from x07_sandbox.host.linux import boot_id, boot_ms, pid_namespace
 from x07_sandbox.host.paths import private_dir, replace_file, state_dir
-from x07_sandbox.host.processes import Identity, boot_id, pid_namespace
+
+if TYPE_CHECKING:
+    from x07_sandbox.host.processes import Identity
 
 JOB_SCHEMA: Final = "x07.vm.job@0.1.0"
 OWNER_SCHEMA: Final = "x07.sandbox.owner@0.1.0"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from x07_sandbox.host import clocks, processes, settings
+from x07_sandbox.host import linux, processes, settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,7 +35,7 @@ class Judgement(NamedTuple):
 
 def here_and_now() -> Now:
     """Return the current time, boot and pid namespace. Raises HostError if /proc does not show them."""
-    return Now(processes.boot_id(), processes.pid_namespace(), clocks.boot_ms())
+    return Now(linux.boot_id(), linux.pid_namespace(), linux.boot_ms())
 
 
 def judge(stored: StoredJob, now: Now) -> Judgement:

@@ -6,16 +6,9 @@ import signal
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.host import settings
-from x07_sandbox.host.clocks import Deadline, boot_ms
-from x07_sandbox.host.processes import (
-    boot_id,
-    is_alive,
-    kill_identity,
-    pid_namespace,
-    processes_with_mark,
-    sees_every_process,
-    wait_gone,
-)
+from x07_sandbox.host.clocks import Deadline
+from x07_sandbox.host.linux import boot_id, boot_ms, pid_namespace, sees_every_process
+from x07_sandbox.host.processes import is_alive, kill_identity, processes_with_mark, wait_gone
 from x07_sandbox.jobs.reader import all_stored, read_stored
 from x07_sandbox.jobs.record import mark_reaped
 

@@ -314,7 +314,7 @@ def check_result(result: Result, problem: SandboxError | None, *, check: bool) -
 
         from x07_sandbox.library.keyword_names import in_python, reword
 
-        result = replace(result, reason=in_python(result.reason)).with_files(result.files)
+        result = replace(result, reason=in_python(result.reason))
         if problem is not None:
             reword(problem)
     if result.outcome in _NOT_RUN:

@@ -83,11 +83,6 @@ class Features(msgspec.Struct, frozen=True, kw_only=True):
         return self.isolation in {"process", "none"}
 
 
-def container_features() -> Features:
-    """Return the features of a container that runs our agent."""
-    return Features(isolation="container", own_kernel=False, can_enforce=VM_CAPABILITIES - {"held-connections"})
-
-
 def vm_features(isolation: Isolation) -> Features:
     """Return the features of a virtual machine that runs our agent."""
     return Features(isolation=isolation, own_kernel=True, can_enforce=VM_CAPABILITIES)

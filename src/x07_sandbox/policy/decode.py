@@ -1,7 +1,7 @@
 """Decoder from bytes to a valid Policy. On failure, it raises one error that lists every problem.
 
-A valid document takes the fast path: one parse, one msgspec conversion, the rules. If that fails, the slow path
-(explain.py) collects all problems. If the two paths disagree, the fast path decides.
+`accept` decides: one msgspec conversion, then the rules. The schema (explain.py) only describes what is wrong with a
+document that was not accepted.
 """
 
 import json
@@ -39,8 +39,7 @@ def decode_policy(data: bytes, *, source: str) -> Policy:
     document = parse(data, source=source)
     policy = accept(document)
     if policy is None:
-        problems = find_problems(document) or (Problem("$", "is not valid"),)
-        raise PolicyError.of(source, problems, in_schema=_matches_schema(document))
+        raise _invalid(document, source)
     return policy
 
 
@@ -68,7 +67,7 @@ def parse(data: bytes, *, source: str) -> object:
 
 
 def accept(document: object) -> Policy | None:
-    """Return the policy in *document* by the fast path, or None if the document is invalid."""
+    """Return the policy in *document* or None if the document is invalid."""
     if any(_text_problems(document)):
         return None
     try:
@@ -78,26 +77,19 @@ def accept(document: object) -> Policy | None:
     return None if any(rule_problems(document)) else policy
 
 
-def find_problems(document: object) -> tuple[Problem, ...]:
-    """Return all problems by the slow path: at most one for each place and kind of check; none for a valid document."""
+def _invalid(document: object, source: str) -> PolicyError:
+    """Return the error with the problems of an invalid document: at most one for each place and kind of check."""
     from x07_sandbox.policy.explain import schema_problems
 
     found = list(islice(_text_problems(document), MAX_PROBLEMS + 1))
-    if any(problem.message == _TOO_DEEP for problem in found):
-        return tuple(found)
-    found += islice(schema_problems(document), MAX_PROBLEMS + 1)
-    reported = {problem.json_path for problem in found}
+    too_deep = any(problem.message == _TOO_DEEP for problem in found)
+    found += islice(() if too_deep else schema_problems(document), MAX_PROBLEMS + 1)
+    in_schema, reported = not found, {problem.json_path for problem in found}
     rules = (problem for problem in rule_problems(document) if problem.json_path not in reported)
-    found += islice(rules, MAX_PROBLEMS + 1)
+    found += islice(() if too_deep else rules, MAX_PROBLEMS + 1)
     if len(found) > MAX_PROBLEMS:
         found[MAX_PROBLEMS:] = [Problem("$", f"has more problems than these {MAX_PROBLEMS}")]
-    return tuple(found)
-
-
-def _matches_schema(document: object) -> bool:
-    from x07_sandbox.policy.explain import schema_problems
-
-    return not any(_text_problems(document)) and not any(schema_problems(document))
+    return PolicyError.of(source, found or [Problem("$", "is not valid")], in_schema=in_schema)
 
 
 def _unreadable(source: str, message: str) -> NoReturn:

@@ -20,15 +20,17 @@ _TYPES: dict[str, tuple[type, str]] = {
     "boolean": (bool, "true or false"),
 }
 _ANY = (object, "any value")
-# For each keyword of the schema, whether a value of the right type violates it.
-_VIOLATES: dict[str, Callable[[Any, Any], bool]] = {
-    "minimum": lambda value, least: value < least,
-    "maximum": lambda value, most: value > most,
-    "minLength": lambda value, least: len(value) < least,
-    "maxLength": lambda value, most: len(value) > most,
-    "maxItems": lambda value, most: len(value) > most,
-    "enum": lambda value, choices: value not in choices,
-    "pattern": lambda value, pattern: re.search(pattern, value) is None,
+_RANGE = "must be from {minimum} to {maximum}, not {shown}"
+_LENGTH = "must have {minLength} to {maxLength} characters, not {length}"
+# For each keyword of the schema: whether a value of the right type violates it, and the message.
+_KEYWORDS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
+    "minimum": (lambda value, least: value < least, _RANGE),
+    "maximum": (lambda value, most: value > most, _RANGE),
+    "minLength": (lambda value, least: len(value) < least, _LENGTH),
+    "maxLength": (lambda value, most: len(value) > most, _LENGTH),
+    "maxItems": (lambda value, most: len(value) > most, "must have at most {maxItems} entries, not {length}"),
+    "enum": (lambda value, choices: value not in choices, "must be {choices}, not {shown}"),
+    "pattern": (lambda value, pattern: re.search(pattern, value) is None, "must match {pattern}, not {shown}"),
 }
 
 
@@ -57,29 +59,19 @@ def _problems(schema: Mapping[str, Any], place: tuple[str | int, ...], value: An
     elif kind is list:
         for index, entry in enumerate(value):
             yield from _problems(schema["items"], (*place, index), entry)
-    violated = (keyword for keyword in schema if keyword in _VIOLATES and _VIOLATES[keyword](value, schema[keyword]))
-    if keyword := next(violated, None):
-        yield Problem(json_path(place), _violation(keyword, schema, value), _suggest_value(schema, value))
+    if message := _violation(schema, value):
+        yield Problem(json_path(place), message, _suggest_value(schema, value))
 
 
-def _violation(keyword: str, schema: Mapping[str, Any], value: object) -> str:
-    """Return a message: the requirement of the schema, and the value that violates it."""
-    match keyword:
-        case "minimum" | "maximum":
-            return f"must be from {schema['minimum']} to {schema['maximum']}, not {_shown(value)}"
-        case "minLength" | "maxLength":
-            least = schema.get("minLength", 0)
-            return f"must have {least} to {schema['maxLength']} characters, not {_length(value)}"
-        case "maxItems":
-            return f"must have at most {schema['maxItems']} entries, not {_length(value)}"
-        case "enum":
-            return f"must be {' or '.join(json.dumps(choice) for choice in schema['enum'])}, not {_shown(value)}"
-        case _:
-            return f"must match {schema['pattern']}, not {_shown(value)}"
-
-
-def _length(value: object) -> int:
-    return len(value) if isinstance(value, (str, list)) else 0
+def _violation(schema: Mapping[str, Any], value: object) -> str:
+    """Return how a value of the right type violates its schema, or "" if it does not."""
+    for keyword, (violates, message) in _KEYWORDS.items():
+        if keyword in schema and violates(value, schema[keyword]):
+            length = len(value) if isinstance(value, (str, list)) else 0
+            choices = " or ".join(map(json.dumps, schema.get("enum", ())))
+            words = {"minLength": 0, **schema, "shown": _shown(value), "length": length, "choices": choices}
+            return message.format(**words)
+    return ""
 
 
 def _shown(value: object) -> str:

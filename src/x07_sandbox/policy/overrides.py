@@ -17,12 +17,9 @@ from x07_sandbox.policy.default import render_policy
 from x07_sandbox.policy.hosts import Addresses, covers, is_name, meaning
 from x07_sandbox.policy.model import HostPorts, Net, Policy
 
-# Checked per flag for a better message; decode_policy checks the result again.
-_HOSTS_MAX: Final = 256
-_PORTS_MAX: Final = 64
+# Checked per flag for a better message; decode_policy checks the result again, and the number of entries.
 _PORT_LAST: Final = 65_535
 _HOST_MAX_BYTES: Final = 255
-_ROOTS_MAX: Final = 128
 _ROOT_MAX_CHARS: Final = 4096
 _NOTES_MAX_CHARS: Final = 4096
 _ID_MAX_BYTES: Final = 64
@@ -73,7 +70,7 @@ class Derived(msgspec.Struct, frozen=True, kw_only=True):
 class _Asked(msgspec.Struct, frozen=True, kw_only=True):
     """The parsed flags. allow, deny: the ports of each host, in the order given; None means all ports."""
 
-    allow: Mapping[str, set[int]]
+    allow: Mapping[str, set[int] | None]
     deny: Mapping[str, set[int] | None]
     read_roots: tuple[str, ...]
     write_roots: tuple[str, ...]
@@ -81,7 +78,7 @@ class _Asked(msgspec.Struct, frozen=True, kw_only=True):
 
     def digest(self, base_bytes: bytes) -> str:
         asked = {
-            "allow_hosts": [{"host": host, "ports": sorted(ports)} for host, ports in sorted(self.allow.items())],
+            "allow_hosts": [{"host": host, "ports": sorted(ports or ())} for host, ports in sorted(self.allow.items())],
             "allow_read_roots": sorted(self.read_roots),
             "allow_write_roots": sorted(self.write_roots),
             "deny_hosts": [
@@ -110,8 +107,8 @@ def derive_policy(
     """
     _need_sections(base, overrides)
     asked = _Asked(
-        allow=_allowed(_specs("--allow-host", overrides.allow_host_file, overrides.allow_host, read_spec_file)),
-        deny=_denied(_specs("--deny-host", overrides.deny_host_file, overrides.deny_host, read_spec_file)),
+        allow=_by_host(_specs("--allow-host", overrides.allow_host_file, overrides.allow_host, read_spec_file)),
+        deny=_by_host(_specs("--deny-host", overrides.deny_host_file, overrides.deny_host, read_spec_file)),
         read_roots=tuple(_roots("--allow-read-root", overrides.allow_read_root)),
         write_roots=tuple(_roots("--allow-write-root", overrides.allow_write_root)),
         include=overrides.include,
@@ -125,8 +122,11 @@ def derive_policy(
         net=_net(base.net, asked, raise_dns=overrides.allows, gate=gate) if overrides.hosts else base.net,
         fs=replace(
             base.fs,
-            read_roots=_joined("--allow-read-root", base.fs.read_roots, asked.read_roots),
-            write_roots=_joined("--allow-write-root", base.fs.write_roots, asked.write_roots),
+            read_roots=(*base.fs.read_roots, *(one for one in asked.read_roots if one not in base.fs.read_roots)),
+            write_roots=(
+                *base.fs.write_roots,
+                *(one for one in asked.write_roots if one not in base.fs.write_roots),
+            ),
             deny_hidden=base.fs.deny_hidden and "hidden" not in overrides.include,
             allow_symlinks=base.fs.allow_symlinks or "symlinks" in overrides.include,
         ),
@@ -139,7 +139,7 @@ def derive_policy(
 
 def denied_hosts(given: Sequence[str]) -> dict[str, set[int] | None]:
     """Return the ports that `--deny-host` flags deny, by host (None: all). Raises UsageError for an invalid flag."""
-    return _denied(_specs("--deny-host", (), given, lambda _name: b""))
+    return _by_host(_specs("--deny-host", (), given, lambda _name: b""))
 
 
 def check_grants(base: Policy, overrides: Overrides, *, built_in: bool) -> None:
@@ -212,8 +212,6 @@ def _parsed(where: str, spec: str, *, deny: bool) -> tuple[str, set[int] | None]
     found = {_port(text.strip()) for text in ports.split(",")}
     if None in found:
         refuse(f"a port must be a number from 1 to {_PORT_LAST}")
-    if len(found) > _PORTS_MAX:
-        refuse(f"it lists more than {_PORTS_MAX} ports")
     return host, {port for port in found if port is not None}
 
 
@@ -236,14 +234,8 @@ def _port(text: str) -> int | None:
     return None
 
 
-def _allowed(specs: Iterable[tuple[str, str, set[int] | None]]) -> dict[str, set[int]]:
-    found: dict[str, set[int]] = {}
-    for _, host, ports in specs:
-        found.setdefault(host, set()).update(ports or ())
-    return found
-
-
-def _denied(specs: Iterable[tuple[str, str, set[int] | None]]) -> dict[str, set[int] | None]:
+def _by_host(specs: Iterable[tuple[str, str, set[int] | None]]) -> dict[str, set[int] | None]:
+    """Return the ports of each host; None means all ports."""
     found: dict[str, set[int] | None] = {}
     for _, host, ports in specs:
         before = found.setdefault(host, set())
@@ -256,14 +248,9 @@ def _net(net: Net, asked: _Asked, *, raise_dns: bool, gate: bool) -> Net:
     for entry in net.allow_hosts:
         hosts.setdefault(entry.host.encode().lower().decode(), set()).update(entry.ports)
     for host, more in asked.allow.items():
-        hosts.setdefault(host, set()).update(more)
+        hosts.setdefault(host, set()).update(more or ())
     _deny(hosts, asked.deny, gate=gate)
     left = {host: tuple(sorted(ports)) for host, ports in hosts.items() if ports}
-    for host, ports in left.items():
-        if len(ports) > _PORTS_MAX:
-            _too_many(f"ports of {host}", len(ports), _PORTS_MAX)
-    if len(left) > _HOSTS_MAX:
-        _too_many("hosts", len(left), _HOSTS_MAX)
     # A flag that only removes hosts must not enable anything.
     allow_dns = net.allow_dns or (raise_dns and any(is_name(host) for host in left))
     entries = tuple(HostPorts(host=host, ports=ports) for host, ports in left.items())
@@ -313,17 +300,6 @@ def _roots(flag: str, given: Iterable[str]) -> Iterator[str]:
         if root not in seen:
             seen.add(root)
             yield root
-
-
-def _joined(flag: str, base: Sequence[str], more: Sequence[str]) -> tuple[str, ...]:
-    found = (*base, *(root for root in more if root not in base))
-    if more and len(found) > _ROOTS_MAX:
-        _too_many(f"folders with {flag}", len(found), _ROOTS_MAX)
-    return found
-
-
-def _too_many(what: str, count: int, most: int) -> NoReturn:
-    raise UsageError(f"cannot allow {count} {what}", f"a policy can contain at most {most}", "Remove some")
 
 
 def _notes(base: Policy, base_path: str, digest: str) -> str | msgspec.UnsetType:

@@ -1,7 +1,7 @@
 """Rules that the schema cannot express: ``validate_basic`` of X07's own runner, and two rules of this tool.
 
-The rules apply even if their section is disabled. Both decoding paths check them on the plain document. Values of the
-wrong type are left to the schema.
+The rules apply even if their section is disabled. They are checked on the plain document. Values of the wrong type are
+left to the schema.
 """
 
 import re

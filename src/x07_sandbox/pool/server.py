@@ -25,15 +25,16 @@ import msgspec
 
 from x07_sandbox.backends import lease
 from x07_sandbox.backends.handshake import input_poll
-from x07_sandbox.backends.lease import ANSWER_S, GONE_S, PROTOCOL, SOCKET, handover, peer_of, pool_dir, receive, send
+from x07_sandbox.backends.lease import ANSWER_S, GONE_S, PROTOCOL, SOCKET, handover, pool_dir, receive, send
 from x07_sandbox.errors import HostError, SandboxError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.decoding import prepared
+from x07_sandbox.host.linux import open_pidfd, peer_of
 from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.os_errors import host_error
 from x07_sandbox.host.paths import state_dir
-from x07_sandbox.host.poll import wait_readable
+from x07_sandbox.host.poll import Event, wait_readable
 from x07_sandbox.host.processes import identify
 from x07_sandbox.jobs.record import Claim
 from x07_sandbox.pool.warm import WarmMachines
@@ -53,21 +54,16 @@ class Starter:
     """Sender of messages about the pool's start to the process that started the pool. Owns the descriptor."""
 
     def __init__(self, owned_fd: int) -> None:
-        self._fd: int | None = owned_fd
-        self._lock = threading.Lock()  # machines are made in another thread
+        self._file = os.fdopen(owned_fd, "wb", buffering=0)
 
     def report(self, value: dict[str, object]) -> None:
-        """Write one JSON object as a line. Do nothing if the descriptor is closed."""
-        with self._lock, contextlib.suppress(OSError):
-            if self._fd is not None:
-                os.write(self._fd, json.dumps(value).encode() + b"\n")
+        """Write one JSON object as a line. Do nothing if the descriptor is closed. Any thread may call this."""
+        with contextlib.suppress(OSError, ValueError):
+            self._file.write(json.dumps(value).encode() + b"\n")
 
     def close(self) -> None:
         """Close the descriptor. A second call does nothing."""
-        with self._lock:
-            if self._fd is not None:
-                os.close(self._fd)
-                self._fd = None
+        self._file.close()
 
 
 class Server:
@@ -77,7 +73,7 @@ class Server:
         self.machines = machines
         self.listener = listener
         self.idle_s = idle_s
-        self._end = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._end = Event()
         self._filled = False
         self._ended = False
         self._leases = 0
@@ -87,19 +83,19 @@ class Server:
     def end(self, *_: object) -> None:
         """Stop serving. A signal handler may call this, and more than one call is allowed."""
         self._ended = True
-        os.eventfd_write(self._end, 1)
+        self._end.set()
 
     def serve(self) -> None:
         """Serve until `end` is called or the pool has been idle for too long."""
-        poll = input_poll(self.listener.fileno(), self._end)
+        poll = input_poll(self.listener.fileno(), self._end.fd)
         while not self._unused():
             for fd, _ in poll.poll(min(self.idle_s, 1.0) * 1000):
-                if fd == self._end:
+                if fd == self._end.fd:
                     return
                 try:
                     connection, _ = self.listener.accept()
                 except OSError:  # out of descriptors until a lease ends
-                    wait_readable(self._end, _NO_FDS_S)
+                    wait_readable(self._end.fd, _NO_FDS_S)
                     continue
                 thread = threading.Thread(target=self._serve_one, args=(connection,), name="x07-lease", daemon=True)
                 thread.start()
@@ -185,12 +181,12 @@ class Server:
     def _wait_for_end(self, connection: socket.socket, machine_pidfd: int, claimer: int) -> bool:
         """Wait until the connection, the claimer, the machine or the server ends. Return whether the server ended."""
         with contextlib.ExitStack() as stack:
-            fds = [connection.fileno(), machine_pidfd, self._end]
+            fds = [connection.fileno(), machine_pidfd, self._end.fd]
             with contextlib.suppress(OSError):
                 # A forked child of a dead claimer may hold the connection open.
-                fds.append(os.pidfd_open(claimer))
+                fds.append(open_pidfd(claimer))
                 stack.callback(os.close, fds[-1])
-            return any(fd == self._end for fd, _ in input_poll(*fds).poll())
+            return any(fd == self._end.fd for fd, _ in input_poll(*fds).poll())
 
     def _taken(self, asked: dict[str, Any], pid: int) -> WarmMachine | None:
         """Return a machine as requested and record that the process *pid* owns it, or return None if none fits."""
@@ -228,7 +224,7 @@ def _listening() -> Iterator[socket.socket]:
             os.ftruncate(sys.stderr.fileno(), 0)  # start a new log
         with contextlib.suppress(FileNotFoundError):
             (folder / SOCKET).unlink()
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with listener, lease.socket_address(folder) as address:
             listener.bind(address)
             listener.listen(_WAITING_MAX)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import glob
 import json
-import re
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NoReturn
 
 from x07_sandbox.errors import UsageError
 from x07_sandbox.programs import manifest
@@ -20,30 +19,19 @@ if TYPE_CHECKING:
 ROWS: Final = tuple(row for row in TOOLCHAINS if row.project_files)
 # Files that a build leaves beside the sources. They may contain paths of another machine.
 _LEFT_BY_BUILDS: Final = frozenset({".d", ".gch", ".la", ".lo", ".pyc"})
-# Parts of a Makefile. The lengths are limited, because Makefiles are hostile data.
-_ASSIGNMENT: Final = re.compile(r"^(\w+) *[:?]?= *([^\s#]{1,128})", re.MULTILINE)
-_VARIABLE: Final = re.compile(r"\$[({](\w+)[)}]")
-_OUTPUT: Final = re.compile(r"\s-o\s+(\S{1,128})")
-_PLAIN: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./+-]*")
-_NO_PROGRAM: Final = (".a", ".o", ".so", ".la", ".lo")
 
 
 def sandbox_manifest(
-    toolchain: str,
-    files: Sequence[str],
-    *,
-    entry: str | None = None,
-    artifact: str | None = None,
-    makefile: str = "",
+    toolchain: str, files: Sequence[str], *, entry: str | None = None, artifact: str | None = None
 ) -> bytes:
-    """Return a x07-sandbox.toml for *files* (relative names). makefile: the text of the Makefile. Raises UsageError."""
+    """Return a x07-sandbox.toml for *files* (relative names). Raises UsageError."""
     row = toolchain_named(toolchain)
     lines = [f"schema_version = {_text(manifest.SCHEMA)}", f"toolchain = {_text(toolchain)}"]
     lines.append(f"files = [{', '.join(map(_text, _patterns(row, files)))}]")
     if row.entries:
         lines.append(f"entry = {_text(entry or _entry(row, files))}")
     if row.artifact:
-        lines.append(f"artifact = {_text(artifact or _artifact(makefile, files))}")
+        lines.append(f"artifact = {_text(artifact or _no_artifact(files))}")
     data = ("# The files of this project. Reference: docs/reference/programs.md\n" + "\n".join(lines) + "\n").encode()
     manifest.decode_manifest(data, source=manifest.FILE)
     return data
@@ -93,22 +81,10 @@ def _entry(row: Toolchain, files: Sequence[str]) -> str:
     return top[0]
 
 
-def _artifact(makefile: str, files: Sequence[str]) -> str:
-    """Return the first program that a command of a Makefile writes with `-o`."""
-    values = dict(_ASSIGNMENT.findall(makefile))
-    target = ""
-    for line in makefile.replace("\\\n", " ").splitlines():
-        if not line.startswith("\t"):
-            target = line[:128].partition(":")[0].strip()
-            continue
-        for word in _OUTPUT.findall(line):
-            name = target if word == "$@" else word
-            name = _VARIABLE.sub(lambda found: values.get(found[1], found[0]), name)
-            if _PLAIN.fullmatch(name) and not name.endswith(_NO_PROGRAM):
-                return name
+def _no_artifact(files: Sequence[str]) -> NoReturn:
     command = "sh -c './configure && make'" if "configure" in files else "make test"
     fix = f"Add --artifact FILE, or run make in the folder: x07 exec --workdir . -- {command}"
-    raise UsageError("cannot tell which program make builds", "no command in the Makefile has -o PROGRAM", fix)
+    raise UsageError("cannot create a make project", "the program that make builds is not named", fix)
 
 
 def _text(value: str) -> str:

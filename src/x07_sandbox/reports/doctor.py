@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-from x07_sandbox.backends.prerequisites import BackendState
+State = Literal["proven", "untried", "failed", "later", "not-here"]
 
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -16,6 +16,37 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     good: bool | None
     text: str
     fix: str = ""
+
+
+class Look(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One prerequisite on this host.
+
+    good: null if the prerequisite is missing but optional.
+    """
+
+    what: str
+    good: bool | None
+    text: str
+
+
+class BackendState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One backend on this host.
+
+    state: "proven" (it has started a VM here), "untried" (its prerequisites are met), "failed", "later" (not in this
+    version) or "not-here" (not for this platform).
+    needs_acceptance: whether its isolation is weaker than that of a virtual machine.
+    looks: its prerequisites.
+    remedies: what to do; empty if the state is "proven" or "untried".
+    """
+
+    name: str
+    sandbox_backend: str
+    isolation: tuple[str, ...]
+    needs_acceptance: bool
+    state: State
+    text: str
+    looks: tuple[Look, ...]
+    remedies: tuple[str, ...]
 
 
 class DoctorReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -11,13 +11,13 @@ from x07_sandbox.errors import SandboxError
 from x07_sandbox.policy.problems import PolicyError, Problem
 
 
-def render_json(document: msgspec.Struct) -> bytes:
+def render_json(document: msgspec.Struct | dict[str, Any]) -> bytes:
     """Return a document as JSON on several lines, with a line feed at the end."""
     # The output is ASCII, so that control characters in a guest's text are escaped.
     return json.dumps(plain(document), indent=2).encode("ascii") + b"\n"
 
 
-def plain(document: msgspec.Struct) -> Any:  # noqa: ANN401 - what json takes
+def plain(document: msgspec.Struct | dict[str, Any]) -> Any:  # noqa: ANN401 - what json takes
     """Return a document as dicts, lists and values. Bytes that are not UTF-8 are escaped, for strict JSON readers."""
     return _escaped(msgspec.to_builtins(document))
 

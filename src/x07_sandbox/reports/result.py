@@ -30,14 +30,14 @@ class OmittedControls(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 def render_result(result: Result, *, full: bool) -> bytes:
     """Return one JSON object. The full form has many lines, the short form one line for each key."""
     if full:
-        return render_json(result)
+        return render_json(result.document())
     document = _short(result)
     lines = (f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in document.items())
     return ("{\n" + ",\n".join(lines) + "\n}\n").encode("ascii")
 
 
 def _short(result: Result) -> dict[str, object]:
-    document: dict[str, object] = plain(result)
+    document: dict[str, object] = plain(result.document())
     usual = _usual_controls()
     omitted = [msgspec.to_builtins(c) for c in result.controls if usual.get(c.field) == (c.state, c.by, c.why)]
     if not omitted:

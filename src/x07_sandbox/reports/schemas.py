@@ -23,38 +23,25 @@ from x07_sandbox.x07 import attestation, runner_report
 
 _REF: Final = "#/$defs/{name}"
 _RUNNER: Final = (runner_report.CompileRunReport, runner_report.RunOsReport)
-# The file name and type of each document that has only one type.
-_TABLE: Final[tuple[tuple[str, type[msgspec.Struct]], ...]] = (
-    ("x07-runtime.attest", attestation.Attestation),
-    ("x07-policy-init.report", verbs.PolicyInitReport),
-    ("preview", preview.Preview),
-    ("failure", document.FailureReport),
-    ("init.report", verbs.InitReport),
-    ("policy.check", policies.CheckReport),
-    ("policy.host", policies.HostReport),
-    ("policy.digest", policies.DigestReport),
-    ("policy.explain", policies.ExplainReport),
-    ("policy.diff", policies.DiffReport),
-    ("image.build", verbs.BuildReport),
-    ("image.list", verbs.ListReport),
-    ("image.load", verbs.LoadReport),
-    ("image.rm", verbs.RemoveReport),
-    ("image.verify", verbs.VerifyReport),
-    ("pool", verbs.PoolReport),
-    ("prune", pruner.PruneReport),
-    ("sweep", sweep.SweepReport),
-    ("kill", kill.KillReport),
-    ("ps", listing.PsReport),
-    ("inspect", listing.InspectReport),
-    ("df", usage.DfReport),
-    ("doctor", doctor.DoctorReport),
-    ("conform", conform.ConformReport),
+# The documents that have only one type. The version in the type names the file.
+_ALONE: Final[tuple[type[msgspec.Struct], ...]] = (
+    *(attestation.Attestation, preview.Preview, document.FailureReport, doctor.DoctorReport, conform.ConformReport),
+    *(policies.CheckReport, policies.HostReport, policies.DigestReport, policies.ExplainReport, policies.DiffReport),
+    *(verbs.PolicyInitReport, verbs.InitReport, verbs.BuildReport, verbs.ListReport, verbs.LoadReport),
+    *(verbs.RemoveReport, verbs.VerifyReport, verbs.PoolReport, listing.PsReport, listing.InspectReport),
+    *(pruner.PruneReport, sweep.SweepReport, kill.KillReport, usage.DfReport),
 )
+# Documents of X07's own tools, whose files have X07's names.
+_NAMES: Final = {"runtime.attest": "x07-runtime.attest", "policy.init.report": "x07-policy-init.report"}
 
 
 def schemas() -> dict[str, str]:
     """Return the text of each schema file by file name."""
-    made = {name: _text(_version(kind), _any_of((kind,))) for name, kind in _TABLE}
+    made = {}
+    for kind in _ALONE:
+        (version,) = (str(field.default) for field in msgspec.structs.fields(kind) if field.name == "schema_version")
+        name = version.partition("@")[0].removeprefix("x07.").removeprefix("sandbox.")
+        made[_NAMES.get(name, name)] = _text(version, _any_of((kind,)))
     made["image"] = _text(manifest.SCHEMA, _any_of((manifest.Manifest,)))
     made["x07-os-runner.report"] = _text(runner_report.SCHEMA, _any_of(_RUNNER))
     made["x07-run.report"] = _text(runner_report.WRAPPED_SCHEMA, _wrapped())
@@ -62,11 +49,6 @@ def schemas() -> dict[str, str]:
     made["changes"] = _text(changes.SCHEMA, _changes())
     made["run-os-policy"] = render_schema().decode()
     return {f"{name}.schema.json": text for name, text in made.items()}
-
-
-def _version(kind: type[msgspec.Struct]) -> str:
-    (version,) = (field.default for field in msgspec.structs.fields(kind) if field.name == "schema_version")
-    return str(version)
 
 
 def _any_of(types: tuple[type[msgspec.Struct], ...]) -> dict[str, Any]:
@@ -91,7 +73,7 @@ def _changes() -> dict[str, Any]:
 def _result() -> dict[str, Any]:
     """Return the schema of a result, full or short."""
     made = _any_of((result.Result, short_result.OmittedControls))
-    del made["anyOf"]
+    del made["anyOf"], made["$defs"]["Result"]["properties"]["files"]
     made = {"$ref": _REF.format(name="Result"), **made}
     made["$defs"]["Result"]["properties"]["controls_omitted"] = {
         "description": "Only with plain `--json`: a summary of the controls that the document omits.",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from x07_sandbox.errors import HostError, UsageError
+from x07_sandbox.host import paths
 from x07_sandbox.host.locks import lock_shared
 from x07_sandbox.host.paths import open_private_file, private_dir, state_dir
 from x07_sandbox.jobs.record import state_home
@@ -111,13 +112,7 @@ def runs_dir(root: Path) -> Path:
 
 def unnamed_file(folder: Path, guest_path: str, max_bytes: int, stack: contextlib.ExitStack) -> OutFile:
     """Create a file without a name on the disk of *folder*. *stack* closes it. Raises HostError."""
-    try:
-        fd = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    except OSError as exc:
-        from x07_sandbox.host.os_errors import fix_for
-
-        fix = fix_for(exc, "Set X07_VM_STATE_DIR to a folder on ext4, xfs or btrfs")
-        raise HostError("cannot create a temporary file", f"{exc.strerror} ({folder})", fix) from exc
+    fd = paths.unnamed_file(folder, "cannot create a temporary file")
     stack.callback(os.close, fd)
     return OutFile(path=guest_path, fd=fd, max_bytes=max_bytes)
 

@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 import builtins
-from typing import Any, Final, Literal, Self
+from typing import Any, Final, Literal
 
 import msgspec
+from msgspec.structs import replace
 
 from x07_sandbox.network.summary import NetworkUse
 from x07_sandbox.plan.denials import Denial, Hint, Outcome
@@ -193,7 +194,7 @@ class Scaling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     cpu_ms: int
 
 
-class Result(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, dict=True):
+class Result(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The result of one run.
 
     run: the id of the run, to give to commands such as `x07 diff` and `x07 logs`.
@@ -219,6 +220,8 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     changes: what happened to the program's changes to granted folders.
     files_discarded: the files in the program's private folders, which were deleted with the VM. To keep such files, use
         `--workdir` or `--out`.
+    files: files that the program left in its private working folder or in /x07/out, by relative name. Only the Python
+        API collects them (`max_files_bytes`). JSON documents do not include them.
     warnings: warnings, each in one sentence.
     artifact_from: whether this run built the program (`build`), a cached build, perhaps a failed one, was used
         (`cache`), or the caller gave the built program (`caller`).
@@ -258,6 +261,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     scaling: Scaling | None = None
     limits: Limits | None = None
     warnings: list[str]
+    files: dict[str, builtins.bytes] = {}
     schema_version: Literal["x07.sandbox.result@0.1.0"] = SCHEMA
 
     @property
@@ -270,26 +274,11 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         """Whether the program itself was executed."""
         return "run" in self.phases and "started" in self.phases["run"].times_ms
 
-    @property
-    def files(self) -> dict[str, builtins.bytes]:
-        """Files that the program left in its private working folder or in /x07/out, by relative name.
-
-        Only the Python API collects them (`max_files_bytes`). JSON documents do not include them.
-        """
-        found: dict[str, builtins.bytes] = vars(self).get("files_left", {})
-        return found
-
-    def with_files(self, files: dict[str, builtins.bytes]) -> Self:
-        """Return this result with *files* as its `files`."""
-        vars(self)["files_left"] = files
-        return self
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return _with_files, (type(self), msgspec.structs.asdict(self), self.files)
-
-
-def _with_files(kind: type[Result], fields: dict[str, Any], files: dict[str, bytes]) -> Result:
-    return kind(**fields).with_files(files)
+    def document(self) -> dict[str, Any]:
+        """Return the result as JSON values, without *files*."""
+        document: dict[str, Any] = msgspec.to_builtins(replace(self, files={}))
+        del document["files"]
+        return document
 
 
 EMPTY_OUTPUT = Output(bytes=0, truncated=False, text="")

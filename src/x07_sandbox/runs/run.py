@@ -74,7 +74,7 @@ def attempt(request: RunRequest) -> tuple[Result, SandboxError | None]:
             _store(folder.path / REQUEST, _request_document(request))
             for known in _steps(request, draft, folder, stack):
                 draft = known
-            _store(folder.path / "result.json", msgspec.json.encode(draft))
+            _store(folder.path / "result.json", msgspec.json.encode(draft.document()))
             return draft, None
     except SandboxError as exc:
         return _ended(_with_cause(draft, exc), _verdict_of(exc, request.cancel.signal)), exc
@@ -125,10 +125,9 @@ def _steps(request: RunRequest, draft: Result, folder: RunFolder, stack: context
     draft = _with_run(draft, end._replace(ending=ending))
     draft = _with_denials(draft, prepared, spec, end)
     left = {} if spec.receivers.left is None else spec.receivers.left.files()
-    draft = replace(draft, files_discarded=_discarded(end.facts.closed, left))
+    draft = replace(draft, files=left, files_discarded=_discarded(end.facts.closed, left))
     yield draft
-    ended = _ended(draft, ending) if host_files is None else _settled(draft, host_files, ending)
-    yield ended.with_files(left)
+    yield _ended(draft, ending) if host_files is None else _settled(draft, host_files, ending)
 
 
 def _more(draft: Result, denials: list[Denial]) -> Result:

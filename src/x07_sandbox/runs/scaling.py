@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import math
-import re
 import shutil
 import statistics
 import subprocess
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from msgspec.structs import replace
@@ -21,7 +19,8 @@ from msgspec.structs import replace
 from x07_sandbox.errors import BackendError, HostError, SandboxError
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import host_arch
-from x07_sandbox.host.verdicts import proof_file, read_verdict, write_verdict
+from x07_sandbox.host.linux import processor
+from x07_sandbox.host.verdicts import Verdict, file_state
 from x07_sandbox.jobs.record import new_run_id
 from x07_sandbox.plan.controls import make_plan
 from x07_sandbox.policy.default import default_policy, render_policy
@@ -98,22 +97,21 @@ def measured_factor(prepared: Prepared) -> int:
     prepared.request.progress("measuring how much slower the emulated VM is than this host")
     ratios = [guest / host for guest, host in zip(_guest_times(prepared), _host_times(), strict=True)]
     factor = min(_FACTOR_MAX, max(1, math.ceil(statistics.median(ratios))))
-    write_verdict(_record(), {"factor": factor})
+    _verdict().write({"factor": factor})
     return factor
 
 
 def known_factor() -> int | None:
     """Return the factor that was measured since this host booted, or None if there is none."""
     with contextlib.suppress(OSError, SandboxError):
-        factor = read_verdict(_record()).get("factor")
+        factor = _verdict().read().get("factor")
         if type(factor) is int and 1 <= factor <= _FACTOR_MAX:
             return factor
     return None
 
 
-def _record() -> Path:
-    found = re.search(r"^(?:model name|CPU part)\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text("utf-8"), re.MULTILINE)
-    return proof_file(host_arch().qemu_binary, "slowdown", found[1] if found else "")
+def _verdict() -> Verdict:
+    return Verdict("slowdown", file_state(host_arch().qemu_binary), processor("model name", "CPU part"))
 
 
 def _guest_times(prepared: Prepared) -> list[float]:

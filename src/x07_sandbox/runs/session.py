@@ -233,6 +233,8 @@ class Session:
         if stream is Stream.OUTPUT:
             raise PeerError("bad frame", "the output file is larger than was asked for")
         self._link.streams.reset(number)
+        if self._receivers is not None and self._receivers.left is None:
+            self._end()  # nothing else is to come that matters
 
     def _receiver(self, stream: Stream) -> Any:  # noqa: ANN401 - they have `take` in common
         assert self._receivers is not None  # noqa: S101 - the link allows these streams only after CLOSE

@@ -14,7 +14,7 @@ import msgspec
 
 from x07_sandbox.errors import BackendError
 from x07_sandbox.host import memory
-from x07_sandbox.host.poll import wait_readable, wait_writable, write_all
+from x07_sandbox.host.poll import Event, wait_readable, wait_writable, write_all
 from x07_sandbox.host.threads import start_thread
 
 _CHUNK: Final = 64 * 1024
@@ -58,7 +58,8 @@ class _Writer:
 
     def __init__(self, fd: int) -> None:
         self.problem: OSError | None = None
-        self.progress_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._progress = Event()
+        self.progress_fd = self._progress.fd
         self._fd = fd
         self._queue = bytearray()
         self._written = 0
@@ -75,8 +76,7 @@ class _Writer:
 
     def take_written(self) -> tuple[int, int]:
         """Return (bytes written since the last call, bytes still queued)."""
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self.progress_fd)
+        self._progress.clear()
         with self._changed:
             count, self._written = self._written, 0
             return count, len(self._queue)
@@ -95,7 +95,7 @@ class _Writer:
             with self._changed:
                 while not self._queue:
                     if self._closed:
-                        os.close(self.progress_fd)
+                        self._progress.close()
                         return
                     self._changed.wait()
                 chunk = bytes(self._queue[:_CHUNK])
@@ -113,7 +113,7 @@ class _Writer:
                 with self._changed:
                     self._written += count
                     del self._queue[:count]
-            os.eventfd_write(self.progress_fd, 1)
+            self._progress.set()
 
 
 class Sink:

@@ -12,7 +12,7 @@ import signal
 import sys
 
 from x07_sandbox.backends.base import MachineKind
-from x07_sandbox.backends.qemu.start import Accelerator, QemuJob, start_qemu
+from x07_sandbox.backends.qemu.start import QemuJob, start_qemu
 from x07_sandbox.images.store import find_image
 from x07_sandbox.images.verify import open_image
 from x07_sandbox.jobs.record import Claim, create_record, new_run_id
@@ -26,7 +26,7 @@ def main(image: str, deadline_s: str) -> None:
         )
         kind = MachineKind(image=opened, ram_bytes=512 << 20)
         job = QemuJob(record=record, kind=kind, deadline_s=int(deadline_s), any_timer=True)
-        with start_qemu(job, Accelerator(kvm=False)) as instance:
+        with start_qemu(job, kvm=False) as instance:
             instance.release()
             sys.stdout.write(json.dumps({"inner": instance.inner.pid}) + "\n")
             sys.stdout.flush()

@@ -333,6 +333,8 @@ def changes(agent: Liar, records: Iterable[bytes]) -> None:
     agent.end()
     number = agent.open(Stream.CHANGES)
     for record in itertools.chain([told(R.ROOT, b"0")], records, [told(R.END, b"")]):
+        if not agent.link.streams.is_open(number):  # the host wants no more
+            break
         rest = record
         while rest and agent.link.streams.is_open(number):
             window = agent.link.streams.window(number)

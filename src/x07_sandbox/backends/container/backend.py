@@ -14,22 +14,23 @@ from x07_sandbox.backends.base import Availability, Orphan
 from x07_sandbox.backends.container import instance as containers
 from x07_sandbox.backends.container.create import engine_gaps, is_roots_podman
 from x07_sandbox.backends.engine_images import DEFAULT_REFERENCE
-from x07_sandbox.backends.engines import Engine, Name, engine, is_id
+from x07_sandbox.backends.engines import CLIENTS, Engine, Name, engine, is_id
 from x07_sandbox.backends.handshake import greet
 from x07_sandbox.errors import BackendError, HostError, ImageError
 from x07_sandbox.host.variables import text
-from x07_sandbox.host.verdicts import proof_file, read_verdict, write_verdict
+from x07_sandbox.host.verdicts import Verdict, file_state
 from x07_sandbox.images import manifest
 from x07_sandbox.images.archive import MANIFEST_LABEL
 from x07_sandbox.images.guestcode import read_guest_code
 from x07_sandbox.images.verify import OpenImage
-from x07_sandbox.jobs.stopping import live_records, stop_recorded
-from x07_sandbox.plan.features import container_features
+from x07_sandbox.jobs.stopping import stop_recorded
+from x07_sandbox.plan.features import VM_CAPABILITIES, Features
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from x07_sandbox.backends.base import Job
+    from x07_sandbox.backends.prerequisites import Need
     from x07_sandbox.jobs.record import JobRecord
 
 _REFERENCE_MAX: Final = 512
@@ -80,23 +81,34 @@ class ContainerBackend:
             raise ImageError(f"cannot use the image {wanted}", why, fix)
         return OpenImage(fds={}, manifest=msgspec.structs.replace(found, digest=digest))
 
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        """The engine's client."""
+        return (CLIENTS[self._kind],)
+
+    def least_features(self) -> Features:
+        """Return the features of a container that runs x07's agent."""
+        held = VM_CAPABILITIES - {"held-connections"}
+        return Features(isolation="container", own_kernel=False, can_enforce=held)
+
     def probe(self, image: OpenImage | None = None, *, boot: bool = True) -> Availability:  # noqa: ARG002 - needs no image
         """Return what the engine can limit here. Raises HostError if the engine fails or would ignore a limit."""
         client = self._engine()
         # `podman info` takes longer than creating a container. Root's podman has all limits until the host reboots.
         # Others are asked each time: a rootless podman depends on the session that calls it, docker on its daemon.
-        verdict = proof_file(client.binary, self.name, *client.options) if os.geteuid() == 0 else None
-        if verdict is None or not boot or not read_verdict(verdict):
+        state = file_state(client.binary)
+        verdict = Verdict(self.name, state, *client.options) if os.geteuid() == 0 else None
+        if verdict is None or not boot or not verdict.read():
             info = self._info(client)
             if gaps := engine_gaps(self._kind, info):
                 ignored = f"{self.name} would ignore the limit on {' and '.join(gaps)} here"
                 why = f"{ignored} (rootless, or without control groups)"
                 raise HostError(f"cannot use {self.name}", why, "Use control groups of version 2, or run as root")
             if verdict is not None and is_roots_podman(info):
-                write_verdict(verdict, {"limits": True})
+                verdict.write({"limits": True})
         warning = "the program's system calls reach this host's kernel"
         proof = f"{self.name} answers and enforces limits on memory and tasks"
-        return Availability(features=container_features(), proof=proof, warnings=(warning,))
+        return Availability(features=self.least_features(), proof=proof, warnings=(warning,))
 
     def _info(self, client: Engine) -> dict[str, Any]:
         answer = client.call("info", "--format", "json" if client.name == "podman" else "{{json .}}")
@@ -122,10 +134,6 @@ class ContainerBackend:
         with containers.started(self._engine(), job, job.kind.image) as instance:
             greet(instance, cancel_fd=job.caller.cancel.fd, meanwhile=job.meanwhile)
             yield instance
-
-    def list_owned(self) -> Sequence[JobRecord]:
-        """Return this user's jobs that are not recorded as gone."""
-        return live_records(self.name)
 
     def stop(self, record: JobRecord) -> bool:
         """Remove a recorded job's container and files. Return whether the container is proven gone."""

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any, Final
 from x07_sandbox.backends.container import reaper
 from x07_sandbox.backends.container.create import ContainerSpec, create_argv, differences
 from x07_sandbox.backends.engines import container_id
-from x07_sandbox.backends.jailed import HostAgent, error_stream, socket_ends
+from x07_sandbox.backends.jailed import RunningAgent, error_stream, socket_ends
 from x07_sandbox.backends.lease import socket_address
 from x07_sandbox.channel.egress import RESOLV_CONF
 from x07_sandbox.errors import BackendError, HostError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.close_on_fork import FdGroup
+from x07_sandbox.host.linux import boot_ms, open_pidfd
 from x07_sandbox.host.paths import read_bounded
 from x07_sandbox.host.poll import wait_readable
 from x07_sandbox.host.processes import identify, own_identity
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
     from x07_sandbox.backends.base import Greeting, Job, StartMode
     from x07_sandbox.backends.engines import Engine
-    from x07_sandbox.host.bounded_stream import BoundedStream
+    from x07_sandbox.backends.jailed import BoundedStream
     from x07_sandbox.images.verify import OpenImage
     from x07_sandbox.jobs.record import JobRecord
 
@@ -46,7 +47,7 @@ _ENGINE: Final = "engine"
 _ENGINE_MAX: Final = 8192
 
 
-class ContainerInstance(HostAgent):
+class ContainerInstance(RunningAgent):
     """A started container. reaper_fd: readable once the reaper has ended; None until it is known."""
 
     reaper_fd: int | None = None
@@ -61,11 +62,11 @@ class ContainerInstance(HostAgent):
     ) -> None:
         self.record = record
         self.jail = f"a container of {engine.name}"
-        self.pidfd = os.pidfd_open(client.pid)
+        self.pidfd = open_pidfd(client.pid)
         self._engine = engine
         self._container = container
         self.client = client
-        self._errors = errors
+        self.shown = (errors,)
         self._gone = False
 
     def side_fds(self) -> tuple[int, ...]:
@@ -105,7 +106,7 @@ def started(engine: Engine, job: Job, image: OpenImage) -> Iterator[ContainerIns
         stack.callback(drop_unstarted, record)
         # First of all: if this process is killed, the sweep finds what it left by the record's name.
         write_owner(record, runner=own_identity(), processes={}, cgroups=())
-        runner_r, runner_w = os.pipe2(os.O_CLOEXEC)
+        runner_r, runner_w = os.pipe()
         given = FdGroup()
         stack.callback(given.close)
         given.add(runner_r)
@@ -122,7 +123,7 @@ def started(engine: Engine, job: Job, image: OpenImage) -> Iterator[ContainerIns
             client = launch(Launch(argv=argv, pass_fds=(), stderr_fd=stderr_fd, stdio_fd=far_fd, env=engine.env))
             instance = ContainerInstance(engine, record, container, client, errors)
             instance.channel_fd = channel_fd
-            instance.reaper_fd = os.pidfd_open(reaper_process.pid)
+            instance.reaper_fd = open_pidfd(reaper_process.pid)
             stack.callback(os.close, instance.reaper_fd)
             given.close()
             # The job's processes are the engine's; these two only serve it.
@@ -166,7 +167,7 @@ class _Files:
             raise HostError("cannot make the job's files", why, "Free disk space") from exc
 
     def _listening(self) -> socket.socket:
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        listener = socket.socket(socket.AF_UNIX)
         with socket_address(self.net, "relay") as address:
             listener.bind(address)
         (self.net / "relay").chmod(0o666)
@@ -242,7 +243,7 @@ def _created(engine: Engine, spec: ContainerSpec) -> str:
 
 def _start_reaper(engine: Engine, record: JobRecord, deadline_s: int, runner_fd: int) -> subprocess.Popen[bytes]:
     """Start the process that removes the container after its deadline or this process's end. Raises BackendError."""
-    until = time.clock_gettime(time.CLOCK_BOOTTIME) + deadline_s + settings.CLEANUP_MS / 1000
+    until = (boot_ms() + settings.CLEANUP_MS) / 1000 + deadline_s
     removing = engine.argv(*_removing(engine, container_name(record)))
     argv = [sys.executable, "-I", "-S", reaper.__file__, str(record.folder), str(until), str(runner_fd), *removing]
     try:

@@ -13,6 +13,7 @@ from typing import Final
 from x07_sandbox.backends.process.view import PYTHON, System, this_system, view_args
 from x07_sandbox.errors import HostError
 from x07_sandbox.host.paths import cache_folder, replace_file
+from x07_sandbox.host.verdicts import file_state
 from x07_sandbox.images.guestcode import FILTERS, PACK, PLACES, GuestCode, read_guest_code
 from x07_sandbox.jail.bwrap import BWRAP
 
@@ -43,11 +44,9 @@ def _key(code: GuestCode, *, confined: bool) -> str:
     parts: list[object] = [code.digest, confined, os.uname().machine]
     for path in (PYTHON, *(_CHANGES if confined else ())):
         try:
-            info = Path(path).stat()
+            parts.append(file_state(path))
         except OSError:
             parts.append(path)
-        else:
-            parts.append([path, info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns])
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 

@@ -3,33 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
-import re
-import stat
-import subprocess
 from abc import ABC, abstractmethod
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.backends.base import Availability
 from x07_sandbox.backends.handshake import Handshake, greet
+from x07_sandbox.backends.prerequisites import Need, require, version_in
 from x07_sandbox.backends.process.agentcode import agent_code
 from x07_sandbox.backends.process.start import files_folder, remove_folder, start_confined, start_unconfined
 from x07_sandbox.backends.process.view import PYTHON
 from x07_sandbox.channel.link import State
 from x07_sandbox.errors import HostError
 from x07_sandbox.host.clocks import Deadline
-from x07_sandbox.host.verdicts import proof_file, write_verdict
+from x07_sandbox.host.verdicts import Verdict, file_state
 from x07_sandbox.jail.bwrap import BWRAP, PERL, SETPRIV
 from x07_sandbox.jail.cgroups import program_groups, remove_groups
-from x07_sandbox.jail.forms import landlock_version
 from x07_sandbox.jobs.record import Claim, create_record, new_run_id
-from x07_sandbox.jobs.stopping import live_records, stop_recorded
+from x07_sandbox.jobs.stopping import stop_recorded
+from x07_sandbox.kernel import landlock_version
 from x07_sandbox.plan.features import Features
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping
     from contextlib import AbstractContextManager
 
     from x07_sandbox.backends.base import Job
@@ -40,9 +36,16 @@ if TYPE_CHECKING:
 NFT: Final = "/usr/sbin/nft"
 _ANSWER_S: Final = 5.0
 _CANNOT_START: Final = "cannot start a confined process"
-_BWRAP_LEAST: Final = (0, 8)
-_PYTHON_LEAST: Final = (3, 12)  # the agent needs os.unshare and os.setns
-PACKAGES: Final = {BWRAP: "bubblewrap", PYTHON: "python3", PERL: "perl-base", SETPRIV: "util-linux"}
+_NEED_PYTHON: Final = (Need("program", PYTHON, "python3"), Need("program", PERL, "perl-base"))
+_NEW_PYTHON: Final = Need("version", PYTHON, "python3", least=(3, 12))  # the agent needs os.unshare and os.setns
+_NEED_JAIL: Final = (
+    Need("program", BWRAP, "bubblewrap"),
+    Need("program", SETPRIV, "util-linux"),
+    Need("library", "libseccomp.so.2", "libseccomp2"),
+    Need("not-setuid", BWRAP),
+)
+_NAMESPACES: Final = Need("namespaces", "user namespaces", optional=True)
+_NEW_JAIL: Final = Need("version", BWRAP, "bubblewrap", least=(0, 8))
 _WALLS: Final = frozenset({"host-files", "no-host-files", "no-host-variables", "no-network"})
 _PER_PROCESS: Final = frozenset({"limits.fds", "limits.core_dumps"})
 _BY_CONTROLLER: Final = {"memory": "limits.mem_bytes", "pids": "limits.procs", "cpuacct": "limits.cpu_ms"}
@@ -88,10 +91,6 @@ class _Backend(ABC):
             greet(instance, cancel_fd=job.caller.cancel.fd, meanwhile=job.meanwhile)
             yield instance
 
-    def list_owned(self) -> Sequence[JobRecord]:
-        """Return this user's jobs that are not recorded as gone."""
-        return live_records(self.name)
-
     def stop(self, record: JobRecord) -> bool:
         """Stop a recorded job, and remove its control groups and files."""
 
@@ -107,10 +106,7 @@ class _Backend(ABC):
         record = create_record(claim, backend=self.name, image_digest="")
         with self._started(record, int(_ANSWER_S) + 5) as instance:
             failure = Handshake(instance, State.WAITING).until(State.GREETED, Deadline.after(_ANSWER_S))
-            if failure is None:
-                return ""
-            said = " ".join(instance.console_tail().split())[-300:]
-            return f"{failure.why}: {said}" if said else failure.why
+            return "" if failure is None else failure.text
 
 
 class OsBackend(_Backend):
@@ -118,26 +114,29 @@ class OsBackend(_Backend):
 
     name = "os"
     known_gaps = _NO_IMAGE | _RESETS
+    needs = (*_NEED_JAIL, *_NEED_PYTHON, _NAMESPACES, _NEW_JAIL, _NEW_PYTHON)
 
     def __init__(self) -> None:
         self._controllers: tuple[str, ...] = ()
 
+    def least_features(self) -> Features:
+        """Return what this host can limit. Raises HostError if programs are missing."""
+        return self.probe(boot=False).features
+
     def probe(self, _image: OpenImage | None = None, *, boot: bool = True) -> Availability:
         """Return what this host can limit, proven once per boot by starting a process. Raises HostError."""
-        _require_tools()
+        require((*_NEED_JAIL, *_NEED_PYTHON), _CANNOT_START)
         self._controllers = _controllers()
         features = _confined_features(self._controllers)
         proof = f"x07's agent answered from a confined process under Linux {os.uname().release}"
-        verdict = proof_file(BWRAP, os.geteuid(), agent_code(confined=True).name)
-        known = verdict.exists()
+        verdict = Verdict("confined", file_state(BWRAP), os.geteuid(), agent_code(confined=True).name)
+        known = bool(verdict.read())
         if not known and boot:
-            if _version(BWRAP) < _BWRAP_LEAST:
-                raise HostError(_CANNOT_START, f"{BWRAP} is too old", "Install bubblewrap 0.8 or newer")
-            _require_python()
+            require((_NEW_JAIL, _NEW_PYTHON), _CANNOT_START)
             if why := self._prove():
                 fix = "Allow user namespaces here (in a container: --privileged), or use another backend"
                 raise HostError(_CANNOT_START, why, fix)
-            write_verdict(verdict, {"proof": proof})
+            verdict.write({"proof": proof})
             known = True
         warnings = ["the program's system calls reach this host's kernel"]
         if missing := sorted(set(_BY_CONTROLLER.values()) - features.can_enforce):
@@ -154,18 +153,21 @@ class NoneBackend(_Backend):
 
     name = "none"
     known_gaps = _NO_IMAGE | _UNCONFINED
+    needs = (*_NEED_PYTHON, _NEW_PYTHON)
+
+    def least_features(self) -> Features:
+        """Return what this host can limit. Raises HostError if the agent's interpreter is missing."""
+        return self.probe().features
 
     def probe(self, _image: OpenImage | None = None, *, boot: bool = True) -> Availability:  # noqa: ARG002 - nothing boots
         """Return what this host can limit. Raises HostError if the agent's interpreter is missing."""
-        _require_python()
-        # Root may raise its own limits again.
-        held = frozenset() if os.geteuid() == 0 else _PER_PROCESS
-        features = Features(isolation="none", own_kernel=False, can_enforce=held)
-        whose = "root's" if os.geteuid() == 0 else "this user's"
+        require(self.needs, "cannot start the agent")
+        root = os.geteuid() == 0  # root may raise its own limits again
+        features = Features(isolation="none", own_kernel=False, can_enforce=frozenset() if root else _PER_PROCESS)
+        proof = "programs run as ordinary processes, without confinement"
+        whose = "root's" if root else "this user's"
         warning = f"nothing protects {whose} files, processes and network from the program"
-        return Availability(
-            features=features, proof="programs run as ordinary processes, without confinement", warnings=(warning,)
-        )
+        return Availability(features=features, proof=proof, warnings=(warning,))
 
     def _started(self, record: JobRecord, deadline_s: int) -> AbstractContextManager[ProcessInstance]:
         return start_unconfined(record, deadline_s)
@@ -184,48 +186,7 @@ def _confined_features(controllers: tuple[str, ...]) -> Features:
         held.add("network")
     if landlock_version() >= _LANDLOCK_LEAST:
         held.add("confinement")
-    if _numbers(os.uname().release) >= _TASKS_APART:
+    if version_in(os.uname().release) >= _TASKS_APART:
         held.add("limits.procs")
     held |= {_BY_CONTROLLER[controller] for controller in controllers}
     return Features(isolation="process", own_kernel=False, can_enforce=frozenset(held))
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    """Return the first version number in *text* as (major, minor), or () if there is none."""
-    found = re.search(r"(\d+)\.(\d+)", text)
-    return tuple(int(word) for word in found.groups()) if found else ()
-
-
-def _require_tools() -> None:
-    """Raise HostError if programs or libraries are missing."""
-    missing = [package for path, package in PACKAGES.items() if not os.access(path, os.X_OK)]
-    try:
-        ctypes.CDLL("libseccomp.so.2")
-    except OSError:
-        missing.append("libseccomp2")
-    if missing:
-        names = " ".join(missing)
-        raise HostError(_CANNOT_START, f"missing: {names}", f"Run: apt-get install --no-install-recommends {names}")
-    if Path(BWRAP).stat().st_mode & stat.S_ISUID:
-        why, fix = f"{BWRAP} is set-user-ID, which gives it more rights than it needs", f"Run: chmod u-s {BWRAP}"
-        raise HostError(_CANNOT_START, why, fix)
-
-
-def _require_python() -> None:
-    """Raise HostError if the interpreter is missing or too old."""
-    if not os.access(PYTHON, os.X_OK):
-        fix = "Run: apt-get install --no-install-recommends python3"
-        raise HostError("cannot start the agent", f"missing: {PYTHON}", fix)
-    if _version(PYTHON) < _PYTHON_LEAST:
-        fix = "Run on a system with Python 3.12 or newer, or use another backend"
-        raise HostError("cannot start the agent", f"{PYTHON} is too old", fix)
-
-
-def _version(path: str) -> tuple[int, ...]:
-    """Return the version that a program prints, or () if it prints none."""
-    argv, env, no_input = [path, "--version"], {"PATH": "/usr/bin:/bin", "LC_ALL": "C"}, subprocess.DEVNULL
-    try:
-        done = subprocess.run(argv, stdin=no_input, capture_output=True, timeout=30, check=False, env=env)
-    except (OSError, subprocess.TimeoutExpired):
-        return ()
-    return _numbers(done.stdout.decode("ascii", "replace"))

@@ -10,14 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from x07_sandbox.backends.jailed import HostAgent, Jailed, Start, error_stream, running, socket_ends
+from x07_sandbox.backends.jailed import Jailed, RunningAgent, Start, error_stream, running, socket_ends
 from x07_sandbox.backends.process.agentcode import agent_code
 from x07_sandbox.backends.process.view import FILES, Sandbox, agent_argv, sandbox_argv, this_system
 from x07_sandbox.errors import BackendError, HostError
 from x07_sandbox.host import settings
 from x07_sandbox.host.close_on_fork import FdGroup
+from x07_sandbox.host.linux import require_own_proc
 from x07_sandbox.host.memory import memory_file
-from x07_sandbox.host.os_errors import require_own_proc
 from x07_sandbox.jail.bwrap import may_nest, supervisor_argv
 from x07_sandbox.jail.cgroups import program_groups
 from x07_sandbox.jail.uids import lease_uid
@@ -47,7 +47,7 @@ class _Ends:
         self.errors, self.stderr_fd = error_stream(stack, self.given)
 
 
-class ProcessInstance(HostAgent, Jailed):
+class ProcessInstance(RunningAgent, Jailed):
     """An agent on this host. `start_confined` and `start_unconfined` start and end it."""
 
     notes: tuple[str, ...] = ()
@@ -57,7 +57,7 @@ class ProcessInstance(HostAgent, Jailed):
         super().__init__(start, child, inner)
         self.channel_fd = ends.channel_fd
         self.net_fd: int | None = ends.net_fd
-        self._errors = ends.errors
+        self.shown = (ends.errors,)
 
 
 @contextlib.contextmanager

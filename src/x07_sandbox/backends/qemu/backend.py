@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from typing import TYPE_CHECKING, Final
 
@@ -16,31 +17,34 @@ from x07_sandbox.backends.qemu.instance import LeasedInstance, QemuInstance
 from x07_sandbox.backends.qemu.proof import known_verdict, kvm_verdict
 from x07_sandbox.backends.qemu.start import (
     MISCALIBRATED,
-    Accelerator,
     QemuJob,
     boot_attempts,
-    check_tools,
+    check_needs,
     miscalibrated,
+    needs_of,
     start_qemu,
 )
 from x07_sandbox.errors import BackendError, HostError, ImageError
-from x07_sandbox.host.arch import host_arch
+from x07_sandbox.host.arch import ARCHES, host_arch
 from x07_sandbox.host.os_errors import host_error
 from x07_sandbox.host.variables import flag
+from x07_sandbox.host.verdicts import forget
 from x07_sandbox.jail.forms import jail_form
 from x07_sandbox.jobs.record import create_record, drop_unstarted
-from x07_sandbox.plan.features import Isolation, vm_features
+from x07_sandbox.plan.features import vm_features
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from x07_sandbox.backends.base import Instance, Job, Lease, MachineKind
+    from x07_sandbox.backends.prerequisites import Need
     from x07_sandbox.backends.qemu.start import Saved
     from x07_sandbox.backends.qemu.template import Template
     from x07_sandbox.host.cancel import Caller
     from x07_sandbox.host.processes import Identity
     from x07_sandbox.images.verify import OpenImage
     from x07_sandbox.jobs.record import Claim, JobRecord
+    from x07_sandbox.plan.features import Features
 
 # Measured with compilers and interpreters (docs/explanation/performance.md, "Emulation").
 SLOWDOWN: Final = "10 to 30 times"
@@ -56,35 +60,37 @@ class QemuBackend:
     known_gaps: Final[Mapping[str, str]] = {}
 
     def __init__(self) -> None:
-        self._accelerator = Accelerator(kvm=False)
+        self._kvm = False
 
     @property
     def cloning(self) -> QemuBackend:
         """Support for copy-on-write clones of saved VMs."""
         return self
 
+    @property
+    def needs(self) -> Sequence[Need]:
+        """The programs and firmware for this machine's architecture, and KVM."""
+        arch = ARCHES.get(os.uname().machine)
+        return () if arch is None else needs_of(arch)
+
+    def least_features(self) -> Features:
+        """Return the features with emulation."""
+        return vm_features("vm-emulated")
+
     def probe(self, image: OpenImage | None, *, boot: bool = True) -> Availability:
         """Return the features with KVM if x07's agent has answered under KVM, else the features with emulation."""
-        check_tools(host_arch())  # first: verdicts and templates are stored by the state of QEMU's file
+        check_needs(host_arch())  # first: verdicts and templates are stored by the state of QEMU's file
         if flag("X07_VM_REQUIRE_NAMESPACES"):
             jail_form()  # raises RefusedError early
         assert image is not None or not boot  # noqa: S101 - `uses_image` is set
         verdict = known_verdict() if image is None or not boot else kvm_verdict(image)
         if verdict is None:
-            return Availability(features=vm_features("vm-emulated"), proof="no VM has used KVM yet", known=False)
-        kvm = verdict.works
-        self._accelerator = Accelerator(kvm=kvm)
-        isolation: Isolation = "vm-hardware" if kvm else "vm-emulated"
-        warnings = (
-            () if kvm else (f"emulated: CPU work in the guest typically takes {SLOWDOWN} as long as on the host",)
-        )
-        return Availability(features=vm_features(isolation), proof=verdict.reason, warnings=warnings, fix=verdict.fix)
-
-    def list_owned(self) -> Sequence[JobRecord]:
-        """Return this user's jobs that are not recorded as gone."""
-        from x07_sandbox.jobs.stopping import live_records
-
-        return live_records(self.name)
+            return Availability(features=self.least_features(), proof="no VM has used KVM yet", known=False)
+        self._kvm = verdict.works
+        if self._kvm:
+            return Availability(features=vm_features("vm-hardware"), proof=verdict.reason)
+        slow = f"emulated: CPU work in the guest typically takes {SLOWDOWN} as long as on the host"
+        return Availability(features=self.least_features(), proof=verdict.reason, warnings=(slow,), fix=verdict.fix)
 
     def stop(self, record: JobRecord) -> bool:
         """Stop a recorded job, and remove its control groups."""
@@ -145,7 +151,7 @@ class QemuBackend:
         if evidence.killed:
             notes["cold"] = _started_cold(job, why)
         else:
-            templates.template_for(job.kind, self._accelerator).suspend(why, transient=error.failure.transient)
+            templates.template_for(job.kind, kvm=self._kvm).suspend(why, transient=error.failure.transient)
         return evidence.killed
 
     @contextlib.contextmanager
@@ -158,11 +164,11 @@ class QemuBackend:
             if why_not:
                 notes.setdefault("cold", _started_cold(job, why_not))
             machine = QemuJob(record, job.kind, job.claim.deadline_s, any_timer=any_timer, ram_bytes=job.used_ram_bytes)
-            yield stack.enter_context(start_qemu(machine, self._accelerator, memory=saved))
+            yield stack.enter_context(start_qemu(machine, kvm=self._kvm, memory=saved))
 
     def _saved(self, job: Job, stack: contextlib.ExitStack, notes: dict[str, str]) -> tuple[Saved | None, str]:
         """Return the files of the saved VM, which is made if necessary, or None and why the job must boot a VM."""
-        template = templates.template_for(job.kind, self._accelerator)
+        template = templates.template_for(job.kind, kvm=self._kvm)
         if reason := template.suspended():
             return None, reason
         damage = ""
@@ -203,12 +209,12 @@ class QemuBackend:
 
     def _make(self, template: Template, kind: MachineKind, caller: Caller) -> None:
         with caller.cancel.waiting():
-            templates.ensure_template(template, kind, self._accelerator, caller.progress)
+            templates.ensure_template(template, kind, caller.progress, kvm=self._kvm)
 
     def prepare(self, kind: MachineKind, caller: Caller) -> None:
         """Save a VM now, even if saving is suspended. Raises SandboxError."""
-        template = templates.template_for(kind, self._accelerator)
-        templates.clear_suspensions()
+        template = templates.template_for(kind, kvm=self._kvm)
+        forget(templates.SUSPENDED)
         self._make(template, kind, caller)
 
     prunable = staticmethod(templates.prunable)

@@ -7,12 +7,11 @@ import os
 import subprocess
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from x07_sandbox.backends.jailed import Jailed
+from x07_sandbox.backends.jailed import BoundedStream, Jailed, RunningAgent
 from x07_sandbox.backends.qemu.bounds import VMM_BYTES
-from x07_sandbox.backends.qemu.machine import qmp_quit, qmp_resume
+from x07_sandbox.backends.qemu.machine import QMP_QUIT, qmp_resume
 from x07_sandbox.errors import BackendError
 from x07_sandbox.host import close_on_fork, settings
-from x07_sandbox.host.bounded_stream import BoundedStream
 from x07_sandbox.host.poll import wait_readable
 from x07_sandbox.jobs.record import renamed_record, renewed_record
 
@@ -65,7 +64,7 @@ class HostSide(NamedTuple):
     paths: Paths
 
 
-class Streams:
+class Streams(RunningAgent):
     """The streams of a QEMU process. The caller keeps owning the descriptors in *ends*."""
 
     greeting: Greeting
@@ -75,30 +74,17 @@ class Streams:
         self.net_fd: int | None = ends["net"]
         self.start_mode = start_mode
         self.notes: tuple[str, ...] = ()
-        self._qmp_fd = ends["qmp"]
-        self.console = BoundedStream(ends["console"], keep_bytes=settings.CONSOLE_MAX_BYTES)
         self.qmp = BoundedStream(ends["qmp"], keep_bytes=4096)
-        self.errors = BoundedStream(ends["stderr"], keep_bytes=settings.STDERR_MAX_BYTES)
-        self._side = {stream.fd: stream for stream in (self.console, self.qmp, self.errors)}
+        self.shown = (
+            BoundedStream(ends["console"], keep_bytes=settings.CONSOLE_MAX_BYTES),
+            BoundedStream(ends["stderr"], keep_bytes=settings.STDERR_MAX_BYTES),
+        )
+        self.hidden = (self.qmp,)
 
     def send_qmp(self, commands: bytes) -> None:
         """Write commands to QEMU's control protocol (QMP). The replies go to `qmp`."""
         with contextlib.suppress(OSError):  # QEMU has ended, which its other streams show
-            os.write(self._qmp_fd, commands)
-
-    def side_fds(self) -> tuple[int, ...]:
-        """Return the descriptors of the console, the QMP replies and QEMU's messages."""
-        return tuple(fd for fd, stream in self._side.items() if not stream.ended)
-
-    def drain(self, fd: int) -> None:
-        """Read one of the `side_fds`, within its size limit."""
-        self._side[fd].read()
-
-    def console_tail(self) -> str:
-        """Return the end of the console output and QEMU's messages, with control characters replaced."""
-        for stream in self._side.values():
-            stream.read()
-        return self.console.text() + self.errors.text()
+            os.write(self.qmp.fd, commands)
 
 
 class QemuInstance(Streams, Jailed):
@@ -142,7 +128,7 @@ class QemuInstance(Streams, Jailed):
 
     def quit_gracefully(self) -> bool:
         """Ask QEMU to quit and return whether it has."""
-        self.send_qmp(qmp_quit())
+        self.send_qmp(QMP_QUIT)
         return self._release_pipe.released and wait_readable(self.pidfd, 0.05)
 
 
@@ -158,9 +144,6 @@ class LeasedInstance(Streams):
         self._lease = lease
         self._gone: bool | None = None
 
-    def release(self) -> None:
-        """Do nothing, since the VM runs already."""
-
     def exit_status(self) -> int | None:
         """Return the VM's exit status as reported by the pool's process, or None while the VM runs."""
         return self._lease.exit_status()
@@ -169,6 +152,6 @@ class LeasedInstance(Streams):
         """Ask QEMU to quit, end the lease, and return whether everything is proven gone."""
         if self._gone is None:
             if self.exit_status() is None:
-                self.send_qmp(qmp_quit())
+                self.send_qmp(QMP_QUIT)
             self._gone = self._lease.end_lease() and wait_readable(self._inner_pidfd, _GONE_S)
         return self._gone

@@ -19,14 +19,7 @@ from x07_sandbox.host.arch import Arch
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-KERNEL: Final = "/img/vmlinux"
-INITRD: Final = "/img/initrd.cpio"
-ROOT: Final = "/img/root.erofs"
-RAM: Final = "/img/ram"
-STATE: Final = "/img/state"
 OVERCOMMIT: Final = "/proc/sys/vm/overcommit_memory"  # read by QEMU before it leaves memory unreserved
-SCRATCH_SERIAL: Final = "x07scratch"
-ROOT_SERIAL: Final = "x07root"
 
 
 class Origin(enum.Enum):
@@ -40,11 +33,11 @@ class Origin(enum.Enum):
 class Paths(msgspec.Struct, frozen=True, kw_only=True):
     """The paths of QEMU's files: below the jail's root, or of descriptors if the jail has no root of its own."""
 
-    kernel: str = KERNEL
-    initrd: str = INITRD
-    root: str = ROOT
-    ram: str = RAM
-    state: str = STATE
+    kernel: str = "/img/vmlinux"
+    initrd: str = "/img/initrd.cpio"
+    root: str = "/img/root.erofs"
+    ram: str = "/img/ram"
+    state: str = "/img/state"
 
 
 class Machine(msgspec.Struct, frozen=True, kw_only=True):
@@ -105,9 +98,9 @@ def qemu_argv(machine: Machine) -> list[str]:
     else:
         argv += ["-kernel", machine.paths.kernel, "-initrd", machine.paths.initrd]
         argv += ["-append", kernel_command_line(machine)]
-    argv += _disk(machine.paths.root, "root", ROOT_SERIAL, read_only=True)
+    argv += _disk(machine.paths.root, "root", read_only=True)
     argv += ["-add-fd", f"set=2,fd={machine.scratch_fd}"]
-    argv += _disk("/dev/fdset/2", "scratch", SCRATCH_SERIAL, read_only=False)
+    argv += _disk("/dev/fdset/2", "scratch", read_only=False)
     if machine.kvm_fd is not None:
         argv += ["-add-fd", f"set=3,fd={machine.kvm_fd}"]
     argv += ["-device", "virtio-serial-device,max_ports=3"]
@@ -131,27 +124,6 @@ def _memory(machine: Machine, megabytes: int) -> str:
     return f"memory-backend-file,{backend},mem-path={machine.paths.ram},{sharing}"
 
 
-def qmp_save(state: str) -> bytes:
-    """Return the commands that save the device state. They do not stop the VM, since its clones would start stopped."""
-    return _qmp(_CAPABILITIES, _IGNORE_SHARED, {"execute": "migrate", "arguments": {"uri": f"file:{state}"}})
-
-
-def qmp_resume(state: str) -> bytes:
-    """Return the commands that resume a clone from the file *state*. They may be written before QEMU is ready."""
-    resume = {"execute": "migrate-incoming", "arguments": {"uri": f"file:{state}"}}
-    return _qmp(_CAPABILITIES, _IGNORE_SHARED, resume)
-
-
-def qmp_query_save() -> bytes:
-    """Return the command that asks for the progress of saving."""
-    return _qmp({"execute": "query-migrate"})
-
-
-def qmp_quit() -> bytes:
-    """Return the commands that end QEMU, whether or not QMP was negotiated."""
-    return _qmp(_CAPABILITIES, {"execute": "quit"})
-
-
 _CAPABILITIES: Final = {"execute": "qmp_capabilities"}
 _IGNORE_SHARED: Final = {
     "execute": "migrate-set-capabilities",
@@ -163,6 +135,21 @@ def _qmp(*commands: Mapping[str, object]) -> bytes:
     return b"".join(json.dumps(command).encode() + b"\n" for command in commands)
 
 
+QMP_QUERY_SAVE: Final = _qmp({"execute": "query-migrate"})  # asks for the progress of saving
+QMP_QUIT: Final = _qmp(_CAPABILITIES, {"execute": "quit"})  # ends QEMU, whether or not QMP was negotiated
+
+
+def qmp_save(state: str) -> bytes:
+    """Return the commands that save the device state. They do not stop the VM, since its clones would start stopped."""
+    return _qmp(_CAPABILITIES, _IGNORE_SHARED, {"execute": "migrate", "arguments": {"uri": f"file:{state}"}})
+
+
+def qmp_resume(state: str) -> bytes:
+    """Return the commands that resume a clone from the file *state*. They may be written before QEMU is ready."""
+    resume = {"execute": "migrate-incoming", "arguments": {"uri": f"file:{state}"}}
+    return _qmp(_CAPABILITIES, _IGNORE_SHARED, resume)
+
+
 def _machine_type(machine: Machine) -> str:
     if machine.arch.machine == "microvm":
         devices = "acpi=on,pcie=off,pit=off,pic=off,rtc=on,isa-serial=on,auto-kernel-cmdline=off"
@@ -170,11 +157,11 @@ def _machine_type(machine: Machine) -> str:
     return f"{machine.arch.machine},memory-backend=ram0"
 
 
-def _disk(path: str, name: str, serial: str, *, read_only: bool) -> list[str]:
+def _disk(path: str, name: str, *, read_only: bool) -> list[str]:
     mode = "read-only=on" if read_only else "read-only=off,cache.no-flush=on,discard=unmap"
     node = f"driver=raw,node-name={name},{mode},file.driver=file,file.filename={path},file.locking=off"
     if not read_only:
         node += ",file.discard=unmap,file.cache.no-flush=on"
     # A full host disk is an error in the guest; by default the machine would pause.
-    device = f"virtio-blk-device,drive={name},serial={serial},werror=report,rerror=report"
+    device = f"virtio-blk-device,drive={name},serial=x07{name},werror=report,rerror=report"
     return ["-blockdev", node, "-device", device]

@@ -7,31 +7,20 @@ valid for minutes only.
 
 from __future__ import annotations
 
-import contextlib
-import os
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from x07_sandbox.backends.base import MachineKind
 from x07_sandbox.backends.handshake import Handshake, evidence_of
-from x07_sandbox.backends.qemu.start import (
-    MISCALIBRATED,
-    Accelerator,
-    QemuJob,
-    boot_attempts,
-    miscalibrated,
-    start_qemu,
-)
+from x07_sandbox.backends.prerequisites import KVM, NO_KVM, check
+from x07_sandbox.backends.qemu.start import MISCALIBRATED, boot_attempts, miscalibrated, own_vm, require_cpu_time
 from x07_sandbox.channel.link import State
-from x07_sandbox.errors import HostError, SandboxError
+from x07_sandbox.errors import SandboxError
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.locks import file_lock
-from x07_sandbox.host.os_errors import out_of_cpu_time
-from x07_sandbox.host.verdicts import proof_file, read_verdict, validity, write_verdict
+from x07_sandbox.host.verdicts import Verdict, file_state, validity
 from x07_sandbox.jail.forms import jail_form
-from x07_sandbox.jobs.record import Claim, create_record, new_run_id
 from x07_sandbox.plan.sizes import RAM_CLASSES
 
 if TYPE_CHECKING:
@@ -47,23 +36,22 @@ class Proof(NamedTuple):
     works: bool
     reason: str
     transient: bool = False
-    fix: str = "Use a host where KVM works"
+    fix: str = NO_KVM
 
 
 def kvm_verdict(image: OpenImage) -> Proof:
     """Return whether KVM works, and the evidence. Without a stored result, a guest is booted."""
     if (known := known_verdict()) is not None:
         return known
-    record = _record()
-    lock = record.parent / ".lock"
+    verdict = _verdict()
+    lock = verdict.path.with_name(".lock")
     not_tried = "a VM under KVM could not be tested"  # proves nothing, so it is not stored
     try:
         with file_lock(lock, most_s=settings.BOOTS_MAX * (settings.KVM_PROOF_S + 1)):
             if (known := known_verdict()) is not None:  # stored while we waited
                 return known
-            found = prove(image, Accelerator(kvm=True), settings.KVM_PROOF_S)
-            values = {"works": found.works, "reason": found.reason}
-            write_verdict(record, values, transient=found.transient)
+            found = prove(image, settings.KVM_PROOF_S, kvm=True)
+            verdict.write({"works": found.works, "reason": found.reason}, transient=found.transient)
     except SandboxError as exc:
         return Proof(works=False, reason=f"{not_tried} ({exc.why})", fix=exc.fix)
     except TimeoutError as exc:  # the other process may be stopped
@@ -73,55 +61,36 @@ def kvm_verdict(image: OpenImage) -> Proof:
 
 def known_verdict() -> Proof | None:
     """Return the result and its evidence, or None if a guest must be booted to get a result."""
-    device = Path("/dev/kvm")
-    if not device.exists():
-        return Proof(works=False, reason="there is no /dev/kvm")
-    if not os.access(device, os.R_OK | os.W_OK):
-        return Proof(works=False, reason="/dev/kvm cannot be opened by this user", fix=_how_to_open(device))
-    stored = read_verdict(_record())
+    ((_, device),) = check([KVM])
+    if not device.good:
+        return Proof(works=False, reason=device.why, fix=device.fix)
+    stored = _verdict().read()
     if not {"works", "reason"} <= stored.keys():
         return None
     if stored["works"]:
         return Proof(works=True, reason=str(stored["reason"]))
     reason = f"{stored['reason']}. KVM is not tried again {validity(stored)}"
-    if "retry_at_ms" in stored:
-        return Proof(works=False, reason=reason, transient=True, fix="Try again later")
-    return Proof(works=False, reason=reason)
+    transient = "retry_at_ms" in stored
+    return Proof(works=False, reason=reason, transient=transient, fix="Try again later" if transient else NO_KVM)
 
 
-def _how_to_open(device: Path) -> str:
-    import pwd
-
-    with contextlib.suppress(KeyError):  # the uid or gid has no name
-        user = pwd.getpwuid(os.geteuid()).pw_name
-        if device.group() == "kvm":
-            return f"As root, run usermod -aG kvm {user}, and then log in again as {user}"
-    return f"As root, allow this user (uid {os.geteuid()}) to read and write {device}"
+def _verdict() -> Verdict:
+    """Return the place of the result for this QEMU and jail. Raises HostError, RefusedError."""
+    return Verdict("kvm", file_state(host_arch().qemu_binary), jail_form().name)
 
 
-def _record() -> Path:
-    """Return the path of the result's file for this boot, kernel, QEMU and jail. Raises HostError, RefusedError."""
-    form = jail_form()
-    return proof_file(host_arch().qemu_binary, *(() if form.namespaces else (form.name,)))
-
-
-def prove(image: OpenImage, accelerator: Accelerator, limit_s: float) -> Proof:
+def prove(image: OpenImage, limit_s: float, *, kvm: bool) -> Proof:
     """Return whether an agent answers within *limit_s* seconds. Raises SandboxError if no guest could be booted."""
     from x07_sandbox.plan.outcomes import classify  # not imported by runs that know the result
 
-    under = " under KVM" if accelerator.kvm else " under emulation"
+    under = " under KVM" if kvm else " under emulation"
     kind = MachineKind(image=image, ram_bytes=RAM_CLASSES[0])
     for last in boot_attempts():
-        claim = Claim(run_id=new_run_id(), phase="probe", wall_ms=int(limit_s * 1000))
-        record = create_record(claim, backend="qemu", image_digest=image.manifest.digest)
-        job = QemuJob(record=record, kind=kind, deadline_s=int(limit_s) + 5, any_timer=last)
-        with start_qemu(job, accelerator) as instance:
-            instance.release()
+        with own_vm(kind, "probe", limit_s, kvm=kvm, any_timer=last) as instance:
             failure = Handshake(instance, State.WAITING).until(State.GREETED, Deadline.after(limit_s))
             if failure is None:
                 return Proof(works=True, reason=f"x07's agent answered from a VM{under}")
-            if spent := out_of_cpu_time(instance.exit_status()):
-                raise HostError("cannot test a VM", f"QEMU {spent}", "Raise that limit")
+            require_cpu_time(instance, "cannot test a VM")
             if not miscalibrated(failure):
                 why = classify(evidence_of(failure)).reason.rstrip(".")
                 return Proof(works=False, reason=f"a test VM{under} failed: {why}", transient=failure.transient)

@@ -6,22 +6,23 @@ import contextlib
 import os
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import msgspec
 
-from x07_sandbox.backends.jailed import Start, running, socket_ends
+from x07_sandbox.backends.jailed import BoundedStream, Start, running, socket_ends
+from x07_sandbox.backends.prerequisites import KVM, Need, require
 from x07_sandbox.backends.qemu.bounds import TASKS, VMM_BYTES, NotStartedError, bound, limits_of
 from x07_sandbox.backends.qemu.instance import HostSide, QemuInstance, ReleasePipe
 from x07_sandbox.backends.qemu.machine import OVERCOMMIT, Machine, Origin, Paths, qemu_argv
 from x07_sandbox.errors import HostError
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import Arch, host_arch
-from x07_sandbox.host.bounded_stream import BoundedStream
 from x07_sandbox.host.close_on_fork import FdGroup
+from x07_sandbox.host.linux import fd_path, processor, require_own_proc
 from x07_sandbox.host.memory import memory_file
-from x07_sandbox.host.os_errors import fix_for, require_own_proc
+from x07_sandbox.host.os_errors import out_of_cpu_time
+from x07_sandbox.host.paths import unnamed_file
 from x07_sandbox.images.manifest import ScratchDisk
 from x07_sandbox.images.scratch import write_disk
 from x07_sandbox.jail.bwrap import BWRAP, PERL, SETPRIV, Jail, may_nest
@@ -30,7 +31,7 @@ from x07_sandbox.jail.forms import Form, jail_form, namespace_flags
 from x07_sandbox.jail.libraries import needed_files
 from x07_sandbox.jail.uids import lease_uid
 from x07_sandbox.jobs.launcher import Launch
-from x07_sandbox.jobs.record import drop_unstarted
+from x07_sandbox.jobs.record import Claim, create_record, drop_unstarted, new_run_id
 
 if TYPE_CHECKING:
     from x07_sandbox.backends.base import HandshakeFailure, MachineKind, StartMode
@@ -73,27 +74,22 @@ class QemuJob(NamedTuple):
     ram_bytes: int | None = None
 
 
-class Accelerator(msgspec.Struct, frozen=True, kw_only=True):
-    """The way in which QEMU runs the guest's processor: KVM or emulation."""
-
-    kvm: bool
-
-
 @contextlib.contextmanager
 def start_qemu(
-    job: QemuJob, accelerator: Accelerator, arch: Arch | None = None, memory: Saving | Saved | None = None
+    job: QemuJob, *, kvm: bool, arch: Arch | None = None, memory: Saving | Saved | None = None
 ) -> Iterator[QemuInstance]:
     """Start a QEMU process, blocked until it is released. When the context ends, it is gone and recorded as gone.
 
-    memory: a saved VM to clone, or files into which this VM is saved. None: boot in anonymous memory. arch: the machine
-    type and its needs, by default those of this host. Raises BackendError (including NotStartedError), HostError.
+    kvm: whether KVM runs the guest's processor, instead of emulation. memory: a saved VM to clone, or files into which
+    this VM is saved. None: boot in anonymous memory. arch: the machine type and its needs, by default those of this
+    host. Raises BackendError (including NotStartedError), HostError.
     """
     arch, record, image = arch or host_arch(), job.record, job.kind.image
     assert image is not None  # noqa: S101 - each virtual machine has one
     with contextlib.ExitStack() as stack:
         stack.callback(drop_unstarted, record)
         require_own_proc()
-        check_tools(arch)
+        check_needs(arch)
         form = jail_form()
         uid, lock_fd = stack.enter_context(lease_uid()) if os.geteuid() == 0 else (None, None)
         given = FdGroup()  # the child's descriptors, closed here once it has them
@@ -105,8 +101,8 @@ def start_qemu(
         machine = Machine(
             arch=arch,
             ram_bytes=job.kind.ram_bytes,
-            kvm_fd=given.add(os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)) if accelerator.kvm else None,
-            tsc_khz=None if accelerator.kvm else tsc_khz(arch),
+            kvm_fd=given.add(os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)) if kvm else None,
+            tsc_khz=None if kvm else tsc_khz(arch),
             scratch_fd=_scratch_disk(given, image, record, memory),
             channel_fd=theirs["channel"],
             net_fd=theirs["net"],
@@ -119,7 +115,7 @@ def start_qemu(
             paths=msgspec.structs.replace(Paths(), **{name: path for name, (_, path) in (files | writable).items()}),
         )
         limits = limits_of(machine.ram_bytes, namespaces=form.namespaces)
-        filter_fd, pipe_w = os.pipe2(os.O_CLOEXEC)
+        filter_fd, pipe_w = os.pipe()
         release_pipe = ReleasePipe(pipe_w, form.release_message(arch))
         stack.callback(release_pipe.close)
         given.add(filter_fd)
@@ -142,7 +138,10 @@ def start_qemu(
         )
         passed = [*jail.fds, filter_fd, *(fd for fd, _ in (*jail.fd_files, *jail.fd_writable, *jail.fd_copies))]
         passed += [] if lock_fd is None else [lock_fd]
-        argv = form.argv(jail, qemu_argv(machine))
+        command = qemu_argv(machine)
+        if (ruleset_fd := form.open_ruleset(jail, command[0])) is not None:
+            passed.append(given.add(ruleset_fd))
+        argv = form.argv(jail, command, ruleset_fd)
         request = Launch(argv=argv, pass_fds=tuple(passed), stderr_fd=theirs["stderr"])
         memory_bytes = (job.ram_bytes or machine.ram_bytes) + VMM_BYTES
         groups = make_groups(record.job_id, memory_bytes=memory_bytes, tasks=TASKS)
@@ -162,6 +161,25 @@ def start_qemu(
         )
         make = partial(QemuInstance, start, HostSide(groups, release_pipe, ours, machine.paths))
         yield stack.enter_context(running(start, request, make, partial(_no_jail, ours["stderr"], form)))
+
+
+@contextlib.contextmanager
+def own_vm(
+    kind: MachineKind, phase: str, limit_s: float, *, kvm: bool, any_timer: bool, memory: Saving | None = None
+) -> Iterator[QemuInstance]:
+    """Boot a VM for a purpose of x07, named *phase*, which takes at most *limit_s*. Raises as `start_qemu`."""
+    claim = Claim(run_id=new_run_id(), phase=phase, wall_ms=int(limit_s * 1000))
+    record = create_record(claim, backend="qemu", image_digest=kind.image_digest)
+    job = QemuJob(record=record, kind=kind, deadline_s=2 * int(limit_s) + 5, any_timer=any_timer)
+    with start_qemu(job, kvm=kvm, memory=memory) as instance:
+        instance.release()
+        yield instance
+
+
+def require_cpu_time(instance: QemuInstance, what: str) -> None:
+    """Raise HostError, with *what*, if the shell's limit on CPU time ended QEMU. A new VM would end the same way."""
+    if spent := out_of_cpu_time(instance.exit_status()):
+        raise HostError(what, f"QEMU {spent}", "Raise that limit")
 
 
 def _no_jail(stderr_fd: int, form: Form, status: int | None) -> NotStartedError:
@@ -227,8 +245,8 @@ def _placed(fds: dict[str, int], given: FdGroup, form: Form, flags: int = os.O_R
         return {name: (fd, getattr(Paths(), name)) for name, fd in fds.items()}
     found = {}
     for name, fd in fds.items():
-        own = given.add(os.open(f"/proc/self/fd/{fd}", flags | os.O_CLOEXEC))
-        found[name] = own, f"/proc/self/fd/{own}"
+        own = given.add(os.open(fd_path(fd), flags | os.O_CLOEXEC))
+        found[name] = own, fd_path(own)
     return found
 
 
@@ -237,39 +255,34 @@ def _scratch_disk(given: FdGroup, image: OpenImage, record: JobRecord, memory: S
     if isinstance(memory, Saving):
         write_disk(image.fds["scratch"], image.manifest.scratch_disk, memory.scratch_fd)
         return memory.scratch_fd
-    try:
-        fd = os.open(record.folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    except OSError as exc:
-        fix = fix_for(exc, "Set X07_VM_STATE_DIR to a folder on ext4, xfs or btrfs")
-        raise HostError("cannot make the scratch disk", f"{exc.strerror} ({record.folder})", fix) from exc
-    given.add(fd)  # closed once the child has it, so that the space is free when the child is gone
+    # Closed once the child has it, so that the space is free when the child is gone.
+    fd = given.add(unnamed_file(record.folder, "cannot make the scratch disk"))
     source = (image.fds["scratch"], image.manifest.scratch_disk)
     write_disk(*(source if memory is None else (memory.scratch_fd, memory.scratch_disk)), fd)
     return fd
 
 
-def required_tools(arch: Arch) -> dict[str, str]:
-    """Return the programs that a start needs, and for each the Debian package that contains it."""
-    return {BWRAP: "bubblewrap", SETPRIV: "util-linux", PERL: "perl-base", arch.qemu_binary: arch.qemu_package}
+def needs_of(arch: Arch) -> tuple[Need, ...]:
+    """Return what a start of a virtual machine needs."""
+    programs = {BWRAP: "bubblewrap", SETPRIV: "util-linux", PERL: "perl-base", arch.qemu_binary: arch.qemu_package}
+    packages = " ".join(arch.firmware_packages)  # dependencies of QEMU's package
+    return (
+        *(Need("program", path, package) for path, package in programs.items()),
+        *(Need("firmware", path, packages) for path in arch.firmware),
+        KVM,
+    )
 
 
-def check_tools(arch: Arch) -> None:
+def check_needs(arch: Arch) -> None:
     """Raise HostError if programs or firmware are missing."""
-    what = "cannot start a virtual machine"
-    if missing := [package for path, package in required_tools(arch).items() if not os.access(path, os.X_OK)]:
-        names = " ".join(missing)
-        raise HostError(what, f"missing: {names}", f"Run: apt-get install --no-install-recommends {names}")
-    if gone := [path for path in arch.firmware if not os.access(path, os.R_OK)]:  # from dependencies of QEMU's package
-        fix = f"Run: apt-get install --reinstall {' '.join(arch.firmware_packages)}"
-        raise HostError(what, f"missing: {', '.join(gone)}", fix)
+    require(needs_of(arch), "cannot start a virtual machine")
 
 
 def tsc_khz(arch: Arch) -> int | None:
     """Return the frequency in kHz of the host's time stamp counter, which an emulated guest cannot measure reliably."""
     if arch.machine != "microvm":
         return None
-    for line in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines():
-        if line.startswith("bogomips"):
-            return int(float(line.partition(":")[2]) * 500)
+    if lines := processor("bogomips"):
+        return int(float(lines[0].partition(":")[2]) * 500)
     why = "/proc/cpuinfo has no bogomips line"
     raise HostError("cannot find the processor's clock rate", why, "Run x07 on a host with hardware virtualisation")

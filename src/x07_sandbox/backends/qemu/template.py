@@ -1,7 +1,6 @@
 """VM templates ("saved VMs" in messages): VMs that were booted, prepared and saved once. Clones resume copy-on-write.
 
 cache/templates/<key>/{template.json,ram,state,scratch.head}
-cache/templates/<key>.bad       why this template is not used until the host reboots or a time has passed
 
 The key is a hash of everything that a template depends on: image, QEMU and firmware as files, the command line, and the
 processor's clock. Measured: QEMU resumes without an error on another root image or processor count, and hangs on
@@ -23,8 +22,16 @@ import msgspec
 
 from x07_sandbox.backends.base import Prunable
 from x07_sandbox.backends.handshake import Handshake, input_poll
-from x07_sandbox.backends.qemu.machine import Machine, Origin, qemu_argv, qmp_query_save, qmp_save
-from x07_sandbox.backends.qemu.start import QemuJob, Saved, Saving, boot_attempts, miscalibrated, start_qemu, tsc_khz
+from x07_sandbox.backends.qemu.machine import QMP_QUERY_SAVE, Machine, Origin, qemu_argv, qmp_save
+from x07_sandbox.backends.qemu.start import (
+    Saved,
+    Saving,
+    boot_attempts,
+    miscalibrated,
+    own_vm,
+    require_cpu_time,
+    tsc_khz,
+)
 from x07_sandbox.channel.link import State
 from x07_sandbox.channel.messages import Warm
 from x07_sandbox.errors import BackendError, HostError, ImageError
@@ -33,15 +40,21 @@ from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.cancel import Notice
 from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.decoding import prepared
+from x07_sandbox.host.linux import processor
 from x07_sandbox.host.locks import file_lock
-from x07_sandbox.host.os_errors import out_of_cpu_time
-from x07_sandbox.host.paths import cache_dir, cache_folder, least_recently_used, open_private_file, why_not_ours
-from x07_sandbox.host.verdicts import read_verdict, validity, write_verdict
+from x07_sandbox.host.paths import (
+    cache_dir,
+    cache_folder,
+    least_recently_used,
+    open_private_file,
+    unnamed_file,
+    why_not_ours,
+)
+from x07_sandbox.host.verdicts import Verdict, file_state, validity
 from x07_sandbox.images.manifest import Part, ScratchDisk, canonical
 from x07_sandbox.images.scratch import read_disk
 from x07_sandbox.images.store import list_images
 from x07_sandbox.images.verify import CHUNK_BYTES, Subject, opened_file, opened_folder, opened_parts
-from x07_sandbox.jobs.record import Claim, create_record, new_run_id
 from x07_sandbox.plan.controls import run_limits
 from x07_sandbox.plan.sizes import build_limits, command_limits, tmp_bytes
 from x07_sandbox.policy import default_policy
@@ -51,10 +64,10 @@ if TYPE_CHECKING:
 
     from x07_sandbox.backends.base import Instance, MachineKind
     from x07_sandbox.backends.qemu.instance import QemuInstance
-    from x07_sandbox.backends.qemu.start import Accelerator
 
 SCHEMA: Final = "x07.sandbox.template@0.2.0"
 MANIFEST: Final = "template.json"
+SUSPENDED: Final = "suspended"  # the kind of verdict on a template that is not used for now
 _MANIFEST_MAX: Final = 1 << 20
 _ZEROS: Final = bytes(CHUNK_BYTES)
 
@@ -68,6 +81,7 @@ _OF_BUILDS: Final = ["importlib.util", "io", "os", "traceback"]  # imported by p
 _SAVED: Final = '"status": "completed"'
 _NOT_SAVED: Final = '"status": "failed"'
 _ASK_AGAIN_MS: Final = 5
+_WHAT: Final = "cannot save a VM"
 _FIX: Final = "Jobs boot a new VM instead. To try again: x07 image build"
 
 
@@ -126,7 +140,7 @@ class Template(msgspec.Struct, frozen=True, kw_only=True):
 
     def suspended(self) -> str:
         """Return why the template is not used now, and until when, or "" if it is usable."""
-        note = read_verdict(self.folder.with_suffix(".bad"))
+        note = Verdict(SUSPENDED, self.key).read()
         until = f"Such jobs boot a new VM {validity(note)}, or until you run x07 image build for their image"
         return f"{note['reason']}. {until}" if "reason" in note else ""
 
@@ -136,15 +150,9 @@ class Template(msgspec.Struct, frozen=True, kw_only=True):
         transient: whether the state of the host may be the cause. The suspension then lasts minutes.
         """
         with contextlib.suppress(OSError):
-            write_verdict(self.folder.with_suffix(".bad"), {"reason": reason[:500]}, transient=transient)
+            Verdict(SUSPENDED, self.key).write({"reason": reason[:500]}, transient=transient)
         remove_template(self.folder)
         return self.suspended() or reason
-
-
-def clear_suspensions() -> None:
-    """Allow all templates again. Raises HostError."""
-    for path in templates_dir().glob("*.bad"):
-        path.unlink(missing_ok=True)
 
 
 def templates_dir() -> Path:
@@ -163,33 +171,25 @@ def lack_of_space(ram_bytes: int) -> str:
     return f"there is no saved VM, and saving one takes {needed} MiB of disk space, but {free >> 20} MiB are free"
 
 
-def template_for(kind: MachineKind, accelerator: Accelerator) -> Template:
+def template_for(kind: MachineKind, *, kvm: bool) -> Template:
     """Return the template for jobs of this kind. Raises HostError."""
-    arch, ram, kvm_fd = host_arch(), kind.ram_bytes, 0 if accelerator.kvm else None
+    arch, ram, kvm_fd = host_arch(), kind.ram_bytes, 0 if kvm else None
     clock = tsc_khz(arch)
     fds: dict[str, Any] = dict.fromkeys(("scratch_fd", "channel_fd", "net_fd", "qmp_fd", "console_fd"), 0)
     machine = Machine(arch=arch, ram_bytes=ram, kvm_fd=kvm_fd, tsc_khz=None, mark="", origin=Origin.SAVING, **fds)
-    files = [(path, Path(path).stat()) for path in (arch.qemu_binary, *arch.firmware)]
     parts = [
         SCHEMA,
         kind.image_digest,
         qemu_argv(machine),
-        [[path, i.st_dev, i.st_ino, i.st_size, i.st_mtime_ns, i.st_ctime_ns] for path, i in files],
+        [file_state(path) for path in (arch.qemu_binary, *arch.firmware)],
         # The clock in steps of 0.1 %: its last digits in /proc/cpuinfo vary.
         0 if clock is None else round(math.log(clock) * 1000),
-        _processor() if accelerator.kvm else "",
+        processor("model name", "flags", "microcode") if kvm else "",  # what a guest under KVM sees
         warm_message(kind),
     ]
     key = hashlib.sha256(canonical(parts)).hexdigest()
     jobs = "builds" if kind.runtime == "build" else "runs with connections" if kind.network else "runs"
     return Template(key=key, folder=templates_dir() / key, title=f"{jobs} ({ram >> 30} GiB of RAM)")
-
-
-def _processor() -> list[str]:
-    """Return the properties of the processor that a guest under KVM sees."""
-    wanted = ("model name", "flags", "microcode")
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    return sorted({line for line in lines if line.partition("\t")[0] in wanted})
 
 
 @contextlib.contextmanager
@@ -242,9 +242,7 @@ def sparse_sha256(fd: int, size: int) -> str:
     return digest.hexdigest()
 
 
-def ensure_template(
-    template: Template, kind: MachineKind, accelerator: Accelerator, progress: Callable[[str], None]
-) -> None:
+def ensure_template(template: Template, kind: MachineKind, progress: Callable[[str], None], *, kvm: bool) -> None:
     """Make the template unless it exists. A lock ensures that only one process makes it. Raises SandboxError."""
     folder = templates_dir()
     with contextlib.ExitStack() as stack:
@@ -253,14 +251,11 @@ def ensure_template(
             most_s = 2 * settings.TEMPLATE_S + settings.PRELOAD_S
             stack.enter_context(file_lock(folder / ".lock", on_wait=waits, most_s=most_s))
         except TimeoutError as exc:  # the other process may be stopped, and must not block all others
-            what = "cannot save a VM"
-            raise HostError(what, f"{exc} for the lock of all saved VMs", "Check for a stopped x07: ps ax") from exc
-        _make_alone(template, kind, accelerator, progress)
+            raise HostError(_WHAT, f"{exc} for the lock of all saved VMs", "Check for a stopped x07: ps ax") from exc
+        _make_alone(template, kind, progress, kvm=kvm)
 
 
-def _make_alone(
-    template: Template, kind: MachineKind, accelerator: Accelerator, progress: Callable[[str], None]
-) -> None:
+def _make_alone(template: Template, kind: MachineKind, progress: Callable[[str], None], *, kvm: bool) -> None:
     import shutil
     import tempfile
 
@@ -274,7 +269,7 @@ def _make_alone(
     try:
         work.chmod(0o700)  # the umask may have removed some of these bits
         progress(Notice(f"saving a VM for {template.title} with this image; later VMs start in 0.1 s"))
-        made = sealed(make_template(template, kind, accelerator, work))
+        made = sealed(make_template(template, kind, work, kvm=kvm))
         path = work / MANIFEST
         path.write_bytes(msgspec.json.format(msgspec.json.encode(made)))
         path.chmod(0o444)
@@ -286,17 +281,17 @@ def _make_alone(
         remove_template(old)
 
 
-def make_template(template: Template, kind: MachineKind, accelerator: Accelerator, work: Path) -> TemplateManifest:
+def make_template(template: Template, kind: MachineKind, work: Path, *, kvm: bool) -> TemplateManifest:
     """Make the template in the folder *work*. Raises SandboxError."""
     with contextlib.ExitStack() as stack:
         files = {name: _new_file(work / name, stack) for name in ("ram", "state")}
-        scratch_fd = os.open(work, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        scratch_fd = unnamed_file(work, _WHAT)
         stack.callback(os.close, scratch_fd)
         saving = Saving(ram_fd=files["ram"], state_fd=files["state"], scratch_fd=scratch_fd)
         for last in boot_attempts():
             os.ftruncate(saving.ram_fd, 0)
             os.ftruncate(saving.ram_fd, kind.ram_bytes)
-            if _booted_and_saved(kind, accelerator, saving, last=last):
+            if _booted_and_saved(kind, saving, kvm=kvm, last=last):
                 break
         head, disk = read_disk(scratch_fd)
         files["scratch.head"] = _new_file(work / "scratch.head", stack)
@@ -308,38 +303,32 @@ def make_template(template: Template, kind: MachineKind, accelerator: Accelerato
         )
 
 
-def _booted_and_saved(kind: MachineKind, accelerator: Accelerator, saving: Saving, *, last: bool) -> bool:
+def _booted_and_saved(kind: MachineKind, saving: Saving, *, kvm: bool, last: bool) -> bool:
     """Boot and save one VM. Return False if another attempt may succeed. Raises SandboxError."""
-    order = warm_message(kind)
-    limit_s = settings.TEMPLATE_S + (settings.PRELOAD_S if order.preload else 0)
-    claim = Claim(run_id=new_run_id(), phase="template", wall_ms=int(limit_s * 1000))
-    record = create_record(claim, backend="qemu", image_digest=kind.image_digest)
-    job = QemuJob(record=record, kind=kind, deadline_s=2 * int(limit_s), any_timer=last)
-    with start_qemu(job, accelerator, memory=saving) as instance:
-        instance.release()
-        deadline = Deadline.after(limit_s)
+    order, limit_s = warm_message(kind), _limit_s(kind)
+    with own_vm(kind, "template", limit_s, kvm=kvm, any_timer=last, memory=saving) as instance:
         say = {State.GREETED: order}
-        if failure := Handshake(instance, State.WAITING).until(State.WARM, deadline, say):
+        if failure := Handshake(instance, State.WAITING).until(State.WARM, Deadline.after(limit_s), say):
             if miscalibrated(failure) and not last:
                 return False
-            why = failure.why
-            if spent := out_of_cpu_time(instance.exit_status()):
-                raise HostError("cannot save a VM", f"{why}; QEMU {spent}", "Raise that limit")
-            said = " ".join(instance.console_tail().split())[-200:] if failure.kind == "ended" else ""
+            require_cpu_time(instance, _WHAT)
             error = TransientError if failure.transient else BackendError
-            raise error("cannot save a VM", f"{why}; {said}" if said else why, _FIX)
+            raise error(_WHAT, failure.text, _FIX)
         _save(instance)
         if not instance.stop():
-            raise TransientError("cannot save a VM", "the VM did not end", _FIX)
+            raise TransientError(_WHAT, "the VM did not end", _FIX)
     return True
+
+
+def _limit_s(kind: MachineKind) -> float:
+    """Return how long a guest may take to prepare itself, in seconds."""
+    return settings.TEMPLATE_S + (settings.PRELOAD_S if warm_message(kind).preload else 0)
 
 
 def renew(instance: Instance, kind: MachineKind) -> None:
     """Prepare an instance for one user program after it has run x07's own programs. Raises BackendError."""
-    order = warm_message(kind)._replace(commands=[])
-    limit_s = settings.TEMPLATE_S + (settings.PRELOAD_S if order.preload else 0)
-    talk = Handshake(instance, State.CLOSED)
-    if failure := talk.until(State.WARM, Deadline.after(limit_s), {State.CLOSED: order}):
+    say = {State.CLOSED: warm_message(kind)._replace(commands=[])}
+    if failure := Handshake(instance, State.CLOSED).until(State.WARM, Deadline.after(_limit_s(kind)), say):
         raise BackendError("cannot prepare a VM for the pool", failure.why, "Run x07 doctor")
     instance.start_mode = "pool"  # from now on its agent waits in the same state as a clone's
 
@@ -366,8 +355,8 @@ def _save(instance: QemuInstance) -> None:
     while _SAVED not in instance.qmp.text():
         if deadline.passed() or instance.exit_status() is not None or _NOT_SAVED in instance.qmp.text():
             said = instance.qmp.text()[-300:] + instance.console_tail()[-200:]
-            raise TransientError("cannot save a VM", f"QEMU did not save it: {said}", _FIX)
-        instance.send_qmp(qmp_query_save())
+            raise TransientError(_WHAT, f"QEMU did not save it: {said}", _FIX)
+        instance.send_qmp(QMP_QUERY_SAVE)
         for fd, _ in poll.poll(_ASK_AGAIN_MS):
             if fd != instance.pidfd:
                 instance.drain(fd)
@@ -442,7 +431,3 @@ def prunable(images: set[str], on_wait: Callable[[], None]) -> Iterator[Prunable
                 yield Prunable("leftover", left, "a killed process left it", shutil.rmtree)
         for path, why in expired_templates(keep="", images=images):
             yield Prunable("template", path, why, delete_template)
-        for path in folder.glob("*.bad"):
-            suspended = Template(key=path.stem, folder=path.with_suffix("")).suspended()
-            if not why_not_ours(path.lstat(), stat.S_ISREG) and not suspended:
-                yield Prunable("leftover", path, "it has expired", Path.unlink)

@@ -14,19 +14,17 @@ import ctypes
 import errno
 import itertools
 import json
-import os
 import sys
 from pathlib import Path
 
-ALLOW = 0x7FFF0000
-ERRNO = 0x00050000
+sys.path.insert(0, str(Path(__file__).parents[2] / "agent"))  # the guest's code, while an image is built
+
+from x07_sandbox.libseccomp import ALLOW, EQUAL, ERRNO, GREATER, MASKED_EQUAL, NOT_EQUAL, Rule, compile_filter
+
 EPERM = ERRNO | errno.EPERM
 ENOSYS = ERRNO | errno.ENOSYS
 EAFNOSUPPORT = ERRNO | errno.EAFNOSUPPORT
 EPROTONOSUPPORT = ERRNO | errno.EPROTONOSUPPORT
-_BAD_ARCHITECTURE = 2  # seccomp.h: SCMP_FLTATR_ACT_BADARCH
-_OPTIMIZE = 8  # SCMP_FLTATR_CTL_OPTIMIZE; 2: a binary tree over the numbers
-NE, GT, EQ, MASKED_EQ = 1, 6, 4, 7
 
 # Calls that no program needs, or that the kernel denies to ordinary users anyway; most are known attack surface.
 DENIED = (
@@ -67,29 +65,26 @@ AT_EMPTY_PATH = 0x1000
 PERSONALITIES = 0x00020008  # PER_LINUX32 and UNAME26 only change what uname says
 MARKERS = (0x5AFE70115AFE7012, 0x5AFE70135AFE7014, 0x5AFE70155AFE7016)
 
-# (call, action, ((argument, how to compare, value or mask, value under the mask), ...))
-Rule = tuple[str, int, tuple[tuple[int, int, int, int], ...]]
-
 
 def base_rules() -> list[Rule]:
     """Return the rules for every program."""
     rules: list[Rule] = [(name, EPERM, ()) for name in DENIED]
-    rules += [("clone", EPERM, ((0, MASKED_EQ, flag, flag),)) for flag in CLONE_NEW]
-    rules += [("unshare", EPERM, ((0, MASKED_EQ, flag, flag),)) for flag in (*CLONE_NEW, CLONE_NEWTIME)]
-    rules.append(("execveat", EPERM, ((4, MASKED_EQ, AT_EMPTY_PATH, AT_EMPTY_PATH),)))
+    rules += [("clone", EPERM, ((0, MASKED_EQUAL, flag, flag),)) for flag in CLONE_NEW]
+    rules += [("unshare", EPERM, ((0, MASKED_EQUAL, flag, flag),)) for flag in (*CLONE_NEW, CLONE_NEWTIME)]
+    rules.append(("execveat", EPERM, ((4, MASKED_EQUAL, AT_EMPTY_PATH, AT_EMPTY_PATH),)))
     # The kernel uses the lower 32 bits of these; comparing all 64 would let a value with a high bit pass.
-    rules += [("ioctl", EPERM, ((1, MASKED_EQ, 0xFFFFFFFF, number),)) for number in IOCTLS]
+    rules += [("ioctl", EPERM, ((1, MASKED_EQUAL, 0xFFFFFFFF, number),)) for number in IOCTLS]
     # All ones is a query; any other value with more than the harmless bits changes the memory layout.
     for bit in (1 << number for number in range(31)):
         if not bit & PERSONALITIES:
-            rules.append(("personality", EPERM, ((0, MASKED_EQ, 1 << 31 | bit, bit),)))
-        rules.append(("personality", EPERM, ((0, MASKED_EQ, 1 << 31 | bit, 1 << 31),)))
+            rules.append(("personality", EPERM, ((0, MASKED_EQUAL, 1 << 31 | bit, bit),)))
+        rules.append(("personality", EPERM, ((0, MASKED_EQUAL, 1 << 31 | bit, 1 << 31),)))
     for name in ("socket", "socketpair"):
-        rules.append((name, EAFNOSUPPORT, ((0, GT, max(FAMILIES), 0),)))
+        rules.append((name, EAFNOSUPPORT, ((0, GREATER, max(FAMILIES), 0),)))
         rules += [
-            (name, EAFNOSUPPORT, ((0, EQ, family, 0),)) for family in range(max(FAMILIES)) if family not in FAMILIES
+            (name, EAFNOSUPPORT, ((0, EQUAL, family, 0),)) for family in range(max(FAMILIES)) if family not in FAMILIES
         ]
-        rules.append((name, EPROTONOSUPPORT, ((0, EQ, AF_NETLINK, 0), (2, NE, NETLINK_ROUTE, 0))))
+        rules.append((name, EPROTONOSUPPORT, ((0, EQUAL, AF_NETLINK, 0), (2, NOT_EQUAL, NETLINK_ROUTE, 0))))
     return rules
 
 
@@ -106,13 +101,13 @@ def forbidding(*, threads: bool, spawn: bool, execute: bool, once: bool) -> list
     """Return the rules that forbid what the arguments select. once: still allow the execve call with the secret."""
     rules: list[Rule] = []
     if threads:
-        rules.append(("clone", EPERM, ((0, MASKED_EQ, CLONE_THREAD, CLONE_THREAD),)))
+        rules.append(("clone", EPERM, ((0, MASKED_EQUAL, CLONE_THREAD, CLONE_THREAD),)))
     if spawn:
-        rules += [("fork", EPERM, ()), ("vfork", EPERM, ()), ("clone", EPERM, ((0, MASKED_EQ, CLONE_THREAD, 0),))]
+        rules += [("fork", EPERM, ()), ("vfork", EPERM, ()), ("clone", EPERM, ((0, MASKED_EQUAL, CLONE_THREAD, 0),))]
     if execute:
         rules.append(("execveat", EPERM, ()))
         if once:
-            rules += [("execve", EPERM, ((number, NE, marker, 0),)) for number, marker in enumerate(MARKERS, 3)]
+            rules += [("execve", EPERM, ((number, NOT_EQUAL, marker, 0),)) for number, marker in enumerate(MARKERS, 3)]
         else:
             rules.append(("execve", EPERM, ()))
     return rules
@@ -130,36 +125,6 @@ def all_rules() -> dict[str, list[Rule]]:
     return found
 
 
-class _Compare(ctypes.Structure):  # argument, operator, two values
-    _fields_ = (("arg", ctypes.c_uint), ("op", ctypes.c_int), ("a", ctypes.c_uint64), ("b", ctypes.c_uint64))
-
-
-def _check(result: int, what: str) -> None:
-    if result < 0:
-        raise OSError(-result, os.strerror(-result), what)
-
-
-def compile_filter(rules: list[Rule], fd: int) -> None:
-    """Write the BPF code of *rules* to *fd*. Calls that this architecture lacks are left out. Raises OSError."""
-    library = ctypes.CDLL("libseccomp.so.2")
-    library.seccomp_init.restype = ctypes.c_void_p
-    types = (ctypes.c_void_p, ctypes.c_uint32, ctypes.c_int, ctypes.c_uint, ctypes.POINTER(_Compare))
-    library.seccomp_rule_add_exact_array.argtypes = types
-    context = ctypes.c_void_p(library.seccomp_init(ctypes.c_uint32(ALLOW)))
-    # Calls of other architectures, such as x32, fail with ENOSYS.
-    _check(library.seccomp_attr_set(context, _BAD_ARCHITECTURE, ctypes.c_uint32(ENOSYS)), "architecture")
-    _check(library.seccomp_attr_set(context, _OPTIMIZE, ctypes.c_uint32(2)), "optimize")
-    for name, action, compares in rules:
-        number = library.seccomp_syscall_resolve_name(name.encode())
-        if number == -1:
-            raise OSError(errno.ENOSYS, "unknown to libseccomp", name)
-        if number >= 0:
-            array = (_Compare * len(compares))(*[_Compare(*compare) for compare in compares])
-            _check(library.seccomp_rule_add_exact_array(context, action, number, len(compares), array), name)
-    _check(library.seccomp_export_bpf(context, fd), "export")
-    library.seccomp_release(context)
-
-
 def call_numbers() -> dict[str, dict[str, int]]:
     """Return the numbers, on this architecture, of audited calls and of calls that filters refuse."""
     library = ctypes.CDLL("libseccomp.so.2")
@@ -173,8 +138,7 @@ def main(target: str) -> None:
     """Write calls.json and one BPF file per filter to the folder *target*."""
     Path(target, "calls.json").write_text(json.dumps(call_numbers()), encoding="utf-8")
     for name, rules in all_rules().items():
-        with Path(target, f"{name}.bpf").open("xb") as file:
-            compile_filter(rules, file.fileno())
+        Path(target, f"{name}.bpf").write_bytes(compile_filter(ALLOW, rules))
 
 
 if __name__ == "__main__":

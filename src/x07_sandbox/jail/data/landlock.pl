@@ -1,21 +1,20 @@
 # Confines this process without namespaces, waits for its release, and becomes COMMAND. See jail/landlock.py.
 #
-#     perl landlock.pl FILTER_FD FDS RULESET CLOSE_RANGE MMAP READ EXECVE PRCTL SECCOMP PRLIMIT64 \
-#         N (LIMIT SOFT HARD)... N (FILE RIGHTS)... N VARIABLE... COMMAND...
+#     perl landlock.pl FILTER_FD RULESET_FD FDS CLOSE_RANGE MMAP READ EXECVE PRCTL SECCOMP PRLIMIT64 \
+#         N (LIMIT SOFT HARD)... N VARIABLE... COMMAND...
 #
-# FDS: descriptors to keep besides 0 to 2, separated by commas. RULESET: struct landlock_ruleset_attr in hexadecimal.
-# Then system call numbers. FILE: a path or an open descriptor's number. RIGHTS: Landlock's rights on it. LIMIT: RLIMIT_*.
-# VARIABLE: NAME=value of the environment.
+# FDS: descriptors that COMMAND gets besides 0 to 2, separated by commas. RULESET_FD: a Landlock ruleset. Then system call
+# numbers. LIMIT: RLIMIT_*. VARIABLE: NAME=value of the environment.
 #
 # FILTER_FD is a pipe with three addresses and a length, eight bytes each, then a seccomp filter of that length; if it ends
 # empty, as when the runner dies, nothing starts. Path, arguments and environment of COMMAND are placed at the addresses,
 # with which alone the filter allows execve. COMMAND does not know them, so it can execute nothing, not even itself.
 # Perl without modules, as for the supervisor.
 
-my ($filter_fd, $keep, $ruleset) = splice @ARGV, 0, 3;
+my ($filter_fd, $ruleset_fd, $keep) = splice @ARGV, 0, 3;
 my ($close_range, $mmap, $read, $execve, $prctl, $seccomp, $prlimit) = map { $_ + 0 } splice @ARGV, 0, 7;
-my ($create_ruleset, $add_rule, $restrict_self) = (444, 445, 446); # the same on every architecture
-my ($NO_NEW_PRIVS, $PATH_BENEATH, $FILTER) = (38, 1, 1);
+my $restrict_self = 446; # the same on every architecture
+my ($NO_NEW_PRIVS, $FILTER) = (38, 1);
 my ($READ_WRITE, $AT_THIS_PLACE) = (3, 0x100022); # MAP_FIXED_NOREPLACE | MAP_ANONYMOUS | MAP_PRIVATE
 my $PAGE = 65536; # a multiple of every page size
 
@@ -40,29 +39,18 @@ sub put {
 sub words { return splice @ARGV, 0, shift @ARGV }
 
 my @limits = words();
-my %rules = words();
 my @variables = words();
 
 my $next = 3;
-for my $fd (sort { $a <=> $b } $filter_fd, split /,/, $keep) {
+for my $fd (sort { $a <=> $b } $filter_fd, $ruleset_fd, split /,/, $keep) {
     call('close_range', $close_range, $next, $fd - 1, 0) if $next < $fd;
     $next = $fd + 1;
 }
 call('close_range', $close_range, $next, 0xFFFFFFFF, 0);
 
 call('no new privileges', $prctl, $NO_NEW_PRIVS, 1, 0, 0, 0);
-my $attributes = pack 'H*', $ruleset;
-my $domain = call('Landlock', $create_ruleset, $attributes, length $attributes, 0);
-while (my ($file, $rights) = each %rules) {
-    my $opened;
-    if ($file =~ m{^/}) {
-        open $opened, '<', $file or die "$file: $!\n";
-    }
-    my $rule = pack 'Ql', $rights, $opened ? fileno $opened : $file;
-    call("Landlock, $file", $add_rule, $domain, $PATH_BENEATH, $rule, 0);
-}
-call('Landlock', $restrict_self, $domain, 0);
-call('close_range', $close_range, $domain, $domain, 0);
+call('Landlock', $restrict_self, $ruleset_fd + 0, 0);
+call('close_range', $close_range, $ruleset_fd + 0, $ruleset_fd + 0, 0);
 
 while (my ($which, $soft, $hard) = splice @limits, 0, 3) {
     call("limit $which", $prlimit, 0, $which + 0, pack('QQ', $soft, $hard), 0);

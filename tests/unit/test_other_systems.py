@@ -1,0 +1,100 @@
+"""What does not need Linux works without it: imports and tests without the calls that only Linux has."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+ROOT: Final = Path(__file__).resolve().parents[2]
+SOURCE: Final = ROOT / "src" / "x07_sandbox"
+# The command line's own tests are left out: they start processes of their own, which have all calls.
+TESTS: Final = (
+    *("plan_*", "channel_*", "egress_frames", "policy_decode", "policy_differences", "policy_environment"),
+    *("policy_limits", "policy_overrides", "policy_rules", "failure_reports", "result_document", "short_result"),
+)
+WITHOUT: Final = """
+import builtins, ctypes, os, select, signal, socket, sys, time
+absent = {
+    os: ("eventfd", "eventfd_read", "eventfd_write", "memfd_create", "O_TMPFILE", "pidfd_open", "sched_getaffinity"),
+    select: ("epoll",),
+    signal: ("pidfd_send_signal",),
+    socket: ("SO_PEERCRED",),
+    time: ("CLOCK_BOOTTIME",),
+}
+for place, names in absent.items():
+    for name in names:
+        delattr(place, name)
+find = ctypes.CDLL.__getattr__
+def of_any_system(library, name):
+    if name in {"renameat2", "syncfs", "syscall"}:
+        raise AttributeError(name)
+    return find(library, name)
+ctypes.CDLL.__getattr__ = of_any_system
+def in_proc(path):
+    return isinstance(path, (str, bytes, os.PathLike)) and os.fsdecode(path).startswith("/proc")
+def refuse(path):
+    if in_proc(path):
+        raise FileNotFoundError(2, "No such file or directory", path)
+def without_proc(call):
+    return lambda path, *words, **names: refuse(path) or call(path, *words, **names)
+sys.addaudithook(lambda event, words: event in {"open", "os.listdir", "os.scandir"} and refuse(words[0]))
+for name in ("readlink", "stat", "lstat"):
+    setattr(os, name, without_proc(getattr(os, name)))
+"""
+IMPORT: Final = """
+import importlib
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+"""
+CALL: Final = """
+from pathlib import Path
+from x07_sandbox.errors import HostError
+from x07_sandbox.host import linux
+from x07_sandbox.host.processes import Identity, identify, is_alive
+near, _far = socket.socketpair()
+for call, words in (
+    (linux.new_memory_file, ()), (linux.new_unnamed_file, (Path("/tmp"),)), (linux.boot_ms, ()),
+    (linux.allowed_cores, ()), (linux.peer_of, (near,)), (linux.open_pidfd, (1,)), (linux.send_signal, (0, 0)),
+    (linux.boot_id, ()), (linux.require_own_proc, ()), (linux.of_process, (1, "stat")), (linux.sync, (0,)),
+    (linux.openat2, (0, "x", 0, 0)), (linux.renameat2, (0, "x", 0, "y", 0)), (linux.children_of, (1,)),
+    (identify, (1,)), (is_alive, (Identity(pid=1, start_ticks=0),)),
+):
+    try:
+        print(call.__name__, "returned", call(*words))
+    except HostError as exc:
+        assert exc.why and exc.fix
+"""
+
+
+def run(code: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run Python code without what only Linux has."""
+    env = {name: value for name, value in os.environ.items() if name != "CI"}
+    argv = [sys.executable, "-c", WITHOUT + code, *words]
+    return subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("room", ["runs", "plan", "policy", "channel", "reports"])
+def test_a_room_is_imported_without_linux(room: str) -> None:
+    """The runner and the pure parts can be imported on a system without the calls that only Linux has."""
+    names = [f"x07_sandbox.{room}.{path.stem}" for path in (SOURCE / room).glob("*.py") if path.stem != "__init__"]
+    done = run(IMPORT, *names)
+    assert (len(names) > 1, done.returncode) == (True, 0), done.stderr
+
+
+def test_a_call_that_only_linux_has_is_an_error_with_a_reason() -> None:
+    """On another system, each call that only Linux has raises an error with a reason and advice."""
+    done = run(CALL)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+
+
+def test_the_pure_parts_pass_their_tests_without_linux() -> None:
+    """The tests of plan, policy, channel and reports pass without the calls that only Linux has."""
+    files = [str(path) for name in TESTS for path in sorted((ROOT / "tests" / "unit").glob(f"test_{name}.py"))]
+    assert len(files) >= len(TESTS)
+    done = run("import pytest\nsys.exit(pytest.main(sys.argv[1:]))\n", "-q", "-p", "no:cacheprovider", *files)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr
