@@ -12,6 +12,7 @@ from x07_sandbox.errors import UsageError
 from x07_sandbox.policy.decode import MAX_BYTES, parse
 from x07_sandbox.policy.from_flags import NewPolicy, make_policy
 from x07_sandbox.policy.limits import NAMES, LimitChanges, flag_text
+from x07_sandbox.policy.overrides import Overrides
 from x07_sandbox.policy.problems import PolicyError
 from x07_sandbox.policy.rules import is_policy_id
 from x07_sandbox.policy.templates import TEMPLATES
@@ -80,15 +81,15 @@ def _flags(document: dict[str, Any]) -> Iterator[tuple[str, list[str], NewPolicy
             changes = replace(LimitChanges(), **{field: value})
             yield f"limits.{field}", flag_text(field, value).split(), NewPolicy(limits=changes)
     for root in _texts(fs.get("read_roots")):
-        yield "fs.read_roots", ["--read", root], NewPolicy(read_roots=(root,))
+        yield "fs.read_roots", ["--read", root], NewPolicy(overrides=Overrides(allow_read_root=(root,)))
     for root in _texts(fs.get("write_roots")):
-        yield "fs.write_roots", ["--write", root], NewPolicy(write_roots=(root,))
+        yield "fs.write_roots", ["--write", root], NewPolicy(overrides=Overrides(allow_write_root=(root,)))
     hosts = net.get("allow_hosts")
     for entry in hosts if isinstance(hosts, list) else ():
         if isinstance(entry, dict) and isinstance(entry.get("host"), str) and isinstance(entry.get("ports"), list):
             host = f"[{entry['host']}]" if ":" in entry["host"] else entry["host"]
             spec = f"{host}:{','.join(map(str, entry['ports']))}"
-            yield "net.allow_hosts", ["--allow-host", spec], NewPolicy(hosts=(spec,))
+            yield "net.allow_hosts", ["--allow-host", spec], NewPolicy(overrides=Overrides(allow_host=(spec,)))
 
 
 def _texts(value: object) -> list[str]:
