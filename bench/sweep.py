@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from x07_sandbox.host.processes import Identity, own_identity
-from x07_sandbox.housekeeping import start
 from x07_sandbox.housekeeping.pruner import Pruner
 from x07_sandbox.housekeeping.sweep import sweep_jobs
 from x07_sandbox.jobs.record import Claim, create_record, mark_done, new_run_id, write_owner
 from x07_sandbox.jobs.stopping import live_records
+from x07_sandbox.library import requests
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -67,9 +67,9 @@ def _before_a_run(count: int) -> float:
             mark_done(_add_record(_DEAD))
         times = []
         for _ in range(5):
-            start._not_before = 0.0  # noqa: SLF001 - as in a new process
+            requests._not_before = 0.0  # noqa: SLF001 - as in a new process
             started = time.monotonic()
-            start.sweep_before_start()
+            requests.sweep_before_start()
             times.append(time.monotonic() - started)
         return statistics.median(times)
 

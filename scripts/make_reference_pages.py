@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write the generated parts of docs/reference/command-line.md, settings.md and result.md.
+"""Write the generated parts of docs/reference/command-line.md, library.md, settings.md and result.md.
 
 python -m scripts.make_reference_pages        in an environment that has x07-sandbox
 """
@@ -16,6 +16,7 @@ from scripts.pages import filled
 from x07_sandbox.cli.parser import Parser, parser_for
 from x07_sandbox.host import user_settings
 from x07_sandbox.host.variables import VARIABLES, Variable
+from x07_sandbox.options import BY_KEYWORD
 from x07_sandbox.plan.outcomes import OUTCOMES
 from x07_sandbox.reports.schemas import schemas
 
@@ -72,6 +73,16 @@ def _row(action: argparse.Action) -> str:
     words = [", ".join(action.option_strings), str(value) if action.nargs != 0 else ""]
     again = " (repeatable)" if isinstance(action, argparse._AppendAction) else ""  # noqa: SLF001 - as above
     return f"`{_cell(' '.join(filter(None, words)))}` | {_cell(action.help or '')}{again}"
+
+
+def keywords() -> str:
+    """Return the table of the keywords of `run_program`."""
+    rows = []
+    for keyword, row in BY_KEYWORD.items():
+        field = row.sets if row.sets.startswith("limits.") and not row.field else row.field
+        names = (f"`{name}`" if name else "" for name in (keyword, row.flag, row.manifest, field))
+        rows.append(" | ".join([*names, _cell(row.help)]))
+    return _table("keyword | flag of `x07 run` | key of a manifest | field of the policy | meaning", rows)
 
 
 def variables() -> str:
@@ -157,6 +168,7 @@ def _table(head: str, rows: Iterable[str]) -> str:
 
 PARTS = {
     "command-line.md": {"commands": commands},
+    "library.md": {"keywords": keywords},
     "settings.md": {"variables": variables, "settings": settings},
     "result.md": {"fields": fields},
 }

@@ -6,7 +6,7 @@ import select
 import signal
 import threading
 
-from x07_sandbox.cli.cancel import cancelled_by_signals
+from x07_sandbox.host.cancel import cancelled_by_signals
 
 
 def test_a_signal_that_another_thread_gets_ends_the_wait() -> None:

@@ -27,7 +27,7 @@ from x07_sandbox.reports.result import render_result
 from x07_sandbox.runs.host_files import effective_roots
 from x07_sandbox.runs.private_files import FILES_MAX, LeftFiles, work_files
 from x07_sandbox.runs.program import load_program
-from x07_sandbox.runs.request import RunRequest
+from x07_sandbox.runs.request import RunCaller, RunRequest
 from x07_sandbox.runs.result import draft_result
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def roots(policy: Policy | None = None, **words: Any) -> tuple[Root, ...]:  # no
     """The roots of a command run with these arguments."""
     with contextlib.ExitStack() as stack:
         cancel = stack.enter_context(contextlib.closing(Cancel()))
-        request, program = load_program(RunRequest(command=("make",), cancel=cancel, **words), stack)
+        request, program = load_program(RunRequest(command=("make",), **words), RunCaller(cancel=cancel), stack)
         return effective_roots(request, program, policy or default_policy())
 
 
@@ -70,7 +70,7 @@ def test_a_working_folder_is_an_ordinary_root(here: Path) -> None:
     """--workdir is a write root, or with --read a read root, and relative policy roots lie in it."""
     (here / "proj").mkdir()
     policy = policy_with(write_roots=("build",))
-    inner, whole = roots(policy, workdir=Path("proj"), workdir_read=True)
+    inner, whole = roots(policy, workdir=Path("proj"), read_only=True)
     assert (whole.host, whole.guest, whole.write) == (str(here / "proj"), WORK, False)
     assert (inner.host, inner.guest, inner.write) == (str(here / "proj/build"), f"{WORK}/build", True)
     assert roots(workdir=Path())[0].write
@@ -163,8 +163,11 @@ def test_wrong_usage_of_exec_is_reported(words: list[str], why: str, capfd: pyte
         ({"command": ["make"], "source": "x"}, "exactly one of program, source and command"),
         ({"command": ["make"], "read_only": True}, "Pass workdir too"),
         ({"command": ["make"], "workdir": 5}, "workdir is int"),
-        ({"command": ["make"], "max_files_bytes": -1}, "max_files_bytes must be from 0"),
-        ({"command": ["make"], "max_files_bytes": 1 << 40}, "max_files_bytes must be"),
+        (
+            {"command": ["make"], "max_files_bytes": -1},
+            "max_files_bytes is -1, but must be at least 0 and at most 1073741824",
+        ),
+        ({"command": ["make"], "max_files_bytes": 1 << 40}, "max_files_bytes is 1099511627776, but must be"),
     ],
 )
 def test_a_wrong_call_names_its_argument(words: dict[str, Any], why: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import json
@@ -17,20 +18,28 @@ import pytest
 from msgspec.structs import replace
 
 from x07_sandbox import Policy, Pool, SandboxError, exec_command, exec_command_async, load_policy, run_program
-from x07_sandbox.backends.lease import PoolClient
-from x07_sandbox.backends.selection import choice_from_environment
+from x07_sandbox.cli.parser import add_groups, given_rows
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host import paths
 from x07_sandbox.host.cancel import Cancel
-from x07_sandbox.library.arguments import make_request
+from x07_sandbox.library.arguments import checked_options
 from x07_sandbox.library.keyword_names import in_python
-from x07_sandbox.library.options import RunOptions
+from x07_sandbox.library.options import CommandOptions, RunOptions
+from x07_sandbox.library.requests import make_request
 from x07_sandbox.library.run import OPTIONS
+from x07_sandbox.options import BY_FLAG, BY_KEYWORD, LIMITS
+from x07_sandbox.options import OPTIONS as OPTIONS_TABLE
 from x07_sandbox.policy import PolicyError, default_policy, render_policy
+from x07_sandbox.policy.limits import LimitChanges
+from x07_sandbox.policy.overrides import Overrides
+from x07_sandbox.policy.schema import fields as schema_fields
+from x07_sandbox.policy.schema import range_of
+from x07_sandbox.programs.manifest import Manifest, RunTable
 from x07_sandbox.runs.program import load_program
+from x07_sandbox.runs.request import RunCaller, RunRequest
 
 if TYPE_CHECKING:
-    from x07_sandbox.runs.request import RunRequest
+    from x07_sandbox.runs.program import Program
 
 HALF = "\ud800"
 
@@ -55,7 +64,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({"program": "a\0b"}, "program contains a zero byte"),
         ({"program": Bytes()}, "program is Bytes, not a path"),
-        ({"files": {"a": 5}}, "files['a'] is int, not bytes"),
+        ({"files": {"a": 5}}, "files['a'] is int, not str or bytes"),
         ({"files": {5: b""}}, "files has the name 5"),
         ({"out": "a\0"}, "out contains a zero byte"),
         ({"out": Bytes()}, "out is Bytes, not a path"),
@@ -69,7 +78,14 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ({"timeout_s": 601}, "timeout_s is 601, but must be at least 0.001 and at most 600 seconds"),
         ({"procs": -1}, "procs is -1, but must be at least 0"),
         ({"fds": 1.5}, "fds is float, not int"),
-        ({"build_timeout_s": 5000}, "build_timeout_s is 5000"),
+        ({"build_timeout_s": 5000}, "build_timeout_s is 5000, but must be at least 0 and at most 3600 seconds"),
+        ({"allow_hosts": "a.org:443"}, "allow_hosts is str, not a list of str"),
+        ({"read_roots": [5]}, "read_roots is not a list of str"),
+        ({"hide": b"x"}, "hide is bytes, not a list of str"),
+        ({"changes": "maybe"}, "changes is 'maybe'"),
+        ({"max_files_bytes": -1}, "max_files_bytes is -1, but must be at least 0"),
+        ({"max_output_bytes": -1}, "max_output_bytes is -1, but must be at least 0"),
+        ({"read_only": True}, "read_only requires workdir"),
     ],
 )
 def test_an_invalid_argument_is_named(words: dict[str, Any], why: str) -> None:
@@ -164,17 +180,101 @@ def test_a_limit_above_that_of_a_policy_file_names_the_keyword(tmp_path: Path) -
 def test_every_way_of_running_has_the_same_keywords() -> None:
     """`submit`, `map` and the coroutine accept the same keywords as `run_program`."""
     assert set(RunOptions.__annotations__) == OPTIONS - {"input", "check"}
-    assert {"memory", "cpu_s", "timeout_s", "procs", "fds", "policy"} <= set(RunOptions.__annotations__)
+    only_of_programs = {"command", "source", "toolchain", "workdir", "read_only"}
+    assert set(CommandOptions.__annotations__) == OPTIONS - {"input", "check", *only_of_programs}
 
 
-def asked(stack: contextlib.ExitStack, folder: Path, **words: Any) -> RunRequest:  # noqa: ANN401 - any option
+TYPES = {
+    "text": "str | None",
+    "toolchain": "str | None",
+    "source": "str | bytes | None",
+    "file": "str | os.PathLike[str] | None",
+    "folder": "str | os.PathLike[str] | None",
+    "policy": "str | os.PathLike[str] | Policy | None",
+    "words": "Sequence[str]",
+    "list": "Sequence[str]",
+    "patterns": "Sequence[str]",
+    "number": "int | None",
+    "size": "str | int | None",
+    "seconds": "float | None",
+    "switch": "bool",
+    "choice": "Literal[{}]",
+    "variables": "Mapping[str, str] | None",
+    "contents": "Mapping[str, str | bytes] | None",
+    "function": "OnOutput | None",
+}
+OTHER_TYPES = {"input": "bytes | None", "max_files_bytes": "int", "scale_limits": "bool | None"}
+
+
+def test_the_typed_signatures_are_those_of_the_table_of_options() -> None:
+    """`run_program` and the options of the other functions have the keywords, types and choices of the table."""
+    rows = BY_KEYWORD.items()
+    choices = {name: ", ".join(map(repr, row.choices)) for name, row in rows}
+    expected = {name: OTHER_TYPES.get(name, TYPES[row.kind]).format(choices[name]) for name, row in rows}
+    found = {name: str(type_) for name, type_ in run_program.__annotations__.items()}
+    assert found == expected | {"check": "bool", "return": "Result"}
+    defaults = run_program.__kwdefaults__ or {}
+    assert [name for name, row in rows if row.choices and row.default != defaults[name]] == []
+    function = "Callable[[Literal['stdout', 'stderr'], bytes], object] | None"
+    passed = {name: type_.__forward_arg__ for name, type_ in RunOptions.__annotations__.items()}
+    assert passed == {name: expected[name] for name in passed} | {"on_output": function}
+
+
+def test_every_row_of_the_table_leads_somewhere() -> None:
+    """Each row of the table of options names fields and keys that exist, and has the range of the policy."""
+    fields = set(RunRequest.__struct_fields__)
+    fields |= {f"limits.{name}" for name in LimitChanges.__struct_fields__}
+    fields |= {f"overrides.{name}" for name in Overrides.__struct_fields__}
+    assert [row for row in OPTIONS_TABLE if row.sets and row.sets not in fields] == []
+    keys = {*Manifest.__struct_fields__, *(f"run.{name}" for name in RunTable.__struct_fields__)}
+    assert [row for row in OPTIONS_TABLE if row.manifest and row.manifest not in keys] == []
+    policy = {field.path for field in schema_fields()}
+    assert [row for row in OPTIONS_TABLE if row.field and row.field not in policy] == []
+    limits = {row.sets: row for row in LIMITS}
+    scales = {path: 1000 if row.kind == "seconds" else 1 for path, row in limits.items()}
+    assert {path: (row.least * scales[path], row.most * scales[path]) for path, row in limits.items()} == {
+        path: range_of(path) for path in limits
+    }
+
+
+def test_a_keyword_means_the_same_as_its_flag() -> None:
+    """Keywords of `run_program` make the same request as the flags of `x07 run`."""
+    parser = argparse.ArgumentParser()
+    add_groups(parser, "run")
+    words = "--allow-host a.org:443,80 --deny-host b.org:* --allow-read-root r --allow-write-root w --hide *.csv"
+    words += " --allow-hidden --memory 1G --timeout 2.5 --build-timeout 9 --procs 0 --changes keep --out o --image i"
+    by_flags = make_request(given_rows(parser.parse_args(words.split()), BY_FLAG.values()), program=Path("p"))
+    options: dict[str, Any] = {"allow_hosts": ["a.org:443,80"], "deny_hosts": ("b.org:*",), "read_roots": ["r"]}
+    options |= {
+        "write_roots": ["w"],
+        "hide": ["*.csv"],
+        "allow_hidden": True,
+        "memory": "1G",
+        "timeout_s": 2.5,
+        "build_timeout_s": 9,
+    }
+    options |= {"procs": 0, "changes": "keep", "out": "o", "image": "i", "program": "p"}
+    assert make_request(checked_options(options)) == by_flags
+    assert by_flags.limits == LimitChanges(mem_bytes=1 << 30, wall_ms=2500, procs=0)
+
+
+def test_a_wrong_host_is_named_by_its_keyword() -> None:
+    """An invalid entry of allow_hosts is an error that names the keyword."""
+    with pytest.raises(UsageError, match=r"cannot use allow_hosts 'a\.org': the port is missing"):
+        run_program(source="", toolchain="python", allow_hosts=["a.org"])
+
+
+def test_files_are_texts_or_bytes() -> None:
+    """`files` takes bytes, and text, which becomes UTF-8."""
+    request = make_request(checked_options({"source": "", "files": {"a": "\u00e4", "b": b"\0"}}))
+    assert request.files == {"a": b"\xc3\xa4", "b": b"\0"}
+
+
+def asked(stack: contextlib.ExitStack, folder: Path, **words: Any) -> tuple[RunRequest, Program]:  # noqa: ANN401 - any option
     """The request of a call for the project in *folder*, after its manifest has been read."""
     cancel = stack.enter_context(contextlib.closing(Cancel()))
-    fields: dict[str, Any] = {"machines": PoolClient(), "choice": choice_from_environment(), "cancel": cancel}
-    fields |= {name: words.pop(name, value) for name, value in (("stdin_fd", 0), ("stdin_default", True))}
-    args = words.pop("args", ())
-    given = {**(run_program.__kwdefaults__ or {}), **words}
-    return load_program(make_request(folder, args, given, **fields), stack)[0]
+    request = make_request(checked_options({"program": folder, **words}))
+    return load_program(request, RunCaller(cancel=cancel), stack)
 
 
 def test_the_manifest_provides_defaults(tmp_path: Path) -> None:
@@ -188,14 +288,12 @@ def test_the_manifest_provides_defaults(tmp_path: Path) -> None:
     (tmp_path / "roads.txt").write_text("a road")
     (tmp_path / "p.json").write_text("{}")
     with contextlib.ExitStack() as stack:
-        open_ = asked(stack, tmp_path)
-        assert os.pread(open_.stdin_fd or 0, 100, 0) == b"a road"
+        open_, program = asked(stack, tmp_path)
+        assert os.pread(program.input_fd or 0, 100, 0) == b"a road"
         assert str(open_.policy) == str(tmp_path / "p.json")
         assert (open_.args, open_.image, open_.env) == (("Ulm",), "own", {"A": "1"})
-        given = asked(
-            stack, tmp_path, stdin_default=False, policy="built-in:default", args=["Bonn"], image="x", env={"A": "2"}
-        )
-        assert (given.stdin_fd, given.policy, given.args) == (0, "built-in:default", ("Bonn",))
+        given, _ = asked(stack, tmp_path, policy="built-in:default", args=["Bonn"], image="x", env={"A": "2"})
+        assert (given.policy, given.args) == ("built-in:default", ("Bonn",))
         assert (given.image, given.env) == ("x", {"A": "2"})
 
 

@@ -331,7 +331,7 @@ def test_run_os_in_a_vm_gives_a_failure_report(capfd: pytest.CaptureFixture[str]
 
 def test_defaults_are_x07s() -> None:
     """The defaults are those of X07's runner."""
-    defaults = {option.flag: option.default for option in OPTIONS if option.default is not None}
+    defaults = {option.flag: option.usual for option in OPTIONS if option.usual is not None}
     assert defaults == {
         "--world": "run-os",
         "--max-output-bytes": 1 << 20,

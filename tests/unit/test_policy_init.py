@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.unit.policy_command import policy
 from x07_sandbox.policy.default import render_policy
 from x07_sandbox.policy.templates import TEMPLATES
 
@@ -46,6 +47,23 @@ def test_the_first_call_creates_and_the_second_finds_it_unchanged(tmp_path: Path
     assert (tmp_path / place).read_bytes() == render_policy(TEMPLATES[template])
     code, found = report(tmp_path, template=template)
     assert (code, found["status"]) == (0, "unchanged")
+
+
+def test_flags_of_a_run_change_the_policy(tmp_path: Path) -> None:
+    """`x07 policy init` takes the flags of `x07 policy new`, and writes the policy that `x07 policy new` prints."""
+    (tmp_path / "hosts").write_text("b.example:80\n")
+    words = "--template worker --memory 2G --allow-host a.example:443 --allow-host-file hosts --deny-host c.example:*"
+    words += " --read . --allow-read-root in --write out --allow-hidden --max-file-size 1M"
+    code, out, err = policy(tmp_path, "new", "--id", "mine", *words.split())
+    assert (code, err) == (0, "")
+    assert policy(tmp_path, "init", "--policy-id", "mine", "--out", "p.json", *words.split())[0] == 0
+    printed, written = json.loads(out), json.loads((tmp_path / "p.json").read_bytes())
+    assert printed.pop("notes").replace("policy new", "policy init") == written.pop("notes")
+    assert printed == written
+    assert printed["limits"]["mem_bytes"] == 2 << 30
+    assert [entry["host"] for entry in printed["net"]["allow_hosts"]] == ["b.example", "a.example"]
+    assert (printed["fs"]["read_roots"], printed["fs"]["write_roots"]) == (["in", "."], ["out"])
+    assert (printed["fs"]["deny_hidden"], printed["fs"]["max_read_bytes"]) == (False, 1 << 20)
 
 
 def test_init_prints_the_next_command(tmp_path: Path) -> None:

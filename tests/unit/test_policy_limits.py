@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -11,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from x07_sandbox.cli.run_options import add_options, limits_of
+from x07_sandbox.cli.parser import add_groups, given_rows
 from x07_sandbox.errors import UsageError
-from x07_sandbox.host.cancel import Cancel
 from x07_sandbox.library.keyword_names import in_python
+from x07_sandbox.library.requests import make_request
+from x07_sandbox.options import OPTIONS
 from x07_sandbox.plan.controls import run_limits
 from x07_sandbox.policy import default_policy, render_policy
 from x07_sandbox.policy.limits import LimitChanges, change_limits, parse_size, size_text
@@ -30,8 +30,7 @@ RAISED = LimitChanges(mem_bytes=GIB, cpu_ms=90_000, wall_ms=120_000, procs=128, 
 
 def effective_policy(policy: Any, **limits: Any) -> EffectivePolicy:  # noqa: ANN401 - as a request takes them
     """The policy that holds for a request."""
-    with contextlib.closing(Cancel()) as cancel:
-        return effective_policy_of(RunRequest(source=b"", policy=policy, limits=LimitChanges(**limits), cancel=cancel))
+    return effective_policy_of(RunRequest(source=b"", policy=policy, limits=LimitChanges(**limits)))
 
 
 @pytest.mark.parametrize("policy", [None, "built-in:default"])
@@ -126,21 +125,22 @@ def test_printed_sizes_can_be_parsed(size: int) -> None:
     assert parse_size(size_text(size)) == size
 
 
-def flags(*words: str) -> dict[str, Any]:
-    """The request's limits from flags of `x07 run`."""
+def flags(*words: str) -> RunRequest:
+    """The request from flags of `x07 run`."""
     parser = argparse.ArgumentParser()
-    add_options(parser)
-    return limits_of(parser.parse_args([*words, "prog.py"]))
+    add_groups(parser, "run")
+    return make_request(given_rows(parser.parse_args(words), OPTIONS))
 
 
 def test_flags_become_limits() -> None:
     """Each flag sets exactly its own limit."""
-    assert flags() == {}
-    assert flags("--memory", "1G", "--cpu-time", "2.5") == {"limits": LimitChanges(mem_bytes=GIB, cpu_ms=2500)}
+    assert flags() == RunRequest()
+    assert flags("--memory", "1G", "--cpu-time", "2.5").limits == LimitChanges(mem_bytes=GIB, cpu_ms=2500)
     words = ("--timeout", "0.0001", "--procs", "0", "--fds", "12")
-    assert flags(*words) == {"limits": LimitChanges(wall_ms=1, procs=0, fds=12)}
-    assert flags("--max-file-size", "1G") == {"limits": LimitChanges(file_bytes=GIB)}
-    assert flags("--build-timeout", "900", "--scale-limits") == {"build_wall_ms": 900_000, "scale_limits": True}
+    assert flags(*words).limits == LimitChanges(wall_ms=1, procs=0, fds=12)
+    assert flags("--max-file-size", "1G").limits == LimitChanges(file_bytes=GIB)
+    found = flags("--build-timeout", "900", "--scale-limits")
+    assert (found.limits, found.build_wall_ms, found.scale_limits) == (None, 900_000, True)
 
 
 @pytest.mark.parametrize(

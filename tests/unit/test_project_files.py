@@ -20,7 +20,15 @@ from x07_sandbox.policy.model import HostPorts
 from x07_sandbox.policy.overrides import Overrides
 from x07_sandbox.runs.host_files import effective_roots
 from x07_sandbox.runs.program import Program, load_program
-from x07_sandbox.runs.request import ProjectPolicy, RunRequest, effective_policy_of, open_input, read_policy, read_whole
+from x07_sandbox.runs.request import (
+    ProjectPolicy,
+    RunCaller,
+    RunRequest,
+    effective_policy_of,
+    open_input,
+    read_policy,
+    read_whole,
+)
 from x07_sandbox.x07.programs import load_x07
 
 if TYPE_CHECKING:
@@ -66,9 +74,8 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 def load(stack: contextlib.ExitStack, program: Path, **words: Any) -> tuple[RunRequest, Program]:  # noqa: ANN401 - as RunRequest has them
     """Load a program as the command line does."""
     cancel = stack.enter_context(contextlib.closing(Cancel()))
-    return load_program(
-        RunRequest(program=program, loaders=(load_x07,), cancel=cancel, **{"stdin_default": True, **words}), stack
-    )
+    caller = RunCaller(cancel=cancel, loaders=(load_x07,))
+    return load_program(RunRequest(program=program, **words), caller, stack)
 
 
 def replaced(place: Path, make: Callable[[Path], object]) -> None:
@@ -79,21 +86,20 @@ def replaced(place: Path, make: Callable[[Path], object]) -> None:
 
 def test_a_dash_as_input_suggests_dev_stdin(stack: contextlib.ExitStack) -> None:
     """An input named `-` is an error that suggests /dev/stdin."""
-    cancel = stack.enter_context(contextlib.closing(Cancel()))
     with pytest.raises(UsageError, match="or use /dev/stdin"):
-        open_input(RunRequest(cancel=cancel, input=Path("-")), stack)
+        open_input(RunRequest(input=Path("-")), None, stack)
 
 
 def test_a_projects_policy_and_input_are_read(folder: Path, stack: contextlib.ExitStack) -> None:
     """A project's policy and input are read when the project is loaded."""
     (folder / "own/real").write_bytes(b"the project's")
     replaced(folder / "own/input.txt", lambda place: place.symlink_to("real"))
-    request, _ = load(stack, folder)
+    request, program = load(stack, folder)
     for name in ("policy.json", "input.txt"):
         replaced(folder / "own" / name, lambda place: place.symlink_to("/proc/self/environ"))
     assert read_policy(request.policy)[1] == POLICY
     assert str(request.policy) == str(folder / "own/policy.json")
-    assert read_whole(open_input(request, stack), 1000) == b"the project's"
+    assert read_whole(open_input(request, program.input_fd, stack), 1000) == b"the project's"
 
 
 @pytest.mark.parametrize("name", ["policy.json", "input.txt"])
@@ -149,9 +155,9 @@ def test_flags_override_a_projects_files(folder: Path, stack: contextlib.ExitSta
     (folder.parent / "link").symlink_to("other.txt")
     for name in ("policy.json", "input.txt"):
         (folder / "own" / name).unlink()
-    request, _ = load(stack, folder, policy=folder.parent / "link", input=folder.parent / "link")
+    request, program = load(stack, folder, policy=folder.parent / "link", input=folder.parent / "link")
     assert read_policy(request.policy)[1] == POLICY
-    assert read_whole(open_input(request, stack), 10_000) == POLICY
+    assert read_whole(open_input(request, program.input_fd, stack), 10_000) == POLICY
 
 
 def test_a_manifest_may_be_a_link_only_where_it_is_named(folder: Path, stack: contextlib.ExitStack) -> None:
@@ -183,7 +189,7 @@ def test_reading_a_project_ends_when_it_is_cancelled(folder: Path, stack: contex
     cancel = stack.enter_context(contextlib.closing(Cancel()))
     cancel(15)
     with pytest.raises(Cancelled):
-        load_program(RunRequest(program=folder, loaders=(load_x07,), cancel=cancel), stack)
+        load_program(RunRequest(program=folder), RunCaller(cancel=cancel, loaders=(load_x07,)), stack)
 
 
 def test_out_is_refused_where_the_policy_gives_no_files(folder: Path, stack: contextlib.ExitStack) -> None:
@@ -236,9 +242,8 @@ def test_the_lower_time_limit_applies(tmp_path: Path, wall_ms: int | None, own: 
     limits = replace(default_policy().limits, wall_ms=5000)
     place = tmp_path / "p.json"
     place.write_bytes(render_policy(replace(default_policy(), limits=limits)))
-    with contextlib.closing(Cancel()) as cancel:
-        changes = None if wall_ms is None else LimitChanges(wall_ms=wall_ms)
-        effective_policy = effective_policy_of(RunRequest(source=b"", policy=str(place), limits=changes, cancel=cancel))
+    changes = None if wall_ms is None else LimitChanges(wall_ms=wall_ms)
+    effective_policy = effective_policy_of(RunRequest(source=b"", policy=str(place), limits=changes))
     assert effective_policy.policy.limits.wall_ms == (wall_ms if own else 5000)
     assert (effective_policy.own and effective_policy.own.wall_ms) == own
 
@@ -246,10 +251,7 @@ def test_the_lower_time_limit_applies(tmp_path: Path, wall_ms: int | None, own: 
 def test_with_flags_alone_the_policy_is_still_the_built_in_one() -> None:
     """With flags alone the policy still counts as built-in."""
     overrides = Overrides(allow_read_root=("/data",))
-    with contextlib.closing(Cancel()) as cancel:
-        effective_policy = effective_policy_of(
-            RunRequest(overrides=overrides, limits=LimitChanges(wall_ms=20000), cancel=cancel)
-        )
+    effective_policy = effective_policy_of(RunRequest(overrides=overrides, limits=LimitChanges(wall_ms=20000)))
     assert effective_policy.policy.fs.read_roots == ("/data",)
     assert (effective_policy.base, effective_policy.policy.limits.wall_ms) == ("built-in:default", 20000)
 
@@ -259,10 +261,8 @@ def test_a_changed_limit_changes_the_digest(tmp_path: Path, timeout_ms: int, *, 
     """The policy digest is that of the file, or of the changed policy."""
     place = tmp_path / "policy.json"
     place.write_bytes(POLICY.replace(b"\n", b"\n\n"))
-    with contextlib.closing(Cancel()) as cancel:
-        effective_policy = effective_policy_of(
-            RunRequest(source=b"", policy=str(place), limits=LimitChanges(wall_ms=timeout_ms), cancel=cancel)
-        )
+    request = RunRequest(source=b"", policy=str(place), limits=LimitChanges(wall_ms=timeout_ms))
+    effective_policy = effective_policy_of(request)
     assert effective_policy.data == (render_policy(effective_policy.policy) if shorter else place.read_bytes())
     assert effective_policy.policy.limits.wall_ms == timeout_ms
     assert effective_policy.base == str(place)

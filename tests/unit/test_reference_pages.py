@@ -1,4 +1,4 @@
-"""docs/reference/command-line.md, settings.md and result.md are what the source says."""
+"""docs/reference/command-line.md, library.md, settings.md and result.md are what the source says."""
 
 from __future__ import annotations
 

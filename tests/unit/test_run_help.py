@@ -8,8 +8,10 @@ import pytest
 
 from x07_sandbox.cli.main import main
 from x07_sandbox.cli.parser import actions, parser_for
-from x07_sandbox.cli.run_options import RARE, X07_OPTIONS
+from x07_sandbox.options import BY_FLAG
 
+RARE = {row.flag for row in BY_FLAG.values() if row.level == "all"}
+X07_OPTIONS = {row.flag for row in BY_FLAG.values() if row.level == "x07"}
 LINES = 60
 COLUMNS = 110
 

@@ -43,8 +43,9 @@ from x07_sandbox.policy.overrides import Overrides
 from x07_sandbox.runs.folder import RunFolder
 from x07_sandbox.runs.host_files import HostFiles
 from x07_sandbox.runs.patches import patch_chunks
+from x07_sandbox.runs.prepare import Prepared
 from x07_sandbox.runs.program import load_program
-from x07_sandbox.runs.request import RunRequest
+from x07_sandbox.runs.request import EffectivePolicy, RunCaller, RunRequest
 from x07_sandbox.runs.result import ChangedName, Changes, draft_result
 from x07_sandbox.runs.run import attempt, copy_in, failure
 from x07_sandbox.runs.saved_changes import apply_saved, find_saved, recover_all, undo_saved
@@ -80,10 +81,21 @@ class Run:
         policy = words.pop("policy", None) or default_policy()
         rules = {"write_roots": (str(self.root),), "deny_hidden": False, **(fs or {})}
         policy = msgspec.structs.replace(policy, fs=msgspec.structs.replace(policy.fs, **rules))
-        request = RunRequest(source=b"pass", toolchain="python", policy=policy, cancel=self.cancel, **words)
-        request, program = load_program(request, self.stack)
-        request = msgspec.structs.replace(request, policy=named or policy)
-        step = copy_in(request, program, policy, self.draft, self.folder, self.stack)
+        caller = RunCaller(cancel=self.cancel, progress=words.pop("progress", lambda _text: None))
+        request = RunRequest(source=b"pass", toolchain="python", policy=policy, **words)
+        request, program = load_program(request, caller, self.stack)
+        unused: Any = None
+        prepared = Prepared(
+            request=msgspec.structs.replace(request, policy=named or policy),
+            caller=caller,
+            program=program,
+            policy=EffectivePolicy(policy, b"", ""),
+            image=None,
+            backend=unused,
+            availability=unused,
+            plan=unused,
+        )
+        step = copy_in(prepared, self.draft, self.folder, self.stack)
         try:
             while True:
                 self.draft = next(step)
@@ -209,7 +221,7 @@ def test_roots_by_flag_without_files_are_a_denial(run: Run) -> None:
     policy = msgspec.structs.replace(policy, fs=msgspec.structs.replace(policy.fs, enabled=False))
     given = Overrides(allow_read_root=("/srv",))
     ran, error = attempt(
-        RunRequest(source=b"pass", toolchain="python", policy=policy, overrides=given, cancel=run.cancel)
+        RunRequest(source=b"pass", toolchain="python", policy=policy, overrides=given), RunCaller(cancel=run.cancel)
     )
     assert isinstance(error, UsageError)
     (denial,) = ran.denials

@@ -33,7 +33,7 @@ from x07_sandbox.programs.toolchains import (
 )
 from x07_sandbox.runs.hint_context import missing_interpreter
 from x07_sandbox.runs.program import Program, load_program
-from x07_sandbox.runs.request import RunRequest
+from x07_sandbox.runs.request import RunCaller, RunRequest
 from x07_sandbox.runs.streams import InFile
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,12 +89,12 @@ def test_every_toolchain_runs_a_text_or_needs_a_project(row: Toolchain) -> None:
     """Every toolchain runs a source text, or says that it needs a project."""
     text = b"#!/bin/sh\n" if row.name in {"shell", "executable"} else b"x"
     with contextlib.ExitStack() as stack, contextlib.closing(Cancel()) as cancel:
-        request = RunRequest(source=text, toolchain=row.name, cancel=cancel)
+        request, caller = RunRequest(source=text, toolchain=row.name), RunCaller(cancel=cancel)
         if row.artifact:
             with pytest.raises(UsageError, match=f"the toolchain {row.name} needs a project"):
-                load_program(request, stack)
+                load_program(request, caller, stack)
             return
-        _, program = load_program(request, stack)
+        _, program = load_program(request, caller, stack)
     assert program.source.name == f"main{row.suffixes[0] if row.suffixes else ''}"
     assert row.start(program.source)[-1] == (f"/x07/in/program/{program.source.name}" if row.archive else ARTIFACT)
     assert row.build is None or row.build(program.source)[0].startswith("/")
@@ -191,11 +191,11 @@ def test_another_shell_is_refused_by_name(line: bytes, named: str) -> None:
     """A script for an unsupported shell is refused by name."""
     fix = "Use one of them .*--toolchain executable with"
     with contextlib.ExitStack() as stack, contextlib.closing(Cancel()) as cancel:
-        request = RunRequest(source=line + b"\necho\n", toolchain="shell", cancel=cancel)
+        request = RunRequest(source=line + b"\necho\n", toolchain="shell")
         with pytest.raises(
             UsageError, match=f"first line is ['\"]{named}.*; the supported shells are sh, dash, bash.*{fix}"
         ):
-            load_program(request, stack)
+            load_program(request, RunCaller(cancel=cancel), stack)
 
 
 def test_a_tree_gives_the_compiler_every_source_of_its_language() -> None:

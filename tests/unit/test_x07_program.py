@@ -24,7 +24,7 @@ from x07_sandbox.programs.toolchains import BY_NAME
 from x07_sandbox.reports.schemas import schemas
 from x07_sandbox.runs.prepare import output_caps
 from x07_sandbox.runs.program import load_program
-from x07_sandbox.runs.request import RunRequest, with_framed_input
+from x07_sandbox.runs.request import RunCaller, RunRequest
 from x07_sandbox.x07.programs import load_artifact, load_x07
 from x07_sandbox.x07.project import Options, Profile, merged
 from x07_sandbox.x07.protocol import PROTOCOL, X07
@@ -58,7 +58,8 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def loaded(loader: Loader = load_x07, **words: Any) -> Iterator[tuple[RunRequest, tuple[str, ...]]]:  # noqa: ANN401 - any field of a request
     """The request after loading its program, and the compiler's arguments."""
     with contextlib.ExitStack() as stack, contextlib.closing(Cancel()) as cancel:
-        request, program = load_program(RunRequest(cancel=cancel, loaders=(loader,), **words), stack)
+        caller = RunCaller(cancel=cancel, loaders=(loader,))
+        request, program = load_program(RunRequest(**words), caller, stack)
         yield request, program.source.args
 
 
@@ -85,17 +86,15 @@ def test_os_runner_ignores_profiles(
     assert os_runner.main([*words, str(project / "x07.json")]) == 1
     assert json.loads(capfdbinary.readouterr().out)["mode"] == "project-compile-run"  # it failed for want of an image
     unprofiled = partial(load_x07, profiles=False)
-    with loaded(unprofiled, program=project, max_output_bytes=1 << 20, stdin_default=True) as (request, argv):
-        assert (request.policy, request.stdin_fd, request.max_output_bytes) == (None, None, 1 << 20)
+    with loaded(unprofiled, program=project, max_output_bytes=1 << 20) as (request, argv):
+        assert (request.policy, request.input, request.max_output_bytes) == (None, None, 1 << 20)
         assert argv[argv.index("--solve-fuel") + 1] == "50000000"
 
 
 @pytest.mark.parametrize(("given", "cap"), [(None, settings.OUTPUT_MAX_BYTES), (0, 0), (9, 9)])
 def test_other_programs_have_one_limit_for_both_streams(given: int | None, cap: int) -> None:
     """Programs of our toolchains have the same limit for both streams."""
-    with contextlib.closing(Cancel()) as cancel:
-        request = RunRequest(cancel=cancel, max_output_bytes=given)
-        assert output_caps(request, BY_NAME["c"]) == (cap, cap)
+    assert output_caps(RunRequest(max_output_bytes=given), BY_NAME["c"]) == (cap, cap)
 
 
 def test_a_zero_is_a_limit_like_any_other() -> None:
@@ -208,13 +207,12 @@ def test_an_artifact_uses_x07s_protocol(project: Path) -> None:
     """An artifact with X07's report gets framed input and X07's limits."""
     tool = project.parent / "tool"
     loader = partial(load_artifact, options=Options(cpu_time_limit_seconds=7))
-    with loaded(loader, program=tool, args=("a",)) as (request, _):
-        framed = with_framed_input(request, PROTOCOL, stack := contextlib.ExitStack())
-        with stack:
-            assert os.pread(framed.stdin_fd or 0, 99, 0) == b"\x09\0\0\0" + b"\1\0\0\0\1\0\0\0a"
-            assert (framed.args, framed.whole_input, framed.max_output_bytes) == ((), b"\1\0\0\0\1\0\0\0a", 1 << 20)
-            program = load_program(request, stack)[1]
-            assert (program.toolchain.build, program.toolchain.protocol, program.cpu_ms) == (None, PROTOCOL, 7000)
+    with contextlib.ExitStack() as stack, contextlib.closing(Cancel()) as cancel:
+        asked = RunRequest(program=tool, args=("a",))
+        request, program = load_program(asked, RunCaller(cancel=cancel, loaders=(loader,)), stack)
+    assert (request.args, request.input, request.max_output_bytes) == ((), b"\1\0\0\0\1\0\0\0a", 1 << 20)
+    assert PROTOCOL.frame_input(b"a") == b"\1\0\0\0a"
+    assert (program.toolchain.build, program.toolchain.protocol, program.cpu_ms) == (None, PROTOCOL, 7000)
 
 
 @pytest.mark.parametrize(
@@ -299,9 +297,8 @@ def test_arguments_and_input_are_alternatives(
     assert main(["run", *how, *given, str(project), "--", "a", "bc"]) == 2
     output = capsys.readouterr()
     assert "with arguments and input" in (output.err or document(output.out)["reason"])
-    with loaded(program=project, args=("a", "bc"), stdin_fd=0, stdin_default=True) as (request, _):
-        assert (request.args, request.stdin_fd == 0) == ((), False)
-        assert os.pread(request.stdin_fd or 0, 99, 0) == b"\2\0\0\0\1\0\0\0a\2\0\0\0bc"
+    with loaded(program=project, args=("a", "bc")) as (request, _):
+        assert (request.args, request.input) == ((), b"\2\0\0\0\1\0\0\0a\2\0\0\0bc")
 
 
 @pytest.mark.timeout(60)

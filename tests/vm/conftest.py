@@ -26,8 +26,8 @@ from x07_sandbox.host.paths import cache_dir
 from x07_sandbox.host.processes import Identity, has_mark, is_alive
 from x07_sandbox.policy import default_policy, render_policy
 from x07_sandbox.programs.toolchains import OUTPUT, Source, toolchain_for
-from x07_sandbox.runs.request import RunRequest
-from x07_sandbox.runs.run import run
+from x07_sandbox.runs.request import RunCaller, RunRequest
+from x07_sandbox.runs.run import attempt
 from x07_sandbox.runs.streams import OutFile
 from x07_sandbox.x07.programs import load_x07
 
@@ -112,20 +112,23 @@ class Sandbox:
                 args=args,
                 policy=None if policy is None else self.policy(policy),
                 image=image,
-                stdin_fd=_memory_file(stdin, stack) if isinstance(stdin, bytes) else stdin,
-                live_stdout=live_stdout,
-                live_stderr=live_stderr,
                 max_output_bytes=max_output_bytes,
-                artifact=None if artifact is None else _out_file(artifact, stack),
                 cold=cold,
                 cache=cache,
                 env=env or {},
+                stdin=True,
                 changes="all-or-nothing",  # a retried run finds the files as this one did
-                loaders=(load_x07,),
+            )
+            caller = RunCaller(
                 cancel=cancel,
+                loaders=(load_x07,),
+                stdin_fd=_memory_file(stdin, stack) if isinstance(stdin, bytes) else stdin,
+                live_stdout=live_stdout,
+                live_stderr=live_stderr,
+                artifact=None if artifact is None else _out_file(artifact, stack),
             )
             began = time.monotonic()
-            result = run(request)
+            result, _ = attempt(request, caller)
             seconds = time.monotonic() - began
         assert not alone or left_behind(self.state) == []
         return Ran(result=result, stdout=result.stdout.data, stderr=result.stderr.data, seconds=seconds)
@@ -191,7 +194,8 @@ class Artifacts:
             cancel = Cancel()
             stack.callback(cancel.close)
             output = _out_file(None, stack)
-            result = run(RunRequest(program=source, artifact=output, cache=False, cancel=cancel))
+            caller = RunCaller(cancel=cancel, artifact=output)
+            result, _ = attempt(RunRequest(program=source, cache=False), caller)
             assert result.ok, result.reason
             return os.pread(output.fd, output.size, 0)
 

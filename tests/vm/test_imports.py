@@ -26,16 +26,17 @@ backends.base backends.handshake backends.jailed backends.lease backends.qemu.ba
 backends.qemu.bounds backends.qemu.instance backends.qemu.machine backends.qemu.proof backends.qemu.start
 backends.qemu.template backends.prerequisites backends.registry backends.selection
 channel.connection channel.link channel.messages channel.streams
-cli.cancel cli.console cli.main cli.parser cli.run cli.run_options cli.std_streams
+cli.console cli.main cli.parser cli.run cli.std_streams
 errors
 host.arch host.cancel host.clocks host.close_on_fork host.cores host.decoding host.locks
 host.linux host.memory host.os_errors host.paths host.poll host.processes host.settings host.threads host.variables
 host.verdicts host.version
-housekeeping.start
 images.guestcode images.manifest images.scratch images.store images.verify
 jail.bwrap jail.cgroups jail.forms jail.libraries jail.seccomp jail.uids
 jobs.active jobs.admission jobs.launcher jobs.record
+library.requests
 network.summary
+options
 plan.confinement plan.control_table plan.controls plan.denials plan.features plan.outcomes plan.sizes
 policy.decode policy.default policy.environment policy.model policy.problems policy.rules
 programs.artifacts programs.toolchains

@@ -42,8 +42,8 @@ from x07_sandbox.plan.sizes import ram_class_bytes
 from x07_sandbox.policy import default_policy, render_policy
 from x07_sandbox.pool import warm
 from x07_sandbox.pool.warm import WarmMachines
-from x07_sandbox.runs.request import RunRequest
-from x07_sandbox.runs.run import run
+from x07_sandbox.runs.request import RunCaller, RunRequest
+from x07_sandbox.runs.run import attempt
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -348,7 +348,7 @@ def test_a_clone_replaces_a_warm_machine_that_died(echo: str, monkeypatch: pytes
     monkeypatch.setattr(QemuBackend, "leased", dead)
     cancel = Cancel()
     with pool_process(1), contextlib.closing(cancel):
-        result = run(RunRequest(program=Path(echo), machines=PoolClient(), cancel=cancel))
+        result, _ = attempt(RunRequest(program=Path(echo)), RunCaller(cancel=cancel, machines=PoolClient()))
     assert (result.outcome, result.phases["run"].start) == ("ok", "clone"), result.reason
     assert "no VM of the pool was used for the run: the VM did not answer" in result.warnings
 

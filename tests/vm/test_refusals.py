@@ -112,13 +112,6 @@ def test_arguments_that_execve_rejects_are_a_usage_error(
     assert _no_machine(tmp_path)
 
 
-def test_a_negative_output_limit_is_a_usage_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A negative output limit is a usage error."""
-    monkeypatch.setenv("X07_VM_STATE_DIR", str(tmp_path / "jobs"))
-    with pytest.raises(SandboxError, match="negative"):
-        run_program(PROGRAM, max_output_bytes=-1)
-
-
 def test_an_unknown_option_names_the_commands_help() -> None:
     """An unknown option of `x07 run` is a usage error that names `x07 run --help`."""
     argv = [sys.executable, "-m", "x07_sandbox.cli.main", "run", "--json", PROGRAM, "--bogus"]

@@ -55,7 +55,10 @@ def select(platform: Platform, request: BackendRequest) -> Choice:
     if name is None:
         return _automatic(platform, request)
     row = BY_NAME[name]
-    named = row.sandbox_class in {"vm", request.sandbox_flag or request.sandbox_variable}
+    # A variable alone never selects less than a container. The flag does, since the user typed it for this run.
+    named = (
+        row.sandbox_class in {"vm", request.sandbox_flag or request.sandbox_variable} or name == request.backend_flag
+    )
     if row.weaker and not (named and request.accepted):
         walls = {"container": "a container", "process": "a confined process on this system"}
         wall = walls.get(row.isolation[0], "no sandbox at all")

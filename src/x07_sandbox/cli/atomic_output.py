@@ -73,8 +73,9 @@ def files_read(request: RunRequest, program: Program) -> list[Path]:
     found = list(program.read)
     if isinstance(request.policy, ProjectPolicy):
         found.append(request.policy.path)
-    if request.stdin_fd is not None and stat.S_ISREG(os.fstat(request.stdin_fd).st_mode):
-        found.append(Path(os.readlink(f"/proc/self/fd/{request.stdin_fd}")))  # noqa: PTH115 - of a descriptor
+    fd = program.input_fd
+    if request.input is None and fd is not None and stat.S_ISREG(os.fstat(fd).st_mode):
+        found.append(Path(os.readlink(f"/proc/self/fd/{fd}")))  # noqa: PTH115 - of a descriptor
     return found
 
 

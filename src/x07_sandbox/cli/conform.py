@@ -11,10 +11,10 @@ from x07_sandbox.backends.registry import BY_NAME
 from x07_sandbox.backends.selection import backend_request, select, this_platform
 from x07_sandbox.cli.console import LiveLine, show
 from x07_sandbox.cli.json_output import print_document
-from x07_sandbox.cli.parser import Once, add_document_flags
+from x07_sandbox.cli.parser import add_document_flags, add_row, option
 from x07_sandbox.conformance.run import conform
 from x07_sandbox.host.paths import cache_folder
-from x07_sandbox.host.variables import SANDBOX_BACKENDS
+from x07_sandbox.options import BY_FLAG
 from x07_sandbox.reports.conform import ConformReport
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ behaviour) or skipped (this host cannot test it). docs/backends/README.md lists 
 
 examples:
   x07 conform
-  x07 conform --sandbox-backend os --i-accept-weaker-isolation
+  x07 conform --backend os --i-accept-weaker-isolation
   x07 conform --json | jq '.backends[].verdicts[] | select(.verdict == "failed")'
 
 exit code: 0 nothing failed; 1 something failed
@@ -37,21 +37,9 @@ def add_conform(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `x07 conform`."""
     parser.description = "Run small test programs on a backend. The test takes up to a minute and changes nothing."
     parser.epilog = _EPILOG
-    parser.add_argument(
-        "--backend",
-        action=Once,
-        metavar="B",
-        help="test one backend, such as qemu (default: every VM backend that can run here)",
-    )
-    parser.add_argument(
-        "--sandbox-backend",
-        action=Once,
-        choices=tuple(SANDBOX_BACKENDS),
-        help="kind of isolation (default: X07_SANDBOX_BACKEND, else auto)",
-    )
-    parser.add_argument(
-        "--i-accept-weaker-isolation", action="store_true", help="allow a backend that is not a virtual machine"
-    )
+    option(parser, "--backend", "B", "test one backend, such as qemu (default: every VM backend that can run here)")
+    for flag in ("--sandbox-backend", "--i-accept-weaker-isolation"):
+        add_row(parser, BY_FLAG[flag])
     add_document_flags(parser)
     parser.set_defaults(carry_out=_conform)
 

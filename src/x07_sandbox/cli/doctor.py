@@ -10,8 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from msgspec.structs import replace
-
 from x07_sandbox.backends.prerequisites import Looks, advice, check, unmet
 from x07_sandbox.backends.registry import BY_NAME, BackendRow, Platform, create
 from x07_sandbox.backends.selection import (
@@ -358,14 +356,14 @@ def _attempt(choice: Choice, doing: str, *, scale: bool) -> tuple[Result, Sandbo
 
     from x07_sandbox.host.cancel import Cancel
     from x07_sandbox.runs.folder import all_runs
-    from x07_sandbox.runs.request import RunRequest
+    from x07_sandbox.runs.request import RunCaller, RunRequest
     from x07_sandbox.runs.run import attempt
 
     progress = LiveLine()
     progress(doing)
     with contextlib.closing(Cancel()) as cancel:
-        request = RunRequest(source=_PROGRAM, toolchain="executable", cold=True, choice=choice, cancel=cancel)
-        result, error = attempt(replace(request, scale_limits=scale, progress=progress))
+        request = RunRequest(source=_PROGRAM, toolchain="executable", cold=True, scale_limits=scale)
+        result, error = attempt(request, RunCaller(cancel=cancel, progress=progress, choice=choice))
     with contextlib.suppress(SandboxError, OSError):  # it must not be the latest run of `x07 logs`
         shutil.rmtree(all_runs() / result.run)
     progress("")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Sequence
 
-    from x07_sandbox.runs.request import RunRequest
+    from x07_sandbox.runs.request import RunCaller, RunRequest
 
 
 _LISTED: Final = 8
@@ -25,10 +25,10 @@ _STATES: Final = {"advisory": "advisory (not enforced; some libraries check them
 _ACCESS: Final = {False: "read-only", True: "writable"}
 
 
-def show_plan(request: RunRequest, options: argparse.Namespace) -> int:
+def show_plan(request: RunRequest, caller: RunCaller, options: argparse.Namespace) -> int:
     """Print the plan of a run. Return 0 if the run could start, or 125 if it would be refused. Raises SandboxError."""
     try:
-        found = preview(request)
+        found = preview(request, caller)
     except RefusedError as exc:  # the result of a run; not an error before it, which would have X07's exit code 2
         if options.json and not options.quiet_json:
             return print_failure(exc)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 from x07_sandbox.cli.console import say
 from x07_sandbox.cli.json_output import print_line, shell_path, show_written
 from x07_sandbox.cli.parser import add_document_flags, folder_path, nonempty
-from x07_sandbox.cli.policy_init import BASE_FOLDER, DIFFERENT, file_name
+from x07_sandbox.cli.policy_make import BASE_FOLDER, DIFFERENT, file_name
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host.documents import MANIFEST, project_root, write_document
 from x07_sandbox.host.paths import real_path

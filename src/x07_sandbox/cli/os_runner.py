@@ -11,13 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal, NoReturn
 
-from msgspec.structs import replace
-
 from x07_sandbox.backends.lease import PoolClient
 from x07_sandbox.backends.registry import Platform
 from x07_sandbox.backends.selection import ACCEPT_VARIABLE, backend_request, select, this_platform, usable_flags
 from x07_sandbox.cli.atomic_output import check_outputs, files_read
-from x07_sandbox.cli.cancel import cancelled_by_signals
 from x07_sandbox.cli.console import LiveLine, OutputError, say, write_stdout
 from x07_sandbox.cli.main import end_with
 from x07_sandbox.cli.os_runner_options import COMMAND, OPTIONS, parser, specrows
@@ -25,16 +22,15 @@ from x07_sandbox.cli.std_streams import prepare_streams
 from x07_sandbox.cli.x07_report import ReportRequest, run_and_report
 from x07_sandbox.errors import RefusedError, SandboxError, UsageError
 from x07_sandbox.host import settings
+from x07_sandbox.host.cancel import cancelled_by_signals
 from x07_sandbox.host.paths import is_folder
 from x07_sandbox.host.variables import check_environment, flag, text
-from x07_sandbox.housekeeping.start import sweep_before_start
 from x07_sandbox.programs.manifest import FILE
 from x07_sandbox.reports.document import render_json
 from x07_sandbox.runs.program import load_program
-from x07_sandbox.runs.request import RunRequest, effective_policy_of, open_input, read_whole
+from x07_sandbox.runs.request import RunCaller, RunRequest, effective_policy_of
 from x07_sandbox.x07.programs import load_x07
 from x07_sandbox.x07.project import PROJECT_FILE, Options
-from x07_sandbox.x07.protocol import INPUT_MAX_BYTES
 from x07_sandbox.x07.report import mode_of
 from x07_sandbox.x07.runner_report import World, failure_report
 
@@ -84,7 +80,7 @@ def _carry_out(options: argparse.Namespace) -> int:
     world = _world(options.world or "run-os")
     if options.compile_only:
         raise UsageError("cannot use --compile-only", "it is for X07's own runner inside a guest", "Omit it")
-    given = [option.flag for option in OPTIONS[:3] if getattr(options, option.key) is not None]
+    given = [option.flag for option in OPTIONS[:3] if getattr(options, option.name) is not None]
     if len(given) != 1:
         why = f"{' and '.join(given)} cannot be combined" if given else "no program given"
         raise UsageError("wrong usage", why, "Use exactly one of --program, --project, --artifact")
@@ -93,7 +89,9 @@ def _carry_out(options: argparse.Namespace) -> int:
     choice = _choice(this_platform(), world, options.sandbox_backend, accepted=accepted)
     path = _target(options)
     with contextlib.ExitStack() as stack:
-        request, program = load_program(replace(_request(path, options, stack), choice=choice), stack)
+        caller = _caller(options, stack, choice)
+        request = _request(path, options)
+        request, program = load_program(request, caller, stack)
         if world == "run-os" and choice.sandbox_backend != "vm":
             raise UsageError(f"cannot run in the world {world}", "it has no policy", f"Use {_SANDBOXED}")
         if world == "run-os":
@@ -104,9 +102,8 @@ def _carry_out(options: argparse.Namespace) -> int:
             report = failure_report(message, mode=mode_of(program), world=world, lang_id=lang_id)
         else:
             _note_unused(options, program)
-            wanted = _wanted(options, request, program, stack, accepted=accepted)
-            sweep_before_start(_say)
-            _, report = run_and_report(request, wanted, stack, _say)
+            wanted = _wanted(options, request, program, accepted=accepted)
+            _, report = run_and_report(request, caller, wanted, stack, _say)
     write_stdout(render_json(report))
     return report.exit_code
 
@@ -156,49 +153,45 @@ def _target(options: argparse.Namespace) -> Path:
     return path
 
 
-def _request(path: Path, options: argparse.Namespace, stack: contextlib.ExitStack) -> RunRequest:
-    """Return the request for the run. Raises UsageError."""
+def _caller(options: argparse.Namespace, stack: contextlib.ExitStack, choice: Choice) -> RunCaller:
     progress = LiveLine()
     stack.callback(progress, "")
-    return RunRequest(
-        program=path,
-        policy=_path(options.policy),
-        input=_path(options.input),
-        max_output_bytes=settings.MIB if options.max_output_bytes is None else options.max_output_bytes,
-        executable=options.compiled_out is not None,
+    return RunCaller(
+        cancel=stack.enter_context(cancelled_by_signals()),
+        progress=progress,
+        choice=choice,
         # Only `x07 run` uses profiles.
         loaders=(partial(load_x07, options=_x07_options(options), profiles=False),),
         machines=PoolClient(),
-        scale_limits=False,  # X07's report has no field for it
-        progress=progress,
-        cancel=stack.enter_context(cancelled_by_signals()),
     )
 
 
-def _wanted(
-    options: argparse.Namespace, request: RunRequest, program: Program, stack: contextlib.ExitStack, *, accepted: bool
-) -> ReportRequest:
-    """Read the policy and input, check the output files, and return the request for the report. Raises UsageError."""
+def _request(path: Path, options: argparse.Namespace) -> RunRequest:
+    return RunRequest(
+        program=path,
+        policy=None if options.policy is None else Path(options.policy),
+        input=options.input,
+        stdin=True,  # the input of a project does not apply; without --input there is none
+        max_output_bytes=settings.MIB if options.max_output_bytes is None else options.max_output_bytes,
+        executable=options.compiled_out is not None,
+        scale_limits=False,  # X07's report has no field for it
+    )
+
+
+def _wanted(options: argparse.Namespace, request: RunRequest, program: Program, *, accepted: bool) -> ReportRequest:
+    """Read the policy, check the output files, and return the request for the report. Raises UsageError."""
     policy = effective_policy_of(request)
-    compiled_out, attest_runtime = _path(options.compiled_out), _path(options.attest_runtime)
-    read = [request.program, Path(options.policy), request.input, *files_read(request, program)]
-    check_outputs({"--compiled-out": compiled_out, "--attest-runtime": attest_runtime}, read)
-    with request.cancel.waiting():  # it may be a pipe
-        data = read_whole(open_input(request, stack), INPUT_MAX_BYTES)
+    read = [request.program, Path(options.policy), options.input, *files_read(request, program)]
+    check_outputs({"--compiled-out": options.compiled_out, "--attest-runtime": options.attest_runtime}, read)
     return ReportRequest(
         program=program,
         policy=policy,
         policy_path=options.policy,
-        data=data,
-        compiled_out=compiled_out,
-        attest_runtime=attest_runtime,
+        compiled_out=options.compiled_out,
+        attest_runtime=options.attest_runtime,
         accepted=accepted,
         flags=frozenset(option.flag for option in OPTIONS),
     )
-
-
-def _path(name: str | None) -> Path | None:
-    return None if name is None else Path(name)
 
 
 def _x07_options(options: argparse.Namespace) -> Options:
@@ -215,8 +208,8 @@ def _note_unused(options: argparse.Namespace, program: Program) -> None:
         if program.project and options.module_root:
             _say("--module-root has no effect on a project, which has its own modules")
         return
-    values = {option.flag: getattr(options, option.key) for option in OPTIONS if option.x07_only}
-    unused = [name for name, value in values.items() if value is not None and value is not False]
+    values = {option.flag: getattr(options, option.name) for option in OPTIONS if option.x07_only}
+    unused = [name for name, value in values.items() if value not in (None, False, [])]
     if unused:
         _say(f"{', '.join(unused)}: no effect on {program.toolchain.name} programs, which have the policy's limits")
 

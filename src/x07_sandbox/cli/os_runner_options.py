@@ -6,40 +6,29 @@ import argparse
 import json
 from typing import Any, Final
 
-import msgspec
 from msgspec.structs import replace
 
 from x07_sandbox import __version__
-from x07_sandbox.cli.parser import Once, Parser, nonempty, whole_number
+from x07_sandbox.cli.parser import Parser, add_row
 from x07_sandbox.host.settings import MIB
 from x07_sandbox.host.variables import SANDBOX_BACKENDS
+from x07_sandbox.options import Option
 
 COMMAND: Final = "x07-os-runner"
 _SPECROWS: Final = "x07cli.specrows@0.1.0"
 _MOST: Final = 1 << 48
-_PATHS: Final = frozenset({"F", "D"})  # metavars of files and folders
 
 
-class Option(msgspec.Struct, frozen=True):
-    """One flag. metavar: empty for a flag without a value. number: the unit of the value if that is a whole number.
+class Flag(Option, frozen=True):
+    """One flag of this command.
 
+    usual: the default, for texts; the parser stores None for a flag that was not given.
     x07_only: whether the flag affects only X07 programs. hidden: whether help and documentation omit the flag.
     """
 
-    flag: str
-    doc: str
-    metavar: str = ""
-    default: str | int | None = None
-    number: str = ""
-    choices: tuple[str, ...] = ()
-    repeat: bool = False
+    usual: str | int | None = None
     x07_only: bool = False
     hidden: bool = False
-
-    @property
-    def key(self) -> str:
-        """The name of the flag's attribute in the parsed options."""
-        return self.flag.removeprefix("--").replace("-", "_")
 
 
 _BACKEND: Final = (
@@ -49,44 +38,42 @@ _WEAKER: Final = "allow a backend that is not a virtual machine; same as X07_I_A
 _ATTEST: Final = "write the attestation of the run to this file; only in run-os-sandboxed"
 _MEMORY: Final = "memory limit of an X07 program in bytes; for other programs, the policy's limits.mem_bytes applies"
 _CPU: Final = "CPU time limit of an X07 program; for other programs, the policy's limits.cpu_ms applies"
-_ROOT: Final = "a folder of X07 modules, for --program (repeatable)"
+_C_BYTES: Final = "size limit of the C code that the X07 compiler generates, in bytes"
+_COMPAT: Final = "the X07 version that the X07 compiler is to be compatible with"
+_CC: Final = "how to compile the C code that the X07 compiler generates"
 _INNER: Final = "for X07's own runner inside a guest"
+_FUEL: Final = "execution budget (fuel) of an X07 program"
+_OUTPUT: Final = "limit of each output stream in bytes"
 _OURS: Final = (
-    Option("--program", "a source file that x07 run accepts, or *.x07.json", "F"),
-    Option("--project", "the project file: x07.json or x07-sandbox.toml", "F"),
-    Option("--artifact", "an executable that X07 compiled before", "F"),
-    Option("--world", "the X07 world; only run-os-sandboxed is supported", "W", default="run-os"),
-    Option("--policy", "the policy: required in run-os-sandboxed, rejected in run-os", "F"),
-    Option("--input", "the program's input (default: empty)", "F"),
-    Option("--sandbox-backend", _BACKEND, "B", choices=tuple(SANDBOX_BACKENDS)),
-    Option("--i-accept-weaker-isolation", _WEAKER),
-    Option("--max-output-bytes", "limit of each output stream in bytes", "N", default=MIB, number="bytes"),
-    Option("--compiled-out", "write a copy of the built Linux executable to this file", "F"),
-    Option("--attest-runtime", _ATTEST, "F"),
+    Flag("--program", "F", "a source file that x07 run accepts, or *.x07.json", "name"),
+    Flag("--project", "F", "the project file: x07.json or x07-sandbox.toml", "name"),
+    Flag("--artifact", "F", "an executable that X07 compiled before", "name"),
+    Flag("--world", "W", "the X07 world; only run-os-sandboxed is supported", usual="run-os"),
+    Flag("--policy", "F", "the policy: required in run-os-sandboxed, rejected in run-os", "name"),
+    Flag("--input", "F", "the program's input (default: empty)", "file"),
+    Flag("--sandbox-backend", "B", _BACKEND, "choice", choices=tuple(SANDBOX_BACKENDS)),
+    Flag("--i-accept-weaker-isolation", "", _WEAKER, "switch"),
+    Flag("--max-output-bytes", "N", _OUTPUT, "number", most=_MOST, unit="bytes", usual=MIB),
+    Flag("--compiled-out", "F", "write a copy of the built Linux executable to this file", "file"),
+    Flag("--attest-runtime", "F", _ATTEST, "file"),
 )
 _X07S: Final = (
-    Option("--solve-fuel", "execution budget (fuel) of an X07 program", "N", default=50_000_000, number="units"),
-    Option("--max-memory-bytes", _MEMORY, "N", default=64 * MIB, number="bytes"),
-    Option("--cpu-time-limit-seconds", _CPU, "N", default=30, number="seconds"),
-    Option(
-        "--cc-profile",
-        "how to compile the C code that the X07 compiler generates",
-        "P",
-        default="default",
-        choices=("default", "size"),
-    ),
-    Option("--max-c-bytes", "size limit of the C code that the X07 compiler generates, in bytes", "N", number="bytes"),
-    Option("--compat", "the X07 version that the X07 compiler is to be compatible with", "S"),
-    Option("--debug-borrow-checks", "count violations of X07's borrow rules at run time"),
-    Option("--auto-ffi", "compile the native code of packages"),
-    Option("--module-root", _ROOT, "D", repeat=True),
+    Flag("--solve-fuel", "N", _FUEL, "number", most=_MOST, unit="units", usual=50_000_000),
+    Flag("--max-memory-bytes", "N", _MEMORY, "number", most=_MOST, unit="bytes", usual=64 * MIB),
+    Flag("--cpu-time-limit-seconds", "N", _CPU, "number", most=_MOST, unit="seconds", usual=30),
+    Flag("--cc-profile", "P", _CC, "choice", choices=("default", "size"), usual="default"),
+    Flag("--max-c-bytes", "N", _C_BYTES, "number", most=_MOST, unit="bytes"),
+    Flag("--compat", "S", _COMPAT),
+    Flag("--debug-borrow-checks", "", "count violations of X07's borrow rules at run time", "switch"),
+    Flag("--auto-ffi", "", "compile the native code of packages", "switch"),
+    Flag("--module-root", "D", "a folder of X07 modules, for --program (repeatable)", "names"),
 )
 OPTIONS: Final = (
     *_OURS,
-    *(replace(option, x07_only=True) for option in _X07S),
-    Option("--cli-specrows", "print a description of all options as JSON and exit"),
-    Option("--compile-only", _INNER, hidden=True),
-    Option("--i-accept-precompiled-artifact", _INNER, hidden=True),
+    *(replace(row, x07_only=True) for row in _X07S),
+    Flag("--cli-specrows", "", "print a description of all options as JSON and exit", "switch"),
+    Flag("--compile-only", "", _INNER, "switch", hidden=True),
+    Flag("--i-accept-precompiled-artifact", "", _INNER, "switch", hidden=True),
 )
 
 _EPILOG: Final = """standard output: one JSON object, X07's report x07-os-runner.report@0.5.0
@@ -106,25 +93,11 @@ def parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
     )
     made.add_argument("--version", action="version", version=f"x07-sandbox {__version__}")
-    for option in OPTIONS:
-        made.add_argument(option.flag, **_words(option))
+    for row in OPTIONS:
+        default = "" if row.usual is None else f" (default: {row.usual})"
+        text = argparse.SUPPRESS if row.hidden else row.help + default
+        add_row(made, replace(row, help=text, metavar="" if row.choices else row.metavar))
     return made
-
-
-def _words(option: Option) -> dict[str, Any]:
-    text = argparse.SUPPRESS if option.hidden else option.doc
-    if option.default is not None and not option.hidden:
-        text += f" (default: {option.default})"
-    if not option.metavar:
-        return {"action": "store_true", "help": text}
-    words: dict[str, Any] = {"metavar": option.metavar, "help": text, "action": "append" if option.repeat else Once}
-    if option.choices:
-        words |= {"choices": option.choices, "metavar": None}
-    if option.metavar in _PATHS:
-        words["type"] = nonempty
-    if option.number:
-        words["type"] = whole_number(0, _MOST, option.number)
-    return words
 
 
 def specrows() -> str:
@@ -133,15 +106,14 @@ def specrows() -> str:
         ["root", "help", "-h", "--help", "show this help message and exit"],
         ["root", "version", "", "--version", "show the version and exit"],
     ]
-    for option in OPTIONS:
-        if option.hidden:
+    for row in OPTIONS:
+        if row.hidden:
             continue
-        if not option.metavar:
-            rows.append(["root", "flag", "", option.flag, option.key, option.doc])
+        if row.kind == "switch":
+            rows.append(["root", "flag", "", row.flag, row.name, row.help])
             continue
-        row: list[Any] = ["root", "opt", "", option.flag, option.key, option.metavar, option.doc]
-        meta = {"default": str(option.default)} if option.default is not None else {}
-        rows.append([*row, meta] if meta else row)
+        meta = [] if row.usual is None else [{"default": str(row.usual)}]
+        rows.append(["root", "opt", "", row.flag, row.name, row.metavar, row.help, *meta])
     document = {"schema_version": _SPECROWS, "app": {"name": COMMAND, "version": __version__}, "rows": rows}
     return json.dumps(document, separators=(",", ":")) + "\n"
 
@@ -149,11 +121,10 @@ def specrows() -> str:
 def describe() -> str:
     """Return the table of flags for docs/reference/x07.md."""
     lines = ["| flag | meaning | default | applies to |", "|---|---|---|---|"]
-    for option in OPTIONS:
-        if not option.hidden:
-            value = "\\|".join(option.choices) if option.choices else option.metavar
-            flag = f"{option.flag} {value}".strip()
-            default = "" if option.default is None else f"`{option.default}`"
-            binds = "X07 programs" if option.x07_only else "all programs"
-            lines.append(f"| `{flag}` | {option.doc} | {default} | {binds} |")
+    for row in OPTIONS:
+        if not row.hidden:
+            value = "\\|".join(row.choices) or row.metavar
+            flag = f"{row.flag} {value}".strip()
+            default = "" if row.usual is None else f"`{row.usual}`"
+            lines.append(f"| `{flag}` | {row.help} | {default} | {'X07' if row.x07_only else 'all'} programs |")
     return "\n".join(lines) + "\n"

@@ -6,15 +6,18 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn
 
 from x07_sandbox.cli.console import write_stdout
 from x07_sandbox.errors import UsageError
+from x07_sandbox.options import BY_FLAG, DOCUMENT, GROUPS, INPUTS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from _typeshed import SupportsWrite
+
+    from x07_sandbox.options import Option
 
 VERBS: Final = {
     "run": "run a program in a throw-away virtual machine (VM)",
@@ -109,6 +112,35 @@ def name_pattern(text: str) -> str:
     return text
 
 
+def _size(text: str, row: Option) -> int:
+    """Option type: a size in bytes, such as 512M or 1G, in the range of *row*."""
+    from x07_sandbox.policy.limits import parse_size, range_fault
+
+    fault = "is not a size; write a number of bytes, or a number with K, M or G, such as 512M"
+    if (size := parse_size(text)) is None or (fault := range_fault(row, size)):
+        raise argparse.ArgumentTypeError(f"{text!r} {fault}")
+    return size
+
+
+def _choices(row: Option) -> tuple[str, ...] | None:
+    if row.kind == "toolchain":
+        from x07_sandbox.programs.toolchains import BY_NAME
+
+        return tuple(BY_NAME)
+    return row.choices or None
+
+
+def _reader(row: Option) -> Callable[[str], Any] | None:
+    """Return the option type for the kind of *row*, or None for any text."""
+    if row.kind == "size":
+        return lambda text: _size(text, row)
+    if row.kind == "seconds":
+        return seconds(int(row.most))
+    if row.kind == "number":
+        return whole_number(int(row.least), int(row.most), row.unit)
+    return _TYPES.get(row.kind)
+
+
 class Once(argparse.Action):
     """An argparse action: the option may be given only once, so that no value is silently ignored. Default: None."""
 
@@ -138,6 +170,57 @@ def repeated(to: argparse._ActionsContainer, flag: str, metavar: str, help: str,
 def switch(to: argparse._ActionsContainer, flag: str, help: str) -> None:  # noqa: A002 - as above
     """Add an option without a value."""
     to.add_argument(flag, action="store_true", help=help)
+
+
+_TYPES: Final[dict[str, Callable[[str], Any]]] = {
+    "name": nonempty,
+    "names": nonempty,
+    "file": file_path,
+    "folder": folder_path,
+    "patterns": name_pattern,
+}
+
+
+def add_row(to: argparse._ActionsContainer, row: Option) -> None:
+    """Add the flag of a row of the table of options."""
+    words: dict[str, Any] = {"dest": row.name, "help": row.help}
+    if row.kind == "switch":
+        words |= {"action": "store_const", "const": row.flag.partition("=")[2] or True, "default": False}
+    elif row.kind == "maybe":
+        words |= {"action": argparse.BooleanOptionalAction}
+    else:
+        words |= {"metavar": row.metavar or None, "type": _reader(row), "choices": _choices(row)}
+        if row.repeats:
+            words |= {"action": "append", "default": []}
+        else:
+            words |= {"action": Once} if row.default is None else {"default": row.default}
+    to.add_argument(row.flag, **words)
+
+
+def add_groups(parser: argparse.ArgumentParser, command: Literal["run", "exec"]) -> None:
+    """Add the options of a command that runs programs. An option that it lacks has the value of a flag not given."""
+    for title, rows in GROUPS.items():
+        mine = [row for row in rows if row.only in {"", command}]
+        parser.set_defaults(**{row.name: row.default for row in rows if row not in mine})
+        if not mine:
+            continue
+        group = parser.add_argument_group(title)
+        alone = group.add_mutually_exclusive_group() if INPUTS[0] in mine else group
+        for row in mine:
+            add_row(alone if row in INPUTS else group, row)
+
+
+def given_rows(options: argparse.Namespace, rows: Iterable[Option]) -> Iterator[tuple[Option, Any]]:
+    """Yield the options of a request, with their values; None for a flag that was not given."""
+    for row in rows:
+        if row.flag and row.sets:
+            value = getattr(options, row.name)
+            yield row, None if value is False or value == [] else value
+
+
+def help_level(action: argparse.Action) -> str:
+    """Return the level of help that shows *action*: "" for `--help`, "x07" for `--help-x07`, "all" for `--help-all`."""
+    return next((BY_FLAG[name].level for name in action.option_strings if name in BY_FLAG), "")
 
 
 class _HelpLevel(argparse.Action):
@@ -170,8 +253,8 @@ def inner_verb(inner: argparse._SubParsersAction[Any], name: str, doc: str) -> A
 def add_document_flags(parser: argparse._ActionsContainer, json_help: str = "print one JSON object") -> None:
     """Add --json, --report-out and --quiet-json to a verb that can print a JSON document (cli/json_output)."""
     switch(parser, "--json", json_help)
-    option(parser, "--report-out", "FILE", "write the JSON object to FILE, with or without --json", type=file_path)
-    switch(parser, "--quiet-json", "do not print the JSON object; only write it to the file of --report-out")
+    for row in DOCUMENT:
+        add_row(parser, row)
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter):
@@ -233,14 +316,14 @@ def parser_for(words: list[str]) -> argparse.ArgumentParser:
     """Return the parser of `x07`, with only the verb that *words* start with, or with all verbs if that is unknown."""
     from importlib import import_module
 
-    from x07_sandbox import __version__
-
+    known = words[:1] if words and words[0] in VERBS else []
+    version = "" if known else import_module("x07_sandbox.host.version").__version__  # it precedes the verb
     parser = Parser(
         prog="x07", description="Run an untrusted program in a throw-away virtual machine (VM).", epilog=_EXAMPLES
     )
-    parser.add_argument("-v", "-V", "--version", action="version", version=f"x07-sandbox {__version__}")
+    parser.add_argument("-v", "-V", "--version", action="version", version=f"x07-sandbox {version}")
     verbs = parser.add_subparsers(metavar="COMMAND", required=True, prog="x07")  # else argparse lays out a usage line
-    for verb in words[:1] if words and words[0] in VERBS else VERBS:
+    for verb in known or VERBS:
         doc = VERBS[verb]
         added = verbs.add_parser(verb, help=doc, description=f"{doc[0].upper()}{doc[1:]}.")
         getattr(import_module(f"x07_sandbox.cli.{_MODULES.get(verb, verb)}"), f"add_{verb}")(added)

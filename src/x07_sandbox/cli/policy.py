@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
-from x07_sandbox.cli import policy_explain, policy_init, policy_new
+from x07_sandbox.cli import policy_explain, policy_make
 from x07_sandbox.cli.console import say, show
 from x07_sandbox.cli.json_output import deliver, print_document, print_failure
 from x07_sandbox.cli.parser import add_document_flags, inner_verb, option, repeated, switch
@@ -79,8 +79,7 @@ def add_policy(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `x07 policy`."""
     parser.epilog = _EPILOG
     inner = parser.add_subparsers(metavar="ACTION", required=True)
-    policy_new.add_parser(inner)
-    policy_init.add_parser(inner)
+    policy_make.add_parsers(inner)
     check = inner_verb(inner, "check", "report all errors in policies")
     doc = "policies to check; with --host, give only one policy (default: built-in:default)"
     check.add_argument("files", nargs="*", metavar="FILE", help=doc)
@@ -95,7 +94,7 @@ def add_policy(parser: argparse.ArgumentParser) -> None:
     diff.add_argument("first", metavar="A", help="the first policy")
     diff.add_argument("second", metavar="B", help="the second policy")
     inner_verb(inner, "schema", "print the JSON Schema of a policy")
-    acts = (policy_new.new, policy_init.init, _check, _digest, _explain, _diff, _schema)
+    acts = (policy_make.new, policy_make.init, _check, _digest, _explain, _diff, _schema)
     for (name, codes), act in zip(EXIT_CODES, acts, strict=True):
         action = inner.choices[name]
         add_document_flags(action, "print one JSON object, also for errors")

@@ -8,77 +8,69 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
 
 from x07_sandbox.backends.lease import PoolClient
 from x07_sandbox.backends.registry import create
 from x07_sandbox.backends.selection import backend_request, select, this_platform
-from x07_sandbox.cli.cancel import cancelled_by_signals
 from x07_sandbox.cli.console import LiveLine, plain, say
-from x07_sandbox.cli.run_options import (
-    OVERRIDES,
-    X07_LIMITS,
-    add_command_options,
-    add_options,
-    epilog,
-    help_level,
-    limits_of,
-)
+from x07_sandbox.cli.parser import add_groups, add_help_levels, given_rows, help_level
 from x07_sandbox.errors import ImageError, SandboxError, UsageError
+from x07_sandbox.host.cancel import cancelled_by_signals
 from x07_sandbox.host.paths import is_folder
 from x07_sandbox.host.settings import SOURCE_MAX_BYTES
 from x07_sandbox.host.variables import text
-from x07_sandbox.housekeeping.start import sweep_before_start
+from x07_sandbox.library.requests import carry_out, make_request
+from x07_sandbox.options import OF_X07, OPTIONS
 from x07_sandbox.plan.outcomes import REFUSED_EXIT, ending_line
 from x07_sandbox.runs.program import load_program, toolchain_of_text
-from x07_sandbox.runs.request import RunRequest
-from x07_sandbox.runs.run import attempt
-from x07_sandbox.runs.streams import memory_file, read_all
+from x07_sandbox.runs.request import RunCaller
+from x07_sandbox.runs.streams import read_all
 
 if TYPE_CHECKING:
     from x07_sandbox.backends.selection import Choice
     from x07_sandbox.cli.parser import Parser
     from x07_sandbox.host.cancel import Cancel
-    from x07_sandbox.runs.program import Program
-    from x07_sandbox.runs.request import Loader
+    from x07_sandbox.runs.request import Loader, RunRequest
     from x07_sandbox.runs.result import Result
-
-
-_EXEC_EXAMPLES: Final = """examples:
-  x07 exec --workdir . -- make test              run the project's tests; changes are copied back
-  x07 exec --workdir proj --read -- grep -rn main src
-  x07 exec --workdir . --changes keep -- sh -c './configure && make'
-  x07 diff                                       show what the last command changed
-  x07 exec --workdir . --timeout 600 --memory 1G -- make -j2
-  x07 exec -- python3 --version                  without --workdir: start in an empty folder
-
-If the command has no slash, x07 looks it up in the image. If it has one, as in ./configure, x07 looks it up in
-DIR. To add Debian packages to the image, use x07 image build --include. Relative paths in --allow-read-root and
---allow-write-root start in DIR. The exit code is that of the command, or 127 if there is no such command.
-See docs/how-to/run-a-command.md.
-"""
 
 
 def add_run(parser: Parser) -> None:
     """Add the arguments of `x07 run`."""
     parser.description = "Build PROGRAM in one throw-away VM and run it in another."
     parser.usage = "x07 run [OPTIONS] PROGRAM [-- ARGS]"
-    parser.late_epilog = epilog
-    parser.level_of = help_level
-    add_options(parser)
-    parser.set_defaults(carry_out=run_command)
+    parser.late_epilog, parser.level_of = _epilog, help_level
+    what = "source file, executable or project folder, or - for standard input"
+    parser.add_argument("program", metavar="PROGRAM", nargs="?", help=what)
+    parser.add_argument("args", nargs="*", metavar="ARGS", help="arguments of the program, after --")
+    add_help_levels(parser, "all", "x07")
+    add_groups(parser, "run")
+    parser.set_defaults(command=[], carry_out=run_command)
+
+
+def _epilog(level: str) -> str:
+    from x07_sandbox.cli.run_help import of_run  # only for help
+
+    return of_run(level)
 
 
 def add_exec(parser: Parser) -> None:
     """Add the arguments of `x07 exec`."""
     parser.description = "Run a command from the guest image in a throw-away VM. The command works in a copy of DIR."
     parser.usage = "x07 exec [--workdir DIR [--read]] [OPTIONS] -- COMMAND [ARGS]"
-    parser.late_epilog = lambda _level: _EXEC_EXAMPLES
-    parser.level_of = help_level
-    add_command_options(parser)
-    parser.set_defaults(carry_out=_exec)
+    parser.late_epilog, parser.level_of = _exec_epilog, help_level
+    parser.add_argument("command", nargs="*", metavar="COMMAND [ARGS]", help="the command and its arguments, after --")
+    add_help_levels(parser, "all")
+    add_groups(parser, "exec")
+    parser.set_defaults(program=None, args=[], carry_out=_exec)
+
+
+def _exec_epilog(_level: str) -> str:
+    from x07_sandbox.cli.run_help import EXEC  # only for help
+
+    return EXEC
 
 
 def _exec(options: argparse.Namespace) -> int:
@@ -121,41 +113,37 @@ def _carry_out(options: argparse.Namespace, *, for_x07: bool) -> int:
     with contextlib.ExitStack() as stack:
         if not options.dry_run:
             _need_image(choice, options.image or text("X07_VM_GUEST_IMAGE"))
-        cancel = stack.enter_context(cancelled_by_signals())
-        progress = LiveLine()
-        stack.callback(progress, "")
-        request = replace(_request(options, stack, cancel, progress, for_x07=for_x07), choice=choice)
+        caller = _caller(options, stack, choice, for_x07=for_x07)
+        request = _request(options, caller.cancel)
+        caller = replace(caller, stdin_fd=_stdin(options, request, for_x07=for_x07))
         if options.dry_run:
             from x07_sandbox.cli.dry_run import show_plan
 
-            return show_plan(request, options)
-        if _x07_options(options) and not request.loaders:
-            say(f"{', '.join(X07_LIMITS)}, --auto-ffi have no effect on this program, which has the policy's limits")
-        sweep_before_start(say)
+            return show_plan(request, caller, options)
+        if _x07_options(options) and not caller.loaders:
+            flags = ", ".join(row.flag for row in OF_X07)
+            say(f"{flags} have no effect on this program, which has the policy's limits")
         report = options.report or options.attest_runtime or (for_x07 and not options.json)
         if report or for_x07 or outputs:
-            request, program = _loaded(request, outputs, stack)
-            if report:
-                from x07_sandbox.cli.run_report import run_with_report
+            request, caller = _loaded(request, caller, outputs, stack)
+        if report:
+            from x07_sandbox.cli.run_report import run_with_report
 
-                return run_with_report(request, program, options, stack)
-            request = replace(request, loaded=program)
-        artifact = None
+            return run_with_report(request, caller, options, stack)
         if options.compiled_out:
             from x07_sandbox.cli.atomic_output import artifact_file
 
-            artifact = artifact_file(stack)
-            request = replace(request, artifact=artifact)
-        result, error = attempt(request)
+            caller = replace(caller, artifact=artifact_file(stack))
+        result, error = carry_out(request, caller, say)
         if for_x07 and isinstance(error, UsageError):
             from x07_sandbox.cli.run_report import x07_exit
 
             result = replace(result, x07_exit_code=x07_exit(error))
         write_errors: list[str] = []
-        if artifact is not None or options.diff or options.net_log or options.report_out:
+        if caller.artifact is not None or options.diff or options.net_log or options.report_out:
             from x07_sandbox.cli.run_outputs import write_files
 
-            result, write_errors = write_files(options, result, artifact)
+            result, write_errors = write_files(options, result, caller.artifact)
     if options.json and not options.quiet_json:
         from x07_sandbox.cli.run_failure import print_result
 
@@ -186,21 +174,25 @@ def _report(result: Result, write_errors: list[str]) -> int:
 
 
 def _loaded(
-    request: RunRequest, outputs: dict[str, Path | None], stack: contextlib.ExitStack
-) -> tuple[RunRequest, Program]:
-    """Read the program before the run, and check that no output file overwrites a file of it. Raises SandboxError."""
-    request, program = load_program(request, stack)
+    request: RunRequest, caller: RunCaller, outputs: dict[str, Path | None], stack: contextlib.ExitStack
+) -> tuple[RunRequest, RunCaller]:
+    """Read the program before the run, and check that no output file overwrites a file of it. Raises SandboxError.
+
+    Return the request with the settings of the project, and the caller with the program.
+    """
+    request, program = load_program(request, caller, stack)
     from x07_sandbox.cli.atomic_output import check_outputs, files_read
 
     if outputs:
         check_outputs(outputs, files_read(request, program))
-    if program.toolchain.protocol is not None:
-        from x07_sandbox.cli.run_report import with_derived_file
+    if program.toolchain.protocol is None:
+        return request, replace(caller, program=program)
+    from x07_sandbox.cli.run_report import with_derived_file
 
-        request = with_derived_file(request, program, program.toolchain.protocol)
-        if outputs and isinstance(request.policy, Path):
-            check_outputs(outputs, [request.policy])
-    return request, program
+    request, policy = with_derived_file(request, program, program.toolchain.protocol)
+    if outputs and isinstance(request.policy, Path):
+        check_outputs(outputs, [request.policy])
+    return request, replace(caller, program=program, policy=policy)
 
 
 def _checked_outputs(options: argparse.Namespace) -> dict[str, Path | None]:
@@ -261,9 +253,23 @@ def _choice(options: argparse.Namespace) -> Choice:
     return choice
 
 
-def _request(
-    options: argparse.Namespace, stack: contextlib.ExitStack, cancel: Cancel, progress: LiveLine, *, for_x07: bool
-) -> RunRequest:
+def _caller(options: argparse.Namespace, stack: contextlib.ExitStack, choice: Choice, *, for_x07: bool) -> RunCaller:
+    """Return the caller of the run, whose cancellation and progress *stack* ends."""
+    cancel = stack.enter_context(cancelled_by_signals())
+    progress = LiveLine()
+    stack.callback(progress, "")
+    return RunCaller(
+        cancel=cancel,
+        progress=progress,
+        choice=choice,
+        loaders=_loaders(options, for_x07=for_x07),
+        machines=None if options.no_pool else PoolClient(),
+        live_stdout=None if options.json else _stream(1),
+        live_stderr=None if options.json else _stream(2),
+    )
+
+
+def _request(options: argparse.Namespace, cancel: Cancel) -> RunRequest:
     """Return the request for the run. Raises UsageError."""
     program, words = _named(options)
     source: bytes | None = None
@@ -286,54 +292,34 @@ def _request(
             program, source = None, _source_from_stdin() if toolchain else b""  # without, the run is refused
     elif program is None and not options.command:
         raise _no_program()
-    stdin_fd = None if options.code is None and source is not None else _stream(0)
-    as_x07 = for_x07 or options.report or options.attest_runtime
-    if as_x07 and stdin_fd is not None and not options.stdin and os.isatty(stdin_fd):
-        stdin_fd = None  # X07's command reads pipes, not terminals
-    if stdin_fd is not None and not options.stdin and os.isatty(stdin_fd):
-        # We read ahead of the program, so SIGTTIN would stop a run in the background (`&`) while its VM continues. If
-        # the signal is ignored, read(2) fails instead, which ends the input.
-        with contextlib.suppress(ValueError):  # not the main thread
-            signal.signal(signal.SIGTTIN, signal.SIG_IGN)
-    if options.input_b64 is not None:
-        stdin_fd = memory_file(_decoded(options.input_b64), stack)
-    return RunRequest(
+    return make_request(
+        given_rows(options, OPTIONS),
         program=None if program is None else Path(program),
         command=tuple(options.command),
         source=source,
-        workdir=options.workdir,
-        workdir_read=options.read,
         toolchain=toolchain,
         args=tuple(words),
-        policy=options.policy,
-        **_overrides(options),
         env=dict(map(_variable, options.env)),
-        image=options.image,
-        ca=options.ca,
-        **limits_of(options),
-        input=options.input,
-        stdin_fd=stdin_fd,
-        stdin_default=not (options.stdin or options.input_b64 is not None),
-        live_stdout=None if options.json else _stream(1),
-        live_stderr=None if options.json else _stream(2),
-        raw=options.raw,
-        max_output_bytes=options.max_output_bytes,
+        input=options.input if options.input_b64 is None else _decoded(options.input_b64),
         executable=options.compiled_out is not None,
-        cold=options.cold,
         cache=not options.no_cache,
-        queue_s=options.queue_timeout,
-        machines=None if options.no_pool else PoolClient(),
-        require_hardware=options.require_hardware,
-        profile=options.profile,
-        changes=options.changes,
-        out=options.out,
-        allow_protected=tuple(options.allow_protected),
-        hide=tuple(options.hide),
-        reveal=tuple(options.reveal),
-        loaders=_loaders(options, for_x07=for_x07),
-        progress=progress,
-        cancel=cancel,
     )
+
+
+def _stdin(options: argparse.Namespace, request: RunRequest, *, for_x07: bool) -> int | None:
+    """Return the descriptor of the program's standard input, unless the input is given in another way."""
+    if options.code is None and request.source is not None:  # it was the source
+        return None
+    stdin_fd = _stream(0)
+    if stdin_fd is None or options.stdin or not os.isatty(stdin_fd):
+        return stdin_fd
+    if for_x07 or options.report or options.attest_runtime:
+        return None  # X07's command reads pipes, not terminals
+    # We read ahead of the program, so SIGTTIN would stop a run in the background (`&`) while its VM continues. If
+    # the signal is ignored, read(2) fails instead, which ends the input.
+    with contextlib.suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGTTIN, signal.SIG_IGN)
+    return stdin_fd
 
 
 def _named(options: argparse.Namespace) -> tuple[str | None, list[str]]:
@@ -388,8 +374,8 @@ def _project_here() -> str | None:
 
 def _x07_options(options: argparse.Namespace) -> dict[str, Any]:
     """Return those options for X07's compiler that the user gave."""
-    keys = [name[2:].replace("-", "_") for name in (*X07_LIMITS, "--auto-ffi")]
-    return {key: getattr(options, key) for key in keys if getattr(options, key) is not None}
+    values = {row.name: getattr(options, row.name) for row in OF_X07}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _loaders(options: argparse.Namespace, *, for_x07: bool) -> tuple[Loader, ...]:
@@ -402,19 +388,6 @@ def _loaders(options: argparse.Namespace, *, for_x07: bool) -> tuple[Loader, ...
     from x07_sandbox.x07.project import Options
 
     return (partial(load_x07 if for_x07 else load_artifact, options=Options(**_x07_options(options))),)
-
-
-def _overrides(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the fields of RunRequest for the flags that change the policy."""
-    keys = {flag: flag[2:].replace("-", "_") for flag, _, _ in OVERRIDES}
-    given = {flag: key for flag, key in keys.items() if getattr(options, key)}
-    copied = tuple(word for word in ("hidden", "symlinks") if getattr(options, f"allow_{word}"))
-    if not (given or copied):
-        return {}
-    from x07_sandbox.policy.overrides import Overrides
-
-    overrides = Overrides(**{key: tuple(getattr(options, key)) for key in given.values()}, include=copied)
-    return {"overrides": overrides, "override_flags": (*given, *(f"--allow-{word}" for word in copied))}
 
 
 def _no_program() -> UsageError:

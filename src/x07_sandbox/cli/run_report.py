@@ -25,13 +25,11 @@ from x07_sandbox.runs.request import (
     is_built_in,
     name_of_policy,
     need_policy,
-    open_input,
     read_policy,
     read_spec_file,
-    read_whole,
 )
 from x07_sandbox.x07.project import PROJECT_FILE, diagnostics_line
-from x07_sandbox.x07.protocol import INPUT_MAX_BYTES, USAGE_EXIT
+from x07_sandbox.x07.protocol import USAGE_EXIT
 from x07_sandbox.x07.runner_report import flat_report, target_of, wrap
 
 if TYPE_CHECKING:
@@ -42,7 +40,7 @@ if TYPE_CHECKING:
 
     from x07_sandbox.programs.protocol import Protocol
     from x07_sandbox.runs.program import Program
-    from x07_sandbox.runs.request import RunRequest
+    from x07_sandbox.runs.request import EffectivePolicy, RunCaller, RunRequest
 
 _SCHEMA_EXIT = 3
 
@@ -81,22 +79,20 @@ def x07_exit(exc: UsageError | RefusedError) -> int:
 
 
 def run_with_report(
-    request: RunRequest, program: Program, options: argparse.Namespace, stack: contextlib.ExitStack
+    request: RunRequest, caller: RunCaller, options: argparse.Namespace, stack: contextlib.ExitStack
 ) -> int:
     """Run the program, print X07's report on the run and return the report's exit code. Raises SandboxError."""
-    policy = request.effective_policy or effective_policy_of(request)
-    with request.cancel.waiting():
-        data = read_whole(open_input(request, stack), INPUT_MAX_BYTES)
+    program = caller.program
+    assert program is not None  # noqa: S101 - for the type checker
     wanted = ReportRequest(
         program=program,
-        policy=policy,
+        policy=caller.policy or effective_policy_of(request),
         policy_path=None if request.policy is None else str(request.policy),
-        data=data,
         compiled_out=options.compiled_out,
         attest_runtime=options.attest_runtime,
         accepted=options.i_accept_weaker_isolation or flag("X07_I_ACCEPT_WEAKER_ISOLATION"),
     )
-    result, report = run_and_report(request, wanted, stack, say)
+    result, report = run_and_report(request, caller, wanted, stack, say)
     write_errors: list[str] = []
     write_records(options, result, write_errors)
     printed = report if options.artifact is None else flat_report(report)
@@ -117,14 +113,16 @@ def run_with_report(
     return report.exit_code
 
 
-def with_derived_file(request: RunRequest, program: Program, protocol: Protocol) -> RunRequest:
-    """Write the policy, with its overrides applied, to the project, as X07's command does. Return the changed request.
+def with_derived_file(
+    request: RunRequest, program: Program, protocol: Protocol
+) -> tuple[RunRequest, EffectivePolicy | None]:
+    """Write the policy, with its overrides applied, to the project, as X07's command does.
 
-    Raises UsageError, PolicyError.
+    Return the changed request and the policy; None if there are no overrides. Raises UsageError, PolicyError.
     """
     need_policy(request, protocol)
     if request.overrides is None:
-        return request
+        return request, None
     root = project_root(request.program if program.project and request.program and is_file(request.program) else None)
     if request.program is not None and is_folder(request.program):
         root = request.program
@@ -141,4 +139,4 @@ def with_derived_file(request: RunRequest, program: Program, protocol: Protocol)
     if limits is not None:  # the derived file has the same author
         limits = replace(limits, may_raise=is_built_in(request.policy))
     request = replace(request, policy=place, overrides=None, limits=limits)
-    return replace(request, effective_policy=effective_policy_of(request)._replace(denied=derived.denied))
+    return request, effective_policy_of(request)._replace(denied=derived.denied)

@@ -30,8 +30,8 @@ from x07_sandbox.jobs.stopping import live_records
 from x07_sandbox.policy import Policy, default_policy
 from x07_sandbox.programs.toolchains import OUTPUT
 from x07_sandbox.runs.prepare import current_image
-from x07_sandbox.runs.request import RunRequest
-from x07_sandbox.runs.run import run
+from x07_sandbox.runs.request import RunCaller, RunRequest
+from x07_sandbox.runs.run import attempt
 from x07_sandbox.runs.streams import OutFile, memory_file
 
 if TYPE_CHECKING:
@@ -71,11 +71,16 @@ def policy_with(*, limits: Mapping[str, Any] | None = None, **sections: Mapping[
     return replace(policy, **{name: replace(getattr(policy, name), **fields) for name, fields in changed.items()})
 
 
-def request(backend: str, *args: str, **fields: Any) -> RunRequest:  # noqa: ANN401 - fields of a request
+def request(*args: str, **fields: Any) -> RunRequest:  # noqa: ANN401 - fields of a request
     """Return a request to run LAUNCHER with *args*, the first of which is Python code to execute."""
     fields.setdefault("source", LAUNCHER)
     fields.setdefault("policy", policy_with())
-    return RunRequest(toolchain="python", args=args, choice=Choice(backend=backend), **fields)
+    return RunRequest(toolchain="python", args=args, **fields)
+
+
+def caller(backend: str, cancel: Cancel, **fields: Any) -> RunCaller:  # noqa: ANN401 - fields of a caller
+    """Return the caller of a run on *backend*."""
+    return RunCaller(cancel=cancel, choice=Choice(backend=backend), **fields)
 
 
 class Running(NamedTuple):
@@ -116,9 +121,8 @@ class Bench:
         """Run the Python code *code* on the backend and return the result."""
         with contextlib.ExitStack() as stack:
             cancel = stack.enter_context(contextlib.closing(Cancel()))
-            stdin_fd = memory_file(stdin, stack) if stdin is not None else None
-            fields.setdefault("artifact", self.artifact)
-            return run(request(self.backend.name, code, *args, stdin_fd=stdin_fd, cancel=cancel, **fields))
+            by = caller(self.backend.name, cancel, artifact=fields.pop("artifact", self.artifact))
+            return attempt(request(code, *args, input=stdin, **fields), by)[0]
 
     def output(self, code: str, *args: str, **fields: Any) -> str:  # noqa: ANN401 - as above
         """Run *code* and return its standard output. Raises BrokenError if the program does not succeed."""
@@ -140,9 +144,9 @@ class Bench:
             stack.callback(os.close, far_fd)
             pool = stack.enter_context(ThreadPoolExecutor(1))
             stack.callback(cancel)  # called first, so that closing the pool does not block
-            fields = {"stdin_fd": input_fd, "live_stdout": far_fd, "cancel": cancel, "artifact": self.artifact}
-            result = pool.submit(run, request(self.backend.name, code, *args, **fields))
-            yield Running(near, partial(read_line, output_fd), cancel, partial(result.result, ANSWER_S))
+            fields = {"stdin_fd": input_fd, "live_stdout": far_fd, "artifact": self.artifact}
+            ended = pool.submit(attempt, request(code, *args), caller(self.backend.name, cancel, **fields))
+            yield Running(near, partial(read_line, output_fd), cancel, lambda: ended.result(ANSWER_S)[0])
 
     @contextlib.contextmanager
     def in_process(

@@ -8,16 +8,16 @@ from __future__ import annotations
 import contextlib
 import sys
 
-from x07_sandbox.conformance.harness import request
+from x07_sandbox.conformance.harness import caller, request
 from x07_sandbox.errors import printable
 from x07_sandbox.host.cancel import Cancel
-from x07_sandbox.runs.run import run
+from x07_sandbox.runs.run import attempt
 
 
 def main(words: list[str]) -> None:
     """Run the program that *words* describe, and print how the run ended."""
     with contextlib.closing(Cancel()) as cancel:
-        result = run(request(*words, live_stdout=1, cancel=cancel))
+        result, _ = attempt(request(*words[1:]), caller(words[0], cancel, live_stdout=1))
     sys.stdout.write(f"{result.outcome}: {printable(result.reason)}\n")
 
 

@@ -7,6 +7,7 @@ MIB: Final = 1024 * KIB
 GIB: Final = 1024 * MIB
 
 OUTPUT_MAX_BYTES: Final = 64 * MIB  # per stream
+FILES_BYTES: Final = 64 * MIB  # all files of a result, unless the caller sets another limit
 ARTIFACT_MAX_BYTES: Final = 256 * MIB
 SOURCE_MAX_BYTES: Final = 64 * MIB
 CONSOLE_MAX_BYTES: Final = 64 * KIB

@@ -5,34 +5,17 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Final
 
+from x07_sandbox.options import OPTIONS
+
 if TYPE_CHECKING:
     from x07_sandbox.errors import SandboxError
 
 KEYWORDS: Final = {
-    "--allow-hidden": "allow_hidden",
+    **{row.flag: row.keyword for row in OPTIONS if row.flag and row.keyword},
     "--allow-protected": "allow_protected",
-    "--allow-symlinks": "allow_symlinks",
-    "--build-timeout": "build_timeout_s",
-    "--ca": "ca",
-    "--changes": "changes",
-    "--cpu-time": "cpu_s",
-    "--env": "env",
-    "--fds": "fds",
-    "--image": "image",
-    "--input": "input",
-    "--max-file-size": "max_file_size",
-    "--max-output-bytes": "max_output_bytes",
-    "--memory": "memory",
-    "--out": "out",
-    "--policy": "policy",
     "--only": "only",
-    "--procs": "procs",
     "--sandbox-backend vm": "X07_SANDBOX_BACKEND=vm",
     "--skip": "skip",
-    "--timeout": "timeout_s",
-    "--toolchain": "toolchain",
-    "--workdir": "workdir",
-    "-c": "source",
 }
 _FLAG: Final = re.compile(rf"(?<![\w-])({'|'.join(map(re.escape, KEYWORDS))})(?![\w-])(?: ([0-9][0-9.]*[KMG]?)\b)?")
 _COMMAND: Final = re.compile(r"\bx07 [^.,;()]*$")  # in a command line, flags stay

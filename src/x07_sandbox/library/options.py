@@ -12,7 +12,7 @@ from x07_sandbox.policy.model import Policy  # noqa: TC001 - as above
 class CommandOptions(TypedDict, total=False):
     """The keyword arguments that `run_program` and `exec_command` share, except args, input, read_only and check."""
 
-    files: Mapping[str, bytes] | None
+    files: Mapping[str, str | bytes] | None
     max_files_bytes: int
     policy: str | os.PathLike[str] | Policy | None
     env: Mapping[str, str] | None
@@ -29,8 +29,13 @@ class CommandOptions(TypedDict, total=False):
     max_output_bytes: int | None
     changes: Literal["apply", "all-or-nothing", "keep", "discard"]
     out: str | os.PathLike[str] | None
+    allow_hosts: Sequence[str]
+    deny_hosts: Sequence[str]
+    read_roots: Sequence[str]
+    write_roots: Sequence[str]
     allow_hidden: bool
     allow_symlinks: bool
+    hide: Sequence[str]
     on_output: Callable[[Literal["stdout", "stderr"], bytes], object] | None
 
 

@@ -177,7 +177,7 @@ class Pool(Executor):
         **options: Any,  # noqa: ANN401 - run_once knows them
     ) -> Result:
         options = {"image": self._image} | options
-        ended = run_once(cancel, program, args, machines=self._machines, input=data, **options)
+        ended = run_once(cancel, program=program, args=args, machines=self._machines, input=data, **options)
         return check_result(*ended, check=check)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:  # noqa: FBT001, FBT002 - as the base has it

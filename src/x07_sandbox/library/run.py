@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
 
 # Modules that run programs are imported on the first run, so that importing this one is cheap.
 from x07_sandbox.errors import SandboxError, UsageError
+from x07_sandbox.host.settings import FILES_BYTES
 from x07_sandbox.host.threads import start_thread
-from x07_sandbox.library.arguments import FILES_BYTES, bad_argument, check_names, input_file, make_request
+from x07_sandbox.library.arguments import bad_argument, check_names, checked_options, loaders_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -38,7 +39,7 @@ def run_program(  # noqa: PLR0913 - each is a keyword
     command: Sequence[str] = (),
     workdir: str | os.PathLike[str] | None = None,
     read_only: bool = False,
-    files: Mapping[str, bytes] | None = None,
+    files: Mapping[str, str | bytes] | None = None,
     max_files_bytes: int = FILES_BYTES,
     input: bytes | None = None,  # noqa: A002 - as subprocess.run has it
     policy: str | os.PathLike[str] | Policy | None = None,
@@ -56,8 +57,13 @@ def run_program(  # noqa: PLR0913 - each is a keyword
     max_output_bytes: int | None = None,
     changes: Literal["apply", "all-or-nothing", "keep", "discard"] = "apply",
     out: str | os.PathLike[str] | None = None,
+    allow_hosts: Sequence[str] = (),
+    deny_hosts: Sequence[str] = (),
+    read_roots: Sequence[str] = (),
+    write_roots: Sequence[str] = (),
     allow_hidden: bool = False,
     allow_symlinks: bool = False,
+    hide: Sequence[str] = (),
     on_output: OnOutput | None = None,
     check: bool = False,
 ) -> Result:
@@ -66,8 +72,8 @@ def run_program(  # noqa: PLR0913 - each is a keyword
     program: path of a source file, an executable or a project folder.
     source: source text to run instead of a program. *toolchain* is its language ("python", "c", ...).
     command: a command installed in the image, with its arguments, to run instead of a program (see `exec_command`).
-    files: more files, by relative name. They are placed beside the source and, without workdir, in the program's
-    working folder, which is otherwise empty.
+    files: more files, by relative name, as bytes or as text for UTF-8. They are placed beside the source and, without
+    workdir, in the program's working folder, which is otherwise empty.
     workdir: the program starts in a copy of this folder. Changes are copied back unless read_only. Without workdir,
     `Result.files` contains the files that the program left in its working folder and, without *out*, in /x07/out: at
     most max_files_bytes. Other files are discarded and counted in `Result.files_discarded`.
@@ -85,6 +91,9 @@ def run_program(  # noqa: PLR0913 - each is a keyword
     out the others; "all-or-nothing" applies no change unless all are allowed. "keep" saves
     the changes for `x07 apply`, and "discard" deletes them. `Result.changes` describes what was done.
     out: a folder to which /x07/out is copied.
+    allow_hosts, deny_hosts: connections that the policy also allows or denies, such as "example.org:443".
+    read_roots, write_roots: files and folders of the host that the program may also read, or read and modify.
+    hide: patterns of names that are not copied into the VM, such as "*.csv".
     allow_hidden, allow_symlinks: whether to copy names that begin with a dot, and symbolic links, in and out. If you
     pass a policy, set this in the policy instead.
     max_output_bytes: limit for each output stream, 64 MiB by default.
@@ -99,13 +108,11 @@ def run_program(  # noqa: PLR0913 - each is a keyword
     Raises SandboxError if the program could not be run: wrong usage, refused, no VM. The error's `result` has the
     details, or is None if the call itself is wrong. With *check*, also raises SandboxError unless `Result.ok`.
     """
-    options = {name: value for name, value in locals().items() if name not in {"program", "args", "check"}}
+    options = {name: value for name, value in locals().items() if name != "check"}
     from x07_sandbox.host.cancel import Cancel
 
     with contextlib.closing(Cancel()) as cancel:
-        return check_result(
-            *_run_uninterrupted(cancel, lambda: run_once(cancel, program, args, **options)), check=check
-        )
+        return check_result(*_run_uninterrupted(cancel, lambda: run_once(cancel, **options)), check=check)
 
 
 def exec_command(
@@ -223,7 +230,7 @@ async def run_program_async(
     def work() -> None:
         result, problem = None, None
         try:
-            result = run_once(cancel, program, args, input=input, **options)
+            result = run_once(cancel, program=program, args=args, input=input, **options)
         except BaseException as exc:  # noqa: BLE001 - raised again where it is awaited
             problem = exc
         with contextlib.suppress(RuntimeError):  # the loop is closed
@@ -247,15 +254,16 @@ OPTIONS = frozenset(run_program.__kwdefaults__ or ())
 """The keywords of `run_program` besides program and args."""
 
 
+_DEFAULTS = {"program": None, "args": (), **(run_program.__kwdefaults__ or {})}
+
+
 def run_once(
     cancel: Cancel,
-    program: str | os.PathLike[str] | None,
-    args: Sequence[str],
     *,
     machines: MachineSource | None = None,
     input: bytes | None = None,  # noqa: A002 - as above
     on_output: OnOutput | None = None,
-    **options: Any,  # noqa: ANN401 - checked by make_request
+    **options: Any,  # noqa: ANN401 - checked by checked_options
 ) -> Ended:
     """Run a program once. Return the result, and the error that caused the result, if any.
 
@@ -264,29 +272,34 @@ def run_once(
     """
     from x07_sandbox.backends.lease import PoolClient
     from x07_sandbox.backends.selection import choice_from_environment
-    from x07_sandbox.housekeeping.start import sweep_before_start
-    from x07_sandbox.runs.run import attempt
+    from x07_sandbox.library.requests import carry_out, make_request
+    from x07_sandbox.runs.request import RunCaller
+    from x07_sandbox.runs.streams import memory_file
 
     choice = choice_from_environment()
     if on_output is not None and not callable(on_output):
         raise bad_argument("on_output", f"is {type(on_output).__name__}, not a function")
+    if not isinstance(input, bytes | bytearray | memoryview | None):
+        raise bad_argument("input", f"is {type(input).__name__}, not bytes")
+    given = {name: value for name, value in options.items() if value is not _DEFAULTS[name]}
+    request = make_request(
+        checked_options(given),
+        input=None if input is None else bytes(input),
+        max_files_bytes=given.get("max_files_bytes", FILES_BYTES),
+    )
     with contextlib.ExitStack() as stack:
         output = stack.enter_context(_Output(on_output, cancel)) if on_output is not None else None
         live = (None, None) if output is None else output.fds
-        request = make_request(
-            program,
-            args,
-            {**(run_program.__kwdefaults__ or {}), **options},
-            stdin_fd=input_file(input, stack),
-            stdin_default=input is None,
-            machines=machines or PoolClient(),
-            choice=choice,
+        caller = RunCaller(
             cancel=cancel,
+            choice=choice,
+            loaders=loaders_for(request.program),
+            machines=machines or PoolClient(),
+            stdin_fd=memory_file(b"", stack),
             live_stdout=live[0],
             live_stderr=live[1],
         )
-        sweep_before_start()
-        ended = attempt(request)
+        ended = carry_out(request, caller)
     if output is not None and output.problem is not None:
         raise output.problem
     return ended

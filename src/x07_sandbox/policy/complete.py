@@ -13,6 +13,7 @@ from x07_sandbox.policy.decode import accept, parse
 from x07_sandbox.policy.from_flags import NewPolicy, make_policy
 from x07_sandbox.policy.limits import NAMES, LimitChanges, flag_text
 from x07_sandbox.policy.model import leaf_values
+from x07_sandbox.policy.overrides import Overrides
 from x07_sandbox.policy.problems import PolicyError
 from x07_sandbox.policy.templates import TEMPLATES
 
@@ -75,13 +76,13 @@ def _flags(wanted: Policy) -> Iterator[tuple[str, list[str], NewPolicy]]:
             yield f"limits.{name}", flag_text(name, value).split(), NewPolicy(limits=changes)
     if wanted.fs.enabled:  # a flag for a root or a host would switch its section on
         for root in wanted.fs.read_roots:
-            yield "fs.read_roots", ["--read", root], NewPolicy(read_roots=(root,))
+            yield "fs.read_roots", ["--read", root], NewPolicy(overrides=Overrides(allow_read_root=(root,)))
         for root in wanted.fs.write_roots:
-            yield "fs.write_roots", ["--write", root], NewPolicy(write_roots=(root,))
+            yield "fs.write_roots", ["--write", root], NewPolicy(overrides=Overrides(allow_write_root=(root,)))
     for entry in wanted.net.allow_hosts if wanted.net.enabled and wanted.net.allow_tcp else ():
         host = f"[{entry.host}]" if ":" in entry.host else entry.host
         spec = f"{host}:{','.join(map(str, entry.ports))}"
-        yield "net.allow_hosts", ["--allow-host", spec], NewPolicy(hosts=(spec,))
+        yield "net.allow_hosts", ["--allow-host", spec], NewPolicy(overrides=Overrides(allow_host=(spec,)))
 
 
 def _is_valid(new: NewPolicy) -> bool:

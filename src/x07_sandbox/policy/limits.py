@@ -15,33 +15,18 @@ import msgspec
 from msgspec.structs import replace
 
 from x07_sandbox.errors import UsageError
+from x07_sandbox.options import FILE_SIZE, LIMITS, Option
 
 if TYPE_CHECKING:
     from x07_sandbox.policy.model import Limits, Policy
 
 FILE_BYTES: Final = 16 << 20  # if the policy has 0
-FILE_BYTES_MAX: Final = (1 << 32) - 1
 _UNITS: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 _SIZE: Final = re.compile(r"([0-9]{1,12})(?:(\.[0-9]{1,6})?([KMG])(?:i?B)?)?", re.IGNORECASE | re.ASCII)
 
 
-class Name(msgspec.Struct, frozen=True):
-    """The names of a limit in messages: its flag and its description."""
-
-    flag: str
-    words: str
-
-
-NAMES: Final[Mapping[str, Name]] = MappingProxyType(
-    {
-        "mem_bytes": Name("--memory", "memory"),
-        "cpu_ms": Name("--cpu-time", "CPU time"),
-        "wall_ms": Name("--timeout", "time"),
-        "procs": Name("--procs", "processes"),
-        "fds": Name("--fds", "open files"),
-    }
-)
-
+NAMES: Final[Mapping[str, Option]] = MappingProxyType({row.sets.removeprefix("limits."): row for row in LIMITS})
+"""The option for each field of a policy's limits."""
 
 _FILE_SIZE: Final = "file_bytes"  # sets both fields of a policy
 _FILE_FIELDS: Final = ("max_read_bytes", "max_write_bytes")
@@ -87,12 +72,12 @@ def size_text(size: int) -> str:
 
 def flag_text(field: str, value: int) -> str:
     """Return the flag that sets a limit to *value*, such as `--cpu-time 2.5`."""
-    return f"{NAMES[field].flag if field in NAMES else '--max-file-size'} {_value(field, value)}"
+    return f"{NAMES.get(field, FILE_SIZE).flag} {_value(field, value)}"
 
 
 def flag_for_file(size: int) -> str:
     """Return the flag that allows a file of *size* bytes to be copied, rounded up to MiB."""
-    return flag_text(_FILE_SIZE, min(-(-size >> 20) << 20, FILE_BYTES_MAX))
+    return flag_text(_FILE_SIZE, min(-(-size >> 20) << 20, int(FILE_SIZE.most)))
 
 
 def _value(field: str, value: int) -> str:
@@ -101,15 +86,12 @@ def _value(field: str, value: int) -> str:
     return f"{value / 1000:.3f}".rstrip("0").rstrip(".") if field.endswith("_ms") else str(value)
 
 
-def range_fault(field: str, value: int) -> str:
-    """Return the problem with a limit that is out of range, or "" for a valid limit."""
-    from x07_sandbox.policy.schema import range_of  # slow to import, and most runs set no limit
-
-    least, most = (1, FILE_BYTES_MAX) if field == _FILE_SIZE else range_of(f"limits.{field}")
-    if least <= value <= most:
+def range_fault(row: Option, value: float) -> str:
+    """Return the problem with the value of an option that is out of range, or "" for a valid value."""
+    if row.least <= value <= row.most:
         return ""
-    unit = " seconds" if field.endswith("_ms") else ""
-    return f"must be at least {_value(field, least)} and at most {_value(field, most)}{unit}"
+    least, most = (size_text(int(end)) if row.kind == "size" else str(end) for end in (row.least, row.most))
+    return f"must be at least {least} and at most {most}{' seconds' if row.kind == 'seconds' else ''}"
 
 
 def change_limits(policy: Policy, changes: LimitChanges, *, may_raise: bool, source: str) -> Policy:
@@ -123,7 +105,7 @@ def change_limits(policy: Policy, changes: LimitChanges, *, may_raise: bool, sou
         given["cpu_ms"] = given["wall_ms"]
     limits = policy.limits
     for field, value in given.items():
-        if fault := range_fault(field, value):
+        if fault := range_fault(NAMES[field], value / 1000 if field.endswith("_ms") else value):
             raise UsageError(
                 f"cannot use {flag_text(field, value)}", f"{NAMES[field].flag} {fault}", "Use another value"
             )
@@ -153,10 +135,8 @@ def _too_large(field: str, value: int, path: str, held: int, source: str) -> Usa
 
 def flag_reach(own: Limits | None, current: Limits, *, may_raise: bool) -> FlagReach:
     """Return how far flags can raise the limits *current*. own: the limits of the unchanged policy, or None."""
-    from x07_sandbox.policy.schema import range_of
-
     if may_raise:
-        return FlagReach({f"limits.{field}": range_of(f"limits.{field}")[1] for field in NAMES})
+        return FlagReach({row.sets: int(row.most * (1000 if row.kind == "seconds" else 1)) for row in LIMITS})
     if own is None:
         return FlagReach()
     tops = {f"limits.{field}": getattr(own, field) for field in NAMES if getattr(own, field) > getattr(current, field)}

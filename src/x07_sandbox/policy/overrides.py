@@ -28,10 +28,13 @@ _ALLOW_FORM: Final = "Write HOST:PORT[,PORT...], such as example.org:443 or [200
 _DENY_FORM: Final = "Write HOST:PORT[,PORT...] or HOST:*, such as example.org:443 or example.org:*"
 
 ReadFile = Callable[[str], bytes]
+# The ports of each host, in the order given; None means all ports.
+Hosts = Mapping[str, set[int]]
+Denials = Mapping[str, set[int] | None]
 
 
 class Overrides(msgspec.Struct, frozen=True, kw_only=True):
-    """The flags as the user gave them. Values of file flags are paths. include: "hidden", "symlinks" (check_grants)."""
+    """The flags as the user gave them. Values of file flags are paths."""
 
     allow_host: tuple[str, ...] = ()
     allow_host_file: tuple[str, ...] = ()
@@ -39,12 +42,18 @@ class Overrides(msgspec.Struct, frozen=True, kw_only=True):
     deny_host_file: tuple[str, ...] = ()
     allow_read_root: tuple[str, ...] = ()
     allow_write_root: tuple[str, ...] = ()
-    include: tuple[str, ...] = ()
+    allow_hidden: bool = False
+    allow_symlinks: bool = False
 
     @property
-    def any(self) -> bool:
-        """Whether any flag was given."""
-        return any(msgspec.structs.astuple(self))
+    def given(self) -> tuple[str, ...]:
+        """The flags that were given, such as `--allow-host`."""
+        return tuple(f"--{name.replace('_', '-')}" for name, value in msgspec.structs.asdict(self).items() if value)
+
+    @property
+    def include(self) -> tuple[str, ...]:
+        """The kinds of entries that the flags include: "hidden", "symlinks"."""
+        return ("hidden",) * self.allow_hidden + ("symlinks",) * self.allow_symlinks
 
     @property
     def allows(self) -> bool:
@@ -64,30 +73,7 @@ class Derived(msgspec.Struct, frozen=True, kw_only=True):
     data: bytes  # the document's bytes
     digest: str  # 8 hexadecimal digits of a hash of base and overrides
     file_name: str  # the document's usual file name
-    denied: Mapping[str, set[int] | None]  # the denied ports of each host; None means all ports
-
-
-class _Asked(msgspec.Struct, frozen=True, kw_only=True):
-    """The parsed flags. allow, deny: the ports of each host, in the order given; None means all ports."""
-
-    allow: Mapping[str, set[int] | None]
-    deny: Mapping[str, set[int] | None]
-    read_roots: tuple[str, ...]
-    write_roots: tuple[str, ...]
-    include: tuple[str, ...]
-
-    def digest(self, base_bytes: bytes) -> str:
-        asked = {
-            "allow_hosts": [{"host": host, "ports": sorted(ports or ())} for host, ports in sorted(self.allow.items())],
-            "allow_read_roots": sorted(self.read_roots),
-            "allow_write_roots": sorted(self.write_roots),
-            "deny_hosts": [
-                {"all_ports": ports is None, "host": host, "ports": sorted(ports or ())}
-                for host, ports in sorted(self.deny.items())
-            ],
-        }
-        asked |= {"let_in": sorted(self.include)} if self.include else {}
-        return hashlib.sha256(base_bytes + canonical_json(asked)).hexdigest()[:_DIGEST_CHARS]
+    denied: Denials
 
 
 def derive_policy(
@@ -106,27 +92,31 @@ def derive_policy(
     part of a network may be denied. Raises UsageError for the first flag that cannot be applied.
     """
     _need_sections(base, overrides)
-    asked = _Asked(
-        allow=_by_host(_specs("--allow-host", overrides.allow_host_file, overrides.allow_host, read_spec_file)),
-        deny=_by_host(_specs("--deny-host", overrides.deny_host_file, overrides.deny_host, read_spec_file)),
-        read_roots=tuple(_roots("--allow-read-root", overrides.allow_read_root)),
-        write_roots=tuple(_roots("--allow-write-root", overrides.allow_write_root)),
-        include=overrides.include,
-    )
-    digest = asked.digest(base_bytes)
+    allow = _by_host(_specs("--allow-host", overrides.allow_host_file, overrides.allow_host, read_spec_file))
+    deny = _by_host(_specs("--deny-host", overrides.deny_host_file, overrides.deny_host, read_spec_file))
+    read_roots = tuple(_roots("--allow-read-root", overrides.allow_read_root))
+    write_roots = tuple(_roots("--allow-write-root", overrides.allow_write_root))
+    asked = {
+        "allow_hosts": [{"host": host, "ports": sorted(ports or ())} for host, ports in sorted(allow.items())],
+        "allow_read_roots": sorted(read_roots),
+        "allow_write_roots": sorted(write_roots),
+        "deny_hosts": [
+            {"all_ports": ports is None, "host": host, "ports": sorted(ports or ())}
+            for host, ports in sorted(deny.items())
+        ],
+    }
+    asked |= {"let_in": sorted(overrides.include)} if overrides.include else {}
+    digest = hashlib.sha256(base_bytes + canonical_json(asked)).hexdigest()[:_DIGEST_CHARS]
     mark = f".g{digest}"
     made = replace(
         base,
         policy_id=base.policy_id[: _ID_MAX_BYTES - len(mark)] + mark,
         notes=_notes(base, base_path, digest),
-        net=_net(base.net, asked, raise_dns=overrides.allows, gate=gate) if overrides.hosts else base.net,
+        net=_net(base.net, allow, deny, raise_dns=overrides.allows, gate=gate) if overrides.hosts else base.net,
         fs=replace(
             base.fs,
-            read_roots=(*base.fs.read_roots, *(one for one in asked.read_roots if one not in base.fs.read_roots)),
-            write_roots=(
-                *base.fs.write_roots,
-                *(one for one in asked.write_roots if one not in base.fs.write_roots),
-            ),
+            read_roots=(*base.fs.read_roots, *(one for one in read_roots if one not in base.fs.read_roots)),
+            write_roots=(*base.fs.write_roots, *(one for one in write_roots if one not in base.fs.write_roots)),
             deny_hidden=base.fs.deny_hidden and "hidden" not in overrides.include,
             allow_symlinks=base.fs.allow_symlinks or "symlinks" in overrides.include,
         ),
@@ -134,7 +124,7 @@ def derive_policy(
     data = render_policy(made)
     name = f"{base.policy_id}{mark}.policy.json"
     policy = decode_policy(data, source=name)
-    return Derived(policy=policy, data=data, digest=digest, file_name=name, denied=asked.deny)
+    return Derived(policy=policy, data=data, digest=digest, file_name=name, denied=deny)
 
 
 def denied_hosts(given: Sequence[str]) -> dict[str, set[int] | None]:
@@ -243,13 +233,13 @@ def _by_host(specs: Iterable[tuple[str, str, set[int] | None]]) -> dict[str, set
     return found
 
 
-def _net(net: Net, asked: _Asked, *, raise_dns: bool, gate: bool) -> Net:
+def _net(net: Net, allow: Denials, deny: Denials, *, raise_dns: bool, gate: bool) -> Net:
     hosts: dict[str, set[int]] = {}
     for entry in net.allow_hosts:
         hosts.setdefault(entry.host.encode().lower().decode(), set()).update(entry.ports)
-    for host, more in asked.allow.items():
+    for host, more in allow.items():
         hosts.setdefault(host, set()).update(more or ())
-    _deny(hosts, asked.deny, gate=gate)
+    _deny(hosts, deny, gate=gate)
     left = {host: tuple(sorted(ports)) for host, ports in hosts.items() if ports}
     # A flag that only removes hosts must not enable anything.
     allow_dns = net.allow_dns or (raise_dns and any(is_name(host) for host in left))
@@ -257,7 +247,7 @@ def _net(net: Net, asked: _Asked, *, raise_dns: bool, gate: bool) -> Net:
     return replace(net, allow_dns=allow_dns, allow_hosts=entries)
 
 
-def _deny(hosts: dict[str, set[int]], deny: Mapping[str, set[int] | None], *, gate: bool) -> None:
+def _deny(hosts: dict[str, set[int]], deny: Denials, *, gate: bool) -> None:
     """Remove denied ports from *hosts*. Raises UsageError if a denial covers part of an entry and there is no gate."""
     names: dict[Addresses | str, list[str]] = {}
     for host in hosts:

@@ -40,7 +40,7 @@ from x07_sandbox.runs.folder import RunFolder
 from x07_sandbox.runs.phase import CommandStreams, needs_of, run_phase
 from x07_sandbox.runs.phase_specs import run_spec
 from x07_sandbox.runs.prepare import check_pinned, current_image, final_value, prepare
-from x07_sandbox.runs.request import RunRequest
+from x07_sandbox.runs.request import RunCaller, RunRequest
 from x07_sandbox.runs.result import draft_result
 from x07_sandbox.runs.streams import Sink, memory_file
 
@@ -127,9 +127,9 @@ class WarmMachines:
         draft = draft_result(new_run_id())
         folder = RunFolder(draft.run, self._stack)
         try:
-            image, cancel, progress = self._image_ref, self._cancel, self._caller.progress
-            request = RunRequest(program=program, image=image, cancel=cancel, progress=progress, choice=self._choice)
-            prepared, draft = final_value(prepare(request, draft, self._stack))
+            request = RunRequest(program=program, image=self._image_ref)
+            caller = RunCaller(cancel=self._cancel, progress=self._caller.progress, choice=self._choice)
+            prepared, draft = final_value(prepare(request, caller, draft, self._stack))
             artifact = folder.out_file(OUTPUT, settings.ARTIFACT_MAX_BYTES)
             ending, _ = final_value(obtain_artifact(prepared, draft, folder, artifact))
             if ending is not None:

@@ -53,7 +53,7 @@ def obtain_artifact(prepared: Prepared, draft: Result, folder: RunFolder, artifa
     if (known := _recall(key, artifact)) is not None:
         return _from_cache(prepared, draft, known)
     most_s = min((prepared.request.build_wall_ms or settings.BUILD_WALL_MS) / 1000, prepared.request.queue_s)
-    with artifacts.build_lock(key, prepared.request.cancel.pause, most_s, prepared.request.progress) as mostly_waited:
+    with artifacts.build_lock(key, prepared.caller.cancel.pause, most_s, prepared.caller.progress) as mostly_waited:
         if mostly_waited and (known := _recall(key, artifact)) is not None:
             return _from_cache(prepared, draft, known)
         return (yield from _build(prepared, draft, folder, artifact, key))
@@ -104,7 +104,7 @@ def _build(
 
     draft = replace(draft, artifact_from="build")
     yield draft
-    prepared.request.progress(f"building {prepared.program.source.name or 'the project'} in a separate VM")
+    prepared.caller.progress(f"building {prepared.program.source.name or 'the project'} in a separate VM")
     with contextlib.ExitStack() as stack:
         end = run_job(prepared, build_spec(prepared, artifact, stack), draft.run, folder)
     ending = _verdict(prepared, end.ending)

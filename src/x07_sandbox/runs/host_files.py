@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from x07_sandbox.plan.denials import Denial
     from x07_sandbox.policy.model import Policy
     from x07_sandbox.runs.folder import RunFolder
+    from x07_sandbox.runs.prepare import Prepared
     from x07_sandbox.runs.program import Program
     from x07_sandbox.runs.request import RunRequest
     from x07_sandbox.runs.result import LeftOutEntry
@@ -66,11 +67,10 @@ _LINKS_MAX: Final = 40  # path_resolution(7): the kernel follows no more
 class HostFiles:
     """The host files of one run: copied in before the VM starts. The changes are applied or saved after its end."""
 
-    def __init__(
-        self, request: RunRequest, program: Program, policy: Policy, folder: RunFolder, stack: contextlib.ExitStack
-    ) -> None:
+    def __init__(self, prepared: Prepared, folder: RunFolder, stack: contextlib.ExitStack) -> None:
         """Copy the files for the guest. Raises SandboxError, such as EntriesError for too many entries."""
-        self._request = request
+        request, program, policy = prepared.request, prepared.program, prepared.policy.policy
+        self._request, self._caller = request, prepared.caller
         self._policy = policy
         self._built_in = is_built_in(request.policy)
         self._place = folder.path / "changes"
@@ -83,7 +83,7 @@ class HostFiles:
         waiting = list(trees_of(roots))
         while waiting:
             tree = waiting.pop(0)
-            request.progress(f"copying {tree.host} into the VM")
+            self._caller.progress(f"copying {tree.host} into the VM")
             copied = self._copy(tree, left, folder)
             left -= copied.size
             separate = {mount.host for mount in copied.separate}
@@ -197,7 +197,7 @@ class HostFiles:
 
         saved = SavedChanges(run=changes.run, folder=self._place, changes=changes)
         try:
-            self._request.cancel.check()
+            self._caller.cancel.check()
             apply_saved(saved, changes, self._on_wait)
         except Cancelled as exc:
             self.cancelled_by = exc.signal
@@ -209,8 +209,8 @@ class HostFiles:
         return summarize(changes, "applied", ""), ""
 
     def _on_wait(self, path: str) -> Pause:
-        self._request.progress(Notice(f"waiting: another command is changing {path}"))
-        return self._request.cancel.pause
+        self._caller.progress(Notice(f"waiting: another command is changing {path}"))
+        return self._caller.cancel.pause
 
     def _checked(self, incoming: Incoming) -> ChangeSet:
         fs = self._policy.fs

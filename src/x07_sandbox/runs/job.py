@@ -11,7 +11,6 @@ from x07_sandbox.backends.base import Job, MachineKind, NoAnswerError
 from x07_sandbox.backends.handshake import evidence_of
 from x07_sandbox.errors import BackendError
 from x07_sandbox.host import settings
-from x07_sandbox.host.cancel import Caller
 from x07_sandbox.jobs.admission import admitted
 from x07_sandbox.jobs.record import Claim
 from x07_sandbox.runs.phase import CommandStreams, needs_of, preload_phase, run_phase
@@ -48,16 +47,16 @@ class JobEnd(NamedTuple):
 
 def run_job(prepared: Prepared, spec: PhaseSpec, run_id: str, folder: RunFolder) -> JobEnd:
     """Run one phase in a new instance. Raises SandboxError if no instance could be started."""
-    request, raw = prepared.request, prepared.request.raw
+    request, caller, raw = prepared.request, prepared.caller, prepared.request.raw
     if spec.name == "run":
         caps, prefix = output_caps(request, prepared.program.toolchain), ""
-        live = request.live_stdout, request.live_stderr
+        live = caller.live_stdout, caller.live_stderr
     else:
         caps, prefix, live = (settings.OUTPUT_MAX_BYTES,) * 2, "build-", (None, None)
     stdout, stdout_fd = folder.sink(f"{prefix}stdout", live_fd=live[0], max_bytes=caps[0], raw=raw)
     stderr, stderr_fd = folder.sink(f"{prefix}stderr", live_fd=live[1], max_bytes=caps[1], raw=raw)
     with (
-        admitted(cancel_fd=request.cancel.fd, timeout_s=request.queue_s, progress=request.progress),
+        admitted(cancel_fd=caller.cancel.fd, timeout_s=request.queue_s, progress=caller.progress),
         _gate(prepared, spec, folder) as gate,
     ):
         instance, facts, warnings = _run_phase(prepared, spec, run_id, (stdout, stderr), gate)
@@ -73,8 +72,8 @@ def run_job(prepared: Prepared, spec: PhaseSpec, run_id: str, folder: RunFolder)
             warnings.append(f"the egress gate reported: {said}")
         elif evidence.deadline_passed:
             warnings.append("the egress gate did not answer, so the result lists no connections")
-    if not drain((stdout, stderr), request.cancel):
-        evidence = replace(evidence, cancelled_by=request.cancel.signal or 0)
+    if not drain((stdout, stderr), caller.cancel):
+        evidence = replace(evidence, cancelled_by=caller.cancel.signal or 0)
     ending = classify(evidence, features=prepared.availability.features, limits=spec.limits_shown)
     if facts.input_problem:
         warnings.append(f"the input could not be read to its end: {facts.input_problem}")
@@ -107,25 +106,25 @@ def _gate(
 def _run_phase(
     prepared: Prepared, spec: PhaseSpec, run_id: str, sinks: tuple[Sink, Sink], gate: GateProcess | None
 ) -> tuple[Instance, Facts, list[str]]:
-    request, live = prepared.request, spec.name == "run"
+    caller, live = prepared.caller, spec.name == "run"
     warnings: list[str] = []
     streams = CommandStreams(
-        stdin_fd=request.stdin_fd if live else None,
+        stdin_fd=prepared.stdin_fd if live else None,
         stdout=sinks[0],
         stderr=sinks[1],
-        on_started=lambda: request.progress("") if live else None,
+        on_started=lambda: caller.progress("") if live else None,
     )
     try:
         with contextlib.ExitStack() as stack:
             instance = _start(prepared, spec, run_id, stack, warnings)
             if gate is not None:
                 gate.send_stream(instance.net_fd)
-            facts = run_phase(spec, instance, streams, request.cancel, None if gate is None else gate.pidfd)
+            facts = run_phase(spec, instance, streams, caller.cancel, None if gate is None else gate.pidfd)
     except NoAnswerError as exc:
         from x07_sandbox.runs.execution import Facts
 
         instance = exc.instance
-        facts = Facts(evidence=evidence_of(exc.failure, request.cancel.signal), times_ms=exc.times_ms)
+        facts = Facts(evidence=evidence_of(exc.failure, caller.cancel.signal), times_ms=exc.times_ms)
     warnings += instance.notes
     return instance, facts, warnings
 
@@ -133,20 +132,20 @@ def _run_phase(
 def _start(
     prepared: Prepared, spec: PhaseSpec, run_id: str, stack: contextlib.ExitStack, warnings: list[str]
 ) -> Instance:
-    request, backend = prepared.request, prepared.backend
+    caller, backend, cold = prepared.caller, prepared.backend, prepared.request.cold
     job = Job(
         claim=Claim(run_id=run_id, phase=spec.name, wall_ms=spec.wall_ms),
         kind=MachineKind(
             image=prepared.image, ram_bytes=spec.ram_bytes, runtime=spec.name, network=spec.opening.network is not None
         ),
-        caller=Caller(cancel=request.cancel, progress=request.progress),
+        caller=caller,
         needs=needs_of(spec),
-        cold=request.cold,
+        cold=cold,
         meanwhile=preload_phase,
     )
-    if request.machines is not None and not request.cold:
+    if caller.machines is not None and not cold:
         try:
-            if (waiting := request.machines.claim(backend, job)) is not None:
+            if (waiting := caller.machines.claim(backend, job)) is not None:
                 return stack.enter_context(waiting)
         except BackendError as exc:
             why = f"{exc.what}: {exc.why}"

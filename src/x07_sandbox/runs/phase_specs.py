@@ -128,7 +128,7 @@ def run_spec(
     if program.toolchain is not COMMAND:
         files.insert(0, InFile(path=path, mode=0o755, kind=kind, fd=artifact.fd, size=artifact.size))
     if protocol is not None:
-        more = protocol.run_files(request.whole_input)
+        more = protocol.run_files(prepared.whole_input)
         files += [in_memory(data, path, 0o644, stack) for path, data in more.items()]
     env = run_environment(policy, request.env, os.environ)
     if prepared.ca:

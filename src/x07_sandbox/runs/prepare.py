@@ -23,16 +23,18 @@ from x07_sandbox.programs.toolchains import COMMAND, require_packages
 from x07_sandbox.runs.program import Program, load_program
 from x07_sandbox.runs.request import (
     EffectivePolicy,
+    RunCaller,
     RunRequest,
     check_arguments,
     check_variables,
     effective_policy_of,
     need_policy,
     open_input,
+    read_whole,
     sha256_text,
-    with_framed_input,
 )
 from x07_sandbox.runs.result import ControlReport, Result
+from x07_sandbox.runs.streams import memory_file
 
 if TYPE_CHECKING:
     import contextlib
@@ -50,21 +52,32 @@ Step = Generator[Result, None, _T]
 
 
 class Prepared(msgspec.Struct, frozen=True):
-    """A checked request. Its plan may still contain refusals. image, egress: None if the run uses none.
+    """A checked request. Its plan may still contain refusals.
 
+    request: what the user asked for, with the settings of the project's manifest.
+    image, egress: None if the run uses none.
+    stdin_fd: the program's input, if any.
+    whole_input: the input of a program with a protocol, before it was framed.
     ca: certificates that the program trusts besides those of the image, or b"".
     """
 
     request: RunRequest
+    caller: RunCaller
     program: Program
     policy: EffectivePolicy
     image: OpenImage | None
-    image_name: str
     backend: Backend
     availability: Availability
     plan: Plan
+    stdin_fd: int | None = None
+    whole_input: bytes = b""
     egress: Egress | None = None
     ca: bytes = b""
+
+    @property
+    def image_name(self) -> str:
+        """The name by which the user selected the image."""
+        return _image_name(self.request)
 
 
 def output_caps(request: RunRequest, toolchain: Toolchain) -> tuple[int, int]:
@@ -84,40 +97,37 @@ def final_value(step: Step[_T]) -> _T:
 
 
 def prepare(
-    request: RunRequest, draft: Result, stack: contextlib.ExitStack, *, dry: bool = False
+    request: RunRequest, caller: RunCaller, draft: Result, stack: contextlib.ExitStack, *, dry: bool = False
 ) -> Step[tuple[Prepared, Result]]:
     """Read and check the whole request. Raises SandboxError. dry: read no input, update no image and boot no guest."""
-    program = request.loaded
+    program = caller.program
     if program is None:
-        request, program = load_program(request, stack)
+        request, program = load_program(request, caller, stack)
     draft = _known(draft, source=program.sha256)
     yield draft
     check_arguments(request)
-    with request.cancel.waiting():  # opening a pipe may block
-        request = replace(request, stdin_fd=open_input(request, stack, wait=not dry))
-    if (protocol := program.toolchain.protocol) is not None:
-        need_policy(request, protocol)
-        request = request if dry else with_framed_input(request, protocol, stack)
-    effective_policy = request.effective_policy or effective_policy_of(request)
+    stdin_fd, whole_input = _input(request, program, caller, stack, dry=dry)
+    effective_policy = caller.policy or effective_policy_of(request)
     _check_cpu_time(request, program)
     draft = _known(replace(draft, policy=printable(effective_policy.base)), policy=sha256_text(effective_policy.data))
     yield draft
     check_variables(request, effective_policy.policy)
-    choice = request.choice or choice_from_environment()
+    choice = caller.choice or choice_from_environment()
     backend = create(choice.backend)
     image = None
     if backend.uses_image:
-        image = yield from _image(request, program, backend, draft, stack, dry=dry)
+        with caller.cancel.waiting():
+            image = _image(request, backend, stack, dry=dry)
         draft = _known(draft, image=image.manifest.digest)
+        yield draft
+        require_packages(program.toolchain, image.manifest.holds(), lambda: image_in_use(image, _image_name(request)))
+        check_pinned(image.manifest.digest)
     else:
         _refuse_image(request, choice)
         _require_programs(program, choice)
     availability = backend.probe(image, boot=not dry)
     _require_hardware(request, availability)
-    for flag_name, folder in (("--out", request.out), ("--workdir", request.workdir)):
-        if folder is not None and "host-files" not in availability.features.can_enforce:
-            why = f"the backend {backend.name} cannot copy files back"
-            raise RefusedError(f"cannot use {flag_name}", why, f"Remove {flag_name}, or use --sandbox-backend vm")
+    _require_host_files(request, availability, backend)
     by_proxy = effective_policy.policy.may_connect and _proxy_resolves()
     plan = make_plan(effective_policy.policy, availability.features, cpu_ms=program.cpu_ms, proxy_resolves=by_proxy)
     draft = replace(
@@ -128,19 +138,62 @@ def prepare(
         warnings=[*draft.warnings, *availability.warnings],
     )
     yield draft
-    egress = None
-    if effective_policy.policy.may_connect and not plan.refusals:
-        from x07_sandbox.runs.egress import egress_of  # imported only for runs with connections
-
-        egress = egress_of(effective_policy)
-    path, ca = request.ca or (None if egress is None else egress.config.settings.ca), b""
-    if path is not None:
-        from x07_sandbox.network.certificates import read_certificates  # few runs have certificates
-
-        ca = read_certificates(path)
+    egress = None if plan.refusals else _egress(effective_policy)
     return Prepared(
-        request, program, effective_policy, image, _image_name(request), backend, availability, plan, egress, ca
+        request=request,
+        caller=caller,
+        program=program,
+        policy=effective_policy,
+        image=image,
+        backend=backend,
+        availability=availability,
+        plan=plan,
+        stdin_fd=stdin_fd,
+        whole_input=whole_input,
+        egress=egress,
+        ca=_certificates(request, egress),
     ), draft
+
+
+def _input(
+    request: RunRequest, program: Program, caller: RunCaller, stack: contextlib.ExitStack, *, dry: bool
+) -> tuple[int | None, bytes]:
+    """Return a descriptor of the program's input, and the whole input of a program with a protocol."""
+    with caller.cancel.waiting():  # opening a pipe may block
+        stdin_fd = open_input(request, program.input_fd, stack, wait=not dry)
+    if (protocol := program.toolchain.protocol) is None:
+        return stdin_fd, b""
+    need_policy(request, protocol)
+    if dry:
+        return stdin_fd, b""
+    with caller.cancel.waiting():
+        data = read_whole(stdin_fd, protocol.input_max_bytes)
+    return memory_file(protocol.frame_input(data), stack), data
+
+
+def _require_host_files(request: RunRequest, availability: Availability, backend: Backend) -> None:
+    for flag_name, folder in (("--out", request.out), ("--workdir", request.workdir)):
+        if folder is not None and "host-files" not in availability.features.can_enforce:
+            why = f"the backend {backend.name} cannot copy files back"
+            raise RefusedError(f"cannot use {flag_name}", why, f"Remove {flag_name}, or use --sandbox-backend vm")
+
+
+def _egress(policy: EffectivePolicy) -> Egress | None:
+    if not policy.policy.may_connect:
+        return None
+    from x07_sandbox.runs.egress import egress_of  # imported only for runs with connections
+
+    return egress_of(policy)
+
+
+def _certificates(request: RunRequest, egress: Egress | None) -> bytes:
+    """Return the certificates of --ca, or else those of the settings for connections."""
+    path = request.ca or (None if egress is None else egress.config.settings.ca)
+    if path is None:
+        return b""
+    from x07_sandbox.network.certificates import read_certificates  # few runs have certificates
+
+    return read_certificates(path)
 
 
 def _proxy_resolves() -> bool:
@@ -181,19 +234,11 @@ def _known(draft: Result, **digests: str) -> Result:
     return replace(draft, digests=replace(draft.digests, **digests))
 
 
-def _image(
-    request: RunRequest, program: Program, backend: Backend, draft: Result, stack: contextlib.ExitStack, *, dry: bool
-) -> Step[OpenImage]:
-    with request.cancel.waiting():
-        if (images := backend.engine_images) is not None:
-            image = images.find(request.image)
-        else:
-            found = find_image(request.image)
-            image = stack.enter_context(open_image(found if dry else current_image(found)))
-    yield _known(draft, image=image.manifest.digest)
-    require_packages(program.toolchain, image.manifest.holds(), lambda: image_in_use(image, _image_name(request)))
-    check_pinned(image.manifest.digest)
-    return image
+def _image(request: RunRequest, backend: Backend, stack: contextlib.ExitStack, *, dry: bool) -> OpenImage:
+    if (images := backend.engine_images) is not None:
+        return images.find(request.image)
+    found = find_image(request.image)
+    return stack.enter_context(open_image(found if dry else current_image(found)))
 
 
 def image_in_use(image: OpenImage | None, name: str) -> ImageInUse:

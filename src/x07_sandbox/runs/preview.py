@@ -18,7 +18,7 @@ from x07_sandbox.runs.result import Scaling, draft_result
 if TYPE_CHECKING:
     from x07_sandbox.network.rules import Allowlist, Denied, Entry
     from x07_sandbox.runs.prepare import Prepared
-    from x07_sandbox.runs.request import RunRequest
+    from x07_sandbox.runs.request import RunCaller, RunRequest
 
 SCHEMA: Final = "x07.sandbox.preview@0.1.0"
 
@@ -53,10 +53,10 @@ class Preview(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     proxy_resolves: bool = False
 
 
-def preview(request: RunRequest) -> Preview:
+def preview(request: RunRequest, caller: RunCaller) -> Preview:
     """Return the preview of a request. Raises SandboxError if a run would be refused before files are copied."""
     with contextlib.ExitStack() as stack:
-        ready, draft = final_value(prepare(request, draft_result(new_run_id()), stack, dry=True))
+        ready, draft = final_value(prepare(request, caller, draft_result(new_run_id()), stack, dry=True))
         request, program, toolchain = ready.request, ready.program, ready.program.toolchain
         roots = effective_roots(request, program, ready.policy.policy)
         if not ready.plan.refusals:

@@ -13,6 +13,7 @@ from x07_sandbox.errors import UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.paths import is_folder, read_bounded
+from x07_sandbox.policy.decode import MAX_BYTES as POLICY_MAX_BYTES
 from x07_sandbox.programs.toolchains import (
     COMMAND,
     PROJECT_FOLDER,
@@ -24,14 +25,15 @@ from x07_sandbox.programs.toolchains import (
     toolchain_for,
     toolchain_named,
 )
-from x07_sandbox.runs.request import ARGUMENTS_MAX_BYTES, in_memory, sha256_text
+from x07_sandbox.runs.request import ARGUMENTS_MAX_BYTES, ProjectPolicy, in_memory, sha256_text
 from x07_sandbox.runs.streams import InFile
 
 if TYPE_CHECKING:
     import contextlib
 
     from x07_sandbox.files.pack import Packed
-    from x07_sandbox.runs.request import RunRequest
+    from x07_sandbox.host.project import ProjectFolder
+    from x07_sandbox.runs.request import RunCaller, RunRequest
 
 _HEAD_BYTES = 256
 
@@ -44,6 +46,7 @@ class Program(msgspec.Struct, frozen=True, kw_only=True):
     project: whether the program has a manifest.
     lockfile: name of the lock file of an X07 project.
     cpu_ms: CPU time limit from the program's own options.
+    input_fd: the input for a request that has none: that of the project, else that of the caller.
     read: the program's files on the host, which the run must not overwrite.
     """
 
@@ -55,21 +58,22 @@ class Program(msgspec.Struct, frozen=True, kw_only=True):
     project: bool = False
     lockfile: str | None = None
     cpu_ms: int | None = None
+    input_fd: int | None = None
     read: tuple[Path, ...] = ()
 
 
-def load_program(request: RunRequest, stack: contextlib.ExitStack) -> tuple[RunRequest, Program]:
+def load_program(request: RunRequest, caller: RunCaller, stack: contextlib.ExitStack) -> tuple[RunRequest, Program]:
     """Read the program. Return the request, with the settings of a manifest, and the program. Raises UsageError."""
-    request, program = _load(request, stack)
+    request, program = _load(request, caller, stack)
     program.toolchain.start(program.source)  # rejects a script for an unknown shell
     if request.executable and program.toolchain.archive:
         what = f"cannot save the compiled program of {request.program or 'the source'}"
         why = f"the toolchain {program.toolchain.name} makes no executable"
         raise UsageError(what, why, "Remove --compiled-out")
-    return request, program
+    return request, program if program.input_fd is not None else replace(program, input_fd=caller.stdin_fd)
 
 
-def _load(request: RunRequest, stack: contextlib.ExitStack) -> tuple[RunRequest, Program]:
+def _load(request: RunRequest, caller: RunCaller, stack: contextlib.ExitStack) -> tuple[RunRequest, Program]:
     if request.command:
         return _from_command(request, stack)
     if request.source is not None:
@@ -78,12 +82,12 @@ def _load(request: RunRequest, stack: contextlib.ExitStack) -> tuple[RunRequest,
     path = request.program
     if path is None:
         raise UsageError("there is no program to run", "neither a program nor a source is given", "Add a program")
-    for loader in request.loaders:
-        if (loaded := loader(request, path, stack)) is not None:
+    for loader in caller.loaders:
+        if (loaded := loader(request, caller, path, stack)) is not None:
             return loaded
     reject_profile(request, str(path))
     if path.name == "x07-sandbox.toml" or is_folder(path):
-        return _from_project(request, path, stack)
+        return _from_project(request, caller, path, stack)
     name = source_name(str(path))
     data = read_bounded(path, "program", settings.ARTIFACT_MAX_BYTES)
     head = data[:_HEAD_BYTES]
@@ -168,11 +172,12 @@ def _tree(toolchain: Toolchain, source: Source, packed: Packed, stack: contextli
     return Program(toolchain=toolchain, source=source, data=data, file=file, sha256=sha256_text(data))
 
 
-def _from_project(request: RunRequest, path: Path, stack: contextlib.ExitStack) -> tuple[RunRequest, Program]:
+def _from_project(
+    request: RunRequest, caller: RunCaller, path: Path, stack: contextlib.ExitStack
+) -> tuple[RunRequest, Program]:
     from x07_sandbox.files.pack import pack_tree
     from x07_sandbox.host.project import ProjectFolder
     from x07_sandbox.programs.manifest import MAX_BYTES, decode_manifest, find_manifest
-    from x07_sandbox.runs.project import with_project_files
 
     reject_overridden_options(request, f"the project {path}", "its manifest sets these options")
     place = find_manifest(path)
@@ -183,12 +188,12 @@ def _from_project(request: RunRequest, path: Path, stack: contextlib.ExitStack) 
     else:
         data = folder.read(place.name, place.name, MAX_BYTES)
     manifest, toolchain = decode_manifest(data, source=str(place))
-    packed = pack_tree(place.parent, manifest.files, check=request.cancel.check, mtimes=toolchain.artifact)
+    packed = pack_tree(place.parent, manifest.files, check=caller.cancel.check, mtimes=toolchain.artifact)
     entry = manifest.entry or ""
     if entry and entry not in packed.files:
         why = f"its entry {entry} is not one of its files"
         raise UsageError(f"cannot run the project {path}", why, "Add the entry to `files` in the manifest")
-    request = with_project_files(request, folder, stack, policy=manifest.policy, stdin=manifest.run.input)
+    request, input_fd = with_project_files(request, folder, stack, policy=manifest.policy, stdin=manifest.run.input)
     args, env = request.args or manifest.run.args, {**manifest.run.env, **request.env}
     merged = replace(request, args=args, image=request.image or manifest.image, env=env)
     # The manifest's policy and input belong to the project even if a flag replaces them.
@@ -197,10 +202,28 @@ def _from_project(request: RunRequest, path: Path, stack: contextlib.ExitStack) 
     head = packed.files.get(entry, b"")[:_HEAD_BYTES]
     if toolchain.build is None:
         single = single_file(toolchain, source_name(entry), packed.files[entry], request, stack)
-        return merged, replace(single, project=True, read=read)
+        return merged, replace(single, project=True, read=read, input_fd=input_fd)
     source = Source(name=entry, head=head, args=manifest.build.args, artifact=manifest.artifact or "")
     program = _tree(toolchain, source, packed, stack)
     if not entry and toolchain.suffixes and not program.source.with_suffixes(toolchain.suffixes):
         why = f"none of its files ends in {' or '.join(toolchain.suffixes)}"
         raise UsageError(f"cannot run the project {path}", why, "Add source files to `files` in the manifest")
-    return merged, replace(program, project=True, read=read)
+    return merged, replace(program, project=True, read=read, input_fd=input_fd)
+
+
+def with_project_files(
+    request: RunRequest, folder: ProjectFolder, stack: contextlib.ExitStack, *, policy: str | None, stdin: str | None
+) -> tuple[RunRequest, int | None]:
+    """Return the request with the project's policy, and a descriptor of the project's input. Raises UsageError.
+
+    A policy and an input of the request replace those of the project. policy, stdin: names of files, or None. Opening
+    them checks that they are in *folder*. *stack* closes them.
+    """
+    if request.policy is None and policy is not None:
+        data = folder.read(policy, f"its policy {policy}", POLICY_MAX_BYTES)
+        request = replace(request, policy=ProjectPolicy(folder.root / policy, data, folder.base))
+    if request.input is not None or request.stdin or stdin is None:
+        return request, None
+    fd = folder.open(stdin, f"its input {stdin}")
+    stack.callback(os.close, fd)
+    return request, fd

@@ -12,32 +12,30 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import msgspec
-from msgspec.structs import replace
 
-from x07_sandbox.backends.base import MachineSource
-from x07_sandbox.backends.selection import Choice
 from x07_sandbox.errors import RefusedError, UsageError
 from x07_sandbox.host import settings
-from x07_sandbox.host.cancel import Cancel
+from x07_sandbox.host.cancel import Caller
 from x07_sandbox.host.paths import read_bounded
 from x07_sandbox.policy import Policy, decode_policy, default_policy, render_policy
 from x07_sandbox.policy.decode import MAX_BYTES
-from x07_sandbox.runs.streams import InFile, OutFile, memory_file, read_all
+from x07_sandbox.runs.streams import InFile, memory_file, read_all
 
 if TYPE_CHECKING:
     import contextlib
 
+    from x07_sandbox.backends.base import MachineSource
+    from x07_sandbox.backends.selection import Choice
     from x07_sandbox.policy.limits import FlagReach, LimitChanges
     from x07_sandbox.policy.model import Limits
     from x07_sandbox.policy.overrides import Overrides
     from x07_sandbox.programs.protocol import Protocol
     from x07_sandbox.runs.program import Program
+    from x07_sandbox.runs.streams import OutFile
 
-    Loader = Callable[["RunRequest", Path, contextlib.ExitStack], tuple["RunRequest", Program] | None]
+    Loader = Callable[["RunRequest", "RunCaller", Path, contextlib.ExitStack], tuple["RunRequest", Program] | None]
 else:
-    LimitChanges = Overrides = Loader = Program = (
-        object  # msgspec reads annotations; their modules are loaded where needed
-    )
+    LimitChanges = Overrides = object  # msgspec reads annotations; their modules are loaded where needed
 
 # MAX_ARG_STRLEN is 32 pages, NUL included. All arguments and the environment share a quarter of the 8 MiB stack.
 _ARGUMENT_MAX_BYTES = 131_072
@@ -78,30 +76,19 @@ class EffectivePolicy(NamedTuple):
 
 
 class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """A request for one run. The caller owns the descriptors.
+    """What the user asked for in one run. The table in x07_sandbox/options describes the fields of options.
 
-    program: path of a source file, project folder or manifest.
     command: a command installed in the image, instead of a program.
     source: source text, instead of a program.
-    toolchain: used instead of the toolchain for the file's suffix.
-    files: further files beside the program, by relative name.
-    workdir: a folder; the program starts in a copy of it.
-    max_files_bytes: limit for `Result.files`; 0 to collect no files.
     policy: a path, `built-in:TEMPLATE` or a policy; None stands for the project's policy, else for the default one.
-    overrides, override_flags: changes to the policy, and the flags that cause them.
+    overrides, limits: changes to the policy.
     scale_limits: whether to scale limits (runs/scaling); None follows the user's settings.
-    input: path of the program's input, which replaces stdin_fd.
-    stdin_default: whether a project's own input replaces stdin_fd.
-    raw: do not filter control sequences.
-    artifact: file for the built program; a complete file is not built again.
-    cold: boot VMs instead of cloning them.
+    input: the program's input, or the path of a file with it; None stands for the project's input, else the caller's.
+    stdin: whether the caller's standard input replaces the project's input.
+    max_files_bytes: limit for `Result.files`; 0 to collect no files.
+    executable: whether the built program is saved.
+    cache: whether a program that was built before is not built again.
     queue_s: how long each VM may wait for its start, in seconds.
-    choice: the backend; None stands for the one that the environment selects.
-    loaders: readers of special programs; each returns None for a program of another kind.
-    whole_input: the input of a program with a protocol, once x07 has read the input.
-    hide, reveal, allow_protected: the patterns of these flags.
-    ca: a file with certificates that the program trusts too.
-    progress: called with a text when the run waits for something, and with "" when the wait is over.
     """
 
     program: Path | None = None
@@ -110,45 +97,55 @@ class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
     toolchain: str | None = None
     files: Mapping[str, bytes] = {}
     workdir: Path | None = None
-    workdir_read: bool = False
+    read_only: bool = False
     max_files_bytes: int = 0
     args: tuple[str, ...] = ()
     policy: str | Path | Policy | ProjectPolicy | None = None
     overrides: Overrides | None = None
-    override_flags: tuple[str, ...] = ()
     limits: LimitChanges | None = None
     build_wall_ms: int | None = None
     scale_limits: bool | None = None
     image: str | None = None
     ca: Path | None = None
     env: Mapping[str, str] = {}
-    input: Path | None = None
-    stdin_fd: int | None = None
-    stdin_default: bool = False
-    live_stdout: int | None = None
-    live_stderr: int | None = None
+    input: Path | bytes | None = None
+    stdin: bool = False
     raw: bool = False
     max_output_bytes: int | None = None
-    artifact: OutFile | None = None
     executable: bool = False
     cold: bool = False
     cache: bool = True
     queue_s: float = settings.QUEUE_S
-    machines: MachineSource | None = None
-    choice: Choice | None = None
-    loaded: Program | None = None
-    effective_policy: EffectivePolicy | None = None
     require_hardware: bool = False
     profile: str | None = None
-    loaders: tuple[Loader, ...] = ()
-    whole_input: bytes = b""
     changes: Literal["apply", "all-or-nothing", "keep", "discard"] = "apply"
     out: Path | None = None
     allow_protected: tuple[str, ...] = ()
     hide: tuple[str, ...] = ()
     reveal: tuple[str, ...] = ()
-    progress: Callable[[str], None] = lambda _text: None
-    cancel: Cancel
+
+
+class RunCaller(Caller, frozen=True, kw_only=True):
+    """The caller of a run: what it provides besides the request. It owns the descriptors.
+
+    choice: the backend; None stands for the one that the environment selects.
+    loaders: readers of special programs; each returns None for a program of another kind.
+    machines: the source of ready VMs.
+    stdin_fd: the standard input for programs without another input.
+    live_stdout, live_stderr: where the program's output goes while it runs.
+    artifact: the file for the built program; a complete file is not built again.
+    program, policy: those of the request, if the caller has read them.
+    """
+
+    choice: Choice | None = None
+    loaders: tuple[Loader, ...] = ()
+    machines: MachineSource | None = None
+    stdin_fd: int | None = None
+    live_stdout: int | None = None
+    live_stderr: int | None = None
+    artifact: OutFile | None = None
+    program: Program | None = None
+    policy: EffectivePolicy | None = None
 
 
 def check_arguments(request: RunRequest) -> None:
@@ -166,8 +163,6 @@ def check_arguments(request: RunRequest) -> None:
             why = f"one is over {_ARGUMENT_MAX_BYTES} bytes, or all together are over {ARGUMENTS_MAX_BYTES} bytes"
             raise UsageError(what, why, "Pass long data on standard input")
     _check_environment(request, total)
-    if request.max_output_bytes is not None and request.max_output_bytes < 0:
-        raise UsageError(what, f"the output limit of {request.max_output_bytes} bytes is negative", "Use 0 or more")
 
 
 def _check_environment(request: RunRequest, total: int) -> None:
@@ -290,11 +285,18 @@ def check_variables(request: RunRequest, policy: Policy) -> None:
             raise RefusedError(f"cannot set the variable {name}", why, fix).caused_by("env.deny_keys", left)
 
 
-def open_input(request: RunRequest, stack: contextlib.ExitStack, *, wait: bool = True) -> int | None:
-    """Return a descriptor of the program's input, if any. Raises UsageError. wait: also open a named pipe and wait."""
+def open_input(
+    request: RunRequest, other_fd: int | None, stack: contextlib.ExitStack, *, wait: bool = True
+) -> int | None:
+    """Return a descriptor of the program's input, if any. Raises UsageError.
+
+    other_fd: the input if the request has none. wait: also open a named pipe and wait.
+    """
     path = request.input
     if path is None:
-        return request.stdin_fd
+        return other_fd
+    if isinstance(path, bytes):
+        return memory_file(path, stack)
     what = f"cannot read the input {path}"
     fix = "Check the path and its permissions" + ", or use /dev/stdin" * (path == Path("-"))
     try:
@@ -312,13 +314,6 @@ def open_input(request: RunRequest, stack: contextlib.ExitStack, *, wait: bool =
 def need_policy(request: RunRequest, protocol: Protocol) -> None:
     """Raise UsageError if *protocol* requires a policy, and the request neither names nor changes a policy."""
     protocol.require_policy(given=request.policy is not None or request.overrides is not None)
-
-
-def with_framed_input(request: RunRequest, protocol: Protocol, stack: contextlib.ExitStack) -> RunRequest:
-    """Read the whole input. Return the request with that input in the form of *protocol*. Raises UsageError."""
-    with request.cancel.waiting():
-        data = read_whole(request.stdin_fd, protocol.input_max_bytes)
-    return replace(request, whole_input=data, stdin_fd=memory_file(protocol.frame_input(data), stack))
 
 
 def read_whole(fd: int | None, most: int) -> bytes:

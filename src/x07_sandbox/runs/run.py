@@ -40,13 +40,11 @@ if TYPE_CHECKING:
     from x07_sandbox.channel.messages import Closed
     from x07_sandbox.plan.denials import Hint, Outcome
     from x07_sandbox.plan.outcomes import Verdict
-    from x07_sandbox.policy import Policy
     from x07_sandbox.runs.host_files import HostFiles
     from x07_sandbox.runs.job import JobEnd
     from x07_sandbox.runs.phase import PhaseSpec
     from x07_sandbox.runs.prepare import Prepared, Step
-    from x07_sandbox.runs.program import Program
-    from x07_sandbox.runs.request import RunRequest
+    from x07_sandbox.runs.request import RunCaller, RunRequest
 
 _TAIL_BYTES = 32 * 1024  # of each output stream of a failed program, for hints
 
@@ -59,25 +57,20 @@ _KNOWN_OUTCOMES: tuple[tuple[tuple[type[SandboxError], ...], Outcome], ...] = (
 )
 
 
-def run(request: RunRequest) -> Result:
-    """Carry out one run and return its result, even after an error. Only a bug raises an exception."""
-    return attempt(request)[0]
-
-
-def attempt(request: RunRequest) -> tuple[Result, SandboxError | None]:
-    """Carry out one run; return the result and the error that caused it, if any."""
+def attempt(request: RunRequest, caller: RunCaller) -> tuple[Result, SandboxError | None]:
+    """Carry out one run; return the result and the error that caused it, if any. Only a bug raises an exception."""
     draft = draft_result(new_run_id())
     try:
         with contextlib.ExitStack() as stack:
             folder = RunFolder(draft.run, stack)
-            folder.accept_kill(request.cancel)
+            folder.accept_kill(caller.cancel)
             _store(folder.path / REQUEST, _request_document(request))
-            for known in _steps(request, draft, folder, stack):
+            for known in _steps(request, caller, draft, folder, stack):
                 draft = known
             _store(folder.path / "result.json", msgspec.json.encode(draft.document()))
             return draft, None
     except SandboxError as exc:
-        return _ended(_with_cause(draft, exc), _verdict_of(exc, request.cancel.signal)), exc
+        return _ended(_with_cause(draft, exc), _verdict_of(exc, caller.cancel.signal)), exc
     except (OSError, MemoryError) as exc:
         from x07_sandbox.host.os_errors import host_error
 
@@ -96,20 +89,23 @@ def failure(exc: Exception, signalled: int | None = None) -> Result:
     return _ended(draft, verdict("internal-error", f"bug in x07-sandbox: {type(exc).__name__}: {exc}"))
 
 
-def _steps(request: RunRequest, draft: Result, folder: RunFolder, stack: contextlib.ExitStack) -> Iterator[Result]:
-    prepared, draft = yield from prepare(request, draft, stack)
-    if request.overrides is not None:
+def _steps(
+    request: RunRequest, caller: RunCaller, draft: Result, folder: RunFolder, stack: contextlib.ExitStack
+) -> Iterator[Result]:
+    """Carry out the steps of a run, and yield a more complete result after each."""
+    prepared, draft = yield from prepare(request, caller, draft, stack)
+    overrides = request.overrides
+    if overrides is not None:
         _store(folder.path / "policy.json", prepared.policy.data)
     refusals = [_denial(refusal.field, refusal.why, refusal.how_to_allow) for refusal in prepared.plan.refusals]
     draft = _more(draft, refusals)
     yield draft
-    prepared.plan.require(request.override_flags)
-    policy = prepared.policy.policy
-    host_files, draft = yield from copy_in(prepared.request, prepared.program, policy, draft, folder, stack)
+    prepared.plan.require(() if overrides is None else overrides.given)
+    host_files, draft = yield from copy_in(prepared, draft, folder, stack)
     prepared, draft = _scaled(prepared, draft)
     draft = replace(draft, limits=prepared.plan.limits.of_policy())
     yield draft
-    artifact = request.artifact or folder.out_file(OUTPUT, settings.ARTIFACT_MAX_BYTES)
+    artifact = caller.artifact or folder.out_file(OUTPUT, settings.ARTIFACT_MAX_BYTES)
     failed, draft = yield from obtain_artifact(prepared, draft, folder, artifact)
     if failed is not None:
         yield _ended(draft, failed)
@@ -166,9 +162,10 @@ def _with_cause(draft: Result, exc: SandboxError) -> Result:
 
 
 def copy_in(
-    request: RunRequest, program: Program, policy: Policy, draft: Result, folder: RunFolder, stack: contextlib.ExitStack
+    prepared: Prepared, draft: Result, folder: RunFolder, stack: contextlib.ExitStack
 ) -> Step[tuple[HostFiles | None, Result]]:
     """Copy any host files of a run for the guest. Add denials of left-out entries to the draft. Raises SandboxError."""
+    request, policy, caller = prepared.request, prepared.policy.policy, prepared.caller
     roots = policy.fs.enabled and (policy.fs.read_roots or policy.fs.write_roots)
     if request.out is None and request.workdir is None and not roots:
         return None, draft
@@ -177,10 +174,10 @@ def copy_in(
     from x07_sandbox.runs.host_files import HostFiles, too_many
     from x07_sandbox.runs.saved_changes import recover_all
 
-    recover_all(request.progress)  # for library callers; commands did it at their start
-    with request.cancel.waiting():
+    recover_all(caller.progress)  # for library callers; commands did it at their start
+    with caller.cancel.waiting():
         try:
-            host_files = HostFiles(request, program, policy, folder, stack)
+            host_files = HostFiles(prepared, folder, stack)
         except EntriesError as exc:
             yield _more(draft, [too_many(policy, "copy", exc.why)])
             raise

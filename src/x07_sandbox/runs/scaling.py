@@ -30,7 +30,7 @@ from x07_sandbox.runs.folder import RunFolder
 from x07_sandbox.runs.job import run_job
 from x07_sandbox.runs.phase_specs import run_spec
 from x07_sandbox.runs.program import load_program
-from x07_sandbox.runs.request import EffectivePolicy, RunRequest
+from x07_sandbox.runs.request import EffectivePolicy, RunCaller, RunRequest
 from x07_sandbox.runs.result import Scaling
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def measured_factor(prepared: Prepared) -> int:
     """Return the slowdown of the VM compared to this host. Measure it if it is unknown. Raises SandboxError."""
     if (known := known_factor()) is not None:
         return known
-    prepared.request.progress("measuring how much slower the emulated VM is than this host")
+    prepared.caller.progress("measuring how much slower the emulated VM is than this host")
     ratios = [guest / host for guest, host in zip(_guest_times(prepared), _host_times(), strict=True)]
     factor = min(_FACTOR_MAX, max(1, math.ceil(statistics.median(ratios))))
     _verdict().write({"factor": factor})
@@ -115,21 +115,27 @@ def _verdict() -> Verdict:
 
 
 def _guest_times(prepared: Prepared) -> list[float]:
-    policy, asked = default_policy(), prepared.request
+    policy = default_policy()
+    caller = RunCaller(cancel=prepared.caller.cancel, progress=prepared.caller.progress)
     with contextlib.ExitStack() as stack:
-        request = RunRequest(
-            source=_WORK, toolchain="executable", queue_s=asked.queue_s, progress=asked.progress, cancel=asked.cancel
+        request = RunRequest(source=_WORK, toolchain="executable", queue_s=prepared.request.queue_s)
+        request, program = load_program(request, caller, stack)
+        work = replace(
+            prepared,
+            request=request,
+            caller=caller,
+            program=program,
+            policy=EffectivePolicy(policy, render_policy(policy), "built-in:default"),
+            plan=make_plan(policy, prepared.availability.features),
+            stdin_fd=None,
+            egress=None,
         )
-        request, program = load_program(request, stack)
-        plan = make_plan(policy, prepared.availability.features)
-        effective_policy = EffectivePolicy(policy, render_policy(policy), "built-in:default")
-        work = replace(prepared, request=request, program=program, policy=effective_policy, plan=plan, egress=None)
         folder = RunFolder(new_run_id(), stack)
         stack.callback(shutil.rmtree, folder.path, ignore_errors=True)
         artifact = folder.out_file(OUTPUT, settings.ARTIFACT_MAX_BYTES)
         artifact.complete = artifact.take(program.data)
         end = run_job(work, run_spec(work, artifact, stack), folder.path.name, folder)
-    asked.cancel.check()
+    caller.cancel.check()
     if end.ending.outcome == "ok" and (found := _printed(end.report.stdout.data)) is not None:
         return found
     why = f"the test program ended as {end.ending.outcome}: {end.ending.reason}"

@@ -37,7 +37,7 @@ def workdir_root(request: RunRequest, program: Program, policy: Policy, workdir:
     if request.files and program.toolchain.build is None:
         why = "`files` are placed in the private working folder, which workdir replaces"
         raise UsageError(what, why, "Write the files to the folder of workdir, or do not use workdir")
-    return Root(field="--workdir", given=str(workdir), host=str(host), guest=WORK, write=not request.workdir_read)
+    return Root(field="--workdir", given=str(workdir), host=str(host), guest=WORK, write=not request.read_only)
 
 
 def working_folder(workdir: Path) -> Path:

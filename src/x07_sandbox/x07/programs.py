@@ -14,10 +14,14 @@ from x07_sandbox.host.paths import is_folder, read_bounded
 from x07_sandbox.host.project import ProjectFolder
 from x07_sandbox.host.variables import number, text
 from x07_sandbox.programs.toolchains import PROJECT_FOLDER, SOURCE_FOLDER, Source, source_name
-from x07_sandbox.runs.program import Program, reject_overridden_options, reject_profile, single_file
-from x07_sandbox.runs.project import with_project_files
+from x07_sandbox.runs.program import (
+    Program,
+    reject_overridden_options,
+    reject_profile,
+    single_file,
+    with_project_files,
+)
 from x07_sandbox.runs.request import in_memory, sha256_text
-from x07_sandbox.runs.streams import memory_file
 from x07_sandbox.x07 import project as x07
 from x07_sandbox.x07.protocol import X07, X07_ARTIFACT
 
@@ -25,11 +29,12 @@ if TYPE_CHECKING:
     import contextlib
 
     from x07_sandbox.files.pack import Packed
-    from x07_sandbox.runs.request import RunRequest
+    from x07_sandbox.runs.request import RunCaller, RunRequest
 
 
 def load_x07(
     request: RunRequest,
+    caller: RunCaller,
     path: Path,
     stack: contextlib.ExitStack,
     *,
@@ -44,7 +49,7 @@ def load_x07(
     if not x07.is_x07(path):
         return None
     reject_overridden_options(request, str(path), "an X07 program needs no --toolchain")
-    request = _with_arguments_as_input(request, path, stack)
+    request = _with_arguments_as_input(request, path)
     given = replace(
         options,
         max_output_bytes=request.max_output_bytes,
@@ -58,12 +63,12 @@ def load_x07(
             )
         options = x07.merged(given, None)
         request = replace(request, max_output_bytes=options.max_output_bytes)
-        return request, _program(request, path, options, stack)
-    return _project(request, path, given, stack, profiles=profiles)
+        return request, _program(caller, path, options, stack)
+    return _project(request, caller, path, given, stack, profiles=profiles)
 
 
 def load_artifact(
-    request: RunRequest, path: Path, stack: contextlib.ExitStack, *, options: x07.Options
+    request: RunRequest, _caller: RunCaller, path: Path, stack: contextlib.ExitStack, *, options: x07.Options
 ) -> tuple[RunRequest, Program]:
     """Return *request* adapted to the executable at *path*, which X07's compiler made, and the executable as a program.
 
@@ -72,29 +77,28 @@ def load_artifact(
     reject_profile(request, str(path))
     data = read_bounded(path, "artifact", settings.ARTIFACT_MAX_BYTES)
     program = single_file(X07_ARTIFACT, source_name(str(path)), data, request, stack)
-    request = _with_arguments_as_input(request, path, stack)
+    request = _with_arguments_as_input(request, path)
     options = x07.merged(replace(options, max_output_bytes=request.max_output_bytes), None)
     request = replace(request, max_output_bytes=options.max_output_bytes)
     return request, replace(program, cpu_ms=_cpu_ms(options))
 
 
-def _with_arguments_as_input(request: RunRequest, path: Path, stack: contextlib.ExitStack) -> RunRequest:
+def _with_arguments_as_input(request: RunRequest, path: Path) -> RunRequest:
     """Return the request with its arguments, if any, encoded as the program's whole input. Raises UsageError."""
     if not request.args:
         return request
-    if request.input is not None or (request.stdin_fd is not None and not request.stdin_default):
+    if request.input is not None or request.stdin:
         why = "an X07 program receives its arguments as input"
         raise UsageError(f"cannot run {path} with arguments and input", why, "Remove the arguments or the input")
-    fd = memory_file(x07.arguments_as_input(request.args), stack)
-    return replace(request, args=(), stdin_fd=fd, stdin_default=False)
+    return replace(request, args=(), input=x07.arguments_as_input(request.args))
 
 
-def _program(request: RunRequest, path: Path, options: x07.Options, stack: contextlib.ExitStack) -> Program:
+def _program(caller: RunCaller, path: Path, options: x07.Options, stack: contextlib.ExitStack) -> Program:
     files = {"main.x07.json": read_bounded(path, "program", settings.SOURCE_MAX_BYTES)}
     words = ["--program", f"{SOURCE_FOLDER}/{x07.PROGRAM}"]
     read: list[Path] = []
     for index, root in enumerate(options.module_roots):
-        packed = pack_tree(Path(root), ["**"], what=f"cannot use the module root {root}", check=request.cancel.check)
+        packed = pack_tree(Path(root), ["**"], what=f"cannot use the module root {root}", check=caller.cancel.check)
         files |= {f"module_roots/{index}/{name}": data for name, data in packed.files.items()}
         read += [Path(root) / name for name in packed.files]
         words += ["--module-root", f"{SOURCE_FOLDER}/program/module_roots/{index}"]
@@ -103,7 +107,13 @@ def _program(request: RunRequest, path: Path, options: x07.Options, stack: conte
 
 
 def _project(
-    request: RunRequest, path: Path, given: x07.Options, stack: contextlib.ExitStack, *, profiles: bool
+    request: RunRequest,
+    caller: RunCaller,
+    path: Path,
+    given: x07.Options,
+    stack: contextlib.ExitStack,
+    *,
+    profiles: bool,
 ) -> tuple[RunRequest, Program]:
     if is_folder(path):
         folder = ProjectFolder(path)
@@ -117,25 +127,26 @@ def _project(
     if not folder.has_file(lock):
         why = f"its lock file {lock[:80]} is missing"
         raise UsageError(f"cannot run the project {path}", why, "Create it with `x07 pkg lock` of the X07 toolchain")
+    input_fd = None
     profile = x07.choose_profile(project, request.profile, source=str(path)) if profiles else None
     if profile is not None:
         if profile.world != x07.WORLD and request.policy is None:
             why = f"its profile is for the world {profile.world[:80]}; only {x07.WORLD} is supported"
             raise UsageError(f"cannot run the project {path}", why, "Use another --profile, or add --policy FILE")
-        request = with_project_files(request, folder, stack, policy=profile.policy, stdin=profile.input)
+        request, input_fd = with_project_files(request, folder, stack, policy=profile.policy, stdin=profile.input)
     options = x07.merged(given, profile)
     if given.max_output_bytes is None:  # a project may lower the limit, not raise it
         most = min(options.max_output_bytes or 0, settings.OUTPUT_MAX_BYTES)
         options = replace(options, max_output_bytes=most)
     request = replace(request, max_output_bytes=options.max_output_bytes)
     words = ["--project", f"{PROJECT_FOLDER}/{path.name}"]
-    packed = pack_tree(folder.root, ["**"], check=request.cancel.check)
+    packed = pack_tree(folder.root, ["**"], check=caller.cancel.check)
     # Output files of an earlier run are packed too. They are not sources, so the next run may overwrite them.
     sources = (name for name in packed.files if name.endswith(x07.SOURCE_SUFFIX))
     named = (name for each in project.profiles.values() for name in (each.policy, each.input) if name is not None)
     read = (path, *(folder.root / name for name in (lock, *sources, *named)))
     program = _loaded(packed, PROJECT_FOLDER, words, options, stack)
-    return request, replace(program, project=True, lockfile=lock, read=read)
+    return request, replace(program, project=True, lockfile=lock, read=read, input_fd=input_fd)
 
 
 def _loaded(

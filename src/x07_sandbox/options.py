@@ -1,0 +1,230 @@
+"""The table of a run's options: one row for each flag of `x07 run` and each keyword of `run_program`.
+
+Parsers, argument checks, error messages, help and reference pages are made from these rows. The typed signatures in
+`library` are written out for type checkers, and a test compares them with this table.
+"""
+
+from __future__ import annotations
+
+from typing import Final, Literal
+
+import msgspec
+
+from x07_sandbox.host.settings import BUILD_S_MAX, GIB, MIB, QUEUE_S
+from x07_sandbox.host.variables import SANDBOX_BACKENDS
+
+# The form of a value: `cli/parser` has a reader for text, and `library/arguments` a check, for each kind.
+# fmt: off
+Kind = Literal[
+    "text", "name", "file", "folder", "size", "seconds", "number", "choice", "toolchain", "switch", "maybe",
+    "list", "names", "patterns", "words", "variables", "contents", "policy", "source", "function",
+]
+# fmt: on
+
+
+class Option(msgspec.Struct, frozen=True):
+    """One option.
+
+    flag: the flag of the command line; "" if only Python has the option.
+    metavar: the word for the value in help texts; "" stands for the choices.
+    sets: the field of RunRequest, such as "limits.mem_bytes"; "" if the command itself uses the value.
+    keyword: the keyword of `run_program`; "" if Python does not have the option.
+    least, most: the range of a number, in the unit of the value.
+    choices: the accepted words.
+    default: the value if the flag is not given. A flag with a default may be repeated, and the last value counts.
+    field: the policy field that the option adds to or relaxes; "" for a limit, which *sets* names.
+    manifest: the key of x07-sandbox.toml that the option replaces.
+    only: the command that has the flag; "" if both `x07 run` and `x07 exec` have it.
+    level: the level of help that shows the flag: "" for `--help`, or NAME for `--help-NAME`.
+    dest: the name of the value in a parsed command line; "" if it is the name of the flag.
+    """
+
+    flag: str
+    metavar: str
+    help: str
+    kind: Kind = "text"
+    sets: str = ""
+    keyword: str = ""
+    least: float = 0
+    most: float = 0
+    unit: str = ""
+    choices: tuple[str, ...] = ()
+    default: str | float | None = None
+    field: str = ""
+    manifest: str = ""
+    only: Literal["", "run", "exec"] = ""
+    level: Literal["", "all", "x07"] = ""
+    dest: str = ""
+
+    @property
+    def name(self) -> str:
+        """The name of the value in a parsed command line."""
+        return self.dest or self.flag.removeprefix("--").replace("-", "_")
+
+    @property
+    def repeats(self) -> bool:
+        """Whether the value is a list, to which each flag adds one item."""
+        return self.kind in {"list", "names", "patterns", "variables"}
+
+
+CHANGES: Final = ("apply", "all-or-nothing", "keep", "discard")
+
+# fmt: off
+LIMITS: Final = (
+    Option("--memory", "SIZE", "memory limit, such as 512M or 1G", "size", "limits.mem_bytes", "memory", MIB, 16 * GIB),
+    Option("--cpu-time", "S", "CPU time limit in seconds", "seconds", "limits.cpu_ms", "cpu_s", 0.001, 600),
+    Option("--timeout", "S", "limit of elapsed time in seconds", "seconds", "limits.wall_ms", "timeout_s", 0.001, 600),
+    Option("--procs", "N", "limit of processes and threads that the program may start",
+           "number", "limits.procs", "procs", 0, 1024, "processes"),
+    Option("--fds", "N", "limit of open files per process", "number", "limits.fds", "fds", 0, 1024, "open files"),
+)
+FILE_SIZE: Final = Option(
+    "--max-file-size", "SIZE", "copy no larger file, into the VM or back (default: 256M; at most 4095M)",
+    "size", "limits.file_bytes", "max_file_size", 1, 4 * GIB - 1, field="fs.max_read_bytes", level="all",
+)
+GRANTS: Final = (
+    Option("--allow-host", "HOST:PORT[,PORT...]", "let the program connect to HOST",
+           "list", "overrides.allow_host", "allow_hosts", field="net.allow_hosts"),
+    Option("--allow-host-file", "FILE", "apply --allow-host to each line of FILE",
+           "list", "overrides.allow_host_file", level="all"),
+    Option("--deny-host", "HOST:PORT|HOST:*", "deny connections to HOST, even if the policy or a flag allows them",
+           "list", "overrides.deny_host", "deny_hosts"),
+    Option("--deny-host-file", "FILE", "apply --deny-host to each line of FILE",
+           "list", "overrides.deny_host_file", level="all"),
+    Option("--allow-read-root", "PATH", "let the program read this folder",
+           "list", "overrides.allow_read_root", "read_roots", field="fs.read_roots"),
+    Option("--allow-write-root", "PATH", "let the program modify this folder; changes are copied back",
+           "list", "overrides.allow_write_root", "write_roots", field="fs.write_roots"),
+)
+COPIED: Final = (
+    Option("--allow-hidden", "", "copy dotfiles too, into the VM and back",
+           "switch", "overrides.allow_hidden", "allow_hidden", field="fs.deny_hidden"),
+    Option("--allow-symlinks", "", "copy symbolic links too, into the VM and back",
+           "switch", "overrides.allow_symlinks", "allow_symlinks", field="fs.allow_symlinks"),
+)
+OF_POLICIES: Final = (*LIMITS, FILE_SIZE, *GRANTS, *COPIED)
+"""The options that change the policy. `x07 policy new` and `x07 policy init` have them too."""
+
+INPUTS: Final = (
+    Option("--input", "FILE", "standard input of the program (default: the standard input of x07)",
+           "file", "input", "input", manifest="run.input"),
+    Option("--stdin", "", "use the standard input of x07 even if the project names an input file",
+           "switch", "stdin", level="all"),
+    Option("--input-b64", "TEXT", "standard input of the program, encoded in base64", level="all"),
+)
+"""The options of which only one may be given."""
+
+DOCUMENT: Final = (
+    Option("--report-out", "FILE", "write the JSON object to FILE, with or without --json", "file", level="all"),
+    Option("--quiet-json", "", "do not print the JSON object; only write it to the file of --report-out",
+           "switch", level="all"),
+)
+"""The flags, besides --json, of each command that can print a JSON document."""
+
+OF_X07: Final = (
+    Option("--solve-fuel", "N", "execution budget (fuel), for X07 programs only",
+           "number", most=1 << 48, unit="units", only="run", level="x07"),
+    Option("--max-memory-bytes", "N", "memory limit in bytes, for X07 programs only",
+           "number", most=1 << 48, unit="units", only="run", level="x07"),
+    Option("--cpu-time-limit-seconds", "N", "CPU time limit in seconds, for X07 programs only",
+           "number", most=1 << 48, unit="units", only="run", level="x07"),
+    Option("--auto-ffi", "", "whether to compile the native code of packages", "maybe", only="run", level="x07"),
+)
+"""The options for X07's compiler."""
+
+# The options of a run, by their groups in help texts.
+GROUPS: Final[dict[str, tuple[Option, ...]]] = {
+    "program and policy": (
+        Option("--workdir", "DIR", "start in a copy of this folder; changes are copied back",
+               "folder", "workdir", "workdir"),
+        Option("-c", "CODE", "run this source text; requires --toolchain",
+               "source", "source", "source", only="run", dest="code"),
+        Option("--toolchain", "T", "how to build and start the program (default: from the file name)",
+               "toolchain", "toolchain", "toolchain", only="run"),
+        Option("--read", "", "make the folder of --workdir read-only for the command",
+               "switch", "read_only", "read_only", only="exec"),
+        Option("--policy", "FILE", "policy file or built-in:NAME (default: no network or files, 60 s, 512 MiB)",
+               "policy", "policy", "policy", manifest="policy"),
+        *LIMITS,
+        FILE_SIZE,
+        Option("--build-timeout", "S", "limit of elapsed time of the build in seconds (default: 300)",
+               "seconds", "build_wall_ms", "build_timeout_s", 0, BUILD_S_MAX, only="run"),
+        Option("--scale-limits", "", "in an emulated VM, multiply time limits by the measured slowdown",
+               "switch", "scale_limits", "scale_limits"),
+        Option("--env", "NAME=VALUE", "set an environment variable; NAME alone copies it from your environment",
+               "variables", "env", "env", manifest="run.env"),
+        *GRANTS,
+    ),
+    "files": (
+        *INPUTS,
+        Option("--changes", "HOW", "apply (default), all-or-nothing, keep or discard the changes to files",
+               "choice", "changes", "changes", choices=CHANGES, default="apply"),
+        Option("--net-log", "FILE", "write the log of connections to FILE, as one JSON object per line",
+               "file", level="all"),
+        Option("--ca", "FILE", "let the program also trust the certificates in this PEM file",
+               "file", "ca", "ca", level="all"),
+        Option("--diff", "FILE", "also write the changes to FILE as a patch", "file"),
+        Option("--out", "DIR", "after the run, copy the contents of /x07/out in the VM to DIR", "folder", "out", "out"),
+        *COPIED,
+        Option("--allow-protected", "PATTERN", "let the program change protected names such as .git or Jenkinsfile",
+               "names", "allow_protected"),
+        Option("--hide", "PATTERN", "do not copy matching files into the VM, e.g. '*.csv'", "patterns", "hide", "hide"),
+        Option("--reveal", "PATTERN", "copy matching files into the VM even if they look like secrets, e.g. '*.pem'",
+               "patterns", "reveal", level="all"),
+    ),
+    "virtual machine": (
+        Option("--image", "NAME|DIGEST", "guest image (default: the one named default)",
+               "text", "image", "image", manifest="image"),
+        Option("--require-hardware", "", "refuse an emulated VM; run only with hardware virtualisation",
+               "switch", "require_hardware"),
+        Option("--backend", "B", "backend that runs the program, such as podman (default: X07_VM_BACKEND, else qemu)",
+               level="all"),
+        Option("--sandbox-backend", "", "kind of isolation (default: X07_SANDBOX_BACKEND, else auto)",
+               "choice", choices=tuple(SANDBOX_BACKENDS), level="all"),
+        Option("--i-accept-weaker-isolation", "", "allow a backend that is not a virtual machine",
+               "switch", level="all"),
+        Option("--queue-timeout", "S", "how many seconds to wait if too many VMs are running (default: 600)",
+               "number", "queue_s", "", 0, QUEUE_S, "seconds", default=QUEUE_S, level="all"),
+        Option("--no-pool", "", "do not use a waiting VM of x07 pool", "switch", level="all"),
+        Option("--no-cache", "", "build again, even if the same source was built before",
+               "switch", only="run", level="all"),
+        Option("--cold", "", "boot the VMs instead of cloning saved VMs", "switch", "cold", level="all"),
+    ),
+    "output": (
+        Option("--json", "", "print the result as one JSON object instead of the program's output", "switch"),
+        *DOCUMENT,
+        Option("--json=full", "", "like --json, but list what enforces every field of the policy",
+               "switch", level="all", dest="json"),
+        Option("--raw", "", "pass the program's control sequences to the terminal unfiltered",
+               "switch", "raw", level="all"),
+        Option("--max-output-bytes", "N", "limit of each output stream in bytes (default: 64 MiB)",
+               "number", "max_output_bytes", "max_output_bytes", 0, 1 << 40, "bytes"),
+        Option("--compiled-out", "FILE", "save the built executable to FILE", "file", only="run", level="all"),
+        Option("--dry-run", "", "show what would be done, without running anything", "switch"),
+    ),
+    "for programs in the X07 language, and scripts that call its command": (
+        Option("--program", "F", "the program, if PROGRAM is not given", only="run", level="x07", dest="program_flag"),
+        Option("--project", "F", "the project, if PROGRAM is not given", only="run", level="x07"),
+        Option("--artifact", "F", "the artifact, if PROGRAM is not given", only="run", level="x07"),
+        Option("--world", "W", "only run-os-sandboxed is allowed", default="run-os-sandboxed", only="run", level="x07"),
+        Option("--profile", "N", "use this profile of the x07.json", "text", "profile", only="run", level="x07"),
+        *OF_X07,
+        Option("--report", "", "print X07's report instead of the program's output, and exit with its exit code",
+               "choice", choices=("runner", "wrapped"), only="run", level="x07"),
+        Option("--attest-runtime", "FILE", "write X07's attestation of the run to FILE; implies --report runner",
+               "file", only="run", level="x07"),
+    ),
+}
+# The arguments of the command line, and the keywords without a flag.
+_OTHERS: Final = (
+    Option("", "PROGRAM", "source file, executable or project folder", "file", "program", "program"),
+    Option("", "ARGS", "arguments of the program", "words", "args", "args", manifest="run.args"),
+    Option("", "", "a command of the image, with its arguments, instead of a program", "list", "command", "command"),
+    Option("", "", "more files, by relative name, beside the program", "contents", "files", "files"),
+    Option("", "", "limit of the files in the result", "number", "max_files_bytes", "max_files_bytes", 0, GIB, "bytes"),
+    Option("", "", "a function that is called with output as it arrives", "function", "", "on_output"),
+)
+# fmt: on
+OPTIONS: Final = (*(row for rows in GROUPS.values() for row in rows), *_OTHERS)
+BY_FLAG: Final = {row.flag: row for row in OPTIONS if row.flag}
+BY_KEYWORD: Final = {row.keyword: row for row in OPTIONS if row.keyword}
