@@ -93,16 +93,11 @@ def test_a_call_that_only_linux_has_is_an_error_with_a_reason() -> None:
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
 
 
+@pytest.mark.slow
 def test_the_pure_parts_pass_their_tests_without_linux() -> None:
     """The tests of plan, policy, channel and reports pass without the calls that only Linux has."""
     files = [str(path) for name in TESTS for path in sorted((ROOT / "tests" / "unit").glob(f"test_{name}.py"))]
     assert len(files) >= len(TESTS)
-    done = run(
-        "import pytest\nsys.exit(pytest.main(sys.argv[1:]))\n",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        f"--deselect={A_RUN}",
-        *files,
-    )
+    code = "import pytest\nsys.exit(pytest.main(sys.argv[1:]))\n"
+    done = run(code, "-q", "-p", "no:cacheprovider", f"--deselect={A_RUN}", *files)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr
