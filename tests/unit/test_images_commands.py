@@ -105,11 +105,11 @@ def test_command_line_names_no_architecture_but_the_tables() -> None:
 
 
 def test_guest_code_is_the_guests_rooms_and_no_more() -> None:
-    """The agent archive contains only guest, channel and errors."""
+    """The agent archive contains only guest, channel, errors, kernel and libseccomp."""
     code = guestcode.read_guest_code()
     assert code.agent["__init__.py"] == b""
-    assert "errors.py" in code.agent
-    assert {name.partition("/")[0] for name in code.agent} == {"__init__.py", "errors.py", "channel", "guest"}
+    modules = {"__init__.py", "errors.py", "kernel.py", "libseccomp.py"}
+    assert {name.partition("/")[0] for name in code.agent} == {*modules, "channel", "guest"}
     assert not any(name.startswith("guest/boot/") for name in code.agent)
     assert set(code.tools) == {guestcode.INIT, guestcode.PACK, guestcode.FILTERS, guestcode.PLACES}
 
@@ -117,7 +117,7 @@ def test_guest_code_is_the_guests_rooms_and_no_more() -> None:
 def test_every_guest_file_counts_for_the_digest(tmp_path: Path) -> None:
     """A change in any guest file changes the guest code digest; other changes do not."""
     boot = [f"guest/boot/{name}" for name in ("init.c", "pack.py", "filters.py", "places.py")]
-    names = [*boot, "guest/agent.py", "channel/frames.py", "errors.py"]
+    names = [*boot, "guest/agent.py", "channel/frames.py", "errors.py", "kernel.py", "libseccomp.py"]
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
