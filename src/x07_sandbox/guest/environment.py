@@ -14,7 +14,8 @@ import termios
 import time
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from x07_sandbox.guest import confine, control, filters, init, interpreter, restrict, system
+from x07_sandbox import kernel
+from x07_sandbox.guest import confine, control, filters, init, interpreter, system, waiting
 from x07_sandbox.guest.errors import JobError
 from x07_sandbox.guest.system import read_all, write_all
 from x07_sandbox.guest.trees import as_program_user
@@ -268,12 +269,12 @@ class Environment:
         argv, env = order.argv, order.env
         become = process.key == init.FIRST and self.becomes(argv, env, confined)
         name = filters.filter_name(threads=confined.threads, spawn=confined.spawn, execute=confined.execute)
-        token = b"" if become or confined.execute else os.urandom(restrict.TOKEN_BYTES)
+        token = b"" if become or confined.execute else os.urandom(kernel.TOKEN_BYTES)
         if token:
             code = filters.with_token(*self._split[name + filters.ONCE], token)
         else:
             code = self._filters[name] if name else b""
-        rules_fd = -1 if confined.programs is None else interpreter.RULES_FD
+        rules_fd = -1 if confined.programs is None else waiting.RULES_FD
         with contextlib.suppress(BrokenPipeError):  # it has ended, and `status_fd` has the reason
             write_all(process.start_fd, marshal.dumps((become, argv, env, order.cwd, code, rules_fd, token)))
         os.close(process.start_fd)

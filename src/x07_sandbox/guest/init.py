@@ -14,7 +14,8 @@ import signal
 import termios
 from typing import Any, NamedTuple, NoReturn
 
-from x07_sandbox.guest import confine, control, execution, interpreter, restrict, services
+from x07_sandbox import kernel
+from x07_sandbox.guest import confine, control, execution, interpreter, restrict, services, waiting
 from x07_sandbox.guest.system import children_of, close_descriptors_except, read_all
 
 READY = b"R"  # the waiting process is confined
@@ -207,10 +208,10 @@ def _become(
             if world.preload is not None:
                 # Move both out of the way first, so that neither dup2 overwrites the other.
                 start_fd, status_fd = (fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 16) for fd in (start_fd, status_fd))
-                os.dup2(start_fd, interpreter.START_FD)
-                os.dup2(status_fd, interpreter.STATUS_FD)
+                os.dup2(start_fd, waiting.START_FD)
+                os.dup2(status_fd, waiting.STATUS_FD)
                 os.execve(interpreter.PYTHON, interpreter.ARGV, interpreter.ENV)
-            restrict_self, execute = restrict.exec_functions()
+            restrict_self, execute = restrict.restrict_self, kernel.execute
             os.write(status_fd, ready)
             start = marshal.loads(read_all(start_fd))  # noqa: S302 - from our agent
             _, argv, env, cwd, filter_code, rules_fd, token = start

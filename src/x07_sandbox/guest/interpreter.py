@@ -23,9 +23,6 @@ from typing import Any, Final
 from x07_sandbox import kernel
 from x07_sandbox.guest import waiting
 from x07_sandbox.guest.waiting import FOLDER, PLACEHOLDER, SCRIPTS
-from x07_sandbox.guest.waiting import RULES_FD as RULES_FD  # noqa: PLC0414 - for guest/environment
-from x07_sandbox.guest.waiting import START_FD as START_FD  # noqa: PLC0414 - for guest/init
-from x07_sandbox.guest.waiting import STATUS_FD as STATUS_FD  # noqa: PLC0414 - for guest/init
 
 PYTHON: Final = "/usr/bin/python3"
 ARGV: Final = [PYTHON, PLACEHOLDER]

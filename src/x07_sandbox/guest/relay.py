@@ -19,6 +19,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Final, NoReturn
 
+from x07_sandbox import kernel
 from x07_sandbox.channel import egress, streams
 from x07_sandbox.channel.egress import Target
 from x07_sandbox.channel.messages import Network
@@ -466,7 +467,7 @@ class RelayProcess:
 
 def _run(netns_fd: int, open_port: Callable[[], int], settings_fd: int, status_fd: int, *, hold: bool) -> NoReturn:
     try:
-        system.prctl(system.PR_SET_PDEATHSIG, signal.SIGKILL)
+        kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
         if netns_fd >= 0:
             os.setns(netns_fd, os.CLONE_NEWNET)
         firewall.build(hold=hold)

@@ -10,9 +10,7 @@ import socket
 import struct
 from typing import Final
 
-from x07_sandbox.kernel import PR_SET_PDEATHSIG as PR_SET_PDEATHSIG  # noqa: PLC0414 - for guest/relay
 from x07_sandbox.kernel import check, libc
-from x07_sandbox.kernel import prctl as prctl  # noqa: PLC0414 - for guest/relay
 
 MS_RDONLY: Final = 1
 MS_NOSUID: Final = 2

@@ -29,8 +29,7 @@ _DENY_FORM: Final = "Write HOST:PORT[,PORT...] or HOST:*, such as example.org:44
 
 ReadFile = Callable[[str], bytes]
 # The ports of each host, in the order given; None means all ports.
-Hosts = Mapping[str, set[int]]
-Denials = Mapping[str, set[int] | None]
+Hosts = Mapping[str, set[int] | None]  # the ports of each host; None stands for all
 
 
 class Overrides(msgspec.Struct, frozen=True, kw_only=True):
@@ -73,7 +72,7 @@ class Derived(msgspec.Struct, frozen=True, kw_only=True):
     data: bytes  # the document's bytes
     digest: str  # 8 hexadecimal digits of a hash of base and overrides
     file_name: str  # the document's usual file name
-    denied: Denials
+    denied: Hosts
 
 
 def derive_policy(
@@ -233,7 +232,7 @@ def _by_host(specs: Iterable[tuple[str, str, set[int] | None]]) -> dict[str, set
     return found
 
 
-def _net(net: Net, allow: Denials, deny: Denials, *, raise_dns: bool, gate: bool) -> Net:
+def _net(net: Net, allow: Hosts, deny: Hosts, *, raise_dns: bool, gate: bool) -> Net:
     hosts: dict[str, set[int]] = {}
     for entry in net.allow_hosts:
         hosts.setdefault(entry.host.encode().lower().decode(), set()).update(entry.ports)
@@ -247,7 +246,7 @@ def _net(net: Net, allow: Denials, deny: Denials, *, raise_dns: bool, gate: bool
     return replace(net, allow_dns=allow_dns, allow_hosts=entries)
 
 
-def _deny(hosts: dict[str, set[int]], deny: Denials, *, gate: bool) -> None:
+def _deny(hosts: dict[str, set[int]], deny: Hosts, *, gate: bool) -> None:
     """Remove denied ports from *hosts*. Raises UsageError if a denial covers part of an entry and there is no gate."""
     names: dict[Addresses | str, list[str]] = {}
     for host in hosts:

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from x07_sandbox.guest.platform import Platform
 
 _unshare = os.unshare
-_last_steps = restrict.exec_functions
 
 
 class NoRelay:
@@ -59,15 +58,11 @@ def _without_pid_namespace(flags: int) -> None:
         _unshare(flags)
 
 
-def _no_last_steps() -> tuple:
-    return (lambda *_words, **_more: None), _last_steps()[1]
-
-
 def main() -> None:
     """Serve one conversation with a program that is root."""
     os.unshare = _without_pid_namespace
     init._Init._kill_rest = lambda _self: None  # noqa: SLF001 - every process is within reach of kill(-1)
-    restrict.exec_functions = _no_last_steps
+    restrict.restrict_self = lambda *_words: None
     honest.Environment = RootEnvironment
     machine.Machine.confinement = confine.Confinement(
         world=confine.MACHINE.world, rights=(confine.MACHINE.rights[0], confine.FRESH_SIGNALS), job=confine.VIEW
