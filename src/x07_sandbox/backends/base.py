@@ -68,7 +68,7 @@ class RootPlace(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Needs(msgspec.Struct, frozen=True, kw_only=True):
-    """The facts about a job that the command to create its container depends on. Limits are as in the START frame.
+    """The facts about a job that the command to create its container depends on. Limits are those of the command.
 
     files_bytes: size of all input files. out: whether the program is expected to write a file in /x07/out. places: host
     folders, outer ones first. closed: True if nothing that the program can write may be executed. alone: True if the
