@@ -93,7 +93,7 @@ def run_program(  # noqa: PLR0913 - each is a keyword
     out: a folder to which /x07/out is copied.
     allow_hosts, deny_hosts: connections that the policy also allows or denies, such as "example.org:443".
     read_roots, write_roots: files and folders of the host that the program may also read, or read and modify.
-    hide: patterns of names that are not copied into the VM, such as "*.csv".
+    hide: patterns of names that are not copied into the VM, such as ``*.csv``.
     allow_hidden, allow_symlinks: whether to copy names that begin with a dot, and symbolic links, in and out. If you
     pass a policy, set this in the policy instead.
     max_output_bytes: limit for each output stream, 64 MiB by default.
