@@ -217,13 +217,15 @@ def phase(order: dict[str, Any]) -> None:
         except NoAnswerError as exc:
             evidence = evidence_of(exc.failure)
         verdict = classify(evidence)
+        console, errors = instance.shown
+        said = {"console": console, "errors": errors, "qmp": instance.qmp}
         tell(
             "verdict",
             outcome=verdict.outcome,
             reason=verdict.reason,
             seconds=clock.clock() - clock.at,
             grown_kib=status_kib("VmHWM") - before,
-            said={name: getattr(instance, name).total_bytes for name in ("console", "qmp", "errors")},
+            said={name: stream.total_bytes for name, stream in said.items()},
             kept=len(evidence.console_tail),
         )
 

@@ -22,6 +22,7 @@ from x07_sandbox.backends import handshake
 from x07_sandbox.backends.qemu.instance import QemuInstance
 from x07_sandbox.backends.qemu.template import (
     MANIFEST,
+    SUSPENDED,
     Template,
     TemplateManifest,
     sealed,
@@ -165,6 +166,7 @@ def in_own_cache(own_cache: Path, sandbox: Sandbox, artifacts: Artifacts, monkey
 def saved(in_own_cache: Sandbox, own_cache: Path) -> Sandbox:
     """Runs with that cache and one saved machine, intact whatever earlier tests did to it."""
     aside = own_cache.parent / "aside"
+    forget(SUSPENDED)
     if aside.exists():
         shutil.rmtree(templates_dir(), ignore_errors=True)
         subprocess.run(["/bin/cp", "-a", f"{aside}/.", templates_dir()], check=True)

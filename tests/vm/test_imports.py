@@ -30,7 +30,7 @@ cli.console cli.main cli.parser cli.run cli.std_streams
 errors
 host.arch host.cancel host.clocks host.close_on_fork host.cores host.decoding host.locks
 host.linux host.memory host.os_errors host.paths host.poll host.processes host.settings host.threads host.variables
-host.verdicts host.version
+host.verdicts
 images.guestcode images.manifest images.scratch images.store images.verify
 jail.bwrap jail.cgroups jail.forms jail.libraries jail.seccomp jail.uids
 jobs.active jobs.admission jobs.launcher jobs.record
