@@ -73,7 +73,7 @@ PAGES = (
         "The policy is enforced out of the program's reach",
         "For every field of the policy, x07 says in advance who enforces the field, or that it is only advisory.",
         (
-            *("process/confined", "unit/channel_*", "unit/container_commands", "unit/execute", "unit/guest_filters"),
+            *("process/confined", "unit/channel_*", "unit/container_commands", "unit/session", "unit/guest_filters"),
             *("unit/jail_bwrap", "unit/jail_cgroups", "unit/jail_landlock", "unit/jail_libraries", "unit/jail_uids"),
             *("unit/plan_controls", "unit/plan_grants", "unit/plan_outcomes", "unit/policy_differences"),
             *("unit/policy_environment", "unit/policy_explain", "unit/policy_limits", "unit/policy_overrides"),
@@ -97,7 +97,7 @@ PAGES = (
         "The egress gate is the only way out",
         "The guest has no network card. Every connection is requested by name, and the host decides about it.",
         (
-            *("fuzz/differential", "lab/*", "process/gate_process", "process/own_limits", "unit/egress_frames"),
+            *("fuzz/differential", "lab/*", "process/gate_process", "process/own_limits", "unit/channel_egress"),
             *("unit/guest_dns", "unit/jail_own_limits", "unit/network_*"),
         ),
     ),

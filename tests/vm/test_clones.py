@@ -505,7 +505,7 @@ def test_a_machine_killed_while_it_is_saved_is_saved_again_later(
 
 
 # `x07`, for which the wall clock is an hour later when it continues.
-SUSPENDED = """
+SUSPENDED_COMMAND = """
 import signal, sys, time
 from x07_sandbox.cli.main import main
 real, ahead = time.time_ns, [0]
@@ -522,7 +522,7 @@ def test_a_run_survives_a_suspended_host(saved: Sandbox, state: Path, tmp_path: 
     assert saved.run(source, stdin=b"x\n", cache=True).outcome == "ok"
     shutil.rmtree(state)
     report = tmp_path / "report.json"
-    argv = [sys.executable, "-c", SUSPENDED, "run", "--report-out", str(report), str(source)]
+    argv = [sys.executable, "-c", SUSPENDED_COMMAND, "run", "--report-out", str(report), str(source)]
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
         assert child.stdin is not None
         assert child.stdout is not None
