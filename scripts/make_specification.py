@@ -97,7 +97,7 @@ PAGES = (
         "The egress gate is the only way out",
         "The guest has no network card. Every connection is requested by name, and the host decides about it.",
         (
-            *("fuzz/differential", "lab/*", "process/gate_process", "process/own_limits", "unit/channel_egress"),
+            *("fuzz/differential", "lab/*", "process/gate_process", "process/own_limits", "unit/egress_streams"),
             *("unit/guest_dns", "unit/jail_own_limits", "unit/network_*"),
         ),
     ),
