@@ -145,7 +145,7 @@ class RootGroup(HostGroup):
         super().__init__(_GROUP)
         self._write("memory.oom.group", "0")  # one command's group is killed, not all of them
         self._write("cpu.weight", "20")  # busy programs must not starve agent and init
-        self._write("cgroup.subtree_control", "+memory +pids")
+        self._write("cgroup.subtree_control", "+memory +pids +cpu")
 
     def of_command(self, key: int) -> NoGroup:
         """Make the group of a command."""
