@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 import pytest
 from msgspec.structs import replace
 
+from tests.fuzz.fuzz_channel import EXITED
 from x07_sandbox.backends import handshake
 from x07_sandbox.backends.base import NoAnswerError
 from x07_sandbox.backends.handshake import evidence_of, greet
@@ -31,7 +32,6 @@ from x07_sandbox.channel.messages import (
     Confine,
     Denied,
     Exec,
-    Exited,
     Failed,
     Hello,
     Left,
@@ -64,20 +64,6 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.timeout(120)
 
 WALL_S = 60.0
-EXITED = Exited(
-    id=1,
-    wait_status=0,
-    cpu_us=0,
-    memory_peak_bytes=0,
-    oom_kills=0,
-    tasks_peak=1,
-    tasks_refused=0,
-    cpu_exceeded=False,
-    stopped=False,
-    disk_full=False,
-    memory_full=False,
-    denials_lost=0,
-)
 LIMITS = CommandLimits(mem_bytes=64 << 20, tasks=8, cpu_ms=1000, fds=64, core_bytes=0)
 CLOSED = Closed(None, None, 0, 0)
 M = TypeVar("M")

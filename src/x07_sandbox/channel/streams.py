@@ -116,6 +116,14 @@ class Streams:
         self.role = role
         self._peer = Role.GUEST if role is Role.HOST else Role.HOST
         self._table = table
+        self._fixed_bounds = {  # by type, for the types whose bounds no code changes
+            ANSWER: (0, 0, table.code_max),
+            DATA: (1, table.data_max, 0),
+            CREDIT: (_CREDIT.size, _CREDIT.size, 0),
+            FIN: (0, 0, 0),
+            RESET: (0, 0, table.code_max),
+            DATAGRAM: (0, table.datagram_max, 0),
+        }
         self.restart()
         self._in = bytearray()
         self._failed = False
@@ -183,17 +191,9 @@ class Streams:
             if opened is None or opened.opener is not self._peer:
                 raise _bad(f"the {self._peer.value} may not open a stream of kind {code}")
             return opened.least, opened.most, code
-        found = {
-            ANSWER: (0, 0, table.code_max),
-            DATA: (1, table.data_max, 0),
-            CREDIT: (_CREDIT.size, _CREDIT.size, 0),
-            FIN: (0, 0, 0),
-            RESET: (0, 0, table.code_max),
-            DATAGRAM: (0, table.datagram_max, 0),
-        }.get(kind)
-        if found is None:
+        if kind not in self._fixed_bounds:
             raise _bad(f"type {kind} does not exist")
-        return found
+        return self._fixed_bounds[kind]
 
     def _event(self, kind: int, code: int, number: int, payload: bytes) -> Event | None:
         if kind == MESSAGE:
@@ -382,16 +382,13 @@ class Streams:
         return self._partial
 
     def _next_block(self) -> bytes:
-        block = self._frames.popleft()
-        if self._frames and len(block) + len(self._frames[0]) <= _WRITE:
-            joined = [block]
-            size = len(block)
-            while self._frames and size + len(self._frames[0]) <= _WRITE:
-                joined.append(self._frames.popleft())
-                size += len(joined[-1])
-            block = b"".join(joined)
-        self._queued -= len(block)
-        return block
+        frames = [self._frames.popleft()]
+        size = len(frames[0])
+        while self._frames and size + len(self._frames[0]) <= _WRITE:
+            frames.append(self._frames.popleft())
+            size += len(frames[-1])
+        self._queued -= size
+        return frames[0] if len(frames) == 1 else b"".join(frames)
 
     def sent(self, count: int) -> None:
         """Drop *count* written bytes of `data_to_send`."""

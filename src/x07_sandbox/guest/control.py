@@ -23,6 +23,8 @@ import socket
 import struct
 from typing import Any, Final
 
+from x07_sandbox.guest.system import write_all
+
 SETTINGS: Final = "settings"
 COMMAND: Final = "command"
 LAST: Final = "last"
@@ -36,25 +38,19 @@ _FD: Final = struct.Struct("=i")
 _FDS_MAX: Final = 16
 
 
-def send(fd: int, message: tuple[Any, ...], fds: tuple[int, ...] = ()) -> None:
+def send(sock: socket.socket, message: tuple[Any, ...], fds: tuple[int, ...] = ()) -> None:
     """Send a message with descriptors. Raises OSError."""
     data = marshal.dumps(message)
     data = _LENGTH.pack(len(data)) + data
-    if fds:
-        with socket.socket(fileno=os.dup(fd)) as sock:
-            count = socket.send_fds(sock, [data], fds)
-    else:
-        count = os.write(fd, data)
-    view = memoryview(data)[count:]
-    while view:
-        view = view[os.write(fd, view) :]
+    sent = socket.send_fds(sock, [data], fds) if fds else 0
+    write_all(sock.fileno(), data[sent:])
 
 
-def receive(fd: int) -> tuple[tuple[Any, ...], list[int]] | None:
+def receive(sock: socket.socket) -> tuple[tuple[Any, ...], list[int]] | None:
     """Wait for a message; return it with its descriptors, or None if the other side has ended."""
-    room = socket.CMSG_SPACE(_FDS_MAX * _FD.size)
-    with socket.socket(fileno=os.dup(fd)) as sock:  # not socket.recv_fds, which ignores the flag
-        head, rights, _, _ = sock.recvmsg(_LENGTH.size, room, socket.MSG_CMSG_CLOEXEC)
+    fd, room = sock.fileno(), socket.CMSG_SPACE(_FDS_MAX * _FD.size)
+    # Not socket.recv_fds, which ignores the flag.
+    head, rights, _, _ = sock.recvmsg(_LENGTH.size, room, socket.MSG_CMSG_CLOEXEC)
     fds = [number for _, _, data in rights for (number,) in _FD.iter_unpack(data)]
     head += _read(fd, _LENGTH.size - len(head)) if head else b""
     if len(head) < _LENGTH.size:

@@ -10,6 +10,7 @@ import errno
 import os
 import stat
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Final
 
 from x07_sandbox.channel import files
@@ -74,6 +75,16 @@ class FileServer:
             size -= len(piece)
             yield piece
 
+    def _consume(self, size: int, begin: Callable[[], None], take: Callable[[bytes], None]) -> int:
+        """Give the content after a request to *take*, once *begin* was called. Return the errno of a failure, or 0.
+
+        All of the content is read even after a failure, or the next request could not be found.
+        """
+        failed = _errno_of(begin)
+        for piece in self._content(size):
+            failed = failed or _errno_of(partial(take, piece))
+        return failed
+
     # requests: each yields its answer, and the content after it
 
     def _read(self, request: Request) -> Iterator[Answer | bytes]:
@@ -89,21 +100,15 @@ class FileServer:
         yield data
 
     def _write(self, request: Request) -> Iterator[Answer | bytes]:
-        failed = 0
         fd = -1
-        try:
+
+        def begin() -> None:
+            nonlocal fd
             fd = os.open(request.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
             if request.mode >= 0:
                 os.fchmod(fd, request.mode)
-        except OSError as exc:
-            failed = exc.errno or errno.EIO
-        for piece in self._content(request.size):  # all of it, or the next request could not be found
-            if failed:
-                continue
-            try:
-                write_all(fd, piece)
-            except OSError as exc:
-                failed = exc.errno or errno.EIO
+
+        failed = self._consume(request.size, begin, lambda piece: write_all(fd, piece))
         if fd >= 0:
             os.close(fd)
         yield Answer(failed)
@@ -131,40 +136,28 @@ class FileServer:
         yield Answer(0)
 
     def _remove(self, request: Request) -> Iterator[Answer | bytes]:
-        if not stat.S_ISDIR(os.lstat(request.path).st_mode):
-            os.unlink(request.path)
-        elif request.whole:
+        is_folder = stat.S_ISDIR(os.lstat(request.path).st_mode)
+        if is_folder and request.whole:
             for folder, folders, names in os.walk(request.path, topdown=False):
                 for name in names:
                     os.unlink(f"{folder}/{name}")
                 for name in folders:
                     path = f"{folder}/{name}"
                     (os.unlink if os.path.islink(path) else os.rmdir)(path)
-            os.rmdir(request.path)
-        else:
-            os.rmdir(request.path)
+        (os.rmdir if is_folder else os.unlink)(request.path)
         yield Answer(0)
 
     def _put(self, request: Request) -> Iterator[Answer | bytes]:
         """Create a tree at a new path."""
-        failed = 0
-        tree: Tree | None = None
-        try:
+        trees: list[Tree] = []
+
+        def begin() -> None:
             os.mkdir(request.path)
-            tree = Tree(request.path, None)
-        except OSError as exc:
-            failed = exc.errno or errno.EIO
-        for piece in self._content(request.size):
-            if failed or tree is None:
-                continue
-            try:
-                tree.write(piece)
-            except OSError as exc:
-                failed = exc.errno or errno.EIO
-            except (JobError, PeerError):
-                failed = errno.EINVAL
-        if tree is not None and not failed:
-            tree.finish()
+            trees.append(Tree(request.path, None))
+
+        failed = self._consume(request.size, begin, lambda piece: trees[0].write(piece))  # noqa: PLW0108 - no tree before
+        if not failed:
+            trees[0].finish()
         yield Answer(failed)
 
     def _get(self, request: Request) -> Iterator[Answer | bytes]:
@@ -181,6 +174,16 @@ class FileServer:
             else:
                 yield from content(path, below, found)
         yield Entry(Kind.END, b"").encoded()
+
+
+def _errno_of(call: Callable[[], None]) -> int:
+    try:
+        call()
+    except OSError as exc:
+        return exc.errno or errno.EIO
+    except (JobError, PeerError):  # a malformed tree
+        return errno.EINVAL
+    return 0
 
 
 def _info(name: str, path: str, info: os.stat_result) -> FileInfo:

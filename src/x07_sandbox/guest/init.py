@@ -11,6 +11,7 @@ import marshal
 import os
 import resource
 import signal
+import socket
 import termios
 from typing import Any, NamedTuple, NoReturn
 
@@ -38,23 +39,23 @@ class Pipes(NamedTuple):
         return (*self.streams, self.start_fd, self.status_fd)
 
 
-def run_init(world: confine.World, pipes: Pipes, control_fd: int, confinement: confine.Confinement) -> NoReturn:
+def run_init(world: confine.World, pipes: Pipes, agent: socket.socket, confinement: confine.Confinement) -> NoReturn:
     """Run as init. Never returns."""
     try:
         os.setsid()
-        close_descriptors_except(*pipes.all(), control_fd, world.netns_fd, *world.procs_fds)
+        close_descriptors_except(*pipes.all(), agent.fileno(), world.netns_fd, *world.procs_fds)
         confine.apply(confinement.world, world)
         program = os.fork()
         if program == 0:
-            os.close(control_fd)
+            agent.close()
             _become(world, pipes, confinement, READY)
         for fd in {*pipes.all(), *world.procs_fds}:
             os.close(fd)
-        _Init(world, control_fd, confinement, program).serve()
+        _Init(world, agent, confinement, program).serve()
     except confine.StepError as exc:
-        control.send(control_fd, (control.FAILED, *exc.args))
+        control.send(agent, (control.FAILED, *exc.args))
     except OSError as exc:
-        control.send(control_fd, (control.FAILED, "start", exc.errno or 0, str(exc)))
+        control.send(agent, (control.FAILED, "start", exc.errno or 0, str(exc)))
     finally:
         # When PID 1 ends, the kernel kills all processes of the namespace.
         os._exit(0)
@@ -74,9 +75,11 @@ _FIRST_START = Start()
 class _Init:
     """The loop of init. Children are reaped in a signal handler, which interrupts the wait for the agent."""
 
-    def __init__(self, world: confine.World, control_fd: int, confinement: confine.Confinement, program: int) -> None:
+    def __init__(
+        self, world: confine.World, agent: socket.socket, confinement: confine.Confinement, program: int
+    ) -> None:
         self._world = world
-        self._control_fd = control_fd
+        self._agent = agent
         self._confinement = confinement
         self._settings: confine.JobSettings | None = None
         self._programs = {program: FIRST}  # keys by process id
@@ -88,7 +91,7 @@ class _Init:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's handler would raise an exception here
         signal.signal(signal.SIGCHLD, self._reap)
         self._reap()  # those that have ended already
-        while (received := control.receive(self._control_fd)) is not None:
+        while (received := control.receive(self._agent)) is not None:
             (kind, *words), fds = received
             if kind == control.SETTINGS:
                 self._apply(confine.JobSettings(*words[0]))
@@ -108,7 +111,7 @@ class _Init:
             for program in self._programs if own_user else ():  # later ones may not make a user namespace of their own
                 self._world = self._world._replace(user_fd=os.open(f"/proc/{program}/ns/user", os.O_RDONLY))
         self._settings = settings
-        control.send(self._control_fd, (control.READY,))
+        control.send(self._agent, (control.READY,))
 
     def _start(self, words: list[Any], fds: list[int]) -> None:
         """Start a process for one more command, which waits for its start message."""
@@ -122,7 +125,7 @@ class _Init:
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])  # its end must not be reaped before it is known
         pid = os.fork()
         if pid == 0:
-            os.close(self._control_fd)
+            self._agent.close()
             _become(world, pipes, self._confinement, b"", Start(*how))
         self._programs[pid] = key
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
@@ -172,7 +175,7 @@ class _Init:
             return
         if key == self._last:
             self._kill_rest()
-        control.send(self._control_fd, (control.EXITED, key, status))
+        control.send(self._agent, (control.EXITED, key, status))
 
     def _kill_rest(self) -> None:
         """Kill and reap all other processes."""
@@ -211,18 +214,17 @@ def _become(
                 os.dup2(start_fd, waiting.START_FD)
                 os.dup2(status_fd, waiting.STATUS_FD)
                 os.execve(interpreter.PYTHON, interpreter.ARGV, interpreter.ENV)
-            restrict_self, execute = restrict.restrict_self, kernel.execute
             os.write(status_fd, ready)
             start = marshal.loads(read_all(start_fd))  # noqa: S302 - from our agent
             _, argv, env, cwd, filter_code, rules_fd, token = start
             os.chdir(cwd)
             if filter_code or rules_fd >= 0:
-                restrict_self(filter_code, rules_fd)
+                restrict.restrict_self(filter_code, rules_fd)
             if how.service:
                 os.close(status_fd)
                 services.run(how.service, argv)
             try:
-                execute(argv, env, token)
+                kernel.execute(argv, env, token)
             except OSError as exc:
                 status = f"{exc.errno or 0} {exc}"  # only execve reports its errno
         except confine.StepError as exc:

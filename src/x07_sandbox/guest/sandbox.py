@@ -261,7 +261,7 @@ class Sandbox:
     def register(self, poll: select.poll) -> None:
         """Register the descriptors to wait for."""
         if self._commands:
-            poll.register(self._environment.control_fd, select.POLLIN)
+            poll.register(self._environment.control.fileno(), select.POLLIN)
         for command in self._commands.values():
             command.register(poll)
         if self.is_running():
@@ -286,7 +286,7 @@ class Sandbox:
         relay = self._environment.relay
         if self._link.state is State.FAILED:  # in this same turn
             return
-        if fd == self._environment.control_fd:
+        if fd == self._environment.control.fileno():
             self._take_report()
         elif fd == self._audit.fd:
             self._audit.take()
