@@ -37,9 +37,9 @@ from x07_sandbox.plan.sizes import ram_class_bytes, tmp_bytes
 from x07_sandbox.policy import default_policy, render_policy
 from x07_sandbox.programs.toolchains import ARTIFACT
 from x07_sandbox.reports.document import render_json
-from x07_sandbox.runs.phase import CWD, CommandStreams, PhaseSpec, Receivers, input_files, run_phase
+from x07_sandbox.runs.phase import CWD, PhaseSpec, input_files, run_phase
 from x07_sandbox.runs.request import in_memory
-from x07_sandbox.runs.streams import Sink, memory_file
+from x07_sandbox.sandboxes.transfers import CommandStreams, Receivers, Sink, memory_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -34,7 +34,7 @@ from x07_sandbox.programs.toolchains import (
 from x07_sandbox.runs.hint_context import missing_interpreter
 from x07_sandbox.runs.program import Program, load_program
 from x07_sandbox.runs.request import RunCaller, RunRequest
-from x07_sandbox.runs.streams import InFile
+from x07_sandbox.sandboxes.transfers import InFile
 
 ROOT = Path(__file__).resolve().parents[2]
 EACH = pytest.mark.parametrize("row", TOOLCHAINS, ids=lambda row: row.name)

@@ -28,7 +28,7 @@ from x07_sandbox.policy import default_policy, render_policy
 from x07_sandbox.programs.toolchains import OUTPUT, Source, toolchain_for
 from x07_sandbox.runs.request import RunCaller, RunRequest
 from x07_sandbox.runs.run import attempt
-from x07_sandbox.runs.streams import OutFile
+from x07_sandbox.sandboxes.transfers import OutFile
 from x07_sandbox.x07.programs import load_x07
 
 if TYPE_CHECKING:

@@ -41,8 +41,8 @@ from x07_sandbox.plan.confinement import UNCONFINED
 from x07_sandbox.plan.controls import run_limits
 from x07_sandbox.plan.outcomes import classify
 from x07_sandbox.policy.default import default_policy
-from x07_sandbox.runs.phase import CWD, CommandStreams, PhaseSpec, Receivers, run_phase
-from x07_sandbox.runs.streams import Sink
+from x07_sandbox.runs.phase import CWD, PhaseSpec, run_phase
+from x07_sandbox.sandboxes.transfers import CommandStreams, Receivers, Sink
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -40,8 +40,9 @@ options
 plan.confinement plan.control_table plan.controls plan.denials plan.features plan.outcomes plan.sizes
 policy.decode policy.default policy.environment policy.model policy.problems policy.rules
 programs.artifacts programs.toolchains
-runs.artifact runs.execution runs.folder runs.job runs.phase runs.phase_specs runs.prepare runs.program runs.request
-runs.result runs.run runs.session runs.streams
+runs.artifact runs.folder runs.job runs.phase runs.phase_specs runs.prepare runs.program runs.request
+runs.result runs.run
+sandboxes.execution sandboxes.session sandboxes.transfers
 """
 # Beyond what a bare interpreter has. Absent because costly: dataclasses (with inspect, ast, dis), asyncio, logging,
 # tempfile, shutil, random, http, ssl.

@@ -30,7 +30,7 @@ from x07_sandbox.jail.cgroups import HostGroups
 from x07_sandbox.policy import default_policy
 from x07_sandbox.policy.environment import VARIABLES
 from x07_sandbox.policy.model import leaf_values
-from x07_sandbox.runs.session import Session
+from x07_sandbox.sandboxes.session import Session
 
 if TYPE_CHECKING:
     from x07_sandbox.images.store import Image

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from x07_sandbox.runs.program import Program
     from x07_sandbox.runs.request import RunRequest
     from x07_sandbox.runs.result import Result
-    from x07_sandbox.runs.streams import OutFile
+    from x07_sandbox.sandboxes.transfers import OutFile
 
 
 class UnwritableError(UsageError):

@@ -153,7 +153,7 @@ def changes_json(changes: ChangeSet) -> bytes:
 def print_bytes(data: bytes) -> None:
     """Write *data* (whole lines) to standard output, without control sequences on a terminal. Raises OSError."""
     if sys.stdout.isatty():
-        from x07_sandbox.runs.streams import TerminalFilter
+        from x07_sandbox.sandboxes.transfers import TerminalFilter
 
         # Users read a patch to judge it. A carriage return would hide the text before it.
         data = _RETURN.sub("\N{REPLACEMENT CHARACTER}".encode(), TerminalFilter()(data))

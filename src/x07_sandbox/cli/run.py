@@ -27,7 +27,7 @@ from x07_sandbox.options import OF_X07, OPTIONS
 from x07_sandbox.plan.outcomes import REFUSED_EXIT, ending_line
 from x07_sandbox.runs.program import load_program, toolchain_of_text
 from x07_sandbox.runs.request import RunCaller
-from x07_sandbox.runs.streams import read_all
+from x07_sandbox.sandboxes.transfers import read_all
 
 if TYPE_CHECKING:
     from x07_sandbox.backends.selection import Choice

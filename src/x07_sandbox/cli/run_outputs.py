@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import argparse
 
     from x07_sandbox.runs.result import Result
-    from x07_sandbox.runs.streams import OutFile
+    from x07_sandbox.sandboxes.transfers import OutFile
 
 
 def write_files(options: argparse.Namespace, result: Result, artifact: OutFile | None) -> tuple[Result, list[str]]:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from x07_sandbox.runs.request import RunCaller, RunRequest
     from x07_sandbox.runs.result import Result
-    from x07_sandbox.runs.streams import OutFile
+    from x07_sandbox.sandboxes.transfers import OutFile
 
 
 class ReportRequest(msgspec.Struct, frozen=True, kw_only=True):

@@ -32,7 +32,7 @@ from x07_sandbox.programs.toolchains import OUTPUT
 from x07_sandbox.runs.prepare import current_image
 from x07_sandbox.runs.request import RunCaller, RunRequest
 from x07_sandbox.runs.run import attempt
-from x07_sandbox.runs.streams import OutFile, memory_file
+from x07_sandbox.sandboxes.transfers import OutFile, memory_file
 
 if TYPE_CHECKING:
     from x07_sandbox.backends.base import Backend

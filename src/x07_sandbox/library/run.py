@@ -274,7 +274,7 @@ def run_once(
     from x07_sandbox.backends.selection import choice_from_environment
     from x07_sandbox.library.requests import carry_out, make_request
     from x07_sandbox.runs.request import RunCaller
-    from x07_sandbox.runs.streams import memory_file
+    from x07_sandbox.sandboxes.transfers import memory_file
 
     choice = choice_from_environment()
     if on_output is not None and not callable(on_output):

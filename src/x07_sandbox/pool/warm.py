@@ -37,12 +37,12 @@ from x07_sandbox.policy import default_policy
 from x07_sandbox.programs.toolchains import OUTPUT
 from x07_sandbox.runs.artifact import obtain_artifact
 from x07_sandbox.runs.folder import RunFolder
-from x07_sandbox.runs.phase import CommandStreams, needs_of, run_phase
+from x07_sandbox.runs.phase import needs_of, run_phase
 from x07_sandbox.runs.phase_specs import run_spec
 from x07_sandbox.runs.prepare import check_pinned, current_image, final_value, prepare
 from x07_sandbox.runs.request import RunCaller, RunRequest
 from x07_sandbox.runs.result import draft_result
-from x07_sandbox.runs.streams import Sink, memory_file
+from x07_sandbox.sandboxes.transfers import CommandStreams, Sink, memory_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from x07_sandbox.runs.job import JobEnd
     from x07_sandbox.runs.prepare import Prepared, Step
     from x07_sandbox.runs.result import Result
-    from x07_sandbox.runs.streams import OutFile
+    from x07_sandbox.sandboxes.transfers import OutFile
 
     Built = tuple[Verdict | None, Result]
 

@@ -14,7 +14,7 @@ from x07_sandbox.host.locks import lock_shared
 from x07_sandbox.host.paths import open_private_file, private_dir, state_dir
 from x07_sandbox.jobs.record import state_home
 from x07_sandbox.runs.result import Output
-from x07_sandbox.runs.streams import ROOM, OutFile, Sink
+from x07_sandbox.sandboxes.transfers import ROOM, OutFile, Sink
 
 if TYPE_CHECKING:
     from x07_sandbox.host.cancel import Cancel

@@ -41,8 +41,8 @@ from x07_sandbox.runs.refusals import apply_command, denial, denials_and_entries
 from x07_sandbox.runs.request import ProjectPolicy, is_built_in
 from x07_sandbox.runs.result import Changes
 from x07_sandbox.runs.saved_changes import summarize
-from x07_sandbox.runs.streams import ROOM, InFile
 from x07_sandbox.runs.workdir import workdir_root, working_folder
+from x07_sandbox.sandboxes.transfers import ROOM, InFile
 
 if TYPE_CHECKING:
     import contextlib

@@ -13,20 +13,21 @@ from x07_sandbox.errors import BackendError
 from x07_sandbox.host import settings
 from x07_sandbox.jobs.admission import admitted
 from x07_sandbox.jobs.record import Claim
-from x07_sandbox.runs.phase import CommandStreams, needs_of, preload_phase, run_phase
+from x07_sandbox.runs.phase import needs_of, preload_phase, run_phase
 from x07_sandbox.runs.prepare import output_caps
 from x07_sandbox.runs.result import PhaseReport
+from x07_sandbox.sandboxes.transfers import CommandStreams
 
 if TYPE_CHECKING:
     from x07_sandbox.backends.base import Instance
     from x07_sandbox.network.processes import GateProcess
     from x07_sandbox.network.summary import NetworkUse
     from x07_sandbox.plan.outcomes import Verdict
-    from x07_sandbox.runs.execution import Facts
     from x07_sandbox.runs.folder import RunFolder
     from x07_sandbox.runs.phase import PhaseSpec
     from x07_sandbox.runs.prepare import Prepared
-    from x07_sandbox.runs.streams import Sink
+    from x07_sandbox.sandboxes.execution import Facts
+    from x07_sandbox.sandboxes.transfers import Sink
 
 
 class JobEnd(NamedTuple):
@@ -63,7 +64,7 @@ def run_job(prepared: Prepared, spec: PhaseSpec, run_id: str, folder: RunFolder)
         net = None if gate is None else gate.account()
     from x07_sandbox.plan.outcomes import classify
     from x07_sandbox.runs.folder import output_of
-    from x07_sandbox.runs.session import drain
+    from x07_sandbox.sandboxes.session import drain
 
     evidence = facts.evidence
     if gate is not None and net is None:
@@ -121,7 +122,7 @@ def _run_phase(
                 gate.send_stream(instance.net_fd)
             facts = run_phase(spec, instance, streams, caller.cancel, None if gate is None else gate.pidfd)
     except NoAnswerError as exc:
-        from x07_sandbox.runs.execution import Facts
+        from x07_sandbox.sandboxes.execution import Facts
 
         instance = exc.instance
         facts = Facts(evidence=evidence_of(exc.failure, caller.cancel.signal), times_ms=exc.times_ms)

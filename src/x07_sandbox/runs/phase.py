@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
@@ -10,26 +10,14 @@ import msgspec
 from x07_sandbox.backends.base import Needs, RootPlace
 from x07_sandbox.channel.messages import Close, Exec, InputFile, Open
 from x07_sandbox.plan.denials import GuestMount
-from x07_sandbox.runs.streams import InFile, OutFile, Sink
+from x07_sandbox.sandboxes.transfers import CommandStreams, InFile, Receivers
 
 if TYPE_CHECKING:
     from x07_sandbox.backends.base import Instance
     from x07_sandbox.host.cancel import Cancel
-    from x07_sandbox.runs.execution import Facts
+    from x07_sandbox.sandboxes.execution import Facts
 
 CWD = "/opt/x07"
-
-
-class Receivers(msgspec.Struct, frozen=True, kw_only=True):
-    """The receivers of what the guest sends when a session closes; None for what is not wanted.
-
-    changes: a files/incoming.Incoming that takes changes to the trees. left: a runs/private_files.LeftFiles that takes
-    files of the private folders.
-    """
-
-    output: OutFile | None = None
-    changes: Any = None
-    left: Any = None
 
 
 class PhaseSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -77,25 +65,16 @@ def needs_of(spec: PhaseSpec) -> Needs:
     )
 
 
-class CommandStreams(msgspec.Struct, frozen=True, kw_only=True):
-    """The standard streams of a command, which the caller owns. on_started: called once the command runs."""
-
-    stdin_fd: int | None
-    stdout: Sink
-    stderr: Sink
-    on_started: Callable[[], object] = lambda: None
-
-
 def preload_phase() -> None:
     """Import the module that runs a phase. Called while the instance boots, to save time."""
-    import x07_sandbox.runs.session  # noqa: F401
+    import x07_sandbox.sandboxes.session  # noqa: F401
 
 
 def run_phase(
     spec: PhaseSpec, instance: Instance, streams: CommandStreams, cancel: Cancel, gate_fd: int | None = None
 ) -> Facts:
     """Run a phase on an instance until the phase ends. gate_fd: becomes readable when the egress gate has ended."""
-    from x07_sandbox.runs.session import Session
+    from x07_sandbox.sandboxes.session import Session
 
     session = Session(instance, cancel, gate_fd)
     session.open(spec.opening, spec.files)

@@ -20,9 +20,9 @@ from x07_sandbox.programs.toolchains import (
     SOURCE_FOLDER,
     build_driver,
 )
-from x07_sandbox.runs.phase import CWD, PhaseSpec, Receivers, input_files
+from x07_sandbox.runs.phase import CWD, PhaseSpec, input_files
 from x07_sandbox.runs.request import in_memory
-from x07_sandbox.runs.streams import InFile
+from x07_sandbox.sandboxes.transfers import InFile, Receivers
 
 if TYPE_CHECKING:
     import contextlib
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from x07_sandbox.runs.prepare import Prepared
     from x07_sandbox.runs.private_files import LeftFiles
     from x07_sandbox.runs.program import Program
-    from x07_sandbox.runs.streams import OutFile
+    from x07_sandbox.sandboxes.transfers import OutFile
 
 # Python does not buffer its output, which a timeout would lose, and writes no byte code into read-only folders.
 _ENVIRONMENT: Final = {

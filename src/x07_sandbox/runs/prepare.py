@@ -34,7 +34,7 @@ from x07_sandbox.runs.request import (
     sha256_text,
 )
 from x07_sandbox.runs.result import ControlReport, Result
-from x07_sandbox.runs.streams import memory_file
+from x07_sandbox.sandboxes.transfers import memory_file
 
 if TYPE_CHECKING:
     import contextlib

@@ -11,7 +11,7 @@ from x07_sandbox.files.changes import parent_folders
 from x07_sandbox.files.incoming import Incoming
 from x07_sandbox.files.pack import pack_files
 from x07_sandbox.plan.guest_paths import PROGRAM
-from x07_sandbox.runs.streams import InFile, memory_file
+from x07_sandbox.sandboxes.transfers import InFile, memory_file
 
 if TYPE_CHECKING:
     import contextlib

@@ -26,7 +26,7 @@ from x07_sandbox.programs.toolchains import (
     toolchain_named,
 )
 from x07_sandbox.runs.request import ARGUMENTS_MAX_BYTES, ProjectPolicy, in_memory, sha256_text
-from x07_sandbox.runs.streams import InFile
+from x07_sandbox.sandboxes.transfers import InFile
 
 if TYPE_CHECKING:
     import contextlib

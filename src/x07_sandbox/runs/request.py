@@ -19,7 +19,7 @@ from x07_sandbox.host.cancel import Caller
 from x07_sandbox.host.paths import read_bounded
 from x07_sandbox.policy import Policy, decode_policy, default_policy, render_policy
 from x07_sandbox.policy.decode import MAX_BYTES
-from x07_sandbox.runs.streams import InFile, memory_file, read_all
+from x07_sandbox.sandboxes.transfers import InFile, memory_file, read_all
 
 if TYPE_CHECKING:
     import contextlib
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from x07_sandbox.policy.overrides import Overrides
     from x07_sandbox.programs.protocol import Protocol
     from x07_sandbox.runs.program import Program
-    from x07_sandbox.runs.streams import OutFile
+    from x07_sandbox.sandboxes.transfers import OutFile
 
     Loader = Callable[["RunRequest", "RunCaller", Path, contextlib.ExitStack], tuple["RunRequest", Program] | None]
 else:

@@ -16,7 +16,7 @@ from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.plan.outcomes import Evidence, Stage
 
 if TYPE_CHECKING:
-    from x07_sandbox.runs.phase import CommandStreams
+    from x07_sandbox.sandboxes.transfers import CommandStreams
 
 FILL: Final = 256 * 1024  # limit for bytes queued for the guest
 

@@ -8,7 +8,8 @@ import hashlib
 import os
 import threading
 import unicodedata
-from typing import Final
+from collections.abc import Callable
+from typing import Any, Final
 
 import msgspec
 
@@ -219,6 +220,27 @@ class OutFile(msgspec.Struct):
         os.ftruncate(self.fd, 0)
         os.lseek(self.fd, 0, os.SEEK_SET)
         self.size, self.complete, self._hash = 0, False, hashlib.sha256()
+
+
+class CommandStreams(msgspec.Struct, frozen=True, kw_only=True):
+    """The standard streams of a command, which the caller owns. on_started: called once the command runs."""
+
+    stdin_fd: int | None
+    stdout: Sink
+    stderr: Sink
+    on_started: Callable[[], object] = lambda: None
+
+
+class Receivers(msgspec.Struct, frozen=True, kw_only=True):
+    """The receivers of what the guest sends when a session closes; None for what is not wanted.
+
+    changes: a files/incoming.Incoming that takes changes to the trees. left: a runs/private_files.LeftFiles that takes
+    files of the private folders.
+    """
+
+    output: OutFile | None = None
+    changes: Any = None
+    left: Any = None
 
 
 def read_all(fd: int, most: int) -> bytes:

@@ -15,7 +15,7 @@ from x07_sandbox.channel.messages import Close, Closed, Denied, Exec, Exited, Fa
 from x07_sandbox.channel.streams import Event
 from x07_sandbox.errors import PeerError
 from x07_sandbox.host import settings
-from x07_sandbox.runs.execution import FILL, Execution, Limit
+from x07_sandbox.sandboxes.execution import FILL, Execution, Limit
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,9 +23,8 @@ if TYPE_CHECKING:
     from x07_sandbox.backends.base import Instance
     from x07_sandbox.channel.messages import Message
     from x07_sandbox.host.cancel import Cancel
-    from x07_sandbox.runs.execution import Facts
-    from x07_sandbox.runs.phase import CommandStreams, Receivers
-    from x07_sandbox.runs.streams import InFile, Sink
+    from x07_sandbox.sandboxes.execution import Facts
+    from x07_sandbox.sandboxes.transfers import CommandStreams, InFile, Receivers, Sink
 
 _IDLE_S: Final = 60.0  # between two turns of the loop without any deadline
 _RECEIVED: Final = {Stream.OUTPUT, Stream.CHANGES, Stream.LEFT}

@@ -1,0 +1,1 @@
+"""Sandboxes: the session with a guest agent, and the commands in it."""
