@@ -73,7 +73,9 @@ class Machine(Platform):
         """Mount the scratch disk, and a tmpfs for small files."""
         os.makedirs(self.scratch, mode=0o755, exist_ok=True)
         flags = system.MS_NODEV | system.MS_NOSUID
-        system.mount(_disk(SCRATCH_SERIAL), self.scratch, "ext4", system.MS_NOATIME | flags, "noinit_itable")
+        # Without either option, a thread of the kernel would work on the disk in each clone.
+        lazy = "noinit_itable,no_prefetch_block_bitmaps"
+        system.mount(_disk(SCRATCH_SERIAL), self.scratch, "ext4", system.MS_NOATIME | flags, lazy)
         confine.mount_memory()
 
     def relay(self, netns_fd: int) -> RelayProcess:

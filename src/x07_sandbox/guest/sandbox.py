@@ -15,7 +15,7 @@ from x07_sandbox.channel.messages import Changes, Close, Closed, Denied, Exec, E
 from x07_sandbox.channel.streams import Event
 from x07_sandbox.channel.trees import Entry
 from x07_sandbox.channel.trees import Kind as Record
-from x07_sandbox.guest import confine, control
+from x07_sandbox.guest import confine, control, init
 from x07_sandbox.guest.environment import failure
 from x07_sandbox.guest.errors import JobError
 from x07_sandbox.guest.exec import READ, Command
@@ -174,8 +174,8 @@ class Sandbox:
                 tree.wait()
             self._begin_audit()
         self._commands[order.id] = Command(order, process, self._link, environment, self._command_failed)
-        if self._closing is not None and self._closing.after == order.id:
-            environment.end_with(process.key)
+        if (closes := self._closes_after(order.id)) or process.key == init.FIRST:
+            environment.end_with(process.key if closes else None)
         environment.start(process, order, self._opening.confine)
 
     def _prepare(self, order: Exec) -> None:
@@ -207,8 +207,11 @@ class Sandbox:
             self._close_after(command)
 
     def _close_after(self, command: int) -> None:
-        if self._closing is not None and self._closing.after == command:
+        if self._closing is not None and self._closes_after(command):
             self._send_all(self._closing)
+
+    def _closes_after(self, command: int) -> bool:
+        return self._closing is not None and self._closing.after == command
 
     def _settings(self, limits: CommandLimits, execution: ExecutionRules | None = None) -> confine.JobSettings:
         spare_cpu_s, on_disk = self._environment.spare_cpu_s, self._files.on_disk
@@ -261,7 +264,7 @@ class Sandbox:
     def register(self, poll: select.poll) -> None:
         """Register the descriptors to wait for."""
         if self._commands:
-            poll.register(self._environment.control.fileno(), select.POLLIN)
+            poll.register(self._environment.report_fd, select.POLLIN)
         for command in self._commands.values():
             command.register(poll)
         if self.is_running():
@@ -286,7 +289,7 @@ class Sandbox:
         relay = self._environment.relay
         if self._link.state is State.FAILED:  # in this same turn
             return
-        if fd == self._environment.control.fileno():
+        if fd == self._environment.report_fd:
             self._take_report()
         elif fd == self._audit.fd:
             self._audit.take()
@@ -341,8 +344,9 @@ class Sandbox:
             )
         )
         del self._commands[identity]
-        command.close()
         self._close_after(identity)
+        if not self._closes_after(identity):  # else the machine ends
+            command.close()
 
     def _memory_full(self) -> bool:
         """Return whether one of the program's tmpfs folders has run out of space or inodes."""
