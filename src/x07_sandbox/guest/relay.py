@@ -415,7 +415,10 @@ def _close(sock: socket.socket, *, reset: bool) -> None:
 
 
 class RelayProcess:
-    """The relay's process. When it ends, *status_fd* becomes readable and the job ends too."""
+    """The relay's process. When it ends, *status_fd* becomes readable and the job ends too.
+
+    carried_fd: carries the relay's bytes from and to the channel, if the relay shares it; else -1.
+    """
 
     def __init__(self, netns_fd: int, open_port: Callable[[], int], keep: tuple[int, ...] = (), *, hold: bool) -> None:
         """Start the process in a network namespace; -1 stands for the current one.
@@ -423,6 +426,7 @@ class RelayProcess:
         open_port: opens the stream to the gate. keep: descriptors that *open_port* needs. hold: see `firewall.build`.
         """
         self._built = self._admitted = False
+        self.carried_fd = -1
         settings_r, self._settings_fd = os.pipe2(os.O_CLOEXEC)
         self.status_fd, status_w = os.pipe2(os.O_CLOEXEC)
         self.pid = os.fork()
@@ -463,6 +467,16 @@ class RelayProcess:
         os.kill(self.pid, signal.SIGKILL)
         os.waitpid(self.pid, 0)
         os.close(self.status_fd)
+
+
+def on_shared_channel(netns_fd: int) -> RelayProcess:
+    """Start a relay that shares the channel. It delays no packets, since the host's kernel may be unable to."""
+    ours, theirs = socket.socketpair()
+    os.set_blocking(theirs.fileno(), False)
+    with theirs:
+        relay = RelayProcess(netns_fd, theirs.fileno, (theirs.fileno(),), hold=False)
+    relay.carried_fd = ours.detach()
+    return relay
 
 
 def _run(netns_fd: int, open_port: Callable[[], int], settings_fd: int, status_fd: int, *, hold: bool) -> NoReturn:

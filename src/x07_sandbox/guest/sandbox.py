@@ -25,6 +25,7 @@ from x07_sandbox.guest.mounts import ProgramPaths
 from x07_sandbox.guest.trees import Left, Room, changes, left_files, stream_of
 
 if TYPE_CHECKING:
+    from x07_sandbox.channel.carrier import Carrier
     from x07_sandbox.channel.messages import CommandLimits, Message, Mount, Open, Output, Warm
     from x07_sandbox.guest.audit import Audit, NoAudit
     from x07_sandbox.guest.environment import Environment
@@ -83,6 +84,11 @@ class Sandbox:
         self._number = 0  # of the stream that is being sent
         self._held = b""
         self._closed = Closed(None, None, 0, 0)
+        self._carrier: Carrier | None = None
+        if environment.relay is not None and environment.relay.carried_fd >= 0:
+            from x07_sandbox.channel.carrier import Carrier
+
+            self._carrier = Carrier(link.streams, link.open(Stream.RELAY), environment.relay.carried_fd)
 
     # from the host
 
@@ -116,6 +122,8 @@ class Sandbox:
     def _take_event(self, event: Event) -> None:
         if event.code == Stream.INPUT:
             self._take_file(event)
+        elif event.code == Stream.RELAY and self._carrier is not None:
+            self._carrier.take(event)
         elif event.code == Stream.STDIN:
             command = self._link.subject(event.stream)  # unknown once the stream has ended
             if self._waiting:
@@ -271,6 +279,8 @@ class Sandbox:
             poll.register(self._audit.fd, select.POLLIN)
             if (relay := self._environment.relay) is not None:
                 poll.register(relay.status_fd, select.POLLIN)
+        if self._carrier is not None:
+            self._carrier.register(poll)
 
     def is_running(self) -> bool:
         """Return whether a command runs, whose CPU time must be checked."""
@@ -293,6 +303,8 @@ class Sandbox:
             self._take_report()
         elif fd == self._audit.fd:
             self._audit.take()
+        elif self._carrier is not None and fd == self._carrier.fd:
+            self._carrier.handle(mask)
         elif relay is not None and fd == relay.status_fd:
             self._fail(JobError("relay", 0, relay.end_reason()), 0)
         else:
@@ -360,6 +372,8 @@ class Sandbox:
 
     def _send_all(self, order: Close) -> None:
         """Queue everything that *order* asks for, and CLOSED after it."""
+        if self._carrier is not None:
+            self._carrier.read()  # what the relay has reported so far
         size, problem, output = None, None, None
         if order.output is not None and not self._was_killed:
             size, problem, output = self._open_output(order.output)
