@@ -235,7 +235,7 @@ class Session:
     def _take_relay(self, event: Event) -> None:
         if event.type == streams.OPEN:
             if self._relay_fd is None:
-                raise PeerError("bad frame", "the relay does not share this channel")
+                raise PeerError("bad frame", "RELAY was not asked for")
             from x07_sandbox.channel.carrier import Carrier  # few backends have a single stream
 
             self._carrier = Carrier(self._link.streams, event.stream, self._relay_fd)
