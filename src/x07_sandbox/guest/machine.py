@@ -18,7 +18,7 @@ from x07_sandbox.guest.system import write_file
 
 if TYPE_CHECKING:
     from x07_sandbox.channel.messages import Seed
-    from x07_sandbox.guest.relay import RelayProcess
+    from x07_sandbox.guest.relay_process import RelayProcess
 
 PORT: Final = "x07.0"
 NET_PORT: Final = "x07.net"
@@ -80,7 +80,7 @@ class Machine(Platform):
 
     def relay(self, netns_fd: int) -> RelayProcess:
         """Start a relay, which opens its own virtio port and delays first packets until the gate has decided."""
-        from x07_sandbox.guest.relay import RelayProcess
+        from x07_sandbox.guest.relay_process import RelayProcess
 
         for name in sorted(os.listdir(_NET_MODULES)):  # the names are numbered in loading order
             system.load_module(f"{_NET_MODULES}/{name}")

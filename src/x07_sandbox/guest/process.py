@@ -23,7 +23,7 @@ from x07_sandbox.guest.system import children_of, write_file
 
 if TYPE_CHECKING:
     from x07_sandbox.channel.messages import Exec, Open, Seed
-    from x07_sandbox.guest.relay import RelayProcess
+    from x07_sandbox.guest.relay_process import RelayProcess
 
 GROUP: Final = "/run/x07/cgroup"  # the program's control group, if the host has made one
 # The first Landlock versions (landlock(7)) that allow moving files between folders, and that have scopes.
@@ -119,7 +119,7 @@ class OnSharedKernel(Platform):
 
     def relay(self, netns_fd: int) -> RelayProcess:
         """Start a relay that shares the channel."""
-        from x07_sandbox.guest.relay import on_shared_channel
+        from x07_sandbox.guest.relay_process import on_shared_channel
 
         return on_shared_channel(netns_fd)
 
