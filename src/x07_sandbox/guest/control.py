@@ -7,6 +7,7 @@ Each message is its length and a tuple encoded with marshal, which only these tw
                           start one more process, which waits for its start message; with its descriptors
     last, KEY             kill all other processes once that command has ended
     signal, KEY, NUMBER   send a signal to a command; SIGKILL goes to its descendants too
+    end                   kill all processes; answered with ready
 
 From init:
 
@@ -29,6 +30,7 @@ SETTINGS: Final = "settings"
 COMMAND: Final = "command"
 LAST: Final = "last"
 SIGNAL: Final = "signal"
+END: Final = "end"
 READY: Final = "ready"
 FAILED: Final = "failed"
 EXITED: Final = "exited"

@@ -16,7 +16,7 @@ import termios
 from typing import Any, NamedTuple, NoReturn
 
 from x07_sandbox import kernel
-from x07_sandbox.guest import confine, control, execution, interpreter, restrict, services, waiting
+from x07_sandbox.guest import confine, control, execution, interpreter, processes, restrict, services, waiting
 from x07_sandbox.guest.system import children_of, close_descriptors_except, read_all
 
 READY = b"R"  # the waiting process is confined
@@ -101,6 +101,9 @@ class _Init:
                 self._last = words[0]
             elif kind == control.SIGNAL:
                 self._signal(*words)
+            elif kind == control.END:
+                self._kill_rest()
+                control.send(self._agent, (control.READY,))
 
     def _apply(self, settings: confine.JobSettings) -> None:
         confine.apply(self._confinement.job, settings, self._settings)
@@ -133,28 +136,12 @@ class _Init:
             os.close(fd)
 
     def _signal(self, key: int, number: int) -> None:
-        """Send a signal to a command. With SIGKILL, also to its descendants and its process group."""
-        uid = self._world.program_uid
-        if uid < 0:
-            self._signal_tree(key, number)
-        elif os.fork() == 0:  # as the program's user: root may lack the right, and this process must stay out of reach
-            try:
-                os.setresgid(uid, uid, uid)
-                os.setresuid(uid, uid, uid)
-                self._signal_tree(key, number)
-            finally:
-                os._exit(0)
-
-    def _signal_tree(self, key: int, number: int) -> None:
-        left = [pid for pid, held in self._programs.items() if held == key]
-        for pid in left if number == signal.SIGKILL else ():
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(pid, number)
-        while left:
-            pid = left.pop()
-            left += children_of(pid) if number == signal.SIGKILL else []
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
+        """Send a signal to a command, which has not been reaped; SIGKILL goes to its tree."""
+        for pid in [pid for pid, held in self._programs.items() if held == key]:
+            tree = processes.stopped_tree(pid) if number == signal.SIGKILL else {pid}
+            for one in tree:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(one, number)
 
     def _reap(self, *_signal: object) -> None:
         """Reap all children that have ended, and report the commands among them."""
@@ -214,7 +201,7 @@ def _become(
                 os.dup2(start_fd, waiting.START_FD)
                 os.dup2(status_fd, waiting.STATUS_FD)
                 os.execve(interpreter.PYTHON, interpreter.ARGV, interpreter.ENV)
-            os.write(status_fd, ready)
+            os.write(status_fd, ready or b"%d\n" % os.getpid())
             start = marshal.loads(read_all(start_fd))  # noqa: S302 - from our agent
             _, argv, env, cwd, filter_code, rules_fd, token = start
             os.chdir(cwd)
