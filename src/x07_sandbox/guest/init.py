@@ -126,11 +126,15 @@ class _Init:
             with contextlib.suppress(OSError):  # executing it will fail for the same reason
                 execution.allow_program(program)
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])  # its end must not be reaped before it is known
-        pid = os.fork()
-        if pid == 0:
-            self._agent.close()
-            _become(world, pipes, self._confinement, b"", Start(*how))
-        self._programs[pid] = key
+        try:
+            pid = os.fork()
+        except OSError as exc:  # the limit on tasks, where it holds for this process too
+            os.write(status_fd, b"0\n%d %s" % (exc.errno or 0, str(exc).encode()))
+        else:
+            if pid == 0:
+                self._agent.close()
+                _become(world, pipes, self._confinement, b"", Start(*how))
+            self._programs[pid] = key
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
         for fd in fds:
             os.close(fd)
