@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 from bench import peers, programs, scale
 from bench.figures import Figures
-from bench.ours import X07, Command, Floor, Pooled
+from bench.ours import X07, Command, Floor, Pooled, next_command_seconds
 from x07_sandbox.images.store import find_image
 
 if TYPE_CHECKING:
@@ -93,14 +93,18 @@ class Suite:
         self.floor = floor = Floor(self._stack, self.work / "c")
         self.cases |= {"QEMU, started and stopped": floor.quit_seconds, "clone, until it answers": floor.answer_seconds}
         self.cases["clone that runs C"] = floor.program_seconds
+        box = floor.sandbox(self._stack)
+        next_command_seconds(box)  # the first takes the process that waits
+        self.cases["next command in a VM, C"] = partial(next_command_seconds, box)
 
     def _peers(self) -> None:
         root = peers.unpacked_root(find_image(None).folder / "root.erofs", self.work)
         shutil.copy(self.work / "c", root / "prog/c")
         shutil.copy(self.sources["Python"], root / "prog/prog.py")
         engines = {"podman+runc": peers.podman(root, self.work)}
-        if engines["podman+runc"] is not None:
+        if (podman := engines["podman+runc"]) is not None:
             self._stack.callback(peers.forget_podman, self.work)
+            self.cases["podman exec, C"] = peers.podman_exec(podman, ["/prog/c"], self._stack).seconds
         engines |= {f"docker+{runtime}": peers.docker(root, self.work, runtime) for runtime in ("runc", "runsc")}
         for name, command in {"C": ["/prog/c"], "Python": ["/usr/bin/python3", "/prog/prog.py"]}.items():
             self.cases[f"bwrap, {name}"] = peers.bwrap(root, command).seconds

@@ -22,6 +22,7 @@ from x07_sandbox.backends.qemu.machine import QMP_QUIT
 from x07_sandbox.backends.qemu.start import QemuJob, start_qemu
 from x07_sandbox.backends.qemu.template import opened_template, template_for
 from x07_sandbox.channel.messages import Close, Exec, Open, Room
+from x07_sandbox.conformance.box import Box
 from x07_sandbox.host import settings
 from x07_sandbox.host.cancel import Cancel
 from x07_sandbox.host.linux import children_of
@@ -39,6 +40,7 @@ from x07_sandbox.programs.toolchains import ARTIFACT
 from x07_sandbox.reports.document import render_json
 from x07_sandbox.runs.phase import CWD, PhaseSpec, input_files, run_phase
 from x07_sandbox.runs.request import in_memory
+from x07_sandbox.sandboxes.session import Session
 from x07_sandbox.sandboxes.transfers import CommandStreams, Receivers, Sink, memory_file
 
 if TYPE_CHECKING:
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     from x07_sandbox.backends.qemu.instance import QemuInstance
 
 X07 = Path(sys.executable).with_name("x07")
+_SANDBOX_S = 2 * 3600
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,12 +140,12 @@ class Floor:
         self.artifact = program.read_bytes()
 
     @contextlib.contextmanager
-    def _started(self) -> Iterator[QemuInstance]:
+    def _started(self, deadline_s: int = 60) -> Iterator[QemuInstance]:
         digest = self.kind.image_digest
         record = create_record(
             Claim(run_id=new_run_id(), phase="bench", wall_ms=1000), backend="qemu", image_digest=digest
         )
-        job = QemuJob(record=record, kind=self.kind, deadline_s=60)
+        job = QemuJob(record=record, kind=self.kind, deadline_s=deadline_s)
         with start_qemu(job, kvm=False, memory=self.saved) as instance:
             yield instance
 
@@ -214,6 +217,15 @@ class Floor:
             filters=UNCONFINED.filters,
         )
 
+    def sandbox(self, stack: contextlib.ExitStack) -> Box:
+        """Open a session in a clone, for many commands."""
+        instance = stack.enter_context(self._started(_SANDBOX_S))
+        greet(instance)
+        session = Session(instance, stack.enter_context(contextlib.closing(Cancel())), None)
+        spec = self._spec(stack)
+        session.open(spec.opening, spec.files)
+        return Box(session, instance, spec.order.limits)
+
     @contextlib.contextmanager
     def idle(self) -> Iterator[int]:
         """Start a clone that waits for the host; yield the pid of its QEMU."""
@@ -252,6 +264,17 @@ class Floor:
             finally:
                 os.close(write_fd)
                 thread.join()
+
+
+def next_command_seconds(box: Box) -> float:
+    """Time one more C program in an open sandbox. Raises WrongRunError if its output is wrong."""
+    nonce = os.urandom(8).hex()
+    started = time.monotonic()
+    text = box.output(box.start(ARTIFACT, stdin=f"{nonce}\n".encode()))
+    seconds = time.monotonic() - started
+    if text.encode() != programs.expected(nonce):
+        raise WrongRunError("a sandbox did not run the program")
+    return seconds
 
 
 def _vmm(instance: QemuInstance) -> int:

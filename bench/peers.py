@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -56,6 +57,16 @@ def podman(root: Path, work: Path) -> list[str] | None:
     store += ["--runtime", "runc"]
     _import([*store, "import"], root, work)
     return [*store, *_RUN, _IMAGE]
+
+
+def podman_exec(argv: list[str], command: list[str], stack: contextlib.ExitStack) -> Peer:
+    """Return `podman exec` of a command in a container that runs until *stack* ends. argv: from `podman`."""
+    store, name = argv[: argv.index("run")], "bench-exec"
+    run = [*argv[:-1], "--detach", "--name", name, argv[-1], "sleep", "infinity"]
+    subprocess.run(run, check=True, capture_output=True, env=os.environ | PODMAN_ENV)
+    remove = [*store, "rm", "--force", "--time", "0", name]
+    stack.callback(subprocess.run, remove, check=True, capture_output=True, env=os.environ | PODMAN_ENV)
+    return Peer(argv=(*store, "exec", "-i", name, *command))
 
 
 def docker(root: Path, work: Path, runtime: str) -> list[str] | None:

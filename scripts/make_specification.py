@@ -73,7 +73,14 @@ PAGES = (
         "The policy is enforced out of the program's reach",
         "For every field of the policy, x07 says in advance who enforces the field, or that it is only advisory.",
         (
-            *("process/confined", "unit/channel_*", "unit/container_commands", "unit/session", "unit/guest_filters"),
+            *(
+                "process/confined",
+                "process/commands",
+                "unit/channel_*",
+                "unit/container_commands",
+                "unit/session*",
+                "unit/guest_filters",
+            ),
             *("unit/jail_bwrap", "unit/jail_cgroups", "unit/jail_landlock", "unit/jail_libraries", "unit/jail_uids"),
             *("unit/plan_controls", "unit/plan_grants", "unit/plan_outcomes", "unit/policy_differences"),
             *("unit/policy_environment", "unit/policy_explain", "unit/policy_limits", "unit/policy_overrides"),

@@ -9,6 +9,7 @@ import signal
 import socket
 import stat
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -25,6 +26,7 @@ from x07_sandbox.channel.messages import (
     Exec,
     Exited,
     Failed,
+    InputFile,
     Open,
     Resize,
     Room,
@@ -50,7 +52,7 @@ MOST_S = 30.0
 class Sandbox:
     """The host's side of a session with several commands."""
 
-    def __init__(self, instance: ProcessInstance) -> None:
+    def __init__(self, instance: ProcessInstance, files: list[InputFile] | None = None) -> None:
         self.instance = instance
         self.connection = Connection(instance.channel_fd, Role.HOST)
         self.link = self.connection.link
@@ -65,7 +67,18 @@ class Sandbox:
         self.wait(lambda: self.link.state is State.READY)
         room = Room(1 << 20, 1 << 20)
         self.link.send(
-            Open("x07", LIMITS.mem_bytes, LIMITS.tasks, TMP_BYTES, [], [], FREE, None, out_writable=False, room=room)
+            Open(
+                "x07",
+                LIMITS.mem_bytes,
+                LIMITS.tasks,
+                TMP_BYTES,
+                files or [],
+                [],
+                FREE,
+                None,
+                out_writable=False,
+                room=room,
+            )
         )
 
     def exec(self, *argv: str, stdin: bytes | None = b"", cpu_ms: int = LIMITS.cpu_ms, **how: Any) -> int:  # noqa: ANN401
@@ -223,6 +236,36 @@ def test_a_background_process_lives_until_the_session_is_closed(sandbox: Sandbox
     assert sandbox.code(after) == 0
 
 
+def test_closing_ends_the_commands_that_run(sandbox: Sandbox) -> None:
+    """Closing a session ends its commands, and what earlier ones left, before anything is sent."""
+    mark = f"left-{os.getpid()}"
+    assert sandbox.code(sandbox.sh(f"sh -c 'sleep 1000; : {mark}' & exit 0")) == 0
+    running = sandbox.sh("echo up; sleep 1000")
+    sandbox.wait_for(running, "up")
+    sandbox.close()
+    ended = sandbox.ended[running]
+    assert isinstance(ended, Exited)
+    assert ended.wait_status == signal.SIGKILL
+    lines = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
+    assert not [line for line in lines if mark.encode() in line]
+
+
+def test_a_command_is_stopped_before_its_files_have_arrived(backend: Backend) -> None:
+    """A command that waits for the session's files can be stopped, and ends with the session."""
+    for close in (False, True):
+        with started(backend) as instance:
+            sandbox = Sandbox(instance, [InputFile("/x07/in/file", 0o644, "file", 5)])
+            command = sandbox.sh("exit 0")
+            if close:
+                sandbox.close()
+            else:
+                sandbox.stop(command)
+                sandbox.until_ended(command)
+            failed = sandbox.ended[command]
+            assert isinstance(failed, Failed)
+            assert (failed.id, failed.stage, failed.errno) == (command, "exec", 0)
+
+
 def test_stopping_a_command_ends_its_tree_only(sandbox: Sandbox) -> None:
     """Stopping a command kills its children, and leaves the other commands alone."""
     other = sandbox.exec("cat", stdin=None)
@@ -234,6 +277,28 @@ def test_stopping_a_command_ends_its_tree_only(sandbox: Sandbox) -> None:
     assert (sandbox.code(count), sandbox.text(count)) == (0, "0\n")
     sandbox.write({other: b"still here\n"})
     assert (sandbox.code(other), sandbox.text(other)) == (0, "still here\n")
+
+
+def test_stopping_finds_what_left_the_tree_in_the_same_session(sandbox: Sandbox) -> None:
+    """Stopping a command also kills processes whose parents have ended, unless they made a session of their own."""
+    fork = "import os, time; print(os.fork() and os._exit(0) or 'up', flush=True); time.sleep(4242)"
+    tree = sandbox.exec("/bin/sh", "-c", 'python3 -c "$1"; sleep 1000', "sh", fork)
+    sandbox.wait_for(tree, "up")
+    sandbox.stop(tree)
+    assert sandbox.code(tree) == -9
+    count = sandbox.sh("ps -e -o args | grep -c '[s]leep(4242' || true")
+    assert (sandbox.code(count), sandbox.text(count)) == (0, "0\n")
+
+
+def test_a_command_is_not_killed_for_the_time_of_another(sandbox: Sandbox) -> None:
+    """A command that uses no CPU time is not killed while another one exceeds the limit of both."""
+    idle = sandbox.exec("cat", stdin=None, cpu_ms=400)
+    sandbox.until_started(idle)
+    busy = [sandbox.sh("sh -c 'while :; do :; done'; exit 3", cpu_ms=400) for _ in range(2)]
+    for command in busy:
+        assert sandbox.code(command) == -9
+    sandbox.write({idle: b"x"})
+    assert (sandbox.code(idle), sandbox.text(idle)) == (0, "x")
 
 
 def test_cpu_time_is_counted_for_each_command(sandbox: Sandbox) -> None:

@@ -31,6 +31,7 @@ def test_every_case_of_the_benchmark_runs(tmp_path: Path) -> None:
         "QEMU, started and stopped",
         "clone, until it answers",
         "clone that runs C",
+        "next command in a VM, C",
         "bwrap, C",
         "bare exec, C",
     }

@@ -193,7 +193,7 @@ class Started(NamedTuple):
 
 
 class Stop(NamedTuple):
-    """Send a signal to a command; SIGKILL goes to all its processes."""
+    """Send a signal to a command; SIGKILL goes to all its processes. Before its start, any signal makes it fail."""
 
     id: int
     signal: int
@@ -229,6 +229,7 @@ class Denied(NamedTuple):
 class Exited(NamedTuple):
     """A command and the end of its output. Counters are of the command's control group; 0 where there is none.
 
+    Where commands share a group, a counter includes what other commands did at the same time, and peaks are of all.
     wait_status: as of waitpid(2). cpu_exceeded: whether the agent killed it for its CPU time. stopped: whether a signal
     had stopped it when STOP came. disk_full, memory_full: of the machine. denials_lost: how many were not reported.
     """
@@ -262,9 +263,9 @@ class Left(NamedTuple):
 
 
 class Close(NamedTuple):
-    """Send what is asked for once the command *after* has ended, then answer CLOSED. after: 0 for now.
+    """End all other commands once the command *after* has ended. Send what is asked for, then answer CLOSED.
 
-    Changes are sent for the mounts that OPEN marks.
+    after: 0 to end all commands now. Changes are sent for the mounts that OPEN marks.
     """
 
     after: int

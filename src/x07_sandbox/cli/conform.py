@@ -35,7 +35,7 @@ exit code: 0 nothing failed; 1 something failed
 
 def add_conform(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `x07 conform`."""
-    parser.description = "Run small test programs on a backend. The test takes up to a minute and changes nothing."
+    parser.description = "Run small test programs on a backend. The test takes a few minutes and changes nothing."
     parser.epilog = _EPILOG
     option(parser, "--backend", "B", "test one backend, such as qemu (default: every VM backend that can run here)")
     for flag in ("--sandbox-backend", "--i-accept-weaker-isolation"):

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import msgspec
 
 from x07_sandbox.backends.base import Job, MachineKind, Needs
+from x07_sandbox.conformance import commands
 from x07_sandbox.conformance.harness import ANSWER_S, Bench, expect, policy_with, remaining
 from x07_sandbox.host import settings
 from x07_sandbox.host.cancel import Caller, Cancel
@@ -35,7 +36,9 @@ from x07_sandbox.policy.model import HostPorts
 if TYPE_CHECKING:
     from x07_sandbox.runs.result import Result
 
-Group = Literal["channel", "files", "outcome", "deadline", "stop", "limits", "isolation", "network", "images", "roots"]
+Group = Literal[
+    "channel", "files", "outcome", "deadline", "stop", "limits", "isolation", "network", "images", "roots", "commands"
+]
 Facts = dict[str, Any]
 Check = Callable[[Bench], None]
 
@@ -482,12 +485,15 @@ _TABLE: Final[Mapping[Group, tuple[tuple[str, str, Check], ...]]] = {
         ("write-root", "Only changes in a write root are copied back.", _fact(_folders, "write", _WRITTEN)),
         ("out-folder", "Files in `/x07/out` are copied back.", _fact(_folders, "out", {"report": "report"})),
     ),
+    "commands": commands.ROWS,
 }  # fmt: skip
 _NEEDS: Final = {
     "cpu": "limits.cpu_ms", "memory": "limits.mem_bytes", "descriptors": "limits.fds", "tasks": "limits.procs",
     "core-dumps": "limits.core_dumps", "no-network": "no-network", "no-host-servers": "no-network",
     "no-host-files": "no-host-files", "no-host-variables": "no-host-variables", "no-more-tasks": "confinement",
     "unlisted-name": "network", "gate-asked": "network", "connect-fails": "held-connections",
+    "cpu-of-one": "limits.cpu_ms", "memory-together": "limits.mem_bytes", "tasks-together": "limits.procs",
+    "whole-command": "command-groups",
     "no-execution": "confinement", "read-root": "host-files", "write-root": "host-files", "out-folder": "host-files",
 }  # fmt: skip
 BEHAVIOURS: Final = tuple(

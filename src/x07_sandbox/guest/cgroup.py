@@ -12,6 +12,7 @@ import os
 import time
 from typing import ClassVar, Final
 
+from x07_sandbox.guest.processes import cpu_ticks, stat_of
 from x07_sandbox.guest.system import children_of, read_file, write_file
 
 _ROOT: Final = "/sys/fs/cgroup"
@@ -73,7 +74,7 @@ class NoGroup:
 
     def cpu_us(self, init: int) -> int:
         """Return the CPU time of all processes of the group, in microseconds."""
-        return _cpu_ticks(init) * 1_000_000 // os.sysconf("SC_CLK_TCK")
+        return cpu_ticks(init) * 1_000_000 // os.sysconf("SC_CLK_TCK")
 
     def count(self, name: str) -> int:
         """Return the counter *name* (a key of COUNTERS), or 0 if the group lacks it."""
@@ -85,7 +86,7 @@ class NoGroup:
     def program_stopped(self, init: int) -> bool:
         """Return whether a signal has stopped the program itself. Its children do not matter."""
         for pid in children_of(init)[:1]:
-            if fields := _stat(pid):
+            if fields := stat_of(pid):
                 return fields[0] in {"T", "t"}
         return False
 
@@ -131,7 +132,7 @@ class HostGroup(NoGroup):
         """Return whether a signal has stopped the program itself."""
         for pid in read_file(f"{self._folder}/cgroup.procs").decode().split():
             # The program has joined first; reading all processes of a fork bomb would exceed the host's timeout.
-            if (fields := _stat(int(pid))) and int(fields[1]) == init:
+            if (fields := stat_of(int(pid))) and int(fields[1]) == init:
                 return fields[0] in {"T", "t"}
         return False
 
@@ -244,22 +245,3 @@ def counter(path: str, keys: list[str]) -> int:
     except (FileNotFoundError, ValueError):
         pass
     return most
-
-
-def _stat(pid: int) -> list[str]:
-    """Return fields 3 and up of /proc/PID/stat (proc(5)), or an empty list if the process is gone."""
-    try:
-        return read_file(f"/proc/{pid}/stat").decode("utf-8", "replace").rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return []
-
-
-def _cpu_ticks(init: int) -> int:
-    """Return the CPU time of a process, its reaped children and all its descendants, in clock ticks."""
-    total = 0
-    left = [init]
-    while left:
-        pid = left.pop()
-        total += sum(int(word) for word in _stat(pid)[11:15])  # utime, stime, cutime, cstime
-        left += children_of(pid)
-    return total

@@ -10,6 +10,7 @@ these two exchange. To init:
     last, KEY             kill all other processes once that command has ended; None for no command. At first, it is
                           the process that waits from the start
     signal, KEY, NUMBER   send a signal to a command; SIGKILL goes to its descendants too
+    end                   kill all processes; answered with ready
 
 From init:
 
@@ -32,6 +33,7 @@ SETTINGS: Final = "settings"
 COMMAND: Final = "command"
 LAST: Final = "last"
 SIGNAL: Final = "signal"
+END: Final = "end"
 READY: Final = "ready"
 FAILED: Final = "failed"
 EXITED: Final = "exited"

@@ -21,6 +21,8 @@ from x07_sandbox.guest.system import read_all, write_all
 from x07_sandbox.guest.trees import as_program_user
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from x07_sandbox.channel.messages import Confine, Exec, Network, Terminal
     from x07_sandbox.guest.cgroup import NoGroup
     from x07_sandbox.guest.platform import Platform
@@ -29,6 +31,7 @@ IN_MEMORY_BYTES: Final = 256 * 1024  # input files up to this total are kept in 
 _FOLDERS: Final = {"in": False, "out": True, "work": True, "trees": False}  # by name: whether the program owns it
 WAITING_BYTES: Final = 32 << 20  # memory allowed to the waiting process, whatever the job's limit
 SPARE_CPU_S: Final = 5
+_EVENTS: Final = ("oom_kills", "tasks_refused")  # counters that only grow
 _TIOCSPTLCK: Final = 0x40045431  # ioctl_tty(2)
 _TIOCGPTPEER: Final = 0x5441
 PRELOAD_CPU_S: Final = 300  # RLIMIT_CPU includes the time of imports; the agent's own CPU limit does not
@@ -39,8 +42,8 @@ class Process(NamedTuple):
     """The agent's ends of a command's process, which waits for `Environment.start`.
 
     key: names the process to init. A stream that it does not have is -1. status_fd: messages of the process until it
-    executes the program, which closes the pipe. cpu_before_us: CPU time of its group before the command, in
-    microseconds.
+    executes the program, which closes the pipe. cpu_before_us, counts_before: CPU time (microseconds) and counters of
+    its group before the command.
     """
 
     key: int
@@ -51,6 +54,11 @@ class Process(NamedTuple):
     status_fd: int
     group: NoGroup
     cpu_before_us: int
+    counts_before: Mapping[str, int]
+
+    def count(self, name: str) -> int:
+        """Return a counter of the group (guest/cgroup) since the start of the command."""
+        return self.group.count(name) - self.counts_before.get(name, 0)
 
 
 class Environment:
@@ -59,7 +67,8 @@ class Environment:
     first: whether this machine had no environment before; close an environment before you make the next one.
     preload: modules that a waiting Python interpreter imports; None if the waiting process is no interpreter.
     network: whether there is a relay for connections. init: process id of init. report_fd: init's messages.
-    group: the control group of all commands. in_memory_fds: the tmpfs folders, once `prepare` has returned.
+    group: the control group of all commands. own_groups: whether each has one of its own below it. shared: whether
+    several commands without one have run. in_memory_fds: the tmpfs folders, once `prepare` has returned.
     """
 
     def __init__(
@@ -87,10 +96,12 @@ class Environment:
         self._settings: confine.JobSettings | None = None
         self._cpu_us: int | None = None
         self._last: int | None = init.FIRST  # key of the process after whose end init kills all others
+        self.shared = False
         self._own_modules = False
         self._machine_id_fd = os.open(platform.machine_id, os.O_WRONLY | os.O_CLOEXEC)
         self._make_folders()
         self._first, pipes = self._pipes(init.FIRST)
+        self.own_groups = self._first.group.OF_COMMAND
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         self.report_fd, report_w = os.pipe2(os.O_CLOEXEC)
         world = confine.World(
@@ -167,7 +178,7 @@ class Environment:
             ours, theirs = (stdin_fd, stdout_fd, stderr_fd), (stdin_r, stdout_w, stderr_w)
         status_fd, status_w = os.pipe2(os.O_CLOEXEC)
         start_r, start_fd = os.pipe2(os.O_CLOEXEC)
-        process = Process(key, *ours, start_fd, status_fd, self.group.of_command(key), 0)
+        process = Process(key, *ours, start_fd, status_fd, self.group.of_command(key), 0, {})
         return process, init.Pipes(theirs, start_r, status_w)
 
     def _terminal(self, size: Terminal) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
@@ -199,7 +210,14 @@ class Environment:
         )
         for fd in fds:
             os.close(fd)
-        return process._replace(cpu_before_us=process.group.cpu_us(self.init))
+        self.shared = not self.own_groups
+        before = {name: process.group.count(name) for name in _EVENTS} if self.shared else {}
+        return process._replace(cpu_before_us=process.group.cpu_us(self.init), counts_before=before)
+
+    def end(self) -> None:
+        """Have init kill all processes. Its report is `control.READY`."""
+        with contextlib.suppress(BrokenPipeError):
+            control.send(self._control.fileno(), (control.END,))
 
     def end_with(self, key: int | None) -> None:
         """Have init kill all other processes once the process *key* has ended; None: after no process."""
@@ -211,7 +229,7 @@ class Environment:
 
     def signal(self, process: Process, number: int = signal.SIGKILL) -> None:
         """Send a signal to a command; SIGKILL to all its processes, as far as this platform can tell which they are."""
-        of_command = process.group.OF_COMMAND or process.key == self._last
+        of_command = self.own_groups or process.key == self._last
         if number == signal.SIGKILL and process.group.KILLS and of_command:
             process.group.kill(self.init)
         else:

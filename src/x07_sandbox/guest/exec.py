@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Final
 from x07_sandbox.channel.link import WINDOW, Link, Stream
 from x07_sandbox.channel.messages import Started
 from x07_sandbox.guest.environment import exec_failure
+from x07_sandbox.guest.processes import cpu_ticks, pid_here
+from x07_sandbox.guest.system import children_of
 
 if TYPE_CHECKING:
     from x07_sandbox.channel.messages import Exec, Terminal
@@ -75,7 +77,7 @@ class Command:
         for fd in (process.stdout_fd, process.stderr_fd, process.stdin_fd):
             if fd >= 0:
                 os.set_blocking(fd, False)
-        self._status = b""
+        self._status = self._pid = b""
         self._read_at = self._paused_until = 0.0  # for output
         self._short_reads = 0
         self._stdin = 0  # the number of the input's stream, once it is open
@@ -214,6 +216,8 @@ class Command:
             return
         os.close(self._status_fd)
         self._status_fd = -1
+        if self.process.key:  # it has written its process id, in its namespace
+            self._pid, _, self._status = self._status.partition(b"\n")
         if self._status:
             self._fail(exec_failure(self._status), self.order.id)
             return
@@ -263,10 +267,17 @@ class Command:
             self._cpu_before_us += stall_us
             used_us -= stall_us
         self._cpu_seen_us = used_us
-        if used_us > self.order.limits.cpu_ms * 1000:
+        limit_us = self.order.limits.cpu_ms * 1000
+        if used_us > limit_us and (not self._environment.shared or self._tree_cpu_us() > limit_us):
             self.cpu_exceeded = True
             self._environment.signal(self.process)
 
+    def _tree_cpu_us(self) -> int:
+        """Return the CPU time of the command's process tree, for a group that other commands share."""
+        parent = self._environment.init
+        pids = [pid_here(parent, int(self._pid))] if self._pid else children_of(parent)[:1]
+        return sum(map(cpu_ticks, pids)) * 1_000_000 // os.sysconf("SC_CLK_TCK")
+
     def cpu_us(self) -> int:
-        """Return the CPU time of the command, in microseconds."""
+        """Return the CPU time of the command, in microseconds, with that of others in its group."""
         return self.process.group.cpu_us(self._environment.init) - self._cpu_before_us

@@ -17,7 +17,7 @@ import termios
 from typing import Any, NamedTuple, NoReturn
 
 from x07_sandbox import kernel
-from x07_sandbox.guest import confine, control, execution, interpreter, restrict, services, waiting
+from x07_sandbox.guest import confine, control, execution, interpreter, processes, restrict, services, waiting
 from x07_sandbox.guest.system import children_of, close_descriptors_except, read_all
 
 READY = b"R"  # the waiting process is confined
@@ -129,6 +129,9 @@ class _Init:
             self._last = words[0]
         elif kind == control.SIGNAL:
             self._signal(*words)
+        elif kind == control.END:
+            self._kill_rest()
+            control.send(self._report_fd, (control.READY,))
         return True
 
     def _apply(self, settings: confine.JobSettings) -> None:
@@ -151,38 +154,26 @@ class _Init:
         if program:
             with contextlib.suppress(OSError):  # executing it will fail for the same reason
                 execution.allow_program(program)
-        pid = os.fork()
-        if pid == 0:
-            self._agent.close()
-            os.close(self._report_fd)
-            _become(world, pipes, self._confinement, b"", Start(*how))
-        self._programs[pid] = key
+        try:
+            pid = os.fork()
+        except OSError as exc:  # the limit on tasks, where it holds for this process too
+            os.write(status_fd, b"0\n%d %s" % (exc.errno or 0, str(exc).encode()))
+        else:
+            if pid == 0:
+                self._agent.close()
+                os.close(self._report_fd)
+                _become(world, pipes, self._confinement, b"", Start(*how))
+            self._programs[pid] = key
         for fd in fds:
             os.close(fd)
 
     def _signal(self, key: int, number: int) -> None:
-        """Send a signal to a command. With SIGKILL, also to its descendants and its process group."""
-        uid = self._world.program_uid
-        if uid < 0:
-            self._signal_tree(key, number)
-        elif os.fork() == 0:  # as the program's user: root may lack the right, and this process must stay out of reach
-            try:
-                os.setresgid(uid, uid, uid)
-                os.setresuid(uid, uid, uid)
-                self._signal_tree(key, number)
-            finally:
-                os._exit(0)
-
-    def _signal_tree(self, key: int, number: int) -> None:
-        left = [pid for pid, held in self._programs.items() if held == key]
-        for pid in left if number == signal.SIGKILL else ():
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(pid, number)
-        while left:
-            pid = left.pop()
-            left += children_of(pid) if number == signal.SIGKILL else []
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
+        """Send a signal to a command, which has not been reaped; SIGKILL goes to its tree."""
+        for pid in [pid for pid, held in self._programs.items() if held == key]:
+            tree = processes.stopped_tree(pid) if number == signal.SIGKILL else {pid}
+            for one in tree:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(one, number)
 
     def _reap(self) -> None:
         """Reap all children that have ended, and report the commands among them."""
@@ -237,7 +228,7 @@ def _become(
                 os.dup2(start_fd, waiting.START_FD)
                 os.dup2(status_fd, waiting.STATUS_FD)
                 os.execve(interpreter.PYTHON, interpreter.ARGV, interpreter.ENV)
-            os.write(status_fd, ready)
+            os.write(status_fd, ready or b"%d\n" % os.getpid())
             start = marshal.loads(read_all(start_fd))  # noqa: S302 - from our agent
             _, argv, env, cwd, filter_code, rules_fd, token = start
             os.chdir(cwd)

@@ -154,6 +154,10 @@ class Confined(OnSharedKernel):
         write_file("/proc/sys/user/max_user_namespaces", "1")
         return super().open_channel()
 
+    def resource_limits(self, settings: confine.JobSettings) -> tuple[tuple[int, int], ...]:
+        """Return the limits of each process of a command, with that of tasks."""
+        return (*super().resource_limits(settings), (resource.RLIMIT_NPROC, settings.tasks))
+
     def make_folders(self) -> None:
         """Mount a tmpfs for small files. The scratch folder exists already."""
         confine.mount_memory()

@@ -76,10 +76,11 @@ class Sandbox:
         self._waiting: list[Exec] = []  # until all files have arrived
         self._early_input: list[tuple[int, Event]] = []  # of the waiting commands, by their ids
         self._commands: dict[int, Command] = {}
-        self._first_used = False
-        self._prepared = False
+        self._prepared = self._begun = False
         self._was_killed = False
         self._closing: Close | None = None
+        self._ending = False  # all processes, so that the session can close
+        self._emptied = False  # no process is left
         self._sending: list[tuple[Stream, Iterator[bytes]]] = []
         self._number = 0  # of the stream that is being sent
         self._held = b""
@@ -100,9 +101,7 @@ class Sandbox:
             self._waiting.append(self._environment.platform.adapt_command(event))
             self._start_if_complete()
         elif isinstance(event, Stop):
-            if (found := self._commands.get(event.id)) is not None:
-                found.stop(event.signal)
-                self._was_killed |= found.killed
+            self._stop(event)
         elif isinstance(event, Resize):
             if (found := self._commands.get(event.id)) is not None:
                 found.resize(Terminal(event.rows, event.columns))
@@ -114,10 +113,37 @@ class Sandbox:
     def _close(self, order: Close) -> None:
         """Send what *order* asks for, once its command has ended. Raises JobError, OSError."""
         self._closing = order
-        if (command := self._commands.get(order.after)) is not None:
+        command = self._commands.get(order.after)
+        if command is not None and command.wait_status is None:
             self._environment.end_with(command.process.key)
         elif all(waiting.id != order.after for waiting in self._waiting):
-            self._send_all(order)
+            self._end_all()
+
+    def _stop(self, order: Stop) -> None:
+        if (command := self._commands.get(order.id)) is not None:
+            command.stop(order.signal)
+            self._was_killed |= command.killed
+        for waiting in [waiting for waiting in self._waiting if waiting.id == order.id]:
+            self._waiting.remove(waiting)
+            self._give_up(waiting)
+
+    def _give_up(self, order: Exec) -> None:
+        """Report that a command was not executed, since it was stopped before."""
+        self._command_failed(JobError("exec", 0, "it was stopped before its start"), order.id)
+
+    def _end_all(self) -> None:
+        """End all processes. Then the session closes."""
+        if self._ending:
+            return
+        self._ending = True
+        waiting, self._waiting = self._waiting, []
+        for order in waiting:
+            self._give_up(order)
+        self._environment.end()
+
+    def _close_if_empty(self) -> None:
+        if self._emptied and not self._commands and self._closing is not None:
+            self._send_all(self._closing)
 
     def _take_event(self, event: Event) -> None:
         if event.code == Stream.INPUT:
@@ -156,6 +182,9 @@ class Sandbox:
             return
         orders, self._waiting = self._waiting, []
         for order in orders:
+            if self._ending:  # a command before it closes the session
+                self._give_up(order)
+                continue
             try:
                 self._start(order)
             except JobError as exc:
@@ -165,19 +194,25 @@ class Sandbox:
             self._take_input(command, event)
 
     def _start(self, order: Exec) -> None:
-        environment, limits = self._environment, order.limits
-        if not self._prepared:
+        environment = self._environment
+        if not environment.own_groups:  # commands that share a group share its limits
+            shared = order.limits._replace(mem_bytes=self._opening.mem_bytes, tasks=self._opening.tasks)
+            order = order._replace(limits=shared)
+        limits, is_first = order.limits, not self._prepared
+        if is_first:
             self._prepare(order)
         if not order.service:
             order = order._replace(argv=self._found(order))
-        if self._first_used or not order.is_plain:
+        if not self._begun:
+            environment.prepare(self._settings(limits, self._execution(order)))
+        if not is_first or not order.is_plain:
             limited = environment.platform.resource_limits(self._settings(limits))
             process = environment.add(order, limited, self._opening.confine)
             process.group.limit(mem_bytes=limits.mem_bytes, tasks=limits.tasks)
         else:
-            environment.prepare(self._settings(limits, self._execution(order)))
-            self._first_used = True
             process = environment.first()
+        if not self._begun:
+            self._begun = True
             for tree in self._files.trees.values():
                 tree.wait()
             self._begin_audit()
@@ -194,9 +229,8 @@ class Sandbox:
         most_bytes = max(opening.mem_bytes, environment.waiting_bytes)
         environment.group.limit(mem_bytes=most_bytes, tasks=opening.tasks)
         environment.first().group.limit(mem_bytes=max(limits.mem_bytes, environment.waiting_bytes), tasks=limits.tasks)
-        if opening.mounts or self._files.ca or not order.is_plain:
-            environment.prepare(self._settings(limits))
         if opening.mounts or self._files.ca:
+            environment.prepare(self._settings(limits))
             self._mount()
         environment.name(self._machine_id)
 
@@ -212,11 +246,9 @@ class Sandbox:
         if only_command:
             if (failed := self._commands.pop(command, None)) is not None:
                 failed.close()
-            self._close_after(command)
-
-    def _close_after(self, command: int) -> None:
-        if self._closing is not None and self._closes_after(command):
-            self._send_all(self._closing)
+            if self._closes_after(command):
+                self._end_all()
+            self._close_if_empty()
 
     def _closes_after(self, command: int) -> bool:
         return self._closing is not None and self._closing.after == command
@@ -234,7 +266,9 @@ class Sandbox:
         return ExecutionRules(
             programs=confined.programs,
             prefixes=confined.prefixes,
-            program=None if self._environment.becomes(order.argv, order.env, confined) else order.argv[0],
+            program=None
+            if order.service or self._environment.becomes(order.argv, order.env, confined)
+            else order.argv[0],
             alone=confined.alone,
             mounts=[mount.at for mount in self._opening.mounts],
         )
@@ -271,7 +305,7 @@ class Sandbox:
 
     def register(self, poll: select.poll) -> None:
         """Register the descriptors to wait for."""
-        if self._commands:
+        if self._commands or self._ending:
             poll.register(self._environment.report_fd, select.POLLIN)
         for command in self._commands.values():
             command.register(poll)
@@ -315,6 +349,10 @@ class Sandbox:
     def _take_report(self) -> None:
         """Take a report of init: a command has ended, or init has failed."""
         kind, *words = report = self._environment.next_report()
+        if kind == control.READY:
+            self._emptied = True
+            self._close_if_empty()
+            return
         if kind != control.EXITED:
             self._fail(failure(report), 0)
             return
@@ -345,9 +383,9 @@ class Sandbox:
                 wait_status=command.wait_status,
                 cpu_us=command.cpu_us(),
                 memory_peak_bytes=group.count("memory_peak_bytes"),
-                oom_kills=group.count("oom_kills"),
+                oom_kills=command.process.count("oom_kills"),
                 tasks_peak=group.count("tasks_peak"),
-                tasks_refused=group.count("tasks_refused"),
+                tasks_refused=command.process.count("tasks_refused"),
                 cpu_exceeded=command.cpu_exceeded,
                 stopped=command.stopped,
                 disk_full=os.statvfs(self._environment.platform.scratch).f_bavail < _FULL_BLOCKS,
@@ -356,9 +394,13 @@ class Sandbox:
             )
         )
         del self._commands[identity]
-        self._close_after(identity)
-        if not self._closes_after(identity):  # else the machine ends
+        if not (closes := self._closes_after(identity)):  # else the machine ends
             command.close()
+        if self._closing is None:
+            self._begin_audit()
+        elif closes and not self._ending:
+            self._emptied = True  # by init
+        self._close_if_empty()
 
     def _memory_full(self) -> bool:
         """Return whether one of the program's tmpfs folders has run out of space or inodes."""

@@ -12,9 +12,12 @@ VM_CAPABILITIES: Final = frozenset(
     {
         *("limits.cpu_ms", "limits.mem_bytes", "limits.fds", "limits.procs", "limits.core_dumps"),
         *("confinement", "host-files", "no-host-files", "no-host-variables", "no-network"),
-        *("network", "held-connections"),
+        *("network", "held-connections", "command-groups"),
     }
 )
+
+# Why a backend does not have "command-groups".
+LEAVES_TREE: Final = "a command's processes are found in its process tree and sessions, which a process can leave"
 
 
 class Words(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,7 +58,9 @@ class Features(msgspec.Struct, frozen=True, kw_only=True):
 
     can_enforce: field names of limits, and abilities: "host-files" (copies in, changes back), "confinement" (of tasks
     and execution), "no-network" and others (the program has none), "network" (connections through the egress gate) and
-    "held-connections" (the program sees a denial as an error of connect()).
+    "held-connections" (the program sees a denial as an error of connect()), "command-groups" (each command of a sandbox
+    has a control group: it has limits of its own, and is killed with all its processes. Otherwise commands share the
+    limits of the sandbox, and a process that has left its command's process tree lives until the sandbox is closed).
     """
 
     isolation: Isolation

@@ -10,7 +10,7 @@ import msgspec
 
 from x07_sandbox.backends.handshake import input_poll, read_deadline
 from x07_sandbox.channel.link import DATA_MAX, Stream
-from x07_sandbox.channel.messages import DENIED_MAX, Closed, Denied, Exec, Exited
+from x07_sandbox.channel.messages import DENIED_MAX, Closed, Denied, Exec, Exited, Failed
 from x07_sandbox.errors import PeerError
 from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.plan.outcomes import Evidence, Stage
@@ -70,34 +70,48 @@ class Limit:
 
 
 class Execution:
-    """A command that was sent to the guest. Each needs a new object.
+    """A command that was sent to the guest. Each needs a new object. wall_ms: for how long it may run, or None.
 
-    limit: its deadline while it runs. stage: SETUP, RUN or COLLECT. seen: fields of `Evidence`.
+    limit: its deadline while it runs. stage: SETUP, RUN or COLLECT. seen: fields of `Evidence`. times_ms: when it
+    started and ended.
     """
 
-    def __init__(self, order: Exec, streams: CommandStreams, wall_ms: int) -> None:
+    def __init__(self, order: Exec, streams: CommandStreams, wall_ms: int | None) -> None:
         self.order = order
         self.streams = streams
         self.limit: Limit | None = None
         self.stage = Stage.SETUP
         self.seen: dict[str, Any] = {}
         self.exited: Exited | None = None
+        self.failed: Failed | None = None
+        self.times_ms: dict[str, float] = {}
         self.denied: list[Denied] = []
         self.asked_to_stop = False
         self.stdin = 0  # number of the input's stream
         self.outputs: dict[Stream, int] = {}  # numbers of the output's streams
         self.input_problem = ""
-        self.input_done = streams.stdin_fd is None
+        self.input_done = streams.stdin_fd is None and not streams.open_input
         self._input = bytearray()
         self._input_hash = hashlib.sha256()
         self._wall_ms = wall_ms
         self._sinks = {Stream.STDOUT: streams.stdout, Stream.STDERR: streams.stderr}
 
+    @property
+    def ended(self) -> bool:
+        """Whether the command and its output have ended, or it could not be started."""
+        return self.exited is not None or self.failed is not None
+
+    @property
+    def starting(self) -> bool:
+        """Whether the command has neither started nor failed."""
+        return self.stage is Stage.SETUP and not self.ended
+
     def started(self) -> None:
         """Note that the command was executed, and set its deadline."""
         self.streams.on_started()
         self.stage = Stage.RUN
-        self.limit = Limit(self._wall_ms / 1000)
+        if self._wall_ms is not None and not self.asked_to_stop:
+            self.limit = Limit(self._wall_ms / 1000)
 
     def deny(self, denied: Denied) -> None:
         """Keep a denial. Raises PeerError."""
@@ -114,6 +128,11 @@ class Execution:
             self.seen["stopped"] = exited.stopped
         else:
             self.stage = Stage.COLLECT
+
+    def fail(self, failed: Failed) -> None:
+        """Keep the guest's report that the command could not be started."""
+        self.failed, self.limit = failed, None
+        self.seen |= {"setup_failure": f"{failed.stage}: {failed.message}", "exec_errno": failed.errno}
 
     def take_output(self, stream: Stream, data: bytes) -> int:
         """Take output, and return how many bytes of it were processed."""
@@ -139,7 +158,16 @@ class Execution:
 
     def wants_input(self) -> bool:
         """Return whether more input should be read."""
-        return not self.input_done and not self._input
+        return self.streams.stdin_fd is not None and not self.input_done and not self._input
+
+    def write(self, data: bytes) -> None:
+        """Queue *data* as input, if the streams have `open_input`."""
+        self._input += data
+        self._input_hash.update(data)
+
+    def end_input(self) -> None:
+        """End the input once all of it has been sent."""
+        self.input_done = True
 
     def read_input(self) -> None:
         """Read input once."""
@@ -161,14 +189,14 @@ class Execution:
         """Return the input that was read and not yet sent; the caller removes what it sends."""
         return self._input
 
-    def facts(self, closed: Closed | None, times_ms: dict[str, float], **seen: object) -> Facts:
-        """Return what is known. seen: fields of `Evidence` about the session."""
+    def facts(self, closed: Closed | None, times_ms: dict[str, float], end_ms: float, **seen: object) -> Facts:
+        """Return what is known. times_ms, end_ms, seen: times of the session, and fields of `Evidence` about it."""
         return Facts(
             evidence=Evidence(stage=self.stage, **{**self.seen, **seen}),
             exited=self.exited,
             closed=closed,
             denied=tuple(self.denied),
-            times_ms=times_ms,
+            times_ms={**times_ms, **self.times_ms, "end": end_ms},
             input_sha256=self._input_hash.hexdigest() if self.input_done and not self.input_problem else None,
             input_problem=self.input_problem,
         )

@@ -10,32 +10,41 @@ from typing import TYPE_CHECKING, Any, Final
 
 from x07_sandbox.backends.handshake import input_poll, wait_for_exit
 from x07_sandbox.channel import streams
-from x07_sandbox.channel.link import DATA_MAX, State, Stream
-from x07_sandbox.channel.messages import Close, Closed, Denied, Exec, Exited, Failed, Open, Started, Stop
+from x07_sandbox.channel.link import COMMANDS_MAX, DATA_MAX, State, Stream
+from x07_sandbox.channel.messages import Changes, Close, Closed, Denied, Exec, Exited, Failed, Open, Started, Stop
 from x07_sandbox.channel.streams import Event
-from x07_sandbox.errors import PeerError
+from x07_sandbox.errors import PeerError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.sandboxes.execution import FILL, Execution, Limit
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from x07_sandbox.backends.base import Instance
     from x07_sandbox.channel.carrier import Carrier
-    from x07_sandbox.channel.messages import Message
+    from x07_sandbox.channel.messages import Left, Message, Output
     from x07_sandbox.host.cancel import Cancel
     from x07_sandbox.sandboxes.execution import Facts
-    from x07_sandbox.sandboxes.transfers import CommandStreams, InFile, Receivers, Sink
+    from x07_sandbox.sandboxes.transfers import CommandStreams, Inbox, InFile, Receivers, Sink
 
 _IDLE_S: Final = 60.0  # between two turns of the loop without any deadline
 _RECEIVED: Final = {Stream.OUTPUT, Stream.CHANGES, Stream.LEFT}
 
 
-class Session:
-    """The event loop of one session. Each needs a new object.
+class Arrival:
+    """A stream of changes on its way to *receiver*. ended: whether no more of it comes."""
 
+    def __init__(self, receiver: Any) -> None:  # noqa: ANN401 - the receivers have `take` in common
+        self.receiver = receiver
+        self.ended = False
+
+
+class Session:
+    """The event loop of one session. Each needs a new object. Not thread-safe.
+
+    Commands may be started and stopped at any time. Between two calls of `until`, nothing moves and no deadline ends.
     gate_fd: becomes readable when the egress gate has ended. relay_fd: takes the relay's bytes to the gate, if the
-    relay shares the channel. limit: the deadline for copying in and for the end.
+    relay shares the channel.
     """
 
     def __init__(
@@ -48,47 +57,98 @@ class Session:
         self._carrier: Carrier | None = None
         self._connection = instance.greeting.connection
         self._link = self._connection.link
-        self._limit: Limit | None = None
-        self._times_ms = dict(instance.greeting.times_ms)
+        self._start_limit: Limit | None = None  # for copying in, and for the start of commands
+        self._close_limit: Limit | None = None
+        self._wait: Limit | None = None  # of `until`
         self._seen: dict[str, Any] = {}  # fields of `Evidence`
         self._over = False
         self._files: list[_Copy] = []
-        self._executions: dict[int, Execution] = {}
-        self._receivers: Receivers | None = None
+        self._executions: dict[int, Execution] = {}  # that run, or whose output is being passed on
+        self._wanted: list[Arrival] = []  # asked for, and not yet opened by the guest
+        self._arrivals: dict[int, Arrival] = {}  # by the numbers of their streams
+        self._receivers: Receivers | None = None  # once the session is to close
         self._last: Execution | None = None  # after which the session closes
         self._closed: Closed | None = None
 
     # what the caller asks for
 
+    @property
+    def over(self) -> bool:
+        """Whether the session was closed, or lost."""
+        return self._over
+
     def open(self, opening: Open, files: Sequence[InFile]) -> None:
         """Open the session, and send its files."""
         self._link.send(opening)
         self._files = [_Copy(file, self._link.open(Stream.INPUT, number)) for number, file in enumerate(files)]
-        self._limit = Limit(settings.COPY_IN_S)
+        self._start_limit = Limit(settings.COPY_IN_S)
 
-    def execute(self, order: Exec, given: CommandStreams, wall_ms: int) -> Execution:
-        """Start a command once all files have arrived."""
+    def execute(self, order: Exec, given: CommandStreams, wall_ms: int | None) -> Execution:
+        """Start a command once all files have arrived. wall_ms: see `Execution`. Raises UsageError."""
+        if sum(not one.ended for one in self._executions.values()) >= COMMANDS_MAX:
+            why = f"{COMMANDS_MAX} commands run in this sandbox already"
+            raise UsageError("cannot start the command", why, "Wait until one of them has ended")
         self._link.send(order)
         self._executions[order.id] = execution = Execution(order, given, wall_ms)
         execution.stdin = self._link.open(Stream.STDIN, order.id)
+        self._start_limit = Limit(settings.COPY_IN_S)
         return execution
+
+    def stop(self, execution: Execution, number: int = signal.SIGKILL) -> None:
+        """Send a signal to a command, if it has not ended. SIGKILL goes to all its processes."""
+        if execution.ended or self._over or execution.asked_to_stop:
+            return
+        if number == signal.SIGKILL:
+            self._stop(execution)
+        else:
+            self._link.send(Stop(execution.order.id, number))
+
+    def read(self, execution: Execution, inbox: Inbox) -> bytes:
+        """Return what has arrived in the command's standard output *inbox*, and let the guest send more."""
+        data = inbox.pull()
+        self._link.streams.consumed(execution.outputs.get(Stream.STDOUT, 0), len(data))
+        return data
+
+    def changes(self, receiver: Any) -> Arrival:  # noqa: ANN401 - a files/incoming.Incoming
+        """Ask for the changes so far."""
+        self._link.send(Changes())
+        self._wanted.append(Arrival(receiver))
+        return self._wanted[-1]
 
     def close_after(self, execution: Execution, order: Close, receivers: Receivers) -> None:
         """Close the session once *execution* has ended, and take what *order* asks for."""
         self._link.send(order)
         self._last, self._receivers = execution, receivers
 
+    def close(self, output: Output | None, left: Left | None, receivers: Receivers) -> Closed | None:
+        """End all commands, take what is asked for, and close the session. Return None if it was lost before."""
+        if not self._over:
+            self._link.send(Close(0, output, left))
+            self._receivers, self._close_limit = receivers, Limit(settings.CHANGES_OUT_S)
+            self.until(lambda: False)
+        return self._closed
+
     def run(self, execution: Execution) -> Facts:
         """Run the loop until the session is closed. Return what is known about *execution*."""
-        while not self._over:
+        self.until(lambda: False)
+        return self.facts(execution)
+
+    def until(self, done: Callable[[], bool], within_s: float | None = None) -> bool:
+        """Run the loop until *done* returns True, the session is over, or time is up. Return the value of *done*."""
+        self._wait = wait = None if within_s is None else Limit(within_s)
+        while not (come := done()) and not self._over and (wait is None or wait.left_s() > 0):
             try:
                 self._turn()
             except PeerError as exc:
                 self._end(channel_error=f"{exc.what}: {exc.why}")
-        self._mark("end")
-        if execution.exited is None:
+        return come or done()
+
+    def facts(self, execution: Execution) -> Facts:
+        """Return what is known about a command now."""
+        if self._over and execution.exited is None:
             self._seen["console_tail"] = self._instance.console_tail()
-        return execution.facts(self._closed, self._times_ms, **self._seen)
+        times_ms = self._instance.greeting.times_ms
+        return execution.facts(self._closed, times_ms, self._now_ms(), **self._seen)
 
     # the loop
 
@@ -99,7 +159,8 @@ class Session:
         if not self._connection.flush():
             self._lost()
             return
-        limits = [limit for limit in (self._limit, *(one.limit for one in self._executions.values())) if limit]
+        all_limits = self._wait, self._start_limit, self._close_limit, *(one.limit for one in self._executions.values())
+        limits = [limit for limit in all_limits if limit]
         left_s = min((limit.left_s() for limit in limits), default=_IDLE_S)
         for fd, mask in self._poll().poll(left_s * 1000 + 1):
             self._ready(fd, mask)
@@ -120,7 +181,7 @@ class Session:
 
     def _is_running(self) -> bool:
         """Return whether a command is starting or running."""
-        return any(one.exited is None for one in self._executions.values())
+        return any(not one.ended for one in self._executions.values())
 
     def _wants_input(self, execution: Execution) -> bool:
         return execution.wants_input() and self._link.streams.window(execution.stdin) > 0
@@ -137,13 +198,14 @@ class Session:
             self._end(gate_lost=True)
         elif self._carrier is not None and fd == self._carrier.fd:
             self._carrier.handle(mask)
-        elif not any(self._ready_for(execution, fd) for execution in self._executions.values()):
+        elif not any(self._ready_for(execution, fd) for execution in list(self._executions.values())):
             self._instance.drain(fd)
 
     def _ready_for(self, execution: Execution, fd: int) -> bool:
         if pumped := execution.pump(fd):
             stream, count = pumped
             self._link.streams.consumed(execution.outputs.get(stream, 0), count)
+            self._forget_if_done(execution)
             return True
         if fd == execution.streams.stdin_fd:
             execution.read_input()
@@ -155,8 +217,9 @@ class Session:
         if self._over:
             return True
         fds = self._instance.channel_fd, self._instance.pidfd, self._cancel.fd
-        if self._limit is not None and self._limit.is_up(*fds):
-            self._end(deadline_passed=True)
+        for limit in (self._start_limit, self._close_limit):
+            if limit is not None and limit.is_up(*fds):
+                self._end(deadline_passed=True)
         for execution in self._executions.values():
             if execution.limit is None or not execution.limit.is_up(*fds):
                 continue
@@ -186,29 +249,48 @@ class Session:
         if isinstance(message, Failed):
             self._failed(message)
         elif isinstance(message, Closed):
-            if self._last is not None and self._last.exited is None:
-                raise PeerError("message out of order", f"CLOSED before the end of command {self._last.order.id}")
+            for number, execution in self._executions.items():
+                if not execution.ended:
+                    raise PeerError("message out of order", f"CLOSED before the end of command {number}")
             self._closed = message
             if self._receivers is not None and (output := self._receivers.output) is not None:
                 output.complete = output.size == message.output_bytes
             self._end()
         elif isinstance(message, Started):
-            self._mark("started")
-            self._limit = None
-            self._executions[message.id].started()
+            execution = self._executions[message.id]
+            execution.times_ms["started"] = self._now_ms()
+            execution.started()
+            self._set_start_limit()
         elif isinstance(message, Denied):
             self._executions[message.id].deny(message)
         elif isinstance(message, Exited):
-            self._mark("exited")
             execution = self._executions[message.id]
+            execution.times_ms["exited"] = self._now_ms()
             execution.end(message)
             if execution is self._last:
-                self._limit = Limit(settings.CHANGES_OUT_S)
+                self._close_limit = Limit(settings.CHANGES_OUT_S)
+            self._forget_if_done(execution)
 
     def _failed(self, failed: Failed) -> None:
-        self._end(setup_failure=f"{failed.stage}: {failed.message}", exec_errno=failed.errno if failed.id else 0)
+        if failed.id and (execution := self._executions[failed.id]) is not self._last:
+            execution.fail(failed)
+            self._set_start_limit()
+            self._forget_if_done(execution)
+        else:
+            self._end(setup_failure=f"{failed.stage}: {failed.message}", exec_errno=failed.errno if failed.id else 0)
+
+    def _set_start_limit(self) -> None:
+        """Clear the deadline if nothing is on its way to its start."""
+        if not self._files and not any(one.starting for one in self._executions.values()):
+            self._start_limit = None
+
+    def _forget_if_done(self, execution: Execution) -> None:
+        if execution.ended and not execution.progress_fds():
+            self._executions.pop(execution.order.id, None)
 
     def _take_event(self, event: Event) -> None:
+        if event.stream in self._arrivals and event.type in {streams.FIN, streams.RESET}:
+            self._arrivals.pop(event.stream).ended = True
         if event.type == streams.RESET:  # the guest sends, or takes, no more of this stream
             return
         stream, data = Stream(event.code), event.data
@@ -221,7 +303,7 @@ class Session:
                 self._expect(stream, event.stream)
             elif event.type == streams.DATA:
                 self._link.streams.consumed(event.stream, len(data))
-                if not self._receiver(stream).take(data):
+                if not self._arrivals[event.stream].receiver.take(data):
                     self._refuse(stream, event.stream)
 
     def _take_output(self, execution: Execution, stream: Stream, event: Event) -> None:
@@ -243,10 +325,15 @@ class Session:
             self._carrier.take(event)
 
     def _expect(self, stream: Stream, number: int) -> None:
-        """Note a stream that the guest opened because of CLOSE. Raises PeerError if it was not asked for."""
-        if self._last is None or self._last.exited is None or self._receiver(stream) is None:
+        """Note a stream that the guest opened. Raises PeerError if it was not asked for."""
+        if stream is Stream.CHANGES and self._wanted:
+            self._arrivals[number] = self._wanted.pop(0)
+            return
+        receiver = None if self._is_running() else getattr(self._receivers, stream.name.lower(), None)
+        if receiver is None:
             raise PeerError("bad frame", f"{stream.name} was not asked for")
-        if stream is Stream.OUTPUT and self._last.asked_to_stop:
+        self._arrivals[number] = Arrival(receiver)
+        if stream is Stream.OUTPUT and self._last is not None and self._last.asked_to_stop:
             self._link.streams.reset(number)
 
     def _refuse(self, stream: Stream, number: int) -> None:
@@ -254,12 +341,9 @@ class Session:
         if stream is Stream.OUTPUT:
             raise PeerError("bad frame", "the output file is larger than was asked for")
         self._link.streams.reset(number)
+        self._arrivals.pop(number).ended = True
         if self._receivers is not None and self._receivers.left is None:
             self._end()  # nothing else is to come that matters
-
-    def _receiver(self, stream: Stream) -> Any:  # noqa: ANN401 - they have `take` in common
-        assert self._receivers is not None  # noqa: S101 - the link allows these streams only after CLOSE
-        return getattr(self._receivers, stream.name.lower())
 
     # to the guest
 
@@ -270,7 +354,9 @@ class Session:
             if problem := self._send_file(copy):
                 self._end(setup_failure=problem)
                 return
-        self._files = [copy for copy in self._files if not copy.done]
+        if self._files:
+            self._files = [copy for copy in self._files if not copy.done]
+            self._set_start_limit()
         for execution in self._executions.values():
             held = execution.waiting_input()
             if held and self._link.pending() < FILL:
@@ -286,8 +372,8 @@ class Session:
             if not data:
                 return f"{file.path} was truncated while it was read"
             copy.sent += channel.send(copy.number, data)
-            if self._limit is not None:
-                self._limit.set(settings.COPY_IN_S)
+            if self._start_limit is not None:
+                self._start_limit.set(settings.COPY_IN_S)
         if copy.sent == file.size:
             copy.done = True
             channel.finish(copy.number)
@@ -308,8 +394,8 @@ class Session:
         self._seen.update(seen)
         self._over = True
 
-    def _mark(self, name: str) -> None:
-        self._times_ms[name] = round((time.monotonic() - self._instance.greeting.released_at) * 1000, 1)
+    def _now_ms(self) -> float:
+        return round((time.monotonic() - self._instance.greeting.released_at) * 1000, 1)
 
 
 class _Copy:

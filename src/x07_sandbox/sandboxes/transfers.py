@@ -6,6 +6,7 @@ import codecs
 import contextlib
 import hashlib
 import os
+import sys
 import threading
 import unicodedata
 from collections.abc import Callable
@@ -120,11 +121,13 @@ class _Writer:
 class Sink:
     """Sink for one output stream, up to *max_bytes*. It stores the stream in *keep_fd* and copies it to *live_fd*.
 
-    The caller owns both descriptors. The reader of *live_fd* may be slow. `progress_fd` becomes readable after a write
-    to *live_fd*. raw: do not filter the output for a terminal.
+    The caller owns both descriptors, which may be None. The reader of *live_fd* may be slow. `progress_fd` becomes
+    readable after a write to *live_fd*. raw: do not filter the output for a terminal.
     """
 
-    def __init__(self, name: str, *, keep_fd: int, live_fd: int | None, max_bytes: int, raw: bool = False) -> None:
+    def __init__(
+        self, name: str, *, keep_fd: int | None, live_fd: int | None, max_bytes: int, raw: bool = False
+    ) -> None:
         self.name = name
         self.total_bytes = 0
         self.overflow = False
@@ -148,7 +151,8 @@ class Sink:
         self.total_bytes += len(allowed)
         self._hash.update(allowed)
         try:
-            write_all(self._keep_fd, allowed)
+            if self._keep_fd is not None:
+                write_all(self._keep_fd, allowed)
         except OSError as exc:
             raise BackendError(f"cannot store the program's {self.name}", exc.strerror or str(exc), ROOM) from exc
         if self._live_fd is None or self.reader_gone or not allowed:
@@ -189,6 +193,25 @@ class Sink:
         return self._hash.hexdigest()
 
 
+class Inbox(Sink):
+    """Sink that keeps one output stream in memory until `pull`. Until then the guest sends no more than one window."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name, keep_fd=None, live_fd=None, max_bytes=sys.maxsize)
+        self._data = bytearray()
+
+    def take(self, data: bytes) -> int:
+        """Keep *data*. Return 0, since nothing was read yet."""
+        self._data += data
+        return 0
+
+    def pull(self) -> bytes:
+        """Remove and return what has arrived."""
+        data = bytes(self._data)
+        self._data.clear()
+        return data
+
+
 class OutFile(msgspec.Struct):
     """A file that comes out of the guest: at most *max_bytes*, written to *fd* and hashed. The caller owns *fd*."""
 
@@ -223,11 +246,15 @@ class OutFile(msgspec.Struct):
 
 
 class CommandStreams(msgspec.Struct, frozen=True, kw_only=True):
-    """The standard streams of a command, which the caller owns. on_started: called once the command runs."""
+    """The standard streams of a command, which the caller owns. on_started: called once the command runs.
+
+    stdin_fd: read for the input. open_input: whether `Execution.write` gives the input instead.
+    """
 
     stdin_fd: int | None
     stdout: Sink
     stderr: Sink
+    open_input: bool = False
     on_started: Callable[[], object] = lambda: None
 
 

@@ -24,7 +24,7 @@ from x07_sandbox.images.archive import MANIFEST_LABEL
 from x07_sandbox.images.guestcode import read_guest_code
 from x07_sandbox.images.verify import OpenImage
 from x07_sandbox.jobs.stopping import stop_recorded
-from x07_sandbox.plan.features import VM_CAPABILITIES, Features
+from x07_sandbox.plan.features import LEAVES_TREE, VM_CAPABILITIES, Features
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -37,6 +37,7 @@ _REFERENCE_MAX: Final = 512
 _ORPHANS_MAX: Final = 1000
 _GAPS: Final = {
     "connect-fails": "the relay accepts a connection before the gate decides, and resets it if the gate refuses",
+    "whole-command": LEAVES_TREE,
     "damaged-image": "the engine stores the image, and only its id is checked",
 }
 
@@ -88,7 +89,7 @@ class ContainerBackend:
 
     def least_features(self) -> Features:
         """Return the features of a container that runs x07's agent."""
-        held = VM_CAPABILITIES - {"held-connections"}
+        held = VM_CAPABILITIES - {"held-connections", "command-groups"}
         return Features(isolation="container", own_kernel=False, can_enforce=held)
 
     def probe(self, image: OpenImage | None = None, *, boot: bool = True) -> Availability:  # noqa: ARG002 - needs no image

@@ -22,7 +22,7 @@ from x07_sandbox.jail.cgroups import program_groups, remove_groups
 from x07_sandbox.jobs.record import Claim, create_record, new_run_id
 from x07_sandbox.jobs.stopping import stop_recorded
 from x07_sandbox.kernel import landlock_version
-from x07_sandbox.plan.features import Features
+from x07_sandbox.plan.features import LEAVES_TREE, Features
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -51,17 +51,23 @@ _PER_PROCESS: Final = frozenset({"limits.fds", "limits.core_dumps"})
 _BY_CONTROLLER: Final = {"memory": "limits.mem_bytes", "pids": "limits.procs", "cpuacct": "limits.cpu_ms"}
 _TASKS_APART: Final = (5, 14)  # since this Linux a process limit counts each user namespace separately
 _LANDLOCK_LEAST: Final = 2  # the first version that allows moving files between folders
-_RESETS: Final = {
-    "connect-fails": "the relay accepts a connection before the gate decides, and resets it if the gate refuses"
+_SHARED: Final = {
+    "whole-command": LEAVES_TREE,
+    "connect-fails": "the relay accepts a connection before the gate decides, and resets it if the gate refuses",
 }
 _NO_IMAGE: Final = dict.fromkeys(("image-digest", "damaged-image"), "it uses this host's programs instead of an image")
 _NO_COPIES: Final = "an unconfined program cannot get copies of folders"
 _UNCONFINED: Final = {
-    "cpu": "CPU time of children that are not waited for is not counted",
-    **dict.fromkeys(("memory", "tasks"), "no control group holds the program and its children together"),
+    "whole-command": LEAVES_TREE,
+    **dict.fromkeys(("cpu", "cpu-of-one"), "CPU time of children that are not waited for is not counted"),
+    **dict.fromkeys(
+        ("memory", "tasks", "memory-together", "tasks-together"),
+        "no control group holds the program and its children together",
+    ),
     **dict.fromkeys(("read-root", "write-root", "out-folder"), _NO_COPIES),
     **dict.fromkeys(("no-network", "no-host-servers"), "the program uses this host's network"),
     **dict.fromkeys(("unlisted-name", "gate-asked", "connect-fails"), "nothing limits the program to a list of hosts"),
+    **dict.fromkeys(("file-permissions", "file-root"), "the file server can use its user's files, and root any file"),
     "no-host-files": "the program can use its user's files",
     "no-host-variables": "the program can read the environment of its user's processes",
     "no-host-processes": "the program is one of its user's processes",
@@ -113,7 +119,7 @@ class OsBackend(_Backend):
     """Confined processes: bubblewrap, user namespaces, and the agent's own confinement."""
 
     name = "os"
-    known_gaps = _NO_IMAGE | _RESETS
+    known_gaps = _NO_IMAGE | _SHARED
     needs = (*_NEED_JAIL, *_NEED_PYTHON, _NAMESPACES, _NEW_JAIL, _NEW_PYTHON)
 
     def __init__(self) -> None:

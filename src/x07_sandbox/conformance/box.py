@@ -1,0 +1,181 @@
+"""A sandbox with several commands, for the checks of behaviours."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from x07_sandbox.backends.base import Job, MachineKind, Needs
+from x07_sandbox.channel.messages import CommandLimits, Exec, Open, Room
+from x07_sandbox.conformance.harness import ANSWER_S, BrokenError, expect
+from x07_sandbox.host import settings
+from x07_sandbox.host.cancel import Caller, Cancel
+from x07_sandbox.jobs.record import Claim, new_run_id
+from x07_sandbox.plan.confinement import UNCONFINED
+from x07_sandbox.plan.sizes import RAM_CLASSES
+from x07_sandbox.runs.phase import CWD
+from x07_sandbox.sandboxes.files import FileServer
+from x07_sandbox.sandboxes.session import Session
+from x07_sandbox.sandboxes.transfers import CommandStreams, Receivers, Sink
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from x07_sandbox.backends.base import Instance
+    from x07_sandbox.channel.messages import Closed, Exited
+    from x07_sandbox.conformance.harness import Bench
+    from x07_sandbox.sandboxes.execution import Execution
+
+_SANDBOX_MS: Final = 900_000
+_OUTPUT_MAX: Final = 32 * settings.MIB
+_ENV: Final = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": CWD, "LANG": "C.UTF-8"}
+_LIMITS: Final = CommandLimits(mem_bytes=256 * settings.MIB, tasks=128, cpu_ms=600_000, fds=256, core_bytes=0)
+_COUNT: Final = """
+import os, sys
+mark, count = sys.stdin.buffer.read(), 0
+for name in os.listdir("/proc"):
+    try: count += mark in open(f"/proc/{name}/cmdline", "rb").read()
+    except OSError: pass
+print(count)
+"""
+
+
+class _Kept(Sink):
+    """Sink that keeps one output stream in memory."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name, keep_fd=None, live_fd=None, max_bytes=_OUTPUT_MAX)
+        self.data = bytearray()
+
+    def take(self, data: bytes) -> int:
+        """Keep *data*."""
+        self.data += data
+        return super().take(data)
+
+
+class Command(NamedTuple):
+    """A command and its standard output."""
+
+    execution: Execution
+    output: _Kept
+
+    @property
+    def text(self) -> str:
+        """The standard output so far."""
+        return self.output.data.decode(errors="replace")
+
+    @property
+    def exited(self) -> Exited:
+        """The guest's report about its end. Raises BrokenError if there is none."""
+        if self.execution.exited is None:
+            raise BrokenError(f"expected the end of a command, got {self.execution.failed or 'a lost sandbox'}")
+        return self.execution.exited
+
+    @property
+    def code(self) -> int:
+        """The exit code, negative for a signal."""
+        return os.waitstatus_to_exitcode(self.exited.wait_status)
+
+
+class Box:
+    """A sandbox in which commands run, until it is closed or its context ends."""
+
+    def __init__(self, session: Session, instance: Instance, limits: CommandLimits) -> None:
+        self.session = session
+        self.instance = instance
+        self._limits = limits
+        self._last = 0
+
+    def start(
+        self, *argv: str, stdin: bytes | None = b"", wall_ms: int | None = None, service: str = "", **limits: int
+    ) -> Command:
+        """Start a command. stdin: None to keep the input open for `Execution.write`."""
+        output = _Kept("stdout")
+        given = CommandStreams(stdin_fd=None, stdout=output, stderr=_Kept("stderr"), open_input=True)
+        order = Exec(self._next(), list(argv), _ENV, CWD, self._limits._replace(**limits), service)
+        execution = self.session.execute(order, given, wall_ms)
+        if stdin is not None:
+            execution.write(stdin)
+            execution.end_input()
+        return Command(execution, output)
+
+    def sh(self, text: str, *words: str, **how: Any) -> Command:  # noqa: ANN401 - as `start`
+        """Start a shell command with the arguments *words*."""
+        return self.start("/bin/sh", "-c", text, "sh", *words, **how)
+
+    def python(self, code: str, *words: str, **how: Any) -> Command:  # noqa: ANN401 - as `start`
+        """Start a Python program."""
+        return self.start("/usr/bin/python3", "-c", code, *words, **how)
+
+    def files(self) -> FileServer:
+        """Start a file server."""
+        return FileServer(self.session, self._next(), self._limits)
+
+    def _next(self) -> int:
+        self._last += 1
+        return self._last
+
+    def until(self, what: str, done: Callable[[], bool]) -> None:
+        """Wait until *done* returns True. Raises BrokenError after a timeout, or if the sandbox is lost."""
+        if not self.session.until(done, ANSWER_S):
+            raise BrokenError(f"expected {what}, got {'a lost sandbox' if self.session.over else 'none in time'}")
+
+    def started(self, *commands: Command) -> None:
+        """Wait until commands run."""
+        self.until("the start of commands", lambda: not any(one.execution.starting for one in commands))
+
+    def says(self, command: Command, text: str) -> None:
+        """Wait until a command has written *text*."""
+        self.until(f"the output {text!r}", lambda: text in command.text)
+
+    def code(self, command: Command) -> int:
+        """Wait for the end of a command and return its exit code, negative for a signal."""
+        self.until("the end of a command", lambda: command.execution.ended)
+        return command.code
+
+    def output(self, command: Command) -> str:
+        """Return the output of a command once it has ended. Raises BrokenError if it did not succeed."""
+        expect("exit code of a command", 0, self.code(command))
+        return command.text
+
+    def marked(self, mark: str) -> int:
+        """Wait until no process in the sandbox has *mark* among its arguments. Return how many do after a timeout."""
+        deadline = time.monotonic() + ANSWER_S
+        while (count := int(self.output(self.python(_COUNT, stdin=mark.encode())))) and time.monotonic() < deadline:
+            pass
+        return count
+
+    def close(self) -> Closed | None:
+        """Close the sandbox."""
+        return self.session.close(None, None, Receivers())
+
+
+@contextlib.contextmanager
+def opened(bench: Bench, **limits: int) -> Iterator[Box]:
+    """Open a sandbox. limits: of all its commands together, and of each."""
+    most = _LIMITS._replace(**limits)
+    tmp_bytes = 16 * settings.MIB
+    needs = Needs(mem_bytes=most.mem_bytes, tmp_bytes=tmp_bytes, tasks=most.tasks, fds=most.fds, files_bytes=0)
+    opening = Open(
+        hostname=settings.GUEST_HOSTNAME,
+        mem_bytes=most.mem_bytes,
+        tasks=most.tasks,
+        tmp_bytes=tmp_bytes,
+        files=[],
+        mounts=[],
+        confine=UNCONFINED.for_guest(),
+        network=None,
+        out_writable=False,
+        room=Room(0, 0),
+    )
+    kind = MachineKind(image=bench.image, ram_bytes=RAM_CLASSES[0])
+    claim = Claim(run_id=new_run_id(), phase="run", wall_ms=_SANDBOX_MS)
+    with contextlib.ExitStack() as stack:
+        cancel = stack.enter_context(contextlib.closing(Cancel()))
+        job = Job(claim=claim, kind=kind, caller=Caller(cancel=cancel), needs=needs)
+        instance = stack.enter_context(bench.backend.start(job))
+        session = Session(instance, cancel, None)
+        session.open(opening, ())
+        yield Box(session, instance, most)

@@ -1,0 +1,69 @@
+"""Requests about files in a sandbox, to the file server in the guest."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from x07_sandbox.channel.files import Answer, Buffer, Request, answer_of, encode
+from x07_sandbox.channel.messages import Exec
+from x07_sandbox.errors import BackendError
+from x07_sandbox.sandboxes.transfers import CommandStreams, Inbox
+
+if TYPE_CHECKING:
+    from x07_sandbox.channel.messages import CommandLimits
+    from x07_sandbox.sandboxes.session import Session
+
+FILES = "files"
+
+
+class FileServer:
+    """The file server of a session, which is one of its commands. It answers one request after the other.
+
+    All methods raise BackendError if the server or the session has ended, and PeerError for a bad answer.
+    """
+
+    def __init__(self, session: Session, number: int, limits: CommandLimits) -> None:
+        self._session = session
+        self._inbox = Inbox("answers of the file server")
+        given = CommandStreams(stdin_fd=None, stdout=self._inbox, stderr=Inbox("errors"), open_input=True)
+        self._execution = session.execute(Exec(number, [], {}, "/", limits, FILES), given, None)
+        self._buffer = Buffer()
+
+    def ask(self, request: Request, content: bytes = b"") -> Answer:
+        """Send a request with its content, and return the answer. Read what follows the answer with `piece`."""
+        self._execution.write(encode(request) + content)
+        found: list[list[Any]] = []
+
+        def answered() -> bool:
+            self._fill()
+            if not found and (values := self._buffer.take()) is not None:
+                found.append(values)
+            return bool(found) or self._execution.ended
+
+        if not self._session.until(answered) or not found:
+            raise self._lost()
+        return answer_of(found[0])
+
+    def piece(self, most: int) -> bytes:
+        """Wait for content after an answer, and return 1 to *most* bytes of it."""
+        if not self._session.until(lambda: self._fill() > 0 or self._execution.ended) or not self._buffer.data:
+            raise self._lost()
+        return self._buffer.piece(most)
+
+    def content(self, size: int) -> bytes:
+        """Wait for *size* bytes after an answer, and return them."""
+        data = b""
+        while len(data) < size:
+            data += self.piece(size - len(data))
+        return data
+
+    def close(self) -> None:
+        """End the server once it has answered."""
+        self._execution.end_input()
+
+    def _fill(self) -> int:
+        self._buffer.data += self._session.read(self._execution, self._inbox)
+        return len(self._buffer.data)
+
+    def _lost(self) -> BackendError:
+        return BackendError("cannot reach the files of the sandbox", "its file server has ended", "Open a new sandbox")

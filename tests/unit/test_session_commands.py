@@ -1,0 +1,249 @@
+"""A session with several commands, with a guest that the test plays."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import socket
+from typing import TYPE_CHECKING, cast
+
+import pytest
+
+from tests.fuzz.fuzz_channel import EXITED
+from tests.unit.test_session import CHANGES, CLOSED, LIMITS, FakeClock, Guest, Machine
+from x07_sandbox.backends.base import Greeting, Instance
+from x07_sandbox.channel import streams
+from x07_sandbox.channel.connection import Connection
+from x07_sandbox.channel.files import Answer, Request, encode
+from x07_sandbox.channel.link import COMMANDS_MAX, WINDOW, State, Stream
+from x07_sandbox.channel.messages import Changes, Close, Confine, Exec, Failed, Open, Room, Started, Stop
+from x07_sandbox.channel.streams import Role
+from x07_sandbox.errors import BackendError, PeerError, UsageError
+from x07_sandbox.files.incoming import Incoming
+from x07_sandbox.host import settings
+from x07_sandbox.host.cancel import Cancel
+from x07_sandbox.plan.outcomes import Stage
+from x07_sandbox.runs.phase import input_files
+from x07_sandbox.sandboxes import execution
+from x07_sandbox.sandboxes.files import FileServer
+from x07_sandbox.sandboxes.session import Session
+from x07_sandbox.sandboxes.transfers import CommandStreams, Inbox, InFile, Receivers, Sink, memory_file
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from x07_sandbox.sandboxes.execution import Execution
+
+pytestmark = pytest.mark.timeout(60)
+FREE = Confine(threads=True, spawn=True, execute=True, programs=None, prefixes=[], alone=True)
+
+
+class Ticking(FakeClock):
+    """A clock that the test and each look at it advance."""
+
+    @property
+    def now(self) -> float:
+        """The time in seconds."""
+        self._now += 0.001
+        return self._now
+
+    @now.setter
+    def now(self, value: float) -> None:
+        self._now = value
+
+
+class Pair:
+    """An open session, and its guest."""
+
+    def __init__(self, stack: contextlib.ExitStack, clock: FakeClock, files: tuple[InFile, ...] = ()) -> None:
+        self.clock = clock
+        ours, theirs = (stack.enter_context(end) for end in socket.socketpair())
+        machine = Machine(ours.fileno(), "cold", stack)
+        self.guest = Guest(theirs.fileno(), State.READY)
+        greeting = Greeting(Connection(ours.fileno(), Role.HOST, State.READY), 0.0, {})
+        cancel = stack.enter_context(contextlib.closing(Cancel()))
+        machine.greeting = greeting  # type: ignore[attr-defined]
+        self.session = Session(cast("Instance", machine), cancel, None)
+        opening = Open(
+            "x07", 1 << 20, 8, 1 << 20, input_files(files), [], FREE, None, out_writable=False, room=Room(0, 0)
+        )
+        self.session.open(opening, files)
+        self.turn()
+        self.guest.until(Open)
+
+    def start(self, number: int, wall_ms: int | None = None, *, started: bool = True) -> Execution:
+        """Start a command. started: have the guest answer."""
+        sinks = [Sink(name, keep_fd=None, live_fd=None, max_bytes=100) for name in ("stdout", "stderr")]
+        given = CommandStreams(stdin_fd=None, stdout=sinks[0], stderr=sinks[1])
+        command = self.session.execute(Exec(number, ["true"], {}, "/", LIMITS), given, wall_ms)
+        self.turn()
+        self.guest.until(Exec)
+        if started:
+            self.guest.say(Started(number))
+            assert self.session.until(lambda: not command.starting)
+        return command
+
+    def turn(self) -> None:
+        """Have the session do what is due."""
+        self.session.until(lambda: False, 0.01)
+
+
+@pytest.fixture
+def stack() -> Iterator[contextlib.ExitStack]:
+    """What the test opens."""
+    with contextlib.ExitStack() as opened:
+        yield opened
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
+    """The clock of deadlines, which advances by a millisecond with each look at it, so that waiting ends."""
+    ticking = Ticking()
+    monkeypatch.setattr(execution, "Deadline", ticking)
+    return ticking
+
+
+@pytest.fixture
+def pair(stack: contextlib.ExitStack, clock: FakeClock) -> Pair:
+    """An open session without files."""
+    return Pair(stack, clock)
+
+
+def test_each_command_has_a_deadline_of_its_own(pair: Pair) -> None:
+    """At its deadline a command is stopped, and other commands and the session go on."""
+    late, other = pair.start(1, 1000), pair.start(2)
+    pair.clock.now += 2
+    pair.turn()
+    assert pair.guest.until(Stop) == Stop(1, signal.SIGKILL)
+    pair.guest.say(EXITED._replace(wait_status=9))
+    assert pair.session.until(lambda: late.ended)
+    assert pair.session.facts(late).evidence.deadline_passed
+    facts = pair.session.facts(other)
+    assert (facts.evidence.deadline_passed, facts.evidence.stage) == (False, Stage.RUN)
+    assert (pair.session.over, other.ended) == (False, False)
+
+
+def test_a_command_that_cannot_be_started_fails_alone(pair: Pair) -> None:
+    """FAILED for a command ends that command, and the session goes on."""
+    missing = pair.start(1, started=False)
+    pair.guest.say(Failed(1, "exec", 2, "no such file"))
+    assert pair.session.until(lambda: missing.ended)
+    evidence = pair.session.facts(missing).evidence
+    assert (evidence.stage, evidence.setup_failure, evidence.exec_errno) == (Stage.SETUP, "exec: no such file", 2)
+    assert not pair.start(2).ended
+
+
+def test_a_guest_that_does_not_stop_a_command_loses_the_session(pair: Pair) -> None:
+    """If the guest does not end a command after STOP, the session ends."""
+    command = pair.start(1)
+    pair.session.stop(command)
+    pair.clock.now += settings.STOPPED_S + 1
+    pair.turn()
+    assert pair.session.over
+
+
+def test_an_idle_session_has_no_deadline(stack: contextlib.ExitStack, clock: FakeClock) -> None:
+    """Once its files have gone out, a session without commands waits for as long as it takes."""
+    file = InFile(path="/x07/in/a", mode=0o644, kind="file", fd=memory_file(b"abc", stack), size=3)
+    pair = Pair(stack, clock, (file,))
+    assert pair.guest.until_event(streams.DATA).data == b"abc"
+    clock.now += 2 * settings.COPY_IN_S
+    pair.turn()
+    assert not pair.session.over
+    assert not pair.start(1).ended
+
+
+def test_commands_at_once_are_limited(pair: Pair) -> None:
+    """One command more than the guest accepts is refused before it is sent."""
+    for number in range(1, COMMANDS_MAX + 1):
+        pair.start(number)
+    with pytest.raises(UsageError, match="cannot start the command"):
+        pair.start(COMMANDS_MAX + 1)
+    pair.guest.say(EXITED)
+    pair.turn()
+    assert not pair.start(COMMANDS_MAX + 1).ended
+
+
+def test_changes_arrive_while_commands_run(stack: contextlib.ExitStack, pair: Pair) -> None:
+    """The changes so far are sent when asked for, each time on a stream of their own."""
+    pair.start(1)
+    for _ in range(2):
+        incoming = Incoming(memory_file(b"", stack), roots=1, most_entries=10, most_bytes=100)
+        arrival = pair.session.changes(incoming)
+        pair.turn()
+        pair.guest.until(Changes)
+        pair.guest.stream(Stream.CHANGES, CHANGES)
+        assert pair.session.until(lambda arrival=arrival: arrival.ended)  # type: ignore[misc]
+        assert incoming.complete
+
+
+def test_closing_awaits_the_end_of_all_commands(pair: Pair) -> None:
+    """CLOSED before the end of a command is a fault; after it, the session is closed."""
+    command = pair.start(1)
+    pair.session._link.send(Close(0, None, None))  # noqa: SLF001 - as `close`, which waits
+    pair.turn()
+    assert pair.guest.until(Close) == Close(0, None, None)
+    pair.guest.say(EXITED._replace(wait_status=9), CLOSED)
+    assert not pair.session.until(lambda: False)
+    facts = pair.session.facts(command)
+    assert (pair.session.over, facts.evidence.channel_error, facts.closed) == (True, None, CLOSED)
+    assert pair.session.close(None, None, Receivers()) == CLOSED
+
+
+def test_output_in_memory_holds_up_the_guest(pair: Pair) -> None:
+    """Output that is kept in memory takes one window until it is read."""
+    inbox = Inbox("stdout")
+    given = CommandStreams(stdin_fd=None, stdout=inbox, stderr=Inbox("stderr"), open_input=True)
+    command = pair.session.execute(Exec(1, ["true"], {}, "/", LIMITS), given, None)
+    command.write(b"input")
+    pair.turn()
+    assert pair.guest.until_event(streams.DATA).data == b"input"
+    pair.guest.say(Started(1))
+    number = pair.guest.stream(Stream.STDOUT, bytes(30_000), 1, ended=False)
+    for _ in range(2):
+        pair.turn()
+        pair.guest.link.streams.send(number, bytes(30_000))
+        pair.guest.flush()
+    pair.turn()
+    assert not pair.guest.events
+    assert len(pair.session.read(command, inbox)) == 90_000
+    pair.turn()
+    pair.guest.until_event(streams.CREDIT)
+    assert pair.guest.link.streams.window(number) == WINDOW
+
+
+def file_server(pair: Pair, output: bytes) -> FileServer:
+    """Start a file server, whose answers are *output*."""
+    files = FileServer(pair.session, 1, LIMITS)
+    pair.turn()
+    pair.guest.until(Exec)
+    pair.guest.say(Started(1))
+    pair.guest.stream(Stream.STDOUT, output, 1)
+    return files
+
+
+def test_file_requests_are_answered(pair: Pair) -> None:
+    """A request is sent with its content, and its answer and what follows come back."""
+    files = file_server(pair, encode(Answer(0, 5)) + b"hello" + encode(Answer(2)))
+    assert files.ask(Request("read", "/a", size=5)) == Answer(0, 5)
+    assert files.content(5) == b"hello"
+    assert files.ask(Request("write", "/b", size=3), b"new") == Answer(2)
+    pair.turn()
+    sent = pair.guest.until_event(streams.DATA).data + pair.guest.until_event(streams.DATA).data
+    assert sent == encode(Request("read", "/a", size=5)) + encode(Request("write", "/b", size=3)) + b"new"
+
+
+def test_a_file_server_that_ends_is_reported(pair: Pair) -> None:
+    """If the file server ends, requests raise an error and do not wait."""
+    files = file_server(pair, b"")
+    pair.guest.say(EXITED)
+    with pytest.raises(BackendError, match="cannot reach the files"):
+        files.ask(Request("read", "/a"))
+    with pytest.raises(BackendError, match="cannot reach the files"):
+        files.piece(1)
+
+
+def test_a_bad_answer_about_files_is_rejected(pair: Pair) -> None:
+    """An answer that the file server could not have given raises PeerError."""
+    with pytest.raises(PeerError):
+        file_server(pair, b"\xff" * 100).ask(Request("read", "/a"))
