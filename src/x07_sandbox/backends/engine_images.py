@@ -5,19 +5,17 @@ from __future__ import annotations
 import contextlib
 import re
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from x07_sandbox.backends.engines import CLIENTS, engine
+from x07_sandbox.backends.engines import CLIENTS, Name, engine
 from x07_sandbox.errors import BackendError, HostError, UsageError
 from x07_sandbox.host.paths import cache_folder
 from x07_sandbox.host.version import __version__
 from x07_sandbox.images.archive import write_archive
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from x07_sandbox.backends.engines import Name
     from x07_sandbox.images.store import Image
 
 DEFAULT_REFERENCE: Final = f"ghcr.io/x07lang/x07-guest-runner:{__version__}"

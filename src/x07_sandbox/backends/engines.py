@@ -1,7 +1,5 @@
 """The client of a container engine: its program and environment, and the meaning of its output."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess

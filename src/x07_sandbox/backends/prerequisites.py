@@ -3,8 +3,6 @@
 Each backend lists its own (`Backend.needs`). Its probe requires them, and `x07 doctor` prints them.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import stat

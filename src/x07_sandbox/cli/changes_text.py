@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -11,14 +13,10 @@ import msgspec
 from x07_sandbox.cli.console import say, write_stdout
 from x07_sandbox.cli.denials_text import how_to_allow_text
 from x07_sandbox.cli.parser import nonempty
-from x07_sandbox.files.changes import display_name, printable
+from x07_sandbox.files.changes import ChangeSet, display_name, printable
 from x07_sandbox.runs.saved_changes import command, find_saved, folder_names
 
 if TYPE_CHECKING:
-    import argparse
-    from collections.abc import Sequence
-
-    from x07_sandbox.files.changes import ChangeSet
     from x07_sandbox.plan.denials import Denial
     from x07_sandbox.runs.result import Changes, Result
 

@@ -1,24 +1,19 @@
 """`x07 conform`: run the conformance tests of a backend on this machine."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import tempfile
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from x07_sandbox.backends.registry import BY_NAME
 from x07_sandbox.backends.selection import backend_request, select, this_platform
 from x07_sandbox.cli.console import LiveLine, show
 from x07_sandbox.cli.json_output import print_document
 from x07_sandbox.cli.parser import add_document_flags, add_row, option
-from x07_sandbox.conformance.run import conform
+from x07_sandbox.conformance.run import Verdict, conform
 from x07_sandbox.host.paths import cache_folder
 from x07_sandbox.options import BY_FLAG
 from x07_sandbox.reports.conform import ConformReport
-
-if TYPE_CHECKING:
-    from x07_sandbox.conformance.run import Verdict
 
 _WORDS: Final = {"passed": "ok", "failed": "FAILED", "gap": "gap", "skipped": "skipped"}
 _EPILOG: Final = """Each line shows one behaviour and its verdict: ok, FAILED, gap (the backend is known to lack the

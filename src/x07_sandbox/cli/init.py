@@ -1,13 +1,12 @@
 """`x07 init`: write the first file of a project; overwrite nothing."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import os
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from x07_sandbox.cli.console import say
 from x07_sandbox.cli.json_output import print_line, shell_path, show_written
@@ -21,9 +20,6 @@ from x07_sandbox.programs.manifest import FILE
 from x07_sandbox.programs.new_manifest import ROWS, sandbox_manifest
 from x07_sandbox.reports.verbs import InitReport
 from x07_sandbox.x07.project import first_project
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 _FILES_MAX: Final = 10_000
 _WITH_ENTRY: Final = tuple(row.name for row in ROWS if row.entries)

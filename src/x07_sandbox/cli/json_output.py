@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import shlex
@@ -13,8 +14,6 @@ from x07_sandbox.errors import RefusedError, SandboxError
 from x07_sandbox.reports.document import failure_report, plain, render_json
 
 if TYPE_CHECKING:
-    import argparse
-
     import msgspec
 
     from x07_sandbox.host.documents import Status

@@ -3,17 +3,17 @@
 Standard output is one JSON object, X07's report, or nothing (exit 2). Messages go to standard error.
 """
 
-from __future__ import annotations
-
+import argparse
 import contextlib
 import os
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal, NoReturn
+from typing import Final, Literal, NoReturn
 
 from x07_sandbox.backends.lease import PoolClient
 from x07_sandbox.backends.registry import Platform
-from x07_sandbox.backends.selection import ACCEPT_VARIABLE, backend_request, select, this_platform, usable_flags
+from x07_sandbox.backends.selection import ACCEPT_VARIABLE, Choice, backend_request, select, this_platform, usable_flags
 from x07_sandbox.cli.atomic_output import check_outputs, files_read
 from x07_sandbox.cli.console import LiveLine, OutputError, say, write_stdout
 from x07_sandbox.cli.main import end_with
@@ -27,19 +27,12 @@ from x07_sandbox.host.paths import is_folder
 from x07_sandbox.host.variables import check_environment, flag, text
 from x07_sandbox.programs.manifest import FILE
 from x07_sandbox.reports.document import render_json
-from x07_sandbox.runs.program import load_program
+from x07_sandbox.runs.program import Program, load_program
 from x07_sandbox.runs.request import RunCaller, RunRequest, effective_policy_of
 from x07_sandbox.x07.programs import load_x07
 from x07_sandbox.x07.project import PROJECT_FILE, Options
 from x07_sandbox.x07.report import mode_of
 from x07_sandbox.x07.runner_report import World, failure_report
-
-if TYPE_CHECKING:
-    import argparse
-    from collections.abc import Sequence
-
-    from x07_sandbox.backends.selection import Choice
-    from x07_sandbox.runs.program import Program
 
 SETUP_EXIT: Final = 2
 _WORLDS: Final[dict[str, World]] = {"run-os": "run-os", "run-os-sandboxed": "run-os-sandboxed"}

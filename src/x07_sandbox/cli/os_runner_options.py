@@ -1,7 +1,5 @@
 """The flags of `x07-os-runner` in one table, the source of its parser, its JSON description and its documentation."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from typing import Any, Final

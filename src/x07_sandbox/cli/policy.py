@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
@@ -15,7 +16,7 @@ from x07_sandbox.cli.json_output import deliver, print_document, print_failure
 from x07_sandbox.cli.parser import add_document_flags, inner_verb, option, repeated, switch
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host.paths import read_bounded, settings_file
-from x07_sandbox.network.rules import NetSettings, decide, endpoint_text, make_allowlist, parse_request
+from x07_sandbox.network.rules import NetSettings, Transport, decide, endpoint_text, make_allowlist, parse_request
 from x07_sandbox.policy.canonical import policy_digest
 from x07_sandbox.policy.complete import completion
 from x07_sandbox.policy.decode import MAX_BYTES
@@ -26,9 +27,6 @@ from x07_sandbox.reports.policies import CheckedFile, CheckReport, DiffReport, D
 from x07_sandbox.runs.request import read_policy
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from x07_sandbox.network.rules import Transport
     from x07_sandbox.policy.differences import Change
     from x07_sandbox.policy.model import Policy
 

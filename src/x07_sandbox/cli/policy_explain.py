@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import msgspec
 
@@ -16,13 +16,10 @@ from x07_sandbox.network.settings import read_settings
 from x07_sandbox.plan.confinement import confinement
 from x07_sandbox.plan.controls import make_plan
 from x07_sandbox.policy.canonical import policy_digest
-from x07_sandbox.policy.model import leaf_values
+from x07_sandbox.policy.model import Policy, leaf_values
 from x07_sandbox.programs.toolchains import TOOLCHAINS
 from x07_sandbox.reports.policies import ExplainedControl, ExplainReport, NeverReached
 from x07_sandbox.x07.protocol import X07
-
-if TYPE_CHECKING:
-    from x07_sandbox.policy.model import Policy
 
 # The state that needs attention comes first.
 _GROUPS: Final = {

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
@@ -21,6 +25,9 @@ from x07_sandbox.policy.overrides import check_grants, derive_policy
 from x07_sandbox.policy.problems import PolicyError
 from x07_sandbox.reports.document import render_json
 from x07_sandbox.runs.request import (
+    EffectivePolicy,
+    RunCaller,
+    RunRequest,
     effective_policy_of,
     is_built_in,
     name_of_policy,
@@ -33,14 +40,8 @@ from x07_sandbox.x07.protocol import USAGE_EXIT
 from x07_sandbox.x07.runner_report import flat_report, target_of, wrap
 
 if TYPE_CHECKING:
-    import argparse
-    import contextlib
-    from collections.abc import Callable
-    from pathlib import Path
-
     from x07_sandbox.programs.protocol import Protocol
     from x07_sandbox.runs.program import Program
-    from x07_sandbox.runs.request import EffectivePolicy, RunCaller, RunRequest
 
 _SCHEMA_EXIT = 3
 

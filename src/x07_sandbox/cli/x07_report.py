@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,17 +17,13 @@ from x07_sandbox.library.requests import carry_out
 from x07_sandbox.programs.toolchains import ARTIFACT, OUTPUT, PROGRAM_FOLDER
 from x07_sandbox.reports.document import render_json
 from x07_sandbox.runs.program import Program
-from x07_sandbox.runs.request import EffectivePolicy, open_input, read_whole
+from x07_sandbox.runs.request import EffectivePolicy, RunCaller, RunRequest, open_input, read_whole
 from x07_sandbox.x07.attestation import WRITE_CODE, Attested, attest, reference
 from x07_sandbox.x07.protocol import INPUT_MAX_BYTES
 from x07_sandbox.x07.report import describe_ending, mode_of, report_of
 from x07_sandbox.x07.runner_report import Built, CompileRunReport
 
 if TYPE_CHECKING:
-    import contextlib
-    from collections.abc import Callable
-
-    from x07_sandbox.runs.request import RunCaller, RunRequest
     from x07_sandbox.runs.result import Result
     from x07_sandbox.sandboxes.transfers import OutFile
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import msgspec
@@ -11,16 +12,23 @@ import msgspec
 from x07_sandbox.channel.trees import can_hold_names
 from x07_sandbox.errors import PeerError
 from x07_sandbox.files.changes import STAGING, Change, Node, Refused, is_folder, parent_folders, printable, same_node
-from x07_sandbox.files.copy import DEPTH_MAX, FIELDS, NUMBER_MAX, link_stays_inside, value_for, why_left_out
+from x07_sandbox.files.copy import (
+    DEPTH_MAX,
+    FIELDS,
+    NUMBER_MAX,
+    Bounds,
+    Reason,
+    Skipped,
+    link_stays_inside,
+    value_for,
+    why_left_out,
+)
 from x07_sandbox.files.dependencies import renames, with_dependents
 from x07_sandbox.files.link_targets import OUT, Links
 from x07_sandbox.host import settings
 from x07_sandbox.policy.limits import size_text
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
-
-    from x07_sandbox.files.copy import Bounds, Reason, Skipped
     from x07_sandbox.files.incoming import ReportedEntry
     from x07_sandbox.files.protected import Protection
 

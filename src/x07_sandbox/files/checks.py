@@ -1,26 +1,19 @@
 """Checks before an application changes anything: the set is valid, and the host still has the state that was copied."""
 
-from __future__ import annotations
-
 import errno
 import itertools
 import os
 import posixpath
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import msgspec
 
 from x07_sandbox.errors import HostError
-from x07_sandbox.files.changes import STAGING, Change, Node, is_folder, same_node
-from x07_sandbox.files.inode import open_inode
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from x07_sandbox.files.changes import ChangeSet, RootChanges
-    from x07_sandbox.files.inode import OpenInode
+from x07_sandbox.files.changes import STAGING, Change, ChangeSet, Node, RootChanges, is_folder, same_node
+from x07_sandbox.files.inode import OpenInode, open_inode
 
 _SHA256: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _TARGET_MAX: Final = 4095

@@ -3,23 +3,17 @@
 Contents go to one file and everything else to a list. `check_changes` decides which changes are allowed.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
-from typing import TYPE_CHECKING, Final
+from collections.abc import Iterable
+from typing import Final
 
 import msgspec
 
-from x07_sandbox.channel.trees import Entry, FileEnd, Hole, Kind, Piece, Reader
+from x07_sandbox.channel.trees import Entry, Event, FileEnd, Hole, Kind, Piece, Reader
 from x07_sandbox.errors import BackendError, PeerError
 from x07_sandbox.files.changes import Node
 from x07_sandbox.files.contents import add_zeros, write
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from x07_sandbox.channel.trees import Event
 
 _PERMISSIONS: Final = 0o7777
 

@@ -6,8 +6,6 @@ written once all steps are done; recovery then publishes the undo set and remove
 of each file is a `Head`, every other line a `Step`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

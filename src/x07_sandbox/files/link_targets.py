@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Mapping
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Mapping
-
     from x07_sandbox.files.changes import Node
 
 OUT: Final = ".."  # stands for a target outside the tree

@@ -1,9 +1,8 @@
 """Packing of selected host files as one archive. Links that lead out of the tree are not followed."""
 
-from __future__ import annotations
-
-from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Final
 
 import msgspec
 
@@ -12,10 +11,6 @@ from x07_sandbox.files.patterns import Walk
 from x07_sandbox.host import settings
 from x07_sandbox.host.project import ProjectFolder
 from x07_sandbox.images.cpio import TRAILER, Entry, file, folder, pack
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-    from pathlib import Path
 
 FILES_MAX: Final = 10_000
 _PART_MAX: Final = 255

@@ -7,14 +7,13 @@ import itertools
 import os
 import re
 from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
 import msgspec
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-
     from x07_sandbox.files.changes import Change, ChangeSet, Node, RootChanges
 
     _Code = tuple[Literal["replace", "delete", "insert", "equal"], int, int, int, int]

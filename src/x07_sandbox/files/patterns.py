@@ -7,13 +7,12 @@ import glob
 import os
 import re
 import stat
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from x07_sandbox.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-
     from x07_sandbox.host.project import ProjectFolder
 
 ENTRIES_MAX: Final = 50_000

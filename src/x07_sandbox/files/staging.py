@@ -5,24 +5,21 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Final
 
 import msgspec
 
 from x07_sandbox.errors import HostError
 from x07_sandbox.files import contents
-from x07_sandbox.files.changes import same_node
-from x07_sandbox.files.checks import only_mode
+from x07_sandbox.files.changes import Change, Node, same_node
+from x07_sandbox.files.checks import Item, only_mode
 from x07_sandbox.files.inode import open_inode
 from x07_sandbox.files.journal import Step, StepKind
 from x07_sandbox.host.paths import closing_fd
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
-
     from x07_sandbox.files.apply_steps import Site
-    from x07_sandbox.files.changes import Change, Node
-    from x07_sandbox.files.checks import Item
 
 # The owner needs both bits to create or remove entries in a folder and to move the folder.
 _OPEN: Final = 0o300

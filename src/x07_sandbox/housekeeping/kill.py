@@ -1,11 +1,9 @@
 """Ending a run from any process, by the records of its jobs."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import time
-from typing import TYPE_CHECKING, Final, Literal
+from typing import Final, Literal
 
 import msgspec
 
@@ -17,13 +15,10 @@ from x07_sandbox.host.locks import is_locked
 from x07_sandbox.host.paths import state_dir
 from x07_sandbox.housekeeping.lookup import run_folder
 from x07_sandbox.jobs.active import JOB_NAME, unfinished_jobs
-from x07_sandbox.jobs.reader import read_stored
+from x07_sandbox.jobs.reader import StoredJob, read_stored
 from x07_sandbox.jobs.record import runner_instance
 from x07_sandbox.jobs.stop_rules import here_and_now, state_of
 from x07_sandbox.runs.folder import KILL
-
-if TYPE_CHECKING:
-    from x07_sandbox.jobs.reader import StoredJob
 
 _GONE_S: Final = 30.0
 _ASKED_S: Final = 5.0  # for the run's x07 process to end the run itself

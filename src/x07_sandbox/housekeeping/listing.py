@@ -1,10 +1,9 @@
 """Reports on runs and jobs, for `x07 ps` and `x07 inspect`."""
 
-from __future__ import annotations
-
 import contextlib
 import os
-from typing import TYPE_CHECKING, Final, Literal, TypeVar
+from pathlib import Path
+from typing import Final, Literal, TypeVar
 
 import msgspec
 
@@ -18,13 +17,8 @@ from x07_sandbox.housekeeping.lookup import run_folder
 from x07_sandbox.housekeeping.pruner import entries
 from x07_sandbox.jobs.active import JOB_NAME
 from x07_sandbox.jobs.reader import JobDocument, StoredJob, all_stored
-from x07_sandbox.jobs.stop_rules import here_and_now, judge, overdue_ms, state_of
+from x07_sandbox.jobs.stop_rules import Now, here_and_now, judge, overdue_ms, state_of
 from x07_sandbox.runs.folder import KILL, REQUEST, RUN_NAME, runs_dir
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from x07_sandbox.jobs.stop_rules import Now
 
 _T = TypeVar("_T", bound=msgspec.Struct)
 _LIVE: Final = frozenset({"starting", "running", "ending", "orphaned", "expired"})

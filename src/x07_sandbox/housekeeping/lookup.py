@@ -1,18 +1,13 @@
 """Look-up of runs by id or a unique prefix of the id, among the folders of runs and the records of jobs."""
 
-from __future__ import annotations
-
 import os
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host.paths import state_dir
 from x07_sandbox.housekeeping.pruner import entries
 from x07_sandbox.jobs.active import JOB_NAME
 from x07_sandbox.runs.folder import RUN_NAME, described, is_named, runs_dir
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 def run_folder(run: str) -> Path:

@@ -1,23 +1,17 @@
 """Pruning: removal of unused images, cache files and records."""
 
-from __future__ import annotations
-
 import os
 import re
 import stat
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from x07_sandbox.host import verdicts
 from x07_sandbox.host.paths import cache_dir, private_dir, why_not_ours
 from x07_sandbox.housekeeping.images import prune_images, prune_saved
-from x07_sandbox.housekeeping.pruner import Pruner, entries, sweep_temporaries
+from x07_sandbox.housekeeping.pruner import Part, Pruner, PruneReport, entries, sweep_temporaries
 from x07_sandbox.housekeeping.records import prune_records
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
-
-    from x07_sandbox.housekeeping.pruner import Part, PruneReport
 
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 _VERDICT: Final = re.compile(r"[a-z]+-[0-9a-f]{32}\.json")

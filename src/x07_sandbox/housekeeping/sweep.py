@@ -8,13 +8,12 @@ Sweeps and running x07 processes may work concurrently. A sweep locks a job's fo
 ends it. If the folder is already locked, the sweep skips the job.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import shutil
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal, cast
+from typing import Final, Literal, cast
 
 import msgspec
 
@@ -29,16 +28,10 @@ from x07_sandbox.host.processes import identify
 from x07_sandbox.housekeeping.pruner import Pruner, Row, entries
 from x07_sandbox.housekeeping.records import doomed_name, prune_records
 from x07_sandbox.jobs.active import JOB_NAME, unfinished_jobs
-from x07_sandbox.jobs.reader import locked_stored
+from x07_sandbox.jobs.reader import StoredJob, locked_stored
 from x07_sandbox.jobs.record import runner_instance
-from x07_sandbox.jobs.stop_rules import here_and_now, judge
+from x07_sandbox.jobs.stop_rules import Now, here_and_now, judge
 from x07_sandbox.runs.folder import APPLYING, RUN_NAME, runs_dir
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Mapping
-
-    from x07_sandbox.jobs.reader import StoredJob
-    from x07_sandbox.jobs.stop_rules import Now
 
 # job: a job that was ended, cleaned up and recorded as reaped. unstarted: the folder of a job that never started.
 # instance: a container without a job's record. changes: incomplete file changes. record, run: folders past their

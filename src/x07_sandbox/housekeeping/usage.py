@@ -1,11 +1,10 @@
 """Disk space of state and cache, and how much of it pruning would free, for `x07 df`."""
 
-from __future__ import annotations
-
 import itertools
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import msgspec
 
@@ -13,9 +12,6 @@ from x07_sandbox.host.paths import cache_dir, state_dir
 from x07_sandbox.housekeeping.prune import prune
 from x07_sandbox.housekeeping.pruner import BLOCK, PARTS, everything
 from x07_sandbox.runs.folder import runs_dir
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
 
 Name = Literal["images", "templates", "cache", "runs", "records"]
 

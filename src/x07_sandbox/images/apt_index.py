@@ -3,18 +3,13 @@
 On a host without package lists, nothing is looked up: mmdebstrap downloads lists, and reports unknown packages.
 """
 
-from __future__ import annotations
-
 import difflib
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 from x07_sandbox.errors import UsageError
 from x07_sandbox.images import commands, sources
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
-    from pathlib import Path
 
 NEAR_MAX = 3
 _NEAR = 0.75

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final
 
@@ -20,8 +21,6 @@ from x07_sandbox.images.base import remove_tree, unpack_root
 from x07_sandbox.images.manifest import canonical
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from x07_sandbox.images.store import Image
 
 AGENT: Final = "/usr/lib/x07/agent.zip"

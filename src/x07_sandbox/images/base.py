@@ -5,8 +5,6 @@ packages share a cached base. The X07 toolchain and Python packages are appended
 (boot.py) adds x07's own code.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import hashlib
@@ -15,8 +13,8 @@ import pwd
 import shutil
 import stat
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -27,9 +25,6 @@ from x07_sandbox.host.linux import mounts
 from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.paths import cache_dir
 from x07_sandbox.images import apt_index, commands, kernel, manifest, recipe, scratch, sources, verify
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 BASE_SCHEMA = "x07.sandbox.image-base@0.1.0"
 NEEDED_BYTES = 2 * 1024**3  # the tree, its tar file and the packages

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,8 +19,6 @@ from x07_sandbox.images import base as bases
 from x07_sandbox.images import pip as pips
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
     from x07_sandbox.images.store import Image
 
 WORK_PREFIX = "image-"

@@ -1,7 +1,5 @@
 """The files of x07-sandbox that go into the guest. Their digest shows whether an image is current."""
 
-from __future__ import annotations
-
 import hashlib
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 The manifest contains no name, host or time, so that builds from the same inputs are identical.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from typing import Annotated, Any

@@ -4,15 +4,14 @@ pip uses the user's settings (configuration files, PIP_* variables), and so the 
 wheels, so no code of a package runs on the host.
 """
 
-from __future__ import annotations
-
 import collections
 import hashlib
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import msgspec
 
@@ -20,9 +19,6 @@ from x07_sandbox.errors import HostError, ImageError, UsageError
 from x07_sandbox.host.paths import find_program, read_bounded
 from x07_sandbox.host.variables import inherited_environment
 from x07_sandbox.images import apt_index, commands, manifest
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
 
 FILE_PREFIX: Final = "file:"
 FILE_MAX_BYTES: Final = 1024 * 1024

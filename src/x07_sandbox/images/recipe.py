@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from x07_sandbox.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from x07_sandbox.host.arch import Arch
 
 RECIPE = 3

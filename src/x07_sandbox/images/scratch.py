@@ -4,16 +4,11 @@ A job's disk is a sparse file with these blocks. The file system has no journal,
 The kernel has nothing left to initialize in the background.
 """
 
-from __future__ import annotations
-
 import os
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from x07_sandbox.errors import HostError, ImageError
 from x07_sandbox.images.manifest import Piece, ScratchDisk
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 DISK_BYTES = 8 * 1024**3
 BLOCK = 4096

@@ -4,17 +4,12 @@ Only signed `deb` sources over http or https are used, for the host's release, i
 other sources are skipped with a note, since their packages would depend on this one machine. Pins are ignored.
 """
 
-from __future__ import annotations
-
 import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from x07_sandbox.errors import ImageError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
 
 MAX_BYTES = 1024 * 1024
 # Settings for downloading, not for trust or selection; except Check-Valid-Until and Check-Date, which hosts with a

@@ -1,19 +1,15 @@
 """The X07 language's toolchain in an image: a host folder packed for /usr/local/lib/x07, with its programs on PATH."""
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import os
 import stat
 import tarfile
-from typing import TYPE_CHECKING, Final
+from pathlib import Path
+from typing import Final
 
 from x07_sandbox.errors import HostError, UsageError
 from x07_sandbox.images import tar
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 PLACE: Final = "usr/local/lib/x07"
 ENTRIES_MAX: Final = 100_000

@@ -15,24 +15,20 @@ import hashlib
 import os
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from x07_sandbox.errors import ImageError
+from x07_sandbox.errors import HostError, ImageError
 from x07_sandbox.host.linux import mounts
 from x07_sandbox.host.os_errors import host_error
 from x07_sandbox.host.verdicts import Verdict
 from x07_sandbox.images import manifest, store
-from x07_sandbox.images.manifest import Manifest
+from x07_sandbox.images.manifest import Manifest, Part
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-    from x07_sandbox.errors import HostError
-    from x07_sandbox.images.manifest import Part
     from x07_sandbox.images.store import Image
 
 FILE_MODE = 0o444

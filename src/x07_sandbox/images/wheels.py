@@ -4,22 +4,18 @@ No code of a wheel is executed. Wheels go below /usr/local, where Debian's Pytho
 two wheels contain the same file, the last one by name wins.
 """
 
-from __future__ import annotations
-
 import io
 import re
 import shutil
 import tarfile
 import zipfile
+from collections.abc import Sequence
 from importlib.metadata import Distribution
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Final
+from typing import IO, Final
 
 from x07_sandbox.errors import ImageError
 from x07_sandbox.images import boot, commands, tar
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 MAX_BYTES: Final = 8 * 1024**3  # total, unpacked
 ENTRIES_MAX: Final = 400_000

@@ -12,19 +12,17 @@ This form has no root of its own, so the VMM opens files that come as descriptor
 the jail, the whole jail, including the supervisor, runs under the job's uid.
 """
 
-from __future__ import annotations
-
 import errno
 import os
 import secrets
 import struct
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import msgspec
 
 from x07_sandbox import kernel
-from x07_sandbox.host.arch import host_arch
+from x07_sandbox.host.arch import Arch, host_arch
 from x07_sandbox.jail.bwrap import PERL, Jail, supervisor_argv
 from x07_sandbox.jail.seccomp import (
     ALL_64_BITS,
@@ -37,9 +35,6 @@ from x07_sandbox.jail.seccomp import (
     Rules,
     allowlist_filter,
 )
-
-if TYPE_CHECKING:
-    from x07_sandbox.host.arch import Arch
 
 CONFINER: Final = Path(__file__).with_name("data") / "landlock.pl"
 # Since this version truncating is a separate right; before, a file with read access could be emptied.

@@ -1,7 +1,5 @@
 """The files that a dynamically linked program needs, which are the only files in its jail."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 

@@ -12,8 +12,6 @@ possible:
 * A Unix datagram socket can be connected again. Therefore give a helper only stream or seqpacket sockets.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import os
@@ -23,10 +21,10 @@ import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal
+from typing import Final, Literal
 
 from x07_sandbox import kernel
-from x07_sandbox.host.arch import host_arch
+from x07_sandbox.host.arch import Arch, host_arch
 from x07_sandbox.host.settings import GIB, MIB
 from x07_sandbox.jail.seccomp import (
     ALL_BITS,
@@ -39,9 +37,6 @@ from x07_sandbox.jail.seccomp import (
     Rules,
     allowlist_filter,
 )
-
-if TYPE_CHECKING:
-    from x07_sandbox.host.arch import Arch
 
 Kind = Literal["gate", "resolver"]
 

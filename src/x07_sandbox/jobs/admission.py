@@ -7,8 +7,6 @@ cache/slots/warm-<n>    one file per waiting machine of a pool, locked by the po
 A lock ends with the process that holds it. The kernel grants a lock in the order in which processes asked for it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import os

@@ -4,8 +4,6 @@ The kernel sends the parent-death signal when the *thread* that started a child 
 live as long as the process.
 """
 
-from __future__ import annotations
-
 import queue
 import signal
 import subprocess

@@ -4,8 +4,6 @@ Files are opened beneath the folder, without following links, and read up to a l
 them, so all values are validated.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import os

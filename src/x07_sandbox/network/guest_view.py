@@ -6,6 +6,7 @@ defence: the gate decides again on every connection.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from ipaddress import IPv4Address, IPv6Address
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final
@@ -16,8 +17,6 @@ from x07_sandbox.network.names import Wildcard, matches
 from x07_sandbox.policy.hosts import Addresses, covers
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from x07_sandbox.network.rules import Allowlist, Entry
 
 _FIRST_NAME: Final = 16

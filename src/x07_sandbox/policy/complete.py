@@ -1,9 +1,8 @@
 """The `x07 policy new` command that completes an incomplete policy document. Pure."""
 
-from __future__ import annotations
-
 import shlex
-from typing import TYPE_CHECKING, Final
+from collections.abc import Iterator
+from typing import Final
 
 import msgspec
 from msgspec.structs import replace
@@ -12,15 +11,10 @@ from x07_sandbox.errors import UsageError
 from x07_sandbox.policy.decode import accept, parse
 from x07_sandbox.policy.from_flags import NewPolicy, make_policy
 from x07_sandbox.policy.limits import NAMES, LimitChanges, flag_text
-from x07_sandbox.policy.model import leaf_values
+from x07_sandbox.policy.model import Policy, leaf_values
 from x07_sandbox.policy.overrides import Overrides
 from x07_sandbox.policy.problems import PolicyError
 from x07_sandbox.policy.templates import TEMPLATES
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from x07_sandbox.policy.model import Policy
 
 _DEFAULT: Final = TEMPLATES["default"]
 

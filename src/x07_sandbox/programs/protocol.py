@@ -1,7 +1,5 @@
 """The hooks of a toolchain whose programs need more than bytes and arguments."""
 
-from __future__ import annotations
-
 import typing
 from collections.abc import Mapping
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Final
@@ -12,8 +12,6 @@ import msgspec
 from x07_sandbox.errors import RefusedError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
-
     from x07_sandbox.plan.packages import ImageInUse
     from x07_sandbox.programs.protocol import Protocol
 else:

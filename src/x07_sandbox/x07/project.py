@@ -3,8 +3,6 @@
 docs/reference/x07.md describes these formats.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

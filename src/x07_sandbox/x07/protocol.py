@@ -3,21 +3,16 @@
 A program reads one frame and writes one. A frame is a length of four bytes, little-endian, then the data.
 """
 
-from __future__ import annotations
-
 import struct
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from msgspec.structs import replace
 
 from x07_sandbox.errors import UsageError
-from x07_sandbox.programs.protocol import BuildExtras
+from x07_sandbox.programs.protocol import BuildExtras, Protocol
 from x07_sandbox.programs.toolchains import SOURCE_FOLDER, Toolchain
 from x07_sandbox.x07.project import WORLD
-
-if TYPE_CHECKING:
-    from x07_sandbox.programs.protocol import Protocol
 
 WORKSPACE: Final = "/usr/local/lib/x07"
 INPUT_MAX_BYTES: Final = 64 << 20

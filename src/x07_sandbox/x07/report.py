@@ -19,6 +19,8 @@ from x07_sandbox.x07.protocol import HEAD_BYTES
 from x07_sandbox.x07.runner_report import (
     COUNTERS,
     FAILED_EXIT,
+    Built,
+    CompileMode,
     CompileReport,
     CompileRunReport,
     SolveReport,
@@ -28,7 +30,6 @@ from x07_sandbox.x07.runner_report import (
 if TYPE_CHECKING:
     from x07_sandbox.runs.program import Program
     from x07_sandbox.runs.result import Result
-    from x07_sandbox.x07.runner_report import Built, CompileMode
 
 UNREADABLE: Final = "the compiler's report cannot be read"
 NOT_FRAMED: Final = "stdout is not one complete frame"

@@ -6,6 +6,7 @@ X07 defines the report's keys: a report has all keys of its mode, and no others.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import msgspec
@@ -16,8 +17,6 @@ from x07_sandbox.host.paths import is_folder
 from x07_sandbox.runs.result import EMPTY_OUTPUT, Result
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from x07_sandbox.runs.program import Program
 
 SCHEMA: Final = "x07-os-runner.report@0.5.0"

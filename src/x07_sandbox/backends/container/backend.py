@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from x07_sandbox.backends.base import Availability, Orphan
+from x07_sandbox.backends.base import Availability, Job, Orphan
 from x07_sandbox.backends.container import instance as containers
 from x07_sandbox.backends.container.create import engine_gaps, is_roots_podman
 from x07_sandbox.backends.engine_images import DEFAULT_REFERENCE
@@ -27,9 +28,6 @@ from x07_sandbox.jobs.stopping import stop_recorded
 from x07_sandbox.plan.features import VM_CAPABILITIES, Features
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-
-    from x07_sandbox.backends.base import Job
     from x07_sandbox.backends.prerequisites import Need
     from x07_sandbox.jobs.record import JobRecord
 

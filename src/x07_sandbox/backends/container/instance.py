@@ -9,12 +9,14 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from x07_sandbox.backends.container import reaper
 from x07_sandbox.backends.container.create import ContainerSpec, create_argv, differences
-from x07_sandbox.backends.engines import container_id
-from x07_sandbox.backends.jailed import RunningAgent, error_stream, socket_ends
+from x07_sandbox.backends.engines import Engine, container_id
+from x07_sandbox.backends.jailed import BoundedStream, RunningAgent, error_stream, socket_ends
 from x07_sandbox.backends.lease import socket_address
 from x07_sandbox.channel.egress import RESOLV_CONF
 from x07_sandbox.errors import BackendError, HostError, UsageError
@@ -26,17 +28,11 @@ from x07_sandbox.host.paths import read_bounded
 from x07_sandbox.host.poll import wait_readable
 from x07_sandbox.host.processes import identify, own_identity
 from x07_sandbox.jobs.launcher import Launch, launch
-from x07_sandbox.jobs.record import create_record, drop_unstarted, mark_done, write_owner
+from x07_sandbox.jobs.record import JobRecord, create_record, drop_unstarted, mark_done, write_owner
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
-
     from x07_sandbox.backends.base import Greeting, Job, StartMode
-    from x07_sandbox.backends.engines import Engine
-    from x07_sandbox.backends.jailed import BoundedStream
     from x07_sandbox.images.verify import OpenImage
-    from x07_sandbox.jobs.record import JobRecord
 
 _GONE_S: Final = 20.0
 _EXIT_S: Final = 10.0

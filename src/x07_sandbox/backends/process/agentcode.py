@@ -1,7 +1,5 @@
 """The zip with the agent's code for the host's own interpreter, cached. Guest images contain the same code."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

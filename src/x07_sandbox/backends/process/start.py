@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -22,15 +23,13 @@ from x07_sandbox.jail.bwrap import may_nest, supervisor_argv
 from x07_sandbox.jail.cgroups import program_groups
 from x07_sandbox.jail.uids import lease_uid
 from x07_sandbox.jobs.launcher import Launch
-from x07_sandbox.jobs.record import drop_unstarted
+from x07_sandbox.jobs.record import JobRecord, drop_unstarted
 
 if TYPE_CHECKING:
     import subprocess
-    from contextlib import AbstractContextManager
 
     from x07_sandbox.backends.base import Greeting
     from x07_sandbox.host.processes import Identity
-    from x07_sandbox.jobs.record import JobRecord
 
 _CONFINED_DEPTH: Final = 2  # below the supervisor: bubblewrap, then the agent
 _FREE_DEPTH: Final = 1

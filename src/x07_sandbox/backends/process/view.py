@@ -1,7 +1,5 @@
 """The part of this host that a confined process sees: the system's programs, read-only, and no user's files."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Final
 

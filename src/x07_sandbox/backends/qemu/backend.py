@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 from msgspec.structs import replace
 
-from x07_sandbox.backends.base import Availability, NoAnswerError
+from x07_sandbox.backends.base import Availability, Instance, Job, Lease, MachineKind, NoAnswerError
 from x07_sandbox.backends.handshake import evidence_of, greet
 from x07_sandbox.backends.qemu import template as templates
 from x07_sandbox.backends.qemu.bounds import NotStartedError
@@ -18,6 +19,7 @@ from x07_sandbox.backends.qemu.proof import known_verdict, kvm_verdict
 from x07_sandbox.backends.qemu.start import (
     MISCALIBRATED,
     QemuJob,
+    Saved,
     boot_attempts,
     check_needs,
     miscalibrated,
@@ -30,21 +32,15 @@ from x07_sandbox.host.os_errors import host_error
 from x07_sandbox.host.variables import flag
 from x07_sandbox.host.verdicts import forget
 from x07_sandbox.jail.forms import jail_form
-from x07_sandbox.jobs.record import create_record, drop_unstarted
-from x07_sandbox.plan.features import vm_features
+from x07_sandbox.jobs.record import Claim, JobRecord, create_record, drop_unstarted
+from x07_sandbox.plan.features import Features, vm_features
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-
-    from x07_sandbox.backends.base import Instance, Job, Lease, MachineKind
     from x07_sandbox.backends.prerequisites import Need
-    from x07_sandbox.backends.qemu.start import Saved
     from x07_sandbox.backends.qemu.template import Template
     from x07_sandbox.host.cancel import Caller
     from x07_sandbox.host.processes import Identity
     from x07_sandbox.images.verify import OpenImage
-    from x07_sandbox.jobs.record import Claim, JobRecord
-    from x07_sandbox.plan.features import Features
 
 # Measured with compilers and interpreters (docs/explanation/performance.md, "Emulation").
 SLOWDOWN: Final = "10 to 30 times"

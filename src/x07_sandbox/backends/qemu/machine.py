@@ -6,18 +6,14 @@ needs max_ports=3. An initramfs may overlap microvm's ACPI tables by up to a pag
 (`Arch.initrd_tail_bytes`).
 """
 
-from __future__ import annotations
-
 import enum
 import json
-from typing import TYPE_CHECKING, Final
+from collections.abc import Mapping
+from typing import Final
 
 import msgspec
 
 from x07_sandbox.host.arch import Arch
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 OVERCOMMIT: Final = "/proc/sys/vm/overcommit_memory"  # read by QEMU before it leaves memory unreserved
 

@@ -31,12 +31,11 @@ from x07_sandbox.jail.forms import Form, jail_form, namespace_flags
 from x07_sandbox.jail.libraries import needed_files
 from x07_sandbox.jail.uids import lease_uid
 from x07_sandbox.jobs.launcher import Launch
-from x07_sandbox.jobs.record import Claim, create_record, drop_unstarted, new_run_id
+from x07_sandbox.jobs.record import Claim, JobRecord, create_record, drop_unstarted, new_run_id
 
 if TYPE_CHECKING:
     from x07_sandbox.backends.base import HandshakeFailure, MachineKind, StartMode
     from x07_sandbox.images.verify import OpenImage
-    from x07_sandbox.jobs.record import JobRecord
 
 MISCALIBRATED: Final = "its kernel calibrated its timer wrong, as happens on an overloaded host"
 # Generations below the supervisor, by whether there are namespaces: then bubblewrap's outer process is in between.

@@ -14,13 +14,14 @@ import hashlib
 import math
 import os
 import stat
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from x07_sandbox.backends.base import Prunable
+from x07_sandbox.backends.base import Instance, MachineKind, Prunable
 from x07_sandbox.backends.handshake import Handshake, input_poll
 from x07_sandbox.backends.qemu.machine import QMP_QUERY_SAVE, Machine, Origin, qemu_argv, qmp_save
 from x07_sandbox.backends.qemu.start import (
@@ -60,9 +61,6 @@ from x07_sandbox.plan.sizes import build_limits, command_limits, tmp_bytes
 from x07_sandbox.policy import default_policy
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from x07_sandbox.backends.base import Instance, MachineKind
     from x07_sandbox.backends.qemu.instance import QemuInstance
 
 SCHEMA: Final = "x07.sandbox.template@0.2.0"
