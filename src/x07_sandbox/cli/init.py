@@ -13,8 +13,8 @@ from x07_sandbox.cli.json_output import print_line, shell_path, show_written
 from x07_sandbox.cli.parser import add_document_flags, folder_path, nonempty
 from x07_sandbox.cli.policy_make import BASE_FOLDER, DIFFERENT, file_name
 from x07_sandbox.errors import UsageError
-from x07_sandbox.host.documents import MANIFEST, project_root, write_document
 from x07_sandbox.host.paths import real_path
+from x07_sandbox.host.project import MANIFEST, project_root, write_document
 from x07_sandbox.policy.templates import TEMPLATES
 from x07_sandbox.programs.manifest import FILE
 from x07_sandbox.programs.new_manifest import ROWS, sandbox_manifest

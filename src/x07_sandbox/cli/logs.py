@@ -14,7 +14,7 @@ from x07_sandbox.cli.console import say, write_stdout
 from x07_sandbox.cli.parser import nonempty, switch
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host.locks import is_locked
-from x07_sandbox.housekeeping.lookup import known_run, run_folder
+from x07_sandbox.housekeeping.listing import known_run, run_folder
 from x07_sandbox.runs.folder import NET_LOG, find_run
 from x07_sandbox.sandboxes.transfers import TerminalFilter
 

@@ -12,8 +12,8 @@ from x07_sandbox.cli.console import say
 from x07_sandbox.cli.json_output import deliver, print_line, shell_path, show_written
 from x07_sandbox.cli.parser import add_row, file_path, given_rows, inner_verb, nonempty, option, repeated, switch
 from x07_sandbox.errors import UsageError
-from x07_sandbox.host.documents import project_root, write_document
 from x07_sandbox.host.paths import is_folder, real_path
+from x07_sandbox.host.project import project_root, write_document
 from x07_sandbox.library.requests import make_request
 from x07_sandbox.options import OF_POLICIES
 from x07_sandbox.policy.default import render_policy

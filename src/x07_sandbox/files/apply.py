@@ -153,16 +153,16 @@ def _execute(folder: Path, head: Head, sites: list[Site], planner: Planner, inve
     """Carry out the planned steps and return the undo set."""
     steps, started = planner.steps, 0
     try:
-        journal.write_staging(folder, head)
+        journal.write(folder, "staging", head)
         for site in sites:
             _make_staging(site)
             # Another set may have removed the folder as part of an outer root. From here on that set would find our
             # staging folder in it.
             _check_unmoved(site.place.path, site, None)
-        journal.write_staging(folder, head)
+        journal.write(folder, "staging", head)
         for index, site in enumerate(sites):
             fill(site, (step for step in steps if step.place == index), planner)
-        journal.write_steps(folder, head, steps)
+        journal.write(folder, "journal", head, steps)
         for number, step in enumerate(steps, start=1):
             apply_steps.check_step(sites[step.place], step)
             started = number

@@ -75,7 +75,10 @@ class Incoming:
                 add_zeros(self._hash, event.size)
                 self._position += event.size
             elif isinstance(event, FileEnd):
-                self._end_file()
+                entry = self._entry
+                assert entry is not None  # noqa: S101 - for the type checker
+                node = Node(kind="file", mode=entry.mode, size=entry.size, sha256=self._hash.hexdigest(), at=self._at)
+                self.reported.append(ReportedEntry(root=self._root, name=os.fsdecode(entry.name), node=node))
             else:
                 self._begin(event)
             if self.problem:
@@ -109,12 +112,6 @@ class Incoming:
             return
         other = entry.mode if entry.kind is Kind.UNSUPPORTED else None
         self.reported.append(ReportedEntry(root=self._root, name=name, node=_node(entry), other=other))
-
-    def _end_file(self) -> None:
-        entry = self._entry
-        assert entry is not None  # noqa: S101 - for the type checker
-        node = Node(kind="file", mode=entry.mode, size=entry.size, sha256=self._hash.hexdigest(), at=self._at)
-        self.reported.append(ReportedEntry(root=self._root, name=os.fsdecode(entry.name), node=node))
 
 
 def _node(entry: Entry) -> Node | None:

@@ -48,7 +48,9 @@ class Planner:
             if before and before.kind == "folder" and mode & _OPEN != _OPEN:
                 opening.append(self._mode(place, item, mode, mode | 0o700))
                 mode |= 0o700
-            if only_mode(item.change) and not _has_other_names(item):
+            # A new mode would affect other names (hard links) too. In the VM each name was a separate file.
+            linked = item.info is not None and stat.S_ISREG(item.info.st_mode) and item.info.st_nlink > 1
+            if only_mode(item.change) and not linked:
                 assert after is not None  # noqa: S101 - for the type checker
                 # A folder keeps its setgid and sticky bits; a changed file loses its special bits.
                 wanted = after.mode | (mode & 0o7000 if after.kind == "folder" else 0)
@@ -83,11 +85,6 @@ class Planner:
             step.undo_at = self._undo_size
             self._undo_size += before.size
         return step
-
-
-def _has_other_names(item: Item) -> bool:
-    """Return whether a new mode would affect other names (hard links). In the VM each name was a separate file."""
-    return item.info is not None and stat.S_ISREG(item.info.st_mode) and item.info.st_nlink > 1
 
 
 def fill(site: Site, steps: Iterable[Step], planner: Planner) -> None:

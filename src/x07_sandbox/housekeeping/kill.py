@@ -13,7 +13,7 @@ from x07_sandbox.errors import HostError
 from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.locks import is_locked
 from x07_sandbox.host.paths import state_dir
-from x07_sandbox.housekeeping.lookup import run_folder
+from x07_sandbox.housekeeping.listing import run_folder
 from x07_sandbox.jobs.active import JOB_NAME, unfinished_jobs
 from x07_sandbox.jobs.reader import StoredJob, read_stored
 from x07_sandbox.jobs.record import runner_instance

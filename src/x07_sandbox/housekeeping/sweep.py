@@ -208,12 +208,6 @@ def why_kept(labels: Mapping[str, str], *, instance: str, live: Collection[str],
     return ""
 
 
-def _runner_lives(labels: Mapping[str, str]) -> bool:
-    """Whether a process has the pid in the run id of these labels. If so, the container stays."""
-    match = _RUN_PID.match(labels.get("io.x07.run_id", ""))
-    return match is not None and identify(int(match[1])) is not None
-
-
 def _sweep_orphans(pruner: Pruner, live: Collection[str]) -> None:
     """Remove this tool's containers without a live job from every container engine. live: names of the live jobs."""
     instance = runner_instance(state_dir())
@@ -226,7 +220,8 @@ def _sweep_orphans(pruner: Pruner, live: Collection[str]) -> None:
                 called = f"{name}:{orphan.id}"
                 if problem := why_kept(orphan.labels, instance=instance, live=live, now_unix_ms=unix_ms()):
                     pruner.kept.append(Row("instance", called, problem))
-                elif _runner_lives(orphan.labels):
+                # A process with the pid in the run's id may be the container's runner.
+                elif (run := _RUN_PID.match(orphan.labels.get("io.x07.run_id", ""))) and identify(int(run[1])):
                     why = "the x07 process that started it may be alive, with its record in another folder"
                     pruner.kept.append(Row("instance", called, why))
                 elif pruner.dry_run or backend.remove(orphan):

@@ -91,16 +91,11 @@ def _subject(image: Image) -> Subject:
 def opened_parts(folder_fd: int, parts: Sequence[Part], subject: Subject, stack: contextlib.ExitStack) -> list[int]:
     """Open and verify *parts*, files below a folder. *stack* closes the descriptors. Raises ImageError, HostError."""
     before = _recorded(subject)
-    fresh: dict[str, Identity] = {}
-    fds = []
-    for part in parts:
-        fd = stack.enter_context(opened_file(folder_fd, part.file, subject))
-        fds.append(fd)
-        identity = check_part(fd, part, before.get(part.file), subject)
-        if part.bytes > SMALL_BYTES:
-            fresh[part.file] = identity
-    if fresh != before:
-        _write_record(subject, fresh)
+    fds = [stack.enter_context(opened_file(folder_fd, part.file, subject)) for part in parts]
+    fresh = {
+        part.file: check_part(fd, part, before.get(part.file), subject) for fd, part in zip(fds, parts, strict=True)
+    }
+    _write_record(subject, parts, fresh, before)
     return fds
 
 
@@ -108,6 +103,7 @@ def verify_image(image: Image, *, use_record: bool = False) -> list[str]:
     """Return a sentence for each problem of an image. use_record: hash only files that changed since the last time."""
     problems: list[str] = []
     subject = _subject(image)
+    parts = [*image.manifest.parts.all(), *image.manifest.filters.values()]
     recorded = _recorded(subject) if use_record else {}
     verified: dict[str, Identity] = {}
     with contextlib.ExitStack() as stack:
@@ -116,23 +112,16 @@ def verify_image(image: Image, *, use_record: bool = False) -> list[str]:
             _check_manifest(folder_fd, image, subject)
         except ImageError as exc:
             return [f"{exc.what}: {exc.why}"]
-        for part in _parts(image):
+        for part in parts:
             try:
                 with opened_file(folder_fd, part.file, subject) as fd:
-                    identity = check_part(fd, part, recorded.get(part.file), subject)
-                    if part.bytes > SMALL_BYTES:
-                        verified[part.file] = identity
+                    verified[part.file] = check_part(fd, part, recorded.get(part.file), subject)
             except ImageError as exc:
                 problems.append(f"{part.file}: {exc.why}")
-        if use_record and verified != recorded:
-            _write_record(subject, verified)
-        with os.scandir(folder_fd) as entries:
-            foreign = {entry.name for entry in entries} - {part.file for part in _parts(image)} - {"manifest.json"}
+        if use_record:
+            _write_record(subject, parts, verified, recorded)
+        foreign = set(os.listdir(folder_fd)) - {part.file for part in parts} - {"manifest.json"}  # noqa: PTH208 - of a descriptor
         return problems + [f"{name}: it does not belong to the image" for name in sorted(foreign)]
-
-
-def _parts(image: Image) -> list[Part]:
-    return [*image.manifest.parts.all(), *image.manifest.filters.values()]
 
 
 def check_part(fd: int, part: Part, earlier: Identity | None, subject: Subject) -> Identity:
@@ -242,11 +231,15 @@ def _recorded(subject: Subject) -> dict[str, Identity]:
     return {}
 
 
-def _write_record(subject: Subject, files: dict[str, Identity]) -> None:
-    """Record the identity of each large file, whose digest is known to be right."""
-    now_ns = time.time_ns()  # wall time, because ctime is
-    settled = {name: identity for name, identity in files.items() if identity[4] < now_ns - SETTLED_NS}
-    Verdict("verified", subject.record).write({"files": settled})
+def _write_record(
+    subject: Subject, parts: Sequence[Part], verified: dict[str, Identity], before: dict[str, Identity]
+) -> None:
+    """Record the identity of each large file, whose digest is known to be right. before: the present record."""
+    large = {part.file for part in parts if part.bytes > SMALL_BYTES}
+    if (files := {name: identity for name, identity in verified.items() if name in large}) != before:
+        now_ns = time.time_ns()  # wall time, because ctime is
+        settled = {name: identity for name, identity in files.items() if identity[4] < now_ns - SETTLED_NS}
+        Verdict("verified", subject.record).write({"files": settled})
 
 
 def _run_out(exc: OSError) -> HostError | None:

@@ -18,8 +18,8 @@ from x07_sandbox.errors import PeerError, UsageError
 from x07_sandbox.network.dialler import Dialled, Dialler, NotDialledError
 from x07_sandbox.network.first_bytes import Inspector, Mode
 from x07_sandbox.network.flows import Flow, TcpFlow, UdpFlow
-from x07_sandbox.network.inspection_error import InspectionError
 from x07_sandbox.network.names import parse_guest_host
+from x07_sandbox.network.protocols import InspectionError
 from x07_sandbox.network.rules import Allowlist, Decision, Request, Transport, decide, denied_name
 from x07_sandbox.network.summary import Contact
 

@@ -1,4 +1,4 @@
-"""Start and stop the gate and resolver of a job (gate_process.py, resolver_process.py)."""
+"""Start and stop the gate and resolver of a job (gate_process.py, resolver.py)."""
 
 import contextlib
 import importlib.util
@@ -139,7 +139,7 @@ def gate_running(config: GateConfig, log_fd: int) -> Iterator[GateProcess]:
         config_fd, account_fd, stderr_fd, resolver_stderr_fd = (files.add(memory_file(data)) for data in contents)
         fds = (control_fd, config_fd, log_fd, account_fd, gate_fd)
         paths = _paths()
-        child = _start(paths, "gate", (*map(str, fds), str(uid)), (*fds, *locks), stderr_fd)
+        child = _start(paths, "gate_process", (*map(str, fds), str(uid)), (*fds, *locks), stderr_fd)
         gate = GateProcess(child, ours, account_fd, stderr_fd)
         stack.callback(os.close, gate.pidfd)
         stack.callback(gate.end)
@@ -152,14 +152,16 @@ def gate_running(config: GateConfig, log_fd: int) -> Iterator[GateProcess]:
 
 
 def _start(
-    paths: list[str], kind: str, words: tuple[str, ...], fds: tuple[int, ...], stderr_fd: int
+    paths: list[str], module: str, words: tuple[str, ...], fds: tuple[int, ...], stderr_fd: int
 ) -> subprocess.Popen[bytes]:
-    code = _CODE.format(paths=paths, unwanted=_UNWANTED, module=f"{kind}_process")
+    code = _CODE.format(paths=paths, unwanted=_UNWANTED, module=module)
     argv = [sys.executable, "-I", "-S", "-c", code, *words]
     try:
         return launch(Launch(argv=argv, pass_fds=fds, stderr_fd=stderr_fd))
     except OSError as exc:
-        raise HostError(f"cannot start the {kind}", exc.strerror or str(exc), "Run x07 doctor") from exc
+        raise HostError(
+            f"cannot start the {module.removesuffix('_process')}", exc.strerror or str(exc), "Run x07 doctor"
+        ) from exc
 
 
 def _paths() -> list[str]:

@@ -1,5 +1,6 @@
-"""The built-in default policy, and the rendering of a policy as a file."""
+"""The built-in default policy, and the forms of a policy: as a file, and the canonical one for its digest."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 
@@ -81,3 +82,16 @@ def render_policy(policy: Policy | Mapping[str, object]) -> bytes:
     """Return a policy as file content: indented JSON with sorted keys and the defaults of every present section."""
     document = msgspec.to_builtins(policy) if isinstance(policy, Policy) else policy
     return (json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def canonical_json(value: object) -> bytes:
+    """Return JSON with sorted keys, without whitespace, final newline or escapes for non-ASCII characters."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def policy_digest(policy: Policy) -> str:
+    """Return `sha256:` and the digest of the canonical JSON of *policy*, with the defaults of every section.
+
+    The field `digests.policy` in a run's result is a different digest: that of the policy file's bytes.
+    """
+    return f"sha256:{hashlib.sha256(canonical_json(msgspec.to_builtins(policy))).hexdigest()}"

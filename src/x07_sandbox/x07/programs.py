@@ -21,7 +21,7 @@ from x07_sandbox.runs.program import (
 )
 from x07_sandbox.runs.request import RunCaller, RunRequest, in_memory, sha256_text
 from x07_sandbox.x07 import project as x07
-from x07_sandbox.x07.protocol import X07, X07_ARTIFACT
+from x07_sandbox.x07.project import X07, X07_ARTIFACT
 
 
 def load_x07(

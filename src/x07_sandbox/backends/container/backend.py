@@ -14,10 +14,10 @@ import msgspec
 from x07_sandbox.backends.base import Availability, Job, Orphan
 from x07_sandbox.backends.container import instance as containers
 from x07_sandbox.backends.container.create import engine_gaps, is_roots_podman
-from x07_sandbox.backends.engine_images import DEFAULT_REFERENCE
-from x07_sandbox.backends.engines import CLIENTS, Engine, Name, engine, is_id
+from x07_sandbox.backends.engines import CLIENTS, DEFAULT_REFERENCE, Engine, Name, engine, is_id
 from x07_sandbox.backends.handshake import greet
 from x07_sandbox.errors import BackendError, HostError, ImageError
+from x07_sandbox.host.paths import find_program
 from x07_sandbox.host.variables import text
 from x07_sandbox.host.verdicts import Verdict, file_state
 from x07_sandbox.images import manifest
@@ -121,7 +121,9 @@ class ContainerBackend:
 
     def _engine(self) -> Engine:
         client = engine(self._kind)
-        if client.name == "podman" and _needs_runc():
+        # crun, podman's default runtime, refuses a host that mixes both versions of control groups.
+        mixed = all(Path("/sys/fs/cgroup", name).exists() for name in ("memory", "unified/cgroup.procs"))
+        if client.name == "podman" and mixed and (find_program("/usr/sbin/runc") or find_program("/usr/bin/runc")):
             return msgspec.structs.replace(client, options=("--runtime", "runc"))
         return client
 
@@ -172,9 +174,3 @@ class ContainerBackend:
     def remove(self, orphan: Orphan) -> bool:
         """Remove a container that `orphans` returned, and return whether it is proven gone."""
         return is_id(orphan.id) and containers.remove(self._engine(), orphan.id)
-
-
-def _needs_runc() -> bool:
-    """Return whether crun, podman's default runtime, would refuse this host for its mix of control group versions."""
-    hybrid = all(Path("/sys/fs/cgroup", name).exists() for name in ("memory", "unified/cgroup.procs"))
-    return hybrid and any(os.access(path, os.X_OK) for path in ("/usr/sbin/runc", "/usr/bin/runc"))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 from x07_sandbox.backends.base import Availability, Job
 from x07_sandbox.backends.handshake import Handshake, greet
 from x07_sandbox.backends.prerequisites import Need, require, version_in
-from x07_sandbox.backends.process.agentcode import agent_code
+from x07_sandbox.backends.process.agentcode import PYTHON, agent_code
 from x07_sandbox.backends.process.start import (
     ProcessInstance,
     files_folder,
@@ -20,7 +20,6 @@ from x07_sandbox.backends.process.start import (
     start_confined,
     start_unconfined,
 )
-from x07_sandbox.backends.process.view import PYTHON
 from x07_sandbox.channel.link import State
 from x07_sandbox.errors import HostError
 from x07_sandbox.host.clocks import Deadline
@@ -82,6 +81,14 @@ class _Backend(ABC):
     cloning = None
 
     @abstractmethod
+    def probe(self, _image: OpenImage | None = None, *, boot: bool = True) -> Availability:
+        """Return what this host can limit. Raises HostError if programs are missing."""
+
+    def least_features(self) -> Features:
+        """Return what this host can limit. Raises HostError if programs are missing."""
+        return self.probe(boot=False).features
+
+    @abstractmethod
     def _started(self, record: JobRecord, deadline_s: int) -> AbstractContextManager[ProcessInstance]:
         """Start an agent, without the handshake. Raises BackendError, HostError."""
 
@@ -121,10 +128,6 @@ class OsBackend(_Backend):
     def __init__(self) -> None:
         self._controllers: tuple[str, ...] = ()
 
-    def least_features(self) -> Features:
-        """Return what this host can limit. Raises HostError if programs are missing."""
-        return self.probe(boot=False).features
-
     def probe(self, _image: OpenImage | None = None, *, boot: bool = True) -> Availability:
         """Return what this host can limit, proven once per boot by starting a process. Raises HostError."""
         require((*_NEED_JAIL, *_NEED_PYTHON), _CANNOT_START)
@@ -156,10 +159,6 @@ class NoneBackend(_Backend):
     name = "none"
     known_gaps = _NO_IMAGE | _UNCONFINED
     needs = (*_NEED_PYTHON, _NEW_PYTHON)
-
-    def least_features(self) -> Features:
-        """Return what this host can limit. Raises HostError if the agent's interpreter is missing."""
-        return self.probe().features
 
     def probe(self, _image: OpenImage | None = None, *, boot: bool = True) -> Availability:  # noqa: ARG002 - nothing boots
         """Return what this host can limit. Raises HostError if the agent's interpreter is missing."""

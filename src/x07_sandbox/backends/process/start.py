@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.backends.jailed import Jailed, RunningAgent, Start, error_stream, running, socket_ends
-from x07_sandbox.backends.process.agentcode import agent_code
-from x07_sandbox.backends.process.view import FILES, Sandbox, agent_argv, sandbox_argv, this_system
+from x07_sandbox.backends.process.agentcode import FILES, Sandbox, agent_argv, agent_code, sandbox_argv, this_system
 from x07_sandbox.errors import BackendError, HostError
 from x07_sandbox.host import settings
 from x07_sandbox.host.close_on_fork import FdGroup

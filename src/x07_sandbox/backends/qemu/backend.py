@@ -1,4 +1,9 @@
-"""The QEMU backend: probing, starting jobs, and cloning saved VMs."""
+"""The QEMU backend: probing, starting jobs, and cloning saved VMs.
+
+Hardware virtualisation counts as working once x07's agent has answered from a guest. A /dev/kvm that can be opened may
+still boot no stock kernel, or hang. So one guest is booted with a time limit, and the result is stored for this boot,
+kernel and QEMU. If the state of the host may be the cause of a failure, the result is valid for minutes only.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +11,16 @@ import contextlib
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from msgspec.structs import replace
 
 from x07_sandbox.backends.base import Availability, Instance, Job, Lease, MachineKind, NoAnswerError
-from x07_sandbox.backends.handshake import evidence_of, greet
+from x07_sandbox.backends.handshake import Handshake, evidence_of, greet
+from x07_sandbox.backends.prerequisites import KVM, NO_KVM, check
 from x07_sandbox.backends.qemu import template as templates
 from x07_sandbox.backends.qemu.bounds import NotStartedError
 from x07_sandbox.backends.qemu.instance import LeasedInstance, QemuInstance
-from x07_sandbox.backends.qemu.proof import known_verdict, kvm_verdict
 from x07_sandbox.backends.qemu.start import (
     MISCALIBRATED,
     QemuJob,
@@ -24,16 +29,23 @@ from x07_sandbox.backends.qemu.start import (
     check_needs,
     miscalibrated,
     needs_of,
+    own_vm,
+    require_cpu_time,
     start_qemu,
 )
-from x07_sandbox.errors import BackendError, HostError, ImageError
+from x07_sandbox.channel.link import State
+from x07_sandbox.errors import BackendError, HostError, ImageError, SandboxError
+from x07_sandbox.host import settings
 from x07_sandbox.host.arch import ARCHES, host_arch
+from x07_sandbox.host.clocks import Deadline
+from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.os_errors import host_error
 from x07_sandbox.host.variables import flag
-from x07_sandbox.host.verdicts import forget
+from x07_sandbox.host.verdicts import Verdict, file_state, forget, validity
 from x07_sandbox.jail.forms import jail_form
 from x07_sandbox.jobs.record import Claim, JobRecord, create_record, drop_unstarted
 from x07_sandbox.plan.features import Features, vm_features
+from x07_sandbox.plan.sizes import RAM_CLASSES
 
 if TYPE_CHECKING:
     from x07_sandbox.backends.prerequisites import Need
@@ -237,3 +249,73 @@ def _ours(instance: Instance) -> QemuInstance:
 
 def _started_cold(job: Job, why: str) -> str:
     return f"the {job.claim.phase.partition('-')[0]} VM booted without a saved VM: {why}"
+
+
+class Proof(NamedTuple):
+    """Whether a guest works, and the evidence.
+
+    transient: whether the state of the host may be the cause of a failure. fix: what to do after a failure.
+    """
+
+    works: bool
+    reason: str
+    transient: bool = False
+    fix: str = NO_KVM
+
+
+def kvm_verdict(image: OpenImage) -> Proof:
+    """Return whether KVM works, and the evidence. Without a stored result, a guest is booted."""
+    if (known := known_verdict()) is not None:
+        return known
+    verdict = _verdict()
+    lock = verdict.path.with_name(".lock")
+    not_tried = "a VM under KVM could not be tested"  # proves nothing, so it is not stored
+    try:
+        with file_lock(lock, most_s=settings.BOOTS_MAX * (settings.KVM_PROOF_S + 1)):
+            if (known := known_verdict()) is not None:  # stored while we waited
+                return known
+            found = prove(image, settings.KVM_PROOF_S, kvm=True)
+            verdict.write({"works": found.works, "reason": found.reason}, transient=found.transient)
+    except SandboxError as exc:
+        return Proof(works=False, reason=f"{not_tried} ({exc.why})", fix=exc.fix)
+    except TimeoutError as exc:  # the other process may be stopped
+        return Proof(works=False, reason=f"{not_tried} ({exc} for the lock {lock})", fix="Try again")
+    return known_verdict() or found
+
+
+def known_verdict() -> Proof | None:
+    """Return the result and its evidence, or None if a guest must be booted to get a result."""
+    ((_, device),) = check([KVM])
+    if not device.good:
+        return Proof(works=False, reason=device.why, fix=device.fix)
+    stored = _verdict().read()
+    if not {"works", "reason"} <= stored.keys():
+        return None
+    if stored["works"]:
+        return Proof(works=True, reason=str(stored["reason"]))
+    reason = f"{stored['reason']}. KVM is not tried again {validity(stored)}"
+    transient = "retry_at_ms" in stored
+    return Proof(works=False, reason=reason, transient=transient, fix="Try again later" if transient else NO_KVM)
+
+
+def _verdict() -> Verdict:
+    """Return the place of the result for this QEMU and jail. Raises HostError, RefusedError."""
+    return Verdict("kvm", file_state(host_arch().qemu_binary), jail_form().name)
+
+
+def prove(image: OpenImage, limit_s: float, *, kvm: bool) -> Proof:
+    """Return whether an agent answers within *limit_s* seconds. Raises SandboxError if no guest could be booted."""
+    from x07_sandbox.plan.outcomes import classify  # not imported by runs that know the result
+
+    under = " under KVM" if kvm else " under emulation"
+    kind = MachineKind(image=image, ram_bytes=RAM_CLASSES[0])
+    for last in boot_attempts():
+        with own_vm(kind, "probe", limit_s, kvm=kvm, any_timer=last) as instance:
+            failure = Handshake(instance, State.WAITING).until(State.GREETED, Deadline.after(limit_s))
+            if failure is None:
+                return Proof(works=True, reason=f"x07's agent answered from a VM{under}")
+            require_cpu_time(instance, "cannot test a VM")
+            if not miscalibrated(failure):
+                why = classify(evidence_of(failure)).reason.rstrip(".")
+                return Proof(works=False, reason=f"a test VM{under} failed: {why}", transient=failure.transient)
+    return Proof(works=False, reason=f"no VM{under} could be booted ({MISCALIBRATED})", transient=True)

@@ -52,13 +52,14 @@ from x07_sandbox.host.paths import (
     why_not_ours,
 )
 from x07_sandbox.host.verdicts import Verdict, file_state, validity
-from x07_sandbox.images.manifest import Part, ScratchDisk, canonical
+from x07_sandbox.images.manifest import Part, ScratchDisk
 from x07_sandbox.images.scratch import read_disk
 from x07_sandbox.images.store import list_images
 from x07_sandbox.images.verify import CHUNK_BYTES, Subject, opened_file, opened_folder, opened_parts
 from x07_sandbox.plan.controls import run_limits
 from x07_sandbox.plan.sizes import build_limits, command_limits, tmp_bytes
 from x07_sandbox.policy import default_policy
+from x07_sandbox.policy.default import canonical_json
 
 if TYPE_CHECKING:
     from x07_sandbox.backends.qemu.instance import QemuInstance
@@ -116,7 +117,7 @@ class TemplateManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
 def sealed(made: TemplateManifest) -> TemplateManifest:
     """Return *made* with its digest set."""
     blank = msgspec.structs.replace(made, digest="")
-    digest = hashlib.sha256(canonical(msgspec.to_builtins(blank))).hexdigest()
+    digest = hashlib.sha256(canonical_json(msgspec.to_builtins(blank))).hexdigest()
     return msgspec.structs.replace(made, digest=f"sha256:{digest}")
 
 
@@ -185,7 +186,7 @@ def template_for(kind: MachineKind, *, kvm: bool) -> Template:
         processor("model name", "flags", "microcode") if kvm else "",  # what a guest under KVM sees
         warm_message(kind),
     ]
-    key = hashlib.sha256(canonical(parts)).hexdigest()
+    key = hashlib.sha256(canonical_json(parts)).hexdigest()
     jobs = "builds" if kind.runtime == "build" else "runs with connections" if kind.network else "runs"
     return Template(key=key, folder=templates_dir() / key, title=f"{jobs} ({ram >> 30} GiB of RAM)")
 
