@@ -56,7 +56,6 @@ from x07_sandbox.x07.project import X07
 
 if TYPE_CHECKING:
     from x07_sandbox.policy.differences import Change
-    from x07_sandbox.policy.model import Policy
 
 DIFFERENT: Final = 1
 DENIED: Final = 1

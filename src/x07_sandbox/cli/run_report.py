@@ -25,7 +25,7 @@ from x07_sandbox.library.requests import carry_out
 from x07_sandbox.plan.outcomes import REFUSED_EXIT
 from x07_sandbox.policy.overrides import check_grants, derive_policy
 from x07_sandbox.policy.problems import PolicyError
-from x07_sandbox.programs.toolchains import ARTIFACT, OUTPUT, PROGRAM_FOLDER
+from x07_sandbox.programs.toolchains import ARTIFACT, OUTPUT, PROGRAM_FOLDER, Protocol
 from x07_sandbox.reports.document import render_json
 from x07_sandbox.runs.program import Program
 from x07_sandbox.runs.request import (
@@ -55,7 +55,6 @@ from x07_sandbox.x07.runner_report import (
 )
 
 if TYPE_CHECKING:
-    from x07_sandbox.programs.toolchains import Protocol
     from x07_sandbox.runs.result import Result
     from x07_sandbox.sandboxes.transfers import OutFile
 

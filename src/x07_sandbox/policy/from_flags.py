@@ -3,11 +3,9 @@
 Also the flags that complete an incomplete policy document. Pure.
 """
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import msgspec
 from msgspec.structs import replace
@@ -20,9 +18,6 @@ from x07_sandbox.policy.model import Policy, leaf_values
 from x07_sandbox.policy.overrides import Overrides, ReadFile, derive_policy
 from x07_sandbox.policy.problems import PolicyError
 from x07_sandbox.policy.templates import BUILT_IN, TEMPLATES
-
-if TYPE_CHECKING:
-    from x07_sandbox.policy.model import Policy
 
 
 def _no_file(name: str) -> bytes:

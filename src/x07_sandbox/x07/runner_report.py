@@ -27,7 +27,6 @@ from x07_sandbox.x07.project import HEAD_BYTES
 
 if TYPE_CHECKING:
     from x07_sandbox.runs.program import Program
-    from x07_sandbox.runs.result import Result
 
 SCHEMA: Final = "x07-os-runner.report@0.5.0"
 WRAPPED_SCHEMA: Final = "x07.run.report@0.3.0"

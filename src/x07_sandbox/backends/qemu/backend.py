@@ -17,7 +17,7 @@ from msgspec.structs import replace
 
 from x07_sandbox.backends.base import Availability, Instance, Job, Lease, MachineKind, NoAnswerError
 from x07_sandbox.backends.handshake import Handshake, evidence_of, greet
-from x07_sandbox.backends.prerequisites import KVM, NO_KVM, check
+from x07_sandbox.backends.prerequisites import KVM, NO_KVM, Need, check
 from x07_sandbox.backends.qemu import template as templates
 from x07_sandbox.backends.qemu.bounds import NotStartedError
 from x07_sandbox.backends.qemu.instance import LeasedInstance, QemuInstance
@@ -48,7 +48,6 @@ from x07_sandbox.plan.features import Features, vm_features
 from x07_sandbox.plan.sizes import RAM_CLASSES
 
 if TYPE_CHECKING:
-    from x07_sandbox.backends.prerequisites import Need
     from x07_sandbox.backends.qemu.template import Template
     from x07_sandbox.host.cancel import Caller
     from x07_sandbox.host.processes import Identity
