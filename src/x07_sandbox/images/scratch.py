@@ -7,6 +7,7 @@ The kernel has nothing left to initialize in the background.
 import os
 from pathlib import Path
 
+from x07_sandbox.channel.contents import next_data
 from x07_sandbox.errors import HostError, ImageError
 from x07_sandbox.images.manifest import Piece, ScratchDisk
 
@@ -62,11 +63,9 @@ def _data_blocks(fd: int) -> list[int]:
     blocks: list[int] = []
     end = 0
     while True:
-        try:
-            start = os.lseek(fd, end, os.SEEK_DATA)
-        except OSError:  # ENXIO: no more data
+        start, end = next_data(fd, end, DISK_BYTES)
+        if start == end:
             return blocks
-        end = os.lseek(fd, start, os.SEEK_HOLE)
         blocks += range(start - start % BLOCK, end, BLOCK)
         if len(blocks) > DISK_BYTES // BLOCK // 64:
             why = "the cache is on a file system without sparse files"

@@ -28,7 +28,6 @@ from x07_sandbox.jobs.stopping import stop_recorded
 from x07_sandbox.plan.features import VM_CAPABILITIES, Features
 
 if TYPE_CHECKING:
-    from x07_sandbox.backends.prerequisites import Need
     from x07_sandbox.jobs.record import JobRecord
 
 _REFERENCE_MAX: Final = 512
@@ -49,6 +48,7 @@ class ContainerBackend:
     def __init__(self, name: Name) -> None:
         self.name: str = name
         self._kind = name
+        self.needs = (CLIENTS[name],)
 
     @property
     def engine_images(self) -> ContainerBackend:
@@ -78,11 +78,6 @@ class ContainerBackend:
             why = "another version of x07-sandbox made it, so its agent may not be compatible"
             raise ImageError(f"cannot use the image {wanted}", why, fix)
         return OpenImage(fds={}, manifest=msgspec.structs.replace(found, digest=digest))
-
-    @property
-    def needs(self) -> tuple[Need, ...]:
-        """The engine's client."""
-        return (CLIENTS[self._kind],)
 
     def least_features(self) -> Features:
         """Return the features of a container that runs x07's agent."""

@@ -33,6 +33,7 @@ from x07_sandbox.backends.qemu.start import (
     require_cpu_time,
     tsc_khz,
 )
+from x07_sandbox.channel.contents import next_data
 from x07_sandbox.channel.link import State
 from x07_sandbox.channel.messages import Warm
 from x07_sandbox.errors import BackendError, HostError, ImageError
@@ -227,10 +228,7 @@ def sparse_sha256(fd: int, size: int) -> str:
     digest = hashlib.sha256(str(size).encode())
     offset = 0
     while offset < size:
-        try:
-            offset = os.lseek(fd, offset, os.SEEK_DATA) // CHUNK_BYTES * CHUNK_BYTES
-        except OSError:  # ENXIO: only a hole is left
-            break
+        offset = next_data(fd, offset, size)[0] // CHUNK_BYTES * CHUNK_BYTES
         data = os.pread(fd, min(CHUNK_BYTES, size - offset), offset)
         if not data:
             break
