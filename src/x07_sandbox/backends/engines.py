@@ -15,6 +15,7 @@ import msgspec
 
 from x07_sandbox.backends.prerequisites import Need, require
 from x07_sandbox.errors import BackendError, HostError, UsageError, printable
+from x07_sandbox.host.os_errors import raised_as
 from x07_sandbox.host.paths import cache_folder, find_program
 from x07_sandbox.host.processes import output_of
 from x07_sandbox.host.version import __version__
@@ -158,11 +159,8 @@ def load(
         raise HostError("cannot load the guest image", "no container engine answers on this host", fix)
     with tempfile.TemporaryDirectory(prefix="archive-", dir=cache_folder("tmp")) as folder:
         file = Path(folder, "image.tar") if archive is None else archive
-        try:
-            with file.open("wb") as target:
-                digest = write_archive(image, reference, target, Path(folder), progress)
-        except OSError as exc:
-            raise HostError(f"cannot write {file}", exc.strerror or str(exc), "Free disk space") from exc
+        with raised_as(HostError, f"cannot write {file}", "Free disk space"), file.open("wb") as target:
+            digest = write_archive(image, reference, target, Path(folder), progress)
         for one in engines:
             progress(f"loading the image into {one.name}")
             answer = one.call("load", "--quiet", "--input", str(file.absolute()), timeout_s=_LOAD_S)

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from x07_sandbox.errors import RefusedError, SandboxError, UsageError
 from x07_sandbox.host import settings
-from x07_sandbox.host.paths import private_dir, real_path, state_dir
+from x07_sandbox.host.paths import closing_fd, private_dir, real_path, state_dir
 from x07_sandbox.host.poll import write_all
 from x07_sandbox.plan.outcomes import REFUSED_EXIT
 from x07_sandbox.programs.toolchains import OUTPUT
@@ -85,10 +85,8 @@ def write_atomically(path: Path, fill: Callable[[int], None], *, mode: int = 0o6
     temporary = path.with_name(f".x07-{os.urandom(8).hex()}")  # no longer than the longest name
     try:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
-        try:
+        with closing_fd(fd):
             fill(fd)
-        finally:
-            os.close(fd)
         temporary.replace(path)
     except OSError as exc:
         temporary.unlink(missing_ok=True)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from x07_sandbox.errors import ImageError, UsageError
+from x07_sandbox.host.os_errors import raised_as
 from x07_sandbox.images import commands
 
 MAX_BYTES = 1024 * 1024
@@ -162,11 +163,8 @@ def _canonical(name: str) -> str:
 
 
 def _text(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return file.read(MAX_BYTES).decode(errors="replace")
-    except OSError as exc:
-        raise ImageError(f"cannot read {path}", exc.strerror or str(exc), "Make it readable") from exc
+    with raised_as(ImageError, f"cannot read {path}", "Make it readable"), path.open("rb") as file:
+        return file.read(MAX_BYTES).decode(errors="replace")
 
 
 NEAR_MAX = 3

@@ -24,6 +24,7 @@ import msgspec
 from x07_sandbox.errors import HostError, ImageError
 from x07_sandbox.host.linux import mounts
 from x07_sandbox.host.os_errors import host_error
+from x07_sandbox.host.paths import closing_fd
 from x07_sandbox.host.verdicts import Verdict
 from x07_sandbox.images import manifest, store
 from x07_sandbox.images.manifest import Manifest, Part
@@ -186,13 +187,11 @@ def opened_folder(folder: Path, subject: Subject) -> Iterator[int]:
     except OSError as exc:
         what = f"cannot open {subject.name}"
         raise _run_out(exc) or ImageError(what, exc.strerror or str(exc), subject.fix) from exc
-    try:
+    with closing_fd(fd):
         info = os.fstat(fd)
         if info.st_uid != os.geteuid() or stat.S_IMODE(info.st_mode) != FOLDER_MODE:
             raise _bad(subject, "its folder must belong to you and have mode 0700")
         yield fd
-    finally:
-        os.close(fd)
 
 
 @contextlib.contextmanager
@@ -203,7 +202,7 @@ def opened_file(folder_fd: int, name: str, subject: Subject) -> Iterator[int]:
         fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=folder_fd)
     except OSError as exc:
         raise _run_out(exc) or _bad(subject, f"{name} cannot be opened, or is a link ({exc.strerror})") from exc
-    try:
+    with closing_fd(fd):
         info = os.fstat(fd)
         if not stat.S_ISREG(info.st_mode):
             raise _bad(subject, f"{name} is not a regular file")
@@ -212,8 +211,6 @@ def opened_file(folder_fd: int, name: str, subject: Subject) -> Iterator[int]:
             raise _bad(subject, f"{name} has {has}, but must belong to you and have mode {FILE_MODE:04o}")
         os.set_blocking(fd, True)
         yield fd
-    finally:
-        os.close(fd)
 
 
 def _check_manifest(folder_fd: int, image: Image, subject: Subject) -> None:

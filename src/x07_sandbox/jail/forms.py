@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from x07_sandbox.errors import HostError, RefusedError, printable
+from x07_sandbox.host.os_errors import raised_as
 from x07_sandbox.host.processes import output_of
 from x07_sandbox.host.variables import flag
 from x07_sandbox.host.verdicts import Verdict, file_state
@@ -165,11 +166,8 @@ def needed_files(binary: str) -> tuple[str, ...]:
 
     ldd(1) is slow, so the result is cached for this boot, until the binary or the library cache (ld.so.cache) changes.
     """
-    try:
+    with raised_as(HostError, f"cannot find {binary}", "Run x07 doctor to see what is missing"):
         verdict = Verdict("libraries", binary, key=(file_state(binary), file_state("/etc/ld.so.cache")))
-    except OSError as exc:
-        fix = "Run x07 doctor to see what is missing"
-        raise HostError(f"cannot find {binary}", exc.strerror or str(exc), fix) from exc
     return tuple(verdict.read_or_make(lambda: {"files": _ask(binary)})["files"])
 
 

@@ -18,6 +18,7 @@ from x07_sandbox.errors import HostError
 from x07_sandbox.host import close_on_fork
 from x07_sandbox.host.decoding import prepared
 from x07_sandbox.host.memory import memory_file
+from x07_sandbox.host.os_errors import raised_as
 from x07_sandbox.host.poll import wait_readable
 from x07_sandbox.jail.uids import lease_uid
 from x07_sandbox.jobs.launcher import Launch, launch
@@ -156,12 +157,8 @@ def _start(
 ) -> subprocess.Popen[bytes]:
     code = _CODE.format(paths=paths, unwanted=_UNWANTED, module=module)
     argv = [sys.executable, "-I", "-S", "-c", code, *words]
-    try:
+    with raised_as(HostError, f"cannot start the {module.removesuffix('_process')}", "Run x07 doctor"):
         return launch(Launch(argv=argv, pass_fds=fds, stderr_fd=stderr_fd))
-    except OSError as exc:
-        raise HostError(
-            f"cannot start the {module.removesuffix('_process')}", exc.strerror or str(exc), "Run x07 doctor"
-        ) from exc
 
 
 def _paths() -> list[str]:

@@ -216,8 +216,7 @@ def _listening() -> Iterator[socket.socket]:
     with file_lock(folder / "lock", on_wait=taken):
         with contextlib.suppress(OSError):
             os.ftruncate(sys.stderr.fileno(), 0)  # start a new log
-        with contextlib.suppress(FileNotFoundError):
-            (folder / SOCKET).unlink()
+        (folder / SOCKET).unlink(missing_ok=True)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with listener, lease.socket_address(folder) as address:
             listener.bind(address)
@@ -225,8 +224,7 @@ def _listening() -> Iterator[socket.socket]:
             try:
                 yield listener
             finally:
-                with contextlib.suppress(FileNotFoundError):
-                    (folder / SOCKET).unlink()
+                (folder / SOCKET).unlink(missing_ok=True)
 
 
 def main(words: list[str]) -> int:

@@ -18,7 +18,7 @@ import msgspec
 
 from x07_sandbox.host import settings
 from x07_sandbox.host.locks import file_lock
-from x07_sandbox.host.paths import cache_folder, least_recently_used
+from x07_sandbox.host.paths import cache_folder, closing_fd, least_recently_used
 
 SCHEMA: Final = "x07.sandbox.artifact@0.3.0"
 HEADER_BYTES: Final = 512
@@ -47,10 +47,8 @@ def cached_artifact(key: str) -> Iterator[CachedArtifact | None]:
     except OSError:
         yield None
         return
-    try:
+    with closing_fd(fd):
         yield _described(fd, key)
-    finally:
-        os.close(fd)
 
 
 def _described(fd: int, key: str) -> CachedArtifact | None:

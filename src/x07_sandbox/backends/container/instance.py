@@ -24,6 +24,7 @@ from x07_sandbox.host import settings
 from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.close_on_fork import FdGroup
 from x07_sandbox.host.linux import boot_ms, open_pidfd
+from x07_sandbox.host.os_errors import raised_as
 from x07_sandbox.host.paths import read_bounded
 from x07_sandbox.host.poll import wait_readable
 from x07_sandbox.host.processes import identify, own_identity
@@ -242,10 +243,8 @@ def _start_reaper(engine: Engine, record: JobRecord, deadline_s: int, runner_fd:
     until = (boot_ms() + settings.CLEANUP_MS) / 1000 + deadline_s
     removing = engine.argv(*_removing(engine, container_name(record)))
     argv = [sys.executable, "-I", "-S", reaper.__file__, str(record.folder), str(until), str(runner_fd), *removing]
-    try:
+    with raised_as(BackendError, "cannot start the reaper", "Run x07 doctor"):
         return launch(Launch(argv=argv, pass_fds=(runner_fd,), stderr_fd=subprocess.DEVNULL, env=engine.env))
-    except OSError as exc:
-        raise BackendError("cannot start the reaper", exc.strerror or str(exc), "Run x07 doctor") from exc
 
 
 def container_name(record: JobRecord) -> str:

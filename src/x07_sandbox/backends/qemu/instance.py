@@ -13,6 +13,7 @@ from x07_sandbox.backends.qemu.bounds import VMM_BYTES
 from x07_sandbox.backends.qemu.machine import QMP_QUIT, Paths, qmp_resume
 from x07_sandbox.errors import BackendError
 from x07_sandbox.host import close_on_fork, settings
+from x07_sandbox.host.os_errors import raised_as
 from x07_sandbox.host.poll import wait_readable
 from x07_sandbox.jobs.record import Claim, JobRecord, renamed_record, renewed_record
 
@@ -106,10 +107,8 @@ class QemuInstance(Streams, Jailed):
         """Turn a waiting VM into the job in *claim*, which uses at most *ram_bytes* of RAM. Raises SandboxError."""
         # If this fails halfway, the record names the processes and an owner that is dead by then.
         self.set_deadline(claim.deadline_s)
-        try:
+        with raised_as(BackendError, "cannot limit the VM's memory", "Try again"):
             self.groups.limit_memory(ram_bytes + VMM_BYTES)
-        except OSError as exc:
-            raise BackendError("cannot limit the VM's memory", exc.strerror or str(exc), "Try again") from exc
         self.record = renewed_record(self.record, claim)
         self.record_owner(runner)
         self.record = renamed_record(self.record)
