@@ -8,6 +8,7 @@ Debian's Python expects locally installed packages. If two contain the same file
 """
 
 import collections
+import contextlib
 import hashlib
 import io
 import re
@@ -241,18 +242,12 @@ def wheel_of(path: Path) -> manifest.Wheel:
 
 def find_pip_interpreter() -> str:
     """Return the path of a Python that has pip: the current one, or else python3. Raises HostError."""
-    for program in (sys.executable, find_program("python3")):
-        if program and _has_pip(program):
-            return program
+    code = "import importlib.util, sys; sys.exit(importlib.util.find_spec('pip') is None)"
+    for program in filter(None, (sys.executable, find_program("python3"))):
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            if not output_of([program, "-I", "-c", code], timeout_s=60).returncode:
+                return program
     raise HostError("cannot fetch Python packages", "this host has no pip", "Run apt install python3-pip")
-
-
-def _has_pip(program: str) -> bool:
-    argv = [program, "-I", "-c", "import importlib.util, sys; sys.exit(importlib.util.find_spec('pip') is None)"]
-    try:
-        return output_of(argv, timeout_s=60).returncode == 0
-    except (OSError, subprocess.TimeoutExpired):
-        return False
 
 
 MAX_BYTES: Final = 8 * 1024**3  # total, unpacked

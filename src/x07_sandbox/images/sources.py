@@ -29,6 +29,7 @@ OPTIONS = {
     "by-hash": "By-Hash",
 }
 PASSED_ON = ("Signed-By", "Check-Valid-Until", "Check-Date", "By-Hash")
+_FIELDS = {field.lower(): field for field in ("Types", "URIs", "Suites", "Components", "Enabled", *OPTIONS.values())}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,7 +132,7 @@ def parse_deb822(text: str) -> Iterator[dict[str, str]]:
                 stanza[name] += "\n" + line
         elif ":" in line:
             name, _, value = line.partition(":")
-            name = _canonical(name.strip())
+            name = _FIELDS.get(name.strip().lower(), name.strip())
             stanza[name] = value.strip()
 
 
@@ -155,11 +156,6 @@ def fetch_settings(dump: str) -> list[str]:
     """Return the download settings (proxies, retries) in the output of `apt-config dump`, for --aptopt."""
     found = ((line, re.fullmatch(r'(\S+) "(.+)";', line)) for line in dump.splitlines())
     return [line for line, match in found if match and SETTINGS.fullmatch(match[1])]
-
-
-def _canonical(name: str) -> str:
-    known = {field.lower(): field for field in ("Types", "URIs", "Suites", "Components", "Enabled", *OPTIONS.values())}
-    return known.get(name.lower(), name)
 
 
 def _text(path: Path) -> str:

@@ -199,7 +199,9 @@ def confine(kind: Kind, *, uid: int | None) -> tuple[str, ...]:
     thread lacks CAP_KILL for another uid, or is in a Landlock domain. Raises OSError if a measure fails, or HostError
     on an unsupported architecture. The process must then exit, since it is only partly confined.
     """
-    _require_one_thread()
+    with contextlib.suppress(FileNotFoundError):  # no /proc
+        if len(list(Path("/proc/self/task").iterdir())) > 1:  # Landlock restricts only the calling thread
+            raise OSError(errno.EBUSY, "a helper confines itself before it starts threads")
     program = (gate_filter if kind == "gate" else resolver_filter)(host_arch())
     if kind == "resolver":
         import encodings.idna  # noqa: F401 - getaddrinfo would import it later, when its file is out of reach
@@ -224,13 +226,6 @@ def confine(kind: Kind, *, uid: int | None) -> tuple[str, ...]:
     walls += ["no capabilities", "no new privileges"]
     walls += [f"Landlock {version}"] if version else []
     return (*walls, "seccomp")
-
-
-def _require_one_thread() -> None:
-    """Raise OSError if there are several threads: Landlock restricts only the calling thread."""
-    with contextlib.suppress(FileNotFoundError):  # no /proc
-        if len(list(Path("/proc/self/task").iterdir())) > 1:
-            raise OSError(errno.EBUSY, "a helper confines itself before it starts threads")
 
 
 def _limit(kind: Kind) -> None:
