@@ -25,7 +25,7 @@ OURS: Final = """
 backends.base backends.handshake backends.jailed backends.lease backends.qemu.backend
 backends.qemu.bounds backends.qemu.instance backends.qemu.machine backends.qemu.start
 backends.qemu.template backends.prerequisites backends.registry backends.selection
-channel.connection channel.link channel.messages channel.streams
+channel.connection channel.contents channel.link channel.messages channel.streams
 cli.console cli.main cli.parser cli.run cli.std_streams
 errors
 host.arch host.cancel host.clocks host.close_on_fork host.decoding host.locks

@@ -4,7 +4,7 @@ import itertools
 import os
 import re
 import stat
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Final, Literal
 
@@ -101,7 +101,11 @@ def disk_usage(progress: Callable[[str], None]) -> DfReport:
     seen: set[tuple[int, int]] = set()
     parts = []
     for name, place in places.items():  # the whole cache comes last, for what is not counted yet
-        sizes = list(_sizes(place, seen))
+        # Links are not followed, hard links count once, and the first is the folder itself.
+        below = itertools.islice(everything(place), 1, None)
+        found = {(info.st_dev, info.st_ino): info.st_blocks * BLOCK for info in below}
+        sizes = [size for file, size in found.items() if file not in seen]
+        seen |= found.keys()
         used = {"files": len(sizes), "bytes": sum(sizes), "prunable_bytes": prunable[name]}
         parts.append(PartUsage(name=name, path=str(place), **used))
     return DfReport(
@@ -109,12 +113,3 @@ def disk_usage(progress: Callable[[str], None]) -> DfReport:
         bytes=sum(part.bytes for part in parts),
         prunable_bytes=sum(part.prunable_bytes for part in parts),
     )
-
-
-def _sizes(folder: Path, seen: set[tuple[int, int]]) -> Iterator[int]:
-    """Yield the size of each file below *folder*; links are not followed, and hard links count once."""
-    for info in itertools.islice(everything(folder), 1, None):  # the first is the folder itself
-        file = info.st_dev, info.st_ino
-        if file not in seen:
-            seen.add(file)
-            yield info.st_blocks * BLOCK
