@@ -6,18 +6,8 @@ from collections.abc import Mapping
 
 import msgspec
 
-from x07_sandbox.policy.model import (
-    ABSENT_THREADS,
-    SCHEMA_VERSION,
-    Env,
-    Fs,
-    Language,
-    Limits,
-    Net,
-    Policy,
-    Process,
-    Time,
-)
+from x07_sandbox.policy import model
+from x07_sandbox.policy.model import Policy
 
 _MIB = 1 << 20
 
@@ -29,11 +19,11 @@ def default_policy() -> Policy:
     so that a flag can add a folder or a host without a policy file.
     """
     return Policy(
-        schema_version=SCHEMA_VERSION,
+        schema_version=model.SCHEMA_VERSION,
         policy_id="sandbox.default.base",
         notes="Built-in policy: one minute, 512 MiB, no host files or network until a root or a host is added.",
-        limits=Limits(cpu_ms=60_000, wall_ms=60_000, mem_bytes=512 * _MIB, fds=1024, procs=64, core_dumps=False),
-        fs=Fs(
+        limits=model.Limits(cpu_ms=60_000, wall_ms=60_000, mem_bytes=512 * _MIB, fds=1024, procs=64, core_dumps=False),
+        fs=model.Fs(
             enabled=True,
             read_roots=(),
             write_roots=(),
@@ -49,9 +39,9 @@ def default_policy() -> Policy:
             max_entries=100_000,
             max_depth=128,
         ),
-        net=Net(enabled=True, allow_dns=True, allow_tcp=True, allow_udp=False, allow_hosts=()),
-        env=Env(enabled=True, allow_keys=(), deny_keys=()),
-        time=Time(
+        net=model.Net(enabled=True, allow_dns=True, allow_tcp=True, allow_udp=False, allow_hosts=()),
+        env=model.Env(enabled=True, allow_keys=(), deny_keys=()),
+        time=model.Time(
             enabled=True,
             allow_monotonic=True,
             allow_wall_clock=True,
@@ -59,9 +49,9 @@ def default_policy() -> Policy:
             max_sleep_ms=86_400_000,
             allow_local_tzid=False,
         ),
-        language=Language(allow_unsafe=True, allow_ffi=True),
-        threads=ABSENT_THREADS,
-        process=Process(
+        language=model.Language(allow_unsafe=True, allow_ffi=True),
+        threads=model.ABSENT_THREADS,
+        process=model.Process(
             enabled=True,
             allow_spawn=True,
             max_live=64,

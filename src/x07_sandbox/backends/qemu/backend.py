@@ -18,21 +18,11 @@ from msgspec.structs import replace
 from x07_sandbox.backends.base import Availability, Instance, Job, Lease, MachineKind, NoAnswerError
 from x07_sandbox.backends.handshake import Handshake, evidence_of, greet
 from x07_sandbox.backends.prerequisites import KVM, NO_KVM, Need, check
+from x07_sandbox.backends.qemu import start as starts
 from x07_sandbox.backends.qemu import template as templates
 from x07_sandbox.backends.qemu.bounds import NotStartedError
 from x07_sandbox.backends.qemu.instance import LeasedInstance, QemuInstance
-from x07_sandbox.backends.qemu.start import (
-    MISCALIBRATED,
-    QemuJob,
-    Saved,
-    boot_attempts,
-    check_needs,
-    miscalibrated,
-    needs_of,
-    own_vm,
-    require_cpu_time,
-    start_qemu,
-)
+from x07_sandbox.backends.qemu.start import QemuJob, Saved, start_qemu
 from x07_sandbox.channel.link import State
 from x07_sandbox.errors import BackendError, HostError, ImageError, SandboxError
 from x07_sandbox.host import settings
@@ -78,7 +68,7 @@ class QemuBackend:
     def needs(self) -> Sequence[Need]:
         """The programs and firmware for this machine's architecture, and KVM."""
         arch = ARCHES.get(os.uname().machine)
-        return () if arch is None else needs_of(arch)
+        return () if arch is None else starts.needs_of(arch)
 
     def least_features(self) -> Features:
         """Return the features with emulation."""
@@ -86,7 +76,7 @@ class QemuBackend:
 
     def probe(self, image: OpenImage | None, *, boot: bool = True) -> Availability:
         """Return the features with KVM if x07's agent has answered under KVM, else the features with emulation."""
-        check_needs(host_arch())  # first: verdicts and templates are stored by the state of QEMU's file
+        starts.check_needs(host_arch())  # first: verdicts and templates are stored by the state of QEMU's file
         if flag("X07_VM_REQUIRE_NAMESPACES"):
             jail_form()  # raises RefusedError early
         assert image is not None or not boot  # noqa: S101 - `uses_image` is set
@@ -118,7 +108,7 @@ class QemuBackend:
         notes: dict[str, str] = {}  # by subject, so that each appears once
         if cold:
             job.caller.progress(f"booting a VM for the {claim.phase}")
-        tries = enumerate(boot_attempts(), 1)
+        tries = enumerate(starts.boot_attempts(), 1)
         number, last = next(tries)
         while True:
             with contextlib.ExitStack() as one:
@@ -141,10 +131,10 @@ class QemuBackend:
                 cold, cloned = self._clone_failed(job, error, notes), True
                 claim = replace(claim, phase=f"{job.claim.phase}-cold")
                 continue
-            if not miscalibrated(error.failure):
+            if not starts.miscalibrated(error.failure):
                 raise error
             if last:
-                why = f"{MISCALIBRATED}; try again when the host is less busy"
+                why = f"{starts.MISCALIBRATED}; try again when the host is less busy"
                 raise NoAnswerError(instance, replace(error.failure, kind="failed", why=why), error.times_ms)
             claim = replace(claim, phase=f"{job.claim.phase}-cold{number}")
             number, last = next(tries)
@@ -308,13 +298,13 @@ def prove(image: OpenImage, limit_s: float, *, kvm: bool) -> Proof:
 
     under = " under KVM" if kvm else " under emulation"
     kind = MachineKind(image=image, ram_bytes=RAM_CLASSES[0])
-    for last in boot_attempts():
-        with own_vm(kind, "probe", limit_s, kvm=kvm, any_timer=last) as instance:
+    for last in starts.boot_attempts():
+        with starts.own_vm(kind, "probe", limit_s, kvm=kvm, any_timer=last) as instance:
             failure = Handshake(instance, State.WAITING).until(State.GREETED, Deadline.after(limit_s))
             if failure is None:
                 return Proof(works=True, reason=f"x07's agent answered from a VM{under}")
-            require_cpu_time(instance, "cannot test a VM")
-            if not miscalibrated(failure):
+            starts.require_cpu_time(instance, "cannot test a VM")
+            if not starts.miscalibrated(failure):
                 why = classify(evidence_of(failure)).reason.rstrip(".")
                 return Proof(works=False, reason=f"a test VM{under} failed: {why}", transient=failure.transient)
-    return Proof(works=False, reason=f"no VM{under} could be booted ({MISCALIBRATED})", transient=True)
+    return Proof(works=False, reason=f"no VM{under} could be booted ({starts.MISCALIBRATED})", transient=True)

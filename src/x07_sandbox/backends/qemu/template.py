@@ -23,16 +23,9 @@ import msgspec
 
 from x07_sandbox.backends.base import Instance, MachineKind, Prunable
 from x07_sandbox.backends.handshake import Handshake, input_poll
+from x07_sandbox.backends.qemu import start as starts
 from x07_sandbox.backends.qemu.machine import QMP_QUERY_SAVE, Machine, Origin, qemu_argv, qmp_save
-from x07_sandbox.backends.qemu.start import (
-    Saved,
-    Saving,
-    boot_attempts,
-    miscalibrated,
-    own_vm,
-    require_cpu_time,
-    tsc_khz,
-)
+from x07_sandbox.backends.qemu.start import Saved, Saving
 from x07_sandbox.channel.contents import next_data
 from x07_sandbox.channel.link import State
 from x07_sandbox.channel.messages import Warm
@@ -174,7 +167,7 @@ def lack_of_space(ram_bytes: int) -> str:
 def template_for(kind: MachineKind, *, kvm: bool) -> Template:
     """Return the template for jobs of this kind. Raises HostError."""
     arch, ram, kvm_fd = host_arch(), kind.ram_bytes, 0 if kvm else None
-    clock = tsc_khz(arch)
+    clock = starts.tsc_khz(arch)
     fds: dict[str, Any] = dict.fromkeys(("scratch_fd", "channel_fd", "net_fd", "qmp_fd", "console_fd"), 0)
     machine = Machine(arch=arch, ram_bytes=ram, kvm_fd=kvm_fd, tsc_khz=None, mark="", origin=Origin.SAVING, **fds)
     parts = [
@@ -285,7 +278,7 @@ def make_template(template: Template, kind: MachineKind, work: Path, *, kvm: boo
         scratch_fd = unnamed_file(work, _WHAT)
         stack.callback(os.close, scratch_fd)
         saving = Saving(ram_fd=files["ram"], state_fd=files["state"], scratch_fd=scratch_fd)
-        for last in boot_attempts():
+        for last in starts.boot_attempts():
             os.ftruncate(saving.ram_fd, 0)
             os.ftruncate(saving.ram_fd, kind.ram_bytes)
             if _booted_and_saved(kind, saving, kvm=kvm, last=last):
@@ -303,12 +296,12 @@ def make_template(template: Template, kind: MachineKind, work: Path, *, kvm: boo
 def _booted_and_saved(kind: MachineKind, saving: Saving, *, kvm: bool, last: bool) -> bool:
     """Boot and save one VM. Return False if another attempt may succeed. Raises SandboxError."""
     order, limit_s = warm_message(kind), _limit_s(kind)
-    with own_vm(kind, "template", limit_s, kvm=kvm, any_timer=last, memory=saving) as instance:
+    with starts.own_vm(kind, "template", limit_s, kvm=kvm, any_timer=last, memory=saving) as instance:
         say = {State.GREETED: order}
         if failure := Handshake(instance, State.WAITING).until(State.WARM, Deadline.after(limit_s), say):
-            if miscalibrated(failure) and not last:
+            if starts.miscalibrated(failure) and not last:
                 return False
-            require_cpu_time(instance, _WHAT)
+            starts.require_cpu_time(instance, _WHAT)
             error = TransientError if failure.transient else BackendError
             raise error(_WHAT, failure.text, _FIX)
         _save(instance)
