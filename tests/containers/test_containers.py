@@ -24,8 +24,8 @@ from tests.vm.jail_helpers import temporary_user
 from x07_sandbox import exec_command
 from x07_sandbox.backends.container import reaper
 from x07_sandbox.backends.container.create import engine_gaps
-from x07_sandbox.backends.engine_images import load
 from x07_sandbox.backends.engines import engine as the_engine
+from x07_sandbox.backends.engines import load
 from x07_sandbox.images.store import find_image
 from x07_sandbox.jobs.stopping import live_records
 from x07_sandbox.policy.default import default_policy

@@ -8,7 +8,7 @@ import pytest
 from msgspec.structs import replace
 
 from x07_sandbox.cli.denials_text import denial_lines, for_flags, say_denials
-from x07_sandbox.cli.os_runner_options import OPTIONS
+from x07_sandbox.cli.os_runner import OPTIONS
 from x07_sandbox.network.summary import Contact, NetworkUse
 from x07_sandbox.plan.denials import Denial, Hint, HowToAllow, Outcome
 from x07_sandbox.runs.result import EMPTY_OUTPUT, Digests, Result

@@ -37,7 +37,7 @@ from x07_sandbox.host.paths import cache_folder
 from x07_sandbox.host.verdicts import forget
 from x07_sandbox.images.build import build_image
 from x07_sandbox.images.store import find_image
-from x07_sandbox.jail.libraries import needed_files
+from x07_sandbox.jail.forms import needed_files
 from x07_sandbox.pool.warm import WarmMachines
 
 if TYPE_CHECKING:

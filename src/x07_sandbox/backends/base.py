@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, runtime_checkable
 
 import msgspec
@@ -16,9 +18,6 @@ from x07_sandbox.plan.features import Features
 from x07_sandbox.plan.sizes import used_ram_bytes
 
 if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-    from pathlib import Path
-
     from x07_sandbox.backends.prerequisites import Need
     from x07_sandbox.channel.connection import Connection
     from x07_sandbox.host.processes import Identity

@@ -3,8 +3,6 @@
 Each backend lists its own (`Backend.needs`). Its probe requires them, and `x07 doctor` prints them.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import stat
@@ -17,6 +15,7 @@ import msgspec
 
 from x07_sandbox.errors import HostError
 from x07_sandbox.host.paths import find_program
+from x07_sandbox.host.processes import output_of
 from x07_sandbox.host.variables import text
 
 _INSTALL: Final = "Run: apt-get install --no-install-recommends"
@@ -118,10 +117,9 @@ def _not_setuid(need: Need) -> Found:
 
 
 def _version(need: Need) -> Found:
-    argv, env, no_input = [need.name, "--version"], {"PATH": "/usr/bin:/bin", "LC_ALL": "C"}, subprocess.DEVNULL
     said = b""
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-        said = subprocess.run(argv, stdin=no_input, capture_output=True, timeout=30, check=False, env=env).stdout
+        said = output_of([need.name, "--version"], timeout_s=30).stdout
     least, found = ".".join(map(str, need.least)), version_in(said.decode("ascii", "replace"))
     if found >= need.least:
         return Found(f"version {'.'.join(map(str, found))}", good=True)

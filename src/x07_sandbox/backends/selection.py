@@ -4,8 +4,6 @@ The requested backend is used or refused, but never replaced by another. Isolati
 the user's consent.
 """
 
-from __future__ import annotations
-
 import os
 from typing import Final
 

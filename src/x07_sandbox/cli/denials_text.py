@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import posixpath
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Final
 
 from msgspec.structs import replace
@@ -13,8 +14,6 @@ from x07_sandbox.errors import printable
 from x07_sandbox.policy.templates import BUILT_IN, built_in
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Sequence
-
     from x07_sandbox.plan.denials import Denial, Hint, HowToAllow
     from x07_sandbox.runs.result import Result
 

@@ -291,8 +291,7 @@ def _cgroups() -> Finding:
 
 def _capacity() -> Finding:
     """Return how many runs this user may have at the same time on this host."""
-    from x07_sandbox.host.cores import cores
-    from x07_sandbox.host.memory import memory_bytes
+    from x07_sandbox.host.memory import cores, memory_bytes
     from x07_sandbox.jobs.admission import MEMORY_PER_MACHINE, max_running
 
     memory, each = memory_bytes(), MEMORY_PER_MACHINE >> 30

@@ -163,8 +163,7 @@ def _build(options: argparse.Namespace) -> int:
 
 
 def _load(options: argparse.Namespace) -> int:
-    from x07_sandbox.backends.engine_images import DEFAULT_REFERENCE, check_reference, load
-    from x07_sandbox.backends.engines import CLIENTS
+    from x07_sandbox.backends.engines import CLIENTS, DEFAULT_REFERENCE, check_reference, load
     from x07_sandbox.runs.prepare import current_image
 
     if unknown := sorted(set(options.engines) - set(CLIENTS)):

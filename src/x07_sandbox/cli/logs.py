@@ -1,26 +1,22 @@
 """`x07 logs`: print a run's output, or the log of its connections."""
 
-from __future__ import annotations
-
+import argparse
 import contextlib
 import os
 import sys
 import time
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
 
 from x07_sandbox.cli.changes_text import print_bytes
 from x07_sandbox.cli.console import say, write_stdout
 from x07_sandbox.cli.parser import nonempty, switch
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host.locks import is_locked
-from x07_sandbox.housekeeping.lookup import known_run, run_folder
+from x07_sandbox.housekeeping.listing import known_run, run_folder
 from x07_sandbox.runs.folder import NET_LOG, find_run
 from x07_sandbox.sandboxes.transfers import TerminalFilter
-
-if TYPE_CHECKING:
-    import argparse
-    from collections.abc import Callable
-    from pathlib import Path
 
 _EPILOG: Final = """x07 logs prints the program's standard output to standard output, and its standard error to
 standard error. On a terminal, x07 logs replaces control characters, except line ends and tabs.

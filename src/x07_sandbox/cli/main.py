@@ -6,15 +6,14 @@ loads only the modules that it needs.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import sys
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
-    import argparse
-    from collections.abc import Callable, Iterable, Sequence
-
     from x07_sandbox.errors import UsageError
 
 # X07's global flags that our verbs have, and whether they take a value.

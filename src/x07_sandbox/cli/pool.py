@@ -1,14 +1,12 @@
 """`x07 pool`: start, stop and query the process that keeps VMs ready."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import json
 import os
 import subprocess
 import sys
-from typing import TYPE_CHECKING, Any, Final
+from typing import IO, Any, Final
 
 import msgspec
 
@@ -22,9 +20,6 @@ from x07_sandbox.host.decoding import prepared
 from x07_sandbox.host.linux import peer_of
 from x07_sandbox.host.variables import inherited_environment
 from x07_sandbox.reports.verbs import PoolReport, PoolStatus
-
-if TYPE_CHECKING:
-    from typing import IO
 
 _EPILOG: Final = """x07 run takes a waiting VM if there is one, and the pool then starts another one. Each VM runs only
 one program. A waiting VM uses memory, but almost no CPU time. The pool stops after --idle seconds without use.

@@ -365,8 +365,8 @@ def _refuse_command(options: argparse.Namespace) -> None:
 
 def _project_here() -> str | None:
     """Return the manifest of the X07 project around the current folder, or None. Raises UsageError."""
-    from x07_sandbox.host.documents import MANIFEST, project_root
     from x07_sandbox.host.paths import is_file
+    from x07_sandbox.host.project import MANIFEST, project_root
 
     manifest = project_root(None) / MANIFEST
     return str(manifest) if is_file(manifest) else None

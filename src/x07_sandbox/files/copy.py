@@ -16,27 +16,23 @@ import re
 import shlex
 import stat
 import time
-from typing import TYPE_CHECKING, Final, Literal
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, BinaryIO, Final, Literal
 
 import msgspec
 
 from x07_sandbox.channel.contents import parts
 from x07_sandbox.channel.trees import NAME_MAX, Entry, Kind, segment
 from x07_sandbox.errors import RefusedError, UsageError
-from x07_sandbox.files.changes import Node, parent_folders
+from x07_sandbox.files.changes import Node, Rule, parent_folders
 from x07_sandbox.files.contents import add_zeros
-from x07_sandbox.files.roots import Mount
+from x07_sandbox.files.roots import Mount, Tree
 from x07_sandbox.host import beneath, settings
 from x07_sandbox.host.paths import closing_fd
 from x07_sandbox.plan.guest_paths import is_below
 from x07_sandbox.policy.limits import FILE_BYTES, flag_for_file, size_text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-    from typing import BinaryIO
-
-    from x07_sandbox.files.changes import Rule
-    from x07_sandbox.files.roots import Tree
     from x07_sandbox.policy.model import Policy
 
 # x07's own limits, used if the policy has 0, as FILE_BYTES is.

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import stat
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -15,8 +16,6 @@ from x07_sandbox.host import beneath
 from x07_sandbox.host.paths import closing_fd
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
     from x07_sandbox.files.changes import Node
 
 Ident = tuple[int, int]

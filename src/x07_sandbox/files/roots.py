@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -14,8 +15,6 @@ from x07_sandbox.host.paths import collapse_leading_slashes
 from x07_sandbox.plan.guest_paths import guest_path, is_below
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-
     from x07_sandbox.policy.model import Policy
 
 

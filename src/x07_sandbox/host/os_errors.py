@@ -1,10 +1,12 @@
 """Operating system errors caused by the host's state rather than by a bug."""
 
+import contextlib
 import errno
 import os
+from collections.abc import Iterator
 from typing import Final
 
-from x07_sandbox.errors import HostError
+from x07_sandbox.errors import HostError, SandboxError
 from x07_sandbox.host.linux import require_own_proc
 
 _WRONG_TYPE: Final = "Remove it; x07 creates its own"
@@ -47,6 +49,15 @@ def host_error(exc: OSError | MemoryError) -> HostError | None:
 def out_of_cpu_time(status: int | None) -> str:
     """Return a clause for messages if *status* shows that the shell's CPU time limit ended a process, else ""."""
     return "reached the CPU time limit of this shell (ulimit -H -t)" if status in _SIGXCPU else ""
+
+
+@contextlib.contextmanager
+def raised_as(kind: type[SandboxError], what: str, fix: str) -> Iterator[None]:
+    """Raise an OSError in the context as an error of this kind, with the system's words for why."""
+    try:
+        yield
+    except OSError as exc:
+        raise kind(what, exc.strerror or str(exc), fix) from exc
 
 
 def fix_for(exc: OSError, otherwise: str) -> str:

@@ -10,6 +10,7 @@ from typing import Final
 
 from x07_sandbox.errors import HostError, UsageError
 from x07_sandbox.host.linux import new_unnamed_file
+from x07_sandbox.host.os_errors import fix_for
 
 SYSTEM: Final = ("/usr/sbin", "/usr/bin", "/sbin", "/bin")
 PROGRAMS: Final = (*SYSTEM, "/usr/local/bin", "/opt/homebrew/bin")
@@ -173,8 +174,6 @@ def unnamed_file(folder: Path, what: str) -> int:
     try:
         return new_unnamed_file(folder)
     except OSError as exc:
-        from x07_sandbox.host.os_errors import fix_for
-
         fix = fix_for(exc, "Set X07_VM_STATE_DIR to a folder on ext4, xfs or btrfs")
         raise HostError(what, f"{exc.strerror} ({folder})", fix) from exc
 
@@ -202,8 +201,6 @@ def _mkdir(dir_fd: int, part: str, here: Path) -> bool:
     except FileExistsError:
         return False
     except OSError as exc:
-        from x07_sandbox.host.os_errors import fix_for
-
         fix = fix_for(exc, "Set X07_VM_STATE_DIR or X07_VM_CACHE_DIR to a writable folder")
         raise HostError(f"cannot create folder {here}", exc.strerror or str(exc), fix) from exc
     return True

@@ -5,13 +5,11 @@ images/names/<name>        the digest, one line
 images/base-<key>/         first stage, whose files the images share by hard links
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -20,9 +18,6 @@ from x07_sandbox.host.paths import cache_folder, private_dir, read_bounded, repl
 from x07_sandbox.host.variables import text
 from x07_sandbox.images import guestcode, manifest
 from x07_sandbox.images.manifest import Manifest
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 DEFAULT = "default"
 _NAME_MAX = 64

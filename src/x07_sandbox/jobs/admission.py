@@ -7,8 +7,6 @@ cache/slots/warm-<n>    one file per waiting machine of a pool, locked by the po
 A lock ends with the process that holds it. The kernel grants a lock in the order in which processes asked for it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import os
@@ -22,9 +20,8 @@ from typing import Final
 from x07_sandbox.errors import Cancelled, HostError, RefusedError
 from x07_sandbox.host import close_on_fork, settings
 from x07_sandbox.host.clocks import Deadline
-from x07_sandbox.host.cores import cores
 from x07_sandbox.host.linux import open_pidfd
-from x07_sandbox.host.memory import memory_bytes
+from x07_sandbox.host.memory import cores, memory_bytes
 from x07_sandbox.host.os_errors import fix_for
 from x07_sandbox.host.paths import cache_folder, open_private_file
 from x07_sandbox.host.variables import number

@@ -11,9 +11,8 @@ import msgspec
 from msgspec.structs import replace
 
 from x07_sandbox.errors import UsageError
-from x07_sandbox.policy.canonical import canonical_json
 from x07_sandbox.policy.decode import decode_policy
-from x07_sandbox.policy.default import render_policy
+from x07_sandbox.policy.default import canonical_json, render_policy
 from x07_sandbox.policy.hosts import Addresses, covers, is_name, meaning
 from x07_sandbox.policy.model import HostPorts, Net, Policy
 

@@ -13,12 +13,13 @@ import shutil
 import threading
 import time
 from collections import deque
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from x07_sandbox.backends.base import Job, MachineKind, NoAnswerError
+from x07_sandbox.backends.base import Backend, Cloning, Instance, Job, MachineKind, NoAnswerError
 from x07_sandbox.backends.handshake import greet
 from x07_sandbox.backends.registry import create
 from x07_sandbox.backends.selection import choice_from_environment
@@ -37,7 +38,7 @@ from x07_sandbox.policy import default_policy
 from x07_sandbox.programs.toolchains import OUTPUT
 from x07_sandbox.runs.artifact import obtain_artifact
 from x07_sandbox.runs.folder import RunFolder
-from x07_sandbox.runs.phase import needs_of, run_phase
+from x07_sandbox.runs.phase import PhaseSpec, needs_of, run_phase
 from x07_sandbox.runs.phase_specs import run_spec
 from x07_sandbox.runs.prepare import check_pinned, current_image, final_value, prepare
 from x07_sandbox.runs.request import RunCaller, RunRequest
@@ -45,11 +46,7 @@ from x07_sandbox.runs.result import draft_result
 from x07_sandbox.sandboxes.transfers import CommandStreams, Sink, memory_file
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from x07_sandbox.backends.base import Backend, Cloning, Instance
     from x07_sandbox.host.clocks import Deadline
-    from x07_sandbox.runs.phase import PhaseSpec
 
 _PROGRAMS: Final = tuple(Path(__file__).parents[1] / "programs" / "data" / name for name in ("warm.c", "warm.py"))
 _INPUT: Final = b"hello\n"

@@ -1,7 +1,5 @@
 """The manifest x07-sandbox.toml: the files of a project, and how to build and run it."""
 
-from __future__ import annotations
-
 import difflib
 import os
 import tomllib

@@ -1,20 +1,14 @@
 """Writes the first manifest of a project, based on the names of its files. No I/O. The result is decoded as a check."""
 
-from __future__ import annotations
-
 import glob
 import json
+from collections.abc import Sequence
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Final, NoReturn
+from typing import Final, NoReturn
 
 from x07_sandbox.errors import UsageError
 from x07_sandbox.programs import manifest
-from x07_sandbox.programs.toolchains import MAKEFILES, TOOLCHAINS, toolchain_named
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from x07_sandbox.programs.toolchains import Toolchain
+from x07_sandbox.programs.toolchains import MAKEFILES, TOOLCHAINS, Toolchain, toolchain_named
 
 ROWS: Final = tuple(row for row in TOOLCHAINS if row.project_files)
 # Files that a build leaves beside the sources. They may contain paths of another machine.

@@ -1,7 +1,5 @@
 """Advice for source files in languages without a toolchain. Imported only for the error about such a file."""
 
-from __future__ import annotations
-
 import shlex
 from pathlib import PurePosixPath
 from typing import Final

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import typing
+from collections.abc import Callable, Collection, Mapping
 from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Final
@@ -12,12 +13,42 @@ import msgspec
 from x07_sandbox.errors import RefusedError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
-
     from x07_sandbox.plan.packages import ImageInUse
-    from x07_sandbox.programs.protocol import Protocol
-else:
-    Protocol = object  # msgspec reads annotations; its module is loaded only where there is one
+
+
+class BuildExtras(msgspec.Struct, frozen=True, kw_only=True):
+    """Data that the compiler gets in addition to the source."""
+
+    files: Mapping[str, bytes]  # contents by path in the build VM
+    env: Mapping[str, str]  # additional environment variables
+    key: tuple[bytes, ...]  # data that changes the artifact, for its cache key
+
+
+class Protocol(typing.Protocol):
+    """The conventions between a run, a compiler and its programs."""
+
+    @property
+    def input_max_bytes(self) -> int:
+        """The size limit for the input. The whole input is read before the run."""
+
+    @property
+    def usage_exit(self) -> int:
+        """The exit code of a command after a usage error."""
+
+    def require_policy(self, *, given: bool) -> None:
+        """Raise UsageError if programs of this protocol need an explicit policy and *given* is false."""
+
+    def build_extras(self, policy: bytes) -> BuildExtras:
+        """Return the data that the compiler gets. policy: the policy document of the run."""
+
+    def run_files(self, data: bytes) -> Mapping[str, bytes]:
+        """Return the files for the run VM: contents by path. data: the whole input."""
+
+    def frame_input(self, data: bytes) -> bytes:
+        """Return the input in the form that the program reads from standard input."""
+
+    def output_caps(self, most: int) -> tuple[int, int]:
+        """Return the limits for standard output and standard error. most: limit for the program's output in bytes."""
 
 
 SOURCE_FOLDER: Final = "/x07/in"

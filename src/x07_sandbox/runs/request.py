@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from x07_sandbox.policy.limits import FlagReach, LimitChanges
     from x07_sandbox.policy.model import Limits
     from x07_sandbox.policy.overrides import Overrides
-    from x07_sandbox.programs.protocol import Protocol
+    from x07_sandbox.programs.toolchains import Protocol
     from x07_sandbox.sandboxes.transfers import OutFile
 
     Loader = Callable[["RunRequest", "RunCaller", Path, contextlib.ExitStack], tuple["RunRequest", "Program"] | None]

@@ -1,14 +1,12 @@
 """Read a program or project in the X07 language for its compiler."""
 
-from __future__ import annotations
-
+import contextlib
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
 from x07_sandbox.errors import UsageError
-from x07_sandbox.files.pack import pack_files, pack_tree
+from x07_sandbox.files.pack import Packed, pack_files, pack_tree
 from x07_sandbox.host import settings
 from x07_sandbox.host.paths import is_folder, read_bounded
 from x07_sandbox.host.project import ProjectFolder
@@ -20,15 +18,9 @@ from x07_sandbox.runs.program import (
     single_file,
     with_project_files,
 )
-from x07_sandbox.runs.request import Program, in_memory, sha256_text
+from x07_sandbox.runs.request import Program, RunCaller, RunRequest, in_memory, sha256_text
 from x07_sandbox.x07 import project as x07
-from x07_sandbox.x07.protocol import X07, X07_ARTIFACT
-
-if TYPE_CHECKING:
-    import contextlib
-
-    from x07_sandbox.files.pack import Packed
-    from x07_sandbox.runs.request import RunCaller, RunRequest
+from x07_sandbox.x07.project import X07, X07_ARTIFACT
 
 
 def load_x07(

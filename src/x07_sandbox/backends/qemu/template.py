@@ -14,24 +14,19 @@ import hashlib
 import math
 import os
 import stat
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from x07_sandbox.backends.base import Prunable
+from x07_sandbox.backends.base import Instance, MachineKind, Prunable
 from x07_sandbox.backends.handshake import Handshake, input_poll
+from x07_sandbox.backends.qemu import start as starts
 from x07_sandbox.backends.qemu.machine import QMP_QUERY_SAVE, Machine, Origin, qemu_argv, qmp_save
-from x07_sandbox.backends.qemu.start import (
-    Saved,
-    Saving,
-    boot_attempts,
-    miscalibrated,
-    own_vm,
-    require_cpu_time,
-    tsc_khz,
-)
+from x07_sandbox.backends.qemu.start import Saved, Saving
+from x07_sandbox.channel.contents import next_data
 from x07_sandbox.channel.link import State
 from x07_sandbox.channel.messages import Warm
 from x07_sandbox.errors import BackendError, HostError, ImageError
@@ -51,18 +46,16 @@ from x07_sandbox.host.paths import (
     why_not_ours,
 )
 from x07_sandbox.host.verdicts import Verdict, file_state, validity
-from x07_sandbox.images.manifest import Part, ScratchDisk, canonical
+from x07_sandbox.images.manifest import Part, ScratchDisk
 from x07_sandbox.images.scratch import read_disk
 from x07_sandbox.images.store import list_images
 from x07_sandbox.images.verify import CHUNK_BYTES, Subject, opened_file, opened_folder, opened_parts
 from x07_sandbox.plan.controls import run_limits
 from x07_sandbox.plan.sizes import build_limits, command_limits, tmp_bytes
 from x07_sandbox.policy import default_policy
+from x07_sandbox.policy.default import canonical_json
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from x07_sandbox.backends.base import Instance, MachineKind
     from x07_sandbox.backends.qemu.instance import QemuInstance
 
 SCHEMA: Final = "x07.sandbox.template@0.2.0"
@@ -118,7 +111,7 @@ class TemplateManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
 def sealed(made: TemplateManifest) -> TemplateManifest:
     """Return *made* with its digest set."""
     blank = msgspec.structs.replace(made, digest="")
-    digest = hashlib.sha256(canonical(msgspec.to_builtins(blank))).hexdigest()
+    digest = hashlib.sha256(canonical_json(msgspec.to_builtins(blank))).hexdigest()
     return msgspec.structs.replace(made, digest=f"sha256:{digest}")
 
 
@@ -174,7 +167,7 @@ def lack_of_space(ram_bytes: int) -> str:
 def template_for(kind: MachineKind, *, kvm: bool) -> Template:
     """Return the template for jobs of this kind. Raises HostError."""
     arch, ram, kvm_fd = host_arch(), kind.ram_bytes, 0 if kvm else None
-    clock = tsc_khz(arch)
+    clock = starts.tsc_khz(arch)
     fds: dict[str, Any] = dict.fromkeys(("scratch_fd", "channel_fd", "net_fd", "qmp_fd", "console_fd"), 0)
     machine = Machine(arch=arch, ram_bytes=ram, kvm_fd=kvm_fd, tsc_khz=None, mark="", origin=Origin.SAVING, **fds)
     parts = [
@@ -187,7 +180,7 @@ def template_for(kind: MachineKind, *, kvm: bool) -> Template:
         processor("model name", "flags", "microcode") if kvm else "",  # what a guest under KVM sees
         warm_message(kind),
     ]
-    key = hashlib.sha256(canonical(parts)).hexdigest()
+    key = hashlib.sha256(canonical_json(parts)).hexdigest()
     jobs = "builds" if kind.runtime == "build" else "runs with connections" if kind.network else "runs"
     return Template(key=key, folder=templates_dir() / key, title=f"{jobs} ({ram >> 30} GiB of RAM)")
 
@@ -228,10 +221,7 @@ def sparse_sha256(fd: int, size: int) -> str:
     digest = hashlib.sha256(str(size).encode())
     offset = 0
     while offset < size:
-        try:
-            offset = os.lseek(fd, offset, os.SEEK_DATA) // CHUNK_BYTES * CHUNK_BYTES
-        except OSError:  # ENXIO: only a hole is left
-            break
+        offset = next_data(fd, offset, size)[0] // CHUNK_BYTES * CHUNK_BYTES
         data = os.pread(fd, min(CHUNK_BYTES, size - offset), offset)
         if not data:
             break
@@ -288,7 +278,7 @@ def make_template(template: Template, kind: MachineKind, work: Path, *, kvm: boo
         scratch_fd = unnamed_file(work, _WHAT)
         stack.callback(os.close, scratch_fd)
         saving = Saving(ram_fd=files["ram"], state_fd=files["state"], scratch_fd=scratch_fd)
-        for last in boot_attempts():
+        for last in starts.boot_attempts():
             os.ftruncate(saving.ram_fd, 0)
             os.ftruncate(saving.ram_fd, kind.ram_bytes)
             if _booted_and_saved(kind, saving, kvm=kvm, last=last):
@@ -306,12 +296,12 @@ def make_template(template: Template, kind: MachineKind, work: Path, *, kvm: boo
 def _booted_and_saved(kind: MachineKind, saving: Saving, *, kvm: bool, last: bool) -> bool:
     """Boot and save one VM. Return False if another attempt may succeed. Raises SandboxError."""
     order, limit_s = warm_message(kind), _limit_s(kind)
-    with own_vm(kind, "template", limit_s, kvm=kvm, any_timer=last, memory=saving) as instance:
+    with starts.own_vm(kind, "template", limit_s, kvm=kvm, any_timer=last, memory=saving) as instance:
         say = {State.GREETED: order}
         if failure := Handshake(instance, State.WAITING).until(State.WARM, Deadline.after(limit_s), say):
-            if miscalibrated(failure) and not last:
+            if starts.miscalibrated(failure) and not last:
                 return False
-            require_cpu_time(instance, _WHAT)
+            starts.require_cpu_time(instance, _WHAT)
             error = TransientError if failure.transient else BackendError
             raise error(_WHAT, failure.text, _FIX)
         _save(instance)
