@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from x07_sandbox.errors import HostError
+from x07_sandbox.errors import Command, HostError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -115,7 +115,8 @@ def require_own_proc() -> None:
         raise HostError("cannot inspect processes", f"/proc cannot be read ({exc.strerror})", "Mount /proc") from exc
     if number != str(os.getpid()):
         why = "/proc belongs to another pid namespace"
-        raise HostError("cannot inspect processes", why, "Mount this namespace's own /proc: unshare --mount-proc")
+        fix = ("Mount this namespace's own /proc: ", Command("unshare --mount-proc"))
+        raise HostError("cannot inspect processes", why, fix)
 
 
 def of_process(pid: int, name: str) -> bytes | None:

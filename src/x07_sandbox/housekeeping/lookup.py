@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from x07_sandbox.errors import UsageError
+from x07_sandbox.errors import Command, UsageError
 from x07_sandbox.host.paths import state_dir
 from x07_sandbox.housekeeping.pruner import entries
 from x07_sandbox.jobs.active import JOB_NAME
@@ -31,7 +31,7 @@ def known_run(word: str) -> str:
     found = sorted(name for name in names if is_named(name, wanted))
     if not found:
         why = f"no run has {described(wanted)}"
-        raise UsageError(f"cannot find run {word}", why, "To list all runs: x07 ps --all")
+        raise UsageError(f"cannot find run {word}", why, ("To list all runs: ", Command("x07 ps --all")))
     if len(found) > 1:
         why = f"{len(found)} run ids start with {word}, such as {found[0]}"
         raise UsageError(f"the run id {word} is ambiguous", why, "Use more digits of the id")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from msgspec.structs import replace
 
-from x07_sandbox.backends.base import Availability, NoAnswerError
+from x07_sandbox.backends.base import EMULATED, Availability, NoAnswerError
 from x07_sandbox.backends.handshake import evidence_of, greet
 from x07_sandbox.backends.qemu import template as templates
 from x07_sandbox.backends.qemu.bounds import NotStartedError
@@ -46,8 +46,6 @@ if TYPE_CHECKING:
     from x07_sandbox.jobs.record import Claim, JobRecord
     from x07_sandbox.plan.features import Features
 
-# Measured with compilers and interpreters (docs/explanation/performance.md, "Emulation").
-SLOWDOWN: Final = "10 to 30 times"
 _ANY_TIMER: Final = "timers in the {} VM may run late: its kernel measured the timer wrong, as in each earlier attempt"
 
 
@@ -89,8 +87,9 @@ class QemuBackend:
         self._kvm = verdict.works
         if self._kvm:
             return Availability(features=vm_features("vm-hardware"), proof=verdict.reason)
-        slow = f"emulated: CPU work in the guest typically takes {SLOWDOWN} as long as on the host"
-        return Availability(features=self.least_features(), proof=verdict.reason, warnings=(slow,), fix=verdict.fix)
+        return Availability(
+            features=self.least_features(), proof=verdict.reason, warnings=(f"emulated: {EMULATED}",), fix=verdict.fix
+        )
 
     def stop(self, record: JobRecord) -> bool:
         """Stop a recorded job, and remove its control groups."""

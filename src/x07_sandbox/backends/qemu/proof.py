@@ -14,7 +14,7 @@ from x07_sandbox.backends.handshake import Handshake, evidence_of
 from x07_sandbox.backends.prerequisites import KVM, NO_KVM, check
 from x07_sandbox.backends.qemu.start import MISCALIBRATED, boot_attempts, miscalibrated, own_vm, require_cpu_time
 from x07_sandbox.channel.link import State
-from x07_sandbox.errors import SandboxError
+from x07_sandbox.errors import SandboxError, worded
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.clocks import Deadline
@@ -63,7 +63,7 @@ def known_verdict() -> Proof | None:
     """Return the result and its evidence, or None if a guest must be booted to get a result."""
     ((_, device),) = check([KVM])
     if not device.good:
-        return Proof(works=False, reason=device.why, fix=device.fix)
+        return Proof(works=False, reason=device.why, fix=worded(device.fix))
     stored = _verdict().read()
     if not {"works", "reason"} <= stored.keys():
         return None
