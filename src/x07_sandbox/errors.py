@@ -51,23 +51,28 @@ def printable(text: str) -> str:
 
 
 class SandboxError(Exception):
-    """Base of all errors raised on purpose. what, why, fix: what failed, why, and what to do, without a full stop."""
+    """Base of all errors raised on purpose. what, why, fix: what failed, why, and what to do, without a full stop.
 
+    code: the kind of error, for programs (docs/reference/codes.md).
+    """
+
+    code: str = "error"
     # The run's Result, if there is one; typed Any, since this module imports no other.
     result: Any = None
     # The policy field that caused the error and a value that avoids it, or None if no value of a field would help.
     policy_cause: tuple[str, Any] | None = None
     # The text between the cause and the fix: a blank, or a line break and two blanks.
     before_fix: str = " "
-    # The kind of error, for programs (docs/reference/codes.md).
-    code: str = "error"
+    # The full stop after the fix; empty after a command to paste.
+    stop: str = "."
 
     def __init__(self, what: Text, why: Text, fix: Text, *, code: str = "") -> None:
         super().__init__(what, why, fix)  # all arguments, so that the error survives pickling
         if code:
             self.code = code
-        ends_with_command = isinstance(fix, Command) or (isinstance(fix, tuple) and isinstance(fix[-1], Command))
-        self.stop = "" if ends_with_command or worded(fix).endswith(("?", ".")) else "."
+        last = fix[-1] if isinstance(fix, tuple) else fix
+        if isinstance(last, Command) or last.endswith(("?", ".")):
+            self.stop = ""
         self.word_for(str)
 
     def word_for(self, word: Callable[[Flag], str]) -> None:
