@@ -78,6 +78,7 @@ def result(said: bytes, stdout: bytes, stderr: bytes, code: int = 0) -> Result:
         run="1-2-3",
         outcome="failed" if code else "ok",
         fault="none",
+        reason_code="exited",
         reason="",
         x07_exit_code=code,
         exit_code=code,

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from x07_sandbox.errors import SandboxError, UsageError, printable, with_full_stop
+from x07_sandbox.errors import Command, Flag, SandboxError, Text, UsageError, printable
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,21 +38,22 @@ def test_plain_texts_are_shown_as_they_are() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "end"),
+    ("fix", "end"),
     [
-        ("timeout: the program reached its limit", "."),
-        ("refused: it is missing. Use another name", "."),
+        ("Use another name", "."),
         ("Did you mean it?", ""),
-        ("It ended.", ""),
-        ("To run it: x07 run a.py", ""),
-        ("To create it: mkdir -p a", ""),
-        ("Run: apt-get install qemu, or set X07_VM_PODMAN_BIN", "."),
-        ("Run: chmod go-w /a (it must belong to you or root)", "."),
+        (Command("x07 run a.py"), ""),
+        (("To create it: ", Command("mkdir -p a")), ""),
+        (("Use ", Flag("--memory 1G")), "."),
+        (("Run ", Command("x07 doctor"), ", or set X07_VM_PODMAN_BIN"), "."),
     ],
 )
-def test_a_message_ends_with_a_full_stop_or_a_command(text: str, end: str) -> None:
+def test_a_message_ends_with_a_full_stop_or_a_command(fix: Text, end: str) -> None:
     """A message ends with a full stop, unless it ends with a command: that can be pasted."""
-    assert with_full_stop(text) == text + end
+    error = UsageError("a", "b", fix, code="c")
+    assert str(error) == f"a: b. {''.join(fix)}{end}"
+    again = pickle.loads(pickle.dumps(error))  # noqa: S301 - our own
+    assert (str(again), again.args, again.code) == (str(error), error.args, "c")
 
 
 @pytest.mark.parametrize(

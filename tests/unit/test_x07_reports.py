@@ -76,6 +76,7 @@ def ran(*marks: str) -> dict[str, PhaseReport]:
     """The phases of a run with these marks."""
     times = dict.fromkeys(marks, 1.0)
     report: dict[str, Any] = {"job_id": "1-2-3-run", "start": "clone", "outcome": "", "reason": "", "times_ms": times}
+    report |= {"reason_code": "exited"}
     report |= {"stdout": EMPTY_OUTPUT, "stderr": EMPTY_OUTPUT, "cpu_ms": 0, "memory_peak_bytes": 0, "tasks_peak": 0}
     return {"run": PhaseReport(**report)}
 
@@ -88,6 +89,7 @@ def ended(outcome: Outcome, *, built: bool = True, **more: Any) -> Result:  # no
         "run": "1-2-3",
         "outcome": outcome,
         "fault": "none",
+        "reason_code": "exited",
         "reason": f"because of {outcome}",
         "x07_exit_code": code,
         "stdout": EMPTY_OUTPUT,

@@ -125,7 +125,7 @@ class Handshake:
         try:
             for event in events:
                 if isinstance(event, Failed):
-                    return HandshakeFailure(kind="failed", why=f"{event.stage}: {event.message}")
+                    return HandshakeFailure(kind="failed", why=event.message, stage=event.stage)
                 if not isinstance(event, Event):
                     self._take(event)
         except PeerError as exc:
@@ -180,7 +180,7 @@ def evidence_of(failure: HandshakeFailure, cancelled_by: int | None = None) -> E
     cause: dict[str, dict[str, Any]] = {
         "late": {"boot_timeout": True},
         "protocol": {"channel_error": failure.why},
-        "failed": {"setup_failure": failure.why},
+        "failed": {"setup_failure": failure.text},
         "cancelled": {"cancelled_by": cancelled_by or 0},
     }
     return replace(found, **cause.get(failure.kind, {}))

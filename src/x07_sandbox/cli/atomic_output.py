@@ -91,7 +91,8 @@ def write_atomically(path: Path, fill: Callable[[int], None], *, mode: int = 0o6
     except OSError as exc:
         temporary.unlink(missing_ok=True)
         why = exc.strerror or str(exc)
-        raise RefusedError(f"{code}cannot write {path}", why, "Name another file, or free space there") from exc
+        fix = "Name another file, or free space there"
+        raise RefusedError(f"{code}cannot write {path}", why, fix, code="output-not-written") from exc
 
 
 def write_bytes(path: Path, data: bytes, *, code: str = "") -> None:

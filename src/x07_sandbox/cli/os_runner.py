@@ -25,7 +25,7 @@ from x07_sandbox.cli.main import end_with
 from x07_sandbox.cli.parser import Parser, add_row
 from x07_sandbox.cli.run_report import ReportRequest, run_and_report
 from x07_sandbox.cli.std_streams import prepare_streams
-from x07_sandbox.errors import RefusedError, SandboxError, UsageError
+from x07_sandbox.errors import Command, RefusedError, SandboxError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.cancel import cancelled_by_signals
 from x07_sandbox.host.paths import is_folder
@@ -250,14 +250,16 @@ def _choice(platform: Platform, world: World, named: str | None, *, accepted: bo
         fix = f"Use {_SANDBOXED} --sandbox-backend {sandbox_class}"
         if text("X07_VM_BACKEND"):  # it may contradict the flag
             fix += ", with X07_VM_BACKEND unset"
-        raise RefusedError(exc.what, exc.why, fix if usable_flags(platform) else f"{fix}, on Linux") from exc
+        fix = fix if usable_flags(platform) else f"{fix}, on Linux"
+        raise RefusedError(exc.what, exc.why, fix, code=exc.code) from exc
 
 
 def _target(options: argparse.Namespace) -> Path:
     """Return the path of the program or manifest. Raises UsageError."""
     if options.artifact is not None:
         why = "only X07's own runner inside a guest may run an artifact"
-        fix = f"Use --program with its source, or run it: x07 run --artifact {options.artifact}"
+        command = Command(f"x07 run --artifact {options.artifact}")
+        fix = ("Use --program with its source, or run it: ", command)
         raise UsageError(f"cannot run the artifact {options.artifact}", why, fix)
     path = Path(options.program if options.project is None else options.project)
     if options.project is not None and path.name not in _MANIFESTS:

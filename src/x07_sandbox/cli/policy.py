@@ -246,7 +246,7 @@ def _completed(name: str, exc: PolicyError) -> dict[str, str]:
     if found is None:
         return {"text": str(exc)}
     command = found.line(f"{name.removesuffix('.json')}.complete.json")
-    exc.fix = f"{ADVICE}\n  To write a complete policy: {command}"
+    exc.fix, exc.stop = f"{ADVICE}\n  To write a complete policy: {command}", ""
     text = str(exc)
     if found.left_out:
         text += f"\n  No flag sets {', '.join(found.left_out[:_LEFT_OUT])}"

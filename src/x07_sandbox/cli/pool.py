@@ -14,7 +14,7 @@ from x07_sandbox.backends.lease import GONE_S, PROTOCOL, connect_to_pool, pool_d
 from x07_sandbox.cli.console import Progress, show
 from x07_sandbox.cli.json_output import document_wanted, print_document
 from x07_sandbox.cli.parser import add_document_flags, inner_verb, whole_number
-from x07_sandbox.errors import HostError, UsageError
+from x07_sandbox.errors import Command, HostError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.decoding import prepared
 from x07_sandbox.host.linux import peer_of
@@ -147,4 +147,5 @@ def _query_status() -> PoolStatus | None:
     try:
         return msgspec.convert(status, prepared(PoolStatus))
     except msgspec.ValidationError as exc:  # a pool of another version
-        raise HostError("cannot read the pool's status", str(exc), "Restart it: x07 pool stop, x07 pool start") from exc
+        restart = ("Restart it: ", Command("x07 pool stop, x07 pool start"))
+        raise HostError("cannot read the pool's status", str(exc), restart) from exc

@@ -201,7 +201,7 @@ def run_and_report(
         advised, command = denials_text.for_flags(result, wanted.flags), "x07 run "
     aftermath = [*denials_text.denial_lines(advised, command), *changes_text.change_lines(advised)]
     try:
-        report, lines = _make_report(wanted, len(data), result, artifact)
+        report, lines = _make_report(wanted, len(data), (result, error), artifact)
     except SandboxError as exc:
         exc.result = result
         for line in aftermath:  # the changes to the user's files are reported in any case
@@ -213,17 +213,17 @@ def run_and_report(
 
 
 def _make_report(
-    wanted: ReportRequest, input_size: int, result: Result, artifact: OutFile
+    wanted: ReportRequest, input_size: int, ended: tuple[Result, SandboxError | None], artifact: OutFile
 ) -> tuple[CompileRunReport, list[str]]:
     """Write the files that *wanted* names; return the report and messages about the run's end. Raises RefusedError."""
-    toolchain = wanted.program.toolchain
+    (result, error), toolchain = ended, wanted.program.toolchain
     built = Built(
         mode=mode_of(wanted.program), world="run-os-sandboxed", lang_id=toolchain.name, path=OUTPUT, size=artifact.size
     )
     report = report_of(result, built, wanted.program)
     if wanted.compiled_out is not None and report.compile.ok:
         write_executable(wanted.compiled_out, artifact)
-    ending = describe_ending(result, report)
+    ending = describe_ending(result, report, error)
     if wanted.attest_runtime is None:
         return report, ending
     if report.solve is None or "run" not in result.phases:

@@ -18,7 +18,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from x07_sandbox.errors import HostError
+from x07_sandbox.errors import Flag, HostError, Text
 from x07_sandbox.files import apply_steps, journal, undo_data
 from x07_sandbox.files.apply_steps import Site
 from x07_sandbox.files.changes import STAGING, ChangeSet, RootChanges, path_of, printable
@@ -35,13 +35,13 @@ __all__ = ["ConflictError", "apply", "recover"]
 
 _PROBE_MODE: Final = 0o710  # a mode that no file system reports by default
 _FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_FIXES: Final = {
+_FIXES: Final[dict[int, Text]] = {
     errno.ENOSPC: "Free disk space",
     errno.EDQUOT: "Free disk space",
     errno.EROFS: "Mount that file system writable",
     errno.EACCES: "Apply the changes as a user who may write to that folder",
     errno.EPERM: "Apply the changes as the owner of the files and a member of their groups",
-    errno.EXDEV: "Unmount that file system, grant it as a separate folder, or add --skip",
+    errno.EXDEV: ("Unmount that file system, grant it as a separate folder, or add ", Flag("--skip")),
     errno.EBUSY: "Unmount that file system",
     errno.ENOSYS: "Use Linux 5.6 or newer, without a seccomp filter that blocks openat2",
 }

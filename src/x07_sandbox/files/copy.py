@@ -60,6 +60,8 @@ Reason = Literal[
 class EntriesError(RefusedError):
     """A tree has more entries than the policy allows (fs.max_entries)."""
 
+    code = "too-many-files"
+
 
 class Bounds(msgspec.Struct, frozen=True, kw_only=True):
     """The limits for copying.
@@ -355,7 +357,9 @@ class _Walk:
                 self._left -= len(part)
                 if self._left < 0:
                     why = f"they are larger than {settings.COPY_IN_MAX_BYTES >> 20} MiB"
-                    raise RefusedError("cannot copy the files into the VM", why, "Use smaller folders")
+                    raise RefusedError(
+                        "cannot copy the files into the VM", why, "Use smaller folders", code="files-too-large"
+                    )
                 self._out.write(segment(len(part)) + part)
                 digest.update(part)
         return digest.hexdigest()

@@ -9,7 +9,7 @@ import msgspec
 
 from x07_sandbox.backends.base import HoldsInstances
 from x07_sandbox.backends.registry import built, create
-from x07_sandbox.errors import HostError
+from x07_sandbox.errors import Command, HostError
 from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.locks import is_locked
 from x07_sandbox.host.paths import closing_fd, state_dir
@@ -98,6 +98,9 @@ def _not_ended(run: str, jobs: list[StoredJob]) -> HostError:
     pid = run.split("-")[1]
     if not jobs:
         return HostError(
-            what, "it has no job now, because it is waiting or copying files", f"End its process: kill {pid}"
+            what,
+            "it has no job now, because it is waiting or copying files",
+            ("End its process: ", Command(f"kill {pid}")),
         )
-    return HostError(what, "its job does not end", f"End its process and remove what it leaves: kill {pid}; x07 sweep")
+    fix = ("End its process and remove what it leaves: ", Command(f"kill {pid}; x07 sweep"))
+    return HostError(what, "its job does not end", fix)

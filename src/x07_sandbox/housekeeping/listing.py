@@ -7,7 +7,7 @@ from typing import Final, Literal, TypeVar
 
 import msgspec
 
-from x07_sandbox.errors import UsageError
+from x07_sandbox.errors import Command, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.decoding import prepared
 from x07_sandbox.host.locks import is_locked
@@ -219,7 +219,7 @@ def known_run(word: str) -> str:
     found = sorted(name for name in names if is_named(name, wanted))
     if not found:
         why = f"no run has {described(wanted)}"
-        raise UsageError(f"cannot find run {word}", why, "To list all runs: x07 ps --all")
+        raise UsageError(f"cannot find run {word}", why, ("To list all runs: ", Command("x07 ps --all")))
     if len(found) > 1:
         why = f"{len(found)} run ids start with {word}, such as {found[0]}"
         raise UsageError(f"the run id {word} is ambiguous", why, "Use more digits of the id")

@@ -24,7 +24,7 @@ from typing import IO, Final
 
 import msgspec
 
-from x07_sandbox.errors import HostError, ImageError, UsageError
+from x07_sandbox.errors import Command, HostError, ImageError, UsageError
 from x07_sandbox.host.paths import find_program, read_bounded
 from x07_sandbox.host.processes import output_of
 from x07_sandbox.host.variables import inherited_environment
@@ -211,8 +211,8 @@ def failure(output: list[str], python: GuestPython, sources_file: Path) -> Usage
         return ImageError(what, text, fix)
     name = match[1]
     if any("Retrying" in line for line in output):
-        fix = "Check the network and pip's settings: pip config list"
-        return ImageError(f"pip cannot download {name!r}", f"the package index does not answer ({text})", fix)
+        advice = ("Check the network and pip's settings: ", Command("pip config list"))
+        return ImageError(f"pip cannot download {name!r}", f"the package index does not answer ({text})", advice)
     what = f"cannot add {name!r} to an image"
     if versions := re.search(r"\(from versions: (?!none\))([^)]*)\)", " ".join(errors)):
         newest = versions[1].split(", ")[-1][:80]

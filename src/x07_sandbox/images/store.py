@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from x07_sandbox.errors import ImageError, UsageError
+from x07_sandbox.errors import Flag, ImageError, UsageError
 from x07_sandbox.host.paths import cache_folder, private_dir, read_bounded, replace_file
 from x07_sandbox.host.variables import text
 from x07_sandbox.images import guestcode, manifest
@@ -66,8 +66,8 @@ def check_name(name: str) -> str:
     if not re.fullmatch(rf"[a-z0-9][a-z0-9._-]{{0,{_NAME_MAX - 1}}}", name) or re.fullmatch(r"[0-9a-f]{12,}", name):
         if re.search("[:/@]", name):
             why = "it is the name of a container image, which only podman and docker use (--backend podman)"
-            fix = f"For a virtual machine, run x07 image build, then use --image {DEFAULT}"
-            raise UsageError(f"cannot use {name[:80]!r} as a guest image", why, fix)
+            instead = ("For a virtual machine, run x07 image build, then use ", Flag(f"--image {DEFAULT}"))
+            raise UsageError(f"cannot use {name[:80]!r} as a guest image", why, instead)
         why = "it consists of 12 or more hexadecimal digits, as the start of a digest does"
         if not name:
             why = "it is empty"

@@ -88,7 +88,7 @@ def jail_form() -> Form:
         return Form("namespaces", namespaces=True)
     if flag("X07_VM_REQUIRE_NAMESPACES"):
         fix = f"Unset X07_VM_REQUIRE_NAMESPACES, which forbids other jails, or allow namespaces: {namespace_flags()}"
-        raise RefusedError("a jail with namespaces was required", why, fix)
+        raise RefusedError("a jail with namespaces was required", why, fix, code="no-namespaces")
     from x07_sandbox.kernel import landlock_version  # rarely needed
 
     return landlock_form(why, landlock_version(), _missing_capabilities() if os.geteuid() == 0 else [])

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
-from x07_sandbox.errors import Cancelled, HostError, RefusedError
+from x07_sandbox.errors import Cancelled, Command, HostError, RefusedError
 from x07_sandbox.host import close_on_fork, settings
 from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.linux import open_pidfd
@@ -31,7 +31,7 @@ _VARIABLE: Final = "X07_VM_MAX_RUNNING"
 MEMORY_PER_MACHINE: Final = 2 * settings.GIB  # of which an ordinary machine uses a small part
 _LOOK_AGAIN_S: Final = 0.003
 _SAY_AFTER_S: Final = 1.0
-_ULIMIT: Final = "Raise the limits of this shell: ulimit -a"
+_ULIMIT: Final = ("Raise the limits of this shell: ", Command("ulimit -a"))
 
 
 def max_running() -> int:
@@ -146,6 +146,7 @@ def _slot_after_waiting(
         "no slot was free in time",
         f"{most} of {most} slots are in use, and none became free within {timeout_s:.0f} s",
         f"Set {longer}a larger {_VARIABLE}",
+        code="no-slot",
     )
 
 

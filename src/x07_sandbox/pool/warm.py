@@ -23,7 +23,7 @@ from x07_sandbox.backends.base import Backend, Cloning, Instance, Job, MachineKi
 from x07_sandbox.backends.handshake import greet
 from x07_sandbox.backends.registry import create
 from x07_sandbox.backends.selection import choice_from_environment
-from x07_sandbox.errors import BackendError, Cancelled, HostError, SandboxError, UsageError
+from x07_sandbox.errors import BackendError, Cancelled, Command, HostError, SandboxError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.cancel import Caller, Cancel
 from x07_sandbox.host.memory import memory_bytes
@@ -149,7 +149,8 @@ class WarmMachines:
                 failures += 1
                 with self._changed:
                     if failures >= _FAILURES_MAX:
-                        what, fix = "cannot keep VMs ready", "Raise the limit on open files: ulimit -n"
+                        what = "cannot keep VMs ready"
+                        fix = ("Raise the limit on open files: ", Command("ulimit -n"))
                         self.problem = exc if isinstance(exc, SandboxError) else HostError(what, str(exc), fix)
                         self._changed.notify_all()
                     if not self._closing:

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Final, Literal, NoReturn
 import msgspec
 from msgspec.structs import replace
 
-from x07_sandbox.errors import UsageError
+from x07_sandbox.errors import Flag, UsageError
 from x07_sandbox.host.decoding import prepared, why_invalid
 from x07_sandbox.programs.toolchains import SOURCE_FOLDER, BuildExtras, Protocol, Toolchain
 
@@ -209,7 +209,8 @@ class X07Protocol:
         """Raise UsageError unless a policy is given: X07 programs have no default policy."""
         if not given:
             why = f"X07 programs in {WORLD} require a policy"
-            raise UsageError("no policy given", why, "Add --policy FILE, or set it in the project's profile")
+            fix = ("Add ", Flag("--policy"), ", or set it in the project's profile")
+            raise UsageError("no policy given", why, fix)
 
     def build_extras(self, policy: bytes) -> BuildExtras:
         """Return the files that the compiler reads: the policy, and an input that does not affect the artifact."""

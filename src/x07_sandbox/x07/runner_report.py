@@ -18,7 +18,6 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 from msgspec.structs import replace
 
-from x07_sandbox.errors import with_full_stop
 from x07_sandbox.host.decoding import prepared
 from x07_sandbox.host.paths import is_folder
 from x07_sandbox.plan.outcomes import ending_line
@@ -26,6 +25,7 @@ from x07_sandbox.runs.result import EMPTY_OUTPUT, Result
 from x07_sandbox.x07.project import HEAD_BYTES
 
 if TYPE_CHECKING:
+    from x07_sandbox.errors import SandboxError
     from x07_sandbox.runs.request import Program
 
 SCHEMA: Final = "x07-os-runner.report@0.5.0"
@@ -470,12 +470,15 @@ def mode_of(program: Program) -> CompileMode:
     return "project-compile-run" if program.project else "compile-run"
 
 
-def describe_ending(result: Result, report: CompileRunReport) -> list[str]:
-    """Return a message about the failure, if there is one. Changes that were not applied have their own messages."""
+def describe_ending(result: Result, report: CompileRunReport, error: SandboxError | None) -> list[str]:
+    """Return a message about the failure, if there is one. Changes that were not applied have their own messages.
+
+    error: the error that ended the run, if any.
+    """
     if not report.exit_code or (result.ok and result.x07_exit_code):
         return []
     if not result.ok:
-        return [ending_line(result.outcome, result.reason)]
+        return [ending_line(result.outcome, result.reason_code, result.reason, error)]
     # The program exited with 0, but it or its compiler broke X07's protocol.
     trap = report.compile.trap if report.solve is None else report.solve.trap
-    return [with_full_stop(f"failed: {result.reason}, but {trap}")]
+    return [f"failed: {result.reason}, but {trap}."]

@@ -16,7 +16,7 @@ from x07_sandbox.backends.container.create import ContainerSpec, create_argv, di
 from x07_sandbox.backends.engines import Engine, container_id
 from x07_sandbox.backends.jailed import BoundedStream, RunningAgent, error_stream, socket_ends
 from x07_sandbox.channel.egress import RESOLV_CONF
-from x07_sandbox.errors import BackendError, HostError, UsageError
+from x07_sandbox.errors import BackendError, Flag, HostError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.close_on_fork import FdGroup
@@ -181,7 +181,7 @@ def _spec(engine: Engine, job: Job, record: JobRecord, image: OpenImage, files: 
     for path in (spec.resolv_conf, *spec.tmpfs()):
         if "," in path or ":" in path:
             why = f"{path!r} has a comma or a colon, which {engine.name} does not accept in a path"
-            fix = "Rename the folder, or use --sandbox-backend vm"
+            fix = ("Rename the folder, or use ", Flag("--sandbox-backend vm"))
             raise HostError("cannot mount a folder in the container", why, fix)
     return spec
 

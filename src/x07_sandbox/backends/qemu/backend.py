@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from msgspec.structs import replace
 
-from x07_sandbox.backends.base import Availability, Instance, Job, Lease, MachineKind, NoAnswerError
+from x07_sandbox.backends.base import EMULATED, Availability, Instance, Job, Lease, MachineKind, NoAnswerError
 from x07_sandbox.backends.handshake import Handshake, evidence_of, greet
 from x07_sandbox.backends.prerequisites import KVM, NO_KVM, Need, check
 from x07_sandbox.backends.qemu import start as starts
@@ -24,7 +24,7 @@ from x07_sandbox.backends.qemu.bounds import NotStartedError
 from x07_sandbox.backends.qemu.instance import LeasedInstance, QemuInstance
 from x07_sandbox.backends.qemu.start import QemuJob, Saved, start_qemu
 from x07_sandbox.channel.link import State
-from x07_sandbox.errors import BackendError, HostError, ImageError, SandboxError
+from x07_sandbox.errors import BackendError, HostError, ImageError, SandboxError, worded
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import ARCHES, host_arch
 from x07_sandbox.host.clocks import Deadline
@@ -43,8 +43,6 @@ if TYPE_CHECKING:
     from x07_sandbox.host.processes import Identity
     from x07_sandbox.images.verify import OpenImage
 
-# Measured with compilers and interpreters (docs/explanation/performance.md, "Emulation").
-SLOWDOWN: Final = "10 to 30 times"
 _ANY_TIMER: Final = "timers in the {} VM may run late: its kernel measured the timer wrong, as in each earlier attempt"
 
 
@@ -86,8 +84,9 @@ class QemuBackend:
         self._kvm = verdict.works
         if self._kvm:
             return Availability(features=vm_features("vm-hardware"), proof=verdict.reason)
-        slow = f"emulated: CPU work in the guest typically takes {SLOWDOWN} as long as on the host"
-        return Availability(features=self.least_features(), proof=verdict.reason, warnings=(slow,), fix=verdict.fix)
+        return Availability(
+            features=self.least_features(), proof=verdict.reason, warnings=(f"emulated: {EMULATED}",), fix=verdict.fix
+        )
 
     def stop(self, record: JobRecord) -> bool:
         """Stop a recorded job, and remove its control groups."""
@@ -276,7 +275,7 @@ def known_verdict() -> Proof | None:
     """Return the result and its evidence, or None if a guest must be booted to get a result."""
     ((_, device),) = check([KVM])
     if not device.good:
-        return Proof(works=False, reason=device.why, fix=device.fix)
+        return Proof(works=False, reason=device.why, fix=worded(device.fix))
     stored = _verdict().read()
     if not {"works", "reason"} <= stored.keys():
         return None

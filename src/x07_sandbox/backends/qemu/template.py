@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from x07_sandbox.backends.base import Instance, MachineKind, Prunable
+from x07_sandbox.backends.base import NOT_IMPORTED, SLOW_IMPORT, Instance, MachineKind, Prunable
 from x07_sandbox.backends.handshake import Handshake, input_poll
 from x07_sandbox.backends.qemu import start as starts
 from x07_sandbox.backends.qemu.machine import QMP_QUERY_SAVE, Machine, Origin, qemu_argv, qmp_save
@@ -29,7 +29,7 @@ from x07_sandbox.backends.qemu.start import Saved, Saving
 from x07_sandbox.channel.contents import next_data
 from x07_sandbox.channel.link import State
 from x07_sandbox.channel.messages import Warm
-from x07_sandbox.errors import BackendError, HostError, ImageError
+from x07_sandbox.errors import BackendError, Command, HostError, ImageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.cancel import Notice
@@ -75,7 +75,9 @@ _SAVED: Final = '"status": "completed"'
 _NOT_SAVED: Final = '"status": "failed"'
 _ASK_AGAIN_MS: Final = 5
 _WHAT: Final = "cannot save a VM"
-_FIX: Final = "Jobs boot a new VM instead. To try again: x07 image build"
+# The codes of errors about preloaded modules, by the stage that the guest reports.
+_PRELOADING: Final = {"exec": NOT_IMPORTED, "preload": SLOW_IMPORT}
+_FIX: Final = ("Jobs boot a new VM instead. To try again: ", Command("x07 image build"))
 
 
 def warm_message(kind: MachineKind) -> Warm:
@@ -241,7 +243,8 @@ def ensure_template(template: Template, kind: MachineKind, progress: Callable[[s
             most_s = 2 * settings.TEMPLATE_S + settings.PRELOAD_S
             stack.enter_context(file_lock(folder / ".lock", on_wait=waits, most_s=most_s))
         except TimeoutError as exc:  # the other process may be stopped, and must not block all others
-            raise HostError(_WHAT, f"{exc} for the lock of all saved VMs", "Check for a stopped x07: ps ax") from exc
+            fix = ("Check for a stopped x07: ", Command("ps ax"))
+            raise HostError(_WHAT, f"{exc} for the lock of all saved VMs", fix) from exc
         _make_alone(template, kind, progress, kvm=kvm)
 
 
@@ -303,6 +306,8 @@ def _booted_and_saved(kind: MachineKind, saving: Saving, *, kvm: bool, last: boo
                 return False
             starts.require_cpu_time(instance, _WHAT)
             error = TransientError if failure.transient else BackendError
+            if code := _PRELOADING.get(failure.stage) if order.preload else None:
+                raise error(_WHAT, failure.why, _FIX, code=code)
             raise error(_WHAT, failure.text, _FIX)
         _save(instance)
         if not instance.stop():
@@ -319,7 +324,7 @@ def renew(instance: Instance, kind: MachineKind) -> None:
     """Prepare an instance for one user program after it has run x07's own programs. Raises BackendError."""
     say = {State.CLOSED: warm_message(kind)._replace(commands=[])}
     if failure := Handshake(instance, State.CLOSED).until(State.WARM, Deadline.after(_limit_s(kind)), say):
-        raise BackendError("cannot prepare a VM for the pool", failure.why, "Run x07 doctor")
+        raise BackendError("cannot prepare a VM for the pool", failure.text, "Run x07 doctor")
     instance.start_mode = "pool"  # from now on its agent waits in the same state as a clone's
 
 
