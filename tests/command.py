@@ -13,7 +13,7 @@ import pytest
 from x07_sandbox.cli.main import main
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
 
@@ -25,7 +25,13 @@ class Done(NamedTuple):
     err: str
 
 
-def x07(where: Path, *words: str, stdin: bytes = b"", env: Mapping[str, str] | None = None) -> Done:
+def x07(
+    where: Path,
+    *words: str,
+    stdin: bytes = b"",
+    env: Mapping[str, str] | None = None,
+    command: Callable[[Sequence[str]], int] = main,
+) -> Done:
     """Carry out a command in *where*, with more variables."""
     with contextlib.ExitStack() as stack:
         patch = stack.enter_context(pytest.MonkeyPatch.context())
@@ -40,7 +46,7 @@ def x07(where: Path, *words: str, stdin: bytes = b"", env: Mapping[str, str] | N
             stream = stack.enter_context(os.fdopen(number, "w" if number else "r", encoding="utf-8", closefd=False))
             patch.setattr(sys, name, stream)
         try:
-            code = main(words)
+            code = command(words)
         except SystemExit as exc:  # after --help
             code = int(exc.code or 0)
         sys.stdout.flush()

@@ -10,6 +10,8 @@ from typing import Final
 
 import pytest
 
+from tests.conftest import FULL
+
 ROOT: Final = Path(__file__).resolve().parents[2]
 SOURCE: Final = ROOT / "src" / "x07_sandbox"
 # Not the tests of commands: these start processes that have all calls. Not a test of a run: it needs unnamed files.
@@ -99,5 +101,6 @@ def test_the_pure_parts_pass_their_tests_without_linux() -> None:
     files = [str(path) for name in TESTS for path in sorted((ROOT / "tests" / "unit").glob(f"test_{name}.py"))]
     assert len(files) >= len(TESTS)
     code = "import pytest\nsys.exit(pytest.main(sys.argv[1:]))\n"
-    done = run(code, "-q", "-p", "no:cacheprovider", f"--deselect={A_RUN}", *files)
+    few = () if FULL else ("-m", "not hypothesis")  # which are most of the time
+    done = run(code, "-q", "-p", "no:cacheprovider", f"--deselect={A_RUN}", *few, *files)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr
