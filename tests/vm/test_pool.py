@@ -195,8 +195,8 @@ def test_a_pool_serves_small_policies(echo: str, state: Path, tmp_path: Path) ->
     assert left_behind(state) == []
 
 
-def test_a_claimed_machine_is_held_to_the_memory_of_its_job(state: Path, need: Need) -> None:
-    """A claimed machine has the memory limit of its job."""
+def test_a_claimed_machine_is_held_to_the_memory_and_deadline_of_its_job(state: Path, need: Need) -> None:
+    """A claimed machine has the memory limit of its job, and the kernel ends it at its deadline, without help."""
     machines = WarmMachines(1)
     machines.start()
     with contextlib.closing(machines):
@@ -204,14 +204,17 @@ def test_a_claimed_machine_is_held_to_the_memory_of_its_job(state: Path, need: N
         used = 200 << 20
         machine = machines.take(claim(), own_identity(), used)
         assert machine is not None
-        groups = cast("QemuInstance", machine.instance).groups
+        instance = cast("QemuInstance", machine.instance)
         names = ("memory.max", "memory.limit_in_bytes")
-        limits = [folder / name for folder in groups.folders for name in names if (folder / name).exists()]
+        limits = [folder / name for folder in instance.groups.folders for name in names if (folder / name).exists()]
         held = {int(path.read_text(encoding="ascii")) for path in limits}
+        instance.set_deadline(1)
+        assert select.select([instance.pidfd], [], [], 60)[0]
         assert machine.close()
-        need(limits, "this host gives us no memory group", installable=False)
-        assert held == {used + VMM_BYTES}
+        assert instance.exit_status() == -signal.SIGALRM
     assert left_behind(state) == []
+    need(limits, "this host gives us no memory group", installable=False)
+    assert held == {used + VMM_BYTES}
 
 
 def test_a_warm_machine_is_as_new(state: Path, tmp_path: Path) -> None:
@@ -269,21 +272,6 @@ def test_no_machine_is_served_twice(
         held.close()
         for mark in marks:
             assert marked(mark) == []
-    assert left_behind(state) == []
-
-
-def test_a_claimed_machine_has_its_jobs_deadline(state: Path) -> None:
-    """The kernel ends a claimed machine at its job's deadline, without help from any process."""
-    machines = WarmMachines(1)
-    machines.start()
-    with contextlib.closing(machines):
-        wait_for(lambda: machines.ready() == 1, 120)
-        machine = machines.take(claim(), own_identity(), machines.kind.ram_bytes)
-        assert machine is not None
-        cast("QemuInstance", machine.instance).set_deadline(1)
-        assert select.select([machine.instance.pidfd], [], [], 60)[0]
-        assert machine.close()
-        assert machine.instance.exit_status() == -signal.SIGALRM
     assert left_behind(state) == []
 
 
@@ -389,7 +377,7 @@ def test_an_idle_pool_ends(state: Path) -> None:
 
 def test_programs_run_from_short_lived_threads_and_from_asyncio(state: Path, echo: str, full: bool) -> None:  # noqa: FBT001
     """One pool serves short-lived threads and coroutines, and each gets its own program's output."""
-    count = 50 if full else 3
+    count = 50 if full else 2
     with Pool(size=2) as pool:
         futures: list[tuple[bytes, Future[Result]]] = []
 
@@ -467,6 +455,7 @@ def test_cancelling_a_future_and_an_exception_end_the_pools_runs(state: Path) ->
     assert left_behind(state) == []
 
 
+@pytest.mark.full("one more VM; a forked child that submits is tested always")
 def test_a_forked_child_cannot_use_its_parents_pool(state: Path, echo: str) -> None:
     """A forked child can neither take nor end a machine of its parent's pool."""
     machines = WarmMachines(1)
