@@ -27,10 +27,12 @@ def test_near_names_are_found() -> None:
     assert sources.near_projects("Nunpy", KNOWN)[0] == "numpy"
 
 
-@pytest.fixture
-def lists(tmp_path: Path, need: Need) -> Path:
+@pytest.fixture(scope="module")
+def lists(tmp_path_factory: pytest.TempPathFactory, need: Need) -> Path:
     """The sources file of an image whose package lists this host has."""
-    file = sources.write_sources(tmp_path, sources.release_codename(), host_arch().deb, lambda _note: None)
+    file = sources.write_sources(
+        tmp_path_factory.mktemp("lists"), sources.release_codename(), host_arch().deb, lambda _note: None
+    )
     need(bool(sources.package_names(file)), "package lists of this host (apt-get update)", installable=False)
     return file
 

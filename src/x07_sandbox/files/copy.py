@@ -309,7 +309,11 @@ class _Walk:
             self._skip("other-disk", name)
             return None
         mode, mtime_ns = info.st_mode & 0o777, info.st_mtime_ns
-        self._put(Entry(Kind.FOLDER, os.fsencode(name), mode=mode, mtime_ns=mtime_ns), name)
+        try:
+            self._put(Entry(Kind.FOLDER, os.fsencode(name), mode=mode, mtime_ns=mtime_ns), name)
+        except BaseException:
+            os.close(fd)
+            raise
         return fd
 
     def _link(self, folder: int, part: str, name: str, mtime_ns: int) -> None:
