@@ -73,7 +73,7 @@ def test_writing_and_reading_gives_the_same_policy() -> None:
     assert "db" not in json.loads(render_policy(TEMPLATES["cli"]))
 
 
-# upstream's templates: their check sums stand in its own format page (facts/x07-formats.md 6.2)
+# upstream's templates: their check sums stand in its own format page
 
 CHECKS = {
     "cli": "6785fdac",
