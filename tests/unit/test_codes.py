@@ -26,9 +26,8 @@ FOREIGN = {
     "cli/parser.py": "argparse",
     "host/decoding.py": "msgspec",
     "images/base.py": "debootstrap and dpkg",
-    "images/apt_index.py": "apt-cache",
     "images/pip.py": "pip",
-    "jail/libraries.py": "ldd",
+    "jail/forms.py": "ldd",
     "network/certificates.py": "PEM",
     "plan/outcomes.py": "the kernel and setpriv",
     "backends/qemu/start.py": "bubblewrap",
@@ -122,4 +121,4 @@ def test_no_decision_depends_on_the_words_of_a_message() -> None:
         f"{path}:{line}": text for path, tree in TREES.items() for line, text in phrases(tree) if path not in FOREIGN
     }
     assert found == {}
-    assert all(any(phrases(TREES[path])) for path in FOREIGN)
+    assert [path for path in FOREIGN if path not in TREES or not any(phrases(TREES[path]))] == []
