@@ -23,6 +23,7 @@ from x07_sandbox.channel.link import State, Stream
 from x07_sandbox.channel.messages import (
     Close,
     Closed,
+    Confine,
     Exec,
     Exited,
     Failed,
@@ -52,7 +53,9 @@ MOST_S = 30.0
 class Sandbox:
     """The host's side of a session with several commands."""
 
-    def __init__(self, instance: ProcessInstance, files: list[InputFile] | None = None) -> None:
+    def __init__(
+        self, instance: ProcessInstance, files: list[InputFile] | None = None, confine: Confine = FREE
+    ) -> None:
         self.instance = instance
         self.connection = Connection(instance.channel_fd, Role.HOST)
         self.link = self.connection.link
@@ -74,7 +77,7 @@ class Sandbox:
                 TMP_BYTES,
                 files or [],
                 [],
-                FREE,
+                confine,
                 None,
                 out_writable=False,
                 room=room,
@@ -438,6 +441,15 @@ def test_the_file_server_reaches_what_a_program_reaches(confined: OsBackend) -> 
         for path in ("/opt/x07/out/passwd", "/opt/x07/in", "/etc/shadow", "/proc/1/mem"):
             assert files.ask("read", path, size=10).errno in {errno.EACCES, errno.ENOENT, errno.EPERM}, path
         assert files.ask("write", "/usr/bin/new", b"x").errno == errno.EROFS
+
+
+def test_a_list_of_programs_applies_to_commands_after_a_service(confined: OsBackend) -> None:
+    """A policy's list of programs applies to every command, also if the file server is started first."""
+    with started(confined) as instance:
+        sandbox = Sandbox(instance, confine=FREE._replace(programs=["/bin/sh", "/usr/bin/cat"]))
+        assert Files(sandbox).ask("stat", "/").errno == 0
+        assert sandbox.code(sandbox.sh("cat /dev/null")) == 0
+        assert sandbox.code(sandbox.sh("exec ls /")) == 126
 
 
 def test_trees_go_in_and_out(sandbox: Sandbox) -> None:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from x07_sandbox.sandboxes.execution import Execution
 
 _SANDBOX_MS: Final = 900_000
+_EMULATED: Final = 8  # how many times as long as usual an emulated CPU may take
 _OUTPUT_MAX: Final = 32 * settings.MIB
 _ENV: Final = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": CWD, "LANG": "C.UTF-8"}
 _LIMITS: Final = CommandLimits(mem_bytes=256 * settings.MIB, tasks=128, cpu_ms=600_000, fds=256, core_bytes=0)
@@ -80,9 +81,10 @@ class Command(NamedTuple):
 
 
 class Box:
-    """A sandbox in which commands run, until it is closed or its context ends."""
+    """A sandbox in which commands run, until it is closed or its context ends. answer_s: a timeout for each wait."""
 
-    def __init__(self, session: Session, instance: Instance, limits: CommandLimits) -> None:
+    def __init__(self, session: Session, instance: Instance, limits: CommandLimits, answer_s: float = ANSWER_S) -> None:
+        self._answer_s = answer_s
         self.session = session
         self.instance = instance
         self._limits = limits
@@ -119,7 +121,7 @@ class Box:
 
     def until(self, what: str, done: Callable[[], bool]) -> None:
         """Wait until *done* returns True. Raises BrokenError after a timeout, or if the sandbox is lost."""
-        if not self.session.until(done, ANSWER_S):
+        if not self.session.until(done, self._answer_s):
             raise BrokenError(f"expected {what}, got {'a lost sandbox' if self.session.over else 'none in time'}")
 
     def started(self, *commands: Command) -> None:
@@ -142,7 +144,7 @@ class Box:
 
     def marked(self, mark: str) -> int:
         """Wait until no process in the sandbox has *mark* among its arguments. Return how many do after a timeout."""
-        deadline = time.monotonic() + ANSWER_S
+        deadline = time.monotonic() + self._answer_s
         while (count := int(self.output(self.python(_COUNT, stdin=mark.encode())))) and time.monotonic() < deadline:
             pass
         return count
@@ -178,4 +180,4 @@ def opened(bench: Bench, **limits: int) -> Iterator[Box]:
         instance = stack.enter_context(bench.backend.start(job))
         session = Session(instance, cancel, None)
         session.open(opening, ())
-        yield Box(session, instance, most)
+        yield Box(session, instance, most, ANSWER_S * (_EMULATED if bench.features.emulated else 1))
