@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
+import sys
 
 TYPE_CHECKING = False  # the module typing imports many others
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ _VERSION, _PATH_BENEATH = 1, 1
 NUMBERS = {"x86_64": (317, 59), "aarch64": (277, 221)}  # of seccomp and execve
 _SECCOMP, _EXECVE = NUMBERS.get(os.uname().machine, (-1, -1))
 _SET_FILTER, _ALL_THREADS, _AUDITED = 1, 1, 2
+SIGNAL_BYTES = 128  # of one signal in a descriptor of `signal_fd`
+_SIGSET_BYTES = 128  # sigset_t of the C library
 TOKEN_BYTES = 24  # three arguments of 64 bits
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -54,6 +57,12 @@ def prctl(option: int, *values: int) -> int:
     """Read or change a property of this process (prctl(2)). Raises OSError."""
     padded = [ctypes.c_ulong(value) for value in (*values, 0, 0, 0, 0)[:4]]
     return check(libc.prctl(option, *padded), f"prctl {option}")
+
+
+def signal_fd(number: int) -> int:
+    """Return a descriptor that is readable while a blocked signal is pending (signalfd(2)). Raises OSError."""
+    mask = (1 << number - 1).to_bytes(_SIGSET_BYTES, sys.byteorder)
+    return check(libc.signalfd(-1, mask, os.O_CLOEXEC), "signalfd")
 
 
 def drop_bounding_set() -> None:

@@ -172,6 +172,11 @@ STREAM_MEANING: Final = {
         "The changes in the mounts that OPEN marks.",
     ),
     Stream.LEFT: ("0", "the session is closing", "Files left in the private folders, if CLOSE asks for any."),
+    Stream.RELAY: (
+        "0",
+        "the session is open or closing",
+        "The bytes of the egress relay, where it shares the channel.",
+    ),
 }
 RELAY_MEANING: Final = {
     egress.TCP: "A TCP connection.",
@@ -369,7 +374,7 @@ def streams_table() -> str:
     rows = []
     for stream, (subject, when, text) in STREAM_MEANING.items():
         opener, sender, at_once = kind_columns(link.STREAMS, stream)
-        assert opener == sender
+        assert sender == ("both" if stream is Stream.RELAY else opener)
         rows.append((int(stream), f"`{stream.name}`", opener, subject, when, at_once, text))
     return table(("kind", "stream", "opened by", "subject", "may be opened while", "at once", "carries"), *rows)
 

@@ -153,7 +153,7 @@ def may_open(state: State, command: CommandState | None, stream: Stream, role: R
         return command in {CommandState.STARTING, CommandState.RUNNING} or late
     if stream in OF_COMMANDS:
         return command is CommandState.RUNNING
-    return state is State.CLOSING
+    return state is State.CLOSING or (stream is Stream.RELAY and state is State.OPEN)
 
 
 def subject_of(stream: Stream) -> int:

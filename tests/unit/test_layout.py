@@ -91,8 +91,8 @@ def cycles(graph: grimp.ImportGraph) -> list[list[str]]:
 
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
-    """No import cycles exist, even through imports inside functions."""
-    graph = grimp.build_graph("x07_sandbox", exclude_type_checking_imports=True, cache_dir=None)
+    """No import cycles exist, even through imports inside functions and imports for types."""
+    graph = grimp.build_graph("x07_sandbox", cache_dir=None)
     found = [" <-> ".join(modules) for modules in cycles(graph)]
     assert not found, shown(found)
 

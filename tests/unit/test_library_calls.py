@@ -39,7 +39,7 @@ from x07_sandbox.runs.program import load_program
 from x07_sandbox.runs.request import RunCaller, RunRequest
 
 if TYPE_CHECKING:
-    from x07_sandbox.runs.program import Program
+    from x07_sandbox.runs.request import Program
 
 HALF = "\ud800"
 

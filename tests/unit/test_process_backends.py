@@ -46,7 +46,6 @@ def sandbox(**changed: Any) -> list[str]:  # noqa: ANN401 - fields of Sandbox
         "agent_fd": 10,
         "file_fds": dict.fromkeys(FILES, 11),
         "channel_fd": 12,
-        "net_fd": 13,
         "scratch_bytes": 4096,
         "groups": {},
         "lock_fd": None,
@@ -80,7 +79,7 @@ def test_nothing_is_shared(word: str) -> None:
 def test_the_agent_carries_the_mark() -> None:
     """The agent's arguments contain the mark."""
     argv = sandbox()
-    assert argv[argv.index("--") + 1 :][-5:] == [AGENT, "os", "12", "13", "0123"]
+    assert argv[argv.index("--") + 1 :][-4:] == [AGENT, "os", "12", "0123"]
 
 
 def test_root_runs_all_of_it_as_another_user() -> None:
@@ -133,7 +132,7 @@ def test_other_arguments_are_unchanged(word: str) -> None:
 
 def test_the_agent_refuses_a_platform_that_it_does_not_know() -> None:
     """The agent starts nothing on an unknown platform."""
-    assert isinstance(platform_from_args(["os", "3", "4", "mark"]), Confined)
+    assert isinstance(platform_from_args(["os", "3", "mark"]), Confined)
     assert isinstance(platform_from_args(["none", "3", "/f", "mark"]), Unconfined)
     for words in (["os"], ["vm", "3", "mark"], ["none", "3", "mark"]):
         with pytest.raises(JobError):

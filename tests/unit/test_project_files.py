@@ -19,8 +19,9 @@ from x07_sandbox.policy.limits import LimitChanges
 from x07_sandbox.policy.model import HostPorts
 from x07_sandbox.policy.overrides import Overrides
 from x07_sandbox.runs.host_files import effective_roots
-from x07_sandbox.runs.program import Program, load_program
+from x07_sandbox.runs.program import load_program
 from x07_sandbox.runs.request import (
+    Program,
     ProjectPolicy,
     RunCaller,
     RunRequest,

@@ -107,6 +107,16 @@ def test_undo_takes_the_latest_run_that_is_applied(tmp_path: Path, monkeypatch: 
         undo_saved(unapplied, lambda _path: None)
 
 
+def test_undo_passes_over_a_run_that_changed_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run whose changes were in effect before leaves nothing to undo, so `x07 undo` takes an earlier run."""
+    run = saved_run(1, tmp_path / "one", "a")
+    again = saved_run(2, tmp_path / "one", "a")
+    monkeypatch.chdir(tmp_path / "one")
+    assert main(["apply", run]) == main(["apply", again]) == 0
+    assert main(["undo"]) == 0
+    assert there(tmp_path / "one") == set()
+
+
 def test_elsewhere_a_run_needs_its_id(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -462,7 +462,7 @@ def test_a_larger_output_file_than_was_asked_for_ends_the_session(runs: Runs, re
     assert output_of(receivers) == (b"", False)
 
 
-@pytest.mark.parametrize("stream", [Stream.OUTPUT, Stream.CHANGES, Stream.LEFT])
+@pytest.mark.parametrize("stream", [Stream.OUTPUT, Stream.CHANGES, Stream.LEFT, Stream.RELAY])
 def test_a_stream_that_nobody_asked_for_ends_the_session(runs: Runs, stream: Stream) -> None:
     """The guest can send nothing that the host has not asked for."""
     run = runs()

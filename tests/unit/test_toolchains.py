@@ -32,8 +32,8 @@ from x07_sandbox.programs.toolchains import (
     toolchain_named,
 )
 from x07_sandbox.runs.hint_context import missing_interpreter
-from x07_sandbox.runs.program import Program, load_program
-from x07_sandbox.runs.request import RunCaller, RunRequest
+from x07_sandbox.runs.program import load_program
+from x07_sandbox.runs.request import Program, RunCaller, RunRequest
 from x07_sandbox.sandboxes.transfers import InFile
 
 ROOT = Path(__file__).resolve().parents[2]

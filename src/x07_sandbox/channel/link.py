@@ -55,6 +55,7 @@ class Stream(enum.IntEnum):
     OUTPUT = 5
     CHANGES = 6
     LEFT = 7
+    RELAY = 8
 
 
 _OF_COMMANDS: Final = frozenset({Stream.STDIN, Stream.STDOUT, Stream.STDERR})
@@ -74,6 +75,7 @@ STREAMS: Final = Table(
         Stream.OUTPUT: _kind(Role.GUEST, 1),
         Stream.CHANGES: _kind(Role.GUEST, 1),
         Stream.LEFT: _kind(Role.GUEST, 1),
+        Stream.RELAY: Kind(Role.GUEST, None, _SUBJECT.size, _SUBJECT.size, 1),
     },
     DATA_MAX,
     WINDOW,
@@ -214,6 +216,8 @@ class Link:
             allowed = subject in self._commands or ended
         elif stream in {Stream.STDOUT, Stream.STDERR}:
             allowed = self._commands.get(subject) is CommandState.RUNNING
+        elif stream is Stream.RELAY:
+            allowed = self.state in {State.OPEN, State.CLOSING} and not subject
         elif stream is Stream.CHANGES and self._changes and not subject:
             return ""
         else:

@@ -22,8 +22,7 @@ from x07_sandbox.runs.request import ProjectPolicy
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
-    from x07_sandbox.runs.program import Program
-    from x07_sandbox.runs.request import RunRequest
+    from x07_sandbox.runs.request import Program, RunRequest
     from x07_sandbox.runs.result import Result
     from x07_sandbox.sandboxes.transfers import OutFile
 

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from x07_sandbox.backends.selection import Choice
-    from x07_sandbox.runs.program import Program
+    from x07_sandbox.runs.request import Program
 
 SETUP_EXIT: Final = 2
 _WORLDS: Final[dict[str, World]] = {"run-os": "run-os", "run-os-sandboxed": "run-os-sandboxed"}

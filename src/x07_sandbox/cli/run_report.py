@@ -39,8 +39,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from x07_sandbox.programs.protocol import Protocol
-    from x07_sandbox.runs.program import Program
-    from x07_sandbox.runs.request import EffectivePolicy, RunCaller, RunRequest
+    from x07_sandbox.runs.request import EffectivePolicy, Program, RunCaller, RunRequest
 
 _SCHEMA_EXIT = 3
 

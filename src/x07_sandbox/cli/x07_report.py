@@ -14,8 +14,7 @@ from x07_sandbox.errors import SandboxError, UsageError
 from x07_sandbox.library.requests import carry_out
 from x07_sandbox.programs.toolchains import ARTIFACT, OUTPUT, PROGRAM_FOLDER
 from x07_sandbox.reports.document import render_json
-from x07_sandbox.runs.program import Program
-from x07_sandbox.runs.request import EffectivePolicy, open_input, read_whole
+from x07_sandbox.runs.request import EffectivePolicy, Program, open_input, read_whole
 from x07_sandbox.x07.attestation import WRITE_CODE, Attested, attest, reference
 from x07_sandbox.x07.protocol import INPUT_MAX_BYTES
 from x07_sandbox.x07.report import describe_ending, mode_of, report_of

@@ -43,13 +43,13 @@ def main() -> None:
 
 
 def platform_from_args(args: list[str]) -> Platform:
-    """Return the platform for arguments `os FD NET_FD`, `none FD FOLDER` or `container [network]`. Raises JobError."""
+    """Return the platform for arguments `os FD`, `none FD FOLDER` or `container [network]`. Raises JobError."""
     # A further last argument, which is not used here, marks the process's owner.
     from x07_sandbox.guest.process import Confined, Unconfined
 
     match args:
-        case ["os", fd, net_fd, _]:
-            return Confined(int(fd), int(net_fd))
+        case ["os", fd, _]:
+            return Confined(int(fd))
         case ["none", fd, folder, _]:
             return Unconfined(int(fd), folder)
         case ["container", *network, _]:

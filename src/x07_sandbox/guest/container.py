@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -26,7 +25,6 @@ from x07_sandbox.guest.trees import Tree, as_program_user
 if TYPE_CHECKING:
     from x07_sandbox.channel.messages import Open
 
-NET_SOCKET: Final = "/run/x07-net/relay"
 _CGROUP: Final = "/sys/fs/cgroup"
 _READ_AND_ENTER: Final = 0o500
 _KILLS: Final = 1000  # attempts: a zombie counts as a process until init reaps it
@@ -128,7 +126,7 @@ class ContainerTree(Tree):
 
 
 class Contained(OnSharedKernel):
-    """A container. network: whether the engine mounted the gate's socket."""
+    """A container. network: whether there is a relay."""
 
     confinement = CONTAINED
     program_uid = confine.UID
@@ -145,12 +143,9 @@ class Contained(OnSharedKernel):
         self._trees: dict[int, tuple[str, dict[bytes, bool]]] = {}
 
     def open_channel(self) -> int:
-        """Connect to the gate, before anything hostile runs, and open the channel."""
+        """Open the channel."""
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # PID 1 ignores signals without a handler
         if self._network:
-            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            sock.connect(NET_SOCKET)
-            self._net_fd = sock.detach()
             system.loopback_up()
         return super().open_channel()
 

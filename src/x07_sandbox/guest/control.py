@@ -1,11 +1,14 @@
-"""Messages between the agent and init of the program's namespaces, over a socket pair.
+"""Messages between the agent and init of the program's namespaces.
 
-Each message is its length and a tuple encoded with marshal, which only these two exchange. To init:
+Those to init go over a socket, which carries descriptors. Those from init go over a pipe, since a fresh clone has
+executed the kernel's code for pipes anyway. Each message is its length and a tuple encoded with marshal, which only
+these two exchange. To init:
 
     settings, VALUES      apply settings; answered with ready
     command, KEY, PROGRAM, LIMITS, SERVICE, TERMINAL
                           start one more process, which waits for its start message; with its descriptors
-    last, KEY             kill all other processes once that command has ended
+    last, KEY             kill all other processes once that command has ended; None for no command. At first, it is
+                          the process that waits from the start
     signal, KEY, NUMBER   send a signal to a command; SIGKILL goes to its descendants too
     end                   kill all processes; answered with ready
 
@@ -40,26 +43,36 @@ _FD: Final = struct.Struct("=i")
 _FDS_MAX: Final = 16
 
 
-def send(sock: socket.socket, message: tuple[Any, ...], fds: tuple[int, ...] = ()) -> None:
+def send(fd: int, message: tuple[Any, ...]) -> None:
+    """Send a message. Raises OSError."""
+    data = marshal.dumps(message)
+    write_all(fd, _LENGTH.pack(len(data)) + data)
+
+
+def send_fds(sock: socket.socket, message: tuple[Any, ...], fds: tuple[int, ...]) -> None:
     """Send a message with descriptors. Raises OSError."""
     data = marshal.dumps(message)
     data = _LENGTH.pack(len(data)) + data
-    sent = socket.send_fds(sock, [data], fds) if fds else 0
+    sent = socket.send_fds(sock, [data], fds)
     write_all(sock.fileno(), data[sent:])
 
 
-def receive(sock: socket.socket) -> tuple[tuple[Any, ...], list[int]] | None:
-    """Wait for a message; return it with its descriptors, or None if the other side has ended."""
-    fd, room = sock.fileno(), socket.CMSG_SPACE(_FDS_MAX * _FD.size)
-    # Not socket.recv_fds, which ignores the flag.
-    head, rights, _, _ = sock.recvmsg(_LENGTH.size, room, socket.MSG_CMSG_CLOEXEC)
-    fds = [number for _, _, data in rights for (number,) in _FD.iter_unpack(data)]
-    head += _read(fd, _LENGTH.size - len(head)) if head else b""
+def receive(fd: int, head: bytes = b"") -> tuple[Any, ...] | None:
+    """Wait for a message, or None if the other side has ended. head: what has been read of it."""
+    head += _read(fd, _LENGTH.size - len(head))
     if len(head) < _LENGTH.size:
         return None
-    data = _read(fd, _LENGTH.unpack(head)[0])
-    message: tuple[Any, ...] = marshal.loads(data)  # noqa: S302 - from our own other process
-    return message, fds
+    message: tuple[Any, ...] = marshal.loads(_read(fd, _LENGTH.unpack(head)[0]))  # noqa: S302 - from our own process
+    return message
+
+
+def receive_fds(sock: socket.socket) -> tuple[tuple[Any, ...] | None, list[int]]:
+    """Wait for a message and its descriptors, as `receive`."""
+    # Not socket.recv_fds, which ignores the flag.
+    room = socket.CMSG_SPACE(_FDS_MAX * _FD.size)
+    head, rights, _, _ = sock.recvmsg(_LENGTH.size, room, socket.MSG_CMSG_CLOEXEC)
+    fds = [number for _, _, data in rights for (number,) in _FD.iter_unpack(data)]
+    return receive(sock.fileno(), head) if head else None, fds
 
 
 def _read(fd: int, size: int) -> bytes:

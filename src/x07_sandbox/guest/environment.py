@@ -66,10 +66,9 @@ class Environment:
 
     first: whether this machine had no environment before; close an environment before you make the next one.
     preload: modules that a waiting Python interpreter imports; None if the waiting process is no interpreter.
-    network: whether there is a relay for connections. init: process id of init. control: the socket to init.
-    group: the control group of all commands. own_groups: whether each has one of its
-    own below it. shared: whether several commands without one have run. in_memory_fds: the tmpfs
-    folders, once `prepare` has returned.
+    network: whether there is a relay for connections. init: process id of init. report_fd: init's messages.
+    group: the control group of all commands. own_groups: whether each has one of its own below it. shared: whether
+    several commands without one have run. in_memory_fds: the tmpfs folders, once `prepare` has returned.
     """
 
     def __init__(
@@ -96,14 +95,15 @@ class Environment:
         self.in_memory_fds: list[int] = []
         self._settings: confine.JobSettings | None = None
         self._cpu_us: int | None = None
-        self._last: int | None = None  # key of the process after which the session closes
+        self._last: int | None = init.FIRST  # key of the process after whose end init kills all others
         self.shared = False
         self._own_modules = False
         self._machine_id_fd = os.open(platform.machine_id, os.O_WRONLY | os.O_CLOEXEC)
         self._make_folders()
         self._first, pipes = self._pipes(init.FIRST)
         self.own_groups = self._first.group.OF_COMMAND
-        self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.report_fd, report_w = os.pipe2(os.O_CLOEXEC)
         world = confine.World(
             netns_fd=_network_namespace() if platform.namespaces else -1,
             procs_fds=self._first.group.open_procs(),
@@ -122,10 +122,10 @@ class Environment:
             os.unshare(os.CLONE_NEWPID)  # the next child becomes PID 1 of the program's namespace
         self.init = os.fork()
         if self.init == 0:
-            init.run_init(world, pipes, theirs, platform.confinement)
+            init.run_init(world, pipes, theirs, report_w, platform.confinement)
         if platform.namespaces:
             os.setns(own, os.CLONE_NEWPID)  # further children stay in our namespace
-        for fd in (own, *pipes.all(), *world.procs_fds):
+        for fd in (own, report_w, *pipes.all(), *world.procs_fds):
             os.close(fd)
         theirs.close()
         if world.netns_fd >= 0:
@@ -149,7 +149,7 @@ class Environment:
             raise failure(self.next_report())
         self._settings = settings
         with contextlib.suppress(BrokenPipeError):  # init has ended; its report has the reason
-            control.send(self.control, (control.SETTINGS, tuple(settings)))
+            control.send(self._control.fileno(), (control.SETTINGS, tuple(settings)))
         report = self.next_report()
         if report[0] != control.READY:
             raise failure(report)
@@ -160,8 +160,8 @@ class Environment:
 
     def next_report(self) -> tuple[Any, ...]:
         """Wait for the next message of init."""
-        received = control.receive(self.control)
-        return (control.FAILED, "init", 0, "init ended without a report") if received is None else received[0]
+        received = control.receive(self.report_fd)
+        return (control.FAILED, "init", 0, "init ended without a report") if received is None else received
 
     def _pipes(self, key: int, order: Exec | None = None) -> tuple[Process, init.Pipes]:
         """Make the streams of a process and its control group. order: the command, if it is known."""
@@ -205,8 +205,8 @@ class Environment:
         procs_fds = process.group.open_procs()
         listed = order.argv[0] if confined.programs is not None and not order.service else ""
         fds = (*pipes.all(), *procs_fds)
-        control.send(
-            self.control, (control.COMMAND, order.id, listed, limits, order.service, order.terminal is not None), fds
+        control.send_fds(
+            self._control, (control.COMMAND, order.id, listed, limits, order.service, order.terminal is not None), fds
         )
         for fd in fds:
             os.close(fd)
@@ -217,13 +217,15 @@ class Environment:
     def end(self) -> None:
         """Have init kill all processes. Its report is `control.READY`."""
         with contextlib.suppress(BrokenPipeError):
-            control.send(self.control, (control.END,))
+            control.send(self._control.fileno(), (control.END,))
 
-    def end_with(self, key: int) -> None:
-        """Have init kill all other processes once the process *key* has ended."""
+    def end_with(self, key: int | None) -> None:
+        """Have init kill all other processes once the process *key* has ended; None: after no process."""
+        if self._last == key:
+            return
         self._last = key
         with contextlib.suppress(BrokenPipeError):
-            control.send(self.control, (control.LAST, key))
+            control.send(self._control.fileno(), (control.LAST, key))
 
     def signal(self, process: Process, number: int = signal.SIGKILL) -> None:
         """Send a signal to a command; SIGKILL to all its processes, as far as this platform can tell which they are."""
@@ -232,7 +234,7 @@ class Environment:
             process.group.kill(self.init)
         else:
             with contextlib.suppress(BrokenPipeError):
-                control.send(self.control, (control.SIGNAL, process.key, int(number)))
+                control.send(self._control.fileno(), (control.SIGNAL, process.key, int(number)))
 
     def _first_status(self) -> bytes:
         """Return the first status byte of the waiting process. Raises JobError if its imports time out.
@@ -310,8 +312,8 @@ class Environment:
             self.relay.close()
         os.kill(self.init, signal.SIGKILL)
         os.waitpid(self.init, 0)
-        self.control.close()
-        for fd in (self._machine_id_fd, *self.in_memory_fds):
+        self._control.close()
+        for fd in (self.report_fd, self._machine_id_fd, *self.in_memory_fds):
             os.close(fd)
         for path in (f"{self.platform.memory}/in", *(self.platform.folder(name) for name in _FOLDERS)):
             shutil.rmtree(path)

@@ -10,6 +10,7 @@ import fcntl
 import marshal
 import os
 import resource
+import select
 import signal
 import socket
 import termios
@@ -39,23 +40,27 @@ class Pipes(NamedTuple):
         return (*self.streams, self.start_fd, self.status_fd)
 
 
-def run_init(world: confine.World, pipes: Pipes, agent: socket.socket, confinement: confine.Confinement) -> NoReturn:
-    """Run as init. Never returns."""
+def run_init(
+    world: confine.World, pipes: Pipes, agent: socket.socket, report_fd: int, confinement: confine.Confinement
+) -> NoReturn:
+    """Run as init. agent, report_fd: for messages from and to the agent. Never returns."""
     try:
         os.setsid()
-        close_descriptors_except(*pipes.all(), agent.fileno(), world.netns_fd, *world.procs_fds)
+        close_descriptors_except(*pipes.all(), agent.fileno(), report_fd, world.netns_fd, *world.procs_fds)
         confine.apply(confinement.world, world)
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])  # for `serve`; programs start with no signal blocked
         program = os.fork()
         if program == 0:
             agent.close()
+            os.close(report_fd)
             _become(world, pipes, confinement, READY)
         for fd in {*pipes.all(), *world.procs_fds}:
             os.close(fd)
-        _Init(world, agent, confinement, program).serve()
+        _Init(world, agent, report_fd, confinement, program).serve()
     except confine.StepError as exc:
-        control.send(agent, (control.FAILED, *exc.args))
+        control.send(report_fd, (control.FAILED, *exc.args))
     except OSError as exc:
-        control.send(agent, (control.FAILED, "start", exc.errno or 0, str(exc)))
+        control.send(report_fd, (control.FAILED, "start", exc.errno or 0, str(exc)))
     finally:
         # When PID 1 ends, the kernel kills all processes of the namespace.
         os._exit(0)
@@ -73,37 +78,61 @@ _FIRST_START = Start()
 
 
 class _Init:
-    """The loop of init. Children are reaped in a signal handler, which interrupts the wait for the agent."""
+    """The loop of init, which serves the agent and reaps children.
+
+    A descriptor tells that children have ended. A signal handler would be more new code to a fresh clone.
+    """
 
     def __init__(
-        self, world: confine.World, agent: socket.socket, confinement: confine.Confinement, program: int
+        self,
+        world: confine.World,
+        agent: socket.socket,
+        report_fd: int,
+        confinement: confine.Confinement,
+        program: int,
     ) -> None:
         self._world = world
         self._agent = agent
+        self._report_fd = report_fd
         self._confinement = confinement
         self._settings: confine.JobSettings | None = None
         self._programs = {program: FIRST}  # keys by process id
-        self._last: int | None = None
-        self._reaping = self._again = False
+        self._last: int | None = FIRST
 
     def serve(self) -> None:
         """Serve the agent until it ends. Raises StepError, OSError."""
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's handler would raise an exception here
-        signal.signal(signal.SIGCHLD, self._reap)
-        self._reap()  # those that have ended already
-        while (received := control.receive(self._agent)) is not None:
-            (kind, *words), fds = received
-            if kind == control.SETTINGS:
-                self._apply(confine.JobSettings(*words[0]))
-            elif kind == control.COMMAND:
-                self._start(words, fds)
-            elif kind == control.LAST:
-                self._last = words[0]
-            elif kind == control.SIGNAL:
-                self._signal(*words)
-            elif kind == control.END:
-                self._kill_rest()
-                control.send(self._agent, (control.READY,))
+        agent, ended = self._agent.fileno(), kernel.signal_fd(signal.SIGCHLD)
+        poll = select.poll()
+        poll.register(agent, select.POLLIN)
+        poll.register(ended, select.POLLIN)
+        while True:
+            ready = [fd for fd, _ in poll.poll()]
+            if agent in ready:  # first, since it may tell what to do at the end that `ended` reports
+                if not self._take():
+                    return
+            else:
+                os.read(ended, kernel.SIGNAL_BYTES)
+                self._reap()
+
+    def _take(self) -> bool:
+        """Take a message of the agent. Return False if the agent has ended."""
+        message, fds = control.receive_fds(self._agent)
+        if message is None:
+            return False
+        kind, *words = message
+        if kind == control.SETTINGS:
+            self._apply(confine.JobSettings(*words[0]))
+        elif kind == control.COMMAND:
+            self._start(words, fds)
+        elif kind == control.LAST:
+            self._last = words[0]
+        elif kind == control.SIGNAL:
+            self._signal(*words)
+        elif kind == control.END:
+            self._kill_rest()
+            control.send(self._report_fd, (control.READY,))
+        return True
 
     def _apply(self, settings: confine.JobSettings) -> None:
         confine.apply(self._confinement.job, settings, self._settings)
@@ -114,7 +143,7 @@ class _Init:
             for program in self._programs if own_user else ():  # later ones may not make a user namespace of their own
                 self._world = self._world._replace(user_fd=os.open(f"/proc/{program}/ns/user", os.O_RDONLY))
         self._settings = settings
-        control.send(self._agent, (control.READY,))
+        control.send(self._report_fd, (control.READY,))
 
     def _start(self, words: list[Any], fds: list[int]) -> None:
         """Start a process for one more command, which waits for its start message."""
@@ -125,7 +154,6 @@ class _Init:
         if program:
             with contextlib.suppress(OSError):  # executing it will fail for the same reason
                 execution.allow_program(program)
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])  # its end must not be reaped before it is known
         try:
             pid = os.fork()
         except OSError as exc:  # the limit on tasks, where it holds for this process too
@@ -133,9 +161,9 @@ class _Init:
         else:
             if pid == 0:
                 self._agent.close()
+                os.close(self._report_fd)
                 _become(world, pipes, self._confinement, b"", Start(*how))
             self._programs[pid] = key
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
         for fd in fds:
             os.close(fd)
 
@@ -147,18 +175,13 @@ class _Init:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.kill(one, number)
 
-    def _reap(self, *_signal: object) -> None:
+    def _reap(self) -> None:
         """Reap all children that have ended, and report the commands among them."""
-        if self._reaping:  # a signal during the loop below
-            self._again = True
-            return
-        self._reaping = self._again = True
-        while self._again:
-            self._again = False
-            with contextlib.suppress(ChildProcessError):
-                while (ended := os.waitpid(-1, os.WNOHANG))[0]:
-                    self._ended(*ended)
-        self._reaping = False
+        try:
+            while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+                self._ended(*ended)
+        except ChildProcessError:
+            pass
 
     def _ended(self, pid: int, status: int) -> None:
         key = self._programs.pop(pid, None)
@@ -166,7 +189,7 @@ class _Init:
             return
         if key == self._last:
             self._kill_rest()
-        control.send(self._agent, (control.EXITED, key, status))
+        control.send(self._report_fd, (control.EXITED, key, status))
 
     def _kill_rest(self) -> None:
         """Kill and reap all other processes."""

@@ -18,7 +18,7 @@ from x07_sandbox.guest.system import write_file
 
 if TYPE_CHECKING:
     from x07_sandbox.channel.messages import Seed
-    from x07_sandbox.guest.relay import RelayProcess
+    from x07_sandbox.guest.relay_process import RelayProcess
 
 PORT: Final = "x07.0"
 NET_PORT: Final = "x07.net"
@@ -73,12 +73,14 @@ class Machine(Platform):
         """Mount the scratch disk, and a tmpfs for small files."""
         os.makedirs(self.scratch, mode=0o755, exist_ok=True)
         flags = system.MS_NODEV | system.MS_NOSUID
-        system.mount(_disk(SCRATCH_SERIAL), self.scratch, "ext4", system.MS_NOATIME | flags, "noinit_itable")
+        # Without either option, a thread of the kernel would work on the disk in each clone.
+        lazy = "noinit_itable,no_prefetch_block_bitmaps"
+        system.mount(_disk(SCRATCH_SERIAL), self.scratch, "ext4", system.MS_NOATIME | flags, lazy)
         confine.mount_memory()
 
     def relay(self, netns_fd: int) -> RelayProcess:
         """Start a relay, which opens its own virtio port and delays first packets until the gate has decided."""
-        from x07_sandbox.guest.relay import RelayProcess
+        from x07_sandbox.guest.relay_process import RelayProcess
 
         for name in sorted(os.listdir(_NET_MODULES)):  # the names are numbered in loading order
             system.load_module(f"{_NET_MODULES}/{name}")

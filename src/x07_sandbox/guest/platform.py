@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from x07_sandbox.guest.audit import Audit, NoAudit
     from x07_sandbox.guest.cgroup import NoGroup
     from x07_sandbox.guest.confine import Confinement, JobSettings
-    from x07_sandbox.guest.relay import RelayProcess
+    from x07_sandbox.guest.relay_process import RelayProcess
 
 
 class Platform(ABC):

@@ -23,7 +23,7 @@ from x07_sandbox.guest.system import children_of, write_file
 
 if TYPE_CHECKING:
     from x07_sandbox.channel.messages import Exec, Open, Seed
-    from x07_sandbox.guest.relay import RelayProcess
+    from x07_sandbox.guest.relay_process import RelayProcess
 
 GROUP: Final = "/run/x07/cgroup"  # the program's control group, if the host has made one
 # The first Landlock versions (landlock(7)) that allow moving files between folders, and that have scopes.
@@ -109,25 +109,19 @@ class OnSharedKernel(Platform):
 
     program_uid: int | None = None
 
-    def __init__(self, channel_fd: int, net_fd: int = -1) -> None:
+    def __init__(self, channel_fd: int) -> None:
         self._channel_fd = channel_fd
-        self._net_fd = net_fd
 
     def open_channel(self) -> int:
         """Make the inherited channel close-on-exec, and return it."""
-        for fd in (self._channel_fd, self._net_fd):
-            if fd >= 0:
-                os.set_inheritable(fd, False)  # noqa: FBT003
+        os.set_inheritable(self._channel_fd, False)  # noqa: FBT003
         return self._channel_fd
 
     def relay(self, netns_fd: int) -> RelayProcess:
-        """Start a relay on the inherited stream. It delays no packets, since the host's kernel may be unable to."""
-        from x07_sandbox.guest.relay import RelayProcess
+        """Start a relay that shares the channel."""
+        from x07_sandbox.guest.relay_process import on_shared_channel
 
-        if self._net_fd < 0:
-            raise JobError("relay", 0, "this backend does not support connections")
-        os.set_blocking(self._net_fd, False)
-        return RelayProcess(netns_fd, lambda: self._net_fd, (self._net_fd,), hold=False)
+        return on_shared_channel(netns_fd)
 
     def audit(self) -> NoAudit:
         """Return an audit that reports nothing, since the audit of the host's kernel cannot be used here."""

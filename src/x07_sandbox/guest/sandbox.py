@@ -15,7 +15,7 @@ from x07_sandbox.channel.messages import Changes, Close, Closed, Denied, Exec, E
 from x07_sandbox.channel.streams import Event
 from x07_sandbox.channel.trees import Entry
 from x07_sandbox.channel.trees import Kind as Record
-from x07_sandbox.guest import confine, control
+from x07_sandbox.guest import confine, control, init
 from x07_sandbox.guest.environment import failure
 from x07_sandbox.guest.errors import JobError
 from x07_sandbox.guest.exec import READ, Command
@@ -25,6 +25,7 @@ from x07_sandbox.guest.mounts import ProgramPaths
 from x07_sandbox.guest.trees import Left, Room, changes, left_files, stream_of
 
 if TYPE_CHECKING:
+    from x07_sandbox.channel.carrier import Carrier
     from x07_sandbox.channel.messages import CommandLimits, Message, Mount, Open, Output, Warm
     from x07_sandbox.guest.audit import Audit, NoAudit
     from x07_sandbox.guest.environment import Environment
@@ -84,6 +85,11 @@ class Sandbox:
         self._number = 0  # of the stream that is being sent
         self._held = b""
         self._closed = Closed(None, None, 0, 0)
+        self._carrier: Carrier | None = None
+        if environment.relay is not None and environment.relay.carried_fd >= 0:
+            from x07_sandbox.channel.carrier import Carrier
+
+            self._carrier = Carrier(link.streams, link.open(Stream.RELAY), environment.relay.carried_fd)
 
     # from the host
 
@@ -142,6 +148,8 @@ class Sandbox:
     def _take_event(self, event: Event) -> None:
         if event.code == Stream.INPUT:
             self._take_file(event)
+        elif event.code == Stream.RELAY and self._carrier is not None:
+            self._carrier.take(event)
         elif event.code == Stream.STDIN:
             command = self._link.subject(event.stream)  # unknown once the stream has ended
             if self._waiting:
@@ -209,8 +217,8 @@ class Sandbox:
                 tree.wait()
             self._begin_audit()
         self._commands[order.id] = Command(order, process, self._link, environment, self._command_failed)
-        if self._closing is not None and self._closing.after == order.id:
-            environment.end_with(process.key)
+        if (closes := self._closes_after(order.id)) or process.key == init.FIRST:
+            environment.end_with(process.key if closes else None)
         environment.start(process, order, self._opening.confine)
 
     def _prepare(self, order: Exec) -> None:
@@ -238,9 +246,12 @@ class Sandbox:
         if only_command:
             if (failed := self._commands.pop(command, None)) is not None:
                 failed.close()
-            if self._closing is not None and self._closing.after == command:
+            if self._closes_after(command):
                 self._end_all()
             self._close_if_empty()
+
+    def _closes_after(self, command: int) -> bool:
+        return self._closing is not None and self._closing.after == command
 
     def _settings(self, limits: CommandLimits, execution: ExecutionRules | None = None) -> confine.JobSettings:
         spare_cpu_s, on_disk = self._environment.spare_cpu_s, self._files.on_disk
@@ -295,13 +306,15 @@ class Sandbox:
     def register(self, poll: select.poll) -> None:
         """Register the descriptors to wait for."""
         if self._commands or self._ending:
-            poll.register(self._environment.control.fileno(), select.POLLIN)
+            poll.register(self._environment.report_fd, select.POLLIN)
         for command in self._commands.values():
             command.register(poll)
         if self.is_running():
             poll.register(self._audit.fd, select.POLLIN)
             if (relay := self._environment.relay) is not None:
                 poll.register(relay.status_fd, select.POLLIN)
+        if self._carrier is not None:
+            self._carrier.register(poll)
 
     def is_running(self) -> bool:
         """Return whether a command runs, whose CPU time must be checked."""
@@ -320,10 +333,12 @@ class Sandbox:
         relay = self._environment.relay
         if self._link.state is State.FAILED:  # in this same turn
             return
-        if fd == self._environment.control.fileno():
+        if fd == self._environment.report_fd:
             self._take_report()
         elif fd == self._audit.fd:
             self._audit.take()
+        elif self._carrier is not None and fd == self._carrier.fd:
+            self._carrier.handle(mask)
         elif relay is not None and fd == relay.status_fd:
             self._fail(JobError("relay", 0, relay.end_reason()), 0)
         else:
@@ -379,10 +394,11 @@ class Sandbox:
             )
         )
         del self._commands[identity]
-        command.close()
+        if not (closes := self._closes_after(identity)):  # else the machine ends
+            command.close()
         if self._closing is None:
             self._begin_audit()
-        elif self._closing.after == identity and not self._ending:
+        elif closes and not self._ending:
             self._emptied = True  # by init
         self._close_if_empty()
 
@@ -398,6 +414,8 @@ class Sandbox:
 
     def _send_all(self, order: Close) -> None:
         """Queue everything that *order* asks for, and CLOSED after it."""
+        if self._carrier is not None:
+            self._carrier.read()  # what the relay has reported so far
         size, problem, output = None, None, None
         if order.output is not None and not self._was_killed:
             size, problem, output = self._open_output(order.output)

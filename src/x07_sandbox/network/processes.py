@@ -75,10 +75,20 @@ class GateProcess:
             why = self.last_message() or "it did not answer"
             raise HostError("cannot start the egress gate", why, "Run x07 doctor") from exc
 
-    def send_stream(self, stream_fd: int | None) -> None:
+    def connect(self, net_fd: int | None, stack: contextlib.ExitStack) -> int | None:
+        """Connect the gate to the relay. Raises HostError.
+
+        net_fd: the relay's stream, if it has one of its own. Else return a descriptor for the relay's bytes.
+        """
+        if net_fd is not None:
+            self.send_stream(net_fd)
+            return None
+        ours, theirs = (stack.enter_context(sock) for sock in socket.socketpair())
+        self.send_stream(theirs.fileno())
+        return ours.fileno()
+
+    def send_stream(self, stream_fd: int) -> None:
         """Pass the relay's stream to the gate, and replace this process's copy with /dev/null. Raises HostError."""
-        if stream_fd is None:
-            raise HostError("cannot use the network", "the backend has no network stream", "Use another backend")
         self._wait_ready()
         try:
             socket.send_fds(self._control, [b"stream"], [stream_fd])

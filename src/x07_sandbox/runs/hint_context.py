@@ -17,8 +17,7 @@ if TYPE_CHECKING:
     from x07_sandbox.plan.packages import ImageInUse
     from x07_sandbox.runs.phase import PhaseSpec
     from x07_sandbox.runs.prepare import Prepared
-    from x07_sandbox.runs.program import Program
-    from x07_sandbox.runs.request import RunRequest
+    from x07_sandbox.runs.request import Program, RunRequest
 
 _BESIDE_MAX: Final = 10_000  # names in the program's folder that are looked at
 _FIRST_LINE: Final = re.compile(rb"#!\s*(?:/usr)?/bin/(?:env\s+(?:-S\s*)?)?([A-Za-z0-9][\w.+-]{0,63})\s")

@@ -54,8 +54,7 @@ if TYPE_CHECKING:
     from x07_sandbox.policy.model import Policy
     from x07_sandbox.runs.folder import RunFolder
     from x07_sandbox.runs.prepare import Prepared
-    from x07_sandbox.runs.program import Program
-    from x07_sandbox.runs.request import RunRequest
+    from x07_sandbox.runs.request import Program, RunRequest
     from x07_sandbox.runs.result import LeftOutEntry
 
 _T = TypeVar("_T")

@@ -118,9 +118,10 @@ def _run_phase(
     try:
         with contextlib.ExitStack() as stack:
             instance = _start(prepared, spec, run_id, stack, warnings)
+            gate_fd = relay_fd = None
             if gate is not None:
-                gate.send_stream(instance.net_fd)
-            facts = run_phase(spec, instance, streams, caller.cancel, None if gate is None else gate.pidfd)
+                gate_fd, relay_fd = gate.pidfd, gate.connect(instance.net_fd, stack)
+            facts = run_phase(spec, instance, streams, caller.cancel, gate_fd, relay_fd)
     except NoAnswerError as exc:
         from x07_sandbox.sandboxes.execution import Facts
 

@@ -71,12 +71,17 @@ def preload_phase() -> None:
 
 
 def run_phase(
-    spec: PhaseSpec, instance: Instance, streams: CommandStreams, cancel: Cancel, gate_fd: int | None = None
+    spec: PhaseSpec,
+    instance: Instance,
+    streams: CommandStreams,
+    cancel: Cancel,
+    gate_fd: int | None = None,
+    relay_fd: int | None = None,
 ) -> Facts:
-    """Run a phase on an instance until the phase ends. gate_fd: becomes readable when the egress gate has ended."""
+    """Run a phase on an instance until the phase ends. gate_fd, relay_fd: see `Session`."""
     from x07_sandbox.sandboxes.session import Session
 
-    session = Session(instance, cancel, gate_fd)
+    session = Session(instance, cancel, gate_fd, relay_fd)
     session.open(spec.opening, spec.files)
     execution = session.execute(spec.order, streams, spec.wall_ms)
     session.close_after(execution, spec.closing, spec.receivers)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from x07_sandbox.runs.host_files import HostFiles
     from x07_sandbox.runs.prepare import Prepared
     from x07_sandbox.runs.private_files import LeftFiles
-    from x07_sandbox.runs.program import Program
+    from x07_sandbox.runs.request import Program
     from x07_sandbox.sandboxes.transfers import OutFile
 
 # Python does not buffer its output, which a timeout would lose, and writes no byte code into read-only folders.

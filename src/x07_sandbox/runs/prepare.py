@@ -20,9 +20,10 @@ from x07_sandbox.images.store import DEFAULT, find_image, image_is_current
 from x07_sandbox.images.verify import OpenImage, open_image
 from x07_sandbox.plan.controls import Plan, make_plan
 from x07_sandbox.programs.toolchains import COMMAND, require_packages
-from x07_sandbox.runs.program import Program, load_program
+from x07_sandbox.runs.program import load_program
 from x07_sandbox.runs.request import (
     EffectivePolicy,
+    Program,
     RunCaller,
     RunRequest,
     check_arguments,

@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import msgspec
 from msgspec.structs import replace
 
 from x07_sandbox.errors import UsageError
@@ -25,8 +24,7 @@ from x07_sandbox.programs.toolchains import (
     toolchain_for,
     toolchain_named,
 )
-from x07_sandbox.runs.request import ARGUMENTS_MAX_BYTES, ProjectPolicy, in_memory, sha256_text
-from x07_sandbox.sandboxes.transfers import InFile
+from x07_sandbox.runs.request import ARGUMENTS_MAX_BYTES, Program, ProjectPolicy, in_memory, sha256_text
 
 if TYPE_CHECKING:
     import contextlib
@@ -36,30 +34,6 @@ if TYPE_CHECKING:
     from x07_sandbox.runs.request import RunCaller, RunRequest
 
 _HEAD_BYTES = 256
-
-
-class Program(msgspec.Struct, frozen=True, kw_only=True):
-    """A program that was read.
-
-    data: the source's bytes; an archive for a project.
-    file: the same bytes as a file for the build VM.
-    project: whether the program has a manifest.
-    lockfile: name of the lock file of an X07 project.
-    cpu_ms: CPU time limit from the program's own options.
-    input_fd: the input for a request that has none: that of the project, else that of the caller.
-    read: the program's files on the host, which the run must not overwrite.
-    """
-
-    toolchain: Toolchain
-    source: Source
-    data: bytes
-    file: InFile
-    sha256: str
-    project: bool = False
-    lockfile: str | None = None
-    cpu_ms: int | None = None
-    input_fd: int | None = None
-    read: tuple[Path, ...] = ()
 
 
 def load_program(request: RunRequest, caller: RunCaller, stack: contextlib.ExitStack) -> tuple[RunRequest, Program]:

@@ -19,6 +19,7 @@ from x07_sandbox.host.cancel import Caller
 from x07_sandbox.host.paths import read_bounded
 from x07_sandbox.policy import Policy, decode_policy, default_policy, render_policy
 from x07_sandbox.policy.decode import MAX_BYTES
+from x07_sandbox.programs.toolchains import Source, Toolchain
 from x07_sandbox.sandboxes.transfers import InFile, memory_file, read_all
 
 if TYPE_CHECKING:
@@ -30,10 +31,9 @@ if TYPE_CHECKING:
     from x07_sandbox.policy.model import Limits
     from x07_sandbox.policy.overrides import Overrides
     from x07_sandbox.programs.protocol import Protocol
-    from x07_sandbox.runs.program import Program
     from x07_sandbox.sandboxes.transfers import OutFile
 
-    Loader = Callable[["RunRequest", "RunCaller", Path, contextlib.ExitStack], tuple["RunRequest", Program] | None]
+    Loader = Callable[["RunRequest", "RunCaller", Path, contextlib.ExitStack], tuple["RunRequest", "Program"] | None]
 else:
     LimitChanges = Overrides = object  # msgspec reads annotations; their modules are loaded where needed
 
@@ -123,6 +123,30 @@ class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
     allow_protected: tuple[str, ...] = ()
     hide: tuple[str, ...] = ()
     reveal: tuple[str, ...] = ()
+
+
+class Program(msgspec.Struct, frozen=True, kw_only=True):
+    """A program that was read.
+
+    data: the source's bytes; an archive for a project.
+    file: the same bytes as a file for the build VM.
+    project: whether the program has a manifest.
+    lockfile: name of the lock file of an X07 project.
+    cpu_ms: CPU time limit from the program's own options.
+    input_fd: the input for a request that has none: that of the project, else that of the caller.
+    read: the program's files on the host, which the run must not overwrite.
+    """
+
+    toolchain: Toolchain
+    source: Source
+    data: bytes
+    file: InFile
+    sha256: str
+    project: bool = False
+    lockfile: str | None = None
+    cpu_ms: int | None = None
+    input_fd: int | None = None
+    read: tuple[Path, ...] = ()
 
 
 class RunCaller(Caller, frozen=True, kw_only=True):

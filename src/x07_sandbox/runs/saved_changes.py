@@ -72,7 +72,7 @@ def find_saved(run: str | None, verb: str = "diff") -> SavedChanges:
     """Return the changes of the run whose id is or starts with *run*. Raises UsageError.
 
     None stands for the latest run with changes in this folder (`is_here`); for the verb `undo`, for the latest one
-    whose changes are applied, if there is one. Runs whose changes are damaged count only if there are no others.
+    with applied changes to undo, if there is one. Runs whose changes are damaged count only if there are no others.
     """
     names = runs_with(_SAVED) if run is None else []
     elsewhere, unapplied = list[SavedChanges](), None
@@ -83,7 +83,7 @@ def find_saved(run: str | None, verb: str = "diff") -> SavedChanges:
             continue
         if not is_here(saved.roots):
             elsewhere.append(saved)
-        elif verb != "undo" or saved.undos:
+        elif verb != "undo" or _can_undo(saved):
             return saved
         else:
             unapplied = unapplied or saved
@@ -96,6 +96,14 @@ def find_saved(run: str | None, verb: str = "diff") -> SavedChanges:
         fix = f"Give the id of the run: x07 {verb} {elsewhere[0].run}"
         raise UsageError(f"cannot choose a run for x07 {verb}", why, fix)
     return _read(find_run(run, _SAVED, "changes to files", _FIX, action="changed any files"))
+
+
+def _can_undo(saved: SavedChanges) -> bool:
+    """Return whether there is something to undo; changes that were in effect before have an empty undo set."""
+    try:
+        return bool(saved.undos and saved.done())
+    except HostError:  # `undo_saved` raises it again
+        return True
 
 
 def is_here(roots: Iterable[str]) -> bool:

@@ -15,8 +15,7 @@ from x07_sandbox.plan.guest_paths import WORK
 
 if TYPE_CHECKING:
     from x07_sandbox.policy.model import Policy
-    from x07_sandbox.runs.program import Program
-    from x07_sandbox.runs.request import RunRequest
+    from x07_sandbox.runs.request import Program, RunRequest
 
 
 def workdir_root(request: RunRequest, program: Program, policy: Policy, workdir: Path) -> Root:

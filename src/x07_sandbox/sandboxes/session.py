@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from x07_sandbox.backends.base import Instance
+    from x07_sandbox.channel.carrier import Carrier
     from x07_sandbox.channel.messages import Left, Message, Output
     from x07_sandbox.host.cancel import Cancel
     from x07_sandbox.sandboxes.execution import Facts
@@ -42,13 +43,18 @@ class Session:
     """The event loop of one session. Each needs a new object. Not thread-safe.
 
     Commands may be started and stopped at any time. Between two calls of `until`, nothing moves and no deadline ends.
-    gate_fd: becomes readable when the egress gate has ended.
+    gate_fd: becomes readable when the egress gate has ended. relay_fd: takes the relay's bytes to the gate, if the
+    relay shares the channel.
     """
 
-    def __init__(self, instance: Instance, cancel: Cancel, gate_fd: int | None) -> None:
+    def __init__(
+        self, instance: Instance, cancel: Cancel, gate_fd: int | None = None, relay_fd: int | None = None
+    ) -> None:
         self._instance = instance
         self._cancel = cancel
         self._gate_fd = gate_fd
+        self._relay_fd = relay_fd
+        self._carrier: Carrier | None = None
         self._connection = instance.greeting.connection
         self._link = self._connection.link
         self._start_limit: Limit | None = None  # for copying in, and for the start of commands
@@ -169,6 +175,8 @@ class Session:
         gate = [] if self._gate_fd is None or not self._is_running() else [self._gate_fd]
         poll = input_poll(*fds, *gate, *self._instance.side_fds(), *stdin, *progress)
         poll.register(self._instance.channel_fd, select.POLLIN | (select.POLLOUT if self._link.pending() else 0))
+        if self._carrier is not None:
+            self._carrier.register(poll)
         return poll
 
     def _is_running(self) -> bool:
@@ -188,6 +196,8 @@ class Session:
             self._lost()
         elif fd == self._gate_fd:
             self._end(gate_lost=True)
+        elif self._carrier is not None and fd == self._carrier.fd:
+            self._carrier.handle(mask)
         elif not any(self._ready_for(execution, fd) for execution in list(self._executions.values())):
             self._instance.drain(fd)
 
@@ -286,6 +296,8 @@ class Session:
         stream, data = Stream(event.code), event.data
         if stream in {Stream.STDOUT, Stream.STDERR}:
             self._take_output(self._executions[self._link.subject(event.stream)], stream, event)
+        elif stream is Stream.RELAY:
+            self._take_relay(event)
         elif stream in _RECEIVED:
             if event.type == streams.OPEN:
                 self._expect(stream, event.stream)
@@ -301,6 +313,16 @@ class Session:
             self._link.streams.consumed(event.stream, execution.take_output(stream, event.data))
             if not execution.asked_to_stop and (overflow := execution.overflow()):
                 self._stop(execution, **overflow)
+
+    def _take_relay(self, event: Event) -> None:
+        if event.type == streams.OPEN:
+            if self._relay_fd is None:
+                raise PeerError("bad frame", "RELAY was not asked for")
+            from x07_sandbox.channel.carrier import Carrier  # few backends have a single stream
+
+            self._carrier = Carrier(self._link.streams, event.stream, self._relay_fd)
+        elif self._carrier is not None:
+            self._carrier.take(event)
 
     def _expect(self, stream: Stream, number: int) -> None:
         """Note a stream that the guest opened. Raises PeerError if it was not asked for."""

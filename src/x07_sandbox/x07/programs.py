@@ -15,13 +15,12 @@ from x07_sandbox.host.project import ProjectFolder
 from x07_sandbox.host.variables import number, text
 from x07_sandbox.programs.toolchains import PROJECT_FOLDER, SOURCE_FOLDER, Source, source_name
 from x07_sandbox.runs.program import (
-    Program,
     reject_overridden_options,
     reject_profile,
     single_file,
     with_project_files,
 )
-from x07_sandbox.runs.request import in_memory, sha256_text
+from x07_sandbox.runs.request import Program, in_memory, sha256_text
 from x07_sandbox.x07 import project as x07
 from x07_sandbox.x07.protocol import X07, X07_ARTIFACT
 

@@ -26,7 +26,7 @@ from x07_sandbox.x07.runner_report import (
 )
 
 if TYPE_CHECKING:
-    from x07_sandbox.runs.program import Program
+    from x07_sandbox.runs.request import Program
     from x07_sandbox.runs.result import Result
     from x07_sandbox.x07.runner_report import Built, CompileMode
 

@@ -18,7 +18,7 @@ from x07_sandbox.runs.result import EMPTY_OUTPUT, Result
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from x07_sandbox.runs.program import Program
+    from x07_sandbox.runs.request import Program
 
 SCHEMA: Final = "x07-os-runner.report@0.5.0"
 WRAPPED_SCHEMA: Final = "x07.run.report@0.3.0"

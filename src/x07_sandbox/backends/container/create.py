@@ -21,7 +21,6 @@ CAPABILITIES: Final = ("KILL", "SETGID", "SETPCAP", "SETUID")
 NETWORK_CAPABILITY: Final = "NET_ADMIN"  # for the relay's rules in the container's network namespace
 AGENT_BYTES: Final = 64 * MIB
 AGENT_TASKS: Final = 2  # agent and init; the relay is added
-_NET_PLACE: Final = "/run/x07-net"
 _AGENT_FDS: Final = 64
 _TMPFS: Final = "rw,nosuid,nodev"
 
@@ -30,7 +29,7 @@ class ContainerSpec(msgspec.Struct, frozen=True, kw_only=True):
     """The container to create for a job.
 
     image: the id of its image. mark: the random text that identifies the job's processes. resolv_conf: the host file to
-    mount as /etc/resolv.conf. net_folder: the host folder with the gate's socket, or "" for no network.
+    mount as /etc/resolv.conf. network: whether the agent starts a relay.
     """
 
     engine: str
@@ -40,12 +39,12 @@ class ContainerSpec(msgspec.Struct, frozen=True, kw_only=True):
     labels: Mapping[str, str]
     needs: Needs
     resolv_conf: str
-    net_folder: str = ""
+    network: bool = False
 
     @property
     def capabilities(self) -> tuple[str, ...]:
         """The capabilities of the container's first process."""
-        return (*CAPABILITIES, NETWORK_CAPABILITY) if self.net_folder else CAPABILITIES
+        return (*CAPABILITIES, NETWORK_CAPABILITY) if self.network else CAPABILITIES
 
     @property
     def memory_bytes(self) -> int:
@@ -55,7 +54,7 @@ class ContainerSpec(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def tasks(self) -> int:
         """The limit on processes and threads."""
-        return self.needs.tasks + AGENT_TASKS + bool(self.net_folder)
+        return self.needs.tasks + AGENT_TASKS + self.network
 
     def tmpfs(self) -> dict[str, str]:
         """Return the mount options of the folders in memory, by path."""
@@ -87,7 +86,7 @@ def create_argv(spec: ContainerSpec) -> Iterator[str]:
     yield from ("--ipc", "private", "--cgroupns", "private", "--hostname", "x07", "--log-driver", "none")
     yield from ("--ulimit", f"nofile={needs.fds + _AGENT_FDS}:{needs.fds + _AGENT_FDS}", "--ulimit", "core=-1:-1")
     yield from ("--restart", "no", "--workdir", "/", "--no-healthcheck")
-    if spec.net_folder:  # the relay listens on ports below 1024 without a capability; docker's default
+    if spec.network:  # the relay listens on ports below 1024 without a capability; docker's default
         yield from ("--sysctl", "net.ipv4.ip_unprivileged_port_start=0")
     if podman:
         yield from ("--read-only-tmpfs=false", "--no-hosts", "--http-proxy=false", "--uts", "private")
@@ -99,12 +98,11 @@ def create_argv(spec: ContainerSpec) -> Iterator[str]:
         yield from ("--label", f"{label}={value}")
         if podman:
             yield from ("--annotation", f"{label}={value}")
-    yield from (spec.image, "container", *(["network"] if spec.net_folder else []), spec.mark)
+    yield from (spec.image, "container", *(["network"] if spec.network else []), spec.mark)
 
 
 def _binds(spec: ContainerSpec) -> dict[str, str]:
-    binds = {spec.resolv_conf: "/etc/resolv.conf"}
-    return binds | ({spec.net_folder: _NET_PLACE} if spec.net_folder else {})
+    return {spec.resolv_conf: "/etc/resolv.conf"}
 
 
 def differences(spec: ContainerSpec, made: Mapping[str, Any]) -> list[str]:

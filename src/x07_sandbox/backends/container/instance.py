@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -15,7 +13,6 @@ from x07_sandbox.backends.container import reaper
 from x07_sandbox.backends.container.create import ContainerSpec, create_argv, differences
 from x07_sandbox.backends.engines import container_id
 from x07_sandbox.backends.jailed import RunningAgent, error_stream, socket_ends
-from x07_sandbox.backends.lease import socket_address
 from x07_sandbox.channel.egress import RESOLV_CONF
 from x07_sandbox.errors import BackendError, HostError, UsageError
 from x07_sandbox.host import settings
@@ -23,7 +20,6 @@ from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.close_on_fork import FdGroup
 from x07_sandbox.host.linux import boot_ms, open_pidfd
 from x07_sandbox.host.paths import read_bounded
-from x07_sandbox.host.poll import wait_readable
 from x07_sandbox.host.processes import identify, own_identity
 from x07_sandbox.jobs.launcher import Launch, launch
 from x07_sandbox.jobs.record import create_record, drop_unstarted, mark_done, write_owner
@@ -41,7 +37,6 @@ if TYPE_CHECKING:
 _GONE_S: Final = 20.0
 _EXIT_S: Final = 10.0
 _LOOK_AGAIN_S: Final = 0.05
-_NET: Final = "net"
 _RESOLV_CONF: Final = "resolv.conf"
 _ENGINE: Final = "engine"
 _ENGINE_MAX: Final = 8192
@@ -113,7 +108,7 @@ def started(engine: Engine, job: Job, image: OpenImage) -> Iterator[ContainerIns
         stack.callback(os.close, runner_w)
         instance = reaper_process = None
         try:
-            files = _Files(engine, record, network=job.kind.network, stack=stack)
+            files = _Files(engine, record, network=job.kind.network)
             spec = _spec(engine, job, record, image, files)
             reaper_process = _start_reaper(engine, record, job.claim.deadline_s, runner_r)
             container = _created(engine, spec)
@@ -130,8 +125,6 @@ def started(engine: Engine, job: Job, image: OpenImage) -> Iterator[ContainerIns
             found = {"client": identify(instance.client.pid), "reaper": identify(reaper_process.pid)}
             processes = {name: identity for name, identity in found.items() if identity is not None}
             write_owner(record, runner=own_identity(), processes=processes, cgroups=())
-            if files.listener is not None:
-                instance.net_fd = files.accepted(instance, stack)
             yield instance
         finally:
             gone = remove(engine, container_name(record)) if instance is None else instance.stop()
@@ -148,55 +141,24 @@ def started(engine: Engine, job: Job, image: OpenImage) -> Iterator[ContainerIns
 
 
 class _Files:
-    """The container's files in the folder of the job's record: the gate's socket, and /etc/resolv.conf."""
+    """The container's files in the folder of the job's record."""
 
-    def __init__(self, engine: Engine, record: JobRecord, *, network: bool, stack: contextlib.ExitStack) -> None:
+    def __init__(self, engine: Engine, record: JobRecord, *, network: bool) -> None:
         self.resolv_conf = record.folder / _RESOLV_CONF
-        self.net = record.folder / _NET
-        self.listener: socket.socket | None = None
         try:
             (record.folder / _ENGINE).write_text(engine.place, encoding="utf-8")
             self.resolv_conf.write_text(RESOLV_CONF if network else "", encoding="ascii")
             self.resolv_conf.chmod(0o644)
-            if network:
-                self.net.mkdir(mode=0o755)
-                self.net.chmod(0o755)
-                self.listener = stack.enter_context(self._listening())
         except OSError as exc:
             why = f"{exc.strerror} ({exc.filename})"
             raise HostError("cannot make the job's files", why, "Free disk space") from exc
 
-    def _listening(self) -> socket.socket:
-        listener = socket.socket(socket.AF_UNIX)
-        with socket_address(self.net, "relay") as address:
-            listener.bind(address)
-        (self.net / "relay").chmod(0o666)
-        listener.listen(1)
-        return listener
-
-    def accepted(self, instance: ContainerInstance, stack: contextlib.ExitStack) -> int:
-        """Accept the agent's connection and close the socket. Raises BackendError."""
-        assert self.listener is not None  # noqa: S101 - for the type checker
-        deadline = Deadline.after(settings.BOOT_S)
-        while not wait_readable(self.listener.fileno(), 0.05):
-            if instance.exit_status() is not None or deadline.passed():
-                said = " ".join(instance.console_tail().split())[-300:]
-                raise BackendError("the container did not start", said or "its agent did not connect", "Run x07 doctor")
-        sock, _ = self.listener.accept()
-        self.listener.close()
-        (self.net / "relay").unlink()
-        fd = sock.detach()
-        stack.callback(os.close, fd)
-        os.set_blocking(fd, False)
-        return fd
-
 
 def remove_files(folder: Path) -> bool:
-    """Remove the container's files and return whether they are gone."""
-    shutil.rmtree(folder / _NET, ignore_errors=True)
+    """Remove the container's files. Return True. Raises OSError."""
     for name in (_RESOLV_CONF, _ENGINE):
         (folder / name).unlink(missing_ok=True)
-    return not os.path.lexists(folder / _NET)
+    return True
 
 
 def recorded_engine(folder: Path) -> str:
@@ -217,7 +179,7 @@ def _spec(engine: Engine, job: Job, record: JobRecord, image: OpenImage, files: 
         labels=record.labels(),
         needs=job.needs,
         resolv_conf=str(files.resolv_conf),
-        net_folder=str(files.net) if job.kind.network else "",
+        network=job.kind.network,
     )
     for path in (spec.resolv_conf, *spec.tmpfs()):
         if "," in path or ":" in path:

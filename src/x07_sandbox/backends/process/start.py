@@ -43,7 +43,6 @@ class _Ends:
         self.given = FdGroup()
         stack.callback(self.given.close)
         self.channel_fd, self.far_fd = socket_ends(stack, self.given)
-        self.net_fd, self.far_net_fd = socket_ends(stack, self.given)
         self.errors, self.stderr_fd = error_stream(stack, self.given)
 
 
@@ -51,12 +50,12 @@ class ProcessInstance(RunningAgent, Jailed):
     """An agent on this host. `start_confined` and `start_unconfined` start and end it."""
 
     notes: tuple[str, ...] = ()
+    net_fd: int | None = None
     greeting: Greeting
 
     def __init__(self, start: Start, ends: _Ends, child: subprocess.Popen[bytes], inner: Identity) -> None:
         super().__init__(start, child, inner)
         self.channel_fd = ends.channel_fd
-        self.net_fd: int | None = ends.net_fd
         self.shown = (ends.errors,)
 
 
@@ -85,7 +84,6 @@ def start_confined(record: JobRecord, deadline_s: int, controllers: tuple[str, .
             agent_fd=given.add(os.open(code, os.O_RDONLY | os.O_CLOEXEC)),
             file_fds={path: given.add(memory_file(content)) for path, content in FILES.items()},
             channel_fd=ends.far_fd,
-            net_fd=ends.far_net_fd,
             # The files are in memory: they may take at most half of this host's.
             scratch_bytes=min(settings.SCRATCH_BYTES, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2),
             groups=groups.places,
@@ -99,7 +97,7 @@ def start_confined(record: JobRecord, deadline_s: int, controllers: tuple[str, .
             keep_fd=lock_fd,
             uid=uid,
         )
-        passed = [sandbox.agent_fd, *sandbox.file_fds.values(), ends.far_fd, ends.far_net_fd]
+        passed = [sandbox.agent_fd, *sandbox.file_fds.values(), ends.far_fd]
         passed += [] if lock_fd is None else [lock_fd]
         jail = f"user namespaces, {'a uid of its own' if uid is not None else 'the user'}; {groups.describe()}"
         start = Start(record, jail, given, _CONFINED_DEPTH, groups.remove, groups.names(), groups.add)

@@ -56,7 +56,6 @@ class Sandbox(msgspec.Struct, frozen=True, kw_only=True):
     agent_fd: int
     file_fds: dict[str, int]
     channel_fd: int
-    net_fd: int
     scratch_bytes: int
     groups: dict[str, Path]
     lock_fd: int | None = None
@@ -93,7 +92,7 @@ def sandbox_argv(sandbox: Sandbox) -> list[str]:
         argv += ["--bind", str(folder), f"{GROUP}/{name}".rstrip("/")]
     if sandbox.lock_fd is not None:
         argv += ["--sync-fd", str(sandbox.lock_fd)]
-    words = agent_argv(AGENT, "os", str(sandbox.channel_fd), str(sandbox.net_fd), sandbox.mark)
+    words = agent_argv(AGENT, "os", str(sandbox.channel_fd), sandbox.mark)
     return [*argv, "--chdir", "/", "--", *words]
 
 
