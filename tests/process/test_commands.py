@@ -38,12 +38,13 @@ from x07_sandbox.channel.messages import (
 )
 from x07_sandbox.channel.streams import Event, Role
 from x07_sandbox.channel.trees import Entry, Kind, Reader, segment
+from x07_sandbox.host.linux import children_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from tests.process.conftest import Backend
-    from x07_sandbox.backends.process.backend import OsBackend
+    from x07_sandbox.backends.process.backend import NoneBackend, OsBackend
     from x07_sandbox.backends.process.start import ProcessInstance
 
 pytestmark = pytest.mark.timeout(120)
@@ -523,3 +524,19 @@ def test_signals_reach_the_command_alone(sandbox: Sandbox) -> None:
     sandbox.wait_for(command, "ready")
     sandbox.stop(command, signal.SIGTERM)
     assert (sandbox.code(command), sandbox.text(command)) == (5, "ready\nheard\n")
+
+
+def test_the_end_of_an_unused_process_ends_nothing(unconfined: NoneBackend) -> None:
+    """If the first command does not take the process that waits, commands survive the end of that process."""
+    with started(unconfined) as instance:
+        sandbox = Sandbox(instance)
+        files = Files(sandbox)
+        assert files.ask("stat", "/").errno == 0
+        agent = instance.inner.pid
+        (init,) = children_of(agent)
+        waiting = children_of(init)[0]
+        os.kill(waiting, signal.SIGKILL)
+        while Path(f"/proc/{waiting}").exists():
+            time.sleep(0.01)  # another process's child has no event
+        assert files.ask("stat", "/").errno == 0
+        assert sandbox.code(sandbox.sh("exit 3")) == 3
