@@ -244,7 +244,7 @@ def test_closing_ends_the_commands_that_run(sandbox: Sandbox) -> None:
     """Closing a session ends its commands, and what earlier ones left, before anything is sent."""
     mark = f"left-{os.getpid()}"
     assert sandbox.code(sandbox.sh(f"sh -c 'sleep 1000; : {mark}' & exit 0")) == 0
-    running = sandbox.sh("echo up; sleep 1000")
+    running = sandbox.sh("echo up; sleep 1000; :")
     sandbox.wait_for(running, "up")
     sandbox.close()
     ended = sandbox.ended[running]
