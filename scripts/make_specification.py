@@ -141,6 +141,7 @@ PAGES = (
         "A denial has a type and a count, and names the line of the policy and the flag that would allow it.",
         (
             *(
+                "unit/codes",
                 "unit/failure_reports",
                 "unit/guest_audit",
                 "unit/plan_hints",

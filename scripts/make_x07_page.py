@@ -10,7 +10,7 @@ from pathlib import Path
 
 from scripts.pages import filled
 from x07_sandbox.backends.registry import BY_NAME
-from x07_sandbox.cli import os_runner_options
+from x07_sandbox.cli import os_runner
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "reference" / "x07.md"
 
@@ -29,7 +29,7 @@ def backends_table() -> str:
 
 
 TABLES = {
-    "flags": os_runner_options.describe,
+    "flags": os_runner.describe,
     "backends": backends_table,
 }
 

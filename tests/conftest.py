@@ -148,8 +148,11 @@ def overwrite(path: Path, data: bytes | None = None) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Start slow files first, so that the last ones are short and no worker idles."""
+    """Start slow files first, so that the last ones are short and no worker idles; skip what only full runs do."""
     items.sort(key=lambda item: "/unit/" in item.nodeid)
+    for item in items:
+        if not FULL and (mark := item.get_closest_marker("full")):
+            item.add_marker(pytest.mark.skip(f"full sizes only: {mark.args[0]}"))
 
 
 @pytest.fixture(scope="session", name="need")

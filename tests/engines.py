@@ -14,8 +14,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from x07_sandbox.backends.engine_images import load
-from x07_sandbox.backends.engines import engine
+from x07_sandbox.backends.engines import engine, load
 from x07_sandbox.images.build import build_image
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import json
 from functools import cache
 from typing import Any
 
-import jsonschema
+from jsonschema import Draft202012Validator
 
 from x07_sandbox.reports.schemas import schemas
 
@@ -18,8 +18,13 @@ def published() -> dict[str, dict[str, Any]]:
     return {schema["title"]: schema for schema in made}
 
 
+@cache
+def _validator(version: str) -> Draft202012Validator:
+    return Draft202012Validator(published()[version])
+
+
 def document(data: bytes | str) -> dict[str, Any]:
     """Return the one JSON object in *data*, checked against the published schema of its version."""
     found: dict[str, Any] = json.loads(data)
-    jsonschema.validate(found, published()[found["schema_version"]])
+    _validator(found["schema_version"]).validate(found)
     return found

@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.conftest import FULL, need
+from tests.conftest import need
 from tests.engines import REFERENCE
 from tests.vm.jail_helpers import temporary_user
 from x07_sandbox import exec_command
 from x07_sandbox.backends.container import reaper
 from x07_sandbox.backends.container.create import engine_gaps
-from x07_sandbox.backends.engine_images import load
 from x07_sandbox.backends.engines import engine as the_engine
+from x07_sandbox.backends.engines import load
 from x07_sandbox.images.store import find_image
 from x07_sandbox.jobs.stopping import live_records
 from x07_sandbox.policy.default import default_policy
@@ -57,7 +57,11 @@ print(json.dumps(shown))
 """
 
 
-@pytest.fixture(params=["podman", "docker"])
+DOCKER = pytest.param("docker", marks=pytest.mark.full("podman runs the same code"))
+BOTH = pytest.mark.parametrize("engine", ["podman", "docker"], indirect=True)
+
+
+@pytest.fixture(params=["podman", DOCKER])
 def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, state: Path) -> EngineUnderTest:  # noqa: ARG001 - records of its own
     """Each engine, with its own state folder."""
     found: EngineUnderTest = request.getfixturevalue(request.param)
@@ -86,6 +90,7 @@ def result_of(engine: EngineUnderTest, tmp_path: Path, source: str, *words: str)
     return found
 
 
+@BOTH
 def test_the_program_has_no_rights_of_the_agent(engine: EngineUnderTest, tmp_path: Path) -> None:
     """The program can gain no capability, is the OOM killer's first victim, and cannot reach the agent or its files."""
     result = result_of(engine, tmp_path, LOOK)
@@ -179,6 +184,7 @@ def job_of(folder: Path) -> str:
     return (folder / "job.json").read_text(encoding="utf-8")
 
 
+@BOTH
 def test_a_container_ends_with_its_runner(engine: EngineUnderTest, tmp_path: Path) -> None:
     """A killed runner's container is removed at once, without a sweep, and its record says so."""
     with waiting_run(engine, tmp_path) as (runner, record):
@@ -387,10 +393,9 @@ def test_the_script_builds_and_loads_the_image(podman: EngineUnderTest, tmp_path
     assert subprocess.run([script, "--nothing"], env=env, capture_output=True, check=False).returncode == 2
 
 
+@pytest.mark.full("tests/vm/test_smoke_gate.py passes the gate, tests/contract the behaviours")
 def test_the_smoke_gate_passes_on_an_engine(engine: EngineUnderTest, tmp_path: Path) -> None:
     """scripts/ci/check_vm_sandbox_smoke.sh passes on a container engine whose weaker isolation is accepted."""
-    if engine.name == "docker" and not FULL:
-        pytest.skip("full sizes only: podman passes the same gate")
     gate = Path(__file__).parents[2] / "scripts" / "ci" / "check_vm_sandbox_smoke.sh"
     env = {**os.environ, **engine.env, "X07_VM_BACKEND": engine.name, "TMPDIR": str(tmp_path)}
     env["PATH"] = f"{Path(X07).parent}:{env['PATH']}"

@@ -22,7 +22,7 @@ from ipaddress import IPv4Address
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 from x07_sandbox.network.first_bytes import HELD_MAX, Inspector
-from x07_sandbox.network.inspection_error import InspectionError
+from x07_sandbox.network.protocols import InspectionError
 
 if TYPE_CHECKING:
     from x07_sandbox.network.first_bytes import Mode

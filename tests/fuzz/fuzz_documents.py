@@ -18,8 +18,7 @@ from x07_sandbox.programs.manifest import decode_manifest
 from x07_sandbox.reports.document import render_json
 from x07_sandbox.runs.result import EMPTY_OUTPUT, BuildOutput, Changes, Digests, Output, Result
 from x07_sandbox.x07.project import decode_project
-from x07_sandbox.x07.report import x07_report
-from x07_sandbox.x07.runner_report import Built
+from x07_sandbox.x07.runner_report import Built, x07_report
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -79,6 +78,7 @@ def result(said: bytes, stdout: bytes, stderr: bytes, code: int = 0) -> Result:
         run="1-2-3",
         outcome="failed" if code else "ok",
         fault="none",
+        reason_code="exited",
         reason="",
         x07_exit_code=code,
         exit_code=code,

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from tests.fuzz.fuzz_client_hello import ADDRESS, NAME, check_sticky, denied, pieces
 from x07_sandbox.network.first_bytes import HELD_MAX, Inspector
-from x07_sandbox.network.inspection_error import InspectionError
+from x07_sandbox.network.protocols import InspectionError
 
 if TYPE_CHECKING:
     from x07_sandbox.network.names import Host

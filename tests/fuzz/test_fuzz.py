@@ -44,7 +44,7 @@ TARGETS: Final = {
     "patch": fuzz_patch.one_input,
     "unpack": fuzz_unpack.one_input,
 }
-RUNS: Final = 200_000 if FULL else 5_000
+RUNS: Final = 200_000 if FULL else 2_000
 # Each input makes and reads several policies: this many take as long as the inputs of the others.
 RUNS_OBSERVED: Final = RUNS // 8
 

@@ -129,7 +129,11 @@ def test_os_reaches_listed_hosts_too(run: Run) -> None:
 
 
 @pytest.mark.user
-@pytest.mark.parametrize("flags", [(), OS], ids=["qemu", "os"])
+@pytest.mark.parametrize(
+    "flags",
+    [pytest.param((), marks=pytest.mark.full("as in test_as_user.py")), OS],
+    ids=["qemu", "os"],
+)
 def test_an_ordinary_user_reaches_listed_hosts(run: Run, ordinary: Account, flags: tuple[str, ...]) -> None:
     """An ordinary user's runs reach listed hosts and no others, as root's do."""
     program = ordinary.folder / "connect.py"
@@ -186,7 +190,7 @@ with socket.create_server(("127.0.0.1", 8600)) as server:
     assert run.lab.contacts(mark) == []
 
 
-@pytest.mark.parametrize("flags", [(), OS], ids=["qemu", "os"])
+@pytest.mark.parametrize("flags", [(), pytest.param(OS, marks=pytest.mark.full("the same gate"))], ids=["qemu", "os"])
 def test_ipv6_addresses_are_listed_and_reached(run: Run, flags: tuple[str, ...]) -> None:
     """A program reaches a listed IPv6 address or an IPv6-only name at its port, and nothing else by IPv6."""
     if not run.lab.ipv6:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.command import x07
 from tests.conftest import need
 from tests.hostile_folder import BIN, HostileFolder
 from x07_sandbox.backends.process.agentcode import agent_code
@@ -22,11 +23,9 @@ pytestmark = pytest.mark.user
 
 
 def run(backend: str, *words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Run `x07` and return its end."""
-    flags = ["--sandbox-backend", backend, "--i-accept-weaker-isolation"]
-    return subprocess.run(
-        [*COMMAND, *flags, *words], cwd=cwd, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
-    )
+    """Carry out `x07 run` and return its end."""
+    done = x07(cwd, "run", "--sandbox-backend", backend, "--i-accept-weaker-isolation", *words)
+    return subprocess.CompletedProcess(words, done.code, done.out.decode(), done.err)
 
 
 @pytest.fixture

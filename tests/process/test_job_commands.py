@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.command import x07 as command
 from tests.published import document
 from tests.unit.test_stop_rules import GONE, edit, recorded
 from x07_sandbox.jobs.record import mark_done, mark_reaped
@@ -30,8 +31,9 @@ WAIT_S = 60
 
 
 def x07(*words: str) -> subprocess.CompletedProcess[bytes]:
-    """Run one command to its end."""
-    return subprocess.run([*X07, *words], stdin=subprocess.DEVNULL, capture_output=True, check=False, timeout=WAIT_S)
+    """Carry out one command."""
+    done = command(Path.cwd(), *words)
+    return subprocess.CompletedProcess(words, done.code, done.out, done.err.encode())
 
 
 def found(*words: str) -> dict[str, Any]:

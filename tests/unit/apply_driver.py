@@ -32,7 +32,8 @@ CHANGING = {
     *("ftruncate", "fsync", "setxattr"),
 }
 # How many calls further the next try is made where each costs most.
-STRIDE = 1 if os.environ.get("X07_TEST_FULL") == "1" else 4
+STRIDE = 1 if os.environ.get("X07_TEST_FULL") == "1" else 5
+"""Of the calls at which something can go wrong, every so many are tried; the tests of a full run try all."""
 KILLED, FINE, CONFLICT, REFUSED = -signal.SIGKILL, 0, 3, 4
 
 
@@ -146,18 +147,18 @@ def killed_on_fuse(base: Path) -> None:
         case = Case(base)
         case.root = base / "shown" / "root"
         case.changes, case.data = difference(case.root, OLD, NEW)
-        killed(base, case, STRIDE)
+        killed(base, case)
     finally:
         subprocess.run(["/usr/bin/umount", base / "shown"], check=True)
 
 
-def killed(base: Path, given: Case | None = None, stride: int = 1) -> None:
-    """Kill the process at every *stride*-th call, and its recovery at random calls."""
+def killed(base: Path, given: Case | None = None) -> None:
+    """Kill the process at every STRIDE-th call, and its recovery at random calls."""
     case = given or Case(base)
     results: list[str] = []
     dice = random.Random(7)  # noqa: S311 - nothing secret
     while True:
-        number = stride * len(results) + 1
+        number = STRIDE * len(results) + 1
         case.begin()
         code = in_child(case.apply, partial(at_call, number, die))
         if code != KILLED:
@@ -183,16 +184,17 @@ def recovery_killed(base: Path) -> None:
     case = Case(base)
     case.begin()
     in_child(case.apply, partial(at_call, 10_000, die))
-    for wanted in ("journal", "committed"):
-        number, calls = 0, 0
-        for number in range(1, 1000):
+    number = 1
+    for wanted, stride in (("journal", STRIDE), ("committed", 1)):
+        calls = 1 - STRIDE
+        for number in range(number, 1000, stride):  # noqa: B020 - where the last one ended
             case.begin()
             in_child(case.apply, partial(at_call, number, die))
             if (case.folder / wanted).exists():
                 break
         number += 30 if wanted == "journal" else 3
         while True:
-            calls += 1
+            calls += STRIDE
             case.begin()
             in_child(case.apply, partial(at_call, number, die))
             if not (case.folder / wanted).exists():

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from typing import TYPE_CHECKING, Any
 
+from tests.command import x07
 from tests.published import document
 
 if TYPE_CHECKING:
@@ -14,9 +13,8 @@ if TYPE_CHECKING:
 
 def policy(where: Path, *words: str) -> tuple[int, str, str]:
     """Return exit code, standard output and standard error of `x07 policy`, started in *where*."""
-    argv = [sys.executable, "-m", "x07_sandbox.cli.main", "policy", *words]
-    done = subprocess.run(argv, cwd=where, stdin=subprocess.DEVNULL, capture_output=True, check=False, timeout=60)
-    return done.returncode, done.stdout.decode(), done.stderr.decode()
+    done = x07(where, "policy", *words)
+    return done.code, done.out.decode(), done.err
 
 
 def as_json(where: Path, *words: str) -> tuple[int, dict[str, Any]]:

@@ -11,8 +11,7 @@ from msgspec.structs import replace
 
 from x07_sandbox.backends.base import Needs, RootPlace
 from x07_sandbox.backends.container.create import ContainerSpec, create_argv, differences, engine_gaps
-from x07_sandbox.backends.engine_images import DEFAULT_REFERENCE, check_reference
-from x07_sandbox.backends.engines import Answer, container_id, engine
+from x07_sandbox.backends.engines import DEFAULT_REFERENCE, Answer, check_reference, container_id, engine
 from x07_sandbox.errors import HostError, UsageError
 from x07_sandbox.host.version import __version__
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from scripts.make_specification import PAGES, TARGET, render
-from x07_sandbox.backends.qemu.backend import SLOWDOWN
+from x07_sandbox.backends.base import SLOWDOWN
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -6,13 +6,13 @@ import argparse
 import json
 import os
 import signal
-import subprocess
-import sys
 from typing import TYPE_CHECKING
 
 import jsonschema
 import pytest
 
+from tests.command import Done
+from tests.command import x07 as command
 from tests.published import document
 from x07_sandbox.cli import json_output, main
 from x07_sandbox.errors import Cancelled, UsageError
@@ -23,14 +23,13 @@ from x07_sandbox.reports.schemas import schemas
 if TYPE_CHECKING:
     from pathlib import Path
 
+PLACES = ("STATE", "CACHE")
 SCHEMA = json.loads(schemas()["failure.schema.json"])
 
 
-def x07(where: Path, *words: str, places: str = ".") -> subprocess.CompletedProcess[bytes]:
-    """Run a command in *where*, with state and cache below *places*."""
-    folders = {f"X07_VM_{name}_DIR": str(where / places / name.lower()) for name in ("STATE", "CACHE")}
-    argv = [sys.executable, "-m", "x07_sandbox.cli.main", *words]
-    return subprocess.run(argv, cwd=where, env=os.environ | folders, capture_output=True, check=False, timeout=60)
+def x07(where: Path, *words: str, places: str = ".") -> Done:
+    """Carry out a command in *where*, with state and cache below *places*."""
+    return command(where, *words, env={f"X07_VM_{name}_DIR": str(where / places / name.lower()) for name in PLACES})
 
 
 @pytest.mark.parametrize(
@@ -50,9 +49,9 @@ def test_an_error_is_one_json_object(tmp_path: Path, words: list[str], code: int
     (tmp_path / "link").symlink_to("elsewhere")
     (tmp_path / os.fsdecode(b"a\xff")).write_bytes(b"")
     done = x07(tmp_path, *words, "--json", places="link")
-    assert done.returncode == code
-    assert done.stderr == b""
-    found = json.loads(done.stdout)
+    assert done.code == code
+    assert done.err == ""
+    found = json.loads(done.out)
     jsonschema.validate(found, SCHEMA)
     assert why in found["error"]["why"]
     assert found["error"]["fix"]
@@ -62,7 +61,7 @@ def test_an_error_is_one_json_object(tmp_path: Path, words: list[str], code: int
 def test_pool_commands_report_a_missing_pool(tmp_path: Path, action: str) -> None:
     """`x07 pool status` and `stop` report as JSON that no pool runs."""
     done = x07(tmp_path, "pool", action, "--json")
-    assert document(done.stdout) == {"schema_version": "x07.sandbox.pool@0.1.0", "pool": None}
+    assert document(done.out) == {"schema_version": "x07.sandbox.pool@0.1.0", "pool": None}
 
 
 @pytest.mark.parametrize(
@@ -101,7 +100,7 @@ def test_pool_commands_report_a_missing_pool(tmp_path: Path, action: str) -> Non
 def test_every_verb_prints_its_published_document(tmp_path: Path, words: list[str], name: str) -> None:
     """With --json every verb prints one document that matches its published schema."""
     done = x07(tmp_path, *words)
-    assert document(done.stdout)["schema_version"] == name
+    assert document(done.out)["schema_version"] == name
     assert (tmp_path / "p.json").exists() is any("p.json" in word for word in words)
 
 
@@ -170,9 +169,9 @@ def test_report_out_writes_every_document(
     (tmp_path / "bad.json").write_text("{}")
     flags = ["--quiet-json", "--report-out", "r"]
     done = x07(tmp_path, *([*flags, *words] if place == "before" else [*words, *flags]))
-    assert done.returncode == code, done.stderr
-    assert (done.stdout == b"") is silent
-    assert done.stderr or code < 2
+    assert done.code == code, done.err
+    assert (done.out == b"") is silent
+    assert done.err or code < 2
     report = (tmp_path / "r").read_bytes()
     if words != ["policy", "schema"]:
         found = document(report)
@@ -193,7 +192,7 @@ def test_a_report_that_cannot_be_written_stops_the_verb(tmp_path: Path, words: l
     """An unusable --report-out file is a usage error before anything is done."""
     (tmp_path / "p.json").write_text("{}")
     done = x07(tmp_path, *words)
-    assert (done.returncode, done.stdout, why in done.stderr.decode()) == (2, b"", True), done.stderr
+    assert (done.code, done.out, why in done.err) == (2, b"", True), done.err
     assert [path.name for path in tmp_path.iterdir()] == ["p.json"]
     assert (tmp_path / "p.json").read_text() == "{}"
 
@@ -218,15 +217,15 @@ def test_errors_of_the_pool_process_keep_their_exit_code(tmp_path: Path) -> None
     """Errors of the pool's own process keep their exit code."""
     for name, code, why in (("a b", 2, "' ' is not allowed in a name"), ("nothing", 125, "")):
         done = x07(tmp_path, "pool", "start", "--json", "--image", name)
-        assert done.returncode == code
-        assert why in document(done.stdout)["error"]["why"]
+        assert done.code == code
+        assert why in document(done.out)["error"]["why"]
 
 
 def test_quiet_json_still_prints_errors(tmp_path: Path) -> None:
     """With --quiet-json errors are still printed to standard error."""
     done = x07(tmp_path, "run", "--json", "--quiet-json", "--report-out", "r", "a.py")
-    assert (done.returncode, done.stdout) == (2, b"")
-    assert document((tmp_path / "r").read_bytes())["reason"] in done.stderr.decode()
+    assert (done.code, done.out) == (2, b"")
+    assert document((tmp_path / "r").read_bytes())["reason"] in done.err
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 143)])

@@ -13,8 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from x07_sandbox.errors import Cancelled, UsageError
-from x07_sandbox.files.pack import FILES_MAX, pack_files, pack_tree
-from x07_sandbox.files.patterns import ENTRIES_MAX
+from x07_sandbox.files.pack import ENTRIES_MAX, FILES_MAX, pack_files, pack_tree
 from x07_sandbox.guest.unpack import unpack
 from x07_sandbox.host import settings
 from x07_sandbox.host.cancel import Cancel

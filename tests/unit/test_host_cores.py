@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from x07_sandbox.host.cores import cores
+from x07_sandbox.host.memory import cores
 
 if TYPE_CHECKING:
     from pathlib import Path

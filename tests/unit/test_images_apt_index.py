@@ -8,7 +8,7 @@ import pytest
 
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host.arch import host_arch
-from x07_sandbox.images import apt_index, sources
+from x07_sandbox.images import sources
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -20,37 +20,39 @@ KNOWN = ("python3-numpy", "python3-numpydoc", "python3-sunpy", "nodejs", "libfoo
 
 def test_near_names_are_found() -> None:
     """A mistyped package name, or a Python project's name, suggests the Debian package."""
-    assert apt_index.near_names("numpy", KNOWN)[0] == "python3-numpy"
-    assert apt_index.near_names("nodejss", KNOWN) == ["nodejs"]
-    assert apt_index.near_names("foo", KNOWN) == ["libfoo-dev"]
-    assert apt_index.near_names("qqqqqqqq", KNOWN) == []
-    assert apt_index.near_projects("Nunpy", KNOWN)[0] == "numpy"
+    assert sources.near_names("numpy", KNOWN)[0] == "python3-numpy"
+    assert sources.near_names("nodejss", KNOWN) == ["nodejs"]
+    assert sources.near_names("foo", KNOWN) == ["libfoo-dev"]
+    assert sources.near_names("qqqqqqqq", KNOWN) == []
+    assert sources.near_projects("Nunpy", KNOWN)[0] == "numpy"
 
 
-@pytest.fixture
-def lists(tmp_path: Path, need: Need) -> Path:
+@pytest.fixture(scope="module")
+def lists(tmp_path_factory: pytest.TempPathFactory, need: Need) -> Path:
     """The sources file of an image whose package lists this host has."""
-    file = apt_index.write_sources(tmp_path, sources.release_codename(), host_arch().deb, lambda _note: None)
-    need(bool(apt_index.package_names(file)), "package lists of this host (apt-get update)", installable=False)
+    file = sources.write_sources(
+        tmp_path_factory.mktemp("lists"), sources.release_codename(), host_arch().deb, lambda _note: None
+    )
+    need(bool(sources.package_names(file)), "package lists of this host (apt-get update)", installable=False)
     return file
 
 
 def test_an_unknown_package_is_named_at_once(lists: Path) -> None:
     """An unknown package is refused before the build, with a suggestion."""
     with pytest.raises(UsageError, match="no package with this name") as caught:
-        apt_index.check_known(lists, ["zip", "numpy"], "trixie")
+        sources.check_known(lists, ["zip", "numpy"], "trixie")
     assert "python3-numpy" in caught.value.fix
     assert "--pip numpy" in caught.value.fix
 
 
 def test_known_and_virtual_packages_are_accepted(lists: Path) -> None:
     """Known and virtual packages are accepted."""
-    apt_index.check_known(lists, ["zip", "awk"], "trixie")
+    sources.check_known(lists, ["zip", "awk"], "trixie")
 
 
 def test_the_versions_of_a_new_image_are_known(lists: Path) -> None:
     """The Python version of a new image is known before the build."""
-    found = apt_index.versions(lists, ("python3", "libc6", "no-such-package"))
+    found = sources.versions(lists, ("python3", "libc6", "no-such-package"))
     assert sorted(found) == ["libc6", "python3"]
     assert found["python3"].startswith("3.")
 
@@ -59,5 +61,5 @@ def test_a_host_without_lists_refuses_nothing(tmp_path: Path) -> None:
     """A host without package lists leaves the check to the build."""
     file = tmp_path / "build.sources"
     file.write_text("Types: deb\nURIs: http://x.invalid/debian\nSuites: sid\nComponents: main\n")
-    apt_index.check_known(file, ["no-such-package"], "sid")
-    assert apt_index.versions(file, ["python3"]) == {}
+    sources.check_known(file, ["no-such-package"], "sid")
+    assert sources.versions(file, ["python3"]) == {}

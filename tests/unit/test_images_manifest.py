@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from x07_sandbox.errors import ImageError
 from x07_sandbox.images import manifest
+from x07_sandbox.policy.default import canonical_json
 
 HEX = "0123456789abcdef" * 4
 
@@ -49,7 +50,7 @@ def _resealed(**changes: Any) -> bytes:  # noqa: ANN401 - any JSON value
     """The manifest as JSON with changed fields and a matching digest."""
     fields = json.loads(manifest.encode(MANIFEST)) | changes
     del fields["digest"]
-    fields["digest"] = "sha256:" + hashlib.sha256(manifest.canonical(fields)).hexdigest()
+    fields["digest"] = "sha256:" + hashlib.sha256(canonical_json(fields)).hexdigest()
     return json.dumps(fields).encode()
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from x07_sandbox.errors import HostError, ImageError, UsageError
-from x07_sandbox.images import pip, wheels
+from x07_sandbox.images import pip
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -40,7 +40,7 @@ def _digest(data: bytes) -> str:
 
 def _unpack(folder: Path, *made: Path) -> Path:
     root = folder / "root"
-    unpacker = wheels.Unpacker(root, "3.13")
+    unpacker = pip.Unpacker(root, "3.13")
     for wheel in made:
         unpacker.unpack(wheel)
     return root
@@ -180,7 +180,7 @@ def test_an_invalid_wheel_is_refused(tmp_path: Path) -> None:
 
 def test_the_unpacked_size_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The unpacked size of all wheels is bounded."""
-    monkeypatch.setattr(wheels, "MAX_BYTES", 100_000)
+    monkeypatch.setattr(pip, "MAX_BYTES", 100_000)
     with pytest.raises(ImageError, match="in total"):
         _unpack(tmp_path, _wheel(tmp_path, {"tiny.py": bytes(200_000)}))
 
@@ -199,7 +199,7 @@ def test_the_layer_of_an_image_depends_on_the_wheels_alone(tmp_path: Path) -> No
     root = _unpack(tmp_path, made)
     tars = [tmp_path / "one.tar", tmp_path / "two.tar"]
     for tar in tars:
-        wheels.pack(root, tar)
+        pip.pack(root, tar)
         for path in root.rglob("*.py"):
             path.touch()
     assert tars[0].read_bytes() == tars[1].read_bytes()

@@ -6,8 +6,6 @@ import json
 import os
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.command import x07
 from x07_sandbox.errors import UsageError
 from x07_sandbox.files.pack import pack_tree
 from x07_sandbox.policy.templates import TEMPLATES
@@ -26,13 +25,6 @@ if TYPE_CHECKING:
     from x07_sandbox.programs.toolchains import Toolchain
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def x07(where: Path, *words: str) -> tuple[int, bytes, str]:
-    """Exit code, standard output and standard error of a command started in *where*."""
-    argv = [sys.executable, "-m", "x07_sandbox.cli.main", *words]
-    done = subprocess.run(argv, cwd=where, stdin=subprocess.DEVNULL, capture_output=True, check=False)
-    return done.returncode, done.stdout, done.stderr.decode()
 
 
 def init(where: Path, *words: str) -> tuple[int, dict[str, Any], str]:

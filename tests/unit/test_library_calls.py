@@ -19,11 +19,11 @@ from msgspec.structs import replace
 
 from x07_sandbox import Policy, Pool, SandboxError, exec_command, exec_command_async, load_policy, run_program
 from x07_sandbox.cli.parser import add_groups, given_rows
-from x07_sandbox.errors import UsageError
+from x07_sandbox.errors import Command, Flag, UsageError
 from x07_sandbox.host import paths
 from x07_sandbox.host.cancel import Cancel
 from x07_sandbox.library.arguments import checked_options
-from x07_sandbox.library.keyword_names import in_python
+from x07_sandbox.library.keyword_names import keyword
 from x07_sandbox.library.options import CommandOptions, RunOptions
 from x07_sandbox.library.requests import make_request
 from x07_sandbox.library.run import OPTIONS
@@ -358,22 +358,24 @@ def test_the_variables_of_the_command_count_for_the_library_too(
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"),
+    ("flag", "expected"),
     [
-        (
-            "the program reached its time limit of 4 s (--timeout)",
-            "the program reached its time limit of 4 s (timeout_s)",
-        ),
-        ("Use --input FILE", "Use input FILE"),
-        ("Give it more with --timeout 4.5", "Give it more with timeout_s=4.5"),
-        ("Remove --image, or use --sandbox-backend vm", "Remove image, or use X07_SANDBOX_BACKEND=vm"),
-        ("Write one (x07 init --toolchain T)", "Write one (x07 init --toolchain T)"),
-        ("Use --timeout-like and --outer", "Use --timeout-like and --outer"),
+        ("--timeout", "timeout_s"),
+        ("--timeout 4.5", "timeout_s=4.5"),
+        ("--memory 1G", 'memory="1G"'),
+        ("--allow-host a.org:443", 'allow_hosts=["a.org:443"]'),
+        ("--workdir .", 'workdir="."'),
+        ("--skip 'a b'", 'skip=["a b"]'),
+        ("--sandbox-backend vm", "X07_SANDBOX_BACKEND=vm"),
+        ("--queue-timeout 9", "--queue-timeout 9"),
     ],
 )
-def test_errors_name_keywords_in_place_of_flags(text: str, expected: str) -> None:
-    """Errors of the library name keywords instead of flags."""
-    assert in_python(text) == expected
+def test_errors_name_keywords_in_place_of_flags(flag: str, expected: str) -> None:
+    """Errors of the library name keywords instead of flags, and leave words and commands as they are."""
+    error = UsageError(("cannot use ", Flag(flag)), "it is --timeout", ("To run it: ", Command(f"x07 run {flag}")))
+    assert error.what == f"cannot use {flag}"
+    error.word_for(keyword)
+    assert str(error) == f"cannot use {expected}: it is --timeout. To run it: x07 run {flag}"
 
 
 def test_allow_hidden_and_allow_symlinks_are_booleans() -> None:

@@ -26,7 +26,7 @@ from tests.fuzz.fuzz_client_hello import (
     sni,
 )
 from x07_sandbox.network.first_bytes import HELD_MAX, Inspector
-from x07_sandbox.network.inspection_error import InspectionError
+from x07_sandbox.network.protocols import InspectionError
 
 if TYPE_CHECKING:
     from x07_sandbox.network.first_bytes import Mode

@@ -13,7 +13,7 @@ from tests.fuzz.fuzz_client_hello import ADDRESS, denied, pieces
 from tests.fuzz.fuzz_http_requests import one_input, parse
 from x07_sandbox.network.first_bytes import Inspector
 from x07_sandbox.network.http_requests import HEAD_MAX
-from x07_sandbox.network.inspection_error import InspectionError
+from x07_sandbox.network.protocols import InspectionError
 
 if TYPE_CHECKING:
     from x07_sandbox.network.names import Host

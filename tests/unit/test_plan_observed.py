@@ -12,6 +12,7 @@ from x07_sandbox.channel.messages import Denied
 from x07_sandbox.plan.denials import GuestMount, Hint, HowToAllow
 from x07_sandbox.plan.hints import LocalModules, hints
 from x07_sandbox.plan.observed import denials, limit_hit, more_tasks, too_much_output
+from x07_sandbox.plan.packages import Adding
 from x07_sandbox.policy import default_policy
 from x07_sandbox.policy.decode import decode_policy
 from x07_sandbox.policy.limits import flag_reach
@@ -435,9 +436,9 @@ def test_a_missing_path_gives_a_hint(text: str, subject: str, flag: str) -> None
 def test_a_local_module_suggests_a_project() -> None:
     """A missing module next to the program suggests running the folder as a project."""
     text = b"ModuleNotFoundError: No module named '%s'\n"
-    beside = LocalModules({"helper"}, "x07 run .")
+    beside = LocalModules({"helper"}, Adding("x07 init .", "x07 run ."))
     ((own,), (other,)) = (hints(text % name, policy({}), (), START, beside) for name in (b"helper", b"numpy"))
-    assert own.how.flag == "x07 run ."
+    assert (own.how.command, own.how.next_flag) == ("x07 init .", "x07 run .")
     assert "--include python3-numpy" in (other.how.flag or "")
 
 

@@ -8,9 +8,8 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from scripts.make_policy_page import PAGE, render
-from x07_sandbox.policy.canonical import canonical_json, policy_digest
 from x07_sandbox.policy.decode import decode_policy
-from x07_sandbox.policy.default import default_policy, render_policy
+from x07_sandbox.policy.default import canonical_json, default_policy, policy_digest, render_policy
 from x07_sandbox.policy.environment import VARIABLES, program_environment
 from x07_sandbox.policy.model import Policy, leaf_values
 from x07_sandbox.policy.schema import fields, policy_schema, render_schema
@@ -74,7 +73,7 @@ def test_writing_and_reading_gives_the_same_policy() -> None:
     assert "db" not in json.loads(render_policy(TEMPLATES["cli"]))
 
 
-# upstream's templates: their check sums stand in its own format page (facts/x07-formats.md 6.2)
+# upstream's templates: their check sums stand in its own format page
 
 CHECKS = {
     "cli": "6785fdac",

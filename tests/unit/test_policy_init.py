@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import os
 import stat
-import subprocess
-import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.command import Done, x07
 from tests.unit.policy_command import policy
 from x07_sandbox.policy.default import render_policy
 from x07_sandbox.policy.templates import TEMPLATES
@@ -21,11 +20,9 @@ if TYPE_CHECKING:
 DEFAULT_PLACE = ".x07/policies/base/{}.sandbox.base.policy.json"
 
 
-def init(where: Path, *words: str, template: str = "cli") -> tuple[int, bytes, str]:
-    """Exit code, standard output and standard error of `x07 policy init`, started in *where*."""
-    argv = [sys.executable, "-m", "x07_sandbox.cli.main", "policy", "init", "--template", template, *words]
-    done = subprocess.run(argv, cwd=where, stdin=subprocess.DEVNULL, capture_output=True, check=False)
-    return done.returncode, done.stdout, done.stderr.decode()
+def init(where: Path, *words: str, template: str = "cli") -> Done:
+    """Return the end of `x07 policy init`, started in *where*."""
+    return x07(where, "policy", "init", "--template", template, *words)
 
 
 def report(where: Path, *words: str, template: str = "cli") -> tuple[int, dict[str, Any]]:

@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from x07_sandbox.cli.parser import add_groups, given_rows
 from x07_sandbox.errors import UsageError
-from x07_sandbox.library.keyword_names import in_python
+from x07_sandbox.library.keyword_names import keyword
 from x07_sandbox.library.requests import make_request
 from x07_sandbox.options import OPTIONS
 from x07_sandbox.plan.controls import run_limits
@@ -88,20 +88,21 @@ def test_a_smaller_number_of_children_is_not_passed_over() -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "flag", "keyword"),
+    ("field", "value", "flag", "argument"),
     [
         ("wall_ms", 600_001, "--timeout 600.001", "timeout_s=600.001"),
         ("mem_bytes", 1 << 40, "--memory 1024G", 'memory="1024G"'),
         ("procs", 2000, "--procs 2000", "procs=2000"),
     ],
 )
-def test_no_flag_exceeds_the_policys_range(field: str, value: int, flag: str, keyword: str) -> None:
+def test_no_flag_exceeds_the_policys_range(field: str, value: int, flag: str, argument: str) -> None:
     """A limit outside the policy's range is an error that names the flag or keyword."""
     changes = LimitChanges(**{field: value})  # type: ignore[arg-type]  # of ints
     with pytest.raises(UsageError, match="must be at least") as caught:
         change_limits(default_policy(), changes, may_raise=True, source="built-in:default")
     assert caught.value.what == f"cannot use {flag}"
-    assert in_python(caught.value.what) == f"cannot use {keyword}"
+    caught.value.word_for(keyword)
+    assert caught.value.what == f"cannot use {argument}"
 
 
 @pytest.mark.parametrize(

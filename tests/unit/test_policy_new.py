@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.policy_command import as_json, policy
-from x07_sandbox.policy.complete import completion
 from x07_sandbox.policy.decode import decode_policy
 from x07_sandbox.policy.default import render_policy
+from x07_sandbox.policy.from_flags import completion
 from x07_sandbox.policy.limits import NAMES
 from x07_sandbox.policy.templates import TEMPLATES
 

@@ -28,8 +28,8 @@ PLATFORMS = (
     Platform(system="macos", macos_major=26),
     Platform(system="other"),
 )
-HERE = Finding(subject=START, good=True, text="our agent answered")
-BROKEN = Finding(subject=START, good=False, text="it ended", fix="Give it rights")
+HERE = Finding(code="vm-started", subject=START, good=True, text="our agent answered")
+BROKEN = Finding(code="backend", subject=START, good=False, text="it ended", fix="Give it rights")
 
 
 def looks(name: str, *, without: tuple[str, ...] = ()) -> Looks:
@@ -73,7 +73,7 @@ def test_only_a_started_vm_proves_a_backend() -> None:
 
 def test_an_untried_weaker_backend_is_no_failure() -> None:
     """An untried weaker backend is neither good nor bad."""
-    found = state("os", Finding(subject="os", good=None, text="all is here"))
+    found = state("os", Finding(code="untried", subject="os", good=None, text="all is here"))
     assert (found.state, found.text, found.remedies) == ("untried", "all is here", ())
 
 
@@ -153,8 +153,8 @@ def test_a_platform_without_a_backend_is_bad() -> None:
 
 def test_the_first_fault_is_the_backends_state() -> None:
     """The first fault of image or start determines the backend's state."""
-    good = Finding(subject="guest image", good=True, text="here")
-    bad = Finding(subject="no guest image", good=False, text="none was built", fix="Run x07 image build")
+    good = Finding(code="image", subject="guest image", good=True, text="here")
+    bad = Finding(code="image", subject="no guest image", good=False, text="none was built", fix="Run x07 image build")
     assert proof_among([good]).good is True
     found = proof_among([good, bad])
     assert (found.good, found.text, found.fix) == (False, "no guest image: none was built", "Run x07 image build")

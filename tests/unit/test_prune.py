@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
+from tests.command import x07
 from tests.published import document
 from tests.unit.test_images_manifest import MANIFEST
 from x07_sandbox.cli.main import main
@@ -385,10 +385,9 @@ def full() -> list[Path]:
 
 def command(*words: str) -> tuple[int, dict[str, Any]]:
     """Exit code and JSON of `x07 prune`."""
-    argv = [sys.executable, "-m", "x07_sandbox.cli.main", "prune", "--json", *words]
-    done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, check=False)
-    assert done.stderr == b""
-    return done.returncode, document(done.stdout)
+    done = x07(Path.cwd(), "prune", "--json", *words)
+    assert done.err == ""
+    return done.code, document(done.out)
 
 
 @pytest.mark.parametrize("words", [("--images",), ("--cache",), ("--runs",), ("--images", "--runs"), ()])
@@ -433,10 +432,9 @@ def test_a_planted_link_in_place_of_our_folders_is_refused(full: list[Path], tmp
     """A symbolic link in place of the state or cache folder is refused."""
     (tmp_path / which).rename(tmp_path / "real")
     (tmp_path / which).symlink_to(tmp_path / "real")
-    argv = [sys.executable, "-m", "x07_sandbox.cli.main", "prune"]
-    done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-    assert done.returncode == 125
-    assert "it is a link or not a folder" in done.stderr
+    done = x07(tmp_path, "prune")
+    assert done.code == 125
+    assert "it is a link or not a folder" in done.err
     moved = [path.relative_to(tmp_path / which) for path in full if path.is_relative_to(tmp_path / which)]
     assert all((tmp_path / "real" / path).exists() for path in moved)
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from x07_sandbox.backends.base import HandshakeFailure
-from x07_sandbox.backends.qemu import proof
-from x07_sandbox.backends.qemu.proof import known_verdict
+from x07_sandbox.backends.qemu import backend
+from x07_sandbox.backends.qemu.backend import known_verdict
 from x07_sandbox.host.linux import boot_id, boot_ms
 from x07_sandbox.host.verdicts import Verdict
 
@@ -20,7 +20,7 @@ def record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The file of the cached verdict, on a host with an accessible /dev/kvm."""
     monkeypatch.setenv("X07_VM_CACHE_DIR", str(tmp_path / "cache"))
     verdict = Verdict("kvm")
-    monkeypatch.setattr(proof, "_verdict", lambda: verdict)
+    monkeypatch.setattr(backend, "_verdict", lambda: verdict)
     monkeypatch.setattr(Path, "exists", lambda _path: True)
     monkeypatch.setattr(os, "access", lambda _path, _mode: True)
     return verdict.path

@@ -8,9 +8,10 @@ import pytest
 from msgspec.structs import replace
 
 from x07_sandbox.cli.denials_text import denial_lines, for_flags, say_denials
-from x07_sandbox.cli.os_runner_options import OPTIONS
+from x07_sandbox.cli.os_runner import OPTIONS
 from x07_sandbox.network.summary import Contact, NetworkUse
 from x07_sandbox.plan.denials import Denial, Hint, HowToAllow, Outcome
+from x07_sandbox.plan.packages import Adding
 from x07_sandbox.runs.result import EMPTY_OUTPUT, Digests, Result
 
 DEFAULT = "built-in:default"
@@ -35,6 +36,7 @@ def result(*denials: Denial, outcome: Outcome = "failed", lost: int = 0, hints: 
         run="1-1-1",
         outcome=outcome,
         fault="program",
+        reason_code="exited",
         reason="",
         x07_exit_code=1,
         exit_code=1,
@@ -149,10 +151,11 @@ def test_copied_entries_are_not_counted_as_attempts() -> None:
 
 def test_a_missing_module_is_added_in_two_steps() -> None:
     """The command that builds the image comes before the flag that uses it, also for a command without that flag."""
-    how = HowToAllow(json_path=None, value=None, flag="--image mine, after x07 image build --name mine --pip a")
+    how = Adding("x07 image build --name mine --pip a", "--image mine").how
+    assert how.flag == "--image mine, after x07 image build --name mine --pip a"
     ended = result(hints=(Hint(subject="the Python module a", how=how),))
     first = "the Python module a is missing. To add it, run x07 image build --name mine --pip a, then"
-    assert denial_lines(ended) == [f"{first} add --image mine"]
+    assert denial_lines(ended) == [f"{first} use --image mine"]
     assert denial_lines(for_flags(ended, ["--policy"])) == [f"{first} use x07 run with --image mine"]
 
 

@@ -798,7 +798,7 @@ def test_a_failed_recovery_names_its_journal(run: Run) -> None:
     save_set(ChangeSet(run=RUN, roots=()), run.folder.path)
     folder = run.folder.path / "changes"
     place = Place(path=str(run.root / "gone"), ident=(1, 1), staging=".x07-apply-1")
-    journal.write_steps(folder, Head(run=RUN, places=(place,)), [])
+    journal.write(folder, "journal", Head(run=RUN, places=(place,)))
     private_dir(run.folder.path.parent / ".applying").joinpath(RUN).touch()
     reported: list[str] = []
     recover_all(reported.append)

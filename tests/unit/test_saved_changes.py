@@ -18,7 +18,7 @@ from x07_sandbox.cli.main import main
 from x07_sandbox.errors import UsageError
 from x07_sandbox.files.changes import Change, ChangeSet, Node, Refused, RootChanges, encode
 from x07_sandbox.host.paths import private_dir
-from x07_sandbox.housekeeping.lookup import known_run
+from x07_sandbox.housekeeping.listing import known_run
 from x07_sandbox.housekeeping.prune import prune
 from x07_sandbox.runs.folder import all_runs
 from x07_sandbox.runs.result import draft_result

@@ -17,6 +17,7 @@ import pytest
 from msgspec.structs import replace
 
 from tests.fuzz.fuzz_channel import EXITED
+from tests.vm.programs import lies
 from x07_sandbox.backends import handshake
 from x07_sandbox.backends.base import NoAnswerError
 from x07_sandbox.backends.handshake import evidence_of, greet
@@ -51,7 +52,7 @@ from x07_sandbox.files.incoming import Incoming
 from x07_sandbox.host import settings
 from x07_sandbox.host.cancel import Cancel
 from x07_sandbox.host.clocks import Deadline
-from x07_sandbox.plan.outcomes import Stage
+from x07_sandbox.plan.outcomes import Stage, classify
 from x07_sandbox.runs.phase import PhaseSpec, input_files, run_phase
 from x07_sandbox.runs.private_files import LeftFiles
 from x07_sandbox.sandboxes import execution
@@ -186,6 +187,7 @@ class Run:
         self.time = time
         self.stdin = 0  # the number of the input's stream
         ours, theirs = (stack.enter_context(end) for end in socket.socketpair())
+        self.channel = ours
         self.machine = Machine(ours.fileno(), start_mode, stack)
         self.guest = Guest(theirs.fileno(), State.WAITING if start_mode == "cold" else State.WARM)
         self.cancel = Cancel()
@@ -584,3 +586,100 @@ def test_more_denials_than_allowed_end_the_session(runs: Runs) -> None:
     facts = run.result()
     assert facts.evidence.channel_error == f"bad DENIED message: there are more than {DENIED_MAX}"
     assert facts.denied == (denied,) * DENIED_MAX
+
+
+# lies
+
+
+class Liar(lies.Lies):
+    """A guest that lies."""
+
+    def __init__(self, run: Run) -> None:
+        self.connection = run.guest.connection
+        self.link = run.guest.link
+        self.of_host = [run.stdin]
+
+
+def told(run: Run, lie: str) -> Facts:
+    """Return the facts of a run whose guest tells a lie, maybe for ever."""
+    with ThreadPoolExecutor(1) as threads:
+        telling = threads.submit({**lies.DEEDS, **lies.UNSTARTED}[lie], Liar(run))
+        try:
+            return run.result()
+        finally:
+            run.channel.shutdown(socket.SHUT_RDWR)
+            with contextlib.suppress(OSError):
+                telling.result(60)
+
+
+LOST = [
+    ("garbage", "violated the channel protocol while running the program"),
+    ("oversized", "violated the channel protocol while running the program: bad frame: type 4 and code 0"),
+    ("frames", "message out of order: STARTED for command 1"),
+    ("credit", "credit for stream 1 is zero or exceeds its window"),
+    ("status", "an invalid wait status: 4991"),
+    ("failed", "the guest failed while running the program: x: ?[2J it broke"),
+    ("unstarted", "message out of order: FAILED for command 1"),
+    ("json", "violated the channel protocol while running the program: bad DENIED message: invalid JSON"),
+    ("deep", "violated the channel protocol while running the program: bad CLOSED message: invalid JSON"),
+    ("numbers", "violated the channel protocol while running the program: bad FAILED message: invalid JSON"),
+    ("short", "bad frame: type 1 and code 11 on stream 0 with 4 bytes"),
+    ("huge", "bad EXITED message: a number is out of range"),
+    ("fields", "bad CLOSED message: 3 fields instead of 4"),
+    (
+        "denials",
+        "violated the channel protocol while running the program: bad DENIED message: there are more than 64",
+    ),
+    # what the streams and several commands allow
+    ("twice", "bad frame: STDOUT 1 cannot be opened"),
+    ("churn", "bad frame: STDERR 1 cannot be opened"),
+    ("nobody", "bad frame: STDOUT 7 cannot be opened"),
+    ("ours", "bad frame: the guest may not open a stream of kind 1"),
+    ("even", "bad frame: stream 2 does not have the guest's next number"),
+    ("answer", "bad frame: stream 1 expects no answer"),
+    ("datagram", "bad frame: type 8 on stream 1, which has ended or is of another kind"),
+    ("order", "bad frame: the guest may not send message 7"),
+    ("stranger", "message out of order: EXITED for command 2"),
+    ("changes", "bad frame: CHANGES was not asked for"),
+    ("unended", "message out of order: the end of command 1 before the end of its output"),
+    ("close", "message out of order: CLOSED before the end of command 1"),
+]
+
+
+@pytest.mark.parametrize(("lie", "reason"), LOST, ids=[lie for lie, _ in LOST])
+def test_each_way_to_lose_a_guest_has_its_own_reason(runs: Runs, lie: str, reason: str) -> None:
+    """A lie of the guest while the program runs is `guest-lost`, fault program, with a specific short reason."""
+    run = runs()
+    run.begin(started=True)
+    found = classify(told(run, lie).evidence)
+    assert (found.outcome, found.fault) == ("guest-lost", "program")
+    assert reason in found.reason
+    assert (found.reason.isprintable(), found.reason.isascii(), len(found.reason) < 400) == (True, True, True)
+
+
+@pytest.mark.parametrize(
+    ("lie", "reason"),
+    [
+        ("early", "bad frame: STDOUT 1 cannot be opened"),
+        ("early-exit", "message out of order: EXITED for command 1"),
+        ("early-close", "message out of order: CLOSED before the end of command 1"),
+    ],
+)
+def test_a_program_that_was_not_started_says_and_ends_nothing(runs: Runs, lie: str, reason: str) -> None:
+    """Output or an end before the program was started is `guest-lost`, fault host."""
+    run = runs()
+    run.begin()
+    facts = told(run, lie)
+    found = classify(facts.evidence)
+    assert (found.outcome, found.fault, reason in found.reason) == ("guest-lost", "host", True), found.reason
+    assert facts.evidence.stage is Stage.SETUP
+
+
+@pytest.mark.parametrize(("lie", "stdout"), [("closed", b""), ("more", b"all"), ("abort", b"out")])
+def test_frames_that_change_nothing_are_ignored(runs: Runs, lie: str, stdout: bytes) -> None:
+    """A second CLOSED, data on a stream that has ended, and the end of every stream lose and add nothing."""
+    run = runs()
+    run.begin(started=True)
+    facts = told(run, lie)
+    assert (facts.evidence.channel_error, facts.evidence.wait_status, facts.closed) == (None, 0, CLOSED)
+    assert os.pread(run.stdout_fd, 10, 0) == stdout

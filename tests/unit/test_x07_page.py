@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from scripts.make_x07_page import PAGE, render
-from x07_sandbox.cli.os_runner_options import OPTIONS
+from x07_sandbox.cli.os_runner import OPTIONS
 from x07_sandbox.policy import decode_policy
 from x07_sandbox.x07 import attestation, runner_report
 

@@ -26,8 +26,7 @@ from x07_sandbox.runs.prepare import output_caps
 from x07_sandbox.runs.program import load_program
 from x07_sandbox.runs.request import RunCaller, RunRequest
 from x07_sandbox.x07.programs import load_artifact, load_x07
-from x07_sandbox.x07.project import Options, Profile, merged
-from x07_sandbox.x07.protocol import PROTOCOL, X07
+from x07_sandbox.x07.project import PROTOCOL, X07, Options, Profile, merged
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -13,15 +13,16 @@ from jsonschema import Draft202012Validator
 from tests.fuzz.fuzz_documents import BUILT, result
 from x07_sandbox.reports.document import render_json
 from x07_sandbox.reports.schemas import schemas
-from x07_sandbox.x07.protocol import PROTOCOL
-from x07_sandbox.x07.report import (
+from x07_sandbox.x07.project import PROTOCOL
+from x07_sandbox.x07.runner_report import (
     NO_METRICS,
     NOT_FRAMED,
+    CompileRunReport,
     find_metrics,
     framed_output,
     read_protocol,
+    runner_report,
 )
-from x07_sandbox.x07.runner_report import CompileRunReport, runner_report
 
 COUNTED = b'{"fuel_used": 12, "heap_used": 3, "debug_stats": {"borrow_violations": 0}, "later": [1]}'
 VALIDATOR = Draft202012Validator(json.loads(schemas()["x07-os-runner.report.schema.json"]))

@@ -37,10 +37,10 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[2]
 PUBLISHED = {name: json.loads(text) for name, text in schemas().items()}
-RUNNER = PUBLISHED["x07-os-runner.report.schema.json"]
-WRAPPED = PUBLISHED["x07-run.report.schema.json"]
-ATTEST = PUBLISHED["x07-runtime.attest.schema.json"]
-INIT = PUBLISHED["x07-policy-init.report.schema.json"]
+RUNNER = jsonschema.Draft202012Validator(PUBLISHED["x07-os-runner.report.schema.json"])
+WRAPPED = jsonschema.Draft202012Validator(PUBLISHED["x07-run.report.schema.json"])
+ATTEST = jsonschema.Draft202012Validator(PUBLISHED["x07-runtime.attest.schema.json"])
+INIT = jsonschema.Draft202012Validator(PUBLISHED["x07-policy-init.report.schema.json"])
 
 SANDBOXED: World = "run-os-sandboxed"
 BUILT = Built(mode="compile-run", world=SANDBOXED, lang_id="c", path="/x07/out/compiled-out", size=17000)
@@ -76,6 +76,7 @@ def ran(*marks: str) -> dict[str, PhaseReport]:
     """The phases of a run with these marks."""
     times = dict.fromkeys(marks, 1.0)
     report: dict[str, Any] = {"job_id": "1-2-3-run", "start": "clone", "outcome": "", "reason": "", "times_ms": times}
+    report |= {"reason_code": "exited"}
     report |= {"stdout": EMPTY_OUTPUT, "stderr": EMPTY_OUTPUT, "cpu_ms": 0, "memory_peak_bytes": 0, "tasks_peak": 0}
     return {"run": PhaseReport(**report)}
 
@@ -88,6 +89,7 @@ def ended(outcome: Outcome, *, built: bool = True, **more: Any) -> Result:  # no
         "run": "1-2-3",
         "outcome": outcome,
         "fault": "none",
+        "reason_code": "exited",
         "reason": f"because of {outcome}",
         "x07_exit_code": code,
         "stdout": EMPTY_OUTPUT,
@@ -110,7 +112,7 @@ def document(report: CompileRunReport) -> dict[str, Any]:
     assert text.endswith(b"}\n")
     assert text.startswith(b'{\n  "')
     made: dict[str, Any] = json.loads(text)
-    jsonschema.validate(made, RUNNER)
+    RUNNER.validate(made)
     assert set(made) - {"runtime_attestation"} == {
         "schema_version",
         "mode",
@@ -265,7 +267,7 @@ def test_the_schema_is_closed() -> None:
             else:
                 del _at(wrong, place)[change]
             with pytest.raises(jsonschema.ValidationError):
-                jsonschema.validate(wrong, RUNNER)
+                RUNNER.validate(wrong)
 
 
 def _at(made: dict[str, Any], place: tuple[str, ...]) -> dict[str, Any]:
@@ -281,14 +283,14 @@ def test_a_report_of_an_artifact_is_flat() -> None:
     for outcome, built in endings:
         report = runner_report(ended(outcome, built=built, exit_code=0 if outcome == "ok" else None), BUILT)
         flat = json.loads(render_json(flat_report(report)))
-        jsonschema.validate(flat, RUNNER)
+        RUNNER.validate(flat)
         assert set(flat) == {"schema_version", "mode", "world", "sandbox_backend", "exit_code", *SOLVE_KEYS}
         assert (flat["mode"], flat["exit_code"], flat["ok"]) == ("run-os", report.exit_code, outcome == "ok")
         assert bool(flat["trap"]) is (outcome != "ok")
         assert report.solve is None or flat.items() > json.loads(render_json(report.solve)).items()
     for wrong in (flat | {"solve": None}, {key: value for key, value in flat.items() if key != "kv_get_calls"}):
         with pytest.raises(jsonschema.ValidationError):
-            jsonschema.validate(wrong, RUNNER)
+            RUNNER.validate(wrong)
 
 
 def test_wrapped_holds_the_report_unchanged() -> None:
@@ -296,12 +298,12 @@ def test_wrapped_holds_the_report_unchanged() -> None:
     report = runner_report(ended("failed", exit_code=3), BUILT)
     target = Target(kind="program", path="prog.c", project_root=None, lockfile=None, resolved_module_roots=[])
     made = json.loads(render_json(wrap(report, target)))
-    jsonschema.validate(made, WRAPPED)
+    WRAPPED.validate(made)
     assert made["schema_version"] == "x07.run.report@0.3.0"
     assert (made["runner"], made["world"]) == ("os", SANDBOXED)
     assert made["report"] == json.loads(render_json(report))
     with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate(made | {"report": {}}, WRAPPED)
+        WRAPPED.validate(made | {"report": {}})
 
 
 def solved(result: Result) -> SolveReport:
@@ -329,7 +331,7 @@ def test_an_attestation_names_denied_hosts() -> None:
     result = ended("ok")
     attested = attest(result, solved(result), given(denied={"b.example": {443, 80}, "a.example": None}))
     made = json.loads(render_json(attested))
-    jsonschema.validate(made, ATTEST)
+    ATTEST.validate(made)
     assert made["effective_deny_hosts"] == [
         {"host": "b.example", "ports": [80, 443]},
         {"host": "a.example", "ports": []},
@@ -342,7 +344,7 @@ def test_an_attestation_names_what_ran(outcome: Outcome, code: int) -> None:
     result = ended(outcome, exit_code=code, stderr=output(b"sorry\n"))
     attested = attest(result, solved(result), given())
     made = json.loads(render_json(attested))
-    jsonschema.validate(made, ATTEST)
+    ATTEST.validate(made)
     assert set(made) == ATTEST_KEYS | {"policy_path"}
     assert made["effective_policy_digest"] == f"sha256:{hashlib.sha256(POLICY_BYTES).hexdigest()}"
     assert made["guest_image_digest"] == made["bundled_binary_digest"] == SHA
@@ -396,7 +398,7 @@ def test_the_network_mode_is_x07s(enabled: bool, hosts: list[object], mode: str)
     assert network_mode(policy) == mode
     result = ended("ok", exit_code=0)
     made: Attestation = attest(result, solved(result), given(policy=policy))
-    jsonschema.validate(json.loads(render_json(made)), ATTEST)
+    ATTEST.validate(json.loads(render_json(made)))
     assert made.network_enforcement == ("vm_boundary_allowlist" if mode == "allowlist" else "none")
 
 
@@ -407,10 +409,10 @@ def test_the_report_of_policy_init_has_x07s_keys_in_x07s_order() -> None:
     )
     made = msgspec.to_builtins(report)
     assert list(made) == ["schema_version", "template", "project_root", "out", "status", "policy_id"]
-    jsonschema.validate(made, INIT)
+    INIT.validate(made)
     for wrong in ({"template": "other"}, {"status": "new"}, {"policy_id": "a b"}, {"more": 1}):
         with pytest.raises(jsonschema.ValidationError):
-            jsonschema.validate(made | wrong, INIT)
+            INIT.validate(made | wrong)
 
 
 def test_a_failure_without_a_result_has_the_same_shape() -> None:

@@ -22,10 +22,16 @@ import pytest
 import x07_sandbox
 from tests.conftest import need
 from tests.vm.conftest import marked
+from x07_sandbox.backends.base import MachineKind
 from x07_sandbox.backends.qemu.machine import Paths
+from x07_sandbox.backends.qemu.template import template_for
+from x07_sandbox.host import settings
 from x07_sandbox.host.linux import children_of
 from x07_sandbox.host.paths import cache_dir
+from x07_sandbox.images.verify import open_image
 from x07_sandbox.jail.bwrap import SETPRIV
+from x07_sandbox.plan.sizes import ram_class_bytes
+from x07_sandbox.policy import default_policy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -40,6 +46,7 @@ MODES = (
     *("hang-up", "hog", "stubborn", "abi"),
 )
 USERADD, USERDEL = "/usr/sbin/useradd", "/usr/sbin/userdel"
+DEPENDENCIES = ("h11", "hpack", "idna", "msgspec", "shtab")
 FORMS = ("root", "user")
 WITHOUT = " without namespaces"
 _LIMITED = "Max open files 64 64"
@@ -187,6 +194,7 @@ def _other_account(found: pwd.struct_passwd, folder: Path, image: Image) -> Acco
     home.chmod(0o700)
     (home / ".cache").mkdir(mode=0o700)
     copy_image(image, home / ".cache" / "x07-sandbox")
+    _copy_templates(image, home / ".cache" / "x07-sandbox" / "templates")
     own_tree(home, found.pw_uid)
     ids = ("--reuid", str(found.pw_uid), "--regid", str(found.pw_gid), "--clear-groups", "--inh-caps=-all")
     command = (SETPRIV, *ids, "--")
@@ -203,9 +211,26 @@ def _other_account(found: pwd.struct_passwd, folder: Path, image: Image) -> Acco
             f"an ordinary user cannot run {sys.executable}",
             installable=False,
         )
-        packages = shutil.copytree(packages, folder / "packages", ignore=skip, symlinks=True)
+        for name in DEPENDENCIES:
+            shutil.copytree(packages / name, folder / "packages" / name, ignore=skip)
+        packages = folder / "packages"
     env = _environment(home, [source, packages])
     return Account(form="user", uid=found.pw_uid, home=home, command=command, env=env, folder=folder)
+
+
+def _copy_templates(image: Image, target: Path) -> None:
+    """Copy the saved VMs for builds and runs, which takes less than saving them; that for connections is left out."""
+    target.mkdir(mode=0o700)
+    with open_image(image) as opened:
+        ram = [ram_class_bytes(size) for size in (settings.BUILD_MEM_BYTES, default_policy().limits.mem_bytes)]
+        kinds = (
+            MachineKind(image=opened, ram_bytes=ram[0], runtime="build"),
+            MachineKind(image=opened, ram_bytes=ram[1]),
+        )
+        found = [template_for(kind, kvm=kvm).folder for kind in kinds for kvm in (False, True)]
+    for folder in found:
+        if folder.is_dir():
+            subprocess.run(["/bin/cp", "-a", "--sparse=always", folder, target], check=True)
 
 
 def _own_account(form: str, home: Path, folder: Path) -> Account:

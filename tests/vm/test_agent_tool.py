@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 from jsonschema import Draft202012Validator
 
-from tests.conftest import FULL
+from tests.conftest import FULL, sample
 from tests.vm.conftest import left_behind
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def by_id(found: list[dict[str, Any]]) -> dict[str | int, dict[str, Any]]:
     return contents
 
 
-@pytest.mark.skipif(not FULL, reason="full sizes only: tests of the pages make the same calls")
+@pytest.mark.full("tests of the pages make the same calls")
 @pytest.mark.parametrize("way", WAYS)
 def test_good_calls_of_an_assistant_are_carried_out(way: str, image: Image, state: Path) -> None:
     """The agent's tool runs every language with input and extra files, and reports output, status and signal."""
@@ -95,34 +95,26 @@ def test_good_calls_of_an_assistant_are_carried_out(way: str, image: Image, stat
     assert left_behind(state) == []
 
 
-@pytest.mark.parametrize("way", WAYS if FULL else WAYS[:1])
+@pytest.mark.parametrize("way", sample(WAYS, 1))
 def test_hostile_calls_of_an_assistant_end_at_their_limits(way: str, image: Image, state: Path) -> None:
-    """Programs that flood, hang, fork, exhaust memory or crash each get a verdict, and the next call runs."""
+    """Programs that flood, hang, connect or crash each get a verdict, and the next call runs."""
     assert image.digest
-    contents = by_id(
-        answers(
-            way,
-            call("floods", source=FLOODS)
-            + call("never ends", source="import time\ntime.sleep(600)", timeout_s=1)
-            + call("forks", source=FORKS, timeout_s=3)
-            + call("fills", source="kept = []\nwhile True: kept.append(b'x' * (1 << 20))")
-            + call("crashes", "c", "int main(void) { return *(volatile int *)0; }")
-            + call("connects", source="import socket\nsocket.create_connection(('example.org', 80), 5)")
-            + call("looks", "shell", "cat /etc/shadow /root/.ssh/id_rsa /x07/in/policy.json > /etc/passwd")
-            + call("next"),
-        )
+    lines = (
+        call("floods", source=FLOODS)
+        + call("never ends", source="import time\ntime.sleep(600)", timeout_s=1)
+        + call("crashes", "c", "int main(void) { return *(volatile int *)0; }")
+        + call("connects", source="import socket\nsocket.create_connection(('example.org', 80), 5)")
     )
+    expected = {"floods": "output-limit", "never ends": "timeout", "crashes": "signalled", "connects": "failed"}
+    if FULL:  # tests/vm/test_hostile_programs.py runs such programs too
+        lines += call("forks", source=FORKS, timeout_s=3)
+        lines += call("fills", source="kept = []\nwhile True: kept.append(b'x' * (1 << 20))")
+        lines += call("looks", "shell", "cat /etc/shadow /root/.ssh/id_rsa /x07/in/policy.json > /etc/passwd")
+        expected |= {"fills": "oom", "looks": "failed"}
+    contents = by_id(answers(way, lines + call("next")))
     outcomes = {name: content["outcome"] for name, content in contents.items()}
-    assert outcomes.pop("forks") in {"cpu-limit", "timeout"}  # either may come first
-    assert outcomes == {
-        "floods": "output-limit",
-        "never ends": "timeout",
-        "fills": "oom",
-        "crashes": "signalled",
-        "connects": "failed",
-        "looks": "failed",
-        "next": "ok",
-    }
+    assert outcomes.pop("forks", "timeout") in {"cpu-limit", "timeout"}  # either may come first
+    assert outcomes == expected | {"next": "ok"}
     assert 4000 < len(contents["floods"]["stdout"]) < 4100
     assert "omitted" in contents["floods"]["stdout"]
     assert "sandbox" in contents["never ends"]["advice"]

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(900), pytest.mark.usefixtures("image")]
 
 
+@pytest.mark.full("boots or clones a VM for each of 20 cases")
 def test_every_case_of_the_benchmark_runs(tmp_path: Path) -> None:
     """The short form of the benchmark runs every case once, and each yields a figure."""
     copy_cache(tmp_path / "cache")

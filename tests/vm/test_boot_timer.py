@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.conftest import FULL
 from x07_sandbox.backends.base import MachineKind
 from x07_sandbox.backends.qemu import machine as machines
-from x07_sandbox.backends.qemu.proof import known_verdict
+from x07_sandbox.backends.qemu.backend import known_verdict
 from x07_sandbox.backends.qemu.template import Template, make_template, template_for
 from x07_sandbox.cli.main import main
 from x07_sandbox.errors import BackendError
@@ -91,6 +90,7 @@ def test_a_machine_with_a_wrong_timer_is_booted_again(
     assert [text for text in ran.result.warnings if "timers in the run VM may run late" in text]
 
 
+@pytest.mark.full("two more cold boots")
 def test_the_reason_for_cold_starts_is_reported_once(
     sandbox: Sandbox, boots: Boots, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,7 +114,7 @@ def test_a_host_without_a_timer_is_refused(sandbox: Sandbox, boots: Boots) -> No
     assert ran.seconds < settings.BOOTS_MAX * settings.BOOT_S
 
 
-@pytest.mark.skipif(not FULL, reason="full sizes only: boots machines until one is right")
+@pytest.mark.full("boots machines until one is right")
 def test_a_pool_accepts_a_wrong_timer_only_on_the_last_attempt(
     image: Image, state: Path, boots: Boots, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -136,6 +136,7 @@ def test_a_pool_accepts_a_wrong_timer_only_on_the_last_attempt(
             hopeless.wait_ready(Deadline.after(120))
 
 
+@pytest.mark.full("more cold boots")
 def test_the_doctor_reports_a_host_without_a_timer(
     state: Path, boots: Boots, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -150,6 +151,7 @@ def test_the_doctor_reports_a_host_without_a_timer(
     assert all((path.parent / "done").is_file() for path in state.glob("*/job.json"))
 
 
+@pytest.mark.full("four more cold boots")
 def test_no_machine_with_a_wrong_timer_is_saved(
     image: Image, state: Path, tmp_path: Path, boots: Boots, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 import msgspec
 import pytest
 
-from tests.conftest import FULL, overwrite
-from tests.vm.conftest import BEHAVE, PROGRAMS, Artifacts, Ran, Sandbox, left_behind, marked, owners
+from tests.conftest import overwrite, sample
+from tests.vm.conftest import BEHAVE, PROGRAMS, Artifacts, Ran, Sandbox, copy_cache, left_behind, marked, owners
 from x07_sandbox.backends import handshake
 from x07_sandbox.backends.qemu.instance import QemuInstance
 from x07_sandbox.backends.qemu.template import (
@@ -37,7 +37,7 @@ from x07_sandbox.host.paths import cache_folder
 from x07_sandbox.host.verdicts import forget
 from x07_sandbox.images.build import build_image
 from x07_sandbox.images.store import find_image
-from x07_sandbox.jail.libraries import needed_files
+from x07_sandbox.jail.forms import needed_files
 from x07_sandbox.pool.warm import WarmMachines
 
 if TYPE_CHECKING:
@@ -93,10 +93,12 @@ def test_both_phases_start_as_clones_by_default(sandbox: Sandbox) -> None:
 
 
 def test_clones_share_no_random_values(sandbox: Sandbox, threads: ThreadPoolExecutor) -> None:
-    """Two clones that start at once from one saved machine have no random value, id or name in common."""
-    first = sandbox.run_text("random_values.py", RANDOM, cache=True)
-    again = [threads.submit(sandbox.run_text, "random_values.py", RANDOM, alone=False, cache=True) for _ in range(2)]
-    found = [seen(ran) for ran in (first, *(job.result() for job in again))]
+    """Clones of one saved machine have no random value, id or name in common; concurrent runs build a source once."""
+    text = f"# {os.urandom(8).hex()}\n{RANDOM}"
+    jobs = [threads.submit(sandbox.run_text, "random_values.py", text, alone=False, cache=True) for _ in range(3)]
+    done = [job.result() for job in jobs]
+    assert sorted(str(ran.result.artifact_from) for ran in done) == ["build", "cache", "cache"]
+    found = [seen(ran) for ran in done]
     for name in found[0]:
         assert len({str(values[name]) for values in found}) == len(found), name
 
@@ -150,7 +152,7 @@ def own_cache(image: Image, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("X07_VM_CACHE_DIR", str(cache))
         build_image(progress=lambda _text: None)
-        yield cache
+    yield cache
     shutil.rmtree(cache, ignore_errors=True)
 
 
@@ -233,6 +235,7 @@ def test_a_damaged_machine_is_saved_again(saved: Sandbox) -> None:
     assert sha256(template_folder() / "ram") == made["ram"]["sha256"] != damaged
 
 
+@pytest.mark.full("four more starts, two of them cold")
 def test_a_machine_that_cannot_be_saved_costs_a_cold_start(saved: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     """If no machine can be saved, a run starts cold and says why, and a damaged one is not reported as repaired."""
     shutil.rmtree(template_folder())
@@ -254,11 +257,14 @@ def test_a_machine_that_cannot_be_saved_costs_a_cold_start(saved: Sandbox, monke
 
 @pytest.mark.parametrize(
     ("limited", "there"),
-    [
-        ('for n in $(seq 12 26); do (ulimit -n $n; "$@"); done', True),
-        ('ulimit -v 1000000; "$@"', False),
-        ('ulimit -t 2; "$@"', False),
-    ],
+    sample(
+        [
+            ('for n in $(seq 12 26); do (ulimit -n $n; "$@"); done', True),
+            ('ulimit -v 1000000; "$@"', False),
+            ('ulimit -t 2; "$@"', False),
+        ],
+        1,
+    ),
 )
 def test_a_process_short_of_resources_keeps_saved_machines(saved: Sandbox, limited: str, *, there: bool) -> None:
     """A process short of descriptors, memory or CPU time keeps saved machines intact, and lets others save one."""
@@ -271,6 +277,7 @@ def test_a_process_short_of_resources_keeps_saved_machines(saved: Sandbox, limit
     assert starts(saved.behave("nothing")) == {"run": "clone"}
 
 
+@pytest.mark.full("one more cold boot")
 def test_a_slow_save_by_another_process_costs_a_cold_start(
     in_own_cache: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -284,7 +291,7 @@ def test_a_slow_save_by_another_process_costs_a_cold_start(
     assert [text for text in ran.result.warnings if "another process has held the lock" in text]
 
 
-@pytest.mark.parametrize(("name", "data"), [("state", b"no such machine"), ("ram", bytes(96 << 20))])
+@pytest.mark.parametrize(("name", "data"), sample([("state", b"no such machine"), ("ram", bytes(96 << 20))], 1))
 def test_a_clone_that_does_not_answer_is_replaced_by_a_cold_start(
     saved: Sandbox, monkeypatch: pytest.MonkeyPatch, name: str, data: bytes
 ) -> None:
@@ -304,6 +311,7 @@ def test_a_clone_that_does_not_answer_is_replaced_by_a_cold_start(
     assert list(cache_folder("verdicts").glob("suspended-*"))
 
 
+@pytest.mark.full("one more cold boot")
 def test_a_pool_boots_cold_if_a_clone_does_not_answer(saved: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     """If a clone does not answer, a pool boots its machines cold, and its start says why."""
     monkeypatch.setattr(settings, "CLONE_S", 3.0)
@@ -321,6 +329,7 @@ def test_a_pool_boots_cold_if_a_clone_does_not_answer(saved: Sandbox, monkeypatc
     assert left_behind(saved.state) == []
 
 
+@pytest.mark.full("saves several VMs")
 def test_leftovers_do_not_block_saving_a_machine(saved: Sandbox, own_cache: Path, state: Path) -> None:
     """A process killed while saving a machine, or a file in the machine's place, does not block the next run."""
     place = template_folder()
@@ -378,7 +387,7 @@ def test_preloaded_modules_are_imported_and_share_no_random_values(in_own_cache:
     assert left_behind(state) == []
 
 
-@pytest.mark.skipif(not FULL, reason="full sizes only: builds an image with more packages")
+@pytest.mark.full("builds an image with more packages")
 def test_clones_share_no_openssl_generator(in_own_cache: Sandbox) -> None:
     """A preloaded module that makes a TLS context leaves no OpenSSL generator state that clones share."""
     build_image(name="tls", include=["python3-requests"], preload=["requests"], progress=lambda _text: None)
@@ -388,7 +397,7 @@ def test_clones_share_no_openssl_generator(in_own_cache: Sandbox) -> None:
     assert drawn[0].stdout != drawn[1].stdout
 
 
-@pytest.mark.skipif(not FULL, reason="full sizes only: builds one more image, and starts machines anew")
+@pytest.mark.full("builds one more image, and starts machines anew")
 def test_a_module_that_cannot_be_preloaded_is_named(
     own_cache: Path, sandbox: Sandbox, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -415,6 +424,7 @@ def in_qemus_place(monkeypatch: pytest.MonkeyPatch, binary: Path, *more: str) ->
     monkeypatch.setitem(ARCHES, row.name, other)
 
 
+@pytest.mark.full("saves one more VM")
 def test_an_upgraded_qemu_saves_a_new_machine(saved: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a QEMU upgrade no old saved machine is resumed: a new one is saved and used."""
     assert starts(saved.behave("nothing")) == {"run": "clone"}
@@ -442,6 +452,7 @@ def silent_clones(in_own_cache: Sandbox, tmp_path: Path, monkeypatch: pytest.Mon
     return in_own_cache
 
 
+@pytest.mark.full("one more VM that is saved and does not answer")
 def test_clones_that_never_answer_end_a_run(silent_clones: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     """If a saved machine cannot be marked as unusable, a run tries one more clone of it, then ends as `guest-lost`."""
     monkeypatch.setattr(Template, "suspended", lambda _template: "")
@@ -450,6 +461,7 @@ def test_clones_that_never_answer_end_a_run(silent_clones: Sandbox, monkeypatch:
     forget(SUSPENDED)
 
 
+@pytest.mark.full("one more cold boot")
 def test_another_processor_under_a_saved_machine_costs_a_cold_start(silent_clones: Sandbox) -> None:
     """A clone on another processor than the saved machine's stays silent: the job starts cold and says why."""
     ran = silent_clones.behave("nothing")
@@ -462,6 +474,7 @@ def test_another_processor_under_a_saved_machine_costs_a_cold_start(silent_clone
     forget(SUSPENDED)
 
 
+@pytest.mark.full("one more cold boot")
 def test_a_killed_clone_costs_only_a_cold_start(saved: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     """A clone killed before it answers, for example by the OOM killer, costs its job only a cold start."""
     release, doomed = QemuInstance.release, [True]
@@ -483,6 +496,7 @@ def test_a_killed_clone_costs_only_a_cold_start(saved: Sandbox, monkeypatch: pyt
     assert starts(saved.behave("nothing")) == {"run": "clone"}
 
 
+@pytest.mark.full("saves two VMs")
 def test_a_machine_killed_while_it_is_saved_is_saved_again_later(
     saved: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -546,53 +560,41 @@ def test_a_run_survives_a_suspended_host(saved: Sandbox, state: Path, tmp_path: 
 # the artifact cache
 
 
-def test_the_same_source_is_built_once(own_cache: Path, sandbox: Sandbox) -> None:
-    """The same source in the same image is built once; another source, another image or --no-cache builds again."""
-    del own_cache
-    text = 'int puts(const char *); int main(void) { puts("one"); return 0; }\n'
+@pytest.fixture
+def artifact_cache(sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of artifacts of a cache beside the user's, with the same saved machines."""
+    del sandbox
+    copy_cache(tmp_path / "cache")
+    monkeypatch.setenv("X07_VM_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache/artifacts"
+
+
+def test_the_same_source_is_built_once(artifact_cache: Path, sandbox: Sandbox) -> None:
+    """The same source in the same image is built once; another source, or a damaged cached artifact, is built again."""
+    text = f'int puts(const char *); int main(void) {{ puts("one"); return 0; }} // {os.urandom(8).hex()}\n'
     first, second = [sandbox.run_text("one.c", text, cache=True) for _ in range(2)]
     assert (first.result.artifact_from, second.result.artifact_from) == ("build", "cache")
     assert (list(first.result.phases), list(second.result.phases)) == (["build", "run"], ["run"])
     # Not that of the input: a program that ends before its input does has none of it.
     found = [msgspec.structs.replace(one.result.digests, input=None) for one in (first, second)]
     assert found[0] == found[1]
-    assert first.stdout == second.stdout == b"one\n"
+    newest = max(artifact_cache.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    data = bytearray(newest.read_bytes())
+    data[-1] ^= 1
+    newest.write_bytes(data)
+    again, cached = [sandbox.run_text("one.c", text, cache=True) for _ in range(2)]
+    assert (again.result.artifact_from, cached.result.artifact_from) == ("build", "cache")
+    assert first.stdout == second.stdout == again.stdout == cached.stdout == b"one\n"
     assert sandbox.run_text("one.c", text.replace("one", "two"), cache=True).result.artifact_from == "build"
-    assert sandbox.run_text("one.c", text).result.artifact_from == "build"
 
 
-def test_a_source_that_does_not_compile_is_built_once(own_cache: Path, sandbox: Sandbox) -> None:
+@pytest.mark.usefixtures("artifact_cache")
+def test_a_source_that_does_not_compile_is_built_once(sandbox: Sandbox) -> None:
     """The second run of a source that does not compile reports the same errors from the cache; --no-cache builds."""
-    del own_cache
-    text = "int main(void) { return nothing; }\n"
+    text = f"int main(void) {{ return nothing; }} // {os.urandom(8).hex()}\n"
     first, second, third = [sandbox.run_text("bad.c", text, cache=cache) for cache in (True, True, False)]
     assert [one.result.artifact_from for one in (first, second, third)] == ["build", "cache", "build"]
     assert (list(first.result.phases), list(second.result.phases)) == (["build"], [])
     for name in ("outcome", "fault", "reason", "exit_code", "x07_exit_code", "stdout", "stderr", "build", "digests"):
         assert getattr(first.result, name) == getattr(second.result, name), name
     assert (second.outcome, b"nothing" in second.stderr) == ("build-failed", True)
-
-
-def test_concurrent_runs_of_one_source_build_it_once(
-    own_cache: Path, sandbox: Sandbox, threads: ThreadPoolExecutor
-) -> None:
-    """Concurrent runs of the same source wait for the first to build it, and use its artifact."""
-    del own_cache
-    text = 'int puts(const char *); int main(void) { puts("four"); return 0; }\n'
-    jobs = [threads.submit(sandbox.run_text, "four.c", text, cache=True, alone=False) for _ in range(3)]
-    done = [job.result().result for job in jobs]
-    assert sorted(str(result.artifact_from) for result in done) == ["build", "cache", "cache"]
-    assert [result.stdout.data for result in done] == [b"four\n"] * 3
-
-
-def test_a_damaged_artifact_is_rebuilt(own_cache: Path, sandbox: Sandbox) -> None:
-    """A damaged cached artifact is dropped, rebuilt and cached again."""
-    text = 'int puts(const char *); int main(void) { puts("three"); return 0; }\n'
-    sandbox.run_text("three.c", text, cache=True)
-    newest = max((own_cache / "artifacts").iterdir(), key=lambda path: path.stat().st_mtime_ns)
-    data = bytearray(newest.read_bytes())
-    data[-1] ^= 1
-    newest.write_bytes(data)
-    again, cached = [sandbox.run_text("three.c", text, cache=True) for _ in range(2)]
-    assert (again.result.artifact_from, cached.result.artifact_from) == ("build", "cache")
-    assert again.stdout == cached.stdout == b"three\n"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import jsonschema
 import pytest
 
-from x07_sandbox.backends.qemu.proof import known_verdict
+from x07_sandbox.backends.qemu.backend import known_verdict
 from x07_sandbox.backends.registry import BY_NAME
 from x07_sandbox.host.paths import cache_dir, cache_folder
 from x07_sandbox.jail.bwrap import SETPRIV

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.command import x07
 from tests.conftest import sample
 from tests.published import document
 from tests.vm.conftest import left_behind
@@ -49,11 +50,9 @@ class Project:
 
     def x07(self, *words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
         """Run a command as a user types it."""
-        done = subprocess.run(
-            [*COMMAND, *words], cwd=self.folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == code, done.stderr + done.stdout
-        return done
+        done = x07(self.folder, *words)
+        assert done.code == code, done.err + done.out.decode()
+        return subprocess.CompletedProcess(words, done.code, done.out.decode(), done.err)
 
     def run(self, source: str, *words: str, code: int = 0) -> dict[str, Any]:
         """Return the result of a Python source."""
@@ -80,10 +79,18 @@ class Project:
 
 
 @pytest.fixture
-def project(image: Image, state: Path, tmp_path: Path) -> Project:
-    """A user's folder."""
-    assert image.digest
+def project(state: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
+    """A user's folder. Runs are under `os`, where the same agent handles files in the same way as in a VM."""
+    monkeypatch.setenv("X07_SANDBOX_BACKEND", "os")
+    monkeypatch.setenv("X07_I_ACCEPT_WEAKER_ISOLATION", "1")
     return Project(tmp_path / "project", state)
+
+
+@pytest.fixture
+def in_vms(image: Image, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs in VMs instead."""
+    assert image.digest
+    monkeypatch.delenv("X07_SANDBOX_BACKEND", raising=False)
 
 
 CHANGE = """
@@ -96,6 +103,7 @@ os.rename("run.sh", "go.sh")
 """
 
 
+@pytest.mark.usefixtures("in_vms")
 def test_a_policy_template_of_x07_opens_its_folders(project: Project) -> None:
     """Under X07's template `cli` the folder can be read and `out` changed; hidden names and keys are missing."""
     path = project.folder.parent / "cli.json"
@@ -124,6 +132,7 @@ open("out/made.txt", "w").write("made")
     assert "key.pem" in left["secrets"]
 
 
+@pytest.mark.usefixtures("in_vms")
 def test_changes_can_be_applied_and_undone(project: Project) -> None:
     """A program's changes are applied when it ends; `x07 undo` reverts and `x07 apply` reapplies them."""
     before = project.seen()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 from msgspec.structs import replace
 
-from tests.conftest import FULL, sample
+from tests.conftest import sample
 from tests.vm.conftest import BEHAVE, PROGRAMS, Ran, Sandbox, wait_done
 from x07_sandbox.channel.link import WINDOW
 from x07_sandbox.host import settings
@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.vm, pytest.mark.timeout(180)]
 
 MIB = 1 << 20
 # Each such boot uses a separate image and is cold; similar cases are tested at run time, or on frames alone.
-ALSO_LATER = pytest.mark.skipif(not FULL, reason="full sizes only: one more cold boot")
+ALSO_LATER = pytest.mark.full("one more cold boot")
 
 
 def hostile_code(boot: str) -> GuestCode:
@@ -40,6 +40,7 @@ def hostile_code(boot: str) -> GuestCode:
     agent = dict(honest.agent)
     agent["guest/honest.py"] = agent["guest/agent.py"]
     agent["guest/agent.py"] = (PROGRAMS / "hostile_agent.py").read_bytes()
+    agent["guest/lies.py"] = (PROGRAMS / "lies.py").read_bytes()
     agent["guest/mode.py"] = f"BOOT = {boot!r}\n".encode()
     return replace(honest, agent=agent)
 
@@ -145,7 +146,8 @@ def test_a_guest_that_fails_before_the_program_is_the_hosts_fault(hostile: Hosti
     assert "started" not in ran.result.phases["run"].times_ms
 
 
-# while the program runs: the program may have caused it, so the fault must not be the host's
+# While the program runs: the program may have caused it, so the fault must not be the host's. Each lie over the channel
+# is told in tests/unit/test_session.py, without a VM.
 
 
 @pytest.mark.parametrize(
@@ -156,35 +158,6 @@ def test_a_guest_that_fails_before_the_program_is_the_hosts_fault(hostile: Hosti
         ("crash", "agent died while running the program (kernel: Attempted to kill init! exitcode=0x0000000b)"),
         ("off", "powered off while running the program"),
         ("garbage", "violated the channel protocol while running the program"),
-        ("oversized", "violated the channel protocol while running the program: bad frame: type 4 and code 0"),
-        ("frames", "message out of order: STARTED for command 1"),
-        ("credit", "credit for stream 1 is zero or exceeds its window"),
-        ("status", "an invalid wait status: 4991"),
-        ("failed", "the guest failed while running the program: x: ?[2J it broke"),
-        ("unstarted", "message out of order: FAILED for command 1"),
-        ("json", "violated the channel protocol while running the program: bad DENIED message: invalid JSON"),
-        ("deep", "violated the channel protocol while running the program: bad CLOSED message: invalid JSON"),
-        ("numbers", "violated the channel protocol while running the program: bad FAILED message: invalid JSON"),
-        ("short", "bad frame: type 1 and code 11 on stream 0 with 4 bytes"),
-        ("huge", "bad EXITED message: a number is out of range"),
-        ("fields", "bad CLOSED message: 3 fields instead of 4"),
-        (
-            "denials",
-            "violated the channel protocol while running the program: bad DENIED message: there are more than 64",
-        ),
-        # what the streams and several commands allow
-        ("twice", "bad frame: STDOUT 1 cannot be opened"),
-        ("churn", "bad frame: STDERR 1 cannot be opened"),
-        ("nobody", "bad frame: STDOUT 7 cannot be opened"),
-        ("ours", "bad frame: the guest may not open a stream of kind 1"),
-        ("even", "bad frame: stream 2 does not have the guest's next number"),
-        ("answer", "bad frame: stream 1 expects no answer"),
-        ("datagram", "bad frame: type 8 on stream 1, which has ended or is of another kind"),
-        ("order", "bad frame: the guest may not send message 7"),
-        ("stranger", "message out of order: EXITED for command 2"),
-        ("changes", "bad frame: CHANGES was not asked for"),
-        ("unended", "message out of order: the end of command 1 before the end of its output"),
-        ("close", "message out of order: CLOSED before the end of command 1"),
     ],
 )
 def test_each_way_to_lose_a_guest_has_its_own_reason(hostile: Hostile, word: str, reason: str) -> None:
@@ -216,7 +189,7 @@ def test_output_without_credit_ends_at_the_cap(hostile: Hostile) -> None:
     assert (ran.outcome, ran.result.stdout.bytes, ran.result.stdout.truncated) == ("output-limit", MIB, True)
 
 
-@pytest.mark.parametrize("word", ["mute", "console"])
+@pytest.mark.parametrize("word", sample(["console", "mute"], 1))
 def test_a_silent_or_flooding_guest_ends_at_the_deadline(hostile: Hostile, word: str) -> None:
     """A guest whose agent stays silent or floods the console ends as `timeout` at the host's deadline."""
     ran = hostile(word, policy={"limits.wall_ms": 3000})
@@ -239,31 +212,17 @@ def test_a_claim_of_success_proves_nothing(hostile: Hostile) -> None:
     assert (ran.outcome, ran.stdout, ran.stderr) == ("ok", b"", b"")
 
 
-@pytest.mark.parametrize(("word", "stdout"), [("closed", b""), ("more", b"all"), ("abort", b"out")])
-def test_frames_that_change_nothing_are_ignored(hostile: Hostile, word: str, stdout: bytes) -> None:
-    """A second CLOSED, data on a stream that has ended, and the end of every stream lose and add nothing."""
-    ran = hostile(word, "input", stdin=b"x" * MIB)
-    assert (ran.outcome, ran.stdout, ran.stderr) == ("ok", stdout, b""), ran.reason
+def test_frames_that_change_nothing_are_ignored(hostile: Hostile) -> None:
+    """The end of every stream, twice, loses and adds nothing."""
+    ran = hostile("abort", "input", stdin=b"x" * MIB)
+    assert (ran.outcome, ran.stdout, ran.stderr) == ("ok", b"out", b""), ran.reason
     assert ran.result.files_discarded.count == 0
 
 
-def test_a_second_end_of_the_program_is_a_fault_after_it(hostile: Hostile) -> None:
-    """A program cannot end twice: the run is `guest-lost` while the results are returned."""
-    assert "returning the results: message out of order: EXITED for command 1" in lost(hostile("ended"), "program")
-
-
-@pytest.mark.parametrize(
-    ("word", "reason"),
-    [
-        ("early", "bad frame: STDOUT 1 cannot be opened"),
-        ("early-exit", "message out of order: EXITED for command 1"),
-        ("early-close", "message out of order: CLOSED before the end of command 1"),
-    ],
-)
-def test_a_program_that_was_not_started_says_and_ends_nothing(hostile: Hostile, word: str, reason: str) -> None:
-    """Output or an end before the program was started is `guest-lost`, fault host."""
-    ran = hostile(word)
-    assert reason in lost(ran, "host")
+def test_a_program_that_was_not_started_says_nothing(hostile: Hostile) -> None:
+    """Output before the program was started is `guest-lost`, fault host."""
+    ran = hostile("early")
+    assert "bad frame: STDOUT 1 cannot be opened" in lost(ran, "host")
     assert "started" not in ran.result.phases["run"].times_ms
 
 
@@ -282,10 +241,13 @@ def test_an_agent_silent_during_set_up_is_lost_at_its_limit(hostile: Hostile, mo
 
 @pytest.mark.parametrize(
     "case",
-    [
-        ("mute", "BUILD_WALL_MS", "build-failed", "time"),
-        ("withheld", "CHANGES_OUT_S", "guest-lost", "reached its deadline while returning the results"),
-    ],
+    sample(
+        [
+            ("withheld", "CHANGES_OUT_S", "guest-lost", "reached its deadline while returning the results"),
+            ("mute", "BUILD_WALL_MS", "build-failed", "time"),
+        ],
+        1,
+    ),
 )
 def test_a_silent_build_machine_ends_at_its_limit(
     hostile: Hostile, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, case: tuple[str, str, str, str]
@@ -303,13 +265,16 @@ def test_a_silent_build_machine_ends_at_its_limit(
 
 @pytest.mark.parametrize(
     "case",
-    [
-        ("longer", "build-failed", "is incomplete"),
-        ("shorter", "build-failed", "is incomplete"),
-        ("unsent", "build-failed", "is incomplete"),
-        ("endless", "guest-lost", "larger than was asked for"),
-        ("panic", "guest-lost", "kernel panicked"),
-    ],
+    sample(
+        [
+            ("longer", "build-failed", "is incomplete"),
+            ("shorter", "build-failed", "is incomplete"),
+            ("endless", "guest-lost", "larger than was asked for"),
+            ("unsent", "build-failed", "is incomplete"),
+            ("panic", "guest-lost", "kernel panicked"),
+        ],
+        2,
+    ),
 )
 def test_a_lying_build_machine_gives_no_artifact(
     hostile: Hostile,
@@ -345,14 +310,20 @@ def everything(folder: Path) -> dict[str, tuple[int, bytes]]:
 
 @pytest.mark.parametrize(
     ("word", "said"),
-    [
-        *[(word, "the guest violated the channel protocol") for word in ("up", "absolute", "inside", "zero", "root")],
-        *[(word, "the guest violated the channel protocol") for word in ("twice", "through", "hidden")],
-        *[(word, "the guest violated the channel protocol") for word in ("root-link", "typed")],
-        *[(word, "kept: ") for word in ("device", "git", "bare", "link", "set-id")],
-        *[(word, "discarded: ") for word in ("bomb", "million", "unsaid")],
-        ("silent", "none: "),
-    ],
+    sample(
+        [
+            *[
+                (word, "the guest violated the channel protocol")
+                for word in ("up", "absolute", "inside", "zero", "root")
+            ],
+            *[(word, "the guest violated the channel protocol") for word in ("twice", "through", "hidden")],
+            *[(word, "the guest violated the channel protocol") for word in ("root-link", "typed")],
+            *[(word, "kept: ") for word in ("device", "git", "bare", "link", "set-id")],
+            *[(word, "discarded: ") for word in ("bomb", "million", "unsaid")],
+            ("silent", "none: "),
+        ],
+        6,
+    ),
 )
 def test_hostile_changes_are_never_applied(hostile: Hostile, tmp_path: Path, word: str, said: str) -> None:
     """Hostile changes are never applied: escaping names, devices, links, repositories, sparse bombs, huge lists."""

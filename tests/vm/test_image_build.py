@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.conftest import FULL, overwrite
+from tests.conftest import overwrite
 from tests.vm.conftest import marked
 from x07_sandbox.host import paths
 from x07_sandbox.host.arch import host_arch
@@ -175,7 +175,7 @@ def test_byte_code_needs_no_check_of_its_source(tree: Path) -> None:
     ("part", "fetched"),
     [
         ("initrd.cpio", False),
-        pytest.param("root.erofs", True, marks=pytest.mark.skipif(not FULL, reason="full sizes only: fetches all")),
+        pytest.param("root.erofs", True, marks=pytest.mark.full("fetches all")),
     ],
 )
 def test_a_build_repairs_a_damaged_image(

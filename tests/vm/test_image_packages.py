@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.conftest import FULL
 from x07_sandbox.cli.main import main
 from x07_sandbox.images.build import build_image
 from x07_sandbox.images.store import all_names
@@ -82,6 +81,7 @@ def _python(image: Image) -> str:
     return ".".join(version.split(".")[:2])
 
 
+@pytest.mark.full("one more image")
 @pytest.mark.usefixtures("removed")
 def test_a_missing_preload_module_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     """--preload of a missing module is an error that names it, and leaves no image of that name."""
@@ -92,7 +92,7 @@ def test_a_missing_preload_module_is_named(capsys: pytest.CaptureFixture[str]) -
     assert NAME not in all_names()
 
 
-@pytest.mark.skipif(not FULL, reason="full sizes only: fetches and builds an image with a JDK")
+@pytest.mark.full("fetches and builds an image with a JDK")
 @pytest.mark.usefixtures("removed")
 def test_an_image_can_have_a_jdk(sandbox: Sandbox) -> None:
     """Packages that link manual pages, which images omit, such as a JDK, can be installed."""

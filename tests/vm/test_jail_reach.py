@@ -30,7 +30,7 @@ from x07_sandbox.backends.qemu.machine import OVERCOMMIT
 from x07_sandbox.host import settings
 from x07_sandbox.images.store import find_image
 from x07_sandbox.jail.bwrap import SETPRIV
-from x07_sandbox.jail.libraries import needed_files
+from x07_sandbox.jail.forms import needed_files
 from x07_sandbox.jail.uids import COUNT, free_range
 
 pytestmark = pytest.mark.vm

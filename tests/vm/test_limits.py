@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.command import x07
 from tests.vm.conftest import copy_cache, left_behind
 from x07_sandbox import Pool, SandboxError, load_policy, run_program
 from x07_sandbox.host.settings import allowance_ms
@@ -16,13 +16,10 @@ from x07_sandbox.policy import render_policy
 from x07_sandbox.runs import scaling
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from x07_sandbox.runs.result import Result
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(900), pytest.mark.usefixtures("image", "state")]
 
-COMMAND = (sys.executable, "-m", "x07_sandbox.cli.main")
 TOUCH = "data = bytearray(600 << 20)\nfor at in range(0, len(data), 4096): data[at] = 1\nprint('held')\n"
 SPIN = "import time\nend = time.process_time() + {}\nwhile time.process_time() < end: pass\nprint('done')\n"
 
@@ -44,9 +41,9 @@ def test_memory_and_processes_are_raised_by_keywords() -> None:
 def test_a_lowered_limit_is_recorded_and_named(state: Path) -> None:
     """A job's deadline follows --timeout, and the reason and advice name the flag whose limit was reached."""
     words = ("run", "--json", "--timeout", "90", "--cpu-time", "1", "--toolchain", "python", "-c", SPIN.format(30))
-    done = subprocess.run([*COMMAND, *words], capture_output=True, check=False, stdin=subprocess.DEVNULL)
-    found = json.loads(done.stdout)
-    assert (done.returncode, found["outcome"]) == (124, "cpu-limit")
+    done = x07(Path.cwd(), *words)
+    found = json.loads(done.out)
+    assert (done.code, found["outcome"]) == (124, "cpu-limit")
     assert "the program reached its CPU time limit of 1 s (--cpu-time)" in found["reason"]
     assert [denial["how_to_allow"]["flag"] for denial in found["denials"]] == ["--cpu-time 2"]
     if found["isolation"] == "vm-emulated":
@@ -60,10 +57,10 @@ def test_a_policy_file_is_never_exceeded(tmp_path: Path) -> None:
     """A flag above the policy file's limit is an error that names the field, and nothing runs."""
     (tmp_path / "strict.json").write_bytes(render_policy(load_policy()))
     words = ("run", "--policy", "strict.json", "--memory", "1G", "-c", "1", "--toolchain", "python")
-    done = subprocess.run([*COMMAND, *words], cwd=tmp_path, capture_output=True, check=False, stdin=subprocess.DEVNULL)
-    assert done.returncode == 2
-    assert b"cannot use --memory 1G: the policy strict.json allows at most 512M (limits.mem_bytes)" in done.stderr
-    assert b"Set limits.mem_bytes to 1073741824" in done.stderr
+    done = x07(tmp_path, *words)
+    assert done.code == 2
+    assert "cannot use --memory 1G: the policy strict.json allows at most 512M (limits.mem_bytes)" in done.err
+    assert "Set limits.mem_bytes to 1073741824" in done.err
 
 
 def test_a_pool_takes_policy_and_limits(tmp_path: Path) -> None:

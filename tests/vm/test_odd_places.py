@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.conftest import FULL, need
+from tests.conftest import need
 from x07_sandbox.host.paths import cache_dir
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ def test_a_full_disk_under_the_saved_machines_means_a_cold_start(tmp_path: Path)
 @pytest.mark.parametrize(
     "words",
     [
-        pytest.param(("doctor",), marks=pytest.mark.skipif(not FULL, reason="full sizes only: starts two machines")),
+        pytest.param(("doctor",), marks=pytest.mark.full("starts two machines")),
         ("prune", "--dry-run"),
         ("completion", "bash"),
         ("image", "list"),

@@ -17,7 +17,9 @@ import jsonschema
 import msgspec
 import pytest
 
+from tests.command import x07
 from tests.vm.conftest import left_behind
+from x07_sandbox.cli import os_runner
 from x07_sandbox.library.run import run_program
 from x07_sandbox.policy import default_policy, render_policy
 from x07_sandbox.reports.schemas import schemas
@@ -29,7 +31,8 @@ pytestmark = [pytest.mark.vm, pytest.mark.timeout(300)]
 
 RUNNER_SCHEMA = json.loads(schemas()["x07-os-runner.report.schema.json"])
 ATTEST_SCHEMA = json.loads(schemas()["x07-runtime.attest.schema.json"])
-COMMAND = [sys.executable, "-m", "x07_sandbox.cli.os_runner", "--world", "run-os-sandboxed", "--policy", "policy.json"]
+WORDS = ("--world", "run-os-sandboxed", "--policy", "policy.json")
+COMMAND = [sys.executable, "-m", "x07_sandbox.cli.os_runner", *WORDS]
 
 ECHO = """\
 #include <stdio.h>
@@ -59,15 +62,9 @@ class Caller:
     def call(self, name: str, text: str, *words: str) -> subprocess.CompletedProcess[bytes]:
         """Run a program, and assert that its machines are gone."""
         (self.place / name).write_text(text, encoding="utf-8")
-        done = subprocess.run(
-            [*COMMAND, "--program", name, *words],
-            cwd=self.place,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            check=False,
-        )
+        done = x07(self.place, *WORDS, "--program", name, *words, command=os_runner.main)
         assert left_behind(self.state) == []
-        return done
+        return subprocess.CompletedProcess(words, done.code, done.out, done.err.encode())
 
     def report(self, name: str, text: str, *words: str, code: int = 0) -> dict[str, Any]:
         """Run a program, and return its report."""

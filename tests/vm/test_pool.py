@@ -195,8 +195,8 @@ def test_a_pool_serves_small_policies(echo: str, state: Path, tmp_path: Path) ->
     assert left_behind(state) == []
 
 
-def test_a_claimed_machine_is_held_to_the_memory_of_its_job(state: Path, need: Need) -> None:
-    """A claimed machine has the memory limit of its job."""
+def test_a_claimed_machine_is_held_to_the_memory_and_deadline_of_its_job(state: Path, need: Need) -> None:
+    """A claimed machine has the memory limit of its job, and the kernel ends it at its deadline, without help."""
     machines = WarmMachines(1)
     machines.start()
     with contextlib.closing(machines):
@@ -204,14 +204,17 @@ def test_a_claimed_machine_is_held_to_the_memory_of_its_job(state: Path, need: N
         used = 200 << 20
         machine = machines.take(claim(), own_identity(), used)
         assert machine is not None
-        groups = cast("QemuInstance", machine.instance).groups
+        instance = cast("QemuInstance", machine.instance)
         names = ("memory.max", "memory.limit_in_bytes")
-        limits = [folder / name for folder in groups.folders for name in names if (folder / name).exists()]
+        limits = [folder / name for folder in instance.groups.folders for name in names if (folder / name).exists()]
         held = {int(path.read_text(encoding="ascii")) for path in limits}
+        instance.set_deadline(1)
+        assert select.select([instance.pidfd], [], [], 60)[0]
         assert machine.close()
-        need(limits, "this host gives us no memory group", installable=False)
-        assert held == {used + VMM_BYTES}
+        assert instance.exit_status() == -signal.SIGALRM
     assert left_behind(state) == []
+    need(limits, "this host gives us no memory group", installable=False)
+    assert held == {used + VMM_BYTES}
 
 
 def test_a_warm_machine_is_as_new(state: Path, tmp_path: Path) -> None:
@@ -243,7 +246,7 @@ def test_no_machine_is_served_twice(
 ) -> None:
     """Each warm machine serves one claimer only, even with many claims at once; the other claims get none."""
     monkeypatch.setattr(lease, "ANSWER_S", 60.0)  # wait for a busy pool
-    size, claims = (10, 100) if full else (3, 30)
+    size, claims = (10, 100) if full else (2, 20)
     held = contextlib.ExitStack()
     cancel = held.enter_context(contextlib.closing(Cancel()))
     marks: list[str] = []
@@ -272,21 +275,6 @@ def test_no_machine_is_served_twice(
     assert left_behind(state) == []
 
 
-def test_a_claimed_machine_has_its_jobs_deadline(state: Path) -> None:
-    """The kernel ends a claimed machine at its job's deadline, without help from any process."""
-    machines = WarmMachines(1)
-    machines.start()
-    with contextlib.closing(machines):
-        wait_for(lambda: machines.ready() == 1, 120)
-        machine = machines.take(claim(), own_identity(), machines.kind.ram_bytes)
-        assert machine is not None
-        cast("QemuInstance", machine.instance).set_deadline(1)
-        assert select.select([machine.instance.pidfd], [], [], 60)[0]
-        assert machine.close()
-        assert machine.instance.exit_status() == -signal.SIGALRM
-    assert left_behind(state) == []
-
-
 def alive(state: Path) -> set[str]:
     """Return the marks of all live machines recorded below *state*."""
     return {str(owner["instance"]) for owner in owners(state) if marked(str(owner["instance"]))}
@@ -295,7 +283,7 @@ def alive(state: Path) -> set[str]:
 @pytest.mark.parametrize("killed", sample(["claimer", "pool", "both"], 1))
 def test_killing_claimer_or_pool_leaves_no_machine(echo: str, state: Path, killed: str, full: bool) -> None:  # noqa: FBT001
     """SIGKILL of the claimer, the pool or both, at any moment of a run, leaves no machine behind."""
-    moments = range(40, 400, 15) if full else (60, 140, 260)
+    moments = range(40, 400, 15) if full else (140,)
     argv = [*COMMAND, "run", "--json", echo]
     kept = 1 if killed == "claimer" else 0
 
@@ -334,6 +322,7 @@ def test_runs_fall_back_to_clones_without_an_answer(echo: str) -> None:
         assert ran(echo)["phases"]["run"]["start"] == "clone"
 
 
+@pytest.mark.full("one more pool")
 def test_a_clone_replaces_a_warm_machine_that_died(echo: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A clone replaces a claimed machine that died before it got the program, with a warning."""
     leased = QemuBackend.leased
@@ -353,6 +342,7 @@ def test_a_clone_replaces_a_warm_machine_that_died(echo: str, monkeypatch: pytes
     assert "no VM of the pool was used for the run: the VM did not answer" in result.warnings
 
 
+@pytest.mark.full("one more pool")
 def test_a_pool_start_that_waits_reports_it_and_can_be_stopped(
     echo: str, state: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -387,7 +377,7 @@ def test_an_idle_pool_ends(state: Path) -> None:
 
 def test_programs_run_from_short_lived_threads_and_from_asyncio(state: Path, echo: str, full: bool) -> None:  # noqa: FBT001
     """One pool serves short-lived threads and coroutines, and each gets its own program's output."""
-    count = 50 if full else 3
+    count = 50 if full else 2
     with Pool(size=2) as pool:
         futures: list[tuple[bytes, Future[Result]]] = []
 
@@ -465,6 +455,7 @@ def test_cancelling_a_future_and_an_exception_end_the_pools_runs(state: Path) ->
     assert left_behind(state) == []
 
 
+@pytest.mark.full("one more VM; a forked child that submits is tested always")
 def test_a_forked_child_cannot_use_its_parents_pool(state: Path, echo: str) -> None:
     """A forked child can neither take nor end a machine of its parent's pool."""
     machines = WarmMachines(1)

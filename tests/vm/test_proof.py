@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from x07_sandbox.backends.qemu import proof
+from x07_sandbox.backends.qemu import backend
+from x07_sandbox.backends.qemu.backend import prove
 from x07_sandbox.backends.qemu.instance import QemuInstance
-from x07_sandbox.backends.qemu.proof import prove
 from x07_sandbox.host import settings
 from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.paths import cache_folder
@@ -59,7 +59,7 @@ def test_a_killed_guest_proves_nothing(image: Image, tmp_path: Path, monkeypatch
 
 
 TRY = """
-from x07_sandbox.backends.qemu.proof import prove
+from x07_sandbox.backends.qemu.backend import prove
 from x07_sandbox.errors import HostError
 from x07_sandbox.images.store import find_image
 from x07_sandbox.images.verify import open_image
@@ -85,9 +85,9 @@ def test_a_cpu_time_limit_of_the_shell_makes_the_proof_fail(
 
 def test_a_stopped_proof_does_not_block_others(image: Image, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that is stopped during its proof does not block other processes for ever."""
-    monkeypatch.setattr(proof, "known_verdict", lambda: None)
+    monkeypatch.setattr(backend, "known_verdict", lambda: None)
     monkeypatch.setattr(settings, "BOOTS_MAX", 0)
     with open_image(image) as opened, file_lock(cache_folder("verdicts") / ".lock"):
-        found = proof.kvm_verdict(opened)
+        found = backend.kvm_verdict(opened)
     assert not found.works
     assert "another process has held the lock" in found.reason

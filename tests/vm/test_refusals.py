@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.command import x07
 from x07_sandbox import Pool, SandboxError, run_program
 from x07_sandbox.errors import RefusedError
 from x07_sandbox.policy import decode_policy, default_policy, render_policy
@@ -29,15 +30,8 @@ pytestmark = [pytest.mark.vm, pytest.mark.usefixtures("image")]
 
 def _run(tmp_path: Path, *words: str, **environment: str) -> tuple[int, dict[str, Any]]:
     """Run `x07 run --json` with its own state folder, and return exit code and result."""
-    done = subprocess.run(
-        [sys.executable, "-m", "x07_sandbox.cli.main", "run", "--json", *words],
-        env=os.environ | {"X07_VM_STATE_DIR": str(tmp_path / "jobs")} | environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        check=False,
-        timeout=120,
-    )
-    return done.returncode, json.loads(done.stdout)
+    done = x07(Path.cwd(), "run", "--json", *words, env={"X07_VM_STATE_DIR": str(tmp_path / "jobs")} | environment)
+    return done.code, json.loads(done.out)
 
 
 def _policy(tmp_path: Path, change: Callable[[dict[str, Any]], None]) -> str:

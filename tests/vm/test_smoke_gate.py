@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
-from tests.conftest import FULL
 from x07_sandbox.images.build import build_image
 
 if TYPE_CHECKING:
@@ -120,7 +119,7 @@ def test_the_gate_passes_on_this_machine(image: Image, tmp_path: Path) -> None:
     assert lines[0] in {"ok: backend: qemu, vm-emulated", "ok: backend: qemu, vm-hardware"}
 
 
-@pytest.mark.skipif(not FULL, reason="full sizes only: another whole gate, with an image of its own")
+@pytest.mark.full("another whole gate, with an image of its own")
 def test_the_gate_runs_an_x07_program(image: Image, tmp_path: Path) -> None:
     """The gate runs an X07 project with its profile `sandbox` if the image has X07's toolchain."""
     assert image.digest

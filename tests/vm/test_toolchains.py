@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from msgspec.structs import replace
 
+from tests.command import x07
 from tests.conftest import FULL
 from tests.published import document
 from tests.vm.conftest import Sandbox, left_behind
@@ -44,15 +45,16 @@ def project(folder: Path, **files: str) -> Path:
 
 
 def command(*words: str, stdin: bytes = b"", **environment: str) -> subprocess.CompletedProcess[bytes]:
-    """Run `x07 run` with *words*."""
-    return subprocess.run(
-        [sys.executable, "-m", "x07_sandbox.cli.main", "run", *words],
-        input=stdin,
-        env=os.environ | environment,
-        capture_output=True,
-        check=False,
-        timeout=150,
-    )
+    """Carry out `x07 run` with more environment variables."""
+    done = x07(Path.cwd(), "run", *words, stdin=stdin, env=environment)
+    return subprocess.CompletedProcess(words, done.code, done.out, done.err.encode())
+
+
+@pytest.fixture
+def under_os(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run under `os`: these promises are the library's, whatever runs the program."""
+    monkeypatch.setenv("X07_SANDBOX_BACKEND", "os")
+    monkeypatch.setenv("X07_I_ACCEPT_WEAKER_ISOLATION", "1")
 
 
 # each toolchain
@@ -260,6 +262,7 @@ def test_a_library_call_takes_texts_files_and_more(state: Path) -> None:
     assert left_behind(state) == []
 
 
+@pytest.mark.usefixtures("under_os")
 def test_a_policy_may_be_a_value() -> None:
     """`run_program` takes a changed policy from `load_policy`, and rejects an invalid one."""
     policy = load_policy("built-in:worker")
@@ -271,6 +274,7 @@ def test_a_policy_may_be_a_value() -> None:
         load_policy("built-in:nothing")
 
 
+@pytest.mark.usefixtures("under_os")
 def test_check_raises_for_a_program_that_fails() -> None:
     """With check=True a failing program raises an error that carries its result."""
     with pytest.raises(SandboxError, match="failed") as caught:
@@ -278,6 +282,7 @@ def test_check_raises_for_a_program_that_fails() -> None:
     assert caught.value.result.exit_code == 3
 
 
+@pytest.mark.usefixtures("under_os")
 def test_an_exception_in_on_output_ends_the_run(state: Path) -> None:
     """An exception in `on_output` ends the machine, and propagates to the caller."""
 
@@ -289,6 +294,7 @@ def test_an_exception_in_on_output_ends_the_run(state: Path) -> None:
     assert left_behind(state) == []
 
 
+@pytest.mark.usefixtures("under_os")
 def test_many_runs_beside_an_event_loop(state: Path) -> None:
     """`run_program_async` runs several programs at once, without blocking the loop, and raises like `run_program`."""
 
@@ -485,9 +491,8 @@ def test_an_output_file_never_overwrites_an_input(tmp_path: Path, words: list[st
     (work / "link.sh").symlink_to("a.sh")
     os.mkfifo(work / "pipe")
     before = {path.name: path.lstat().st_mtime_ns for path in work.iterdir()}
-    argv = [sys.executable, "-m", "x07_sandbox.cli.main", "run", *words]
-    done = subprocess.run(argv, cwd=work, capture_output=True, check=False, stdin=subprocess.DEVNULL, timeout=100)
-    assert (done.returncode, why in done.stderr.decode()) == (2, True), done.stderr
+    done = x07(work, "run", *words)
+    assert (done.code, why in done.err) == (2, True), done.err
     assert {path.name: path.lstat().st_mtime_ns for path in work.iterdir()} == before
 
 

@@ -18,9 +18,8 @@ import pytest
 
 from tests.conftest import need
 from x07_sandbox.errors import HostError, UsageError
-from x07_sandbox.images.build import build_image
+from x07_sandbox.images.build import build_image, pack_toolchain
 from x07_sandbox.images.commands import EPOCH
-from x07_sandbox.images.toolchain import pack
 from x07_sandbox.policy.default import render_policy
 from x07_sandbox.policy.templates import TEMPLATES
 from x07_sandbox.reports.schemas import schemas
@@ -238,7 +237,7 @@ def test_an_invalid_toolchain_folder_is_rejected(tmp_path: Path, spoil: Callable
     shutil.copytree(TOOLCHAIN, source)
     spoil(source)
     with pytest.raises(UsageError, match=why):
-        pack(source, tmp_path / "copy")
+        pack_toolchain(source, tmp_path / "copy")
 
 
 def test_a_toolchains_digest_depends_on_its_content_only(tmp_path: Path) -> None:
@@ -246,13 +245,13 @@ def test_a_toolchains_digest_depends_on_its_content_only(tmp_path: Path) -> None
     source = tmp_path / "x07"
     shutil.copytree(TOOLCHAIN, source)
     (source / "link").symlink_to("stdlib/README")
-    first = pack(source, tmp_path / "1")
+    first = pack_toolchain(source, tmp_path / "1")
     os.utime(source / "stdlib/README", (1, 1))
-    assert pack(source, tmp_path / "2") == first
+    assert pack_toolchain(source, tmp_path / "2") == first
     (source / "stdlib/README").chmod(0o755)
-    second = pack(source, tmp_path / "3")
+    second = pack_toolchain(source, tmp_path / "3")
     (source / "stdlib/more").touch()
-    assert len({first, second, pack(source, tmp_path / "4")}) == 3
+    assert len({first, second, pack_toolchain(source, tmp_path / "4")}) == 3
 
 
 def test_a_full_disk_while_copying_a_toolchain_is_reported(tmp_path: Path) -> None:
@@ -265,7 +264,7 @@ def test_a_full_disk_while_copying_a_toolchain_is_reported(tmp_path: Path) -> No
     subprocess.run(["/usr/bin/mount", "-t", "tmpfs", "-o", "size=1m", "none", disk], check=True)
     try:
         with pytest.raises(HostError, match=rf"No space left on device \({disk}\). Free disk space"):
-            pack(source, disk / "copy")
+            pack_toolchain(source, disk / "copy")
     finally:
         subprocess.run(["/usr/bin/umount", disk], check=True)
 

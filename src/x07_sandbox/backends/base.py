@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, runtime_checkable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple, Protocol, runtime_checkable
 
 import msgspec
 
@@ -16,14 +18,17 @@ from x07_sandbox.plan.features import Features
 from x07_sandbox.plan.sizes import used_ram_bytes
 
 if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-    from pathlib import Path
-
     from x07_sandbox.backends.prerequisites import Need
     from x07_sandbox.channel.connection import Connection
     from x07_sandbox.host.processes import Identity
 
 StartMode = Literal["cold", "clone", "pool"]  # booted, cloned from a saved machine, or taken from a pool
+# The codes of errors about modules that cannot be preloaded, or not in time.
+NOT_IMPORTED: Final = "preload-failed"
+SLOW_IMPORT: Final = "preload-late"
+# Under emulation, measured with compilers and interpreters (docs/explanation/performance.md, "Emulation").
+SLOWDOWN: Final = "10 to 30 times"
+EMULATED: Final = f"CPU work in the guest typically takes {SLOWDOWN} as long as on the host"
 FailureKind = Literal["ended", "late", "protocol", "failed", "cancelled"]
 
 
@@ -38,7 +43,7 @@ class Availability(msgspec.Struct, frozen=True, kw_only=True):
     proof: str
     known: bool = True
     warnings: tuple[str, ...] = ()
-    fix: str = "Use --sandbox-backend vm on a host where KVM works"
+    fix: str = "Use a virtual machine on a host where KVM works"
 
 
 class MachineKind(msgspec.Struct, frozen=True, kw_only=True):
@@ -127,11 +132,13 @@ class HandshakeFailure(msgspec.Struct, frozen=True, kw_only=True):
     """The reason why an agent did not become ready.
 
     kind: "ended" (the instance or its channel ended), "late", "protocol" (the agent violated the protocol), "failed"
-    (the agent reported a failure) or "cancelled" (by the caller). exit_status, console_tail: set if the instance ended.
+    (the agent reported a failure) or "cancelled" (by the caller). stage: of a reported failure.
+    exit_status, console_tail: set if the instance ended.
     """
 
     kind: FailureKind
     why: str
+    stage: str = ""
     exit_status: int | None = None
     console_tail: str = ""
 
@@ -145,9 +152,9 @@ class HandshakeFailure(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def text(self) -> str:
-        """The reason, with the end of the console output if the instance ended."""
+        """The reason, with the stage or, if the instance ended, the end of the console output."""
         said = " ".join(self.console_tail.split())[-200:] if self.kind == "ended" else ""
-        return f"{self.why}; {said}" if said else self.why
+        return f"{self.why}; {said}" if said else f"{self.stage}: {self.why}" if self.stage else self.why
 
 
 class NoAnswerError(BackendError):

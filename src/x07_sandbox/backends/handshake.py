@@ -5,24 +5,21 @@ from __future__ import annotations
 import os
 import select
 import time
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from msgspec.structs import replace
 
-from x07_sandbox.backends.base import Greeting, HandshakeFailure, NoAnswerError
+from x07_sandbox.backends.base import FailureKind, Greeting, HandshakeFailure, Instance, NoAnswerError
 from x07_sandbox.channel.connection import Connection
 from x07_sandbox.channel.link import State
-from x07_sandbox.channel.messages import PROTOCOL, Failed, Hello, Seed, Seeded
+from x07_sandbox.channel.messages import PROTOCOL, Failed, Hello, Message, Seed, Seeded
 from x07_sandbox.channel.streams import Event, Role
 from x07_sandbox.errors import PeerError
 from x07_sandbox.host import settings
 from x07_sandbox.host.clocks import Deadline, unix_ns
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
-    from x07_sandbox.backends.base import FailureKind, Instance
-    from x07_sandbox.channel.messages import Message
     from x07_sandbox.plan.outcomes import Evidence
 
 _EXIT_S: Final = 5.0  # for an instance whose channel ended to end itself, so that its exit status is known
@@ -128,7 +125,7 @@ class Handshake:
         try:
             for event in events:
                 if isinstance(event, Failed):
-                    return HandshakeFailure(kind="failed", why=f"{event.stage}: {event.message}")
+                    return HandshakeFailure(kind="failed", why=event.message, stage=event.stage)
                 if not isinstance(event, Event):
                     self._take(event)
         except PeerError as exc:
@@ -183,7 +180,7 @@ def evidence_of(failure: HandshakeFailure, cancelled_by: int | None = None) -> E
     cause: dict[str, dict[str, Any]] = {
         "late": {"boot_timeout": True},
         "protocol": {"channel_error": failure.why},
-        "failed": {"setup_failure": failure.why},
+        "failed": {"setup_failure": failure.text},
         "cancelled": {"cancelled_by": cancelled_by or 0},
     }
     return replace(found, **cause.get(failure.kind, {}))

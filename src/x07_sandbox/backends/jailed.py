@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
 from x07_sandbox.errors import BackendError, HostError
@@ -18,14 +19,11 @@ from x07_sandbox.host.paths import closing_fd
 from x07_sandbox.host.poll import wait_readable
 from x07_sandbox.host.processes import Identity, identify, own_identity, wait_gone
 from x07_sandbox.jobs.launcher import Launch, launch
-from x07_sandbox.jobs.record import mark_done, write_owner
+from x07_sandbox.jobs.record import JobRecord, mark_done, write_owner
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
     from x07_sandbox.backends.base import StartMode
     from x07_sandbox.host.close_on_fork import FdGroup
-    from x07_sandbox.jobs.record import JobRecord
 
 _J = TypeVar("_J", bound="Jailed")
 _SETUP_S: Final = 10.0

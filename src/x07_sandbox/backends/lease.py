@@ -12,6 +12,8 @@ import contextlib
 import json
 import os
 import socket
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from x07_sandbox.backends.handshake import greet
@@ -23,9 +25,6 @@ from x07_sandbox.host.poll import wait_readable
 from x07_sandbox.jobs.record import record_from, record_values
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-    from pathlib import Path
-
     from x07_sandbox.backends.base import Backend, Instance, Job
 
 PROTOCOL: Final = 3

@@ -3,8 +3,6 @@
 Each backend lists its own (`Backend.needs`). Its probe requires them, and `x07 doctor` prints them.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import stat
@@ -15,11 +13,12 @@ from typing import Final, Literal, NamedTuple
 
 import msgspec
 
-from x07_sandbox.errors import HostError
+from x07_sandbox.errors import Command, HostError, Text
 from x07_sandbox.host.paths import find_program
+from x07_sandbox.host.processes import output_of
 from x07_sandbox.host.variables import text
 
-_INSTALL: Final = "Run: apt-get install --no-install-recommends"
+_INSTALL: Final = "apt-get install --no-install-recommends"
 
 
 class Need(msgspec.Struct, frozen=True):
@@ -48,7 +47,7 @@ class Found(NamedTuple):
 
     text: str
     why: str = ""
-    fix: str = ""
+    fix: Text = ""
     good: bool = False
 
 
@@ -68,12 +67,12 @@ def unmet(looks: Looks) -> Looks:
     return [(need, found) for need, found in looks if not (found.good or need.optional)]
 
 
-def advice(failed: Looks) -> tuple[str, str]:
+def advice(failed: Looks) -> tuple[str, Text]:
     """Return why the first of these prerequisites makes an action fail, and what to do."""
     if (first := failed[0][1]).why:
         return first.why, first.fix
     packages = " ".join(need.package for need, found in failed if not found.why)
-    return f"missing: {packages}", f"{_INSTALL} {packages}"
+    return f"missing: {packages}", ("Run: ", Command(f"{_INSTALL} {packages}"))
 
 
 def require(needs: Sequence[Need], what: str) -> None:
@@ -90,7 +89,7 @@ def _program(need: Need) -> Found:
         why = f"{need.variable} is {need.place}, which is no executable program"
         fix = f"Set {need.variable} to an absolute path"
     elif need.variable:
-        why, fix = f"missing: {need.name}", f"{_INSTALL} {need.package}, or set {need.variable}"
+        why, fix = f"missing: {need.name}", f"Run: {_INSTALL} {need.package}, or set {need.variable}"
     return Found("not found", why, fix)
 
 
@@ -106,22 +105,22 @@ def _library(need: Need) -> Found:
 def _firmware(need: Need) -> Found:
     if os.access(need.name, os.R_OK):
         return Found("found", good=True)
-    return Found("not found", f"missing: {need.name}", f"Run: apt-get install --reinstall {need.package}")
+    fix = ("Run: ", Command(f"apt-get install --reinstall {need.package}"))
+    return Found("not found", f"missing: {need.name}", fix)
 
 
 def _not_setuid(need: Need) -> Found:
     with contextlib.suppress(OSError):  # it is missing, which another check finds
         if Path(need.name).stat().st_mode & stat.S_ISUID:
             why = f"{need.name} is set-user-ID, which gives it more rights than it needs"
-            return Found("set-user-ID", why, f"Run: chmod u-s {need.name}")
+            return Found("set-user-ID", why, ("Run: ", Command(f"chmod u-s {need.name}")))
     return Found("not set-user-ID", good=True)
 
 
 def _version(need: Need) -> Found:
-    argv, env, no_input = [need.name, "--version"], {"PATH": "/usr/bin:/bin", "LC_ALL": "C"}, subprocess.DEVNULL
     said = b""
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-        said = subprocess.run(argv, stdin=no_input, capture_output=True, timeout=30, check=False, env=env).stdout
+        said = output_of([need.name, "--version"], timeout_s=30).stdout
     least, found = ".".join(map(str, need.least)), version_in(said.decode("ascii", "replace"))
     if found >= need.least:
         return Found(f"version {'.'.join(map(str, found))}", good=True)

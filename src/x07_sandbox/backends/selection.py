@@ -4,8 +4,6 @@ The requested backend is used or refused, but never replaced by another. Isolati
 the user's consent.
 """
 
-from __future__ import annotations
-
 import os
 from typing import Final
 
@@ -64,9 +62,10 @@ def select(platform: Platform, request: BackendRequest) -> Choice:
         wall = walls.get(row.isolation[0], "no sandbox at all")
         why = f"it runs programs in {wall}; that is weaker isolation than a virtual machine and needs your consent"
         fix = instead(platform, request, row, named=named)
-        raise RefusedError(f"cannot use the backend {row.name}", why, fix)
+        raise RefusedError(f"cannot use the backend {row.name}", why, fix, code="weaker-isolation")
     if why := row.unsupported(platform):
-        raise RefusedError(f"cannot use the backend {row.name}", why, instead(platform, request))
+        fix = instead(platform, request)
+        raise RefusedError(f"cannot use the backend {row.name}", why, fix, code="backend-not-here")
     return Choice(backend=row.name)
 
 
@@ -142,7 +141,7 @@ def _automatic(platform: Platform, request: BackendRequest) -> Choice:
         return Choice(backend=found)
     names = " and ".join(row.name for row in candidates)
     why = f"the backends for {platform} are not in this version ({names})" if names else f"none supports {platform}"
-    raise RefusedError("there is no virtual machine backend", why, instead(platform, request))
+    raise RefusedError("there is no virtual machine backend", why, instead(platform, request), code="no-backend")
 
 
 def instead(

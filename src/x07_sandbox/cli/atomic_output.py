@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,17 +13,15 @@ from msgspec.structs import replace
 
 from x07_sandbox.errors import RefusedError, SandboxError, UsageError
 from x07_sandbox.host import settings
-from x07_sandbox.host.paths import private_dir, real_path, state_dir
+from x07_sandbox.host.paths import closing_fd, private_dir, real_path, state_dir
 from x07_sandbox.host.poll import write_all
 from x07_sandbox.plan.outcomes import REFUSED_EXIT
 from x07_sandbox.programs.toolchains import OUTPUT
 from x07_sandbox.runs.folder import unnamed_file
-from x07_sandbox.runs.request import ProjectPolicy
+from x07_sandbox.runs.request import ProjectPolicy, RunRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
-
-    from x07_sandbox.runs.request import Program, RunRequest
+    from x07_sandbox.runs.request import Program
     from x07_sandbox.runs.result import Result
     from x07_sandbox.sandboxes.transfers import OutFile
 
@@ -86,15 +85,14 @@ def write_atomically(path: Path, fill: Callable[[int], None], *, mode: int = 0o6
     temporary = path.with_name(f".x07-{os.urandom(8).hex()}")  # no longer than the longest name
     try:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
-        try:
+        with closing_fd(fd):
             fill(fd)
-        finally:
-            os.close(fd)
         temporary.replace(path)
     except OSError as exc:
         temporary.unlink(missing_ok=True)
         why = exc.strerror or str(exc)
-        raise RefusedError(f"{code}cannot write {path}", why, "Name another file, or free space there") from exc
+        fix = "Name another file, or free space there"
+        raise RefusedError(f"{code}cannot write {path}", why, fix, code="output-not-written") from exc
 
 
 def write_bytes(path: Path, data: bytes, *, code: str = "") -> None:

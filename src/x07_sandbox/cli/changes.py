@@ -6,9 +6,11 @@ Changes that are not allowed are left out: saved, but applied only if a flag of 
 
 from __future__ import annotations
 
+import argparse
 import re
 import shlex
 import sys
+from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Final
 
 from msgspec.structs import replace
@@ -27,15 +29,11 @@ from x07_sandbox.cli.parser import add_document_flags, nonempty, repeated, switc
 from x07_sandbox.runs.patches import include_applied, patch_chunks
 from x07_sandbox.runs.refusals import apply_command, denials_and_entries
 from x07_sandbox.runs.result import Changes
-from x07_sandbox.runs.saved_changes import command, find_saved, folder_names, undo_saved
+from x07_sandbox.runs.saved_changes import SavedChanges, command, find_saved, folder_names, undo_saved
 from x07_sandbox.runs.selection import Grants, apply_selected, below, select_changes
 
 if TYPE_CHECKING:
-    import argparse
-    from collections.abc import Set as AbstractSet
-
     from x07_sandbox.files.changes import ChangeSet
-    from x07_sandbox.runs.saved_changes import SavedChanges
 
 _RUN_ID: Final = re.compile(r"\d[\d-]*", re.ASCII)
 _TERMINAL_LINES: Final = 2000

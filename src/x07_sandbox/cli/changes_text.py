@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -11,15 +13,10 @@ import msgspec
 from x07_sandbox.cli.console import say, write_stdout
 from x07_sandbox.cli.denials_text import how_to_allow_text
 from x07_sandbox.cli.parser import nonempty
-from x07_sandbox.files.changes import display_name, printable
+from x07_sandbox.files.changes import ChangeSet, display_name, printable
 from x07_sandbox.runs.saved_changes import command, find_saved, folder_names
 
 if TYPE_CHECKING:
-    import argparse
-    from collections.abc import Sequence
-
-    from x07_sandbox.files.changes import ChangeSet
-    from x07_sandbox.plan.denials import Denial
     from x07_sandbox.runs.result import Changes, Result
 
 _NAMED: Final = 8
@@ -61,7 +58,10 @@ def change_lines(result: Result) -> list[str]:
     applicable = {entry.name for entry in changes.left_out_entries if entry.take}
     word = "left out" if changes.left_out else "not allowed"
     denials = [one for one in result.denials if one.action == "change" and one.subject not in applicable]
-    refused = [f"{word}: {_because(one)}{how_to_allow_text(one.how_to_allow, one.field)}" for one in denials]
+    refused = [
+        f"{word}: {one.subject}{f' ({one.reason})' * bool(one.reason)}{how_to_allow_text(one.how_to_allow, one.field)}"
+        for one in denials
+    ]
     closing = [] if changes.left_out and not _counts(changes) else [_closing(result.run, changes)]
     return [*_capped(f"{gone}: ", deleted, diff), *refused, *left_out(changes), *closing]
 
@@ -71,10 +71,6 @@ def _capped(before: str, names: Sequence[str], diff: str) -> list[str]:
     more = len(names) - _DELETED_MAX
     lines = [f"{before}{name}" for name in names[:_DELETED_MAX]]
     return [*lines, f"{before}{more} more names; to list all: {diff} --json"] if more > 0 else lines
-
-
-def _because(denial: Denial) -> str:
-    return f"{denial.subject} ({denial.reason})" if denial.reason else denial.subject
 
 
 def left_out(changes: Changes) -> list[str]:

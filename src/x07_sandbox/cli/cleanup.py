@@ -1,20 +1,15 @@
 """`x07 sweep`, `x07 df` and `x07 prune`: remove unneeded jobs and files, and show disk usage."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Final
+import argparse
+from collections.abc import Sequence
+from typing import Final
 
 from x07_sandbox.cli.console import say, show, size
 from x07_sandbox.cli.json_output import print_document
 from x07_sandbox.cli.parser import add_document_flags, switch
-from x07_sandbox.housekeeping.prune import prune
+from x07_sandbox.housekeeping.prune import disk_usage, prune
 from x07_sandbox.housekeeping.pruner import PARTS
 from x07_sandbox.housekeeping.sweep import sweep
-from x07_sandbox.housekeeping.usage import disk_usage
-
-if TYPE_CHECKING:
-    import argparse
-    from collections.abc import Sequence
 
 _SWEEP_EPILOG: Final = """x07 sweep removes:
   processes, containers, control groups and files of runs whose x07 process is dead or whose deadline has passed

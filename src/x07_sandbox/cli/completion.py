@@ -1,7 +1,5 @@
 """`x07 completion`: print shell completion, made from the parsers."""
 
-from __future__ import annotations
-
 import argparse
 from typing import Final
 

@@ -1,24 +1,19 @@
 """`x07 conform`: run the conformance tests of a backend on this machine."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import tempfile
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from x07_sandbox.backends.registry import BY_NAME
 from x07_sandbox.backends.selection import backend_request, select, this_platform
 from x07_sandbox.cli.console import LiveLine, show
 from x07_sandbox.cli.json_output import print_document
 from x07_sandbox.cli.parser import add_document_flags, add_row, option
-from x07_sandbox.conformance.run import conform
+from x07_sandbox.conformance.run import Verdict, conform
 from x07_sandbox.host.paths import cache_folder
 from x07_sandbox.options import BY_FLAG
 from x07_sandbox.reports.conform import ConformReport
-
-if TYPE_CHECKING:
-    from x07_sandbox.conformance.run import Verdict
 
 _WORDS: Final = {"passed": "ok", "failed": "FAILED", "gap": "gap", "skipped": "skipped"}
 _EPILOG: Final = """Each line shows one behaviour and its verdict: ok, FAILED, gap (the backend is known to lack the
@@ -45,35 +40,27 @@ def add_conform(parser: argparse.ArgumentParser) -> None:
 
 
 def _conform(options: argparse.Namespace) -> int:
+    reports, live = [], LiveLine()
+
+    def tell(verdict: Verdict) -> None:
+        live("")
+        if not options.json:
+            what = f"{verdict.group} {verdict.name}: {verdict.reason or verdict.promise}"
+            show(f"{_WORDS[verdict.verdict]:8}{name} {what}")
+        live(f"conform: {name}: after {verdict.name}")
+
     with tempfile.TemporaryDirectory(prefix="conform-", dir=cache_folder("tmp")) as folder:
         # A separate state folder, so that no test becomes the latest run for `x07 diff` and `x07 undo`.
         os.environ["X07_VM_STATE_DIR"] = f"{folder}/jobs"
-        return _conformed(options)
-
-
-def _conformed(options: argparse.Namespace) -> int:
-    reports = []
-    for name in _named(options):
-        live = LiveLine()
-        live(f"conform: {name}: preparing")
-
-        def tell(verdict: Verdict, name: str = name, live: LiveLine = live) -> None:
-            live("")
-            if not options.json:
-                _show(name, verdict)
-            live(f"conform: {name}: after {verdict.name}")
-
-        try:
-            reports.append(conform(name, on_verdict=tell))
-        finally:
-            live("")
+        for name in _named(options):
+            live(f"conform: {name}: preparing")
+            try:
+                reports.append(conform(name, on_verdict=tell))
+            finally:
+                live("")
     failed = any(verdict.verdict == "failed" for report in reports for verdict in report.verdicts)
     print_document(ConformReport(good=not failed, backends=tuple(reports)), options)
     return 1 if failed else 0
-
-
-def _show(backend: str, verdict: Verdict) -> None:
-    show(f"{_WORDS[verdict.verdict]:8}{backend} {verdict.group} {verdict.name}: {verdict.reason or verdict.promise}")
 
 
 def _named(options: argparse.Namespace) -> list[str]:

@@ -1,7 +1,5 @@
 """Messages and progress on standard error, and results on standard output."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import sys

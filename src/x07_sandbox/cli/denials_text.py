@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import posixpath
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Final
 
 from msgspec.structs import replace
@@ -13,8 +14,6 @@ from x07_sandbox.errors import printable
 from x07_sandbox.policy.templates import BUILT_IN, built_in
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Sequence
-
     from x07_sandbox.plan.denials import Denial, Hint, HowToAllow
     from x07_sandbox.runs.result import Result
 
@@ -54,11 +53,6 @@ _ACTIONS: Final = {
     "use": "using",
     "write": "writing to",
 }
-# Advice in two steps (plan/hints), and what precedes it if the command lacks the flag.
-_IMAGE: Final = "--image mine"
-_AFTER: Final = ", after "
-_COMMANDS: Final = ("x07 image ", "apt-get ", "pip ")
-_OTHER_COMMAND: Final = "x07 run with "
 
 
 def say_denials(result: Result) -> None:
@@ -74,13 +68,12 @@ def for_flags(result: Result, flags: Collection[str]) -> Result:
     """
 
     def adapted(allowing: HowToAllow | None) -> HowToAllow | None:
-        if (
-            allowing is None
-            or not allowing.flag
-            or allowing.flag.partition(" ")[0] in {*flags, "x07", "apt-get", "pip"}
-        ):
+        flag = allowing and (allowing.next_flag if allowing.command else allowing.flag)
+        if allowing is None or not flag or flag.split()[0] in flags:
             return allowing
-        return replace(allowing, flag=None if allowing.json_path is not None else f"{_OTHER_COMMAND}{allowing.flag}")
+        if allowing.command:
+            return replace(allowing, next_flag=f"x07 run with {flag}")
+        return replace(allowing, flag=None if allowing.json_path is not None else f"x07 run with {flag}")
 
     denials = [replace(denial, how_to_allow=adapted(denial.how_to_allow)) for denial in result.denials]
     hints = [replace(hint, how=adapted(hint.how), to_write=adapted(hint.to_write)) for hint in result.hints]
@@ -241,12 +234,12 @@ def how_to_allow_text(allowing: HowToAllow | None, field: str = "", *, purpose: 
         in_policy = f", and {_in_policy(allowing)}." if allowing.json_path else "."
         also = f", and use {allowing.flag}" if allowing.flag else in_policy
         return f". To {purpose}, set {allowing.setting} under [net] in your settings{also}"
+    if allowing.command:
+        return (
+            f". To {purpose}, run {allowing.command}{f', then use {allowing.next_flag}' if allowing.next_flag else ''}"
+        )
     if allowing.flag:
-        with_image, then, build = allowing.flag.partition(_AFTER)
-        if then and with_image.removeprefix(_OTHER_COMMAND) == _IMAGE:
-            word = "use" if with_image.startswith(_OTHER_COMMAND) else "add"
-            return f". To {purpose}, run {build}, then {word} {with_image}"
-        return f". To {purpose}, {'run' if allowing.flag.startswith(_COMMANDS) else 'use'} {allowing.flag}"
+        return f". To {purpose}, use {allowing.flag}"
     if allowing.json_path == f"$.{field}" or "." not in field:
         return f". To {purpose}, {_in_policy(allowing)}."
     return f". To {purpose}, first {_in_policy(allowing)}. The next run then names the next step."

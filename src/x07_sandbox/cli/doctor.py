@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from x07_sandbox.backends.base import EMULATED
 from x07_sandbox.backends.prerequisites import Looks, advice, check, unmet
 from x07_sandbox.backends.registry import BY_NAME, BackendRow, Platform, create
 from x07_sandbox.backends.selection import (
@@ -24,7 +25,7 @@ from x07_sandbox.backends.selection import (
 from x07_sandbox.cli.console import LiveLine, show, size
 from x07_sandbox.cli.json_output import print_document
 from x07_sandbox.cli.parser import add_document_flags
-from x07_sandbox.errors import SandboxError
+from x07_sandbox.errors import SandboxError, worded
 from x07_sandbox.host.arch import ARCHES, host_arch
 from x07_sandbox.host.paths import cache_dir, private_dir, state_dir
 from x07_sandbox.host.variables import PREFIXES, SANDBOX_BACKENDS, VARIABLES
@@ -152,7 +153,7 @@ def _failure(row: BackendRow, looks: Looks, proof: Finding | None) -> tuple[str,
         return f"no virtual machine for architecture {machine}", _NO_ARCHITECTURE
     if failed := unmet(looks):
         why, fix = advice(failed)
-        return why, (fix, *_MISSING)
+        return why, (worded(fix), *_MISSING)
     if proof is None:
         return "nothing was started", _NO_NAMESPACES
     more = () if row.isolation == ("container",) else _NO_NAMESPACES  # an engine's own error says what it needs
@@ -176,23 +177,23 @@ def _weaker(name: str) -> Finding:
         return _bad(name, exc)
     by = "--sandbox-backend" if name in SANDBOX_BACKENDS else "--backend"  # os and none need to be named as a class
     text = f"{availability.proof}; to test it: x07 conform {by} {name} {ACCEPT_FLAG}"
-    return Finding(subject=name, good=None, text=text)
+    return Finding(code="untried", subject=name, good=None, text=text)
 
 
 def platform_finding(platform: Platform) -> Finding:
     """Return whether this version has a backend for the platform."""
     if words := " ".join(usable_flags(platform)):
-        return Finding(subject="platform", good=True, text=f"{platform}, supported by {words}")
+        return Finding(code="platform", subject="platform", good=True, text=f"{platform}, supported by {words}")
     text, fix = f"this version has no backend for {platform}", ". ".join(alternatives(platform))
-    return Finding(subject="platform", good=False, text=text, fix=fix)
+    return Finding(code="no-backend", subject="platform", good=False, text=text, fix=fix)
 
 
 def proof_among(findings: list[Finding]) -> Finding:
     """Return the proof that a VM started, or the first bad finding as the reason why there is none."""
     bad = next((finding for finding in findings if finding.good is False), None)
     if bad is None:
-        return Finding(subject=START, good=True, text=_ANSWERED)
-    return Finding(subject=START, good=False, text=f"{bad.subject}: {bad.text}", fix=bad.fix)
+        return Finding(code="vm-started", subject=START, good=True, text=_ANSWERED)
+    return Finding(code=bad.code, subject=START, good=False, text=f"{bad.subject}: {bad.text}", fix=bad.fix)
 
 
 def _first_on_path(environ: Mapping[str, str]) -> Finding:
@@ -206,13 +207,13 @@ def _first_on_path(environ: Mapping[str, str]) -> Finding:
         try:
             with Path(path).open("rb") as file:
                 if b"x07_sandbox" in file.read(_HEAD_BYTES):
-                    return Finding(subject=subject, good=True, text=f"{path} is x07-sandbox")
+                    return Finding(code="on-path", subject=subject, good=True, text=f"{path} is x07-sandbox")
             text = f"{path} is another program, perhaps X07's own"
         except OSError as exc:
             text = f"{path} cannot be read: {exc.strerror}"
     ours = Path(sys.executable).with_name("x07-sandbox")
     fix = f"Call this one x07-sandbox ({ours}), or put its folder first on PATH"
-    return Finding(subject=subject, good=None, text=text, fix=fix)
+    return Finding(code="not-on-path", subject=subject, good=None, text=text, fix=fix)
 
 
 def _variables(environ: Mapping[str, str]) -> Finding:
@@ -222,7 +223,13 @@ def _variables(environ: Mapping[str, str]) -> Finding:
     text = f"set: {', '.join(known)}" if known else "none is set"
     if others:
         text += f"; unknown: {', '.join(others)}"
-    return Finding(subject="variables", good=None, text=text, fix="See docs/reference/settings.md" if others else "")
+    return Finding(
+        code="variables",
+        subject="variables",
+        good=None,
+        text=text,
+        fix="See docs/reference/settings.md" if others else "",
+    )
 
 
 def _checked(subject: str, check_it: Callable[[], Finding | None]) -> list[Finding]:
@@ -246,16 +253,16 @@ def _bad(subject: str, exc: SandboxError | OSError) -> Finding:
     error = host_error(exc) if isinstance(exc, OSError) else exc
     if error is None:
         raise exc
-    return Finding(subject=subject, good=False, text=f"{error.what}: {error.why}", fix=error.fix)
+    return Finding(code=error.code, subject=subject, good=False, text=f"{error.what}: {error.why}", fix=error.fix)
 
 
 def _architecture() -> Finding:
     try:
         arch = host_arch()
     except SandboxError as exc:
-        return Finding(subject="architecture", good=False, text=exc.why, fix=exc.fix)
+        return Finding(code="architecture-unknown", subject="architecture", good=False, text=exc.why, fix=exc.fix)
     tested = "" if arch.tested else ", untested: please report how it works"
-    return Finding(subject="architecture", good=True if arch.tested else None, text=arch.name + tested)
+    return Finding(code="architecture", subject="architecture", good=arch.tested or None, text=arch.name + tested)
 
 
 def _image_tools() -> Finding:
@@ -267,15 +274,16 @@ def _image_tools() -> Finding:
         try:
             require_namespaces()
         except SandboxError as exc:
-            return Finding(subject=subject, good=None, text=f"found, but {exc.why}", fix=exc.fix)
-        return Finding(subject=subject, good=True, text="found")
+            return Finding(code="tools-blocked", subject=subject, good=None, text=f"found, but {exc.why}", fix=exc.fix)
+        return Finding(code="tools", subject=subject, good=True, text="found")
     fix = "apt-get install --no-install-recommends " + " ".join(sorted(set(missing.values())))
-    return Finding(subject=subject, good=None, text=f"missing (only needed to build): {', '.join(missing)}", fix=fix)
+    text = f"missing (only needed to build): {', '.join(missing)}"
+    return Finding(code="tools-missing", subject=subject, good=None, text=text, fix=fix)
 
 
 def _folders() -> Finding:
     state, cache = private_dir(state_dir()), private_dir(cache_dir())
-    return Finding(subject="folders", good=True, text=f"records in {state}, images in {cache}")
+    return Finding(code="folders", subject="folders", good=True, text=f"records in {state}, images in {cache}")
 
 
 def _cgroups() -> Finding:
@@ -286,20 +294,19 @@ def _cgroups() -> Finding:
     else:
         limits = "used if they are delegated to you" if version == "2" else "only root can use them"
     text = f"version {version}; {limits}; rlimits and the limits in the guest always apply"
-    return Finding(subject="control groups", good=None, text=text)
+    return Finding(code="control-groups", subject="control groups", good=None, text=text)
 
 
 def _capacity() -> Finding:
     """Return how many runs this user may have at the same time on this host."""
-    from x07_sandbox.host.cores import cores
-    from x07_sandbox.host.memory import memory_bytes
+    from x07_sandbox.host.memory import cores, memory_bytes
     from x07_sandbox.jobs.admission import MEMORY_PER_MACHINE, max_running
 
     memory, each = memory_bytes(), MEMORY_PER_MACHINE >> 30
     text = f"{max_running()}; this host has {cores()} cores and {size(memory)} of memory; each run counts as {each} GiB"
     if memory * 3 // 4 < MEMORY_PER_MACHINE:
         text += ", which is more than three quarters of this memory: large programs may not fit"
-    return Finding(subject="runs at once", good=None, text=text)
+    return Finding(code="runs-at-once", subject="runs at once", good=None, text=text)
 
 
 def _jail(name: str) -> Finding | None:
@@ -311,10 +318,11 @@ def _jail(name: str) -> Finding | None:
         return None
     form = jail_form()
     if form.namespaces:
-        return Finding(subject="jail", good=True, text="namespaces, seccomp and a private root")
+        return Finding(code="jail", subject="jail", good=True, text="namespaces, seccomp and a private root")
     text = f"without namespaces, by Landlock {form.landlock} and seccomp: {form.why}"
     text += "; X07_VM_REQUIRE_NAMESPACES=1 rejects this"
-    return Finding(subject="jail", good=None, text=text, fix=f"To get namespaces, allow them: {namespace_flags()}")
+    fix = f"To get namespaces, allow them: {namespace_flags()}"
+    return Finding(code="jail-without-namespaces", subject="jail", good=None, text=text, fix=fix)
 
 
 def _image_and_machine(choice: Choice) -> list[Finding]:
@@ -336,15 +344,16 @@ def _image_and_machine(choice: Choice) -> list[Finding]:
             # Emulation although there is /dev/kvm is neither good nor an error: runs work.
             fallback = availability.features.emulated and Path("/dev/kvm").exists()
             fix = availability.fix if fallback else ""
-            findings.append(Finding(subject="isolation", good=None if fallback else True, text=isolation, fix=fix))
+            good = None if fallback else True
+            findings.append(Finding(code="isolation", subject="isolation", good=good, text=isolation, fix=fix))
     except (SandboxError, OSError) as exc:
         if probing or isinstance(exc, OSError):  # the probe starts a VM as a run does
             return [*findings, _bad(START, exc)]
-        return [*findings, Finding(subject=exc.what, good=False, text=exc.why, fix=exc.fix)]
+        return [*findings, Finding(code=exc.code, subject=exc.what, good=False, text=exc.why, fix=exc.fix)]
     findings.append(_start(choice))
     if availability.features.emulated:
-        text = f"{availability.warnings[0].removeprefix('emulated: ')}; X07_VM_REQUIRE_HARDWARE=1 rejects it"
-        findings.append(Finding(subject="emulation", good=None, text=text))
+        text = f"{EMULATED}; X07_VM_REQUIRE_HARDWARE=1 rejects it"
+        findings.append(Finding(code="emulation", subject="emulation", good=None, text=text))
         if all(finding.good is not False for finding in findings):
             findings.append(_slowness(choice))
     return findings
@@ -378,10 +387,10 @@ def _start(choice: Choice) -> Finding:
     if error is not None:
         return _bad(START, error)
     if result.ok:
-        return Finding(subject=START, good=True, text=_ANSWERED)
+        return Finding(code="vm-started", subject=START, good=True, text=_ANSWERED)
     late = any(phase.times_ms.get("end", 0) >= settings.BOOT_S * 1000 for phase in result.phases.values())
-    fix = _TOO_SLOW if late else _NO_UIDS if "setres" in result.reason else _NO_START
-    return Finding(subject=START, good=False, text=result.reason, fix=fix)
+    fix = _TOO_SLOW if late else _NO_UIDS if result.reason_code == "supervisor-uid" else _NO_START
+    return Finding(code=result.reason_code, subject=START, good=False, text=result.reason, fix=fix)
 
 
 def _slowness(choice: Choice) -> Finding:
@@ -392,17 +401,17 @@ def _slowness(choice: Choice) -> Finding:
     if factor is None:
         result, _ = _attempt(choice, "measuring the slowdown of emulation", scale=True)
         if result.scaling is None:
-            text = next((text for text in result.warnings if "scaled" in text), result.reason)
-            return Finding(subject="limits under emulation", good=None, text=text)
+            text = "; ".join(result.warnings) if result.ok else result.reason
+            return Finding(code="not-measured", subject="limits under emulation", good=None, text=text)
         factor = result.scaling.factor
     text = f"x07 run --scale-limits multiplies time limits by {factor}, as measured now by a CPU benchmark"
-    return Finding(subject="limits under emulation", good=None, text=text)
+    return Finding(code="slowdown", subject="limits under emulation", good=None, text=text)
 
 
 def _image(image: Image) -> Finding:
     from x07_sandbox.images.store import image_is_current
 
     if image_is_current(image):
-        return Finding(subject="guest image", good=True, text=image.digest)
+        return Finding(code="image", subject="guest image", good=True, text=image.digest)
     text, fix = "built by another version of x07-sandbox", "To update it: x07 image build"
-    return Finding(subject="guest image", good=None, text=text, fix=fix)
+    return Finding(code="image-outdated", subject="guest image", good=None, text=text, fix=fix)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import shlex
 from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.cli.console import say, show
@@ -14,9 +16,6 @@ from x07_sandbox.plan.outcomes import REFUSED_EXIT
 from x07_sandbox.runs.preview import Preview, preview
 
 if TYPE_CHECKING:
-    import argparse
-    from collections.abc import Sequence
-
     from x07_sandbox.runs.request import RunCaller, RunRequest
 
 

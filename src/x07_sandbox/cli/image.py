@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from x07_sandbox.backends.base import NOT_IMPORTED, SLOW_IMPORT
 from x07_sandbox.cli.console import Progress, say, show, size
 from x07_sandbox.cli.json_output import deliver, print_document
 from x07_sandbox.cli.parser import add_document_flags, folder_path, inner_verb, switch
-from x07_sandbox.errors import SandboxError, UsageError, with_full_stop
+from x07_sandbox.errors import SandboxError, UsageError
 from x07_sandbox.images.build import build_image
 from x07_sandbox.images.store import (
     build_command,
@@ -40,6 +40,10 @@ if TYPE_CHECKING:
     from x07_sandbox.images.store import DamagedImage, Image
 
 _SHOWN: Final = 5
+_PRELOAD_FIXES: Final = {
+    NOT_IMPORTED: "Add its package (--include or --pip), or remove it from --preload",
+    SLOW_IMPORT: "Remove the slow module from --preload, or try again when this host is less busy",
+}
 _EXAMPLES: Final = """examples:
   x07 image build                                build or update the image named default
   x07 image build --name science --include python3-numpy,python3-pandas
@@ -132,23 +136,16 @@ def build_with_progress(
         prepare_clones(image, progress)
     except SandboxError as exc:
         if image.manifest.preload:  # a module is missing or slow, so no run would find them imported
-            fix = "Remove the slow module from --preload, or try again when this host is less busy"
-            if "ModuleNotFoundError" in exc.why:
-                fix = "Add its package (--include or --pip), or remove it from --preload"
-            elif "preload" not in exc.why:
-                fix = f"Try again with fewer modules. {exc.fix}"
+            fix = _PRELOAD_FIXES.get(exc.code) or f"Try again with fewer modules. {exc.fix}"
             if before is None:
                 remove_name(name)
             elif before.digest != image.digest:
                 set_name(name, before.digest.removeprefix("sha256:"))
                 fix += f"; the image {name!r} was not changed"
-            what, why = "cannot preload modules", re.sub("^(exec|preload): ", "", exc.why)  # the guest's stage
-            if why.startswith("cannot preload ") and ": " in why:
-                what, _, why = why.partition(": ")
-            raise type(exc)(what, why, fix) from exc
-        progress.done(
-            f"no VM was saved with this image ({exc.what}: {exc.why}). {with_full_stop(exc.fix)}"
-        )  # the image can be used without them
+            what = exc.what if exc.code == NOT_IMPORTED else "cannot preload modules"
+            raise type(exc)(what, exc.why, fix, code=exc.code) from exc
+        # The image can be used without them.
+        progress.done(f"no VM was saved with this image ({exc.what}: {exc.why}). {exc.fix}{exc.stop}")
     progress.done(f"ready: {image.digest}")
     return image
 
@@ -163,8 +160,7 @@ def _build(options: argparse.Namespace) -> int:
 
 
 def _load(options: argparse.Namespace) -> int:
-    from x07_sandbox.backends.engine_images import DEFAULT_REFERENCE, check_reference, load
-    from x07_sandbox.backends.engines import CLIENTS
+    from x07_sandbox.backends.engines import CLIENTS, DEFAULT_REFERENCE, check_reference, load
     from x07_sandbox.runs.prepare import current_image
 
     if unknown := sorted(set(options.engines) - set(CLIENTS)):

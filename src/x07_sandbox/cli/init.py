@@ -1,29 +1,26 @@
 """`x07 init`: write the first file of a project; overwrite nothing."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import os
 import shlex
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from x07_sandbox.cli.console import say
 from x07_sandbox.cli.json_output import print_line, shell_path, show_written
 from x07_sandbox.cli.parser import add_document_flags, folder_path, nonempty
 from x07_sandbox.cli.policy_make import BASE_FOLDER, DIFFERENT, file_name
 from x07_sandbox.errors import UsageError
-from x07_sandbox.host.documents import MANIFEST, project_root, write_document
+from x07_sandbox.host.os_errors import raised_as
 from x07_sandbox.host.paths import real_path
+from x07_sandbox.host.project import MANIFEST, project_root, write_document
 from x07_sandbox.policy.templates import TEMPLATES
 from x07_sandbox.programs.manifest import FILE
 from x07_sandbox.programs.new_manifest import ROWS, sandbox_manifest
 from x07_sandbox.reports.verbs import InitReport
 from x07_sandbox.x07.project import first_project
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 _FILES_MAX: Final = 10_000
 _WITH_ENTRY: Final = tuple(row.name for row in ROWS if row.entries)
@@ -70,16 +67,17 @@ def _init(options: argparse.Namespace) -> int:
     _check_options(options)
     template = options.template or "default"
     policy = "/".join((*BASE_FOLDER, file_name(template)))
-    with _usable(folder):
+    usable = partial(raised_as, UsageError, f"cannot use {folder}", "Name another folder")
+    with usable():
         files = _files_below(folder) if folder.exists() else []
     if options.toolchain is None:
         data = first_project(files, policy)
     else:
         if options.toolchain == "make":
-            with _usable(folder):
+            with usable():
                 files = [name for name in files if not _is_built(folder / name)]
         data = sandbox_manifest(options.toolchain, files, entry=options.entry, artifact=options.artifact)
-    with _usable(folder):
+    with usable():
         folder.mkdir(parents=True, exist_ok=True)  # only now: an error above leaves no empty folder
     root, name = real_path(folder), MANIFEST if options.toolchain is None else FILE
     status = write_document(root, (name,), data, overwrite=False)
@@ -99,14 +97,6 @@ def _init(options: argparse.Namespace) -> int:
     elif needs_policy:
         say(f"the project's policy is missing. To create it: {following}")
     return 0
-
-
-@contextlib.contextmanager
-def _usable(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as exc:
-        raise UsageError(f"cannot use {folder}", exc.strerror or str(exc), "Name another folder") from exc
 
 
 def _check_options(options: argparse.Namespace) -> None:

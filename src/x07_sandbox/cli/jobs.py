@@ -1,21 +1,14 @@
 """`x07 ps`, `x07 inspect` and `x07 kill`: list, show and end jobs."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Final
+import argparse
+from typing import Final
 
 from x07_sandbox.cli.console import say, show
 from x07_sandbox.cli.json_output import print_document
 from x07_sandbox.cli.parser import add_document_flags, nonempty, switch
 from x07_sandbox.host.clocks import unix_ms
 from x07_sandbox.housekeeping.kill import KillReport, kill_run
-from x07_sandbox.housekeeping.listing import inspect_run, list_jobs
-from x07_sandbox.housekeeping.lookup import known_run
-
-if TYPE_CHECKING:
-    import argparse
-
-    from x07_sandbox.housekeeping.listing import JobLine
+from x07_sandbox.housekeeping.listing import JobLine, inspect_run, known_run, list_jobs
 
 _PS_EPILOG: Final = """A run is one call of x07 run or x07 exec. Each VM or container that a run starts is a job.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import shlex
@@ -13,11 +14,9 @@ from x07_sandbox.errors import RefusedError, SandboxError
 from x07_sandbox.reports.document import failure_report, plain, render_json
 
 if TYPE_CHECKING:
-    import argparse
-
     import msgspec
 
-    from x07_sandbox.host.documents import Status
+    from x07_sandbox.host.project import Status
 
 # The options that name a file, of all verbs except `run`. None of these files may be the file of --report-out.
 _FILES: Final = ("file", "files", "first", "second", "policy", "project", "out")

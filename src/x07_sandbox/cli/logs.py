@@ -1,26 +1,22 @@
 """`x07 logs`: print a run's output, or the log of its connections."""
 
-from __future__ import annotations
-
+import argparse
 import contextlib
 import os
 import sys
 import time
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
 
 from x07_sandbox.cli.changes_text import print_bytes
 from x07_sandbox.cli.console import say, write_stdout
 from x07_sandbox.cli.parser import nonempty, switch
-from x07_sandbox.errors import UsageError
+from x07_sandbox.errors import Command, UsageError
 from x07_sandbox.host.locks import is_locked
-from x07_sandbox.housekeeping.lookup import known_run, run_folder
+from x07_sandbox.housekeeping.listing import known_run, run_folder
 from x07_sandbox.runs.folder import NET_LOG, find_run
 from x07_sandbox.sandboxes.transfers import TerminalFilter
-
-if TYPE_CHECKING:
-    import argparse
-    from collections.abc import Callable
-    from pathlib import Path
 
 _EPILOG: Final = """x07 logs prints the program's standard output to standard output, and its standard error to
 standard error. On a terminal, x07 logs replaces control characters, except line ends and tabs.
@@ -78,7 +74,7 @@ def _folder(options: argparse.Namespace, holds: str) -> Path:
     folder = run_folder(known_run(options.run))
     if not folder.is_dir() or not (options.follow or (folder / holds).is_file()):
         why = f"run {folder.name} has no such output"
-        raise UsageError("cannot print the output", why, f"See what it has: x07 inspect {folder.name}")
+        raise UsageError("cannot print the output", why, ("See what it has: ", Command(f"x07 inspect {folder.name}")))
     return folder
 
 

@@ -6,15 +6,14 @@ loads only the modules that it needs.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import sys
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
-    import argparse
-    from collections.abc import Callable, Iterable, Sequence
-
     from x07_sandbox.errors import UsageError
 
 # X07's global flags that our verbs have, and whether they take a value.
@@ -132,11 +131,11 @@ def _unknown_verb(word: str, verbs: Iterable[str]) -> UsageError:
     import difflib
     import shlex
 
-    from x07_sandbox.errors import UsageError
+    from x07_sandbox.errors import Command, Text, UsageError
 
-    fix = "See x07 --help"
+    fix: Text = "See x07 --help"
     if os.path.exists(word):  # noqa: PTH110 - False for text that cannot be a file name
-        fix = f"To run it: x07 run {shlex.quote(word)}"
+        fix = ("To run it: ", Command(f"x07 run {shlex.quote(word)}"))
     elif near := difflib.get_close_matches(word, verbs, 1):
         fix = f"Did you mean x07 {near[0]}? See x07 --help"
     return UsageError("wrong usage", f"there is no command {word!r}", fix)

@@ -1,45 +1,160 @@
 """The command `x07-os-runner`: X07's runner interface. It runs programs with the same code as `x07 run`.
 
-Standard output is one JSON object, X07's report, or nothing (exit 2). Messages go to standard error.
+Standard output is one JSON object, X07's report, or nothing (exit 2). Messages go to standard error. The flags are one
+table, the source of parser, JSON description and documentation.
 """
 
-from __future__ import annotations
-
+import argparse
 import contextlib
+import json
 import os
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal, NoReturn
+from typing import Any, Final, Literal, NoReturn
 
+from msgspec.structs import replace
+
+from x07_sandbox import __version__
 from x07_sandbox.backends.lease import PoolClient
 from x07_sandbox.backends.registry import Platform
-from x07_sandbox.backends.selection import ACCEPT_VARIABLE, backend_request, select, this_platform, usable_flags
+from x07_sandbox.backends.selection import ACCEPT_VARIABLE, Choice, backend_request, select, this_platform, usable_flags
 from x07_sandbox.cli.atomic_output import check_outputs, files_read
 from x07_sandbox.cli.console import LiveLine, OutputError, say, write_stdout
 from x07_sandbox.cli.main import end_with
-from x07_sandbox.cli.os_runner_options import COMMAND, OPTIONS, parser, specrows
+from x07_sandbox.cli.parser import Parser, add_row
+from x07_sandbox.cli.run_report import ReportRequest, run_and_report
 from x07_sandbox.cli.std_streams import prepare_streams
-from x07_sandbox.cli.x07_report import ReportRequest, run_and_report
-from x07_sandbox.errors import RefusedError, SandboxError, UsageError
+from x07_sandbox.errors import Command, RefusedError, SandboxError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.cancel import cancelled_by_signals
 from x07_sandbox.host.paths import is_folder
-from x07_sandbox.host.variables import check_environment, flag, text
+from x07_sandbox.host.settings import MIB
+from x07_sandbox.host.variables import SANDBOX_BACKENDS, check_environment, flag, text
+from x07_sandbox.options import Option
 from x07_sandbox.programs.manifest import FILE
 from x07_sandbox.reports.document import render_json
 from x07_sandbox.runs.program import load_program
-from x07_sandbox.runs.request import RunCaller, RunRequest, effective_policy_of
+from x07_sandbox.runs.request import Program, RunCaller, RunRequest, effective_policy_of
 from x07_sandbox.x07.programs import load_x07
 from x07_sandbox.x07.project import PROJECT_FILE, Options
-from x07_sandbox.x07.report import mode_of
-from x07_sandbox.x07.runner_report import World, failure_report
+from x07_sandbox.x07.runner_report import World, failure_report, mode_of
 
-if TYPE_CHECKING:
-    import argparse
-    from collections.abc import Sequence
+COMMAND: Final = "x07-os-runner"
+_SPECROWS: Final = "x07cli.specrows@0.1.0"
+_MOST: Final = 1 << 48
 
-    from x07_sandbox.backends.selection import Choice
-    from x07_sandbox.runs.request import Program
+
+class Flag(Option, frozen=True):
+    """One flag of this command.
+
+    usual: the default, for texts; the parser stores None for a flag that was not given.
+    x07_only: whether the flag affects only X07 programs. hidden: whether help and documentation omit the flag.
+    """
+
+    usual: str | int | None = None
+    x07_only: bool = False
+    hidden: bool = False
+
+
+_BACKEND: Final = (
+    "kind of isolation; auto means vm in run-os-sandboxed and none in run-os (default: X07_SANDBOX_BACKEND, else auto)"
+)
+_WEAKER: Final = "allow a backend that is not a virtual machine; same as X07_I_ACCEPT_WEAKER_ISOLATION=1"
+_ATTEST: Final = "write the attestation of the run to this file; only in run-os-sandboxed"
+_MEMORY: Final = "memory limit of an X07 program in bytes; for other programs, the policy's limits.mem_bytes applies"
+_CPU: Final = "CPU time limit of an X07 program; for other programs, the policy's limits.cpu_ms applies"
+_C_BYTES: Final = "size limit of the C code that the X07 compiler generates, in bytes"
+_COMPAT: Final = "the X07 version that the X07 compiler is to be compatible with"
+_CC: Final = "how to compile the C code that the X07 compiler generates"
+_INNER: Final = "for X07's own runner inside a guest"
+_FUEL: Final = "execution budget (fuel) of an X07 program"
+_OUTPUT: Final = "limit of each output stream in bytes"
+_OURS: Final = (
+    Flag("--program", "F", "a source file that x07 run accepts, or *.x07.json", "name"),
+    Flag("--project", "F", "the project file: x07.json or x07-sandbox.toml", "name"),
+    Flag("--artifact", "F", "an executable that X07 compiled before", "name"),
+    Flag("--world", "W", "the X07 world; only run-os-sandboxed is supported", usual="run-os"),
+    Flag("--policy", "F", "the policy: required in run-os-sandboxed, rejected in run-os", "name"),
+    Flag("--input", "F", "the program's input (default: empty)", "file"),
+    Flag("--sandbox-backend", "B", _BACKEND, "choice", choices=tuple(SANDBOX_BACKENDS)),
+    Flag("--i-accept-weaker-isolation", "", _WEAKER, "switch"),
+    Flag("--max-output-bytes", "N", _OUTPUT, "number", most=_MOST, unit="bytes", usual=MIB),
+    Flag("--compiled-out", "F", "write a copy of the built Linux executable to this file", "file"),
+    Flag("--attest-runtime", "F", _ATTEST, "file"),
+)
+_X07S: Final = (
+    Flag("--solve-fuel", "N", _FUEL, "number", most=_MOST, unit="units", usual=50_000_000),
+    Flag("--max-memory-bytes", "N", _MEMORY, "number", most=_MOST, unit="bytes", usual=64 * MIB),
+    Flag("--cpu-time-limit-seconds", "N", _CPU, "number", most=_MOST, unit="seconds", usual=30),
+    Flag("--cc-profile", "P", _CC, "choice", choices=("default", "size"), usual="default"),
+    Flag("--max-c-bytes", "N", _C_BYTES, "number", most=_MOST, unit="bytes"),
+    Flag("--compat", "S", _COMPAT),
+    Flag("--debug-borrow-checks", "", "count violations of X07's borrow rules at run time", "switch"),
+    Flag("--auto-ffi", "", "compile the native code of packages", "switch"),
+    Flag("--module-root", "D", "a folder of X07 modules, for --program (repeatable)", "names"),
+)
+OPTIONS: Final = (
+    *_OURS,
+    *(replace(row, x07_only=True) for row in _X07S),
+    Flag("--cli-specrows", "", "print a description of all options as JSON and exit", "switch"),
+    Flag("--compile-only", "", _INNER, "switch", hidden=True),
+    Flag("--i-accept-precompiled-artifact", "", _INNER, "switch", hidden=True),
+)
+
+_EPILOG: Final = """standard output: one JSON object, X07's report x07-os-runner.report@0.5.0
+exit code: 0 the run succeeded; 1 the report says what failed; 2 wrong usage, policy or setup, and no report
+
+examples:
+  x07-os-runner --world run-os-sandboxed --policy policy.json --program prog.c --input data.txt
+  x07-os-runner --world run-os-sandboxed --policy policy.json --program prog.py --attest-runtime attest.json
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command's parser. It stores None for a value that was not given, not the default named in the help."""
+    made = Parser(
+        prog=COMMAND,
+        description="Build a program in one throw-away VM, run it in another, and print X07's report.",
+        epilog=_EPILOG,
+    )
+    made.add_argument("--version", action="version", version=f"x07-sandbox {__version__}")
+    for row in OPTIONS:
+        default = "" if row.usual is None else f" (default: {row.usual})"
+        text = argparse.SUPPRESS if row.hidden else row.help + default
+        add_row(made, replace(row, help=text, metavar="" if row.choices else row.metavar))
+    return made
+
+
+def specrows() -> str:
+    """Describe the command line in the format of X07's tools: one line of JSON with a row for each option."""
+    rows: list[list[Any]] = [
+        ["root", "help", "-h", "--help", "show this help message and exit"],
+        ["root", "version", "", "--version", "show the version and exit"],
+    ]
+    for row in OPTIONS:
+        if row.hidden:
+            continue
+        if row.kind == "switch":
+            rows.append(["root", "flag", "", row.flag, row.name, row.help])
+            continue
+        meta = [] if row.usual is None else [{"default": str(row.usual)}]
+        rows.append(["root", "opt", "", row.flag, row.name, row.metavar, row.help, *meta])
+    document = {"schema_version": _SPECROWS, "app": {"name": COMMAND, "version": __version__}, "rows": rows}
+    return json.dumps(document, separators=(",", ":")) + "\n"
+
+
+def describe() -> str:
+    """Return the table of flags for docs/reference/x07.md."""
+    lines = ["| flag | meaning | default | applies to |", "|---|---|---|---|"]
+    for row in OPTIONS:
+        if not row.hidden:
+            value = "\\|".join(row.choices) or row.metavar
+            flag = f"{row.flag} {value}".strip()
+            default = "" if row.usual is None else f"`{row.usual}`"
+            lines.append(f"| `{flag}` | {row.help} | {default} | {'X07' if row.x07_only else 'all'} programs |")
+    return "\n".join(lines) + "\n"
+
 
 SETUP_EXIT: Final = 2
 _WORLDS: Final[dict[str, World]] = {"run-os": "run-os", "run-os-sandboxed": "run-os-sandboxed"}
@@ -135,14 +250,16 @@ def _choice(platform: Platform, world: World, named: str | None, *, accepted: bo
         fix = f"Use {_SANDBOXED} --sandbox-backend {sandbox_class}"
         if text("X07_VM_BACKEND"):  # it may contradict the flag
             fix += ", with X07_VM_BACKEND unset"
-        raise RefusedError(exc.what, exc.why, fix if usable_flags(platform) else f"{fix}, on Linux") from exc
+        fix = fix if usable_flags(platform) else f"{fix}, on Linux"
+        raise RefusedError(exc.what, exc.why, fix, code=exc.code) from exc
 
 
 def _target(options: argparse.Namespace) -> Path:
     """Return the path of the program or manifest. Raises UsageError."""
     if options.artifact is not None:
         why = "only X07's own runner inside a guest may run an artifact"
-        fix = f"Use --program with its source, or run it: x07 run --artifact {options.artifact}"
+        command = Command(f"x07 run --artifact {options.artifact}")
+        fix = ("Use --program with its source, or run it: ", command)
         raise UsageError(f"cannot run the artifact {options.artifact}", why, fix)
     path = Path(options.program if options.project is None else options.project)
     if options.project is not None and path.name not in _MANIFESTS:

@@ -5,19 +5,17 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn
 
 from x07_sandbox.cli.console import write_stdout
 from x07_sandbox.errors import UsageError
-from x07_sandbox.options import BY_FLAG, DOCUMENT, GROUPS, INPUTS
+from x07_sandbox.options import BY_FLAG, DOCUMENT, GROUPS, INPUTS, Option
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
-
     from _typeshed import SupportsWrite
 
-    from x07_sandbox.options import Option
 
 VERBS: Final = {
     "run": "run a program in a throw-away virtual machine (VM)",

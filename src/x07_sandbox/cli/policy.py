@@ -5,32 +5,57 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
-from x07_sandbox.cli import policy_explain, policy_make
+import msgspec
+
+from x07_sandbox.backends.registry import BY_NAME, create
+from x07_sandbox.backends.selection import backend_named, backend_request, select, this_platform
+from x07_sandbox.cli import policy_make
 from x07_sandbox.cli.console import say, show
 from x07_sandbox.cli.json_output import deliver, print_document, print_failure
 from x07_sandbox.cli.parser import add_document_flags, inner_verb, option, repeated, switch
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host.paths import read_bounded, settings_file
-from x07_sandbox.network.rules import NetSettings, decide, endpoint_text, make_allowlist, parse_request
-from x07_sandbox.policy.canonical import policy_digest
-from x07_sandbox.policy.complete import completion
+from x07_sandbox.network.names import pattern_text
+from x07_sandbox.network.rules import (
+    NetSettings,
+    Transport,
+    decide,
+    endpoint_text,
+    make_allowlist,
+    parse_request,
+    unreachable_entries,
+)
+from x07_sandbox.network.settings import read_settings
+from x07_sandbox.plan.confinement import confinement
+from x07_sandbox.plan.controls import make_plan
 from x07_sandbox.policy.decode import MAX_BYTES
+from x07_sandbox.policy.default import policy_digest
+from x07_sandbox.policy.from_flags import completion
+from x07_sandbox.policy.model import Policy, leaf_values
 from x07_sandbox.policy.problems import ADVICE, PolicyError
 from x07_sandbox.policy.schema import fields, render_schema
 from x07_sandbox.policy.templates import BUILT_IN
-from x07_sandbox.reports.policies import CheckedFile, CheckReport, DiffReport, DigestReport, HostReport
+from x07_sandbox.programs.toolchains import TOOLCHAINS
+from x07_sandbox.reports.policies import (
+    CheckedFile,
+    CheckReport,
+    DiffReport,
+    DigestReport,
+    ExplainedControl,
+    ExplainReport,
+    HostReport,
+    NeverReached,
+)
 from x07_sandbox.runs.request import read_policy
+from x07_sandbox.x07.project import X07
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from x07_sandbox.network.rules import Transport
     from x07_sandbox.policy.differences import Change
-    from x07_sandbox.policy.model import Policy
 
 DIFFERENT: Final = 1
 DENIED: Final = 1
@@ -89,7 +114,7 @@ def add_policy(parser: argparse.ArgumentParser) -> None:
     check.epilog = _CHECK_EPILOG
     digest = inner_verb(inner, "digest", "print a digest that is the same for all equivalent policies")
     digest.add_argument("file", metavar="FILE", help="a policy")
-    policy_explain.add_parser(inner)
+    _add_explain(inner)
     diff = inner_verb(inner, "diff", "show what the second policy grants or withdraws")
     diff.add_argument("first", metavar="A", help="the first policy")
     diff.add_argument("second", metavar="B", help="the second policy")
@@ -221,7 +246,7 @@ def _completed(name: str, exc: PolicyError) -> dict[str, str]:
     if found is None:
         return {"text": str(exc)}
     command = found.line(f"{name.removesuffix('.json')}.complete.json")
-    exc.fix = f"{ADVICE}\n  To write a complete policy: {command}"
+    exc.fix, exc.stop = f"{ADVICE}\n  To write a complete policy: {command}", ""
     text = str(exc)
     if found.left_out:
         text += f"\n  No flag sets {', '.join(found.left_out[:_LEFT_OUT])}"
@@ -242,9 +267,34 @@ def _digest(options: argparse.Namespace) -> int:
 
 def _explain(options: argparse.Namespace) -> int:
     policy, _ = read_policy(options.policy)
-    found = policy_explain.explanation(policy, options.policy, options.backend, options.toolchain)
+    backend = None if options.backend is None else backend_named(options.backend)
+    if backend is None or not (backend.built and backend.runs_on(this_platform())):
+        request = backend_request(backend=options.backend, flags=("--backend",))
+        backend = BY_NAME[select(this_platform(), request).backend]
+    features = create(backend.name).least_features()
+    plan = make_plan(policy, features, proxy_resolves=policy.may_connect and read_settings().proxy_resolves)
+    values = leaf_values(policy)
+    found = ExplainReport(
+        policy=options.policy,
+        policy_id=policy.policy_id,
+        digest=policy_digest(policy),
+        backend=backend.name,
+        isolation=backend.isolation,
+        toolchain=options.toolchain,
+        carried_out=not plan.refusals,
+        filters=confinement(policy, "").filters if "confinement" in features.can_enforce else (),
+        controls=tuple(
+            ExplainedControl(**msgspec.structs.asdict(control), value=msgspec.to_builtins(values[control.field]))
+            for control in plan.controls
+        ),
+        refusals=plan.refusals,
+        never_reached=tuple(
+            NeverReached(field=entry.rule, host=pattern_text(entry.what), why=why)
+            for entry, why in unreachable_entries(make_allowlist(policy, settings=read_settings()))
+        ),
+    )
     if not print_document(found, options):
-        for line in policy_explain.lines(found):
+        for line in _explanation_lines(found):
             show(line)
     return 0 if found.carried_out else REFUSED
 
@@ -274,7 +324,7 @@ def _as_note(doc: str) -> str:
 
 def _in_words(change: Change) -> str:
     """Describe the change of a field. The values are ASCII JSON, since the text of a policy is not trusted."""
-    before, after = policy_explain.json_text(change.before), policy_explain.json_text(change.after)
+    before, after = _json_text(change.before), _json_text(change.after)
     if change.before is None:
         return f"{after} added"
     return f"{before} removed" if change.after is None else f"{after} instead of {before}"
@@ -283,3 +333,67 @@ def _in_words(change: Change) -> str:
 def _schema(options: argparse.Namespace) -> int:
     deliver(render_schema(), options, always=True)
     return 0
+
+
+# The state that needs attention comes first.
+_GROUPS: Final = {
+    "refused": "refused: a run with this policy does not start",
+    "enforced": "enforced",
+    "advisory": "advisory: not enforced; only programs that check these fields obey them",
+}
+_SHOWN_CHARS: Final = 40
+
+_EXPLAIN: Final = """x07 policy explain does not start or test the backend. It shows the best isolation that the backend
+can provide; a run may get less. The result of a run contains the same list of fields.
+
+examples:
+  x07 policy explain                      explain the built-in default policy
+  x07 policy explain strict.json --json | jq '.refusals'
+  x07 policy explain built-in:cli
+"""
+
+
+def _add_explain(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the verb `explain` to the verbs of `x07 policy`."""
+    parser = inner_verb(verbs, "explain", "show what enforces each field")
+    parser.description = "Show for each field of POLICY whether a run would enforce it, what would enforce it, and why."
+    parser.epilog = _EXPLAIN
+    doc = "a policy (default: built-in:default)"
+    parser.add_argument("policy", nargs="?", default="built-in:default", metavar="POLICY", help=doc)
+    parser.add_argument(
+        "--backend", metavar="B", help=f"backend: one of {', '.join(BY_NAME)} (default: the one that x07 run would use)"
+    )
+    toolchains = tuple(toolchain.name for toolchain in (*TOOLCHAINS, X07))
+    doc = f"toolchain of the program: one of {', '.join(toolchains)}; the policy fields language.* apply to x07 only"
+    parser.add_argument("--toolchain", choices=toolchains, metavar="T", help=doc)
+
+
+def _explanation_lines(found: ExplainReport) -> list[str]:
+    """Return an explanation as text."""
+    isolation = " or ".join(found.isolation)
+    text = [f"policy {found.policy_id} ({found.policy}) on {found.backend} ({isolation})"]
+    width = max(len(control.field) for control in found.controls)
+    for state, title in _GROUPS.items():
+        group = [control for control in found.controls if control.state == state]
+        if group:
+            text += ["", f"{title}:"]
+        for control in group:
+            text.append(f"  {control.field:{width}}  {_json_text(control.value):12}  {control.by}: {control.why}")
+    if found.never_reached:
+        text += ["", "allowed by the policy but blocked unless your settings allow it (docs/explanation/network.md):"]
+    text += [f"  {row.field}  {_json_text(row.host)}: {row.why}" for row in found.never_reached]
+    text += ["", f"seccomp filters of the image: {', '.join(found.filters)} (digests are in a run's result)"]
+    if found.refusals:
+        text += ["", "to allow a run:"]
+    for refusal in found.refusals:
+        how = refusal.how_to_allow
+        text += [f"  {refusal.why}", f"    in the policy: {how.json_path} = {_json_text(how.value)}"]
+        if how.flag:
+            text.append(f"    or: {how.flag}")
+    return text
+
+
+def _json_text(value: object) -> str:
+    """Return a value as ASCII JSON, shortened if long. Text from a policy is not trusted."""
+    dumped = json.dumps(value, separators=(",", ":"))
+    return dumped if len(dumped) <= _SHOWN_CHARS else dumped[: _SHOWN_CHARS - 3] + "..."

@@ -12,8 +12,9 @@ from x07_sandbox.cli.console import say
 from x07_sandbox.cli.json_output import deliver, print_line, shell_path, show_written
 from x07_sandbox.cli.parser import add_row, file_path, given_rows, inner_verb, nonempty, option, repeated, switch
 from x07_sandbox.errors import UsageError
-from x07_sandbox.host.documents import project_root, write_document
+from x07_sandbox.host.os_errors import raised_as
 from x07_sandbox.host.paths import is_folder, real_path
+from x07_sandbox.host.project import project_root, write_document
 from x07_sandbox.library.requests import make_request
 from x07_sandbox.options import OF_POLICIES
 from x07_sandbox.policy.default import render_policy
@@ -148,11 +149,9 @@ def _chosen(root: Path, out: Path, *, make: bool) -> tuple[Path, tuple[str, ...]
     inside = not out.is_absolute() and ".." not in out.parts
     if inside and (make or is_folder(folder)):
         return root, out.parts
-    try:
-        if make:
+    if make:
+        with raised_as(UsageError, f"cannot create the folder {folder}", "Use another --out"):
             folder.mkdir(parents=True, exist_ok=True)
-    except OSError as exc:
-        raise UsageError(f"cannot create the folder {folder}", exc.strerror or str(exc), "Use another --out") from exc
     if not is_folder(folder):
         raise UsageError(f"cannot write {out}", f"there is no folder {folder}", "Create it, or add --mkdir-out")
     return real_path(folder), (out.name,)

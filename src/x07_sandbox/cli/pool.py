@@ -1,14 +1,12 @@
 """`x07 pool`: start, stop and query the process that keeps VMs ready."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import json
 import os
 import subprocess
 import sys
-from typing import TYPE_CHECKING, Any, Final
+from typing import IO, Any, Final
 
 import msgspec
 
@@ -16,15 +14,12 @@ from x07_sandbox.backends.lease import GONE_S, PROTOCOL, connect_to_pool, pool_d
 from x07_sandbox.cli.console import Progress, show
 from x07_sandbox.cli.json_output import document_wanted, print_document
 from x07_sandbox.cli.parser import add_document_flags, inner_verb, whole_number
-from x07_sandbox.errors import HostError, UsageError
+from x07_sandbox.errors import Command, HostError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.decoding import prepared
 from x07_sandbox.host.linux import peer_of
 from x07_sandbox.host.variables import inherited_environment
 from x07_sandbox.reports.verbs import PoolReport, PoolStatus
-
-if TYPE_CHECKING:
-    from typing import IO
 
 _EPILOG: Final = """x07 run takes a waiting VM if there is one, and the pool then starts another one. Each VM runs only
 one program. A waiting VM uses memory, but almost no CPU time. The pool stops after --idle seconds without use.
@@ -152,4 +147,5 @@ def _query_status() -> PoolStatus | None:
     try:
         return msgspec.convert(status, prepared(PoolStatus))
     except msgspec.ValidationError as exc:  # a pool of another version
-        raise HostError("cannot read the pool's status", str(exc), "Restart it: x07 pool stop, x07 pool start") from exc
+        restart = ("Restart it: ", Command("x07 pool stop, x07 pool start"))
+        raise HostError("cannot read the pool's status", str(exc), restart) from exc

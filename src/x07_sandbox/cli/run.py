@@ -17,7 +17,7 @@ from x07_sandbox.backends.registry import create
 from x07_sandbox.backends.selection import backend_request, select, this_platform
 from x07_sandbox.cli.console import LiveLine, plain, say
 from x07_sandbox.cli.parser import add_groups, add_help_levels, given_rows, help_level
-from x07_sandbox.errors import ImageError, SandboxError, UsageError
+from x07_sandbox.errors import Command, ImageError, SandboxError, UsageError
 from x07_sandbox.host.cancel import cancelled_by_signals
 from x07_sandbox.host.paths import is_folder
 from x07_sandbox.host.settings import SOURCE_MAX_BYTES
@@ -75,7 +75,7 @@ def _exec_epilog(_level: str) -> str:
 
 def _exec(options: argparse.Namespace) -> int:
     if not options.command:
-        raise UsageError("wrong usage", "no command given", "For example: x07 exec --workdir . -- make test")
+        raise UsageError("wrong usage", "no command given", _example("x07 exec --workdir . -- make test"))
     if options.read and options.workdir is None:
         raise UsageError("wrong usage", "--read requires --workdir", "Add --workdir DIR, or omit --read")
     return run_command(options)
@@ -148,12 +148,12 @@ def _carry_out(options: argparse.Namespace, *, for_x07: bool) -> int:
         from x07_sandbox.cli.run_failure import print_result
 
         return print_result(result, full=options.json == "full")
-    return _report(result, write_errors)
+    return _report(result, error, write_errors)
 
 
-def _report(result: Result, write_errors: list[str]) -> int:
+def _report(result: Result, error: SandboxError | None, write_errors: list[str]) -> int:
     """Print messages about a run; return the exit code. write_errors: a line for each file that was not written."""
-    _explain(result)
+    _explain(result, error)
     for line in write_errors:
         say(line)
     if result.denials or result.hints or (result.net is not None and result.net.failed):
@@ -339,7 +339,7 @@ def _named(options: argparse.Namespace) -> tuple[str | None, list[str]]:
         return None, []
     program = named[0] if named else options.program
     if program == "" and code is None:  # as from an unset shell variable: it does not mean this folder
-        raise UsageError("wrong usage", "PROGRAM is empty", "For example: x07 run prog.py")
+        raise UsageError("wrong usage", "PROGRAM is empty", _example("x07 run prog.py"))
     if not named:
         _refuse_command(options)
         nothing = options.program is None and code is None
@@ -359,14 +359,15 @@ def _refuse_command(options: argparse.Namespace) -> None:
         return
     from shlex import join
 
-    fix = f"To run a command installed in the image: x07 exec --workdir . -- {join([program, *words])}"
+    command = Command(f"x07 exec --workdir . -- {join([program, *words])}")
+    fix = ("To run a command installed in the image: ", command)
     raise UsageError(f"cannot run {program}", f"there is no file named {program!r} in this folder", fix)
 
 
 def _project_here() -> str | None:
     """Return the manifest of the X07 project around the current folder, or None. Raises UsageError."""
-    from x07_sandbox.host.documents import MANIFEST, project_root
     from x07_sandbox.host.paths import is_file
+    from x07_sandbox.host.project import MANIFEST, project_root
 
     manifest = project_root(None) / MANIFEST
     return str(manifest) if is_file(manifest) else None
@@ -390,13 +391,17 @@ def _loaders(options: argparse.Namespace, *, for_x07: bool) -> tuple[Loader, ...
     return (partial(load_x07 if for_x07 else load_artifact, options=Options(**_x07_options(options))),)
 
 
+def _example(command: str) -> tuple[str, ...]:
+    return "For example: ", Command(command)
+
+
 def _no_program() -> UsageError:
     """Return the error for a missing PROGRAM. Only X07 projects may omit PROGRAM, as with X07's own command."""
     from x07_sandbox.programs.manifest import FILE
 
-    fix = "For example: x07 run prog.py"
+    fix = _example("x07 run prog.py")
     if os.path.lexists(FILE):
-        fix = "To run the project in this folder: x07 run ."
+        fix = ("To run the project in this folder: ", Command("x07 run ."))
     return UsageError("wrong usage", "PROGRAM is missing", fix)
 
 
@@ -459,18 +464,17 @@ def _need_image(choice: Choice, ref: str | None) -> None:
     build_with_progress("default", None)
 
 
-def _explain(result: Result) -> None:
+def _explain(result: Result, error: SandboxError | None) -> None:
     """Print warnings, the output of a failed build and, unless the program exited by itself, how the run ended."""
     for output in (result.stdout.data, result.stderr.data) if result.outcome == "build-failed" else ():
         if output:
             with contextlib.suppress(OSError):
                 sys.stderr.write(plain(output.decode("utf-8", "replace")).removesuffix("\n") + "\n")
-    for warning in result.warnings:
-        if warning.startswith("the input"):
-            say(warning)
+    if result.input_problem:
+        say(f"the input could not be read to its end: {result.input_problem}")
     for name, stream in (("standard output", result.stdout), ("standard error", result.stderr)):
         if stream.undelivered:
             say(f"could not write the program's {name}: {stream.undelivered}")
     if result.outcome == "ok" or (result.outcome == "failed" and result.program_started):
         return
-    say(ending_line(result.outcome, result.reason), bad=f"{result.outcome}:")
+    say(ending_line(result.outcome, result.reason_code, result.reason, error), bad=f"{result.outcome}:")

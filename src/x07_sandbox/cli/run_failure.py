@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import re
 from pathlib import Path
@@ -16,8 +17,6 @@ from x07_sandbox.reports.result import render_result
 from x07_sandbox.runs.run import failure
 
 if TYPE_CHECKING:
-    import argparse
-
     from x07_sandbox.runs.result import Result
 
 # The first bytes of an earlier report; projects and policies have other versions.

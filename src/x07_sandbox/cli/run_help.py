@@ -1,7 +1,5 @@
 """The texts below the options in the help of `x07 run` and `x07 exec`."""
 
-from __future__ import annotations
-
 from typing import Final
 
 from x07_sandbox.programs.toolchains import TOOLCHAINS, describe

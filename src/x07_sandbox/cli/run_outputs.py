@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,8 +22,6 @@ from x07_sandbox.runs.patches import patch_chunks
 from x07_sandbox.runs.saved_changes import SavedChanges, find_saved
 
 if TYPE_CHECKING:
-    import argparse
-
     from x07_sandbox.runs.result import Result
     from x07_sandbox.sandboxes.transfers import OutFile
 

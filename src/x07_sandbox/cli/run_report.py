@@ -1,45 +1,62 @@
-"""`x07 run --report`: print X07's report instead of the program's output."""
+"""X07's report about a run, for `x07-os-runner` and for `x07 run --report`, which prints it instead of the output."""
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
 from msgspec.structs import replace
 
-from x07_sandbox.cli.atomic_output import collect_error, write_bytes
+from x07_sandbox.cli import changes_text, denials_text
+from x07_sandbox.cli.atomic_output import artifact_file, collect_error, write_bytes, write_executable
 from x07_sandbox.cli.console import say, write_stdout
 from x07_sandbox.cli.run_failure import print_failure, write_failure
 from x07_sandbox.cli.run_outputs import write_records
-from x07_sandbox.cli.x07_report import ReportRequest, run_and_report
-from x07_sandbox.errors import RefusedError, UsageError
-from x07_sandbox.host.documents import project_root, write_document
+from x07_sandbox.errors import RefusedError, SandboxError, UsageError
 from x07_sandbox.host.paths import is_file, is_folder
+from x07_sandbox.host.project import project_root, write_document
 from x07_sandbox.host.variables import flag
+from x07_sandbox.library.requests import carry_out
 from x07_sandbox.plan.outcomes import REFUSED_EXIT
 from x07_sandbox.policy.overrides import check_grants, derive_policy
 from x07_sandbox.policy.problems import PolicyError
+from x07_sandbox.programs.toolchains import ARTIFACT, OUTPUT, PROGRAM_FOLDER, Protocol
 from x07_sandbox.reports.document import render_json
 from x07_sandbox.runs.request import (
+    EffectivePolicy,
+    Program,
+    RunCaller,
+    RunRequest,
     effective_policy_of,
     is_built_in,
     name_of_policy,
     need_policy,
+    open_input,
     read_policy,
     read_spec_file,
+    read_whole,
 )
-from x07_sandbox.x07.project import PROJECT_FILE, diagnostics_line
-from x07_sandbox.x07.protocol import USAGE_EXIT
-from x07_sandbox.x07.runner_report import flat_report, target_of, wrap
+from x07_sandbox.x07.attestation import WRITE_CODE, Attested, attest, reference
+from x07_sandbox.x07.project import INPUT_MAX_BYTES, PROJECT_FILE, USAGE_EXIT, diagnostics_line
+from x07_sandbox.x07.runner_report import (
+    Built,
+    CompileRunReport,
+    describe_ending,
+    flat_report,
+    mode_of,
+    report_of,
+    target_of,
+    wrap,
+)
 
 if TYPE_CHECKING:
-    import argparse
-    import contextlib
-    from collections.abc import Callable
-    from pathlib import Path
-
-    from x07_sandbox.programs.protocol import Protocol
-    from x07_sandbox.runs.request import EffectivePolicy, Program, RunCaller, RunRequest
+    from x07_sandbox.runs.result import Result
+    from x07_sandbox.sandboxes.transfers import OutFile
 
 _SCHEMA_EXIT = 3
 
@@ -139,3 +156,87 @@ def with_derived_file(
         limits = replace(limits, may_raise=is_built_in(request.policy))
     request = replace(request, policy=place, overrides=None, limits=limits)
     return request, effective_policy_of(request)._replace(denied=derived.denied)
+
+
+class ReportRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """Facts that X07's report needs and the run's result lacks, and the paths of the files to write.
+
+    policy_path: the path as the user typed it; None for a built-in policy.
+    accepted: whether the user accepted weaker isolation. flags: the flags of the calling command; None for `x07 run`.
+    """
+
+    program: Program
+    policy: EffectivePolicy
+    policy_path: str | None
+    compiled_out: Path | None
+    attest_runtime: Path | None
+    accepted: bool
+    flags: frozenset[str] | None = None
+
+
+def run_and_report(
+    request: RunRequest,
+    caller: RunCaller,
+    wanted: ReportRequest,
+    stack: contextlib.ExitStack,
+    say: Callable[[str], None],
+) -> tuple[Result, CompileRunReport]:
+    """Run the request, write the files that *wanted* names, and return the result and the report.
+
+    *say* is called with each message. Raises UsageError, or, if a file was not written, RefusedError with the result.
+    """
+    with caller.cancel.waiting():  # it may be a pipe
+        data = read_whole(open_input(request, wanted.program.input_fd, stack), INPUT_MAX_BYTES)
+    artifact = artifact_file(stack)
+    if wanted.attest_runtime is not None:
+        wanted.attest_runtime.unlink(missing_ok=True)  # it attests an earlier run
+    caller = replace(caller, live_stdout=None, live_stderr=2, artifact=artifact)
+    caller = replace(caller, program=wanted.program, policy=wanted.policy)
+    result, error = carry_out(replace(request, input=data), caller, say)
+    caller.progress("")
+    if isinstance(error, UsageError):
+        raise error
+    advised, command = result, ""
+    if wanted.flags is not None:
+        advised, command = denials_text.for_flags(result, wanted.flags), "x07 run "
+    aftermath = [*denials_text.denial_lines(advised, command), *changes_text.change_lines(advised)]
+    try:
+        report, lines = _make_report(wanted, len(data), (result, error), artifact)
+    except SandboxError as exc:
+        exc.result = result
+        for line in aftermath:  # the changes to the user's files are reported in any case
+            say(line)
+        raise
+    for line in (*lines, *aftermath):
+        say(line)
+    return result, report
+
+
+def _make_report(
+    wanted: ReportRequest, input_size: int, ended: tuple[Result, SandboxError | None], artifact: OutFile
+) -> tuple[CompileRunReport, list[str]]:
+    """Write the files that *wanted* names; return the report and messages about the run's end. Raises RefusedError."""
+    (result, error), toolchain = ended, wanted.program.toolchain
+    built = Built(
+        mode=mode_of(wanted.program), world="run-os-sandboxed", lang_id=toolchain.name, path=OUTPUT, size=artifact.size
+    )
+    report = report_of(result, built, wanted.program)
+    if wanted.compiled_out is not None and report.compile.ok:
+        write_executable(wanted.compiled_out, artifact)
+    ending = describe_ending(result, report, error)
+    if wanted.attest_runtime is None:
+        return report, ending
+    if report.solve is None or "run" not in result.phases:
+        return report, ["no attestation: nothing was run", *ending]
+    given = Attested(
+        policy=wanted.policy.policy,
+        policy_bytes=wanted.policy.data,
+        policy_path=wanted.policy_path,
+        artifact_path=PROGRAM_FOLDER if toolchain.archive else ARTIFACT,
+        input_len_bytes=input_size,
+        weaker_isolation=wanted.accepted,
+        denied=wanted.policy.denied,
+    )
+    made = attest(result, report.solve, given)
+    write_bytes(wanted.attest_runtime, render_json(made), code=f"{WRITE_CODE}: ")
+    return replace(report, runtime_attestation=reference(str(wanted.attest_runtime), made)), ending

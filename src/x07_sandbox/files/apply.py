@@ -6,8 +6,6 @@ commits. Each set has a private folder, which holds the journal (files/journal) 
 finish. It also holds `undo/changes.json` and `undo/data`, the undo set of the last application.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import functools
@@ -15,41 +13,35 @@ import os
 import posixpath
 import secrets
 import time
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import Final, NamedTuple
 
-from x07_sandbox.errors import HostError
+from x07_sandbox.errors import Flag, HostError, Text
 from x07_sandbox.files import apply_steps, journal, undo_data
 from x07_sandbox.files.apply_steps import Site
 from x07_sandbox.files.changes import STAGING, ChangeSet, RootChanges, path_of, printable
-from x07_sandbox.files.checks import check_set, compare_root, is_there, root_anchor, with_actual_modes
+from x07_sandbox.files.checks import RootState, check_set, compare_root, is_there, root_anchor, with_actual_modes
 from x07_sandbox.files.inode import MISSING, ConflictError, conflict_error
-from x07_sandbox.files.journal import Head, Place
+from x07_sandbox.files.journal import Head, Place, Step
 from x07_sandbox.files.protected import completed_repository, why_repository
 from x07_sandbox.files.staging import Planner, fill, undo_changes
 from x07_sandbox.host import beneath, close_on_fork, linux, settings
-from x07_sandbox.host.locks import lock_fd_held
+from x07_sandbox.host.locks import OnWait, lock_fd_held
 from x07_sandbox.host.paths import closing_fd, private_dir
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
-    from contextlib import AbstractContextManager
-
-    from x07_sandbox.files.checks import RootState
-    from x07_sandbox.files.journal import Step
-    from x07_sandbox.host.locks import OnWait
 
 __all__ = ["ConflictError", "apply", "recover"]
 
 _PROBE_MODE: Final = 0o710  # a mode that no file system reports by default
 _FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_FIXES: Final = {
+_FIXES: Final[dict[int, Text]] = {
     errno.ENOSPC: "Free disk space",
     errno.EDQUOT: "Free disk space",
     errno.EROFS: "Mount that file system writable",
     errno.EACCES: "Apply the changes as a user who may write to that folder",
     errno.EPERM: "Apply the changes as the owner of the files and a member of their groups",
-    errno.EXDEV: "Unmount that file system, grant it as a separate folder, or add --skip",
+    errno.EXDEV: ("Unmount that file system, grant it as a separate folder, or add ", Flag("--skip")),
     errno.EBUSY: "Unmount that file system",
     errno.ENOSYS: "Use Linux 5.6 or newer, without a seccomp filter that blocks openat2",
 }
@@ -161,16 +153,16 @@ def _execute(folder: Path, head: Head, sites: list[Site], planner: Planner, inve
     """Carry out the planned steps and return the undo set."""
     steps, started = planner.steps, 0
     try:
-        journal.write_staging(folder, head)
+        journal.write(folder, "staging", head)
         for site in sites:
             _make_staging(site)
             # Another set may have removed the folder as part of an outer root. From here on that set would find our
             # staging folder in it.
             _check_unmoved(site.place.path, site, None)
-        journal.write_staging(folder, head)
+        journal.write(folder, "staging", head)
         for index, site in enumerate(sites):
             fill(site, (step for step in steps if step.place == index), planner)
-        journal.write_steps(folder, head, steps)
+        journal.write(folder, "journal", head, steps)
         for number, step in enumerate(steps, start=1):
             apply_steps.check_step(sites[step.place], step)
             started = number

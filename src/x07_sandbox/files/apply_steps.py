@@ -1,7 +1,5 @@
 """Applying and undoing one step (journal.Step). Inodes always show whether a step was done."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 from typing import Final

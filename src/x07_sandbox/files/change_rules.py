@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import msgspec
@@ -11,16 +12,22 @@ import msgspec
 from x07_sandbox.channel.trees import can_hold_names
 from x07_sandbox.errors import PeerError
 from x07_sandbox.files.changes import STAGING, Change, Node, Refused, is_folder, parent_folders, printable, same_node
-from x07_sandbox.files.copy import DEPTH_MAX, FIELDS, NUMBER_MAX, link_stays_inside, value_for, why_left_out
+from x07_sandbox.files.copy import (
+    DEPTH_MAX,
+    FIELDS,
+    NUMBER_MAX,
+    Bounds,
+    Reason,
+    Skipped,
+    link_stays_inside,
+    value_for,
+    why_left_out,
+)
 from x07_sandbox.files.dependencies import renames, with_dependents
-from x07_sandbox.files.link_targets import OUT, Links
 from x07_sandbox.host import settings
 from x07_sandbox.policy.limits import size_text
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
-
-    from x07_sandbox.files.copy import Bounds, Reason, Skipped
     from x07_sandbox.files.incoming import ReportedEntry
     from x07_sandbox.files.protected import Protection
 
@@ -82,17 +89,14 @@ def _split(checked: CheckedChanges, after: dict[str, Node], check: _Check) -> Ch
     refused = list(checked.refused)
     for _ in range(_SPLITS_MAX):
         left = with_dependents(checked.changes, {refusal.name for refusal in refused})
-        rest, found, _ = check(_reverted(after, check.before, left))
+        before = check.before
+        kept = {name: node for name, node in after.items() if name not in left}
+        rest, found, _ = check(kept | {name: before[name] for name in left if name in before})
         if not found:
             out = tuple(change for change in checked.changes if change.name in left)
             return msgspec.structs.replace(checked, changes=tuple(rest), left_out=out, refused=_sorted(refused))
         refused += found
     return msgspec.structs.replace(checked, is_whole=True)
-
-
-def _reverted(after: dict[str, Node], before: Mapping[str, Node], names: set[str]) -> dict[str, Node]:
-    found = {name: node for name, node in after.items() if name not in names or name in before}
-    return found | {name: before[name] for name in names if name in before}
 
 
 def _sorted(refused: Iterable[Refused]) -> tuple[Refused, ...]:
@@ -324,3 +328,58 @@ def _moved(changes: Sequence[Change]) -> set[str]:
     moved = {name for name, _ in renames(changes) if name in removed}
     lost = {name for name, node in removed.items() if name not in moved and not is_folder(node)}
     return (moved | (removed.keys() & parent_folders(moved))) - parent_folders(lost)
+
+
+OUT: Final = ".."  # stands for a target outside the tree
+_NESTED_MAX: Final = 40  # path_resolution(7): the kernel follows no more
+
+
+class Links:
+    """The links of the tree *nodes*. skipped: names of further entries, whose content is unknown.
+
+    Each link is resolved once, so the length of all targets limits the total cost.
+    """
+
+    def __init__(self, nodes: Mapping[str, Node], skipped: Container[str]) -> None:
+        self._nodes = nodes
+        self._skipped = skipped
+        self._ends: dict[str, tuple[str | None, str]] = {}
+
+    def through(self, name: str) -> str:
+        """Return the skipped entry that the link *name* leads through or to, or "" if there is none.
+
+        Return OUT if the path leaves the tree, even if it comes back; some other name if the path has too many links.
+        """
+        return self._end(name, 0)[1]
+
+    def _end(self, name: str, nested: int) -> tuple[str | None, str]:
+        """Return where a link ends (None for nowhere) and the value that through() returns for the link."""
+        if nested > _NESTED_MAX:
+            return None, name
+        if name not in self._ends:
+            self._ends[name] = None, ""  # seen again while it is being resolved: a loop ends nowhere
+            self._ends[name] = self._follow(name, nested)
+        return self._ends[name]
+
+    def _follow(self, name: str, nested: int) -> tuple[str | None, str]:
+        place: str | None = name.rpartition("/")[0]
+        target = self._nodes[name].target
+        if target.startswith("/") or not name:  # the target of a root itself is outside
+            return None, OUT
+        for part in target.split("/"):
+            if part in {"", "."}:
+                continue
+            if part == "..":  # only at the start, where *place* is not behind a link
+                if not place:
+                    return None, OUT
+                place = place.rpartition("/")[0]
+                continue
+            place = f"{place}/{part}" if place else part
+            if place in self._skipped:
+                return None, place
+            node = self._nodes.get(place)
+            if node is not None and node.kind == "link":
+                place, why = self._end(place, nested + 1)
+                if place is None:
+                    return None, why
+        return place, ""

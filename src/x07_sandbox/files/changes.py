@@ -3,18 +3,14 @@
 Contents follow each other in `data`, including holes. Applying a set produces another set that undoes it.
 """
 
-from __future__ import annotations
-
 import json
 import posixpath
-from typing import TYPE_CHECKING, Final, Literal
+from collections.abc import Iterable
+from typing import Final, Literal
 
 import msgspec
 
 from x07_sandbox.host.decoding import prepared
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
 
 SCHEMA: Final = "x07.sandbox.changes@0.1.0"
 STAGING: Final = ".x07-apply-"

@@ -1,26 +1,19 @@
 """Checks before an application changes anything: the set is valid, and the host still has the state that was copied."""
 
-from __future__ import annotations
-
 import errno
 import itertools
 import os
 import posixpath
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import msgspec
 
 from x07_sandbox.errors import HostError
-from x07_sandbox.files.changes import STAGING, Change, Node, is_folder, same_node
-from x07_sandbox.files.inode import open_inode
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from x07_sandbox.files.changes import ChangeSet, RootChanges
-    from x07_sandbox.files.inode import OpenInode
+from x07_sandbox.files.changes import STAGING, Change, ChangeSet, Node, RootChanges, is_folder, same_node
+from x07_sandbox.files.inode import OpenInode, open_inode
 
 _SHA256: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _TARGET_MAX: Final = 4095
@@ -96,7 +89,10 @@ def compare_root(root: RootChanges, dir_fd: int, prefix: str, undo: Mapping[tupl
         try:
             with open_inode(dir_fd, name) as found:
                 good = _fits(found, change.before)
-                if _fits(found, change.after) or _is_applied(found, change, undo.get((root.root, change.name))):
+                # Also if the change that reverts this one expects what is there.
+                back = undo.get((root.root, change.name))
+                reverts = back is not None and same_node(back.after, change.before) and _fits(found, back.before)
+                if _fits(found, change.after) or reverts:
                     applied.add(change.name)
                 items.append(Item(name, change, found.info if found else None))
                 if good and found and is_folder(change.before) and not is_folder(change.after):
@@ -190,11 +186,6 @@ def _check_node(node: Node, where: str) -> None:
         raise ValueError(f"{where} has an invalid target")
     if node.kind == "file" and (node.size < 0 or (node.at or 0) < 0 or not _SHA256.fullmatch(node.sha256)):
         raise ValueError(f"{where} has an invalid content")
-
-
-def _is_applied(found: OpenInode | None, change: Change, undo: Change | None) -> bool:
-    """Return whether *undo* exists, would revert *change*, and expects the state of *found*."""
-    return undo is not None and same_node(undo.after, change.before) and _fits(found, undo.before)
 
 
 def _same_content(change: Change) -> bool:

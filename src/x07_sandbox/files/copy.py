@@ -16,27 +16,23 @@ import re
 import shlex
 import stat
 import time
-from typing import TYPE_CHECKING, Final, Literal
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, BinaryIO, Final, Literal
 
 import msgspec
 
 from x07_sandbox.channel.contents import parts
 from x07_sandbox.channel.trees import NAME_MAX, Entry, Kind, segment
 from x07_sandbox.errors import RefusedError, UsageError
-from x07_sandbox.files.changes import Node, parent_folders
+from x07_sandbox.files.changes import Node, Rule, parent_folders
 from x07_sandbox.files.contents import add_zeros
-from x07_sandbox.files.roots import Mount
+from x07_sandbox.files.roots import Mount, Tree
 from x07_sandbox.host import beneath, settings
 from x07_sandbox.host.paths import closing_fd
 from x07_sandbox.plan.guest_paths import is_below
 from x07_sandbox.policy.limits import FILE_BYTES, flag_for_file, size_text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-    from typing import BinaryIO
-
-    from x07_sandbox.files.changes import Rule
-    from x07_sandbox.files.roots import Tree
     from x07_sandbox.policy.model import Policy
 
 # x07's own limits, used if the policy has 0, as FILE_BYTES is.
@@ -63,6 +59,8 @@ Reason = Literal[
 
 class EntriesError(RefusedError):
     """A tree has more entries than the policy allows (fs.max_entries)."""
+
+    code = "too-many-files"
 
 
 class Bounds(msgspec.Struct, frozen=True, kw_only=True):
@@ -311,7 +309,11 @@ class _Walk:
             self._skip("other-disk", name)
             return None
         mode, mtime_ns = info.st_mode & 0o777, info.st_mtime_ns
-        self._put(Entry(Kind.FOLDER, os.fsencode(name), mode=mode, mtime_ns=mtime_ns), name)
+        try:
+            self._put(Entry(Kind.FOLDER, os.fsencode(name), mode=mode, mtime_ns=mtime_ns), name)
+        except BaseException:
+            os.close(fd)
+            raise
         return fd
 
     def _link(self, folder: int, part: str, name: str, mtime_ns: int) -> None:
@@ -359,7 +361,9 @@ class _Walk:
                 self._left -= len(part)
                 if self._left < 0:
                     why = f"they are larger than {settings.COPY_IN_MAX_BYTES >> 20} MiB"
-                    raise RefusedError("cannot copy the files into the VM", why, "Use smaller folders")
+                    raise RefusedError(
+                        "cannot copy the files into the VM", why, "Use smaller folders", code="files-too-large"
+                    )
                 self._out.write(segment(len(part)) + part)
                 digest.update(part)
         return digest.hexdigest()

@@ -1,22 +1,16 @@
 """The dependencies among changes: which changes must be left out together."""
 
-from __future__ import annotations
-
 import itertools
 import posixpath
 from collections import defaultdict
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
+from typing import Final
 
 from msgspec.structs import replace
 
-from x07_sandbox.files.changes import is_folder, parent_folders
+from x07_sandbox.files.changes import Change, ChangeSet, Node, Refused, RootChanges, is_folder, parent_folders
 from x07_sandbox.files.copy import DEPTH_MAX
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
-    from collections.abc import Set as AbstractSet
-
-    from x07_sandbox.files.changes import Change, ChangeSet, Node, Refused, RootChanges
 
 _EMPTY: Final = "empty"
 

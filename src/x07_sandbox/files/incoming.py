@@ -3,23 +3,17 @@
 Contents go to one file and everything else to a list. `check_changes` decides which changes are allowed.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
-from typing import TYPE_CHECKING, Final
+from collections.abc import Iterable
+from typing import Final
 
 import msgspec
 
-from x07_sandbox.channel.trees import Entry, FileEnd, Hole, Kind, Piece, Reader
+from x07_sandbox.channel.trees import Entry, Event, FileEnd, Hole, Kind, Piece, Reader
 from x07_sandbox.errors import BackendError, PeerError
 from x07_sandbox.files.changes import Node
 from x07_sandbox.files.contents import add_zeros, write
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from x07_sandbox.channel.trees import Event
 
 _PERMISSIONS: Final = 0o7777
 
@@ -81,7 +75,10 @@ class Incoming:
                 add_zeros(self._hash, event.size)
                 self._position += event.size
             elif isinstance(event, FileEnd):
-                self._end_file()
+                entry = self._entry
+                assert entry is not None  # noqa: S101 - for the type checker
+                node = Node(kind="file", mode=entry.mode, size=entry.size, sha256=self._hash.hexdigest(), at=self._at)
+                self.reported.append(ReportedEntry(root=self._root, name=os.fsdecode(entry.name), node=node))
             else:
                 self._begin(event)
             if self.problem:
@@ -115,12 +112,6 @@ class Incoming:
             return
         other = entry.mode if entry.kind is Kind.UNSUPPORTED else None
         self.reported.append(ReportedEntry(root=self._root, name=name, node=_node(entry), other=other))
-
-    def _end_file(self) -> None:
-        entry = self._entry
-        assert entry is not None  # noqa: S101 - for the type checker
-        node = Node(kind="file", mode=entry.mode, size=entry.size, sha256=self._hash.hexdigest(), at=self._at)
-        self.reported.append(ReportedEntry(root=self._root, name=os.fsdecode(entry.name), node=node))
 
 
 def _node(entry: Entry) -> Node | None:

@@ -6,17 +6,16 @@ import contextlib
 import errno
 import os
 import stat
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from x07_sandbox.errors import SandboxError
+from x07_sandbox.errors import Command, SandboxError
 from x07_sandbox.files import contents
 from x07_sandbox.host import beneath
 from x07_sandbox.host.paths import closing_fd
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
     from x07_sandbox.files.changes import Node
 
 Ident = tuple[int, int]
@@ -40,7 +39,7 @@ def conflict_error(names: Sequence[str], count: int = 0, review: str = "x07 diff
     """Return the error that lists these absolute paths. count: of all paths. review: the command that shows changes."""
     count = count or len(names)
     why = f"{_some(names, count)} changed on the host after the run had copied the folder"
-    fix = f"Run the program again, or review the changes: {review}"
+    fix = ("Run the program again, or review the changes: ", Command(review))
     error = ConflictError("cannot apply the changes", why, fix)
     error.names, error.count = tuple(names[:NAMES_MAX]), count
     return error
@@ -49,7 +48,7 @@ def conflict_error(names: Sequence[str], count: int = 0, review: str = "x07 diff
 def undo_conflict_error(error: ConflictError, what: str, review: str) -> ConflictError:
     """Return *error*, reworded for an undo. what: the first part of the new message. review: see `conflict_error`."""
     why = f"{_some(error.names, error.count)} changed on the host after the changes had been applied"
-    undo_error = ConflictError(what, why, f"Restore files by hand. To see the earlier content: {review}")
+    undo_error = ConflictError(what, why, ("Restore files by hand. To see the earlier content: ", Command(review)))
     undo_error.names, undo_error.count = error.names, error.count
     return undo_error
 

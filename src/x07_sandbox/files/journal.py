@@ -6,8 +6,6 @@ written once all steps are done; recovery then publishes the undo set and remove
 of each file is a `Head`, every other line a `Step`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
@@ -76,14 +74,16 @@ class Step(msgspec.Struct, kw_only=True, array_like=True, forbid_unknown_fields=
 _Line = TypeVar("_Line", Head, Step)
 
 
-def write_staging(folder: Path, head: Head) -> None:
-    """Record the names of the staging folders and, once these exist, their inodes. Raises OSError."""
-    _write(folder, "staging", head, ())
+def write(folder: Path, phase: Phase, head: Head, steps: Iterable[Step] = ()) -> None:
+    """Write the file of a phase. Raises OSError.
 
-
-def write_steps(folder: Path, head: Head, steps: Iterable[Step]) -> None:
-    """Write the steps to `journal`. Called before the first step is carried out. Raises OSError."""
-    _write(folder, "journal", head, steps)
+    `staging` records the names of the staging folders and, once these exist, their inodes. `journal` records the steps,
+    before the first one is carried out. The text is ASCII, because names may be invalid UTF-8.
+    """
+    values = (msgspec.to_builtins(value) for value in (head, *steps))
+    lines = (json.dumps(value, separators=(",", ":")).encode("ascii") + b"\n" for value in values)
+    replace_file(folder / phase, b"".join(lines), sync=True)
+    _sync_folder(folder)
 
 
 def commit(folder: Path) -> None:
@@ -125,16 +125,6 @@ def read(folder: Path) -> tuple[Phase, Head, list[Step]] | None:
 
 def _decode(line: bytes, model: type[_Line]) -> _Line:
     return msgspec.convert(json.loads(line), prepared(model))
-
-
-def _write(folder: Path, phase: Phase, head: Head, steps: Iterable[Step]) -> None:
-    replace_file(folder / phase, b"".join(map(_encode, (head, *steps))), sync=True)
-    _sync_folder(folder)
-
-
-def _encode(value: msgspec.Struct) -> bytes:
-    """Return *value* as one line of ASCII, because names may be invalid UTF-8."""
-    return json.dumps(msgspec.to_builtins(value), separators=(",", ":")).encode("ascii") + b"\n"
 
 
 def _sync_folder(folder: Path) -> None:

@@ -7,14 +7,13 @@ import itertools
 import os
 import re
 from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
 import msgspec
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-
     from x07_sandbox.files.changes import Change, ChangeSet, Node, RootChanges
 
     _Code = tuple[Literal["replace", "delete", "insert", "equal"], int, int, int, int]
@@ -76,23 +75,15 @@ def summarize(changes: ChangeSet, before: Content, after: Content) -> Iterator[b
             detail = f"{sum(node.size for node in nodes)} bytes"
             if nodes[0].kind == "folder":
                 detail = f"{sum(node.kind != 'folder' for node in nodes)} files, {detail}"
-            elif body := list(itertools.dropwhile(_is_head, _one(root.root, group[0], before, after, work))):
+            elif body := list(
+                itertools.dropwhile(lambda line: line[:2] != b"@@", _one(root.root, group[0], before, after, work))
+            ):
                 detail = "+{} -{}".format(*(sum(line.startswith(sign) for line in body) for sign in (b"+", b"-")))
             words = f"{action}{' (left out)' if is_out else ''}: "
             yield words.encode() + _quoted(os.fsencode(name or root.root)) + f" ({detail})\n".encode()
         refused = _refused(root)
         for name in sorted(refused.keys() - {change.name for change in (*root.changes, *root.left_out)}):
-            yield (
-                b"left out: "
-                + _quoted(os.fsencode(name or root.root))
-                + b" ("
-                + _quoted(refused[name].encode())
-                + b")\n"
-            )
-
-
-def _is_head(line: bytes) -> bool:
-    return not line.startswith(b"@@")
+            yield b"left out: %b (%b)\n" % (_quoted(os.fsencode(name or root.root)), _quoted(refused[name].encode()))
 
 
 def _deletions_first(change: Change) -> bool:

@@ -1,7 +1,5 @@
 """Names that only --allow-protected lets a program change, because other tools execute, obey or trust such files."""
 
-from __future__ import annotations
-
 import fnmatch
 import functools
 import itertools
@@ -10,15 +8,11 @@ import posixpath
 import re
 import unicodedata
 from collections import defaultdict
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Set as AbstractSet
+from typing import Final
 
-from x07_sandbox.files.changes import parent_folders, printable
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
-    from collections.abc import Set as AbstractSet
-
-    from x07_sandbox.files.changes import RootChanges
+from x07_sandbox.files.changes import RootChanges, parent_folders, printable
 
 # Patterns for one part of the path, ignoring case. `git~1` is `.git` on FAT and NTFS.
 _PARTS: Final = (

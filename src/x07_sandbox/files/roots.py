@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from x07_sandbox.errors import UsageError
+from x07_sandbox.errors import Flag, UsageError
 from x07_sandbox.host.paths import collapse_leading_slashes
+from x07_sandbox.options import BY_FLAG, GRANTS
 from x07_sandbox.plan.guest_paths import guest_path, is_below
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-
     from x07_sandbox.policy.model import Policy
 
 
@@ -129,17 +129,18 @@ def change_roots(trees: Sequence[Tree]) -> list[tuple[int, Mount]]:
     return found
 
 
-def _origin(root: Root) -> str:
+def _origin(root: Root) -> tuple[str, ...]:
     """Return the words for the flag or policy entry that names a root."""
-    if root.field.startswith("--"):
-        return f"{root.field} {root.given}"
-    return f"{root.given} (--allow-{root.field[3:-1].replace('_', '-')}, or {root.field} in the policy)"
+    if root.field in BY_FLAG:
+        return Flag(root.field), f" {root.given}"
+    flag = next(row.flag for row in GRANTS if row.field == root.field)
+    return f"{root.given} (", Flag(flag), f", or {root.field} in the policy)"
 
 
 def _look(root: Root) -> str:
     """Return a root's kind: `folder`, `file` or `missing`. Raises UsageError for other kinds and paths with links."""
     out = root.field == "--out"
-    what = f"cannot use --out {root.given}" if out else f"cannot copy {root.given} into the VM"
+    what = ("cannot use ", *_origin(root)) if out else f"cannot copy {root.given} into the VM"
     path, mode = Path(root.host), 0
     for here in (*reversed(path.parents), path):
         try:
@@ -147,14 +148,14 @@ def _look(root: Root) -> str:
         except FileNotFoundError as exc:
             if root.write and here == path:
                 return "missing"
-            raise UsageError(what, f"{here} does not exist", f"Create {here}, or omit {_origin(root)}") from exc
+            raise UsageError(what, f"{here} does not exist", (f"Create {here}, or omit ", *_origin(root))) from exc
         except OSError as exc:
             why = f"{root.host} cannot be opened ({exc.strerror})"
             raise UsageError(what, why, "Check the path and its permissions") from exc
         if stat.S_ISLNK(mode):
             raise UsageError(what, f"{here} is a symbolic link", f"Use the path {os.path.realpath(root.host)}")
     if stat.S_ISREG(mode) and out:
-        raise UsageError(what, f"{root.host} is a file", "Use --out with a folder")
+        raise UsageError(what, f"{root.host} is a file", ("Use ", Flag("--out"), " with a folder"))
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise UsageError(what, f"{root.host} is neither a file nor a folder", "Use the path of a file or folder")
     return "folder" if stat.S_ISDIR(mode) else "file"

@@ -5,24 +5,21 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Final
 
 import msgspec
 
 from x07_sandbox.errors import HostError
 from x07_sandbox.files import contents
-from x07_sandbox.files.changes import same_node
-from x07_sandbox.files.checks import only_mode
+from x07_sandbox.files.changes import Change, Node, same_node
+from x07_sandbox.files.checks import Item, only_mode
 from x07_sandbox.files.inode import open_inode
 from x07_sandbox.files.journal import Step, StepKind
 from x07_sandbox.host.paths import closing_fd
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
-
     from x07_sandbox.files.apply_steps import Site
-    from x07_sandbox.files.changes import Change, Node
-    from x07_sandbox.files.checks import Item
 
 # The owner needs both bits to create or remove entries in a folder and to move the folder.
 _OPEN: Final = 0o300
@@ -51,7 +48,9 @@ class Planner:
             if before and before.kind == "folder" and mode & _OPEN != _OPEN:
                 opening.append(self._mode(place, item, mode, mode | 0o700))
                 mode |= 0o700
-            if only_mode(item.change) and not _has_other_names(item):
+            # A new mode would affect other names (hard links) too. In the VM each name was a separate file.
+            linked = item.info is not None and stat.S_ISREG(item.info.st_mode) and item.info.st_nlink > 1
+            if only_mode(item.change) and not linked:
                 assert after is not None  # noqa: S101 - for the type checker
                 # A folder keeps its setgid and sticky bits; a changed file loses its special bits.
                 wanted = after.mode | (mode & 0o7000 if after.kind == "folder" else 0)
@@ -86,11 +85,6 @@ class Planner:
             step.undo_at = self._undo_size
             self._undo_size += before.size
         return step
-
-
-def _has_other_names(item: Item) -> bool:
-    """Return whether a new mode would affect other names (hard links). In the VM each name was a separate file."""
-    return item.info is not None and stat.S_ISREG(item.info.st_mode) and item.info.st_nlink > 1
 
 
 def fill(site: Site, steps: Iterable[Step], planner: Planner) -> None:

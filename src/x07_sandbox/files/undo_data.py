@@ -11,21 +11,18 @@ import contextlib
 import os
 import re
 import stat
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.errors import HostError
 from x07_sandbox.files import changes as data_model
 from x07_sandbox.files import contents
-from x07_sandbox.files.apply_steps import OLD, displaced_slot
-from x07_sandbox.files.inode import open_inode
+from x07_sandbox.files.apply_steps import OLD, Site, displaced_slot
+from x07_sandbox.files.inode import Ident, open_inode
 from x07_sandbox.host.paths import closing_fd, replace_file
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from x07_sandbox.files.apply_steps import Site
     from x07_sandbox.files.changes import Change, ChangeSet, Node
-    from x07_sandbox.files.inode import Ident
     from x07_sandbox.files.journal import Step
 
 _SLOT: Final = re.compile(rf"\d+({re.escape(OLD)})?", re.ASCII)

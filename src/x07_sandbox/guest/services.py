@@ -40,8 +40,8 @@ def _connect(port: int) -> None:
             for way in ways:
                 if (way.out_fd in writable) if way.held else (way.in_fd in readable):
                     way.move()
-            if there.ended and not there.told:
-                there.told = True
+            if there.ended and not there.shut:
+                there.shut = True
                 sock.shutdown(socket.SHUT_WR)
 
 
@@ -52,7 +52,7 @@ class _Way:
         self.in_fd = in_fd
         self.out_fd = out_fd
         self.held = b""
-        self.ended = self.told = False
+        self.ended = self.shut = False
         os.set_blocking(out_fd, False)
 
     def move(self) -> None:

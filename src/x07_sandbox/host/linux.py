@@ -4,8 +4,6 @@ A function raises HostError if this system lacks what it needs. Support for anot
 functions.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re
@@ -13,14 +11,12 @@ import signal
 import socket
 import struct
 import time
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
-from x07_sandbox.errors import HostError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from x07_sandbox.errors import Command, HostError
 
 _FIRST_PID_NAMESPACE: Final = "pid:[4026531836]"  # linux/proc_ns.h: PROC_PID_INIT_INO
 _CREDENTIALS: Final = struct.Struct("3i")  # struct ucred: pid, uid, gid
@@ -115,7 +111,8 @@ def require_own_proc() -> None:
         raise HostError("cannot inspect processes", f"/proc cannot be read ({exc.strerror})", "Mount /proc") from exc
     if number != str(os.getpid()):
         why = "/proc belongs to another pid namespace"
-        raise HostError("cannot inspect processes", why, "Mount this namespace's own /proc: unshare --mount-proc")
+        fix = ("Mount this namespace's own /proc: ", Command("unshare --mount-proc"))
+        raise HostError("cannot inspect processes", why, fix)
 
 
 def of_process(pid: int, name: str) -> bytes | None:

@@ -1,4 +1,4 @@
-"""Available memory (the host's, or the limit of this process's cgroup if that is smaller), and files in memory."""
+"""Available memory and cores: the host's, or fewer if a cgroup or a CPU affinity limits this process. Memory files."""
 
 import contextlib
 import os
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from x07_sandbox.host.linux import new_memory_file
+from x07_sandbox.host.linux import allowed_cores, new_memory_file
 from x07_sandbox.host.poll import write_all
 
 _ROOT: Final = Path("/")
@@ -55,3 +55,17 @@ def memory_file(data: bytes) -> int:
         os.close(fd)
         raise
     return fd
+
+
+def cores(root: Path = _ROOT) -> int:
+    """Return how many cores this process may use; part of a core counts as one. root: the folder of proc and sys."""
+    found = allowed_cores()
+    for path in group_files(root, "cpu", "cpu.max", "cpu.cfs_quota_us"):
+        with contextlib.suppress(OSError, ValueError):  # no such cgroup, or "max"
+            words = path.read_text("ascii").split()
+            if len(words) == 1:  # cgroup v1 has two files
+                words.append(path.with_name("cpu.cfs_period_us").read_text("ascii"))
+            quota, period = map(int, words)
+            if quota > 0 < period:  # -1: no limit
+                found = min(found, -(-quota // period))
+    return max(1, found)

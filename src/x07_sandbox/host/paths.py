@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
-from x07_sandbox.errors import HostError, UsageError
+from x07_sandbox.errors import Command, HostError, Text, UsageError
 from x07_sandbox.host.linux import new_unnamed_file
+from x07_sandbox.host.os_errors import fix_for
 
 SYSTEM: Final = ("/usr/sbin", "/usr/bin", "/sbin", "/bin")
 PROGRAMS: Final = (*SYSTEM, "/usr/local/bin", "/opt/homebrew/bin")
@@ -173,8 +174,6 @@ def unnamed_file(folder: Path, what: str) -> int:
     try:
         return new_unnamed_file(folder)
     except OSError as exc:
-        from x07_sandbox.host.os_errors import fix_for
-
         fix = fix_for(exc, "Set X07_VM_STATE_DIR to a folder on ext4, xfs or btrfs")
         raise HostError(what, f"{exc.strerror} ({folder})", fix) from exc
 
@@ -202,8 +201,6 @@ def _mkdir(dir_fd: int, part: str, here: Path) -> bool:
     except FileExistsError:
         return False
     except OSError as exc:
-        from x07_sandbox.host.os_errors import fix_for
-
         fix = fix_for(exc, "Set X07_VM_STATE_DIR or X07_VM_CACHE_DIR to a writable folder")
         raise HostError(f"cannot create folder {here}", exc.strerror or str(exc), fix) from exc
     return True
@@ -235,14 +232,15 @@ def _others_can_change(info: os.stat_result) -> bool:
     return theirs or bool(info.st_mode & 0o022 and not info.st_mode & stat.S_ISVTX)
 
 
-def _how_to_be_private(info: os.stat_result, here: Path) -> str:
+def _how_to_be_private(info: os.stat_result, here: Path) -> Text:
     """Return the advice for a folder that is not private. A shared folder such as /tmp must keep its mode."""
     uid = os.geteuid()
     shared = bool(info.st_mode & (stat.S_ISVTX | stat.S_IWGRP | stat.S_IWOTH))
     if info.st_uid == uid != 0 and not shared:
         import shlex
 
-        return f"Use another folder. Or, if nobody else needs this one, run: chmod 0700 {shlex.quote(str(here))}"
+        command = Command(f"chmod 0700 {shlex.quote(str(here))}")
+        return "Use another folder. Or, if nobody else needs this one, run: ", command
     creatable = (info.st_uid == uid or info.st_mode & stat.S_ISVTX) and not _others_can_change(info)
     folder = f"a new folder in it, such as {here / 'x07-sandbox'}" if creatable else "a folder of your own"
     return f"Set X07_VM_STATE_DIR or X07_VM_CACHE_DIR to {folder}"

@@ -7,8 +7,10 @@ import contextlib
 import errno
 import os
 import signal
-from collections.abc import Iterator
-from typing import Annotated
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Annotated, Final
 
 import msgspec
 
@@ -16,6 +18,8 @@ from x07_sandbox.errors import HostError
 from x07_sandbox.host.linux import of_process, open_pidfd, process_ids, send_signal
 from x07_sandbox.host.paths import closing_fd
 from x07_sandbox.host.poll import wait_readable
+
+COMMAND_ENVIRONMENT: Final = MappingProxyType({"PATH": "/usr/bin:/bin", "LC_ALL": "C"})
 
 
 class Identity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -32,6 +36,14 @@ def identify(pid: int) -> Identity | None:
     """Return the identity of a process, or None if no process has this pid."""
     fields = _stat_fields(pid)
     return None if fields is None else Identity(pid=pid, start_ticks=int(fields[19]))
+
+
+def output_of(
+    argv: Sequence[str], *, timeout_s: float, env: Mapping[str, str] = COMMAND_ENVIRONMENT
+) -> subprocess.CompletedProcess[bytes]:
+    """Run a short command without input, and return its output and status. Raises OSError, TimeoutExpired."""
+    no_input = subprocess.DEVNULL
+    return subprocess.run(argv, stdin=no_input, capture_output=True, timeout=timeout_s, check=False, env=env, cwd="/")
 
 
 def own_identity() -> Identity:

@@ -5,7 +5,7 @@ import stat
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from x07_sandbox.errors import HostError, UsageError
+from x07_sandbox.errors import Command, HostError, UsageError
 from x07_sandbox.host.paths import settings_file
 
 _MAX_BYTES: Final = 1 << 20
@@ -85,9 +85,8 @@ def settings_bytes(path: Path) -> bytes | None:
         import shlex
 
         why = "other users can write to it"
-        raise HostError(
-            f"cannot use {path}", why, f"If it belongs to you or root, run: chmod go-w {shlex.quote(str(path))}"
-        )
+        fix = ("If it belongs to you or root, run: ", Command(f"chmod go-w {shlex.quote(str(path))}"))
+        raise HostError(f"cannot use {path}", why, fix)
     return data
 
 

@@ -3,22 +3,18 @@
 A result is valid until the host reboots, or for minutes if the state of the host may have caused it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json
 import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.linux import boot_id, boot_ms
 from x07_sandbox.host.paths import cache_folder, read_bounded, replace_file
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
 
 FOLDER: Final = "verdicts"
 _MAX: Final = 64 * 1024

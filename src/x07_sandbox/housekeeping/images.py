@@ -1,27 +1,20 @@
 """Removal of images without a name, bases (images/base) and saved VMs without an image, and incomplete builds."""
 
-from __future__ import annotations
-
 import os
 import re
+from collections.abc import Collection
 from functools import partial
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from x07_sandbox.backends.registry import built, create
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.paths import cache_dir
 from x07_sandbox.host.variables import text
-from x07_sandbox.housekeeping.pruner import entries, sweep_temporaries
+from x07_sandbox.housekeeping.pruner import Pruner, entries, sweep_temporaries
 from x07_sandbox.images.base import read_base, remove_work
 from x07_sandbox.images.build import leftovers, remove_from_store
 from x07_sandbox.images.store import all_names, check_name, damaged_images, images_dir, list_images, remove_name
-
-if TYPE_CHECKING:
-    from collections.abc import Collection
-    from pathlib import Path
-
-    from x07_sandbox.housekeeping.pruner import Pruner
 
 _BASE = re.compile(r"base-[0-9a-f]{32}")
 

@@ -1,29 +1,24 @@
 """Ending a run from any process, by the records of its jobs."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import time
-from typing import TYPE_CHECKING, Final, Literal
+from typing import Final, Literal
 
 import msgspec
 
 from x07_sandbox.backends.base import HoldsInstances
 from x07_sandbox.backends.registry import built, create
-from x07_sandbox.errors import HostError
+from x07_sandbox.errors import Command, HostError
 from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.locks import is_locked
-from x07_sandbox.host.paths import state_dir
-from x07_sandbox.housekeeping.lookup import run_folder
+from x07_sandbox.host.paths import closing_fd, state_dir
+from x07_sandbox.housekeeping.listing import run_folder
 from x07_sandbox.jobs.active import JOB_NAME, unfinished_jobs
-from x07_sandbox.jobs.reader import read_stored
+from x07_sandbox.jobs.reader import StoredJob, read_stored
 from x07_sandbox.jobs.record import runner_instance
 from x07_sandbox.jobs.stop_rules import here_and_now, state_of
 from x07_sandbox.runs.folder import KILL
-
-if TYPE_CHECKING:
-    from x07_sandbox.jobs.reader import StoredJob
 
 _GONE_S: Final = 30.0
 _ASKED_S: Final = 5.0  # for the run's x07 process to end the run itself
@@ -69,10 +64,8 @@ def _ask(run: str) -> bool:
     """Ask the run's x07 process to cancel the run. Return whether there is such a process."""
     with contextlib.suppress(OSError):  # nobody reads the pipe, or there is none
         fd = os.open(run_folder(run) / KILL, os.O_WRONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
+        with closing_fd(fd):
             return os.write(fd, b"k") == 1
-        finally:
-            os.close(fd)
     return False
 
 
@@ -105,6 +98,9 @@ def _not_ended(run: str, jobs: list[StoredJob]) -> HostError:
     pid = run.split("-")[1]
     if not jobs:
         return HostError(
-            what, "it has no job now, because it is waiting or copying files", f"End its process: kill {pid}"
+            what,
+            "it has no job now, because it is waiting or copying files",
+            ("End its process: ", Command(f"kill {pid}")),
         )
-    return HostError(what, "its job does not end", f"End its process and remove what it leaves: kill {pid}; x07 sweep")
+    fix = ("End its process and remove what it leaves: ", Command(f"kill {pid}; x07 sweep"))
+    return HostError(what, "its job does not end", fix)

@@ -1,30 +1,23 @@
-"""Reports on runs and jobs, for `x07 ps` and `x07 inspect`."""
-
-from __future__ import annotations
+"""Reports on runs and jobs, for `x07 ps` and `x07 inspect`, and the look-up of runs by id."""
 
 import contextlib
 import os
-from typing import TYPE_CHECKING, Final, Literal, TypeVar
+from pathlib import Path
+from typing import Final, Literal, TypeVar
 
 import msgspec
 
-from x07_sandbox.errors import UsageError
+from x07_sandbox.errors import Command, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.decoding import prepared
 from x07_sandbox.host.locks import is_locked
 from x07_sandbox.host.paths import read_bounded, state_dir
 from x07_sandbox.host.processes import Identity
-from x07_sandbox.housekeeping.lookup import run_folder
 from x07_sandbox.housekeeping.pruner import entries
 from x07_sandbox.jobs.active import JOB_NAME
 from x07_sandbox.jobs.reader import JobDocument, StoredJob, all_stored
-from x07_sandbox.jobs.stop_rules import here_and_now, judge, overdue_ms, state_of
-from x07_sandbox.runs.folder import KILL, REQUEST, RUN_NAME, runs_dir
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from x07_sandbox.jobs.stop_rules import Now
+from x07_sandbox.jobs.stop_rules import Now, here_and_now, judge, overdue_ms, state_of
+from x07_sandbox.runs.folder import KILL, REQUEST, RUN_NAME, described, is_named, runs_dir
 
 _T = TypeVar("_T", bound=msgspec.Struct)
 _LIVE: Final = frozenset({"starting", "running", "ending", "orphaned", "expired"})
@@ -128,7 +121,9 @@ def list_jobs(*, everything: bool = False) -> PsReport:
     lines = [_line(stored, now) for stored in all_stored()]
     jobs = [line for line in lines if everything or line.state in _LIVE]
     busy = {line.run for line in jobs if line.state in _LIVE}
-    waiting = [_waiting(run) for run in _newest_runs() if run not in busy and is_locked(run_folder(run))]
+    runs = (path.name for path in entries(runs_dir(state_dir())) if RUN_NAME.fullmatch(path.name))
+    newest = sorted(runs, reverse=True)[:_WAITING_MAX]
+    waiting = [_waiting(run) for run in newest if run not in busy and is_locked(run_folder(run))]
     return PsReport(jobs=tuple(sorted([*jobs, *waiting], key=lambda line: (line.created_unix_ms, line.job_id))))
 
 
@@ -146,7 +141,7 @@ def _line(stored: StoredJob, now: Now) -> JobLine:
         deadline_unix_ms=job.deadline_unix_ms if job is not None else 0,
         left_s=-overdue_ms(stored, now) / 1000 if open_end else None,
         program=_program(stored.run),
-        labels=_labels(stored),
+        labels={} if stored.record is None else stored.record.labels(),
     )
 
 
@@ -167,15 +162,6 @@ def _waiting(run: str) -> JobLine:
     )
 
 
-def _labels(stored: StoredJob) -> dict[str, str]:
-    return {} if stored.record is None else stored.record.labels()
-
-
-def _newest_runs() -> list[str]:
-    names = [path.name for path in entries(runs_dir(state_dir())) if RUN_NAME.fullmatch(path.name)]
-    return sorted(names, reverse=True)[:_WAITING_MAX]
-
-
 def _program(run: str) -> str | None:
     request = _read(run_folder(run) / REQUEST, _REQUEST_MAX, _Request)
     return None if request is None else request.program
@@ -186,38 +172,55 @@ def inspect_run(run: str) -> InspectReport:
     now, folder = here_and_now(), run_folder(run)
     jobs = [stored for stored in all_stored() if stored.run == run]
     names = sorted({*os.listdir(folder)} - {KILL}) if folder.is_dir() else []  # noqa: PTH208 - names are wanted
+    ending = _read(folder / "result.json", _RESULT_MAX, _Ending)
     return InspectReport(
         run=run,
         live=is_locked(folder),
         program=_program(run),
         jobs=tuple(_job(stored, now) for stored in jobs),
-        result=_result(run),
+        result=None if ending is None else ResultSummary(**msgspec.structs.asdict(ending)),
         paths={"folder": str(folder)} | {name: str(folder / name) for name in names},
     )
 
 
 def _job(stored: StoredJob, now: Now) -> JobReport:
-    owner = stored.owner
+    owner, names = stored.owner, OwnerReport.__struct_fields__
     return JobReport(
         job_id=stored.folder.name,
         state=state_of(stored, now),
         why=judge(stored, now).why,
         folder=str(stored.folder),
         record=None if stored.job is None else RecordReport(**msgspec.structs.asdict(stored.job)),
-        labels=_labels(stored),
+        labels={} if stored.record is None else stored.record.labels(),
         # The job's random mark is left out: any process with the mark among its arguments would count as the job's.
-        owner=None
-        if owner is None
-        else OwnerReport(**{name: getattr(owner, name) for name in OwnerReport.__struct_fields__}),
+        owner=None if owner is None else OwnerReport(**{name: getattr(owner, name) for name in names}),
     )
-
-
-def _result(run: str) -> ResultSummary | None:
-    ending = _read(run_folder(run) / "result.json", _RESULT_MAX, _Ending)
-    return None if ending is None else ResultSummary(**msgspec.structs.asdict(ending))
 
 
 def _read(path: Path, max_bytes: int, kind: type[_T]) -> _T | None:
     with contextlib.suppress(UsageError, msgspec.MsgspecError, RecursionError):
         return msgspec.json.decode(read_bounded(path, "file", max_bytes), type=prepared(kind))
     return None
+
+
+def run_folder(run: str) -> Path:
+    """Return the folder of a run's files. The folder may not exist."""
+    return runs_dir(state_dir()) / run
+
+
+def known_run(word: str) -> str:
+    """Return the id of the run that *word* names: a run id, a unique prefix of one, or a job id. Raises UsageError."""
+    job = JOB_NAME.fullmatch(word)
+    wanted = job[1] if job else word
+    names = set()
+    if os.path.lexists(state_dir()):
+        names = {match[1] for path in entries(state_dir()) if (match := JOB_NAME.fullmatch(path.name))}
+        names |= {path.name for path in entries(runs_dir(state_dir())) if RUN_NAME.fullmatch(path.name)}
+    found = sorted(name for name in names if is_named(name, wanted))
+    if not found:
+        why = f"no run has {described(wanted)}"
+        raise UsageError(f"cannot find run {word}", why, ("To list all runs: ", Command("x07 ps --all")))
+    if len(found) > 1:
+        why = f"{len(found)} run ids start with {word}, such as {found[0]}"
+        raise UsageError(f"the run id {word} is ambiguous", why, "Use more digits of the id")
+    return found[0]

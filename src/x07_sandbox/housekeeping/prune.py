@@ -1,23 +1,30 @@
-"""Pruning: removal of unused images, cache files and records."""
+"""Pruning: removal of unused images, cache files and records, and the disk space that it would free (`x07 df`)."""
 
-from __future__ import annotations
-
+import itertools
 import os
 import re
 import stat
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final, Literal
+
+import msgspec
 
 from x07_sandbox.host import verdicts
-from x07_sandbox.host.paths import cache_dir, private_dir, why_not_ours
+from x07_sandbox.host.paths import cache_dir, private_dir, state_dir, why_not_ours
 from x07_sandbox.housekeeping.images import prune_images, prune_saved
-from x07_sandbox.housekeeping.pruner import Pruner, entries, sweep_temporaries
+from x07_sandbox.housekeeping.pruner import (
+    BLOCK,
+    PARTS,
+    Part,
+    Pruner,
+    PruneReport,
+    entries,
+    everything,
+    sweep_temporaries,
+)
 from x07_sandbox.housekeeping.records import prune_records
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
-
-    from x07_sandbox.housekeeping.pruner import Part, PruneReport
+from x07_sandbox.runs.folder import runs_dir
 
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 _VERDICT: Final = re.compile(r"[a-z]+-[0-9a-f]{32}\.json")
@@ -54,3 +61,55 @@ def _prune_cache(pruner: Pruner) -> None:
         ours = _VERDICT.fullmatch(path.name) and not why_not_ours(path.lstat(), stat.S_ISREG)
         if ours and not verdicts.stored_in(path):
             pruner.remove("verification", path, "it has expired", Path.unlink)
+
+
+Name = Literal["images", "templates", "cache", "runs", "records"]
+
+
+class PartUsage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One part of state and cache. bytes: its size on disk. prunable_bytes: the bytes that `x07 prune` would free."""
+
+    name: Name
+    path: str
+    files: int
+    bytes: int
+    prunable_bytes: int
+
+
+class DfReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The output of `x07 df --json`. bytes, prunable_bytes: the sums over all parts."""
+
+    schema_version: Literal["x07.sandbox.df@0.1.0"] = "x07.sandbox.df@0.1.0"
+    parts: tuple[PartUsage, ...]
+    bytes: int
+    prunable_bytes: int
+
+
+def disk_usage(progress: Callable[[str], None]) -> DfReport:
+    """Measure each part of state and cache. Raises SandboxError if a folder of this tool cannot be used."""
+    places: dict[Name, Path] = {
+        "images": cache_dir() / "images",
+        "templates": cache_dir() / "templates",
+        "runs": runs_dir(state_dir()) if os.path.lexists(state_dir()) else state_dir().parent / "runs",
+        "records": state_dir(),
+        "cache": cache_dir(),
+    }
+    prunable = dict.fromkeys(places, 0)
+    for removed in prune(PARTS, progress=progress, dry_run=True).removed:
+        path = Path(removed.path)
+        prunable[next((name for name, place in places.items() if path.is_relative_to(place)), "cache")] += removed.bytes
+    seen: set[tuple[int, int]] = set()
+    parts = []
+    for name, place in places.items():  # the whole cache comes last, for what is not counted yet
+        # Links are not followed, hard links count once, and the first is the folder itself.
+        below = itertools.islice(everything(place), 1, None)
+        found = {(info.st_dev, info.st_ino): info.st_blocks * BLOCK for info in below}
+        sizes = [size for file, size in found.items() if file not in seen]
+        seen |= found.keys()
+        used = {"files": len(sizes), "bytes": sum(sizes), "prunable_bytes": prunable[name]}
+        parts.append(PartUsage(name=name, path=str(place), **used))
+    return DfReport(
+        parts=tuple(parts),
+        bytes=sum(part.bytes for part in parts),
+        prunable_bytes=sum(part.prunable_bytes for part in parts),
+    )

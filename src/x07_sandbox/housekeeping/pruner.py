@@ -1,13 +1,12 @@
 """Removal of unused things, for pruning and sweeping: remove, count and report. What may still be in use is kept."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re
 import stat
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal, NamedTuple, cast
+from typing import Final, Literal, NamedTuple, cast
 
 import msgspec
 
@@ -15,9 +14,6 @@ from x07_sandbox.errors import SandboxError
 from x07_sandbox.host import settings
 from x07_sandbox.host.clocks import unix_ms
 from x07_sandbox.host.paths import why_not_ours
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
 
 Part = Literal["images", "cache", "runs"]
 Kind = Literal["image", "base", "template", "artifact", "verification", "leftover", "job", "run"]

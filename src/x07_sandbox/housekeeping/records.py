@@ -4,27 +4,20 @@ A job's record is removed only if its owner.json is valid for this user, the job
 process of the job is alive. A run in progress holds a shared lock on its folder.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import stat
-from typing import TYPE_CHECKING, Final
+from pathlib import Path
+from typing import Final
 
 from x07_sandbox.host import settings
 from x07_sandbox.host.linux import boot_id, pid_namespace
 from x07_sandbox.host.locks import is_locked, lock_for_removal
 from x07_sandbox.host.paths import private_dir, state_dir, why_not_ours
 from x07_sandbox.host.processes import is_alive
-from x07_sandbox.housekeeping.pruner import entries
-from x07_sandbox.jobs.reader import all_stored
+from x07_sandbox.housekeeping.pruner import Pruner, entries
+from x07_sandbox.jobs.reader import StoredJob, all_stored
 from x07_sandbox.runs.folder import APPLYING, RUN_NAME, runs_dir
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from x07_sandbox.housekeeping.pruner import Pruner
-    from x07_sandbox.jobs.reader import StoredJob
 
 _DOOMED: Final = ".pruned-"  # no name of a record
 

@@ -8,13 +8,12 @@ Sweeps and running x07 processes may work concurrently. A sweep locks a job's fo
 ends it. If the folder is already locked, the sweep skips the job.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import shutil
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal, cast
+from typing import Final, Literal, cast
 
 import msgspec
 
@@ -29,16 +28,10 @@ from x07_sandbox.host.processes import identify
 from x07_sandbox.housekeeping.pruner import Pruner, Row, entries
 from x07_sandbox.housekeeping.records import doomed_name, prune_records
 from x07_sandbox.jobs.active import JOB_NAME, unfinished_jobs
-from x07_sandbox.jobs.reader import locked_stored
+from x07_sandbox.jobs.reader import StoredJob, locked_stored
 from x07_sandbox.jobs.record import runner_instance
-from x07_sandbox.jobs.stop_rules import here_and_now, judge
+from x07_sandbox.jobs.stop_rules import Now, here_and_now, judge
 from x07_sandbox.runs.folder import APPLYING, RUN_NAME, runs_dir
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Mapping
-
-    from x07_sandbox.jobs.reader import StoredJob
-    from x07_sandbox.jobs.stop_rules import Now
 
 # job: a job that was ended, cleaned up and recorded as reaped. unstarted: the folder of a job that never started.
 # instance: a container without a job's record. changes: incomplete file changes. record, run: folders past their
@@ -215,12 +208,6 @@ def why_kept(labels: Mapping[str, str], *, instance: str, live: Collection[str],
     return ""
 
 
-def _runner_lives(labels: Mapping[str, str]) -> bool:
-    """Whether a process has the pid in the run id of these labels. If so, the container stays."""
-    match = _RUN_PID.match(labels.get("io.x07.run_id", ""))
-    return match is not None and identify(int(match[1])) is not None
-
-
 def _sweep_orphans(pruner: Pruner, live: Collection[str]) -> None:
     """Remove this tool's containers without a live job from every container engine. live: names of the live jobs."""
     instance = runner_instance(state_dir())
@@ -233,7 +220,8 @@ def _sweep_orphans(pruner: Pruner, live: Collection[str]) -> None:
                 called = f"{name}:{orphan.id}"
                 if problem := why_kept(orphan.labels, instance=instance, live=live, now_unix_ms=unix_ms()):
                     pruner.kept.append(Row("instance", called, problem))
-                elif _runner_lives(orphan.labels):
+                # A process with the pid in the run's id may be the container's runner.
+                elif (run := _RUN_PID.match(orphan.labels.get("io.x07.run_id", ""))) and identify(int(run[1])):
                     why = "the x07 process that started it may be alive, with its record in another folder"
                     pruner.kept.append(Row("instance", called, why))
                 elif pruner.dry_run or backend.remove(orphan):

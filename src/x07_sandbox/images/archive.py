@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final
 
@@ -17,11 +18,9 @@ from x07_sandbox.errors import ImageError
 from x07_sandbox.host.arch import ARCHES
 from x07_sandbox.images import tar
 from x07_sandbox.images.base import remove_tree, unpack_root
-from x07_sandbox.images.manifest import canonical
+from x07_sandbox.policy.default import canonical_json
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from x07_sandbox.images.store import Image
 
 AGENT: Final = "/usr/lib/x07/agent.zip"
@@ -43,10 +42,10 @@ def write_archive(image: Image, reference: str, target: IO[bytes], work: Path, p
     progress("making the layers")
     layers = [_layer(work / "root.tar", root), _agent_layer(work / "agent.tar", image)]
     remove_tree(root)
-    config = canonical(_config(image, [digest for digest, _ in layers]))
+    config = canonical_json(_config(image, [digest for digest, _ in layers]))
     config_digest = _sha256(config)
-    manifest = canonical(_manifest(config_digest, len(config), layers))
-    index = canonical(_index(_sha256(manifest), len(manifest), reference))
+    manifest = canonical_json(_manifest(config_digest, len(config), layers))
+    index = canonical_json(_index(_sha256(manifest), len(manifest), reference))
     docker = [{"Config": _blob(config_digest), "RepoTags": [reference], "Layers": [_blob(d) for d, _ in layers]}]
     progress("writing the archive")
     with tarfile.open(fileobj=target, mode="w", format=tarfile.GNU_FORMAT) as archive:
@@ -56,7 +55,7 @@ def write_archive(image: Image, reference: str, target: IO[bytes], work: Path, p
             with path.open("rb") as layer:
                 archive.addfile(tar.entry(_blob(digest), size=path.stat().st_size), layer)
         tar.add_bytes(archive, "index.json", index)
-        tar.add_bytes(archive, "manifest.json", canonical(docker))
+        tar.add_bytes(archive, "manifest.json", canonical_json(docker))
         tar.add_bytes(archive, "oci-layout", b'{"imageLayoutVersion":"1.0.0"}')
     return f"sha256:{config_digest}"
 
@@ -93,7 +92,7 @@ def _agent_layer(path: Path, image: Image) -> tuple[str, Path]:
 
 
 def _config(image: Image, layers: list[str]) -> dict[str, Any]:
-    labels = {MANIFEST_LABEL: canonical(msgspec.to_builtins(image.manifest)).decode()}
+    labels = {MANIFEST_LABEL: canonical_json(msgspec.to_builtins(image.manifest)).decode()}
     entry = ["/usr/bin/python3", "-I", "-S", "-B", AGENT]
     return {
         "architecture": _DOCKER_ARCH[ARCHES[image.manifest.arch].name],

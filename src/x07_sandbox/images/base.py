@@ -5,8 +5,6 @@ packages share a cached base. The X07 toolchain and Python packages are appended
 (boot.py) adds x07's own code.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import hashlib
@@ -15,8 +13,8 @@ import pwd
 import shutil
 import stat
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -26,10 +24,8 @@ from x07_sandbox.host.decoding import prepared
 from x07_sandbox.host.linux import mounts
 from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.paths import cache_dir
-from x07_sandbox.images import apt_index, commands, kernel, manifest, recipe, scratch, sources, verify
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from x07_sandbox.images import commands, kernel, manifest, recipe, scratch, sources, verify
+from x07_sandbox.policy.default import canonical_json
 
 BASE_SCHEMA = "x07.sandbox.image-base@0.1.0"
 NEEDED_BYTES = 2 * 1024**3  # the tree, its tar file and the packages
@@ -58,7 +54,7 @@ class Base(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     @property
     def digest(self) -> str:
         """The digest of the base, which image manifests contain."""
-        return hashlib.sha256(manifest.canonical(msgspec.to_builtins(self))).hexdigest()
+        return hashlib.sha256(canonical_json(msgspec.to_builtins(self))).hexdigest()
 
 
 class BaseSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -76,7 +72,7 @@ class BaseSpec(msgspec.Struct, frozen=True, kw_only=True):
         words = [recipe.RECIPE, self.arch.deb, self.suite, list(self.include)]
         words += [self.x07] if self.x07 else []
         words += [{"pip": sorted(self.pip), "layout": recipe.PIP_LAYOUT}] if self.pip else []
-        return hashlib.sha256(manifest.canonical(words)).hexdigest()[:32]
+        return hashlib.sha256(canonical_json(words)).hexdigest()[:32]
 
 
 def read_base(folder: Path) -> Base | None:
@@ -103,8 +99,8 @@ def make_base(work: Path, spec: BaseSpec, progress: Callable[[str], None]) -> Pa
     """Make a base from Debian packages in a folder below *work*, and return that folder. Raises SandboxError."""
     for name in ("mmdebstrap", "mkfs.erofs", "mke2fs", "dpkg-deb", "zstd", "apt-config", "bwrap"):
         commands.tool(name)
-    file = apt_index.write_sources(work, spec.suite, spec.arch.deb, progress)
-    apt_index.check_known(file, spec.include, spec.suite)
+    file = sources.write_sources(work, spec.suite, spec.arch.deb, progress)
+    sources.check_known(file, spec.include, spec.suite)
     progress(f"fetching and unpacking {spec.suite} packages")
     _mmdebstrap(work, spec, progress)
     progress("extracting the kernel")

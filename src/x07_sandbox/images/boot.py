@@ -6,6 +6,8 @@ Byte code of another Python would not load in the guest, and the host need not h
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from x07_sandbox.host.arch import host_arch
@@ -13,9 +15,6 @@ from x07_sandbox.images import commands, cpio, guestcode
 from x07_sandbox.images.base import Base, check_space, remove_tree, unpack_root
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
     from x07_sandbox.images.guestcode import GuestCode
 
 UNPACKED_MAX = 3  # unpacked size / size of a root file system; measured: 2.2
@@ -37,10 +36,7 @@ def make_initrd(
     progress("unpacking the image's root file system, which contains the compiler")
     root = unpack_root(work, base_folder / base.root.file)
     source, target = work / "source", work / "target"
-    for name, data in code.tools.items():
-        _write(source / name, data)
-    for name, data in code.agent.items():
-        _write(source / "agent" / "x07_sandbox" / name, data)
+    code.write(source)
     (target / "data").mkdir(parents=True)
     progress("compiling the guest agent")
     for command in (COMPILE, FILTERS, PLACES, PACK):
@@ -79,8 +75,3 @@ def pack(init: bytes, agent: bytes, base_folder: Path, base: Base) -> bytes:
     archive, tail_bytes = cpio.pack(entries), host_arch().initrd_tail_bytes
     # The kernel ignores zeros behind the archive.
     return archive if tail_bytes is None else archive + b"\0" * ((tail_bytes - len(archive)) % _PAGE)
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)

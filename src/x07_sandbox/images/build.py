@@ -1,25 +1,28 @@
-"""Building an image, or reusing an existing one: both stages, under the store's lock."""
+"""Building an image, or reusing an existing one: both stages, under the store's lock; packing of the X07 toolchain."""
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import os
+import stat
+import tarfile
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import msgspec.structs
 
-from x07_sandbox.errors import ImageError
+from x07_sandbox.errors import HostError, ImageError, UsageError
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.paths import cache_folder
-from x07_sandbox.images import apt_index, boot, guestcode, manifest, recipe, sources, store, toolchain, verify, wheels
 from x07_sandbox.images import base as bases
+from x07_sandbox.images import boot, guestcode, manifest, recipe, sources, store, tar, verify
 from x07_sandbox.images import pip as pips
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
     from x07_sandbox.images.store import Image
 
 WORK_PREFIX = "image-"
@@ -75,7 +78,7 @@ def build_image(  # noqa: PLR0913 - one keyword per ingredient
         try:
             if x07 is not None:
                 progress(f"copying the X07 toolchain {x07}")
-                extras = msgspec.structs.replace(extras, x07=toolchain.pack(x07, work / X07_TAR))
+                extras = msgspec.structs.replace(extras, x07=pack_toolchain(x07, work / X07_TAR))
             if requirements is not None:
                 if extras.pip:
                     progress(f"replacing the Python packages: {', '.join(wheel.name for wheel in extras.pip)}")
@@ -175,13 +178,13 @@ class _Builder:
         spec = extras.base_spec()
         folder = self._work / SOURCES
         folder.mkdir(mode=0o700)
-        file = apt_index.write_sources(folder, spec.suite, spec.arch.deb, lambda _note: None)
+        file = sources.write_sources(folder, spec.suite, spec.arch.deb, lambda _note: None)
         plain = msgspec.structs.replace(extras, x07="", pip=())
         base = bases.read_base(self._base_folder(plain))
         if base is not None:
             python = _python(base, spec)
         else:
-            python = pips.guest_python(apt_index.versions(file, ("python3", "libc6")), spec.arch.name)
+            python = pips.guest_python(sources.versions(file, ("python3", "libc6")), spec.arch.name)
         return pips.download(self._work / WHEELS, lines, python, self._progress, sources_file=file, deps=deps)
 
     def _base_folder(self, extras: Extras) -> Path:
@@ -246,7 +249,7 @@ class _Builder:
         root = bases.unpack_root(work, below / base.root.file)
         self._progress("adding the Python packages")
         python = _python(base, extras.base_spec())
-        tar = wheels.make_layer(work, sorted((work / WHEELS).iterdir()), root, python.version)
+        tar = pips.make_layer(work, sorted((work / WHEELS).iterdir()), root, python.version)
         bases.remove_tree(root)
         return bases.add_layer(work, below, base, tar)
 
@@ -287,3 +290,57 @@ def remove_from_store(folder: Path, progress: Callable[[str], None]) -> None:
         folder.rename(work / "removed")
     finally:
         bases.remove_work(work, progress)
+
+
+_PLACE: Final = "usr/local/lib/x07"
+ENTRIES_MAX: Final = 100_000
+MAX_BYTES: Final = 2 * 1024**3
+_FIX: Final = "Choose a folder with the X07 toolchain for Linux: bin/x07-os-runner and the files it needs"
+
+
+def pack_toolchain(source: Path, target: Path) -> str:
+    """Write the toolchain at *source* to the new tar archive *target*, to be unpacked at the root of an image.
+
+    Return the archive's digest, which depends on names, contents and executable bits. Raises UsageError, HostError. The
+    archive contains the parent folders too, since mkfs.erofs would give missing ones the mode 0777.
+    """
+    if not os.access(source / "bin" / "x07-os-runner", os.X_OK):
+        raise UsageError(f"cannot use the X07 toolchain {source}", "bin/x07-os-runner is not an executable", _FIX)
+    try:
+        total = 0
+        for count, path in enumerate(tar.paths_below(source), start=1):
+            total += _checked_size(source, path)
+            if count > ENTRIES_MAX or total > MAX_BYTES:
+                why = f"it has more than {ENTRIES_MAX} entries or {MAX_BYTES >> 20} MiB"
+                raise UsageError(f"cannot use the X07 toolchain {source}", why, _FIX)
+        with tarfile.open(target, "x", format=tarfile.PAX_FORMAT) as archive:
+            for name in (".", "usr", "usr/local", "usr/local/bin", "usr/local/lib", _PLACE):
+                archive.addfile(tar.entry(name, tarfile.DIRTYPE, 0o755))
+            tar.add_tree(archive, source, f"{_PLACE}/")
+            for path in sorted((source / "bin").iterdir()):
+                link = f"../lib/x07/bin/{path.name}"
+                archive.addfile(tar.entry(f"usr/local/bin/{path.name}", tarfile.SYMTYPE, 0o777, link=link))
+        with target.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as exc:
+        if exc.errno in {errno.ENOSPC, errno.EDQUOT}:
+            fix = "Free disk space, or set X07_VM_CACHE_DIR to a folder on a larger disk"
+            raise HostError("cannot copy the X07 toolchain", f"{exc.strerror} ({target.parent})", fix) from exc
+        raise UsageError(f"cannot read the X07 toolchain {source}", str(exc)[:300], _FIX) from exc
+
+
+def _checked_size(source: Path, path: Path) -> int:
+    """Return the size of a file in the toolchain. Raises UsageError if an image cannot hold the file."""
+    info, name = path.lstat(), path.relative_to(source)
+    why = ""
+    if not str(name).isprintable():
+        why = "a file name contains unprintable characters"
+    elif stat.S_ISLNK(info.st_mode):
+        target = os.path.normpath(name.parent / path.readlink())
+        if path.readlink().is_absolute() or target.startswith(".."):
+            why = f"{name} is a link out of the folder"
+    elif not (stat.S_ISDIR(info.st_mode) or stat.S_ISREG(info.st_mode)):
+        why = f"{name} is neither a file nor a folder"
+    if why:
+        raise UsageError(f"cannot use the X07 toolchain {source}", why, _FIX)
+    return info.st_size

@@ -3,23 +3,18 @@
 A timeout kills the whole process group of the command.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re
 import signal
 import subprocess
 import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from x07_sandbox.errors import HostError, ImageError
 from x07_sandbox.host.paths import SYSTEM, find_program
 from x07_sandbox.host.poll import wait_readable
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
 
 PACKAGES = {
     "apt-cache": "apt",

@@ -1,13 +1,8 @@
 """Reproducible newc cpio archives, the format of an initramfs."""
 
-from __future__ import annotations
-
 import stat
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 MAX_FILE_BYTES = 0xFFFFFFFF  # the size field has eight hexadecimal digits
 TRAILER = "TRAILER!!!"

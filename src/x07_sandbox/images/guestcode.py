@@ -1,13 +1,11 @@
 """The files of x07-sandbox that go into the guest. Their digest shows whether an image is current."""
 
-from __future__ import annotations
-
 import hashlib
 from pathlib import Path
 
 import msgspec
 
-from x07_sandbox.images import manifest
+from x07_sandbox.policy.default import canonical_json
 
 BOOT_RECIPE = 2  # bump when boot.py changes its output
 INIT = "guest/boot/init.c"
@@ -26,7 +24,14 @@ class GuestCode(msgspec.Struct, frozen=True, kw_only=True):
     def digest(self) -> str:
         """The value of `guest_code` in the manifest of an image with this code."""
         files = {name: hashlib.sha256(data).hexdigest() for name, data in (self.agent | self.tools).items()}
-        return hashlib.sha256(manifest.canonical([BOOT_RECIPE, files])).hexdigest()
+        return hashlib.sha256(canonical_json([BOOT_RECIPE, files])).hexdigest()
+
+    def write(self, folder: Path) -> None:
+        """Write the tools to *folder*, and the agent's package to the folder `agent` in it."""
+        files = self.tools | {f"agent/x07_sandbox/{name}": data for name, data in self.agent.items()}
+        for name, data in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(data)
 
 
 def read_guest_code(root: Path | None = None) -> GuestCode:

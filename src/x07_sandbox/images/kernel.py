@@ -3,18 +3,13 @@
 The bzImage header is defined in the kernel's Documentation/arch/x86/boot.rst, protocol 2.08 and newer.
 """
 
-from __future__ import annotations
-
 import lzma
 import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from x07_sandbox.errors import ImageError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
-    from pathlib import Path
 
 SIZE_BYTES = 4  # of the unpacked size, which follows the zstd stream
 MAX_KERNEL_BYTES = 512 * 1024 * 1024

@@ -3,17 +3,16 @@
 The manifest contains no name, host or time, so that builds from the same inputs are identical.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 import msgspec.structs
 
 from x07_sandbox.errors import ImageError
 from x07_sandbox.host.decoding import prepared
+from x07_sandbox.policy.default import canonical_json
 
 SCHEMA = "x07.sandbox.image@0.1.0"
 NO_DIGEST = "sha256:" + "0" * 64  # placeholder until sealed()
@@ -113,16 +112,11 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 _decoder = msgspec.json.Decoder(prepared(Manifest), strict=True)
 
 
-def canonical(value: Any) -> bytes:  # noqa: ANN401 - any JSON value
-    """Return canonical JSON: sorted keys, no spaces."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
-
-
 def digest_of(manifest: Manifest) -> str:
     """Compute the manifest's digest."""
     fields = msgspec.to_builtins(manifest)
     del fields["digest"]
-    return "sha256:" + hashlib.sha256(canonical(fields)).hexdigest()
+    return "sha256:" + hashlib.sha256(canonical_json(fields)).hexdigest()
 
 
 def sealed(manifest: Manifest) -> Manifest:

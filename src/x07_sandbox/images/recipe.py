@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from x07_sandbox.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from x07_sandbox.host.arch import Arch
 
 RECIPE = 3
-PIP_LAYOUT = 2  # bump when a change in wheels.py changes the contents of an image with Python packages
+PIP_LAYOUT = 2  # bump when a change in pip.py changes the contents of an image with Python packages
 PACKAGES = ("ca-certificates", "g++", "gcc", "iproute2", "libc6-dev", "libseccomp2", "make", "nftables", "python3")
 JOB_ID = 65532  # uid and gid of the program; guest/confine uses the same
 EROFS_UUID = "00000000-0000-4000-8000-000000000006"

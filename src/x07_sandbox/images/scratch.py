@@ -4,16 +4,13 @@ A job's disk is a sparse file with these blocks. The file system has no journal,
 The kernel has nothing left to initialize in the background.
 """
 
-from __future__ import annotations
-
 import os
-from typing import TYPE_CHECKING
+from pathlib import Path
 
+from x07_sandbox.channel.contents import next_data
 from x07_sandbox.errors import HostError, ImageError
+from x07_sandbox.host.os_errors import raised_as
 from x07_sandbox.images.manifest import Piece, ScratchDisk
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 DISK_BYTES = 8 * 1024**3
 BLOCK = 4096
@@ -67,11 +64,9 @@ def _data_blocks(fd: int) -> list[int]:
     blocks: list[int] = []
     end = 0
     while True:
-        try:
-            start = os.lseek(fd, end, os.SEEK_DATA)
-        except OSError:  # ENXIO: no more data
+        start, end = next_data(fd, end, DISK_BYTES)
+        if start == end:
             return blocks
-        end = os.lseek(fd, start, os.SEEK_HOLE)
         blocks += range(start - start % BLOCK, end, BLOCK)
         if len(blocks) > DISK_BYTES // BLOCK // 64:
             why = "the cache is on a file system without sparse files"
@@ -81,22 +76,18 @@ def _data_blocks(fd: int) -> list[int]:
 
 def write_disk(scratch_fd: int, disk: ScratchDisk, fd: int) -> None:
     """Write a scratch disk to the empty file *fd*. scratch_fd: the image's verified scratch file."""
-    try:
+    what = "cannot make a scratch disk"
+    fix = "Raise the file size limit with ulimit -f, or set X07_VM_STATE_DIR to a folder on ext4, xfs or btrfs"
+    with raised_as(HostError, what, fix):
         os.ftruncate(fd, disk.bytes)
-    except OSError as exc:  # a file size limit
-        fix = "Raise the file size limit with ulimit -f, or set X07_VM_STATE_DIR to a folder on ext4, xfs or btrfs"
-        raise HostError("cannot make a scratch disk", exc.strerror or str(exc), fix) from exc
     position = 0
     for piece in disk.pieces:
         data = os.pread(scratch_fd, piece.bytes, position)
         if len(data) != piece.bytes:
             why = "the scratch part of the image was truncated"
-            raise ImageError("cannot make a scratch disk", why, "Try again: x07 then verifies the image")
+            raise ImageError(what, why, "Try again: x07 then verifies the image")
         position += piece.bytes
         written = 0
-        try:
+        with raised_as(HostError, what, "Free disk space, or set X07_VM_STATE_DIR"):
             while written < len(data):  # a full disk accepts a part before it fails
                 written += os.pwrite(fd, data[written:], piece.offset + written)
-        except OSError as exc:
-            fix = "Free disk space, or set X07_VM_STATE_DIR"
-            raise HostError("cannot make a scratch disk", exc.strerror or str(exc), fix) from exc

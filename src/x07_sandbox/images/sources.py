@@ -1,20 +1,20 @@
-"""The host's apt sources and settings, as far as they may be used for a guest image.
+"""The host's apt sources, settings and package lists, as far as they may be used for a guest image.
 
 Only signed `deb` sources over http or https are used, for the host's release, its updates and its security suite. All
 other sources are skipped with a note, since their packages would depend on this one machine. Pins are ignored.
+
+On a host without package lists, nothing is looked up: mmdebstrap downloads lists, and reports unknown packages.
 """
 
-from __future__ import annotations
-
+import difflib
 import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from x07_sandbox.errors import ImageError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+from x07_sandbox.errors import ImageError, UsageError
+from x07_sandbox.host.os_errors import raised_as
+from x07_sandbox.images import commands
 
 MAX_BYTES = 1024 * 1024
 # Settings for downloading, not for trust or selection; except Check-Valid-Until and Check-Date, which hosts with a
@@ -29,6 +29,7 @@ OPTIONS = {
     "by-hash": "By-Hash",
 }
 PASSED_ON = ("Signed-By", "Check-Valid-Until", "Check-Date", "By-Hash")
+_FIELDS = {field.lower(): field for field in ("Types", "URIs", "Suites", "Components", "Enabled", *OPTIONS.values())}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,7 +132,7 @@ def parse_deb822(text: str) -> Iterator[dict[str, str]]:
                 stanza[name] += "\n" + line
         elif ":" in line:
             name, _, value = line.partition(":")
-            name = _canonical(name.strip())
+            name = _FIELDS.get(name.strip().lower(), name.strip())
             stanza[name] = value.strip()
 
 
@@ -157,14 +158,80 @@ def fetch_settings(dump: str) -> list[str]:
     return [line for line, match in found if match and SETTINGS.fullmatch(match[1])]
 
 
-def _canonical(name: str) -> str:
-    known = {field.lower(): field for field in ("Types", "URIs", "Suites", "Components", "Enabled", *OPTIONS.values())}
-    return known.get(name.lower(), name)
-
-
 def _text(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return file.read(MAX_BYTES).decode(errors="replace")
-    except OSError as exc:
-        raise ImageError(f"cannot read {path}", exc.strerror or str(exc), "Make it readable") from exc
+    with raised_as(ImageError, f"cannot read {path}", "Make it readable"), path.open("rb") as file:
+        return file.read(MAX_BYTES).decode(errors="replace")
+
+
+NEAR_MAX = 3
+_NEAR = 0.75
+_PYTHON = "python3-"
+
+
+def write_sources(work: Path, suite: str, deb_arch: str, note: Callable[[str], None]) -> Path:
+    """Write the apt sources of an image to a file in *work*, and return the file's path. Raises ImageError."""
+    file = work / "build.sources"
+    found = host_sources(suite, deb_arch, note=note)
+    file.write_text("\n".join(source.stanza() for source in found))
+    return file
+
+
+def check_known(file: Path, include: Sequence[str], suite: str) -> None:
+    """Raise UsageError for the first package that no source in *file* has. The error suggests similar names."""
+    known = package_names(file) if include else frozenset()
+    if not known:
+        return
+    unknown = (name for name in include if name not in known)
+    # A virtual package has no version of its own, but other packages provide it.
+    mark = "Reverse Provides:"
+    if name := next((name for name in unknown if not _cache(file, "showpkg", name).partition(mark)[2].strip()), None):
+        near = near_names(name, known)
+        fixes = [f"Use one of these: {', '.join(near)}"] if near else ["Find it with apt-cache search"]
+        fixes += [f"For the PyPI package, use --pip {name}"] if f"{_PYTHON}{name}" in known else []
+        fixes.append("If it is new, run apt-get update")
+        why = f"Debian {suite} has no package with this name"
+        raise UsageError(f"cannot add {name!r} to an image", why, ". ".join(fixes))
+
+
+def package_names(file: Path) -> frozenset[str]:
+    """Return all package names in the host's lists for the sources in *file*. Return none if the host has no lists."""
+    return frozenset(_cache(file, "pkgnames").split())
+
+
+def versions(file: Path, names: Sequence[str]) -> dict[str, str]:
+    """Return the versions of those packages in *names* that the host's package lists contain."""
+    wanted = [name for name in names if name in package_names(file)]
+    if not wanted:
+        return {}
+    stanzas = parse_deb822(_cache(file, "show", "--no-all-versions", *wanted))
+    return {stanza["Package"]: stanza["Version"] for stanza in stanzas if {"Package", "Version"} <= stanza.keys()}
+
+
+def near_names(name: str, known: Iterable[str]) -> list[str]:
+    """Return the names in *known* that are closest to *name*, the most likely first."""
+    known = set(known)
+    likely = [each for each in (f"{_PYTHON}{name}", f"lib{name}-dev", f"lib{name}") if each in known]
+    # Comparing all 70,000 names would be slow.
+    similar = [each for each in known if abs(len(each) - len(name)) <= 2 and each[0] == name[0]]  # noqa: PLR2004
+    near = likely + difflib.get_close_matches(name, sorted(similar), NEAR_MAX, _NEAR)
+    return list(dict.fromkeys(near + near_projects(name, known, prefix=_PYTHON)))[:NEAR_MAX]
+
+
+def near_projects(name: str, known: Iterable[str], *, prefix: str = "") -> list[str]:
+    """Return the Python projects packaged in Debian that are closest to *name*, each with *prefix* before it."""
+    name = re.sub(r"[-_.]+", "-", name).lower()
+    projects = sorted(each.removeprefix(_PYTHON) for each in known if each.startswith(_PYTHON))
+    near = difflib.get_close_matches(name, projects, NEAR_MAX, _NEAR)
+    return [prefix + each for each in sorted(near, key=lambda each: each[0] != name[0])]
+
+
+def _cache(file: Path, *words: str) -> str:
+    options = [
+        f"Dir::Etc::sourcelist={file}",
+        "Dir::Etc::sourceparts=/dev/null",
+        "Dir::State::status=/dev/null",  # ignore the packages installed on this host
+        "Dir::Cache::pkgcache=",  # no cache: the sources differ from the host's
+        "Dir::Cache::srcpkgcache=",
+    ]
+    argv = [commands.tool("apt-cache"), "-q", *(word for option in options for word in ("-o", option)), *words]
+    return commands.capture(argv).decode(errors="replace")

@@ -5,24 +5,19 @@ images/names/<name>        the digest, one line
 images/base-<key>/         first stage, whose files the images share by hard links
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import msgspec
 
-from x07_sandbox.errors import ImageError, UsageError
+from x07_sandbox.errors import Flag, ImageError, UsageError
 from x07_sandbox.host.paths import cache_folder, private_dir, read_bounded, replace_file
 from x07_sandbox.host.variables import text
 from x07_sandbox.images import guestcode, manifest
 from x07_sandbox.images.manifest import Manifest
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 DEFAULT = "default"
 _NAME_MAX = 64
@@ -71,8 +66,8 @@ def check_name(name: str) -> str:
     if not re.fullmatch(rf"[a-z0-9][a-z0-9._-]{{0,{_NAME_MAX - 1}}}", name) or re.fullmatch(r"[0-9a-f]{12,}", name):
         if re.search("[:/@]", name):
             why = "it is the name of a container image, which only podman and docker use (--backend podman)"
-            fix = f"For a virtual machine, run x07 image build, then use --image {DEFAULT}"
-            raise UsageError(f"cannot use {name[:80]!r} as a guest image", why, fix)
+            instead = ("For a virtual machine, run x07 image build, then use ", Flag(f"--image {DEFAULT}"))
+            raise UsageError(f"cannot use {name[:80]!r} as a guest image", why, instead)
         why = "it consists of 12 or more hexadecimal digits, as the start of a digest does"
         if not name:
             why = "it is empty"

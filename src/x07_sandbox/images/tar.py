@@ -1,19 +1,15 @@
 """Reproducible tar entries for images: owned by root, with one fixed date, in a fixed order."""
 
-from __future__ import annotations
-
 import io
 import os
 import stat
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from tarfile import TarInfo
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from x07_sandbox.images import commands
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 
 def entry(

@@ -15,24 +15,21 @@ import hashlib
 import os
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from x07_sandbox.errors import ImageError
+from x07_sandbox.errors import HostError, ImageError
 from x07_sandbox.host.linux import mounts
 from x07_sandbox.host.os_errors import host_error
+from x07_sandbox.host.paths import closing_fd
 from x07_sandbox.host.verdicts import Verdict
 from x07_sandbox.images import manifest, store
-from x07_sandbox.images.manifest import Manifest
+from x07_sandbox.images.manifest import Manifest, Part
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-    from x07_sandbox.errors import HostError
-    from x07_sandbox.images.manifest import Part
     from x07_sandbox.images.store import Image
 
 FILE_MODE = 0o444
@@ -95,16 +92,11 @@ def _subject(image: Image) -> Subject:
 def opened_parts(folder_fd: int, parts: Sequence[Part], subject: Subject, stack: contextlib.ExitStack) -> list[int]:
     """Open and verify *parts*, files below a folder. *stack* closes the descriptors. Raises ImageError, HostError."""
     before = _recorded(subject)
-    fresh: dict[str, Identity] = {}
-    fds = []
-    for part in parts:
-        fd = stack.enter_context(opened_file(folder_fd, part.file, subject))
-        fds.append(fd)
-        identity = check_part(fd, part, before.get(part.file), subject)
-        if part.bytes > SMALL_BYTES:
-            fresh[part.file] = identity
-    if fresh != before:
-        _write_record(subject, fresh)
+    fds = [stack.enter_context(opened_file(folder_fd, part.file, subject)) for part in parts]
+    fresh = {
+        part.file: check_part(fd, part, before.get(part.file), subject) for fd, part in zip(fds, parts, strict=True)
+    }
+    _write_record(subject, parts, fresh, before)
     return fds
 
 
@@ -112,6 +104,7 @@ def verify_image(image: Image, *, use_record: bool = False) -> list[str]:
     """Return a sentence for each problem of an image. use_record: hash only files that changed since the last time."""
     problems: list[str] = []
     subject = _subject(image)
+    parts = [*image.manifest.parts.all(), *image.manifest.filters.values()]
     recorded = _recorded(subject) if use_record else {}
     verified: dict[str, Identity] = {}
     with contextlib.ExitStack() as stack:
@@ -120,23 +113,16 @@ def verify_image(image: Image, *, use_record: bool = False) -> list[str]:
             _check_manifest(folder_fd, image, subject)
         except ImageError as exc:
             return [f"{exc.what}: {exc.why}"]
-        for part in _parts(image):
+        for part in parts:
             try:
                 with opened_file(folder_fd, part.file, subject) as fd:
-                    identity = check_part(fd, part, recorded.get(part.file), subject)
-                    if part.bytes > SMALL_BYTES:
-                        verified[part.file] = identity
+                    verified[part.file] = check_part(fd, part, recorded.get(part.file), subject)
             except ImageError as exc:
                 problems.append(f"{part.file}: {exc.why}")
-        if use_record and verified != recorded:
-            _write_record(subject, verified)
-        with os.scandir(folder_fd) as entries:
-            foreign = {entry.name for entry in entries} - {part.file for part in _parts(image)} - {"manifest.json"}
+        if use_record:
+            _write_record(subject, parts, verified, recorded)
+        foreign = set(os.listdir(folder_fd)) - {part.file for part in parts} - {"manifest.json"}  # noqa: PTH208 - of a descriptor
         return problems + [f"{name}: it does not belong to the image" for name in sorted(foreign)]
-
-
-def _parts(image: Image) -> list[Part]:
-    return [*image.manifest.parts.all(), *image.manifest.filters.values()]
 
 
 def check_part(fd: int, part: Part, earlier: Identity | None, subject: Subject) -> Identity:
@@ -201,13 +187,11 @@ def opened_folder(folder: Path, subject: Subject) -> Iterator[int]:
     except OSError as exc:
         what = f"cannot open {subject.name}"
         raise _run_out(exc) or ImageError(what, exc.strerror or str(exc), subject.fix) from exc
-    try:
+    with closing_fd(fd):
         info = os.fstat(fd)
         if info.st_uid != os.geteuid() or stat.S_IMODE(info.st_mode) != FOLDER_MODE:
             raise _bad(subject, "its folder must belong to you and have mode 0700")
         yield fd
-    finally:
-        os.close(fd)
 
 
 @contextlib.contextmanager
@@ -218,7 +202,7 @@ def opened_file(folder_fd: int, name: str, subject: Subject) -> Iterator[int]:
         fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=folder_fd)
     except OSError as exc:
         raise _run_out(exc) or _bad(subject, f"{name} cannot be opened, or is a link ({exc.strerror})") from exc
-    try:
+    with closing_fd(fd):
         info = os.fstat(fd)
         if not stat.S_ISREG(info.st_mode):
             raise _bad(subject, f"{name} is not a regular file")
@@ -227,8 +211,6 @@ def opened_file(folder_fd: int, name: str, subject: Subject) -> Iterator[int]:
             raise _bad(subject, f"{name} has {has}, but must belong to you and have mode {FILE_MODE:04o}")
         os.set_blocking(fd, True)
         yield fd
-    finally:
-        os.close(fd)
 
 
 def _check_manifest(folder_fd: int, image: Image, subject: Subject) -> None:
@@ -246,11 +228,15 @@ def _recorded(subject: Subject) -> dict[str, Identity]:
     return {}
 
 
-def _write_record(subject: Subject, files: dict[str, Identity]) -> None:
-    """Record the identity of each large file, whose digest is known to be right."""
-    now_ns = time.time_ns()  # wall time, because ctime is
-    settled = {name: identity for name, identity in files.items() if identity[4] < now_ns - SETTLED_NS}
-    Verdict("verified", subject.record).write({"files": settled})
+def _write_record(
+    subject: Subject, parts: Sequence[Part], verified: dict[str, Identity], before: dict[str, Identity]
+) -> None:
+    """Record the identity of each large file, whose digest is known to be right. before: the present record."""
+    large = {part.file for part in parts if part.bytes > SMALL_BYTES}
+    if (files := {name: identity for name, identity in verified.items() if name in large}) != before:
+        now_ns = time.time_ns()  # wall time, because ctime is
+        settled = {name: identity for name, identity in files.items() if identity[4] < now_ns - SETTLED_NS}
+        Verdict("verified", subject.record).write({"files": settled})
 
 
 def _run_out(exc: OSError) -> HostError | None:

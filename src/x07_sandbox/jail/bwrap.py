@@ -10,8 +10,6 @@ files, and no /proc. bubblewrap loads a system call filter as its last step befo
 See docs/explanation/design.md, "The jail".
 """
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Final

@@ -5,8 +5,6 @@ this user. With version 1, root creates a group in each hierarchy. Otherwise onl
 limit the process, and the result says so.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re

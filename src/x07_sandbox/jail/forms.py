@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from x07_sandbox.errors import HostError, RefusedError, printable
+from x07_sandbox.host.os_errors import raised_as
+from x07_sandbox.host.processes import output_of
 from x07_sandbox.host.variables import flag
 from x07_sandbox.host.verdicts import Verdict, file_state
 from x07_sandbox.jail.bwrap import BWRAP, Jail, jail_argv, probe_argv
-from x07_sandbox.jail.libraries import needed_files
 from x07_sandbox.jail.seccomp import vmm_filter
 
 if TYPE_CHECKING:
@@ -86,7 +88,7 @@ def jail_form() -> Form:
         return Form("namespaces", namespaces=True)
     if flag("X07_VM_REQUIRE_NAMESPACES"):
         fix = f"Unset X07_VM_REQUIRE_NAMESPACES, which forbids other jails, or allow namespaces: {namespace_flags()}"
-        raise RefusedError("a jail with namespaces was required", why, fix)
+        raise RefusedError("a jail with namespaces was required", why, fix, code="no-namespaces")
     from x07_sandbox.kernel import landlock_version  # rarely needed
 
     return landlock_form(why, landlock_version(), _missing_capabilities() if os.geteuid() == 0 else [])
@@ -137,11 +139,8 @@ def _key() -> list[object]:
 def _try_namespaces() -> str:
     what = "cannot test the jail around the virtual machine"
     argv = probe_argv(needed_files(_PRINTF))
-    env, no_input = {"PATH": "/usr/bin:/bin", "LC_ALL": "C"}, subprocess.DEVNULL
     try:
-        done = subprocess.run(
-            argv, stdin=no_input, capture_output=True, env=env, cwd="/", timeout=_PROBE_S, check=False
-        )
+        done = output_of(argv, timeout_s=_PROBE_S)
     except (OSError, subprocess.TimeoutExpired) as exc:
         raise HostError(what, f"{argv[0]} failed with {exc}", "Run x07 doctor") from exc
     if done.stdout == b"ok":
@@ -156,3 +155,29 @@ def _missing_capabilities() -> list[str]:
     status = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace").splitlines()
     held = int(next(line.split()[1] for line in status if line.startswith("CapEff:")), 16)
     return [name for name, bit in _NEEDED_BY_ROOT.items() if not held >> bit & 1]
+
+
+_LDD = "/usr/bin/ldd"
+_LINE = re.compile(r"^\s*(?:\S+ => )?(/\S+) \(0x[0-9a-f]+\)$")
+
+
+def needed_files(binary: str) -> tuple[str, ...]:
+    """Return the absolute paths of *binary*, its shared libraries and its loader. Raises HostError.
+
+    ldd(1) is slow, so the result is cached for this boot, until the binary or the library cache (ld.so.cache) changes.
+    """
+    with raised_as(HostError, f"cannot find {binary}", "Run x07 doctor to see what is missing"):
+        verdict = Verdict("libraries", binary, key=(file_state(binary), file_state("/etc/ld.so.cache")))
+    return tuple(verdict.read_or_make(lambda: {"files": _ask(binary)})["files"])
+
+
+def _ask(binary: str) -> list[str]:
+    done = output_of([_LDD, binary], timeout_s=30)
+    said, errors = done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace")
+    if done.returncode == 1 and "not a dynamic executable" in said + errors:
+        return [binary]  # linked statically
+    if done.returncode != 0:
+        why = errors.strip()[:200] or "ldd failed"
+        raise HostError(f"cannot list the libraries of {binary}", why, "Reinstall its package")
+    found = [match.group(1) for line in said.splitlines() if (match := _LINE.match(line))]
+    return [binary, *dict.fromkeys(found)]

@@ -12,34 +12,20 @@ This form has no root of its own, so the VMM opens files that come as descriptor
 the jail, the whole jail, including the supervisor, runs under the job's uid.
 """
 
-from __future__ import annotations
-
 import errno
 import os
 import secrets
 import struct
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import msgspec
 
 from x07_sandbox import kernel
-from x07_sandbox.host.arch import host_arch
+from x07_sandbox.host.arch import Arch, host_arch
+from x07_sandbox.jail import seccomp
 from x07_sandbox.jail.bwrap import PERL, Jail, supervisor_argv
-from x07_sandbox.jail.seccomp import (
-    ALL_64_BITS,
-    COMMON_RULES,
-    FSTAT_ONLY,
-    REQUESTS,
-    THREADS_ONLY,
-    TMPFILE,
-    Check,
-    Rules,
-    allowlist_filter,
-)
-
-if TYPE_CHECKING:
-    from x07_sandbox.host.arch import Arch
+from x07_sandbox.jail.seccomp import Check, Rules
 
 CONFINER: Final = Path(__file__).with_name("data") / "landlock.pl"
 # Since this version truncating is a separate right; before, a file with read access could be emptied.
@@ -151,23 +137,23 @@ def landlock_filter(arch: Arch, pid: int, addresses: ExecAddresses) -> bytes:
         "socket": errno.EAFNOSUPPORT,
         "kill": errno.ESRCH,  # as in a pid namespace: no process is visible
     }
-    return allowlist_filter(arch, CALLS, call_rules(pid, addresses), errors)
+    return seccomp.allowlist_filter(arch, CALLS, call_rules(pid, addresses), errors)
 
 
 def call_rules(pid: int, addresses: ExecAddresses) -> Rules:
     """Return conditions for calls that are allowed only with certain arguments."""
     drawn = msgspec.structs.astuple(addresses)
     return {
-        **COMMON_RULES,
-        "execve": (tuple(Check(number, (place,), ALL_64_BITS) for number, place in enumerate(drawn)),),
+        **seccomp.COMMON_RULES,
+        "execve": (tuple(Check(number, (place,), seccomp.ALL_64_BITS) for number, place in enumerate(drawn)),),
         # To wake one of its own threads. There is no process 0.
         "tgkill": ((Check(0, (pid,)),),),
-        "clone": THREADS_ONLY,
-        "ioctl": ((Check(1, REQUESTS),), (Check(1, (_KVM,), 0xFF00),)),
+        "clone": seccomp.THREADS_ONLY,
+        "ioctl": ((Check(1, seccomp.REQUESTS),), (Check(1, (_KVM,), 0xFF00),)),
         # Landlock decides what may be opened and how; this excludes unnamed files.
-        "openat": ((Check(2, (0,), TMPFILE),),),
-        "open": ((Check(1, (0,), TMPFILE),),),
-        "newfstatat": FSTAT_ONLY,
+        "openat": ((Check(2, (0,), seccomp.TMPFILE),),),
+        "open": ((Check(1, (0,), seccomp.TMPFILE),),),
+        "newfstatat": seccomp.FSTAT_ONLY,
         "prctl": (
             (Check(0, (_PR_SET_NAME, _PR_SET_TIMERSLACK, _PR_SET_NO_NEW_PRIVS, _PR_GET_NO_NEW_PRIVS)),),
             (Check(0, (_PR_GET_SECCOMP,)),),

@@ -12,8 +12,6 @@ possible:
 * A Unix datagram socket can be connected again. Therefore give a helper only stream or seqpacket sockets.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import os
@@ -23,25 +21,13 @@ import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal
+from typing import Final, Literal
 
 from x07_sandbox import kernel
-from x07_sandbox.host.arch import host_arch
+from x07_sandbox.host.arch import Arch, host_arch
 from x07_sandbox.host.settings import GIB, MIB
-from x07_sandbox.jail.seccomp import (
-    ALL_BITS,
-    COMMON_RULES,
-    FSTAT_ONLY,
-    REQUESTS,
-    THREADS_ONLY,
-    TMPFILE,
-    Check,
-    Rules,
-    allowlist_filter,
-)
-
-if TYPE_CHECKING:
-    from x07_sandbox.host.arch import Arch
+from x07_sandbox.jail import seccomp
+from x07_sandbox.jail.seccomp import Check, Rules
 
 Kind = Literal["gate", "resolver"]
 
@@ -69,7 +55,7 @@ RESOLVER_ONLY: Final = (
     *("stat", "lstat", "access", "readlink", "set_robust_list", "rseq"),
 )
 
-_TYPE: Final = ~(socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC) & ALL_BITS
+_TYPE: Final = ~(socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC) & seccomp.ALL_BITS
 # No other protocol, such as ICMP, MPTCP or SCTP: each is another part of the kernel.
 _INTERNET_SOCKET: Final = (
     Check(0, (socket.AF_INET, socket.AF_INET6)),
@@ -97,11 +83,11 @@ _SIOCGIFINDEX: Final = 0x8933  # the number of a network interface, for a name s
 _PROT_WRITE, _PROT_EXEC = 2, 4
 _PR_SET_NAME, _PR_GET_NAME, _PR_GET_NO_NEW_PRIVS = 15, 16, 39
 # O_WRONLY, O_RDWR, O_CREAT, O_TRUNC and O_TMPFILE's own bit have these values on all our architectures.
-_WRITING: Final = os.O_ACCMODE | os.O_CREAT | os.O_TRUNC | TMPFILE
+_WRITING: Final = os.O_ACCMODE | os.O_CREAT | os.O_TRUNC | seccomp.TMPFILE
 
 _BOTH_RULES: Final[Rules] = {
-    **COMMON_RULES,
-    "ioctl": ((Check(1, REQUESTS),),),
+    **seccomp.COMMON_RULES,
+    "ioctl": ((Check(1, seccomp.REQUESTS),),),
     "setsockopt": (
         (Check(1, (socket.SOL_SOCKET,)), Check(2, _SOCKET_OPTIONS)),
         (Check(1, (socket.IPPROTO_TCP,)), Check(2, _TCP_OPTIONS)),
@@ -118,11 +104,11 @@ GATE_RULES: Final[Rules] = {
     "socket": (_INTERNET_SOCKET,),
     "mmap": ((Check(2, (0,), _PROT_EXEC),),),
     # For fstat in older C libraries. A filter cannot see the path, so it still reveals which files exist.
-    "newfstatat": FSTAT_ONLY,
+    "newfstatat": seccomp.FSTAT_ONLY,
 }
 RESOLVER_RULES: Final[Rules] = {
     **_BOTH_RULES,
-    "ioctl": ((Check(1, (*REQUESTS, _SIOCGIFINDEX)),),),
+    "ioctl": ((Check(1, (*seccomp.REQUESTS, _SIOCGIFINDEX)),),),
     # No AF_UNIX: the user's own sockets, such as the session bus, would be a way out. The C library falls back from
     # nscd, sssd and systemd-resolved's socket to /etc/resolv.conf.
     "socket": (_INTERNET_SOCKET, _ROUTES),
@@ -130,19 +116,19 @@ RESOLVER_RULES: Final[Rules] = {
     "mmap": ((Check(2, (0, _PROT_WRITE, _PROT_EXEC), _PROT_WRITE | _PROT_EXEC),),),
     "open": ((Check(1, (0,), _WRITING),),),
     "openat": ((Check(2, (0,), _WRITING),),),
-    "clone": THREADS_ONLY,
+    "clone": seccomp.THREADS_ONLY,
 }
 
 
 def gate_filter(arch: Arch) -> bytes:
     """Return the gate's seccomp filter, an array of struct sock_filter."""
-    return allowlist_filter(arch, BOTH, GATE_RULES, {})
+    return seccomp.allowlist_filter(arch, BOTH, GATE_RULES, {})
 
 
 def resolver_filter(arch: Arch) -> bytes:
     """Return the resolver's seccomp filter, an array of struct sock_filter."""
     # The flags of clone3 are in memory, unseen by filters; the C library falls back on clone.
-    return allowlist_filter(arch, (*BOTH, *RESOLVER_ONLY), RESOLVER_RULES, {"clone3": errno.ENOSYS})
+    return seccomp.allowlist_filter(arch, (*BOTH, *RESOLVER_ONLY), RESOLVER_RULES, {"clone3": errno.ENOSYS})
 
 
 # What the C library reads to resolve a name.
@@ -204,7 +190,9 @@ def confine(kind: Kind, *, uid: int | None) -> tuple[str, ...]:
     thread lacks CAP_KILL for another uid, or is in a Landlock domain. Raises OSError if a measure fails, or HostError
     on an unsupported architecture. The process must then exit, since it is only partly confined.
     """
-    _require_one_thread()
+    with contextlib.suppress(FileNotFoundError):  # no /proc
+        if len(list(Path("/proc/self/task").iterdir())) > 1:  # Landlock restricts only the calling thread
+            raise OSError(errno.EBUSY, "a helper confines itself before it starts threads")
     program = (gate_filter if kind == "gate" else resolver_filter)(host_arch())
     if kind == "resolver":
         import encodings.idna  # noqa: F401 - getaddrinfo would import it later, when its file is out of reach
@@ -229,13 +217,6 @@ def confine(kind: Kind, *, uid: int | None) -> tuple[str, ...]:
     walls += ["no capabilities", "no new privileges"]
     walls += [f"Landlock {version}"] if version else []
     return (*walls, "seccomp")
-
-
-def _require_one_thread() -> None:
-    """Raise OSError if there are several threads: Landlock restricts only the calling thread."""
-    with contextlib.suppress(FileNotFoundError):  # no /proc
-        if len(list(Path("/proc/self/task").iterdir())) > 1:
-            raise OSError(errno.EBUSY, "a helper confines itself before it starts threads")
 
 
 def _limit(kind: Kind) -> None:

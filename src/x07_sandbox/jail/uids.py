@@ -3,8 +3,6 @@
 bubblewrap keeps the uid's lock open until the last process of the jail has ended. Only then is the uid free again.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import os

@@ -3,14 +3,10 @@
 Every start of a job needs this module, so it has few imports.
 """
 
-from __future__ import annotations
-
 import os
 import re
-from typing import TYPE_CHECKING, Final, Literal
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from pathlib import Path
+from typing import Final, Literal
 
 JOB_NAME: Final = re.compile(r"((\d{1,15})-(\d{1,10})-\d{1,10})-([a-z][a-z0-9-]{0,63})")
 ENDS: Final[tuple[Literal["done", "reaped"], ...]] = ("done", "reaped")

@@ -7,8 +7,6 @@ cache/slots/warm-<n>    one file per waiting machine of a pool, locked by the po
 A lock ends with the process that holds it. The kernel grants a lock in the order in which processes asked for it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import os
@@ -19,12 +17,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
-from x07_sandbox.errors import Cancelled, HostError, RefusedError
+from x07_sandbox.errors import Cancelled, Command, HostError, RefusedError
 from x07_sandbox.host import close_on_fork, settings
 from x07_sandbox.host.clocks import Deadline
-from x07_sandbox.host.cores import cores
 from x07_sandbox.host.linux import open_pidfd
-from x07_sandbox.host.memory import memory_bytes
+from x07_sandbox.host.memory import cores, memory_bytes
 from x07_sandbox.host.os_errors import fix_for
 from x07_sandbox.host.paths import cache_folder, open_private_file
 from x07_sandbox.host.variables import number
@@ -34,7 +31,7 @@ _VARIABLE: Final = "X07_VM_MAX_RUNNING"
 MEMORY_PER_MACHINE: Final = 2 * settings.GIB  # of which an ordinary machine uses a small part
 _LOOK_AGAIN_S: Final = 0.003
 _SAY_AFTER_S: Final = 1.0
-_ULIMIT: Final = "Raise the limits of this shell: ulimit -a"
+_ULIMIT: Final = ("Raise the limits of this shell: ", Command("ulimit -a"))
 
 
 def max_running() -> int:
@@ -149,6 +146,7 @@ def _slot_after_waiting(
         "no slot was free in time",
         f"{most} of {most} slots are in use, and none became free within {timeout_s:.0f} s",
         f"Set {longer}a larger {_VARIABLE}",
+        code="no-slot",
     )
 
 

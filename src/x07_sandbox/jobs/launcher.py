@@ -4,21 +4,17 @@ The kernel sends the parent-death signal when the *thread* that started a child 
 live as long as the process.
 """
 
-from __future__ import annotations
-
 import queue
 import signal
 import subprocess
 import threading
-from typing import Final
 
 import msgspec
 
 from x07_sandbox.errors import HostError
 from x07_sandbox.host import close_on_fork
+from x07_sandbox.host.processes import COMMAND_ENVIRONMENT
 from x07_sandbox.host.threads import start_thread
-
-_ENVIRONMENT: Final = {"PATH": "/usr/bin:/bin", "LC_ALL": "C"}
 
 
 class Launch(msgspec.Struct, frozen=True, kw_only=True):
@@ -76,7 +72,7 @@ def _serve() -> None:
                     stdout=subprocess.DEVNULL if request.stdio_fd is None else request.stdio_fd,
                     stderr=request.stderr_fd,
                     pass_fds=request.pass_fds,
-                    env=_ENVIRONMENT if request.env is None else request.env,
+                    env=COMMAND_ENVIRONMENT if request.env is None else request.env,
                     cwd="/",
                     start_new_session=True,
                 )

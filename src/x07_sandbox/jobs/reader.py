@@ -4,8 +4,6 @@ Files are opened beneath the folder, without following links, and read up to a l
 them, so all values are validated.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import os
@@ -17,7 +15,7 @@ from typing import Annotated, Any, Final, Literal, TypeVar
 import msgspec
 
 from x07_sandbox.host.decoding import prepared
-from x07_sandbox.host.paths import state_dir, why_not_ours
+from x07_sandbox.host.paths import closing_fd, state_dir, why_not_ours
 from x07_sandbox.host.processes import Identity
 from x07_sandbox.jobs.active import ENDS, JOB_NAME
 from x07_sandbox.jobs.record import JOB_SCHEMA, OWNER_SCHEMA, JobRecord, runner_instance
@@ -202,10 +200,8 @@ def _decoded(folder_fd: int, name: str, decoder: msgspec.json.Decoder[_D], schem
     damaged = f"its {name} is damaged"
     try:
         fd = os.open(name, _FLAGS, dir_fd=folder_fd)
-        try:
+        with closing_fd(fd):
             data = None if why_not_ours(os.fstat(fd), stat.S_ISREG) else os.read(fd, _RECORD_MAX + 1)
-        finally:
-            os.close(fd)
     except FileNotFoundError:
         data = None
     except OSError as exc:

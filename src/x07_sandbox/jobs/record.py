@@ -23,6 +23,7 @@ from x07_sandbox.errors import HostError
 from x07_sandbox.host import settings
 from x07_sandbox.host.clocks import unix_ms
 from x07_sandbox.host.linux import boot_id, boot_ms, pid_namespace
+from x07_sandbox.host.os_errors import fix_for, raised_as
 from x07_sandbox.host.paths import private_dir, replace_file, state_dir
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ JOB_SCHEMA: Final = "x07.vm.job@0.1.0"
 OWNER_SCHEMA: Final = "x07.sandbox.owner@0.1.0"
 _MACHINE_ID: Final = Path("/etc/machine-id")
 _INSTANCE_ID: Final = re.compile(r"ri-[0-9a-f]{32}\n?")
+
+_FREE: Final = "Free disk space, or set X07_VM_STATE_DIR"
 
 _counter = itertools.count()
 
@@ -103,11 +106,9 @@ def create_record(claim: Claim, *, backend: str, image_digest: str) -> JobRecord
         image_digest=image_digest,
         **_claimed(claim),
     )
-    try:
+    with raised_as(HostError, f"cannot make the job's folder {record.folder}", _FREE):
         record.folder.mkdir(mode=0o700)
         record.folder.chmod(0o700)  # the umask may have removed some of these bits
-    except OSError as exc:
-        raise _unwritable(f"cannot make the job's folder {record.folder}", exc) from exc
     try:
         _write_job(record)
     except HostError:
@@ -151,10 +152,8 @@ def _claimed(claim: Claim) -> dict[str, Any]:
 
 def renamed_record(record: JobRecord) -> JobRecord:
     """Rename the record's folder after its job. Raises HostError if that fails."""
-    try:
+    with raised_as(HostError, f"cannot rename {record.folder}", "Free disk space"):
         folder = record.folder.rename(record.folder.with_name(record.job_id))
-    except OSError as exc:
-        raise HostError(f"cannot rename {record.folder}", exc.strerror or str(exc), "Free disk space") from exc
     return replace(record, folder=folder)
 
 
@@ -231,8 +230,6 @@ def runner_instance(root: Path) -> str:
             return made
         return f"ri-{_sha256(made, ours)[:32]}"
     except OSError as exc:
-        from x07_sandbox.host.os_errors import fix_for
-
         fix = fix_for(exc, "Remove the file. x07 creates a new one")
         raise HostError(f"cannot use {path}", exc.strerror or str(exc), fix) from exc
 
@@ -267,11 +264,5 @@ def _write_json(path: Path, value: dict[str, object]) -> None:
 
 
 def _write(path: Path, data: bytes) -> None:
-    try:
+    with raised_as(HostError, f"cannot write {path}", _FREE):
         replace_file(path, data)
-    except OSError as exc:
-        raise _unwritable(f"cannot write {path}", exc) from exc
-
-
-def _unwritable(what: str, exc: OSError) -> HostError:
-    return HostError(what, exc.strerror or str(exc), "Free disk space, or set X07_VM_STATE_DIR")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from x07_sandbox.host import linux, processes, settings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from x07_sandbox.host.processes import Identity
     from x07_sandbox.jobs.reader import StoredJob
 

@@ -1,23 +1,15 @@
 """Stopping a job by its record, from any process."""
 
-from __future__ import annotations
-
 import signal
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable
+from typing import Final
 
 from x07_sandbox.host import settings
 from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.linux import boot_id, boot_ms, pid_namespace, sees_every_process
-from x07_sandbox.host.processes import is_alive, kill_identity, processes_with_mark, wait_gone
-from x07_sandbox.jobs.reader import all_stored, read_stored
-from x07_sandbox.jobs.record import mark_reaped
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from x07_sandbox.host.processes import Identity
-    from x07_sandbox.jobs.reader import StoredJob
-    from x07_sandbox.jobs.record import JobRecord
+from x07_sandbox.host.processes import Identity, is_alive, kill_identity, processes_with_mark, wait_gone
+from x07_sandbox.jobs.reader import StoredJob, all_stored, read_stored
+from x07_sandbox.jobs.record import JobRecord, mark_reaped
 
 _GONE_S: Final = 10.0
 _GRACE_S: Final = 2.0

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from x07_sandbox.errors import SandboxError, UsageError
-from x07_sandbox.library.keyword_names import reword
+from x07_sandbox.library.keyword_names import keyword
 from x07_sandbox.runs.patches import include_applied, patch_chunks
 from x07_sandbox.runs.result import Changes, Result
 from x07_sandbox.runs.saved_changes import find_saved, summarize, undo_saved
@@ -87,5 +87,5 @@ def _saved(run: str | Result, **lists: Sequence[str]) -> Iterator[SavedChanges]:
     try:
         yield find_saved(name)
     except SandboxError as exc:
-        reword(exc)
+        exc.word_for(keyword)
         raise

@@ -272,6 +272,7 @@ def run_once(
     """
     from x07_sandbox.backends.lease import PoolClient
     from x07_sandbox.backends.selection import choice_from_environment
+    from x07_sandbox.library.keyword_names import keyword
     from x07_sandbox.library.requests import carry_out, make_request
     from x07_sandbox.runs.request import RunCaller
     from x07_sandbox.sandboxes.transfers import memory_file
@@ -298,6 +299,7 @@ def run_once(
             stdin_fd=memory_file(b"", stack),
             live_stdout=live[0],
             live_stderr=live[1],
+            word=keyword,
         )
         ended = carry_out(request, caller)
     if output is not None and output.problem is not None:
@@ -320,16 +322,8 @@ def load_policy(name: str | os.PathLike[str] | Policy | None = None) -> Policy:
 def check_result(result: Result, problem: SandboxError | None, *, check: bool) -> Result:
     """Return the result, or raise SandboxError if the program was not run or, with *check*, if it failed.
 
-    problem: the error to raise, if any. The texts of the result and the error name keyword arguments, not flags.
+    problem: the error to raise, if any.
     """
-    if result.outcome != "ok":
-        from msgspec.structs import replace
-
-        from x07_sandbox.library.keyword_names import in_python, reword
-
-        result = replace(result, reason=in_python(result.reason))
-        if problem is not None:
-            reword(problem)
     if result.outcome in _NOT_RUN:
         error = problem or SandboxError("the program could not be run", result.reason, "See the result of this error")
     elif check and not result.ok:

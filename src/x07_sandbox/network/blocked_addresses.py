@@ -76,7 +76,11 @@ _LOCAL_SUFFIXES: Final = ("localhost", "local", "internal", "home.arpa", "onion"
 def special(host: Host) -> tuple[str, str] | None:
     """Return the rule id and the reason if *host* is always denied, or None if it is not."""
     if isinstance(host, str):
-        return _local_name(host)
+        for suffix in _LOCAL_SUFFIXES:
+            if host == suffix or host.endswith(f".{suffix}"):
+                return f"local-name:{suffix}", f"{host} is a name of this host or a local network"
+        single = f"{host} has no dot and is therefore a local name"
+        return None if "." in host else ("local-name:single-label", single)
     kind, what = kind_of(host)
     return (f"deny-floor:{kind}", f"{host} is {what}") if kind else None
 
@@ -101,12 +105,3 @@ def kind_of(address: Address) -> tuple[str, str]:
             return kind, what
     outside = address.version == _UNICAST.version and address not in _UNICAST
     return ("reserved", "a reserved address") if outside else ("", "")
-
-
-def _local_name(name: str) -> tuple[str, str] | None:
-    for suffix in _LOCAL_SUFFIXES:
-        if name == suffix or name.endswith(f".{suffix}"):
-            return f"local-name:{suffix}", f"{name} is a name of this host or a local network"
-    if "." not in name:
-        return "local-name:single-label", f"{name} has no dot and is therefore a local name"
-    return None

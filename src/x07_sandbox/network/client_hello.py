@@ -7,7 +7,7 @@ parser can find another name in the same bytes.
 import struct
 from typing import Final, NamedTuple, NoReturn
 
-from x07_sandbox.network.inspection_error import InspectionError
+from x07_sandbox.network.protocols import InspectionError
 
 HELLO_MAX: Final = 64 * 1024  # bytes, record headers included
 

@@ -1,16 +1,15 @@
 """Dialling: resolve a name, check the resolved addresses, and connect to them in order, perhaps through a proxy."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import errno
 import os
 import socket
+from collections.abc import Sequence
 from functools import partial
 from ipaddress import IPv6Address, IPv6Network
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import h11
 from msgspec.structs import replace
@@ -18,14 +17,8 @@ from msgspec.structs import replace
 from x07_sandbox.channel import egress
 from x07_sandbox.network import nat64, resolver
 from x07_sandbox.network.blocked_addresses import HOST_ADDRESS, HOST_NAME
-from x07_sandbox.network.names import unmapped
-from x07_sandbox.network.rules import decide_address
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from x07_sandbox.network.names import Address, Host
-    from x07_sandbox.network.rules import Allowlist, Decision, Proxy
+from x07_sandbox.network.names import Address, Host, unmapped
+from x07_sandbox.network.rules import Allowlist, Decision, Proxy, decide_address
 
 LOOK_UP_S: Final = resolver.LATE_S
 _CACHE_S: Final = 10.0

@@ -15,13 +15,12 @@ import contextlib
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import Final, Literal, Protocol
+from typing import Final, Literal
 
 from x07_sandbox.errors import UsageError
 from x07_sandbox.network.client_hello import ClientHello, HelloReader
 from x07_sandbox.network.http2_frames import PREFACE, FrameStream
 from x07_sandbox.network.http_requests import WORD, RequestStream, escaped
-from x07_sandbox.network.inspection_error import InspectionError
 from x07_sandbox.network.names import Host, parse_guest_host
 from x07_sandbox.network.protocols import (
     ANSWER_MAX,
@@ -29,7 +28,7 @@ from x07_sandbox.network.protocols import (
     NAMES,
     SERVER_FIRST,
     SSH_START,
-    Greeted,
+    InspectionError,
     Opening,
     unknown,
 )
@@ -46,22 +45,6 @@ _STARTS: Final = (SSH_START, PREFACE, *(row.start for row in CLIENT_FIRST))
 _REQUEST: Final = re.compile(rb"(?i)[\t\x0b\x0c\x1c-\x20\x85\xa0]HTTP/[0-9]|(?:https?|ftp)://")
 _METHOD: Final = re.compile(WORD)
 _METHOD_MAX: Final = 64
-
-
-class _Stage(Protocol):
-    """A parser of one protocol."""
-
-    @property
-    def held(self) -> int: ...
-    @property
-    def decided(self) -> bool: ...
-    @property
-    def transparent(self) -> bool: ...
-    @property
-    def watches_server(self) -> bool: ...
-    def feed(self, data: bytes) -> bytes: ...
-    def server(self, data: bytes) -> None: ...
-    def eof(self) -> None: ...
 
 
 class _NameCheck:
@@ -115,7 +98,7 @@ class Inspector:
 
     def __init__(self, mode: Mode, host: Host, port: int, why_denied: Callable[[str], str | None]) -> None:
         self._names = names = _NameCheck(host, why_denied)
-        self._stage: _Stage
+        self._stage: _Raw | _Any | _Parser
         if mode == "tls":
             self._stage = _Tls(names, need_name=True)
         elif mode == "http":
@@ -304,6 +287,9 @@ class _Opened(_Proved):
         return False
 
 
+_Parser = _Proved | RequestStream | FrameStream
+
+
 class _Any:
     """Parser of a connection whose protocol the first bytes of client and server show."""
 
@@ -312,7 +298,7 @@ class _Any:
         self._port = port
         self._start = bytearray()
         self._greeting = b""
-        self._stage: _Stage | None = None
+        self._stage: _Raw | _Parser | None = None
 
     @property
     def held(self) -> int:
@@ -356,12 +342,16 @@ class _Any:
         elif self._start:
             raise InspectionError("first-bytes:incomplete", "the connection ends inside its first message")
 
-    def _choose(self) -> _Stage | None:
+    def _choose(self) -> _Raw | _Parser | None:
         """Return the parser for the held bytes, or None while the protocol is not known. Raises InspectionError."""
         start = bytes(self._start)
         for row in SERVER_FIRST:
             if row.greeting.match(self._greeting):
-                return _after_greeting(row, start)
+                if row.client.match(start):
+                    return _Raw()
+                if len(start) >= row.client_max:
+                    raise unknown(f"the server's first bytes are {row.name}, but the client's are not")
+                return None
         if any(len(start) < len(known) and known.startswith(start) for known in _STARTS):
             return None
         if start.startswith(SSH_START):
@@ -370,7 +360,7 @@ class _Any:
             return None
         return self._parser(start)
 
-    def _parser(self, start: bytes) -> _Stage | None:
+    def _parser(self, start: bytes) -> _Parser | None:
         """Return the parser for first bytes that need no greeting, or None if they may become HTTP/1."""
         if start.startswith(_TLS_START):
             return _Tls(self._names, need_name=False)
@@ -383,12 +373,3 @@ class _Any:
         if method is None or method.end() > _METHOD_MAX or start[method.end() :][:1] not in {b"", b" "}:
             raise unknown(f"the first bytes are not TLS, HTTP, {NAMES}")
         return RequestStream(self._names.check_host, self._port) if method.end() < len(start) else None
-
-
-def _after_greeting(row: Greeted, start: bytes) -> _Raw | None:
-    """Return the parser of the bytes after a server's greeting, or None if *start* is too short to know."""
-    if row.client.match(start):
-        return _Raw()
-    if len(start) >= row.client_max:
-        raise unknown(f"the server's first bytes are {row.name}, but the client's are not")
-    return None

@@ -7,14 +7,13 @@ import contextlib
 import socket
 import struct
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, Protocol
 
 from x07_sandbox.channel import egress
-from x07_sandbox.network.inspection_error import InspectionError
+from x07_sandbox.network.protocols import InspectionError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from x07_sandbox.channel.streams import Streams
     from x07_sandbox.network.first_bytes import Inspector
     from x07_sandbox.network.summary import Contact

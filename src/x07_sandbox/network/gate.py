@@ -13,23 +13,19 @@ from typing import TYPE_CHECKING, Final
 from msgspec.structs import replace
 
 from x07_sandbox.channel import egress, streams
-from x07_sandbox.channel.streams import Role, Streams
+from x07_sandbox.channel.streams import Event, Role, Streams
 from x07_sandbox.errors import PeerError, UsageError
-from x07_sandbox.network.dialler import Dialled, NotDialledError
-from x07_sandbox.network.first_bytes import Inspector
+from x07_sandbox.network.dialler import Dialled, Dialler, NotDialledError
+from x07_sandbox.network.first_bytes import Inspector, Mode
 from x07_sandbox.network.flows import Flow, TcpFlow, UdpFlow
-from x07_sandbox.network.inspection_error import InspectionError
 from x07_sandbox.network.names import parse_guest_host
-from x07_sandbox.network.rules import Request, decide, denied_name
+from x07_sandbox.network.protocols import InspectionError
+from x07_sandbox.network.rules import Allowlist, Decision, Request, Transport, decide, denied_name
 from x07_sandbox.network.summary import Contact
 
 if TYPE_CHECKING:
     from x07_sandbox.channel.egress import Target
-    from x07_sandbox.channel.streams import Event
-    from x07_sandbox.network.dialler import Dialler
-    from x07_sandbox.network.first_bytes import Mode
     from x07_sandbox.network.ledger import Ledger
-    from x07_sandbox.network.rules import Allowlist, Decision, Transport
 
 WAITING_MAX: Final = 256  # requests that wait until the limits of connections allow them
 NAMES_MAX: Final = 1024

@@ -34,13 +34,6 @@ BUG: Final = 4
 _MESSAGE_MAX: Final = 4096
 
 
-def allowlist_of(config: dict[str, Any]) -> Allowlist:
-    """Return the allowlist in the configuration from the x07 process. Raises SandboxError if it is invalid."""
-    policy = decode_policy(config["policy"].encode(), source="the policy")
-    denied = {host: None if ports is None else frozenset(ports) for host, ports in config["denied"].items()}
-    return make_allowlist(policy, denied, settings_from_json(config["settings"]))
-
-
 async def _serve(
     allowlist: Allowlist, control: socket.socket, resolver: socket.socket, log_fd: int, *, own_by_bind: bool
 ) -> Ledger:
@@ -97,7 +90,10 @@ def main() -> None:
     """Run the gate."""
     control_fd, config_fd, log_fd, account_fd, resolver_fd, uid = map(int, sys.argv[1:])
     with os.fdopen(config_fd, "rb") as file:
-        allowlist = allowlist_of(json.load(file))
+        config = json.load(file)
+    policy = decode_policy(config["policy"].encode(), source="the policy")
+    denied = {host: None if ports is None else frozenset(ports) for host, ports in config["denied"].items()}
+    allowlist = make_allowlist(policy, denied, settings_from_json(config["settings"]))
     control, resolver = socket.socket(fileno=control_fd), socket.socket(fileno=resolver_fd)
     own_by_bind = bind_reveals_own()
     if any(mode_of(port, allowlist) == "any" for entry in allowlist.entries for port in entry.ports):

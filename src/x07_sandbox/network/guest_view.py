@@ -6,6 +6,7 @@ defence: the gate decides again on every connection.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from ipaddress import IPv4Address, IPv6Address
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final
@@ -16,8 +17,6 @@ from x07_sandbox.network.names import Wildcard, matches
 from x07_sandbox.policy.hosts import Addresses, covers
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from x07_sandbox.network.rules import Allowlist, Entry
 
 _FIRST_NAME: Final = 16
@@ -49,7 +48,10 @@ def guest_view(allowlist: Allowlist) -> Network:
         ranges = _ranges(entry, reserved)
         ranges += [Addresses(_V4, address, address) for name, address in exact.items() if matches(entry.what, name)]
         # A name below a suffix also matches entries of shorter suffixes.
-        ranges += [Addresses(_V4, at, at + _BLOCK - 1) for suffix, at in blocks.items() if _covers(entry, suffix)]
+        if isinstance(entry.what, Wildcard):
+            below = f".{entry.what.suffix}"
+            wild = [at for suffix, at in blocks.items() if f".{suffix}".endswith(below)]
+            ranges += [Addresses(_V4, at, at + _BLOCK - 1) for at in wild]
         for one in ranges:
             tcp.add(one, entry.ports)
             udp.add(one, entry.ports if entry.udp else frozenset())
@@ -67,11 +69,6 @@ def _synthetic(allowlist: Allowlist) -> Addresses:
     listed = [entry.what for entry in allowlist.entries if isinstance(entry.what, Addresses)]
     collides = all(any(covers(_SYNTHETIC, what) != "none" for what in group) for group in (opened, listed))
     return _ELSEWHERE if collides else _SYNTHETIC
-
-
-def _covers(entry: Entry, suffix: str) -> bool:
-    """Return whether an entry applies to all names below *suffix*."""
-    return isinstance(entry.what, Wildcard) and f".{suffix}".endswith(f".{entry.what.suffix}")
 
 
 class _Ports:

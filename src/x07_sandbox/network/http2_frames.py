@@ -13,8 +13,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, NoReturn
 
 from x07_sandbox.network.http_requests import WORD, check_authority, parse_length
-from x07_sandbox.network.inspection_error import InspectionError
 from x07_sandbox.network.names import Host
+from x07_sandbox.network.protocols import InspectionError
 
 if TYPE_CHECKING:
     from hpack.struct import HeaderTuple

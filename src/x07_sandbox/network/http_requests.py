@@ -19,8 +19,8 @@ from typing import Final, NoReturn
 import h11
 
 from x07_sandbox.errors import UsageError
-from x07_sandbox.network.inspection_error import InspectionError
 from x07_sandbox.network.names import PORT_LAST, Host, parse_guest_host
+from x07_sandbox.network.protocols import InspectionError
 
 HEAD_MAX: Final = 64 * 1024
 """Maximum bytes of a request's head, of chunk headers and trailers, and of data after an unanswered handshake."""

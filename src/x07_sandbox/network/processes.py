@@ -1,4 +1,4 @@
-"""Start and stop the gate and resolver of a job (gate_process.py, resolver_process.py)."""
+"""Start and stop the gate and resolver of a job (gate_process.py, resolver.py)."""
 
 import contextlib
 import importlib.util
@@ -18,6 +18,7 @@ from x07_sandbox.errors import HostError
 from x07_sandbox.host import close_on_fork
 from x07_sandbox.host.decoding import prepared
 from x07_sandbox.host.memory import memory_file
+from x07_sandbox.host.os_errors import raised_as
 from x07_sandbox.host.poll import wait_readable
 from x07_sandbox.jail.uids import lease_uid
 from x07_sandbox.jobs.launcher import Launch, launch
@@ -149,7 +150,7 @@ def gate_running(config: GateConfig, log_fd: int) -> Iterator[GateProcess]:
         config_fd, account_fd, stderr_fd, resolver_stderr_fd = (files.add(memory_file(data)) for data in contents)
         fds = (control_fd, config_fd, log_fd, account_fd, gate_fd)
         paths = _paths()
-        child = _start(paths, "gate", (*map(str, fds), str(uid)), (*fds, *locks), stderr_fd)
+        child = _start(paths, "gate_process", (*map(str, fds), str(uid)), (*fds, *locks), stderr_fd)
         gate = GateProcess(child, ours, account_fd, stderr_fd)
         stack.callback(os.close, gate.pidfd)
         stack.callback(gate.end)
@@ -162,14 +163,12 @@ def gate_running(config: GateConfig, log_fd: int) -> Iterator[GateProcess]:
 
 
 def _start(
-    paths: list[str], kind: str, words: tuple[str, ...], fds: tuple[int, ...], stderr_fd: int
+    paths: list[str], module: str, words: tuple[str, ...], fds: tuple[int, ...], stderr_fd: int
 ) -> subprocess.Popen[bytes]:
-    code = _CODE.format(paths=paths, unwanted=_UNWANTED, module=f"{kind}_process")
+    code = _CODE.format(paths=paths, unwanted=_UNWANTED, module=module)
     argv = [sys.executable, "-I", "-S", "-c", code, *words]
-    try:
+    with raised_as(HostError, f"cannot start the {module.removesuffix('_process')}", "Run x07 doctor"):
         return launch(Launch(argv=argv, pass_fds=fds, stderr_fd=stderr_fd))
-    except OSError as exc:
-        raise HostError(f"cannot start the {kind}", exc.strerror or str(exc), "Run x07 doctor") from exc
 
 
 def _paths() -> list[str]:

@@ -9,7 +9,20 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Final, Literal, NamedTuple
 
-from x07_sandbox.network.inspection_error import InspectionError
+
+class InspectionError(Exception):
+    """The client's bytes are not allowed, and the connection must be closed.
+
+    rule: a stable id, such as ``tls:no-sni``. reason: a clause with the client's text escaped and truncated.
+    name: the name that the client sent, in normal form if it is valid, else escaped; "" if the client sent no name.
+    """
+
+    def __init__(self, rule: str, reason: str, name: str = "") -> None:
+        super().__init__(rule, reason, name)
+        self.rule = rule
+        self.reason = reason
+        self.name = name
+
 
 ANSWER_MAX: Final = 512
 """Maximum bytes of a server's greeting or answer that are compared with the table."""

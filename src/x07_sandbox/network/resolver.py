@@ -1,4 +1,8 @@
-"""The resolver: a separate process that resolves names with this host's own configuration.
+"""The resolver: a separate process that may only resolve names, with this host's own configuration.
+
+    python -I -S -c CODE GATE_FD UID
+
+`processes.py` starts it. UID: the uid to switch to if root started the process, else -1.
 
 It reads names from a packet socket and returns addresses. The names have passed the gate's strict parser, and the gate
 checks every answer. A request is a number (u32) and the name. An answer is the number, a status byte, and for each
@@ -8,15 +12,19 @@ address one byte for the IP version and the 4 or 16 bytes of the address.
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import os
 import queue
 import socket
 import struct
+import sys
 import threading
 import time
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from x07_sandbox.jail.own_limits import confine
 from x07_sandbox.network import nat64
 
 if TYPE_CHECKING:
@@ -109,3 +117,19 @@ def _work(sock: socket.socket, waiting: queue.SimpleQueue[tuple[float, bytes]]) 
         number = NUMBER.unpack_from(data)[0]
         status, addresses = look_up(data[NUMBER.size :].decode("ascii"))
         sock.send(encode_answer(number, status, addresses))
+
+
+_STACK_BYTES: Final = 512 * 1024
+_ARENA_MAX: Final = -8
+
+
+def main() -> None:
+    """Run the resolver until the gate exits."""
+    sock_fd, uid = map(int, sys.argv[1:])
+    # With default stacks and heaps (mallopt(3)) the threads would exceed the address space limit.
+    threading.stack_size(_STACK_BYTES)
+    ctypes.CDLL(None).mallopt(_ARENA_MAX, 1)
+    os.environ["RES_OPTIONS"] = "timeout:2 attempts:2"  # resolv.conf(5): the gate does not wait longer
+    sock = socket.socket(fileno=sock_fd)
+    confine("resolver", uid=None if uid < 0 else uid)
+    serve(sock)

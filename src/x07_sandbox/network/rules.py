@@ -12,7 +12,7 @@ counts:
 
 import json
 import shlex
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Final, Literal
 
@@ -363,7 +363,10 @@ def _entries(policy: Policy, problems: list[Problem]) -> Iterator[Entry]:
         (f"net.allow_hosts[{index}]", f"net.allow_hosts[{index}].ports", entry.host, entry.ports)
         for index, entry in enumerate(net.allow_hosts)
     ]
-    rows += [(rule, "db.net.allow_ports", host, ports) for rule, host, ports in _databases(policy)]
+    if (servers := policy.database_servers) is not None:
+        for name, hosts in (("allow_dns", servers.allow_dns), ("allow_cidrs", servers.allow_cidrs)):
+            for index, host in enumerate(hosts):
+                rows.append((f"db.net.{name}[{index}]", "db.net.allow_ports", host, servers.allow_ports))
     for rule, ports_rule, host, ports in rows:
         try:
             what = parse_pattern(host)
@@ -372,11 +375,3 @@ def _entries(policy: Policy, problems: list[Problem]) -> Iterator[Entry]:
         else:
             of_net = rule.startswith("net.")
             yield Entry(rule=rule, ports_rule=ports_rule, what=what, ports=frozenset(ports), udp=of_net)
-
-
-def _databases(policy: Policy) -> Iterable[tuple[str, str, tuple[int, ...]]]:
-    """Yield rule, host and ports of each database server, if databases are enabled."""
-    if (net := policy.database_servers) is not None:
-        for name, hosts in (("allow_dns", net.allow_dns), ("allow_cidrs", net.allow_cidrs)):
-            for index, host in enumerate(hosts):
-                yield f"db.net.{name}[{index}]", host, net.allow_ports

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from x07_sandbox.errors import RefusedError
+from x07_sandbox.errors import Flag, RefusedError, Text, listed
 from x07_sandbox.plan.control_table import TABLE, PlanInput, State
 from x07_sandbox.plan.denials import HowToAllow
 from x07_sandbox.plan.sizes import command_limits, ram_class_bytes
@@ -85,10 +85,11 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             why = "; ".join(refusal.why for refusal in self.refusals)
             fields = dict.fromkeys(refusal.field for refusal in self.refusals)
             changed = dict.fromkeys(str(refusal.how_to_allow.json_path)[2:] for refusal in self.refusals)
-            fix = f"Change {', '.join(changed)} in the policy"
+            fix: Text = f"Change {', '.join(changed)} in the policy"
             if flags := [flag for field in fields for flag in _FLAGS.get(field, ()) if flag in given]:
-                fix = f"Omit {', '.join(flags)}, or change {', '.join(changed)} in the policy"
-            raise RefusedError("the policy cannot be enforced", why, fix)
+                named = listed(list(map(Flag, flags)), ", ")
+                fix = ("Omit ", *named, f", or change {', '.join(changed)} in the policy")
+            raise RefusedError("the policy cannot be enforced", why, fix, code="policy-not-enforced")
 
 
 def make_plan(policy: Policy, features: Features, *, cpu_ms: int | None = None, proxy_resolves: bool = False) -> Plan:

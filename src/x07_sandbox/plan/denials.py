@@ -29,13 +29,17 @@ class HowToAllow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     json_path: the policy field to change; null if no field allows it.
     value: the value to set the field to.
-    flag: the flag that has the same effect, if such a flag exists.
+    flag: the flag that has the same effect, if such a flag exists, or `command` and `next_flag` in one phrase.
+    command: the command to run first; null if none is needed.
+    next_flag: what the next run needs after that command; null if it needs nothing.
     setting: lines for the user's own settings, which are needed besides the policy (docs/explanation/network.md).
     """
 
     json_path: str | None
     value: Any
     flag: str | None = None
+    command: str | None = None
+    next_flag: str | None = None
     setting: str | None = None
 
 

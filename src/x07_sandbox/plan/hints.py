@@ -15,7 +15,14 @@ from x07_sandbox.plan.connections import connection_hints
 from x07_sandbox.plan.denials import Hint, HowToAllow
 from x07_sandbox.plan.guest_paths import PROGRAM, guest_path, is_below
 from x07_sandbox.plan.observed import advise, advise_loading, advise_root
-from x07_sandbox.plan.packages import DEFAULT_IMAGE, ImageInUse, is_known_program, package_of_module, package_of_program
+from x07_sandbox.plan.packages import (
+    DEFAULT_IMAGE,
+    Adding,
+    ImageInUse,
+    is_known_program,
+    package_of_module,
+    package_of_program,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
@@ -77,7 +84,7 @@ class LocalModules(NamedTuple):
     """Python modules beside a single-file program on the host. They are not copied in."""
 
     modules: Collection[str]
-    flag: str  # the flag that copies the project
+    adding: Adding  # what copies them in, as files of a project
 
 
 def hints(  # noqa: PLR0913 - each is a fact about one run
@@ -122,7 +129,7 @@ def program_hint(name: str, image: ImageInUse) -> Hint:
 
 def _with_package(image: ImageInUse, flag: str, package: str) -> HowToAllow:
     """Return the advice to add the package of a missing program or module to the image."""
-    return HowToAllow(json_path=None, value=None, flag=image.adding(flag, [package]))
+    return image.adding(flag, [package]).how
 
 
 def _variable(name: str, policy: Policy, host_variables: Collection[str]) -> Hint | None:
@@ -193,5 +200,5 @@ def _hint(path: str, policy: Policy) -> Hint | None:
 def _module(name: str, local: LocalModules | None, image: ImageInUse) -> Hint:
     how = _with_package(image, *package_of_module(name))
     if local is not None and name in local.modules:
-        how = HowToAllow(json_path=None, value=None, flag=local.flag)
+        how = local.adding.how
     return Hint(subject=f"the Python module {name}", how=how)

@@ -12,20 +12,21 @@ import errno
 import os
 import re
 from enum import StrEnum
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import msgspec
 from msgspec.structs import replace
 
-from x07_sandbox.errors import with_full_stop
+from x07_sandbox.errors import Flag, SandboxError
 from x07_sandbox.host import settings
 from x07_sandbox.host.cancel import BY_KILL
 from x07_sandbox.host.os_errors import out_of_cpu_time
 from x07_sandbox.plan.denials import Outcome
 from x07_sandbox.plan.features import vm_features
+from x07_sandbox.plan.reasons import REASONS, ends_with_command, sentence
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable
 
     from x07_sandbox.plan.features import Features
     from x07_sandbox.policy.model import Limits
@@ -53,11 +54,10 @@ _SIGNALS: Final = (
     "SIGTTOU", "SIGURG", "SIGXCPU", "SIGXFSZ", "SIGVTALRM", "SIGPROF", "SIGWINCH", "SIGIO", "SIGPWR", "SIGSYS",
 )
 # fmt: on
-_OUT_OF_MEMORY: Final = "; if this host ran out of memory, run fewer programs at once (X07_VM_MAX_RUNNING=1)"
 _PANIC: Final = re.compile(r"Kernel panic - not syncing: ([^\n]*)")
-_BUILD_FAILED: Final = "the build failed: "
-OUTPUT_FLAG: Final = "--max-output-bytes"
-_POLICY_FIELD: Final = re.compile(rf"\((?:limits\.\w+|{OUTPUT_FLAG})\)")
+_OUTPUT_FLAG: Final = Flag("--max-output-bytes")
+_NO_UIDS: Final = re.compile("setpriv: setres[ug]id")  # printed by setpriv(1), which starts QEMU
+_SUBJECT: Final = {"subject": "program"}  # of a reason
 _INIT_DIED: Final = "Attempted to kill init"
 
 
@@ -199,13 +199,15 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
 class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     """How a phase ended. exit_code: the program's own status, if it exited.
 
-    signal: the signal that killed the program or, for cancelled, the signal that x07 received. reason: a sentence
-    without full stop.
+    signal: the signal that killed the program or, for cancelled, the signal that x07 received.
+    code, params: the reason (plan/reasons). error: the error that is the reason, if *code* is not in that table.
     """
 
     outcome: Outcome
     fault: Fault
-    reason: str
+    code: str
+    params: dict[str, Any] = {}
+    error: SandboxError | None = None
     exit_code: int | None = None
     signal: int | None = None
     warnings: tuple[str, ...] = ()
@@ -215,24 +217,44 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
         """The exit code of ``x07 run``."""
         return exit_code(self.outcome, program_exit=self.exit_code, signal=self.signal)
 
+    @property
+    def reason(self) -> str:
+        """The reason as a sentence without full stop, for users of the command line."""
+        return self.reason_for(str)
 
-def verdict(outcome: Outcome, reason: str, *, fault: Fault | None = None) -> Verdict:
+    def reason_for(self, word: Callable[[Flag], str]) -> str:
+        """Return the reason as a sentence without full stop. word: returns the name of an option, for the reader."""
+        return sentence(self.code, self.params, word) if self.error is None else self.error.sentence
+
+    @property
+    def limited_by(self) -> str:
+        """What set the limit that was reached: a policy field or a flag; "" if no limit was reached."""
+        return str(self.params.get("field") or self.params.get("option") or "")
+
+    def having(self, **params: object) -> Verdict:
+        """Return the verdict with changed parameters of its reason. None removes a parameter."""
+        changed = self.params | params
+        return replace(self, params={name: value for name, value in changed.items() if value is not None})
+
+
+def verdict(
+    outcome: Outcome, code: str, params: dict[str, Any] | None = None, *, fault: Fault | None = None
+) -> Verdict:
     """Return a verdict that has no program status. fault: None for the outcome's default fault."""
-    return Verdict(outcome=outcome, fault=fault or OUTCOMES[outcome].fault, reason=reason)
+    return Verdict(outcome=outcome, fault=fault or OUTCOMES[outcome].fault, code=code, params=params or {})
 
 
-def cancelled_verdict(by: int, when: str = "") -> Verdict:
-    """Return the verdict on a cancelled run. by: see Cancel.signal. when: the end of the sentence."""
-    who = " by x07 kill" if by == BY_KILL else f" by {signal_name(by)}" if by else ""
-    found = verdict("cancelled", f"the run was cancelled{who}{when}")
-    return replace(found, signal=by if by > 0 else None)
+def cancelled_verdict(by: int, code: str = "cancelled") -> Verdict:
+    """Return the verdict on a cancelled run. by: see Cancel.signal."""
+    who = {"by": "x07 kill" if by == BY_KILL else signal_name(by)} if by else {}
+    return replace(verdict("cancelled", code, who), signal=by if by > 0 else None)
 
 
 def classify(evidence: Evidence, *, features: Features | None = None, limits: Limits | None = None) -> Verdict:
     """Return the verdict on *evidence*. features: the backend's, if known. limits: the limits to show in the reason."""
     features = features or vm_features("vm-hardware")
     if evidence.gate_lost and evidence.cancelled_by is None and not evidence.deadline_passed:
-        return verdict("gate-lost", f"the egress gate exited while the guest was {_DOING[evidence.stage]}")
+        return verdict("gate-lost", "gate-exited", {"doing": _DOING[evidence.stage]})
     ended = _ended_by_us(evidence, emulated=features.emulated, limits=limits)
     if ended := ended or _lost(evidence, features.words.supervisor):
         return ended
@@ -240,33 +262,33 @@ def classify(evidence: Evidence, *, features: Features | None = None, limits: Li
     return _ended_by_itself(evidence, evidence.wait_status, limits)
 
 
-def build_verdict(found: Verdict, wall_ms: int = settings.BUILD_WALL_MS) -> Verdict:
-    """Return the verdict on a build. Whatever ended the compiler, the build failed. wall_ms: the build's time limit."""
-    compiler_ended = {"failed", "signalled", "timeout", "cpu-limit", "oom", "output-limit"}
-    if found.outcome not in compiler_ended:
-        reason = found.reason
-        for running, building in _BUILDING.items():
-            reason = reason.replace(f"while the guest was {running}", f"while the guest was {building}")
-        return replace(found, reason=reason)
-    reason = found.reason.replace("the program", "the compiler", 1)
+def build_verdict(found: Verdict, wall_ms: int = settings.BUILD_WALL_MS, subject: str = "compiler") -> Verdict:
+    """Return the verdict on a build. Whatever ended the compiler, the build failed.
+
+    wall_ms: the build's time limit. subject: what the program of the phase was.
+    """
+    doing = found.params.get("doing")
+    found = found.having(subject=subject, doing=_BUILDING.get(str(doing), doing))
+    if found.outcome not in {"failed", "signalled", "timeout", "cpu-limit", "oom", "output-limit"}:
+        return found
     if found.outcome in {"timeout", "cpu-limit"} and wall_ms < settings.BUILD_S_MAX * 1000:
         more_s = min(settings.BUILD_S_MAX, 2 * max(1, wall_ms // 1000))
-        reason = _POLICY_FIELD.sub(f"(to allow more, use --build-timeout {more_s})", reason)
-    reason = _POLICY_FIELD.sub("(fixed for builds)", reason)
-    return replace(found, outcome="build-failed", fault="program", reason=f"{_BUILD_FAILED}{reason}")
+        found = limit_set_by(found, more=Flag(f"--build-timeout {more_s}"))
+    else:
+        found = limit_set_by(found, fixed="fixed for builds")
+    return replace(found, outcome="build-failed", fault="program")
 
 
-def ending_line(outcome: str, reason: str) -> str:
-    """Return how a run ended as one line of text, which does not say twice that the build failed."""
-    return with_full_stop(f"{outcome}: {reason.removeprefix(_BUILD_FAILED)}")
+def limit_set_by(found: Verdict, **setter: str) -> Verdict:
+    """Return the verdict on a reached limit with what set the limit: `option`, `more` or `fixed` (plan/reasons)."""
+    return found.having(**{"field": None, "option": None, **setter}) if found.limited_by else found
 
 
-def name_flags(found: Verdict, flags: Mapping[str, str]) -> Verdict:
-    """Return the verdict with each limit in its reason replaced by its flag. flags: the flag of each field."""
-    reason = found.reason
-    for field, flag in flags.items():
-        reason = reason.replace(f"({field})", f"({flag})")
-    return replace(found, reason=reason)
+def ending_line(outcome: Outcome, code: str, reason: str, error: SandboxError | None) -> str:
+    """Return how a run ended as one line of text. code, reason, error: the reason for the outcome, as in a result."""
+    if code not in REASONS and error is not None:
+        return f"{outcome}: {error}"
+    return f"{outcome}: {reason}{'' if code in REASONS and ends_with_command(code) else '.'}"
 
 
 def signal_name(number: int) -> str:
@@ -278,41 +300,42 @@ def signal_name(number: int) -> str:
 
 def _ended_by_us(evidence: Evidence, *, emulated: bool, limits: Limits | None) -> Verdict | None:
     if evidence.cancelled_by is not None:
-        return cancelled_verdict(evidence.cancelled_by, f" while the guest was {_DOING[evidence.stage]}")
+        return cancelled_verdict(evidence.cancelled_by).having(doing=_DOING[evidence.stage])
     if evidence.exec_errno in _PROGRAM_ERRORS and evidence.stage not in _STARTED:
         return _not_executed(evidence.exec_errno)
     if evidence.setup_failure is not None and evidence.stage not in _STARTED:
-        text = _shown(evidence.setup_failure)
-        return verdict("refused", f"the guest could not prepare the program: {text}", fault="host")
+        return verdict("refused", "not-prepared", {"problem": _shown(evidence.setup_failure)}, fault="host")
     if evidence.output_overflow is not None:
         most = evidence.output_max_bytes
         limit = f"{most >> 20} MiB" if most and most % settings.MIB == 0 else f"{most} bytes"
-        reason = f"the program exceeded the output limit of {limit} for {evidence.output_overflow} ({OUTPUT_FLAG})"
-        return verdict("output-limit", reason)
+        facts = {"limit": limit, "stream": evidence.output_overflow, "option": _OUTPUT_FLAG}
+        return verdict("output-limit", "output", _SUBJECT | facts)
     if evidence.deadline_passed and evidence.stage is Stage.RUN:
-        return verdict("timeout", _timeout_reason(evidence, emulated=emulated, limits=limits))
+        code = "wall-time-stopped" if evidence.stopped else "wall-time"
+        if emulated and not evidence.stopped and not mostly_waited(evidence, limits):
+            code = "wall-time-emulated"
+        return verdict("timeout", code, _limit("wall_ms", limits))
     return None
 
 
+def _limit(field: Literal["wall_ms", "cpu_ms", "mem_bytes"], limits: Limits | None) -> dict[str, str]:
+    """Return the parameters of a reason about a limit of the policy."""
+    facts = _SUBJECT | {"field": f"limits.{field}"}
+    if limits is None:
+        return facts
+    limit: int = getattr(limits, field)
+    return facts | {"limit": f"{limit >> 20} MiB" if field == "mem_bytes" else f"{limit / 1000:g} s"}
+
+
 def _not_executed(number: int) -> Verdict:
-    reason, status = f"the program could not be executed: {os.strerror(number)}", _NOT_EXECUTABLE
-    if number == errno.ENOENT:
-        reason, status = f"{reason} (its interpreter or loader)", _NOT_FOUND
-    return replace(verdict("failed", reason), exit_code=status)
+    missing = number == errno.ENOENT
+    code, status = ("no-interpreter", _NOT_FOUND) if missing else ("not-executable", _NOT_EXECUTABLE)
+    return replace(verdict("failed", code, _SUBJECT | {"problem": os.strerror(number)}), exit_code=status)
 
 
 def mostly_waited(evidence: Evidence, limits: Limits | None) -> bool:
     """Return whether the program was idle most of the time. A slow CPU was then not the cause of a timeout."""
     return limits is not None and evidence.cpu_us is not None and evidence.cpu_us < limits.wall_ms * 1000 // 2
-
-
-def _timeout_reason(evidence: Evidence, *, emulated: bool, limits: Limits | None) -> str:
-    limit = f"its time limit{f' of {limits.wall_ms / 1000:g} s' if limits else ''} (limits.wall_ms)"
-    if evidence.stopped:
-        return f"the program was stopped by a signal and then reached {limit}"
-    slow = emulated and not mostly_waited(evidence, limits)
-    hint = "; the VM is emulated, so CPU work takes many times longer than on hardware" if slow else ""
-    return f"the program reached {limit}{hint}"
 
 
 def _lost(evidence: Evidence, supervisor: str) -> Verdict | None:
@@ -327,29 +350,29 @@ def _lost(evidence: Evidence, supervisor: str) -> Verdict | None:
         return _instance_ended(evidence, evidence.instance_status, supervisor)
     # After exec the program may have caused any failure inside the guest, so the host is not blamed.
     fault: Fault = "program" if evidence.stage in _STARTED else "host"
-    return verdict("guest-lost", _lost_reason(evidence, panic[1] if panic else None), fault=fault)
+    return replace(_lost_verdict(evidence, panic[1] if panic else None), fault=fault)
 
 
-def _lost_reason(evidence: Evidence, panic: str | None) -> str:
-    """Return the most specific reason why the guest was lost. panic: the kernel's panic message, or None."""
-    doing = _DOING[evidence.stage]
+def _lost_verdict(evidence: Evidence, panic: str | None) -> Verdict:
+    """Return the verdict with the most specific reason why the guest was lost. panic: the kernel's message, or None."""
     text = _shown(evidence.setup_failure or panic or evidence.channel_error or "")
-    died = panic is not None and _INIT_DIED in panic
     causes = (
-        (evidence.setup_failure is not None, f"the guest failed while {doing}: {text}"),
-        (died, f"the guest agent died while {doing} (kernel: {text})"),
-        (panic is not None, f"the guest kernel panicked while {doing} (kernel: {text})"),
-        (evidence.channel_error is not None, f"the guest violated the channel protocol while {doing}: {text}"),
-        (evidence.boot_timeout, "the guest did not boot in time"),
-        (evidence.deadline_passed, f"the guest reached its deadline while {doing}"),
-        (evidence.wait_status is None, f"the guest agent stopped responding while {doing}"),
+        (evidence.setup_failure is not None, "guest-failed"),
+        (panic is not None and _INIT_DIED in panic, "agent-died"),
+        (panic is not None, "kernel-panic"),
+        (evidence.channel_error is not None, "protocol"),
+        (evidence.boot_timeout, "boot-late"),
+        (evidence.deadline_passed, "guest-late"),
+        (evidence.wait_status is None, "guest-silent"),
     )
-    impossible = f"the guest reported an invalid wait status: {evidence.wait_status}"
-    return next((reason for applies, reason in causes if applies), impossible)
+    code = next((code for applies, code in causes if applies), "wait-status")
+    return verdict(
+        "guest-lost", code, {"doing": _DOING[evidence.stage], "problem": text, "status": evidence.wait_status}
+    )
 
 
 def _instance_ended(evidence: Evidence, status: int, supervisor: str) -> Verdict:
-    doing = _DOING[evidence.stage]
+    facts = {"doing": _DOING[evidence.stage], "supervisor": supervisor}
     if spent := out_of_cpu_time(status):
         how = spent
     elif status < 0:
@@ -358,16 +381,17 @@ def _instance_ended(evidence: Evidence, status: int, supervisor: str) -> Verdict
         how = f"exited with status {status}"
     elif evidence.stage in _STARTED:
         # Only root in the guest can switch it off, and the program is not root.
-        return verdict("guest-lost", f"the guest powered off while {doing}", fault="program")
+        return verdict("guest-lost", "guest-off", facts, fault="program")
     else:
         how = "exited without an error"
     outcome: Outcome = "backend-error" if evidence.stage is Stage.START else "guest-lost"
-    detail = ""
     if status in {-_SIGKILL, SIGNAL_BASE + _SIGKILL}:
-        detail = _OUT_OF_MEMORY
-    elif evidence.stage is Stage.BOOT and evidence.console_tail:  # the program has not run yet
-        detail = f": {_shown(' '.join(evidence.console_tail.split())[-_SHOWN_CHARS:])}"
-    return verdict(outcome, f"{supervisor} {how} while the guest was {doing}{detail}")
+        return verdict(outcome, "supervisor-killed", facts | {"how": how})
+    code, said = "supervisor-ended", evidence.console_tail
+    if evidence.stage is Stage.BOOT and said:  # the program has not run yet
+        facts["problem"] = _shown(" ".join(said.split())[-_SHOWN_CHARS:])
+        code = "supervisor-uid" if _NO_UIDS.search(said) else code
+    return verdict(outcome, code, facts | {"how": how})
 
 
 def _ended_by_itself(evidence: Evidence, status: int, limits: Limits | None) -> Verdict:
@@ -376,22 +400,17 @@ def _ended_by_itself(evidence: Evidence, status: int, limits: Limits | None) -> 
     if evidence.oom_kills:
         killed = f"{evidence.oom_kills} process{'es were' if evidence.oom_kills > 1 else ' was'} killed"
         survived = (f"{killed} at the memory limit (limits.mem_bytes)",)
-    chosen = None if signal else code
-    end = Verdict(outcome="ok", fault="none", reason="", exit_code=chosen, signal=signal or None)
     if evidence.cpu_exceeded:
-        limit = f" of {limits.cpu_ms / 1000:g} s" if limits else ""
-        return _as(end, "cpu-limit", f"the program reached its CPU time limit{limit} (limits.cpu_ms)", survived)
-    if evidence.oom_kills and signal == _SIGKILL:
-        limit = f" of {limits.mem_bytes >> 20} MiB" if limits else ""
-        return _as(end, "oom", f"the program was killed at its memory limit{limit} (limits.mem_bytes)")
-    if signal:
-        core = " (core dumped)" if status & 0x80 else ""
-        return _as(end, "signalled", f"the program was killed by {signal_name(signal)}{core}", survived)
-    return _as(end, "failed" if code else "ok", f"the program exited with status {code}", survived)
-
-
-def _as(end: Verdict, outcome: Outcome, reason: str, warnings: tuple[str, ...] = ()) -> Verdict:
-    return replace(end, outcome=outcome, fault=OUTCOMES[outcome].fault, reason=reason, warnings=warnings)
+        end = verdict("cpu-limit", "cpu-time", _limit("cpu_ms", limits))
+    elif evidence.oom_kills and signal == _SIGKILL:
+        survived = ()
+        end = verdict("oom", "memory", _limit("mem_bytes", limits))
+    elif signal:
+        core = {"core": "core dumped"} if status & 0x80 else {}
+        end = verdict("signalled", "signal", _SUBJECT | core | {"signal": signal_name(signal)})
+    else:
+        end = verdict("failed" if code else "ok", "exited", _SUBJECT | {"status": str(code)})
+    return replace(end, exit_code=None if signal else code, signal=signal or None, warnings=survived)
 
 
 def _is_an_end(status: int) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from x07_sandbox.plan.denials import HowToAllow
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -53,6 +55,24 @@ _PLAIN_MODULES: Final = frozenset(
 _IMAGE_NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
+class Adding(NamedTuple):
+    """A command that adds something, and a flag for the next run; "" if that needs none."""
+
+    command: str
+    next_flag: str = ""
+
+    @property
+    def text(self) -> str:
+        """Both in one phrase."""
+        return f"{self.next_flag}, after {self.command}" if self.next_flag else self.command
+
+    @property
+    def how(self) -> HowToAllow:
+        """Both as advice."""
+        next_flag = self.next_flag or None
+        return HowToAllow(json_path=None, value=None, flag=self.text, command=self.command, next_flag=next_flag)
+
+
 class ImageInUse(NamedTuple):
     """The image of a run, to which a package may be added. name: as the user wrote it. Lists: see images/manifest."""
 
@@ -62,16 +82,16 @@ class ImageInUse(NamedTuple):
     preload: tuple[str, ...] = ()
     on_host: bool = False  # the backend uses the host's programs instead of an image
 
-    def adding(self, flag: str, packages: Sequence[str]) -> str:
-        """Return what adds *packages*: a command or, for an image without a name, a flag and the command before it."""
+    def adding(self, flag: str, packages: Sequence[str]) -> Adding:
+        """Return what adds *packages*: a command and, for an image without a name, a flag for the next run."""
         if self.on_host:
-            return f"{'apt-get' if flag == '--include' else 'pip'} install {' '.join(packages)}"
+            return Adding(f"{'apt-get' if flag == '--include' else 'pip'} install {' '.join(packages)}")
         lists = {"--include": self.include, "--pip": self.pip, "--preload": self.preload}
         lists[flag] = (*lists[flag], *packages)
         if _IMAGE_NAME.fullmatch(self.name):  # the image keeps the lists that are not given
-            return f"x07 image build --name {self.name} {flag} {','.join(lists[flag])}"
+            return Adding(f"x07 image build --name {self.name} {flag} {','.join(lists[flag])}")
         words = " ".join(f"{name} {','.join(values)}" for name, values in lists.items() if values)
-        return f"--image mine, after x07 image build --name mine {words}"
+        return Adding(f"x07 image build --name mine {words}", "--image mine")
 
 
 DEFAULT_IMAGE: Final = ImageInUse()

@@ -5,6 +5,7 @@ document that was not accepted.
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
@@ -22,6 +23,7 @@ MAX_PROBLEMS = 100
 _MAX_DEPTH = 32  # the model itself is five levels deep
 _INT_CHARS = len(str(HUGE)) - 1  # Python refuses to convert very long ones
 _TOO_DEEP = f"is nested too deeply: the maximum is {_MAX_DEPTH} levels"
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _BLANKS = " \t\r\n"
 
 
@@ -127,7 +129,7 @@ def _text_problems(document: object) -> Iterator[Problem]:
             yield Problem("$", _TOO_DEEP)
             return
         if isinstance(value, str):
-            if not _is_unicode(value):
+            if _SURROGATE.search(value):
                 yield Problem(json_path(place), "is not valid Unicode (an unpaired \\u surrogate)")
         elif isinstance(value, dict):
             if isinstance(value, _Repeated):
@@ -135,11 +137,3 @@ def _text_problems(document: object) -> Iterator[Problem]:
             waiting.extend(((*place, name), inner) for name, inner in reversed(value.items()))
         elif isinstance(value, list):
             waiting.extend(((*place, index), inner) for index, inner in reversed(list(enumerate(value))))
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True

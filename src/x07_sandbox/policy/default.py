@@ -1,22 +1,13 @@
-"""The built-in default policy, and the rendering of a policy as a file."""
+"""The built-in default policy, and the forms of a policy: as a file, and the canonical one for its digest."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 
 import msgspec
 
-from x07_sandbox.policy.model import (
-    ABSENT_THREADS,
-    SCHEMA_VERSION,
-    Env,
-    Fs,
-    Language,
-    Limits,
-    Net,
-    Policy,
-    Process,
-    Time,
-)
+from x07_sandbox.policy import model
+from x07_sandbox.policy.model import Policy
 
 _MIB = 1 << 20
 
@@ -28,11 +19,11 @@ def default_policy() -> Policy:
     so that a flag can add a folder or a host without a policy file.
     """
     return Policy(
-        schema_version=SCHEMA_VERSION,
+        schema_version=model.SCHEMA_VERSION,
         policy_id="sandbox.default.base",
         notes="Built-in policy: one minute, 512 MiB, no host files or network until a root or a host is added.",
-        limits=Limits(cpu_ms=60_000, wall_ms=60_000, mem_bytes=512 * _MIB, fds=1024, procs=64, core_dumps=False),
-        fs=Fs(
+        limits=model.Limits(cpu_ms=60_000, wall_ms=60_000, mem_bytes=512 * _MIB, fds=1024, procs=64, core_dumps=False),
+        fs=model.Fs(
             enabled=True,
             read_roots=(),
             write_roots=(),
@@ -48,9 +39,9 @@ def default_policy() -> Policy:
             max_entries=100_000,
             max_depth=128,
         ),
-        net=Net(enabled=True, allow_dns=True, allow_tcp=True, allow_udp=False, allow_hosts=()),
-        env=Env(enabled=True, allow_keys=(), deny_keys=()),
-        time=Time(
+        net=model.Net(enabled=True, allow_dns=True, allow_tcp=True, allow_udp=False, allow_hosts=()),
+        env=model.Env(enabled=True, allow_keys=(), deny_keys=()),
+        time=model.Time(
             enabled=True,
             allow_monotonic=True,
             allow_wall_clock=True,
@@ -58,9 +49,9 @@ def default_policy() -> Policy:
             max_sleep_ms=86_400_000,
             allow_local_tzid=False,
         ),
-        language=Language(allow_unsafe=True, allow_ffi=True),
-        threads=ABSENT_THREADS,
-        process=Process(
+        language=model.Language(allow_unsafe=True, allow_ffi=True),
+        threads=model.ABSENT_THREADS,
+        process=model.Process(
             enabled=True,
             allow_spawn=True,
             max_live=64,
@@ -81,3 +72,16 @@ def render_policy(policy: Policy | Mapping[str, object]) -> bytes:
     """Return a policy as file content: indented JSON with sorted keys and the defaults of every present section."""
     document = msgspec.to_builtins(policy) if isinstance(policy, Policy) else policy
     return (json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def canonical_json(value: object) -> bytes:
+    """Return JSON with sorted keys, without whitespace, final newline or escapes for non-ASCII characters."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def policy_digest(policy: Policy) -> str:
+    """Return `sha256:` and the digest of the canonical JSON of *policy*, with the defaults of every section.
+
+    The field `digests.policy` in a run's result is a different digest: that of the policy file's bytes.
+    """
+    return f"sha256:{hashlib.sha256(canonical_json(msgspec.to_builtins(policy))).hexdigest()}"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 from msgspec.structs import replace
 
-from x07_sandbox.errors import UsageError
+from x07_sandbox.errors import Flag, Text, UsageError
 from x07_sandbox.options import FILE_SIZE, LIMITS, Option
 
 if TYPE_CHECKING:
@@ -106,9 +106,8 @@ def change_limits(policy: Policy, changes: LimitChanges, *, may_raise: bool, sou
     limits = policy.limits
     for field, value in given.items():
         if fault := range_fault(NAMES[field], value / 1000 if field.endswith("_ms") else value):
-            raise UsageError(
-                f"cannot use {flag_text(field, value)}", f"{NAMES[field].flag} {fault}", "Use another value"
-            )
+            flag = Flag(NAMES[field].flag)
+            raise UsageError(_cannot_use(field, value), (flag, f" {fault}"), "Use another value")
         if value > getattr(limits, field) and not may_raise:
             raise _too_large(field, value, f"limits.{field}", getattr(limits, field), source)
     process, procs = policy.process, given.get("procs")
@@ -129,8 +128,12 @@ def _too_large(field: str, value: int, path: str, held: int, source: str) -> Usa
     """Return the error for a limit above the limit *held* of a policy, if the caller may only lower limits."""
     allowed = f"{_value(field, held)}{' s' if field.endswith('_ms') else ''}"
     why = f"the policy {source} allows at most {allowed} ({path})"
-    fix = f"Set {path} to {value} in the policy, or use {flag_text(field, held)}"
-    return UsageError(f"cannot use {flag_text(field, value)}", why, fix).caused_by(path, value)
+    fix = (f"Set {path} to {value} in the policy, or use ", Flag(flag_text(field, held)))
+    return UsageError(_cannot_use(field, value), why, fix).caused_by(path, value)
+
+
+def _cannot_use(field: str, value: int) -> Text:
+    return "cannot use ", Flag(flag_text(field, value))
 
 
 def flag_reach(own: Limits | None, current: Limits, *, may_raise: bool) -> FlagReach:

@@ -10,10 +10,9 @@ from typing import Final, NoReturn
 import msgspec
 from msgspec.structs import replace
 
-from x07_sandbox.errors import UsageError
-from x07_sandbox.policy.canonical import canonical_json
+from x07_sandbox.errors import Flag, Text, UsageError
 from x07_sandbox.policy.decode import decode_policy
-from x07_sandbox.policy.default import render_policy
+from x07_sandbox.policy.default import canonical_json, render_policy
 from x07_sandbox.policy.hosts import Addresses, covers, is_name, meaning
 from x07_sandbox.policy.model import HostPorts, Net, Policy
 
@@ -140,7 +139,8 @@ def check_grants(base: Policy, overrides: Overrides, *, built_in: bool) -> None:
         if word in overrides.include and not current and not built_in:
             why = f"policy {base.policy_id} does not allow it; flags can relax only built-in policies"
             fix = f"Set fs.{field} to {str(value).lower()} in the policy"
-            raise UsageError(f"cannot use --allow-{word}", why, fix).caused_by(f"fs.{field}", value=value)
+            what = ("cannot use ", Flag(f"--allow-{word}"))
+            raise UsageError(what, why, fix).caused_by(f"fs.{field}", value=value)
 
 
 def _need_sections(base: Policy, overrides: Overrides) -> None:
@@ -160,8 +160,9 @@ def _need_sections(base: Policy, overrides: Overrides) -> None:
 
 def _specs(
     flag: str, files: Iterable[str], given: Iterable[str], read: ReadFile
-) -> Iterator[tuple[str, str, set[int] | None]]:
-    """Yield the origin (for errors), host and ports of each spec. Files come first, then flags."""
+) -> Iterator[tuple[str, set[int] | None]]:
+    """Yield the host and ports of each spec. Files come first, then flags. Raises UsageError."""
+    deny = flag == "--deny-host"
     for name in files:
         try:
             text = read(name).decode("utf-8-sig")
@@ -170,18 +171,19 @@ def _specs(
             raise UsageError(f"cannot use {flag}-file {name}", why, "Write one host per line") from None
         for number, line in enumerate(text.split("\n"), start=1):
             if spec := line.partition("#")[0].strip():
-                where = f"{flag}-file {name}, line {number}"
-                yield (where, *_parsed(where, spec, deny=flag == "--deny-host"))
+                yield _parsed((f"{flag}-file {name}, line {number}",), spec, deny=deny)
     for spec in given:
-        where = f"{flag} {spec!r}"
-        yield (where, *_parsed(where, spec.strip(), deny=flag == "--deny-host"))
+        yield _parsed((Flag(flag), f" {spec!r}"), spec.strip(), deny=deny)
 
 
-def _parsed(where: str, spec: str, *, deny: bool) -> tuple[str, set[int] | None]:
-    """Return the host of a spec, in lower case and without brackets, and its ports (None for all ports)."""
+def _parsed(where: tuple[str, ...], spec: str, *, deny: bool) -> tuple[str, set[int] | None]:
+    """Return the host of a spec, in lower case and without brackets, and its ports (None for all ports).
 
-    def refuse(why: str) -> NoReturn:
-        raise UsageError(f"cannot use {where}", why, _DENY_FORM if deny else _ALLOW_FORM)
+    where: the origin of the spec, for errors.
+    """
+
+    def refuse(why: Text) -> NoReturn:
+        raise UsageError(("cannot use ", *where), why, _DENY_FORM if deny else _ALLOW_FORM)
 
     if "://" in spec:
         refuse("it is a URL, not a host")
@@ -197,7 +199,7 @@ def _parsed(where: str, spec: str, *, deny: bool) -> tuple[str, set[int] | None]
         refuse(problem)
     host = host.encode().lower().decode()  # bytes.lower() changes ASCII letters only
     if ports == "*":
-        return (host, None) if deny else refuse("'*' for all ports is valid only with --deny-host")
+        return (host, None) if deny else refuse(("'*' for all ports is valid only with ", Flag("--deny-host")))
     found = {_port(text.strip()) for text in ports.split(",")}
     if None in found:
         refuse(f"a port must be a number from 1 to {_PORT_LAST}")
@@ -223,10 +225,10 @@ def _port(text: str) -> int | None:
     return None
 
 
-def _by_host(specs: Iterable[tuple[str, str, set[int] | None]]) -> dict[str, set[int] | None]:
+def _by_host(specs: Iterable[tuple[str, set[int] | None]]) -> dict[str, set[int] | None]:
     """Return the ports of each host; None means all ports."""
     found: dict[str, set[int] | None] = {}
-    for _, host, ports in specs:
+    for host, ports in specs:
         before = found.setdefault(host, set())
         found[host] = None if before is None or ports is None else before | ports
     return found

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
-from x07_sandbox.errors import UsageError
+from x07_sandbox.errors import Command, Text, UsageError
 
 HUGE: int = 10**20  # replaces every larger number in a document; outside the range of every field
 MISSING = "is missing"  # the message for a required field that is absent
@@ -44,10 +44,11 @@ class PolicyError(UsageError):
     in_schema: whether the document matches the schema and violates only rules that a schema cannot express.
     """
 
+    code = "policy"
     before_fix = "\n  "
 
     def __init__(
-        self, what: str, why: str, fix: str, problems: Iterable[Problem] = (), *, in_schema: bool = False
+        self, what: str, why: str, fix: Text, problems: Iterable[Problem] = (), *, in_schema: bool = False
     ) -> None:
         super().__init__(what, why, fix)
         # Not in args: pickle rebuilds from args and then restores these attributes.
@@ -60,9 +61,9 @@ class PolicyError(UsageError):
         why = "\n".join([f"{len(problems)} problems", *(f"  {problem}" for problem in problems)])
         if len(problems) == 1:
             why = problems[0].sentence
-        fix = ADVICE
+        fix: Text = ADVICE
         if any(problem.message == MISSING for problem in problems):
-            fix += ". To write a complete policy: x07 policy new"
+            fix = (f"{ADVICE}. To write a complete policy: ", Command("x07 policy new"))
         return cls(f"policy {source} is invalid", why, fix, problems, in_schema=in_schema)
 
 

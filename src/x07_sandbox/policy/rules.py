@@ -5,7 +5,8 @@ left to the schema.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -86,12 +87,12 @@ def hosts_are_plain(document: object) -> Iterator[Problem]:
             yield Problem(json_path((*place, "host")), f"must have at most {_HOST_MAX_BYTES} bytes")
 
 
-def lists_can_be_joined(document: object) -> Iterator[Problem]:
-    """Check that no entry contains ``;`` in a list whose entries X07 joins with ``;``."""
-    for place in _JOINED:
+def entries_lack(char: str, shown: str, places: Iterable[tuple[str, ...]], document: object) -> Iterator[Problem]:
+    """Check that no entry of these lists contains *char*. shown: the character in messages."""
+    for place in places:
         for index, entry in _strings(document, place):
-            if ";" in entry:
-                yield Problem(json_path((*place, index)), "must not contain ';'")
+            if char in entry:
+                yield Problem(json_path((*place, index)), f"must not contain {shown}")
 
 
 def patterns_are_regex_lite(document: object) -> Iterator[Problem]:
@@ -127,14 +128,6 @@ def is_policy_id(text: str) -> bool:
     return re.fullmatch(r"[a-zA-Z0-9_.-]{1,64}", text) is not None
 
 
-def lists_hold_no_nul(document: object) -> Iterator[Problem]:
-    """Check for NUL in lists that become environment variables. X07's own runner has no such rule."""
-    for place in (*_JOINED, _PATTERNS):
-        for index, entry in _strings(document, place):
-            if "\0" in entry:
-                yield Problem(json_path((*place, index)), "must not contain a NUL")
-
-
 class Rule(msgspec.Struct, frozen=True):
     """One rule: its check, and its text in docs/reference/policy.md."""
 
@@ -156,7 +149,7 @@ RULES = (
         "without `;`, whitespace or NUL.",
     ),
     Rule(
-        lists_can_be_joined,
+        partial(entries_lack, ";", "';'", _JOINED),  # with which X07 joins them
         "The entries of these lists contain no `;`: " + ", ".join(f"`{'.'.join(p)}`" for p in _JOINED) + ".",
     ),
     Rule(
@@ -166,7 +159,11 @@ RULES = (
         "The pattern must match the whole argument.)",
     ),
     Rule(id_is_one_line, "`policy_id` is one line, without a line break at its end."),
-    Rule(lists_hold_no_nul, "The lists of rule 5 and the patterns of rule 6 contain no NUL."),
+    # They become environment variables. X07's own runner has no such rule.
+    Rule(
+        partial(entries_lack, "\0", "a NUL", (*_JOINED, _PATTERNS)),
+        "The lists of rule 5 and the patterns of rule 6 contain no NUL.",
+    ),
 )
 
 

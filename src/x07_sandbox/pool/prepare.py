@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from x07_sandbox.backends.base import MachineKind
@@ -15,8 +16,6 @@ from x07_sandbox.plan.sizes import ram_class_bytes
 from x07_sandbox.policy import default_policy
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from x07_sandbox.images.store import Image
 
 

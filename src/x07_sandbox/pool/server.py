@@ -7,8 +7,6 @@ an error. The process ends on SIGTERM, SIGINT or a request, or after IDLE_S seco
 then.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
@@ -19,7 +17,8 @@ import socket
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Iterator
+from typing import Any, Final
 
 import msgspec
 
@@ -37,12 +36,7 @@ from x07_sandbox.host.paths import state_dir
 from x07_sandbox.host.poll import Event, wait_readable
 from x07_sandbox.host.processes import identify
 from x07_sandbox.jobs.record import Claim
-from x07_sandbox.pool.warm import WarmMachines
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from x07_sandbox.pool.warm import WarmMachine
+from x07_sandbox.pool.warm import WarmMachine, WarmMachines
 
 _WAITING_MAX: Final = 128
 _JOB_ID: Final = re.compile(r"[0-9]{1,20}-[0-9]{1,10}-[0-9]{1,10}-[a-z]{1,16}")
@@ -222,8 +216,7 @@ def _listening() -> Iterator[socket.socket]:
     with file_lock(folder / "lock", on_wait=taken):
         with contextlib.suppress(OSError):
             os.ftruncate(sys.stderr.fileno(), 0)  # start a new log
-        with contextlib.suppress(FileNotFoundError):
-            (folder / SOCKET).unlink()
+        (folder / SOCKET).unlink(missing_ok=True)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with listener, lease.socket_address(folder) as address:
             listener.bind(address)
@@ -231,8 +224,7 @@ def _listening() -> Iterator[socket.socket]:
             try:
                 yield listener
             finally:
-                with contextlib.suppress(FileNotFoundError):
-                    (folder / SOCKET).unlink()
+                (folder / SOCKET).unlink(missing_ok=True)
 
 
 def main(words: list[str]) -> int:

@@ -13,16 +13,17 @@ import shutil
 import threading
 import time
 from collections import deque
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from x07_sandbox.backends.base import Job, MachineKind, NoAnswerError
+from x07_sandbox.backends.base import Backend, Cloning, Instance, Job, MachineKind, NoAnswerError
 from x07_sandbox.backends.handshake import greet
 from x07_sandbox.backends.registry import create
 from x07_sandbox.backends.selection import choice_from_environment
-from x07_sandbox.errors import BackendError, Cancelled, HostError, SandboxError, UsageError
+from x07_sandbox.errors import BackendError, Cancelled, Command, HostError, SandboxError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.cancel import Caller, Cancel
 from x07_sandbox.host.memory import memory_bytes
@@ -37,7 +38,7 @@ from x07_sandbox.policy import default_policy
 from x07_sandbox.programs.toolchains import OUTPUT
 from x07_sandbox.runs.artifact import obtain_artifact
 from x07_sandbox.runs.folder import RunFolder
-from x07_sandbox.runs.phase import needs_of, run_phase
+from x07_sandbox.runs.phase import PhaseSpec, needs_of, run_phase
 from x07_sandbox.runs.phase_specs import run_spec
 from x07_sandbox.runs.prepare import check_pinned, current_image, final_value, prepare
 from x07_sandbox.runs.request import RunCaller, RunRequest
@@ -45,11 +46,7 @@ from x07_sandbox.runs.result import draft_result
 from x07_sandbox.sandboxes.transfers import CommandStreams, Sink, memory_file
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from x07_sandbox.backends.base import Backend, Cloning, Instance
     from x07_sandbox.host.clocks import Deadline
-    from x07_sandbox.runs.phase import PhaseSpec
 
 _PROGRAMS: Final = tuple(Path(__file__).parents[1] / "programs" / "data" / name for name in ("warm.c", "warm.py"))
 _INPUT: Final = b"hello\n"
@@ -152,7 +149,8 @@ class WarmMachines:
                 failures += 1
                 with self._changed:
                     if failures >= _FAILURES_MAX:
-                        what, fix = "cannot keep VMs ready", "Raise the limit on open files: ulimit -n"
+                        what = "cannot keep VMs ready"
+                        fix = ("Raise the limit on open files: ", Command("ulimit -n"))
                         self.problem = exc if isinstance(exc, SandboxError) else HostError(what, str(exc), fix)
                         self._changed.notify_all()
                     if not self._closing:

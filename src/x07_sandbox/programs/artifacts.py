@@ -5,24 +5,20 @@ build. The caller checks the artifact's hash again when it copies the artifact. 
 for builds of all keys that start with <xx>.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json
 import os
 import stat
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Final
 
 import msgspec
 
 from x07_sandbox.host import settings
 from x07_sandbox.host.locks import file_lock
-from x07_sandbox.host.paths import cache_folder, least_recently_used
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from pathlib import Path
+from x07_sandbox.host.paths import cache_folder, closing_fd, least_recently_used
 
 SCHEMA: Final = "x07.sandbox.artifact@0.3.0"
 HEADER_BYTES: Final = 512
@@ -51,10 +47,8 @@ def cached_artifact(key: str) -> Iterator[CachedArtifact | None]:
     except OSError:
         yield None
         return
-    try:
+    with closing_fd(fd):
         yield _described(fd, key)
-    finally:
-        os.close(fd)
 
 
 def _described(fd: int, key: str) -> CachedArtifact | None:

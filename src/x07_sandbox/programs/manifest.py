@@ -1,7 +1,5 @@
 """The manifest x07-sandbox.toml: the files of a project, and how to build and run it."""
 
-from __future__ import annotations
-
 import difflib
 import os
 import tomllib
@@ -10,7 +8,7 @@ from typing import Annotated, Final, NoReturn
 
 import msgspec
 
-from x07_sandbox.errors import UsageError
+from x07_sandbox.errors import Command, UsageError
 from x07_sandbox.host.decoding import prepared, why_invalid
 from x07_sandbox.host.paths import is_folder
 from x07_sandbox.programs.toolchains import Toolchain, toolchain_named
@@ -128,7 +126,7 @@ def find_manifest(program: Path) -> Path | None:
     manifest = program / FILE
     if os.path.lexists(manifest):
         return manifest
-    fix = f"Create one (x07 init --toolchain T), or run a source file: x07 run {program}/FILE"
+    fix = ("Create one (x07 init --toolchain T), or run a source file: ", Command(f"x07 run {program}/FILE"))
     raise UsageError(f"cannot run the folder {program}", f"it has no {FILE}", fix)
 
 

@@ -1,20 +1,14 @@
 """Writes the first manifest of a project, based on the names of its files. No I/O. The result is decoded as a check."""
 
-from __future__ import annotations
-
 import glob
 import json
+from collections.abc import Sequence
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Final, NoReturn
+from typing import Final, NoReturn
 
-from x07_sandbox.errors import UsageError
+from x07_sandbox.errors import Command, Text, UsageError
 from x07_sandbox.programs import manifest
-from x07_sandbox.programs.toolchains import MAKEFILES, TOOLCHAINS, toolchain_named
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from x07_sandbox.programs.toolchains import Toolchain
+from x07_sandbox.programs.toolchains import MAKEFILES, TOOLCHAINS, Toolchain, toolchain_named
 
 ROWS: Final = tuple(row for row in TOOLCHAINS if row.project_files)
 # Files that a build leaves beside the sources. They may contain paths of another machine.
@@ -55,10 +49,10 @@ def _patterns(row: Toolchain, files: Sequence[str]) -> list[str]:
             found.append(glob.escape(name))
     if row.artifact and not any(name in MAKEFILES for name in files):
         why = "there is no Makefile at the top"
-        fix = "Write a Makefile, or use another --toolchain"
+        fix: Text = "Write a Makefile, or use another --toolchain"
         if "configure" in files:
             why = "there is no Makefile before ./configure has created it"
-            fix = "To build it in the folder: x07 exec --workdir . -- sh -c './configure && make'"
+            fix = ("To build it in the folder: ", Command("x07 exec --workdir . -- sh -c './configure && make'"))
         raise UsageError("cannot create a make project", why, fix)
     if not found:
         why = f"no file ends in {' or '.join(row.project_files)}"
@@ -83,7 +77,7 @@ def _entry(row: Toolchain, files: Sequence[str]) -> str:
 
 def _no_artifact(files: Sequence[str]) -> NoReturn:
     command = "sh -c './configure && make'" if "configure" in files else "make test"
-    fix = f"Add --artifact FILE, or run make in the folder: x07 exec --workdir . -- {command}"
+    fix = ("Add --artifact FILE, or run make in the folder: ", Command(f"x07 exec --workdir . -- {command}"))
     raise UsageError("cannot create a make project", "the program that make builds is not named", fix)
 
 

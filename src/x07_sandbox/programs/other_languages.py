@@ -1,11 +1,10 @@
 """Advice for source files in languages without a toolchain. Imported only for the error about such a file."""
 
-from __future__ import annotations
-
 import shlex
 from pathlib import PurePosixPath
 from typing import Final
 
+from x07_sandbox.errors import Command, Text
 from x07_sandbox.plan.packages import ImageInUse, package_of_program
 
 # The interpreter for the first line, by suffix.
@@ -25,7 +24,7 @@ _COMMANDS: Final = {
 }
 
 
-def advice(path: str) -> str | None:
+def advice(path: str) -> Text | None:
     """Return how to run a source file of another language, as commands to paste, or None for an unknown language."""
     suffix = PurePosixPath(path).suffix.lower()
     if suffix in _SCRIPTS:
@@ -33,16 +32,17 @@ def advice(path: str) -> str | None:
         program = PurePosixPath(interpreter.partition(" ")[0]).name
         image = program.lower()
         run = f"x07 run --image {image} {shlex.quote(path)}"
-        return f"Add #!{interpreter} as its first line, then run: {_build(image, program)} && {run}"
+        return f"Add #!{interpreter} as its first line, then run: ", Command(f"{_build(image, program)} && {run}")
     if suffix in _COMMANDS:
         image, (program, line) = suffix[1:], _COMMANDS[suffix]
         name, folder = PurePosixPath(path), shlex.quote(str(PurePosixPath(path).parent))
         line = line.format(file=shlex.quote(name.name), stem=shlex.quote(name.stem))
         command = f"sh -c {shlex.quote(line)}" if "&&" in line else line
-        return f"Run: {_build(image, program)} && x07 exec --image {image} --workdir {folder} -- {command}"
+        run = f"x07 exec --image {image} --workdir {folder} -- {command}"
+        return "Run: ", Command(f"{_build(image, program)} && {run}")
     return None
 
 
 def _build(image: str, program: str) -> str:
     flag, package = package_of_program(program)
-    return ImageInUse(image).adding(flag, [package])
+    return ImageInUse(image).adding(flag, [package]).text

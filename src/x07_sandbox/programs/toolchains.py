@@ -2,22 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import typing
+from collections.abc import Callable, Collection, Mapping
 from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from x07_sandbox.errors import RefusedError, UsageError
+from x07_sandbox.errors import Command, Flag, RefusedError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
-
     from x07_sandbox.plan.packages import ImageInUse
-    from x07_sandbox.programs.protocol import Protocol
-else:
-    Protocol = object  # msgspec reads annotations; its module is loaded only where there is one
+
+
+class BuildExtras(msgspec.Struct, frozen=True, kw_only=True):
+    """Data that the compiler gets in addition to the source."""
+
+    files: Mapping[str, bytes]  # contents by path in the build VM
+    env: Mapping[str, str]  # additional environment variables
+    key: tuple[bytes, ...]  # data that changes the artifact, for its cache key
+
+
+class Protocol(typing.Protocol):
+    """The conventions between a run, a compiler and its programs."""
+
+    @property
+    def input_max_bytes(self) -> int:
+        """The size limit for the input. The whole input is read before the run."""
+
+    @property
+    def usage_exit(self) -> int:
+        """The exit code of a command after a usage error."""
+
+    def require_policy(self, *, given: bool) -> None:
+        """Raise UsageError if programs of this protocol need an explicit policy and *given* is false."""
+
+    def build_extras(self, policy: bytes) -> BuildExtras:
+        """Return the data that the compiler gets. policy: the policy document of the run."""
+
+    def run_files(self, data: bytes) -> Mapping[str, bytes]:
+        """Return the files for the run VM: contents by path. data: the whole input."""
+
+    def frame_input(self, data: bytes) -> bytes:
+        """Return the input in the form that the program reads from standard input."""
+
+    def output_caps(self, most: int) -> tuple[int, int]:
+        """Return the limits for standard output and standard error. most: limit for the program's output in bytes."""
 
 
 SOURCE_FOLDER: Final = "/x07/in"
@@ -139,7 +170,11 @@ def _shell(source: Source) -> list[str]:
     raise UsageError(
         f"cannot run {source.name} as a shell script",
         f"the interpreter in its first line is {' '.join(words)!r}; the supported shells are {', '.join(_SHELLS)}",
-        "Use one of them (with options: env -S), or --toolchain executable with an image that has that shell",
+        (
+            "Use one of them (with options: env -S), or ",
+            Flag("--toolchain executable"),
+            " with an image that has that shell",
+        ),
     )
 
 
@@ -303,8 +338,10 @@ def toolchain_for(path: str, head: bytes = b"") -> Toolchain:
         f"no toolchain handles {f'{suffix} files' if suffix else 'files without a suffix'}, and the file is neither "
         "an ELF executable nor a script with a #! line",
         advice(path)
-        or f"Rename the file (known suffixes: {known}), add a #! line, or choose a toolchain: "
-        f"x07 run --toolchain T {quote(path)}",
+        or (
+            f"Rename the file (known suffixes: {known}), add a #! line, or choose a toolchain: ",
+            Command(f"x07 run --toolchain T {quote(path)}"),
+        ),
     )
 
 
@@ -316,9 +353,10 @@ def require_packages(toolchain: Toolchain, installed: Collection[str], get_image
     image = get_image()
     if missing == ["x07"]:
         fix = f"Run x07 image build --name {image.name} --x07-toolchain DIR, where DIR contains X07's Linux build"
-        raise RefusedError("cannot run an X07 program", f"the image {image.name} has no X07 toolchain", fix)
+        why = f"the image {image.name} has no X07 toolchain"
+        raise RefusedError("cannot run an X07 program", why, fix, code="no-toolchain")
     what, why = f"the image {image.name} cannot run {toolchain.name} programs", f"it lacks {', '.join(missing)}"
-    raise RefusedError(what, why, f"Run: {image.adding('--include', missing)}")
+    raise RefusedError(what, why, ("Run: ", Command(image.adding("--include", missing).text)), code="no-toolchain")
 
 
 def check_executable(path: str, head: bytes, machine: str, elf_machine: int) -> None:
@@ -327,7 +365,7 @@ def check_executable(path: str, head: bytes, machine: str, elf_machine: int) -> 
         if head.startswith(b"#!"):
             return
         why = "it is neither an ELF file nor a script"
-        raise UsageError(f"cannot run {path}", why, "Add --toolchain with its language")
+        raise UsageError(f"cannot run {path}", why, ("Add ", Flag("--toolchain"), " with its language"))
     # 64 bits, little endian; e_machine is at offset 18 (elf(5)).
     if head[4:6] != b"\x02\x01" or head[18:20] != elf_machine.to_bytes(2, "little"):
         raise UsageError(

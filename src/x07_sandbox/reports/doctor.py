@@ -10,8 +10,13 @@ State = Literal["proven", "untried", "failed", "later", "not-here"]
 
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The result of one check. good: null if it is neither good nor bad. fix: empty if nothing needs to be fixed."""
+    """The result of one check.
 
+    code: the kind of finding, or of the error that was found (docs/reference/codes.md).
+    good: null if it is neither good nor bad. fix: empty if nothing needs to be fixed.
+    """
+
+    code: str
     subject: str
     good: bool | None
     text: str

@@ -31,8 +31,9 @@ def _escaped(value: object) -> object:
 
 
 class Error(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What failed, why, and what to do."""
+    """What failed, why, and what to do. code: the kind of error (docs/reference/codes.md)."""
 
+    code: str
     what: str
     why: str
     fix: str
@@ -50,7 +51,7 @@ class FailureReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 def failure_report(exc: Exception) -> FailureReport:
     """Return the document for an error."""
     if not isinstance(exc, SandboxError):
-        bug = Error(what="a bug in x07-sandbox", why=f"{type(exc).__name__}: {exc}", fix="Report this bug")
+        bug = Error(code="bug", what="a bug in x07-sandbox", why=f"{type(exc).__name__}: {exc}", fix="Report this bug")
         return FailureReport(error=bug)
     problems = exc.problems if isinstance(exc, PolicyError) else ()
-    return FailureReport(error=Error(what=exc.what, why=exc.why, fix=exc.fix), problems=problems)
+    return FailureReport(error=Error(code=exc.code, what=exc.what, why=exc.why, fix=exc.fix), problems=problems)

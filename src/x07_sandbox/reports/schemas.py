@@ -13,7 +13,7 @@ from typing import Any, Final
 import msgspec
 
 from x07_sandbox.files import changes
-from x07_sandbox.housekeeping import kill, listing, pruner, sweep, usage
+from x07_sandbox.housekeeping import kill, listing, prune, pruner, sweep
 from x07_sandbox.images import manifest
 from x07_sandbox.policy.schema import render_schema
 from x07_sandbox.reports import conform, doctor, document, policies, verbs
@@ -29,7 +29,7 @@ _ALONE: Final[tuple[type[msgspec.Struct], ...]] = (
     *(policies.CheckReport, policies.HostReport, policies.DigestReport, policies.ExplainReport, policies.DiffReport),
     *(verbs.PolicyInitReport, verbs.InitReport, verbs.BuildReport, verbs.ListReport, verbs.LoadReport),
     *(verbs.RemoveReport, verbs.VerifyReport, verbs.PoolReport, listing.PsReport, listing.InspectReport),
-    *(pruner.PruneReport, sweep.SweepReport, kill.KillReport, usage.DfReport),
+    *(pruner.PruneReport, sweep.SweepReport, kill.KillReport, prune.DfReport),
 )
 # Documents of X07's own tools, whose files have X07's names.
 _NAMES: Final = {"runtime.attest": "x07-runtime.attest", "policy.init.report": "x07-policy-init.report"}

@@ -7,7 +7,7 @@ from typing import Annotated, Final, Literal
 import msgspec
 from msgspec import Meta
 
-from x07_sandbox.host.documents import Status
+from x07_sandbox.host.project import Status
 from x07_sandbox.policy.templates import TEMPLATES
 from x07_sandbox.programs.new_manifest import ROWS
 

@@ -13,7 +13,7 @@ from x07_sandbox.host import settings
 from x07_sandbox.host.decoding import prepared as prepared_model
 from x07_sandbox.programs import artifacts
 from x07_sandbox.programs.toolchains import build_driver
-from x07_sandbox.runs.job import run_job
+from x07_sandbox.runs.job import run_job, worded_report
 from x07_sandbox.runs.phase_specs import build_spec
 from x07_sandbox.runs.request import sha256_text
 from x07_sandbox.runs.result import BuildOutput
@@ -81,10 +81,8 @@ def _from_cache(prepared: Prepared, draft: Result, known: _CachedBuild) -> Built
 def _verdict(prepared: Prepared, found: Verdict) -> Verdict:
     from x07_sandbox.plan.outcomes import build_verdict
 
-    ending = build_verdict(found, prepared.request.build_wall_ms or settings.BUILD_WALL_MS)
-    if prepared.program.toolchain.archive:  # the language is not compiled
-        return replace(ending, reason=ending.reason.replace("the compiler", "the check of the source", 1))
-    return ending
+    subject = "check of the source" if prepared.program.toolchain.archive else "compiler"
+    return build_verdict(found, prepared.request.build_wall_ms or settings.BUILD_WALL_MS, subject)
 
 
 def _failed_by_itself(end: JobEnd) -> bool:
@@ -108,7 +106,7 @@ def _build(
     with contextlib.ExitStack() as stack:
         end = run_job(prepared, build_spec(prepared, artifact, stack), draft.run, folder)
     ending = _verdict(prepared, end.ending)
-    report = replace(end.report, reason=ending.reason)
+    report = worded_report(end.report, ending, prepared.caller.word)
     build, phases = BuildOutput(stdout=report.stdout, stderr=report.stderr), {**draft.phases, "build": report}
     draft = replace(draft, phases=phases, build=build, jail=end.jail, warnings=[*draft.warnings, *end.warnings])
     built = ending.outcome == "ok" and artifact.complete
@@ -121,7 +119,7 @@ def _build(
     if ending.outcome != "ok":
         return ending, draft
     problem = (end.facts.closed and end.facts.closed.output_problem) or "is incomplete"
-    return verdict("build-failed", f"the build succeeded, but its output {problem}", fault="program"), draft
+    return verdict("build-failed", "not-built", {"problem": problem}, fault="program"), draft
 
 
 def _recall(key: str, artifact: OutFile) -> _CachedBuild | None:

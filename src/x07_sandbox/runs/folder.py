@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from x07_sandbox.errors import HostError, UsageError
+from x07_sandbox.errors import HostError, Text, UsageError
 from x07_sandbox.host import paths
 from x07_sandbox.host.locks import lock_shared
 from x07_sandbox.host.paths import open_private_file, private_dir, state_dir
@@ -65,7 +65,7 @@ class RunFolder:
         return unnamed_file(self.path, guest_path, max_bytes, self._stack)
 
 
-def find_run(run: str | None, file: str, what: str, fix: str, *, action: str = "") -> Path:
+def find_run(run: str | None, file: str, what: str, fix: Text, *, action: str = "") -> Path:
     """Return the folder of the run whose id is or starts with *run* (`is_named`); None stands for the latest run.
 
     Only runs that have *file* count. Raises UsageError if none or several match.

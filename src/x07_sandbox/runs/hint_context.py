@@ -9,6 +9,7 @@ import shlex
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.plan.hints import LocalModules, hints, program_hint
+from x07_sandbox.plan.packages import Adding
 from x07_sandbox.programs.manifest import FILE
 from x07_sandbox.runs.prepare import image_in_use
 
@@ -51,5 +52,8 @@ def _beside(request: RunRequest, program: Program) -> LocalModules | None:
     modules = {entry.name.removesuffix(".py") for entry in found if entry.name.endswith(".py")}
     modules |= {entry.name for entry in found if os.path.exists(f"{entry.path}/__init__.py")}  # noqa: PTH110 - a text
     has_manifest = FILE in {entry.name for entry in found}
-    init = f", after x07 init --toolchain python --entry {shlex.quote(name)} {shlex.quote(where)}"
-    return LocalModules(modules, f"x07 run {shlex.quote(where)}{f' with both in its {FILE}' if has_manifest else init}")
+    run = f"x07 run {shlex.quote(where)}"
+    if has_manifest:
+        return LocalModules(modules, Adding(f"{run} with both in its {FILE}"))
+    init = f"x07 init --toolchain python --entry {shlex.quote(name)} {shlex.quote(where)}"
+    return LocalModules(modules, Adding(init, run))

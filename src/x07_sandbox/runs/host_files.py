@@ -12,7 +12,7 @@ import msgspec
 from x07_sandbox.backends.base import RootPlace
 from x07_sandbox.channel.messages import Mount as GuestFolder
 from x07_sandbox.channel.messages import Room
-from x07_sandbox.errors import BackendError, Cancelled, HostError, RefusedError
+from x07_sandbox.errors import BackendError, Cancelled, Flag, HostError, RefusedError, Text
 from x07_sandbox.files.change_rules import AllowedActions, check_changes
 from x07_sandbox.files.changes import ChangeSet, RootChanges, encode, printable
 from x07_sandbox.files.copy import FIELDS, NUMBER_MAX, LeftOut, Reason, bounds_of, copy_tree, value_for, why_left_out
@@ -284,17 +284,15 @@ def effective_roots(request: RunRequest, program: Program, policy: Policy) -> tu
         roots = (*roots, workdir_root(request, program, policy, request.workdir))
     if request.out is None:
         return roots
+    what = ("cannot use ", Flag("--out"))
     if not policy.fs.enabled:
-        fix = "Set fs.enabled to true in the policy, or remove --out"
+        fix: Text = ("Set fs.enabled to true in the policy, or remove ", Flag("--out"))
         why = f"fs.enabled is false in policy {policy.policy_id}"
-        raise RefusedError("cannot use --out", why, fix).caused_by("fs.enabled", value=True)
+        raise RefusedError(what, why, fix, code="files-disabled").caused_by("fs.enabled", value=True)
     out = collapse_leading_slashes(os.path.normpath(real_path(Path()) / request.out))
     if any(root.guest == OUT for root in roots):
-        raise RefusedError(
-            "cannot use --out",
-            f"the policy already has a folder at {OUT}",
-            f"Remove {OUT} from the policy, or omit --out",
-        )
+        fix = (f"Remove {OUT} from the policy, or omit ", Flag("--out"))
+        raise RefusedError(what, f"the policy already has a folder at {OUT}", fix, code="out-in-policy")
     return (*roots, Root(field="--out", given=str(request.out), host=out, guest=OUT, write=True))
 
 

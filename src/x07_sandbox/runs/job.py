@@ -19,7 +19,10 @@ from x07_sandbox.runs.result import PhaseReport
 from x07_sandbox.sandboxes.transfers import CommandStreams
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from x07_sandbox.backends.base import Instance
+    from x07_sandbox.errors import Flag
     from x07_sandbox.network.processes import GateProcess
     from x07_sandbox.network.summary import NetworkUse
     from x07_sandbox.plan.outcomes import Verdict
@@ -76,13 +79,12 @@ def run_job(prepared: Prepared, spec: PhaseSpec, run_id: str, folder: RunFolder)
     if not drain((stdout, stderr), caller.cancel):
         evidence = replace(evidence, cancelled_by=caller.cancel.signal or 0)
     ending = classify(evidence, features=prepared.availability.features, limits=spec.limits_shown)
-    if facts.input_problem:
-        warnings.append(f"the input could not be read to its end: {facts.input_problem}")
     warnings += ending.warnings
     report = PhaseReport(
         job_id=instance.record.job_id,
         start=instance.start_mode,
         outcome=ending.outcome,
+        reason_code=ending.code,
         reason=ending.reason,
         times_ms=facts.times_ms,
         stdout=output_of(stdout, stdout_fd),
@@ -92,6 +94,11 @@ def run_job(prepared: Prepared, spec: PhaseSpec, run_id: str, folder: RunFolder)
         tasks_peak=0 if facts.exited is None else facts.exited.tasks_peak,
     )
     return JobEnd(ending, facts, report, instance.jail, stdout.sha256(), (stderr_fd, stdout_fd), tuple(warnings), net)
+
+
+def worded_report(report: PhaseReport, ending: Verdict, word: Callable[[Flag], str]) -> PhaseReport:
+    """Return the report with the reason of a more precise verdict. word: see `errors.worded`."""
+    return replace(report, reason_code=ending.code, reason=ending.reason_for(word))
 
 
 def _gate(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import msgspec
 from msgspec.structs import replace
@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from x07_sandbox.backends.base import Availability, Backend
 from x07_sandbox.backends.registry import create
 from x07_sandbox.backends.selection import Choice, choice_from_environment
-from x07_sandbox.errors import HostError, RefusedError, UsageError, printable
+from x07_sandbox.errors import Flag, HostError, RefusedError, Text, UsageError, printable
 from x07_sandbox.host import settings
 from x07_sandbox.host.paths import settings_file
 from x07_sandbox.host.variables import flag, text
@@ -48,6 +48,7 @@ else:
     Egress = object  # msgspec reads annotations; its module is loaded where it is needed
 
 _T = TypeVar("_T")
+_A_VM: Final = Flag("--sandbox-backend vm")
 # A step of a run: it yields drafts of the result and returns the data for the next step.
 Step = Generator[Result, None, _T]
 
@@ -173,10 +174,11 @@ def _input(
 
 
 def _require_host_files(request: RunRequest, availability: Availability, backend: Backend) -> None:
-    for flag_name, folder in (("--out", request.out), ("--workdir", request.workdir)):
+    for name, folder in ((Flag("--out"), request.out), (Flag("--workdir"), request.workdir)):
         if folder is not None and "host-files" not in availability.features.can_enforce:
             why = f"the backend {backend.name} cannot copy files back"
-            raise RefusedError(f"cannot use {flag_name}", why, f"Remove {flag_name}, or use --sandbox-backend vm")
+            fix = ("Remove ", name, ", or use ", _A_VM)
+            raise RefusedError(("cannot use ", name), why, fix, code="no-host-files")
 
 
 def _egress(policy: EffectivePolicy) -> Egress | None:
@@ -211,7 +213,7 @@ def _check_cpu_time(request: RunRequest, program: Program) -> None:
 
         why = f"the X07 program's own limit is {own_ms / 1000:g} s"
         fix = f"Add --cpu-time-limit-seconds {-(-limits.cpu_ms // 1000)}, or raise the limit in the program's profile"
-        raise UsageError(f"cannot use {flag_text('cpu_ms', limits.cpu_ms)}", why, fix)
+        raise UsageError(("cannot use ", Flag(flag_text("cpu_ms", limits.cpu_ms))), why, fix)
 
 
 def wants_scaling(prepared: Prepared) -> bool:
@@ -259,10 +261,11 @@ def _image_name(request: RunRequest) -> str:
 def _refuse_image(request: RunRequest, choice: Choice) -> None:
     why = f"the backend {choice.backend} uses no guest image"
     if request.image is not None:
-        raise RefusedError(f"cannot use the image {request.image}", why, "Remove --image, or use --sandbox-backend vm")
+        fix: Text = ("Remove ", Flag("--image"), ", or use ", _A_VM)
+        raise RefusedError(f"cannot use the image {request.image}", why, fix, code="no-image-used")
     if text("X07_VM_GUEST_IMAGE_DIGEST") is not None:
-        fix = "Unset X07_VM_GUEST_IMAGE_DIGEST, or use --sandbox-backend vm"
-        raise RefusedError("this guest image is not allowed to run", why, fix)
+        fix = ("Unset X07_VM_GUEST_IMAGE_DIGEST, or use ", _A_VM)
+        raise RefusedError("this guest image is not allowed to run", why, fix, code="image-not-pinned")
 
 
 def _require_programs(program: Program, choice: Choice) -> None:
@@ -273,8 +276,9 @@ def _require_programs(program: Program, choice: Choice) -> None:
     for path in (argv[0] for argv in argvs):
         if not path.startswith("/x07/") and not os.access(path, os.X_OK):
             why = f"it uses this host's programs, and {path} does not exist"
-            fix = f"Run apt-get install {' '.join(toolchain.needs)}, or use --sandbox-backend vm"
-            raise RefusedError(f"the backend {choice.backend} cannot run {toolchain.name} programs", why, fix)
+            fix = (f"Run apt-get install {' '.join(toolchain.needs)}, or use ", _A_VM)
+            what = f"the backend {choice.backend} cannot run {toolchain.name} programs"
+            raise RefusedError(what, why, fix, code="no-toolchain")
 
 
 def _require_hardware(request: RunRequest, availability: Availability) -> None:
@@ -287,7 +291,8 @@ def _require_hardware(request: RunRequest, availability: Availability) -> None:
     steps += ["unset X07_VM_REQUIRE_HARDWARE"] * by_variable
     what = "emulation" if availability.features.emulated else "weaker isolation"
     fix = f"{availability.fix}. To accept {what} instead, {' and '.join(steps)}"
-    raise RefusedError("hardware virtualisation is required, but this run would not have it", availability.proof, fix)
+    what_failed = "hardware virtualisation is required, but this run would not have it"
+    raise RefusedError(what_failed, availability.proof, fix, code="no-hardware")
 
 
 def check_pinned(digest: str) -> None:
@@ -296,7 +301,7 @@ def check_pinned(digest: str) -> None:
     if pinned not in {None, digest}:
         why = f"X07_VM_GUEST_IMAGE_DIGEST is {pinned}, but the image's digest is {digest}"
         fix = "Choose another image, or set the variable to the digest that you trust"
-        raise RefusedError("this guest image is not allowed to run", why, fix)
+        raise RefusedError("this guest image is not allowed to run", why, fix, code="image-not-pinned")
 
 
 def current_image(image: Image) -> Image:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
-from x07_sandbox.errors import UsageError
+from x07_sandbox.errors import Flag, Text, UsageError, listed
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.paths import is_folder, read_bounded
@@ -89,17 +89,17 @@ def reject_profile(request: RunRequest, what: str) -> None:
         raise UsageError(f"cannot run {what} with --profile", "only an x07.json has profiles", "Remove --profile")
 
 
-def reject_overridden_options(request: RunRequest, what: str, why: str) -> None:
+def reject_overridden_options(request: RunRequest, what: str, why: Text) -> None:
     """Raise UsageError if the request has options that the program's own manifest sets. what, why: for the message."""
-    given = [name for name, value in (("--toolchain", request.toolchain), ("`files`", request.files)) if value]
+    given = [name for name, value in ((Flag("--toolchain"), request.toolchain), ("`files`", request.files)) if value]
     if given:
-        raise UsageError(f"cannot run {what}", why, f"Remove {' and '.join(given)}")
+        raise UsageError(f"cannot run {what}", why, ("Remove ", *listed(given, " and ")))
 
 
 def toolchain_of_text(name: str | None) -> Toolchain:
     """Return the toolchain for a program that is given as text. Raises UsageError."""
     if not name:
-        fix = "Add --toolchain, such as --toolchain python"
+        fix = ("Add ", Flag("--toolchain"), ", such as ", Flag("--toolchain python"))
         raise UsageError("cannot run the source", "its language is unknown", fix)
     return toolchain_named(name)
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import msgspec
 
-from x07_sandbox.errors import RefusedError, UsageError
+from x07_sandbox.errors import Flag, RefusedError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.cancel import Caller
 from x07_sandbox.host.paths import read_bounded
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from x07_sandbox.policy.limits import FlagReach, LimitChanges
     from x07_sandbox.policy.model import Limits
     from x07_sandbox.policy.overrides import Overrides
-    from x07_sandbox.programs.protocol import Protocol
+    from x07_sandbox.programs.toolchains import Protocol
     from x07_sandbox.sandboxes.transfers import OutFile
 
     Loader = Callable[["RunRequest", "RunCaller", Path, contextlib.ExitStack], tuple["RunRequest", "Program"] | None]
@@ -159,6 +159,7 @@ class RunCaller(Caller, frozen=True, kw_only=True):
     live_stdout, live_stderr: where the program's output goes while it runs.
     artifact: the file for the built program; a complete file is not built again.
     program, policy: those of the request, if the caller has read them.
+    word: returns the name of an option, for the reader of the result (`errors.worded`).
     """
 
     choice: Choice | None = None
@@ -170,6 +171,7 @@ class RunCaller(Caller, frozen=True, kw_only=True):
     artifact: OutFile | None = None
     program: Program | None = None
     policy: EffectivePolicy | None = None
+    word: Callable[[Flag], str] = str
 
 
 def check_arguments(request: RunRequest) -> None:
@@ -191,9 +193,10 @@ def check_arguments(request: RunRequest) -> None:
 
 def _check_environment(request: RunRequest, total: int) -> None:
     for name, value in request.env.items():
-        what = f"cannot use --env {name!r}"
+        what = ("cannot use ", Flag("--env"), f" {name!r}")
         if not name:
-            raise UsageError(f"cannot use --env {f'={value}'!r}", "the variable name is empty", "Add a name before '='")
+            what = ("cannot use ", Flag("--env"), f" {f'={value}'!r}")
+            raise UsageError(what, "the variable name is empty", "Add a name before '='")
         if not isinstance(value, str):
             raise UsageError(what, f"the value is {type(value).__name__}, not a string", "Pass strings")
         if not isinstance(name, str) or not _VARIABLE.fullmatch(name):
@@ -250,13 +253,14 @@ def _policy_file(given: str | Path) -> bytes:
 
 def _check_own(policy: Policy, given: ProjectPolicy) -> None:
     """Raise RefusedError if a project's own policy asks for network access or for folders outside the project."""
-    by_name = f"Read the policy. To accept it, add --policy {given.path.absolute()}"
+    what = "cannot use the project's own policy"
+    by_name = ("Read the policy. To accept it, add ", Flag(f"--policy {given.path.absolute()}"))
     if policy.may_connect:
-        raise RefusedError("cannot use the project's own policy", f"{given} asks for network access", by_name)
+        raise RefusedError(what, f"{given} asks for network access", by_name, code="own-policy")
     for root in (*policy.fs.read_roots, *policy.fs.write_roots) if policy.fs.enabled else ():
         if root.startswith("/") and not f"{os.path.normpath(root)}/".startswith(f"{given.base.rstrip('/')}/"):
             why = f"{given} asks for {root[:256]}, which is outside the project"
-            raise RefusedError("cannot use the project's own policy", why, by_name)
+            raise RefusedError(what, why, by_name, code="own-policy")
 
 
 def effective_policy_of(request: RunRequest) -> EffectivePolicy:
@@ -300,13 +304,15 @@ def check_variables(request: RunRequest, policy: Policy) -> None:
     if request.env and not policy.env.enabled:
         why = "env.enabled is false in the policy"
         fix = "Set env.enabled to true in the policy, or remove the variables"
-        raise RefusedError("cannot set variables for the program", why, fix).caused_by("env.enabled", value=True)
+        what = "cannot set variables for the program"
+        raise RefusedError(what, why, fix, code="no-variables").caused_by("env.enabled", value=True)
     for name in request.env:
         if name in policy.env.deny_keys:
             why = "env.deny_keys in the policy contains its name"
             fix = "Remove the name from env.deny_keys, or do not set the variable"
             left = [key for key in policy.env.deny_keys if key != name]
-            raise RefusedError(f"cannot set the variable {name}", why, fix).caused_by("env.deny_keys", left)
+            what = f"cannot set the variable {name}"
+            raise RefusedError(what, why, fix, code="variable-denied").caused_by("env.deny_keys", left)
 
 
 def open_input(
@@ -345,7 +351,9 @@ def read_whole(fd: int | None, most: int) -> bytes:
     try:
         data = b"" if fd is None else read_all(fd, most)
     except OSError as exc:
-        raise UsageError("cannot read the input", exc.strerror or str(exc), "Use --input FILE") from exc
+        raise UsageError(
+            "cannot read the input", exc.strerror or str(exc), ("Use ", Flag("--input"), " with a file")
+        ) from exc
     if len(data) > most:
         raise UsageError("cannot read the input", f"it has more than {most} bytes", "Shorten the input")
     return data

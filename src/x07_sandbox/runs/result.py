@@ -52,6 +52,7 @@ class PhaseReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     job_id: the id of the job, made of the run's id and the phase.
     start: how the VM started: booted (`cold`), cloned from a saved VM (`clone`), or taken from a pool (`pool`).
     outcome: how the phase ended, in the same words as the outcome of a run.
+    reason_code: the code of the reason (docs/reference/codes.md).
     reason: how the phase ended, in one sentence.
     times_ms: milliseconds from the VM's start to the events `hello` (the agent answered; not for a clone), `seeded`
         (the agent received random data), `started` and `exited` (the program), and `end` (of the phase).
@@ -64,6 +65,7 @@ class PhaseReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     job_id: str
     start: Literal["cold", "clone", "pool"]
     outcome: Outcome
+    reason_code: str
     reason: str
     times_ms: dict[str, float]
     stdout: Output
@@ -201,6 +203,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     schema_version: the version of this format.
     outcome: how the run ended, in one word (docs/reference/outcomes.md).
     fault: who is responsible: the program, the policy (a limit, a refusal or a wrong request), the host, or nobody.
+    reason_code: the code of the reason (docs/reference/codes.md).
     reason: how the run ended, in one sentence.
     x07_exit_code: the exit code of `x07 run`.
     exit_code: the exit status of the program, or of the compiler after a failed build; null if it did not exit by
@@ -218,6 +221,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     denials_lost: the number of denials that the result does not list, because there were too many.
     hints: what the program seems to lack, according to its error output. Hints are not denials.
     changes: what happened to the program's changes to granted folders.
+    input_problem: why x07 could not read the program's input to its end; null if there was no problem.
     files_discarded: the files in the program's private folders, which were deleted with the VM. To keep such files, use
         `--workdir` or `--out`.
     files: files that the program left in its private working folder or in /x07/out, by relative name. Only the Python
@@ -236,6 +240,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     run: str
     outcome: Outcome
     fault: Literal["program", "policy", "host", "none"]
+    reason_code: str
     reason: str
     x07_exit_code: int
     exit_code: int | None = None
@@ -255,6 +260,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     denials_lost: int = 0
     hints: list[Hint] = []
     changes: Changes = Changes()
+    input_problem: str | None = None
     files_discarded: Discarded = Discarded()
     filters: dict[str, str] = {}
     net: NetworkUse | None = None
@@ -290,6 +296,7 @@ def draft_result(run: str) -> Result:
         run=run,
         outcome="internal-error",
         fault="host",
+        reason_code="",
         reason="",
         x07_exit_code=125,
         stdout=EMPTY_OUTPUT,

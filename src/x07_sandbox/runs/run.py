@@ -13,12 +13,12 @@ from msgspec.structs import replace
 from x07_sandbox.errors import (
     BackendError,
     Cancelled,
+    Flag,
     HostError,
     ImageError,
     RefusedError,
     SandboxError,
     UsageError,
-    with_full_stop,
 )
 from x07_sandbox.host import settings
 from x07_sandbox.jobs.record import new_run_id
@@ -28,13 +28,13 @@ from x07_sandbox.policy import PolicyError
 from x07_sandbox.programs.toolchains import COMMAND, OUTPUT
 from x07_sandbox.runs.artifact import obtain_artifact
 from x07_sandbox.runs.folder import REQUEST, RunFolder
-from x07_sandbox.runs.job import run_job
+from x07_sandbox.runs.job import run_job, worded_report
 from x07_sandbox.runs.phase_specs import run_spec
 from x07_sandbox.runs.prepare import image_in_use, output_caps, prepare, wants_scaling
 from x07_sandbox.runs.result import Discarded, Result, draft_result
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from x07_sandbox.channel.messages import Closed
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from x07_sandbox.runs.phase import PhaseSpec
     from x07_sandbox.runs.prepare import Prepared, Step
     from x07_sandbox.runs.request import RunCaller, RunRequest
+    from x07_sandbox.runs.result import PhaseReport
 
 _TAIL_BYTES = 32 * 1024  # of each output stream of a failed program, for hints
 
@@ -70,6 +71,7 @@ def attempt(request: RunRequest, caller: RunCaller) -> tuple[Result, SandboxErro
             _store(folder.path / "result.json", msgspec.json.encode(draft.document()))
             return draft, None
     except SandboxError as exc:
+        exc.word_for(caller.word)
         return _ended(_with_cause(draft, exc), _verdict_of(exc, caller.cancel.signal)), exc
     except (OSError, MemoryError) as exc:
         from x07_sandbox.host.os_errors import host_error
@@ -86,7 +88,7 @@ def failure(exc: Exception, signalled: int | None = None) -> Result:
     draft = draft_result(new_run_id())
     if isinstance(exc, SandboxError):
         return _ended(_with_cause(draft, exc), _verdict_of(exc, signalled))
-    return _ended(draft, verdict("internal-error", f"bug in x07-sandbox: {type(exc).__name__}: {exc}"))
+    return _ended(draft, verdict("internal-error", "bug", {"problem": f"{type(exc).__name__}: {exc}"}))
 
 
 def _steps(
@@ -108,7 +110,7 @@ def _steps(
     artifact = caller.artifact or folder.out_file(OUTPUT, settings.ARTIFACT_MAX_BYTES)
     failed, draft = yield from obtain_artifact(prepared, draft, folder, artifact)
     if failed is not None:
-        yield _ended(draft, failed)
+        yield _ended(draft, failed, caller.word)
         return
     digests = replace(draft.digests, artifact=f"sha256:{artifact.sha256()}")
     spec = run_spec(prepared, artifact, stack, host_files)
@@ -117,13 +119,13 @@ def _steps(
     draft = replace(draft, digests=digests, filters=_filters(prepared, spec))
     yield draft
     end = run_job(prepared, spec, draft.run, folder)
-    ending = _without_command(_naming_flags(end, prepared), end, prepared)
-    draft = _with_run(draft, end._replace(ending=ending))
+    ending = _without_command(_with_setter(end, prepared), end, prepared)
+    draft = _with_run(draft, end, worded_report(end.report, ending, caller.word))
     draft = _with_denials(draft, prepared, spec, end)
     left = {} if spec.receivers.left is None else spec.receivers.left.files()
     draft = replace(draft, files=left, files_discarded=_discarded(end.facts.closed, left))
     yield draft
-    yield _ended(draft, ending) if host_files is None else _settled(draft, host_files, ending)
+    yield _ended(draft, ending, caller.word) if host_files is None else _settled(draft, host_files, ending, caller.word)
 
 
 def _more(draft: Result, denials: list[Denial]) -> Result:
@@ -131,22 +133,28 @@ def _more(draft: Result, denials: list[Denial]) -> Result:
 
 
 def _verdict_of(exc: SandboxError, signalled: int | None = None) -> Verdict:
-    from x07_sandbox.plan.outcomes import cancelled_verdict, verdict
+    from x07_sandbox.plan.outcomes import OUTCOMES, Verdict, cancelled_verdict
 
     if isinstance(exc, Cancelled):
         return cancelled_verdict(signalled or 0)
     outcome = next(outcome for kinds, outcome in _KNOWN_OUTCOMES if isinstance(exc, kinds))
     ours = isinstance(exc, (ImageError, HostError, BackendError))
-    return verdict(outcome, str(exc).removesuffix("."), fault="host" if ours else None)
+    return Verdict(outcome=outcome, fault="host" if ours else OUTCOMES[outcome].fault, code=exc.code, error=exc)
 
 
-def _ended(draft: Result, ending: Verdict, exit_code: int | None = None) -> Result:
-    """Return the draft with the verdict filled in. exit_code: the exit code of `x07 run`; None for the verdict's."""
+def _ended(
+    draft: Result, ending: Verdict, word: Callable[[Flag], str] = str, *, exit_code: int | None = None
+) -> Result:
+    """Return the draft with the verdict filled in. word: see `errors.worded`.
+
+    exit_code: the exit code of `x07 run`; None for the verdict's.
+    """
     return replace(
         draft,
         outcome=ending.outcome,
         fault=ending.fault,
-        reason=ending.reason,
+        reason_code=ending.code,
+        reason=ending.reason_for(word),
         x07_exit_code=ending.x07_exit_code if exit_code is None else exit_code,
         exit_code=ending.exit_code,
         signal=ending.signal,
@@ -191,9 +199,11 @@ def _filters(prepared: Prepared, spec: PhaseSpec) -> dict[str, str]:
     return {name: f"sha256:{known[name].sha256}" for name in spec.filters}
 
 
-def _with_run(draft: Result, end: JobEnd) -> Result:
-    report = replace(end.report, reason=end.ending.reason)
+def _with_run(draft: Result, end: JobEnd, report: PhaseReport) -> Result:
     digests = replace(draft.digests, output=f"sha256:{end.output_sha256}")
+    problem, warnings = end.facts.input_problem, [*draft.warnings, *end.warnings]
+    if problem:
+        warnings.append(f"the input could not be read to its end: {problem}")
     if end.facts.input_sha256 is not None:
         digests = replace(digests, input=f"sha256:{end.facts.input_sha256}")
     return replace(
@@ -204,7 +214,8 @@ def _with_run(draft: Result, end: JobEnd) -> Result:
         jail=end.jail,
         digests=digests,
         net=end.net,
-        warnings=[*draft.warnings, *end.warnings],
+        input_problem=problem or None,
+        warnings=warnings,
     )
 
 
@@ -220,26 +231,27 @@ def _scaled(prepared: Prepared, draft: Result) -> tuple[Prepared, Result]:
             draft,
             warnings=[
                 *draft.warnings,
-                f"the limits were not scaled ({exc.what}: {exc.why}). {with_full_stop(exc.fix)}",
+                f"the limits were not scaled ({exc.what}: {exc.why}). {exc.fix}{exc.stop}",
             ],
         )
     return prepared, replace(draft, scaling=scaling, warnings=[*draft.warnings, *warnings])
 
 
-def _naming_flags(end: JobEnd, prepared: Prepared) -> Verdict:
-    from x07_sandbox.plan.outcomes import OUTPUT_FLAG, name_flags
+def _with_setter(end: JobEnd, prepared: Prepared) -> Verdict:
+    """Return the verdict with the flag that set a reached limit, if the limit is not the policy's."""
+    from x07_sandbox.plan.outcomes import limit_set_by
 
-    flags, cpu_ms, changes = {}, prepared.program.cpu_ms, prepared.request.limits
-    if changes is not None:
-        from x07_sandbox.policy.limits import NAMES
-
-        for field in changes.given():
-            flags[f"limits.{field}"] = NAMES[field].flag
-    if cpu_ms is not None and cpu_ms < prepared.policy.policy.limits.cpu_ms:
-        flags["limits.cpu_ms"] = "--cpu-time-limit-seconds"
+    field, cpu_ms, changes = end.ending.limited_by, prepared.program.cpu_ms, prepared.request.limits
     if _has_fixed_output(end, prepared):
-        flags[OUTPUT_FLAG] = "fixed"
-    return name_flags(end.ending, flags)
+        return limit_set_by(end.ending, fixed="fixed")
+    if field == "limits.cpu_ms" and cpu_ms is not None and cpu_ms < prepared.policy.policy.limits.cpu_ms:
+        return limit_set_by(end.ending, option=Flag("--cpu-time-limit-seconds"))
+    for name in () if changes is None else changes.given():
+        if field == f"limits.{name}":
+            from x07_sandbox.policy.limits import NAMES
+
+            return limit_set_by(end.ending, option=Flag(NAMES[name].flag))
+    return end.ending
 
 
 def _has_fixed_output(end: JobEnd, prepared: Prepared) -> bool:
@@ -259,16 +271,17 @@ def _without_command(ending: Verdict, end: JobEnd, prepared: Prepared) -> Verdic
         return ending
     name, image = ascii(prepared.program.source.name)[1:-1], prepared.image_name
     if prepared.image is None:
-        return replace(ending, reason=f"the command {name} is not installed on this host")
+        return replace(ending, code="command-not-on-host", params={"name": name})
     if "/" in name:
-        return replace(ending, reason=f"{name} or its interpreter does not exist in the VM")
+        return replace(ending, code="command-not-in-vm", params={"name": name})
     from x07_sandbox.plan.packages import package_of_program
 
     flag, package = package_of_program(name)
     add = "To add a Python package" if flag == "--pip" else "To add the Debian package that has it"
     add = add if package == "PACKAGE" else "To add it"
-    fix = f"{add}: {image_in_use(prepared.image, image).adding(flag, [package])}"
-    return replace(ending, reason=f"the command {name} is not in the image {image}. {fix}")
+    command = image_in_use(prepared.image, image).adding(flag, [package]).text
+    params = {"name": name, "image": image, "advice": add, "command": command}
+    return replace(ending, code="command-not-in-image", params=params)
 
 
 def _with_denials(draft: Result, prepared: Prepared, spec: PhaseSpec, end: JobEnd) -> Result:
@@ -329,7 +342,7 @@ def _tail(end: JobEnd) -> bytes:
     return b"\n".join(os.pread(fd, _TAIL_BYTES, max(0, size - _TAIL_BYTES)) for fd, size in sizes if size)
 
 
-def _settled(draft: Result, host_files: HostFiles, ending: Verdict) -> Result:
+def _settled(draft: Result, host_files: HostFiles, ending: Verdict, word: Callable[[Flag], str]) -> Result:
     """Apply or save the changes to host files; return the result. An invalid report by the guest replaces *ending*."""
     from x07_sandbox.errors import PeerError
     from x07_sandbox.plan.outcomes import REFUSED_EXIT, cancelled_verdict, verdict
@@ -338,15 +351,14 @@ def _settled(draft: Result, host_files: HostFiles, ending: Verdict) -> Result:
         ended_well = ending.outcome in {"ok", "failed"}
         changes, refused, warning = host_files.settle(ended_well=ended_well)
     except PeerError as exc:
-        reason = f"the guest violated the channel protocol: {exc.why}"
-        return _ended(draft, verdict("guest-lost", reason, fault="program"))
+        return _ended(draft, verdict("guest-lost", "protocol", {"problem": exc.why}, fault="program"))
     draft = replace(_more(draft, refused), changes=changes)
     if warning:
         draft = replace(draft, warnings=[*draft.warnings, warning])
     if host_files.cancelled_by is not None:
-        return _ended(draft, cancelled_verdict(host_files.cancelled_by, " before its changes were applied"))
+        return _ended(draft, cancelled_verdict(host_files.cancelled_by, "cancelled-before-apply"))
     not_applied = ending.outcome == "ok" and changes.reason
-    return _ended(draft, ending, REFUSED_EXIT if not_applied else None)
+    return _ended(draft, ending, word, exit_code=REFUSED_EXIT if not_applied else None)
 
 
 def _denial(field: str, why: str, how: HowToAllow | None) -> Denial:

@@ -11,7 +11,7 @@ import contextlib
 import os
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from x07_sandbox.errors import HostError, SandboxError, UsageError
+from x07_sandbox.errors import Command, HostError, SandboxError, UsageError
 from x07_sandbox.host.locks import is_locked, lock_fd_held, lock_for_removal
 from x07_sandbox.host.paths import private_dir, read_bounded, state_dir
 from x07_sandbox.plan.guest_paths import is_below
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _SAVED: Final = "changes/changes.json"
 _LATER: Final = "later-"
-_FIX: Final = "To let a program change a folder: x07 run --workdir DIR ..."
+_FIX: Final = ("To let a program change a folder: ", Command("x07 run --workdir DIR ..."))
 _RUN_AGAIN: Final = "Run the program again"
 _CHANGES_MAX: Final = 1 << 30
 _LISTED: Final = 3
@@ -93,7 +93,7 @@ def find_saved(run: str | None, verb: str = "diff") -> SavedChanges:
         more = f", and {len(elsewhere) - _LISTED} earlier runs" if len(elsewhere) > _LISTED else ""
         named = "; ".join(f"{one.run} in {folder_names(one.changes)}" for one in elsewhere[:_LISTED])
         why = f"no run changed files in this folder. Runs elsewhere: {named}{more}"
-        fix = f"Give the id of the run: x07 {verb} {elsewhere[0].run}"
+        fix = ("Give the id of the run: ", Command(f"x07 {verb} {elsewhere[0].run}"))
         raise UsageError(f"cannot choose a run for x07 {verb}", why, fix)
     return _read(find_run(run, _SAVED, "changes to files", _FIX, action="changed any files"))
 
@@ -199,7 +199,7 @@ def undo_saved(saved: SavedChanges, on_wait: Callable[[str], None]) -> ChangeSet
     what, run = f"cannot undo the changes of run {saved.run}", saved.run
     with _locked(saved.folder, on_wait), _validated(run), applying(run), contextlib.ExitStack() as stack:
         if not saved.undos:  # checked under the lock
-            raise UsageError(what, "they are not applied", f"To see them: x07 diff {run}")
+            raise UsageError(what, "they are not applied", ("To see them: ", Command(f"x07 diff {run}")))
         folder = saved.undos[-1]
         place = folder / "undo"
         data = stack.enter_context((place / "data").open("rb"))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 from msgspec.structs import replace
 
-from x07_sandbox.errors import BackendError, HostError, SandboxError
+from x07_sandbox.errors import BackendError, Command, HostError, SandboxError
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.linux import processor
@@ -139,7 +139,8 @@ def _guest_times(prepared: Prepared) -> list[float]:
     if end.ending.outcome == "ok" and (found := _printed(end.report.stdout.data)) is not None:
         return found
     why = f"the test program ended as {end.ending.outcome}: {end.ending.reason}"
-    raise BackendError("cannot measure the speed of the emulated VM", why, "To check this host: x07 doctor")
+    fix = ("To check this host: ", Command("x07 doctor"))
+    raise BackendError("cannot measure the speed of the emulated VM", why, fix)
 
 
 def _host_times() -> list[float]:

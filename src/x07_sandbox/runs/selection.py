@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from msgspec.structs import replace
 
-from x07_sandbox.errors import RefusedError, UsageError
+from x07_sandbox.errors import Command, Flag, RefusedError, Text, UsageError, listed
 from x07_sandbox.files.changes import display_name, parent_folders, path_of
 from x07_sandbox.files.dependencies import applicable, removes_folder, unmet, with_new_parents
 from x07_sandbox.files.protected import Protection
@@ -124,22 +124,23 @@ def _names(root: RootChanges) -> set[str]:
     return {change.name for change in root.changes} | {refusal.name for refusal in root.refused}
 
 
-def _refused(left: Sequence[tuple[str, Refused]], changes: ChangeSet, fix: str = "") -> RefusedError:
+def _refused(left: Sequence[tuple[str, Refused]], changes: ChangeSet, fix: Text = "") -> RefusedError:
     """Return the error for changes that are not allowed, given as pairs of a root and a refusal."""
-    fix = fix or f"To see the reasons, and a flag for each: x07 diff {changes.run}"
+    fix = fix or ("To see the reasons, and a flag for each: ", Command(f"x07 diff {changes.run}"))
     several = changes.several_roots
     lines = [f"{display_name(root, one.name, several_roots=several)} ({one.why})" for root, one in left[:_LISTED]]
     more = f", and {len(left) - _LISTED} more" if len(left) > _LISTED else ""
-    return RefusedError("cannot apply the changes", "; ".join(lines) + more, fix)
+    return RefusedError("cannot apply the changes", "; ".join(lines) + more, fix, code="changes-refused")
 
 
 def _needs(root: str, names: tuple[str, str], changes: ChangeSet, *, can_add: bool) -> RefusedError:
     """Return the error for a change that needs another one, given as the pair of their names."""
     shown = [display_name(root, name, several_roots=changes.several_roots) for name in names]
     flags = [flag_for("--only", shown[1]) if can_add else "", flag_for("--skip", shown[0])]
+    named = [Flag(flag) for flag in flags if flag]
     why = f"it depends on the change of {shown[1]}, which is not selected"
-    fix = " or ".join(filter(None, flags)) or "--skip with a pattern"
-    return RefusedError(f"cannot apply {shown[0]}", why, f"Add {fix}")
+    fix = listed(named, " or ") if named else (Flag("--skip"), " with a pattern")
+    return RefusedError(f"cannot apply {shown[0]}", why, ("Add ", *fix), code="change-needs-another")
 
 
 def apply_selected(saved: SavedChanges, selected: ChangeSet, on_wait: Callable[[str], None]) -> ChangeSet:
@@ -176,7 +177,7 @@ def _without(
     is_allowed = grants.is_allowed(root.root)
     left = [(root.root, one) for one in root.refused if one.name not in skipped | holding and not is_allowed(one)]
     if left:
-        raise _refused(left, every, "Leave them out with --skip PATH")
+        raise _refused(left, every, ("Leave them out with ", Flag("--skip")))
     for name in sorted(holding):
         shown = display_name(root.root, name, several_roots=every.several_roots)
         notify(f"kept because it contains skipped files: {shown}")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-from x07_sandbox.errors import RefusedError
+from x07_sandbox.errors import Command, Flag, RefusedError, Text
 from x07_sandbox.policy import Policy
 from x07_sandbox.x07.runner_report import AttestationReference, SandboxBackend, SolveReport, World, sandbox_backend_of
 
@@ -93,9 +93,10 @@ def attest(result: Result, solve: SolveReport, given: Attested) -> Attestation:
         )
     backend = sandbox_backend_of(result)
     if isinstance(backend, UnsetType):
-        raise _cannot(WRITE_CODE, "the program was not isolated", "Use --sandbox-backend vm")
+        raise _cannot(WRITE_CODE, "the program was not isolated", ("Use ", Flag("--sandbox-backend vm")))
     if result.digests.image is None and backend == "vm":
-        raise _cannot(GUEST_CODE, "the digest of the guest image is unknown", "To rebuild the image: x07 image build")
+        fix = ("To rebuild the image: ", Command("x07 image build"))
+        raise _cannot(GUEST_CODE, "the digest of the guest image is unknown", fix)
     net = given.policy.net
     mode = network_mode(given.policy)
     return Attestation(
@@ -143,5 +144,5 @@ def reference(path: str, made: Attestation) -> AttestationReference:
     )
 
 
-def _cannot(code: str, why: str, fix: str) -> RefusedError:
-    return RefusedError(f"{code}: cannot attest this run", why, fix)
+def _cannot(code: str, why: str, fix: Text) -> RefusedError:
+    return RefusedError(f"{code}: cannot attest this run", why, fix, code="no-attestation")

@@ -1,14 +1,12 @@
 """Read a program or project in the X07 language for its compiler."""
 
-from __future__ import annotations
-
+import contextlib
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
-from x07_sandbox.errors import UsageError
-from x07_sandbox.files.pack import pack_files, pack_tree
+from x07_sandbox.errors import Flag, UsageError
+from x07_sandbox.files.pack import Packed, pack_files, pack_tree
 from x07_sandbox.host import settings
 from x07_sandbox.host.paths import is_folder, read_bounded
 from x07_sandbox.host.project import ProjectFolder
@@ -20,15 +18,9 @@ from x07_sandbox.runs.program import (
     single_file,
     with_project_files,
 )
-from x07_sandbox.runs.request import Program, in_memory, sha256_text
+from x07_sandbox.runs.request import Program, RunCaller, RunRequest, in_memory, sha256_text
 from x07_sandbox.x07 import project as x07
-from x07_sandbox.x07.protocol import X07, X07_ARTIFACT
-
-if TYPE_CHECKING:
-    import contextlib
-
-    from x07_sandbox.files.pack import Packed
-    from x07_sandbox.runs.request import RunCaller, RunRequest
+from x07_sandbox.x07.project import X07, X07_ARTIFACT
 
 
 def load_x07(
@@ -47,7 +39,7 @@ def load_x07(
     """
     if not x07.is_x07(path):
         return None
-    reject_overridden_options(request, str(path), "an X07 program needs no --toolchain")
+    reject_overridden_options(request, str(path), ("an X07 program needs no ", Flag("--toolchain")))
     request = _with_arguments_as_input(request, path)
     given = replace(
         options,
@@ -131,7 +123,8 @@ def _project(
     if profile is not None:
         if profile.world != x07.WORLD and request.policy is None:
             why = f"its profile is for the world {profile.world[:80]}; only {x07.WORLD} is supported"
-            raise UsageError(f"cannot run the project {path}", why, "Use another --profile, or add --policy FILE")
+            fix = ("Use another --profile, or add ", Flag("--policy"))
+            raise UsageError(f"cannot run the project {path}", why, fix)
         request, input_fd = with_project_files(request, folder, stack, policy=profile.policy, stdin=profile.input)
     options = x07.merged(given, profile)
     if given.max_output_bytes is None:  # a project may lower the limit, not raise it

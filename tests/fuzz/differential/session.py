@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from tests.fuzz.differential.case import GOOD, Case
 from x07_sandbox.network.first_bytes import Inspector
-from x07_sandbox.network.inspection_error import InspectionError
+from x07_sandbox.network.protocols import InspectionError
 
 if TYPE_CHECKING:
     from collections.abc import Callable

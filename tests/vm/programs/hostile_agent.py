@@ -3,48 +3,21 @@
 """A guest that lies, in the place of `guest/agent.py` in images that tests build; the honest one is `guest/honest.py`.
 
 `guest/mode.py` says how it behaves from the start (`BOOT`). Where it greets like an honest agent, the word of the job's
-command line that is in `DEEDS` says what it does once it has claimed that the program runs.
+command line that is in `DEEDS` (here and in lies.py) says what it does once it has claimed that the program runs.
 """
 
 from __future__ import annotations
 
 import ctypes
-import itertools
 import os
-import stat
-import struct
-import time
-from typing import TYPE_CHECKING
 
 from x07_sandbox.guest.mode import BOOT
 
 from x07_sandbox.channel import messages, streams
 from x07_sandbox.channel.link import Stream
-from x07_sandbox.channel.messages import Close, Closed, Denied, Exec, Exited, Failed, Hello, Seed, Started
-from x07_sandbox.channel.streams import HEADER, Event, Role
-from x07_sandbox.channel.trees import Entry, segment
-from x07_sandbox.channel.trees import Kind as R
-from x07_sandbox.guest import honest, machine, system
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
-
-DENIED = Denied(id=1, by="kernel", call="openat", errno=13, path="/x", write=False, times=1)
-EXITED = Exited(
-    id=1,
-    wait_status=0,
-    cpu_us=1,
-    memory_peak_bytes=1,
-    oom_kills=0,
-    tasks_peak=1,
-    tasks_refused=0,
-    cpu_exceeded=False,
-    stopped=False,
-    disk_full=False,
-    memory_full=False,
-    denials_lost=0,
-)
-CLOSED = Closed(output_bytes=None, output_problem=None, left_files=0, left_bytes=0)
+from x07_sandbox.channel.messages import Close, Exec, Hello, Seed, Started
+from x07_sandbox.channel.streams import Event, Role
+from x07_sandbox.guest import honest, lies, machine, system
 
 
 def main() -> None:
@@ -56,18 +29,18 @@ def main() -> None:
     platform = machine.Machine()
     port = platform.open_channel()
     if BOOT == "silent":
-        for_ever()
+        lies.for_ever()
     if BOOT == "garbage":
-        pour(port, os.urandom(4096))
+        lies.pour(port, os.urandom(4096))
     if BOOT == "protocol":
         link = honest.Connection(port, Role.GUEST)
         link.link.send(Hello(messages.PROTOCOL + 1))
         link.flush()
-        for_ever()
+        lies.for_ever()
     Liar(port, platform).serve()
 
 
-class Liar(honest.Agent):
+class Liar(lies.Lies, honest.Agent):
     """Honest until CLOSE, which the host sends right after EXEC."""
 
     def __init__(self, *given: object) -> None:
@@ -85,7 +58,7 @@ class Liar(honest.Agent):
             return  # the honest agent would abort it
         if isinstance(event, Exec):
             words = (os.path.basename(arg).partition(".")[0] for arg in event.argv)
-            self.deed = next((word for word in words if word in DEEDS or word in UNSTARTED), "")
+            self.deed = next((word for word in words if word in DEEDS or word in lies.UNSTARTED), "")
             if self.deed:
                 return  # the honest agent never hears of the command
         if isinstance(event, Close) and self.deed:
@@ -99,72 +72,9 @@ class Liar(honest.Agent):
             if self.deed in DEEDS:
                 self.link.send(Started(1))
                 self.say()
-            {**DEEDS, **UNSTARTED}[self.deed](self)
-            for_ever()
+            {**DEEDS, **lies.UNSTARTED}[self.deed](self)
+            lies.for_ever()
         return going
-
-    def say(self) -> None:
-        """Let all that is queued go."""
-        while self.link.pending():
-            self.connection.flush()
-            time.sleep(0.001)
-
-    def raw(self, kind: int, stream: int, payload: bytes = b"", code: int = 0, size: int | None = None) -> None:
-        """One frame as it is, whatever the link thinks of it."""
-        header = HEADER.pack(kind, code, 0, stream, len(payload) if size is None else size)
-        write(self.connection.fd, header + payload)
-
-    def raw_message(self, message: messages.Message) -> None:
-        """One message, whatever the link thinks of it."""
-        code, payload = messages.encode(message)
-        self.raw(streams.MESSAGE, 0, payload, code)
-
-    def raw_open(self, number: int, stream: Stream, subject: int) -> None:
-        """Open a stream, whatever the link thinks of it."""
-        self.raw(streams.OPEN, number, struct.pack(">I", subject), stream)
-
-    def open(self, stream: Stream, data: bytes = b"", subject: int = 0) -> int:
-        """Open a stream as the protocol allows, and send data."""
-        number = self.link.open(stream, subject)
-        self.link.streams.send(number, data)
-        self.say()
-        return number
-
-    def end(self, **lies: object) -> None:
-        """Claim the program's end."""
-        self.link.send(EXITED._replace(**lies))
-        self.say()
-
-    def close(self, **lies: object) -> None:
-        """Claim that all has been sent."""
-        self.link.send(CLOSED._replace(**lies))
-        self.say()
-
-    def end_and_close(self, **lies: object) -> None:
-        """Claim the program's end, and that all has been sent."""
-        self.end(**lies)
-        self.close()
-
-
-def write(fd: int, data: bytes) -> None:
-    """Write all."""
-    while data:
-        try:
-            data = data[os.write(fd, data) :]
-        except BlockingIOError:
-            time.sleep(0.001)
-
-
-def pour(fd: int, data: bytes) -> None:
-    """Write the same for ever."""
-    while True:
-        write(fd, data)
-
-
-def for_ever() -> None:
-    """Do nothing any more."""
-    while True:
-        time.sleep(1000)
 
 
 def panic() -> None:
@@ -173,236 +83,18 @@ def panic() -> None:
         file.write("1")
     with open("/proc/sysrq-trigger", "w") as file:
         file.write("c")
-    for_ever()
+    lies.for_ever()
 
 
 def flood_console() -> None:
     """Write to the console for ever."""
-    pour(os.open("/dev/console", os.O_WRONLY), b"Kernel panic - not syncing\x1b[31m: I lie\n" * 100)
+    lies.pour(os.open("/dev/console", os.O_WRONLY), b"Kernel panic - not syncing\x1b[31m: I lie\n" * 100)
 
 
-def flood_output(agent: Liar) -> None:
-    """More output than the window allows."""
-    number = agent.open(Stream.STDOUT, subject=1)
-    while True:
-        agent.raw(streams.DATA, number, bytes(32768))
-
-
-def lie_about_file(agent: Liar, announced: int, sent: int) -> None:
-    """Send a file, and state another size."""
-    agent.end()
-    if sent:
-        agent.link.streams.finish(agent.open(Stream.OUTPUT, bytes(sent)))
-    agent.close(output_bytes=announced)
-
-
-def endless_file(agent: Liar) -> None:
-    """Keep to the window and send a file for ever."""
-    agent.end()
-    number = agent.open(Stream.OUTPUT)
-    while True:
-        agent.link.streams.send(number, bytes(32768))
-        agent.connection.flush()
-        for _ in agent.connection.read() or ():
-            pass
-
-
-def many_denials(agent: Liar) -> None:
-    """Say of more things than may be that they were refused."""
-    for number in range(70):
-        agent.link.send(DENIED._replace(path=f"/{number}"))
-    agent.end_and_close()
-
-
-def one_denial(agent: Liar) -> None:
-    """Say of one thing that it was refused, with control characters and a huge count."""
-    agent.link.send(DENIED._replace(path="/root/\x1b[2Jx", call="\x1b", times=2**62))
-    agent.end_and_close()
-
-
-def fail(agent: Liar, command: int) -> None:
-    """Say that something failed while the program runs."""
-    agent.raw_message(Failed(command, "x", 5, "\x1b[2J it broke"))
-
-
-def huge_number(agent: Liar) -> None:
-    """Report the program's end with all counters at their highest."""
-    most = messages.FORMS[Exited].layout.size
-    agent.raw(streams.MESSAGE, 0, struct.pack(">I", 1) + b"\xff" * (most - 4), messages.FORMS[Exited].number)
-
-
-def message(agent: Liar, kind: type, payload: bytes) -> None:
-    """Send any payload as a message."""
-    agent.raw(streams.MESSAGE, 0, payload, messages.FORMS[kind].number)
-
-
-def two_streams(agent: Liar) -> None:
-    """Open the output of the program twice."""
-    agent.raw_open(agent.open(Stream.STDOUT, b"once", 1) + 2, Stream.STDOUT, 1)
-
-
-def churn(agent: Liar) -> None:
-    """Open and reset streams without end, each with a new number."""
-    for number in itertools.count(1, 2):
-        agent.raw_open(number, Stream.STDERR, 1)
-        agent.raw(streams.RESET, number)
-
-
-def unended_output(agent: Liar) -> None:
-    """Claim the program's end before the end of its output."""
-    agent.open(Stream.STDOUT, b"more", 1)
-    agent.raw_message(EXITED)
-
-
-def ended_twice(agent: Liar) -> None:
-    """Claim the program's end twice."""
-    agent.end()
-    agent.raw_message(EXITED._replace(wait_status=9))
-
-
-def closed_twice(agent: Liar) -> None:
-    """Claim twice, in one write, that all has been sent, with other counts."""
-    agent.end()
-    frames = [messages.encode(CLOSED), messages.encode(CLOSED._replace(left_files=7))]
-    parts = [HEADER.pack(streams.MESSAGE, code, 0, 0, len(payload)) + payload for code, payload in frames]
-    write(agent.connection.fd, b"".join(parts))
-
-
-def after_the_end(agent: Liar) -> None:
-    """Send more output after the end of the output."""
-    number = agent.open(Stream.STDOUT, b"all", 1)
-    agent.link.streams.finish(number)
-    agent.say()
-    agent.raw(streams.DATA, number, b" and more")
-    agent.raw(streams.FIN, number)
-    agent.end_and_close()
-
-
-def abort_all(agent: Liar) -> None:
-    """Abort every stream: those of the host, which carry files and input, and an own one with output."""
-    own = agent.open(Stream.STDOUT, b"out", 1)
-    for number in (*agent.of_host, own):
-        agent.link.streams.reset(number)
-    agent.say()
-    for number in (*agent.of_host, own):
-        agent.raw(streams.RESET, number)  # and once more
-    agent.end_and_close()
-
-
-def told(kind: R, name: bytes, **fields: object) -> bytes:
-    """A record of the stream of changes."""
-    return Entry(kind, name, **fields).encoded()  # type: ignore[arg-type] # its own check
-
-
-def file(name: bytes, content: bytes = b"x", mode: int = 0o644) -> bytes:
-    """A file in it."""
-    return told(R.FILE, name, mode=mode, size=len(content)) + segment(len(content)) + content
-
-
-def million() -> Iterator[bytes]:
-    """More entries than anybody wants."""
-    for number in range(1_000_000):
-        yield file(b"%d" % number)
-
-
-CHANGES = {
-    "up": lambda: [file(b"../evil")],
-    "absolute": lambda: [file(b"/evil")],
-    "inside": lambda: [file(b"a/../../evil")],
-    "zero": lambda: [file(b"a\0b")],
-    "device": lambda: [told(R.UNSUPPORTED, b"null", mode=stat.S_IFCHR | 0o666)],
-    "git": lambda: [told(R.FOLDER, b".GIT", mode=0o755), file(b".GIT/config", b"[core] fsmonitor = evil")],
-    "bare": lambda: [told(R.FOLDER, name, mode=0o755) for name in (b"r", b"r/refs", b"r/objects")] + [file(b"r/HEAD")],
-    "link": lambda: [told(R.LINK, b"l", target=b"/etc/passwd")],
-    "through": lambda: [told(R.LINK, b"l", target=b"."), file(b"l/evil")],
-    "set-id": lambda: [file(b"s", mode=0o4755)],
-    "bomb": lambda: [told(R.FILE, b"b", mode=0o644, size=1 << 40) + segment(1 << 40, hole=True)],
-    "million": million,
-    "root": lambda: [told(R.ROOT, b"7"), file(b"evil")],
-    "twice": lambda: [file(b"x"), file(b"x", b"y")],
-    "unsaid": lambda: [told(R.FILE, b"x", mode=0o644, size=1 << 20) + segment(5) + b"12345"],
-    "hidden": lambda: [told(R.DELETED, b".kept-back")],
-    "root-link": lambda: [told(R.DELETED, b"a"), told(R.LINK, b"", target=b".ssh")],
-    "typed": lambda: [file(b"s", mode=0o100644)],
-    "silent": list,
-}
-
-
-def changes(agent: Liar, records: Iterable[bytes]) -> None:
-    """Claim the program's end, and then these changes of the first root, at the host's pace."""
-    agent.end()
-    number = agent.open(Stream.CHANGES)
-    for record in itertools.chain([told(R.ROOT, b"0")], records, [told(R.END, b"")]):
-        if not agent.link.streams.is_open(number):  # the host wants no more
-            break
-        rest = record
-        while rest and agent.link.streams.is_open(number):
-            window = agent.link.streams.window(number)
-            if window:
-                rest = rest[agent.link.streams.send(number, rest[:window]) :]
-            if not window or agent.link.pending() > 1 << 16:
-                agent.connection.flush()
-                for _ in agent.connection.read() or ():
-                    pass
-    agent.link.streams.finish(number)
-    agent.close()
-
-
-DEEDS = {
-    **{f"changes-{name}": lambda agent, made=made: changes(agent, made()) for name, made in CHANGES.items()},
+DEEDS = lies.DEEDS | {
     "panic": lambda _agent: panic(),
     "exit": lambda _agent: os._exit(3),
     "crash": lambda _agent: ctypes.string_at(0),
     "off": lambda _agent: system.power_off(),
-    "mute": lambda _agent: for_ever(),
-    "garbage": lambda agent: pour(agent.connection.fd, os.urandom(65536)),
-    "oversized": lambda agent: agent.raw(streams.DATA, agent.open(Stream.STDOUT, subject=1), b"x" * 100, size=1 << 31),
-    "frames": lambda agent: pour(agent.connection.fd, HEADER.pack(streams.MESSAGE, 8, 0, 0, 4) + struct.pack(">I", 1)),
-    "credit": lambda agent: pour(
-        agent.connection.fd,
-        HEADER.pack(streams.CREDIT, 0, 0, agent.open(Stream.STDOUT, subject=1), 4) + struct.pack(">I", 1 << 20),
-    ),
-    "window": flood_output,
-    "status": lambda agent: agent.end_and_close(wait_status=0x137F),
-    "failed": lambda agent: fail(agent, 0),
-    "unstarted": lambda agent: fail(agent, 1),
-    "json": lambda agent: message(agent, Denied, b'[1,"kernel","x",NaN,"",false,1]'),
-    "deep": lambda agent: message(agent, Closed, b"[" * 16000),
-    "numbers": lambda agent: message(agent, Failed, b"[" + b"9" * 5000 + b"]"),
-    "short": lambda agent: message(agent, Exited, b"\0\0\0\1"),
-    "huge": huge_number,
-    "fields": lambda agent: message(agent, Closed, b"[null,null,0]"),
-    "denials": many_denials,
-    "denial": one_denial,
-    "ok": lambda agent: agent.end_and_close(),
     "console": lambda _agent: flood_console(),
-    "longer": lambda agent: lie_about_file(agent, 10, 20),
-    "shorter": lambda agent: lie_about_file(agent, 20, 10),
-    "unsent": lambda agent: lie_about_file(agent, 10, 0),
-    "endless": endless_file,
-    "withheld": lambda agent: agent.end(),
-    # what the streams and several commands allow
-    "twice": two_streams,
-    "nobody": lambda agent: agent.raw_open(1, Stream.STDOUT, 7),
-    "ours": lambda agent: agent.raw_open(1, Stream.INPUT, 0),
-    "even": lambda agent: agent.raw_open(2, Stream.STDOUT, 1),
-    "answer": lambda agent: agent.raw(streams.ANSWER, agent.open(Stream.STDOUT, subject=1)),
-    "datagram": lambda agent: agent.raw(streams.DATAGRAM, agent.open(Stream.STDOUT, subject=1)),
-    "order": lambda agent: message(agent, Exec, b"[]"),
-    "stranger": lambda agent: agent.raw_message(EXITED._replace(id=2)),
-    "changes": lambda agent: agent.open(Stream.CHANGES),
-    "churn": churn,
-    "unended": unended_output,
-    "ended": ended_twice,
-    "close": lambda agent: agent.raw_message(CLOSED),
-    "closed": closed_twice,
-    "more": after_the_end,
-    "abort": abort_all,
-}
-# Those that do not claim that the program runs.
-UNSTARTED = {
-    "unready": lambda _agent: for_ever(),
-    "early": lambda agent: agent.raw_open(1, Stream.STDOUT, 1),
-    "early-exit": lambda agent: agent.raw_message(EXITED),
-    "early-close": lambda agent: agent.raw_message(CLOSED),
 }

@@ -5,18 +5,19 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from x07_sandbox.backends.base import Availability, Orphan
+from x07_sandbox.backends.base import Availability, Job, Orphan
 from x07_sandbox.backends.container import instance as containers
 from x07_sandbox.backends.container.create import engine_gaps, is_roots_podman
-from x07_sandbox.backends.engine_images import DEFAULT_REFERENCE
-from x07_sandbox.backends.engines import CLIENTS, Engine, Name, engine, is_id
+from x07_sandbox.backends.engines import CLIENTS, DEFAULT_REFERENCE, Engine, Name, engine, is_id
 from x07_sandbox.backends.handshake import greet
 from x07_sandbox.errors import BackendError, HostError, ImageError
+from x07_sandbox.host.paths import find_program
 from x07_sandbox.host.variables import text
 from x07_sandbox.host.verdicts import Verdict, file_state
 from x07_sandbox.images import manifest
@@ -27,10 +28,6 @@ from x07_sandbox.jobs.stopping import stop_recorded
 from x07_sandbox.plan.features import LEAVES_TREE, VM_CAPABILITIES, Features
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-
-    from x07_sandbox.backends.base import Job
-    from x07_sandbox.backends.prerequisites import Need
     from x07_sandbox.jobs.record import JobRecord
 
 _REFERENCE_MAX: Final = 512
@@ -52,6 +49,7 @@ class ContainerBackend:
     def __init__(self, name: Name) -> None:
         self.name: str = name
         self._kind = name
+        self.needs = (CLIENTS[name],)
 
     @property
     def engine_images(self) -> ContainerBackend:
@@ -81,11 +79,6 @@ class ContainerBackend:
             why = "another version of x07-sandbox made it, so its agent may not be compatible"
             raise ImageError(f"cannot use the image {wanted}", why, fix)
         return OpenImage(fds={}, manifest=msgspec.structs.replace(found, digest=digest))
-
-    @property
-    def needs(self) -> tuple[Need, ...]:
-        """The engine's client."""
-        return (CLIENTS[self._kind],)
 
     def least_features(self) -> Features:
         """Return the features of a container that runs x07's agent."""
@@ -124,7 +117,9 @@ class ContainerBackend:
 
     def _engine(self) -> Engine:
         client = engine(self._kind)
-        if client.name == "podman" and _needs_runc():
+        # crun, podman's default runtime, refuses a host that mixes both versions of control groups.
+        mixed = all(Path("/sys/fs/cgroup", name).exists() for name in ("memory", "unified/cgroup.procs"))
+        if client.name == "podman" and mixed and (find_program("/usr/sbin/runc") or find_program("/usr/bin/runc")):
             return msgspec.structs.replace(client, options=("--runtime", "runc"))
         return client
 
@@ -175,9 +170,3 @@ class ContainerBackend:
     def remove(self, orphan: Orphan) -> bool:
         """Remove a container that `orphans` returned, and return whether it is proven gone."""
         return is_id(orphan.id) and containers.remove(self._engine(), orphan.id)
-
-
-def _needs_runc() -> bool:
-    """Return whether crun, podman's default runtime, would refuse this host for its mix of control group versions."""
-    hybrid = all(Path("/sys/fs/cgroup", name).exists() for name in ("memory", "unified/cgroup.procs"))
-    return hybrid and any(os.access(path, os.X_OK) for path in ("/usr/sbin/runc", "/usr/bin/runc"))

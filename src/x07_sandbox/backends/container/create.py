@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -12,8 +12,6 @@ from x07_sandbox.backends.base import Needs
 from x07_sandbox.host.settings import MIB
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from x07_sandbox.backends.engines import Name
 
 # The agent needs these to become another user and to end its processes. The program gets none of them.

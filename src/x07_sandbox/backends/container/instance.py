@@ -7,32 +7,29 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from x07_sandbox.backends.container import reaper
 from x07_sandbox.backends.container.create import ContainerSpec, create_argv, differences
-from x07_sandbox.backends.engines import container_id
-from x07_sandbox.backends.jailed import RunningAgent, error_stream, socket_ends
+from x07_sandbox.backends.engines import Engine, container_id
+from x07_sandbox.backends.jailed import BoundedStream, RunningAgent, error_stream, socket_ends
 from x07_sandbox.channel.egress import RESOLV_CONF
-from x07_sandbox.errors import BackendError, HostError, UsageError
+from x07_sandbox.errors import BackendError, Flag, HostError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.close_on_fork import FdGroup
 from x07_sandbox.host.linux import boot_ms, open_pidfd
+from x07_sandbox.host.os_errors import raised_as
 from x07_sandbox.host.paths import read_bounded
 from x07_sandbox.host.processes import identify, own_identity
 from x07_sandbox.jobs.launcher import Launch, launch
-from x07_sandbox.jobs.record import create_record, drop_unstarted, mark_done, write_owner
+from x07_sandbox.jobs.record import JobRecord, create_record, drop_unstarted, mark_done, write_owner
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
-
     from x07_sandbox.backends.base import Greeting, Job, StartMode
-    from x07_sandbox.backends.engines import Engine
-    from x07_sandbox.backends.jailed import BoundedStream
     from x07_sandbox.images.verify import OpenImage
-    from x07_sandbox.jobs.record import JobRecord
 
 _GONE_S: Final = 20.0
 _EXIT_S: Final = 10.0
@@ -184,7 +181,7 @@ def _spec(engine: Engine, job: Job, record: JobRecord, image: OpenImage, files: 
     for path in (spec.resolv_conf, *spec.tmpfs()):
         if "," in path or ":" in path:
             why = f"{path!r} has a comma or a colon, which {engine.name} does not accept in a path"
-            fix = "Rename the folder, or use --sandbox-backend vm"
+            fix = ("Rename the folder, or use ", Flag("--sandbox-backend vm"))
             raise HostError("cannot mount a folder in the container", why, fix)
     return spec
 
@@ -208,10 +205,8 @@ def _start_reaper(engine: Engine, record: JobRecord, deadline_s: int, runner_fd:
     until = (boot_ms() + settings.CLEANUP_MS) / 1000 + deadline_s
     removing = engine.argv(*_removing(engine, container_name(record)))
     argv = [sys.executable, "-I", "-S", reaper.__file__, str(record.folder), str(until), str(runner_fd), *removing]
-    try:
+    with raised_as(BackendError, "cannot start the reaper", "Run x07 doctor"):
         return launch(Launch(argv=argv, pass_fds=(runner_fd,), stderr_fd=subprocess.DEVNULL, env=engine.env))
-    except OSError as exc:
-        raise BackendError("cannot start the reaper", exc.strerror or str(exc), "Run x07 doctor") from exc
 
 
 def container_name(record: JobRecord) -> str:

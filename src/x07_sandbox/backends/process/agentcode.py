@@ -1,6 +1,7 @@
-"""The zip with the agent's code for the host's own interpreter, cached. Guest images contain the same code."""
+"""What a confined process sees of this host: the system's programs, read-only, no user's files, and the agent's code.
 
-from __future__ import annotations
+The agent's code is a cached zip for the host's own interpreter. Guest images contain the same code.
+"""
 
 import hashlib
 import json
@@ -10,12 +11,106 @@ import tempfile
 from pathlib import Path
 from typing import Final
 
-from x07_sandbox.backends.process.view import PYTHON, System, this_system, view_args
+import msgspec
+
 from x07_sandbox.errors import HostError
 from x07_sandbox.host.paths import cache_folder, replace_file
+from x07_sandbox.host.processes import output_of
 from x07_sandbox.host.verdicts import file_state
 from x07_sandbox.images.guestcode import FILTERS, PACK, PLACES, GuestCode, read_guest_code
 from x07_sandbox.jail.bwrap import BWRAP
+
+PYTHON: Final = "/usr/bin/python3"
+AGENT: Final = "/run/x07/agent.zip"
+SCRATCH: Final = "/run/x07/scratch"
+GROUP: Final = "/run/x07/cgroup"
+_PROGRAMS: Final = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
+_SHOWN: Final = ("/etc/alternatives", "/etc/ld.so.cache", "/etc/localtime")
+_EMPTY: Final = ("home", "media", "mnt", "opt", "root", "srv", "sys", "tmp", "var", "x07")
+FILES: Final = {
+    "/etc/passwd": b"root:x:0:0:root:/root:/usr/sbin/nologin\n"
+    b"x07:x:65532:65532:x07:/opt/x07:/usr/sbin/nologin\n"
+    b"nobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin\n",
+    "/etc/group": b"root:x:0:\nx07:x:65532:\nnogroup:x:65534:\n",
+    "/etc/hosts": b"127.0.0.1\tlocalhost\n::1\tlocalhost\n",
+    "/etc/machine-id": b"",
+    "/etc/resolv.conf": b"",
+    "/etc/nsswitch.conf": b"hosts: files dns\n",
+}
+
+
+class System(msgspec.Struct, frozen=True, kw_only=True):
+    """The system folders at the root: links with their targets, and real folders."""
+
+    links: dict[str, str]
+    folders: tuple[str, ...]
+
+
+def this_system() -> System:
+    """Return the system folders of this host."""
+    links = {name: str(Path("/", name).readlink()) for name in _PROGRAMS if Path("/", name).is_symlink()}
+    folders = tuple(name for name in _PROGRAMS if name not in links and Path("/", name).is_dir())
+    return System(links=links, folders=folders)
+
+
+class Sandbox(msgspec.Struct, frozen=True, kw_only=True):
+    """One confined agent.
+
+    mark: the random text that identifies the job's processes. agent_fd: the agent's code. file_fds: descriptors of
+    FILES, by path. scratch_bytes: limit for the job's files, which are in memory. groups: the program's control groups,
+    by their place below GROUP; the place is "" if there is only one. lock_fd: stays open as long as any process of the
+    agent lives.
+    """
+
+    system: System
+    mark: str
+    agent_fd: int
+    file_fds: dict[str, int]
+    channel_fd: int
+    scratch_bytes: int
+    groups: dict[str, Path]
+    lock_fd: int | None = None
+
+
+def view_args(system: System) -> list[str]:
+    """Return bubblewrap's options for a read-only system without the users' files."""
+    args = ["--ro-bind", "/usr", "/usr"]
+    for name, target in system.links.items():
+        args += ["--symlink", target, f"/{name}"]
+    for name in system.folders:
+        args += ["--ro-bind", f"/{name}", f"/{name}"]
+    for path in _SHOWN:
+        args += ["--ro-bind-try", path, path]
+    for name in _EMPTY:
+        args += ["--perms", "0755", "--dir", f"/{name}"]
+    return args
+
+
+def sandbox_argv(sandbox: Sandbox) -> list[str]:
+    """Return the command line of bubblewrap with the agent, which has all capabilities in its user namespace."""
+    argv = [BWRAP, "--unshare-user", "--uid", "0", "--gid", "0", "--cap-add", "ALL"]
+    # No cgroup namespace: processes could not be moved into a group outside of it. Init makes one later.
+    argv += [f"--unshare-{name}" for name in ("ipc", "pid", "net", "uts")]
+    argv += ["--hostname", "x07", "--die-with-parent", "--new-session", "--as-pid-1", "--clearenv"]
+    for name, value in (("PATH", "/usr/bin:/bin"), ("LC_ALL", "C.UTF-8"), ("X07_INSTANCE", sandbox.mark)):
+        argv += ["--setenv", name, value]
+    argv += ["--proc", "/proc", "--dev", "/dev", *view_args(sandbox.system), "--tmpfs", "/run"]
+    for path, fd in sandbox.file_fds.items():
+        argv += ["--perms", "0644", "--file", str(fd), path]
+    argv += ["--perms", "0400", "--file", str(sandbox.agent_fd), AGENT]
+    argv += ["--perms", "0755", "--size", str(sandbox.scratch_bytes), "--tmpfs", SCRATCH]
+    for name, folder in sandbox.groups.items():
+        argv += ["--bind", str(folder), f"{GROUP}/{name}".rstrip("/")]
+    if sandbox.lock_fd is not None:
+        argv += ["--sync-fd", str(sandbox.lock_fd)]
+    words = agent_argv(AGENT, "os", str(sandbox.channel_fd), sandbox.mark)
+    return [*argv, "--chdir", "/", "--", *words]
+
+
+def agent_argv(code: str, *words: str) -> list[str]:
+    """Return an agent's command line."""
+    return [PYTHON, "-I", "-S", "-B", code, *words]
+
 
 _BUILD_S: Final = 120
 _KEEP: Final = 8  # other versions may be in use
@@ -55,10 +150,7 @@ def _build(code: GuestCode, system: System, *, confined: bool) -> bytes:
         work = Path(name)
         data, target = work / "data", work / "agent.zip"
         data.mkdir()
-        for file, content in (code.tools | {f"agent/x07_sandbox/{at}": it for at, it in code.agent.items()}).items():
-            path = work / "source" / file
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
+        code.write(work / "source")
         if confined:
             _run(_in_view(system, work, [f"/x07/source/{FILTERS}", "/x07/data"]))
             _run(_in_view(system, work, [f"/x07/source/{PLACES}", "/x07/data/places.json"]))
@@ -75,9 +167,8 @@ def _in_view(system: System, work: Path, script: list[str]) -> list[str]:
 
 
 def _run(argv: list[str]) -> None:
-    env, no_input = {"PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8"}, subprocess.DEVNULL
     try:
-        done = subprocess.run(argv, stdin=no_input, capture_output=True, timeout=_BUILD_S, check=False, env=env)
+        done = output_of(argv, timeout_s=_BUILD_S, env={"PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8"})
     except (OSError, subprocess.TimeoutExpired) as exc:
         raise HostError("cannot prepare the agent", f"{argv[0]} failed with {exc}", "Run x07 doctor") from exc
     if done.returncode:

@@ -5,34 +5,35 @@ from __future__ import annotations
 import contextlib
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Final
 
-from x07_sandbox.backends.base import Availability
+from x07_sandbox.backends.base import Availability, Job
 from x07_sandbox.backends.handshake import Handshake, greet
 from x07_sandbox.backends.prerequisites import Need, require, version_in
-from x07_sandbox.backends.process.agentcode import agent_code
-from x07_sandbox.backends.process.start import files_folder, remove_folder, start_confined, start_unconfined
-from x07_sandbox.backends.process.view import PYTHON
+from x07_sandbox.backends.process.agentcode import PYTHON, agent_code
+from x07_sandbox.backends.process.start import (
+    ProcessInstance,
+    files_folder,
+    remove_folder,
+    start_confined,
+    start_unconfined,
+)
 from x07_sandbox.channel.link import State
 from x07_sandbox.errors import HostError
 from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.verdicts import Verdict, file_state
 from x07_sandbox.jail.bwrap import BWRAP, PERL, SETPRIV
 from x07_sandbox.jail.cgroups import program_groups, remove_groups
-from x07_sandbox.jobs.record import Claim, create_record, new_run_id
+from x07_sandbox.jobs.record import Claim, JobRecord, create_record, new_run_id
 from x07_sandbox.jobs.stopping import stop_recorded
 from x07_sandbox.kernel import landlock_version
 from x07_sandbox.plan.features import LEAVES_TREE, Features
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-    from contextlib import AbstractContextManager
-
-    from x07_sandbox.backends.base import Job
-    from x07_sandbox.backends.process.start import ProcessInstance
     from x07_sandbox.images.verify import OpenImage
     from x07_sandbox.jobs.reader import StoredJob
-    from x07_sandbox.jobs.record import JobRecord
 NFT: Final = "/usr/sbin/nft"
 _ANSWER_S: Final = 5.0
 _CANNOT_START: Final = "cannot start a confined process"
@@ -86,6 +87,14 @@ class _Backend(ABC):
     cloning = None
 
     @abstractmethod
+    def probe(self, _image: OpenImage | None = None, *, boot: bool = True) -> Availability:
+        """Return what this host can limit. Raises HostError if programs are missing."""
+
+    def least_features(self) -> Features:
+        """Return what this host can limit. Raises HostError if programs are missing."""
+        return self.probe(boot=False).features
+
+    @abstractmethod
     def _started(self, record: JobRecord, deadline_s: int) -> AbstractContextManager[ProcessInstance]:
         """Start an agent, without the handshake. Raises BackendError, HostError."""
 
@@ -125,10 +134,6 @@ class OsBackend(_Backend):
     def __init__(self) -> None:
         self._controllers: tuple[str, ...] = ()
 
-    def least_features(self) -> Features:
-        """Return what this host can limit. Raises HostError if programs are missing."""
-        return self.probe(boot=False).features
-
     def probe(self, _image: OpenImage | None = None, *, boot: bool = True) -> Availability:
         """Return what this host can limit, proven once per boot by starting a process. Raises HostError."""
         require((*_NEED_JAIL, *_NEED_PYTHON), _CANNOT_START)
@@ -160,10 +165,6 @@ class NoneBackend(_Backend):
     name = "none"
     known_gaps = _NO_IMAGE | _UNCONFINED
     needs = (*_NEED_PYTHON, _NEW_PYTHON)
-
-    def least_features(self) -> Features:
-        """Return what this host can limit. Raises HostError if the agent's interpreter is missing."""
-        return self.probe().features
 
     def probe(self, _image: OpenImage | None = None, *, boot: bool = True) -> Availability:  # noqa: ARG002 - nothing boots
         """Return what this host can limit. Raises HostError if the agent's interpreter is missing."""

@@ -6,13 +6,13 @@ import contextlib
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.backends.jailed import Jailed, RunningAgent, Start, error_stream, running, socket_ends
-from x07_sandbox.backends.process.agentcode import agent_code
-from x07_sandbox.backends.process.view import FILES, Sandbox, agent_argv, sandbox_argv, this_system
+from x07_sandbox.backends.process.agentcode import FILES, Sandbox, agent_argv, agent_code, sandbox_argv, this_system
 from x07_sandbox.errors import BackendError, HostError
 from x07_sandbox.host import settings
 from x07_sandbox.host.close_on_fork import FdGroup
@@ -22,15 +22,13 @@ from x07_sandbox.jail.bwrap import may_nest, supervisor_argv
 from x07_sandbox.jail.cgroups import program_groups
 from x07_sandbox.jail.uids import lease_uid
 from x07_sandbox.jobs.launcher import Launch
-from x07_sandbox.jobs.record import drop_unstarted
+from x07_sandbox.jobs.record import JobRecord, drop_unstarted
 
 if TYPE_CHECKING:
     import subprocess
-    from contextlib import AbstractContextManager
 
     from x07_sandbox.backends.base import Greeting
     from x07_sandbox.host.processes import Identity
-    from x07_sandbox.jobs.record import JobRecord
 
 _CONFINED_DEPTH: Final = 2  # below the supervisor: bubblewrap, then the agent
 _FREE_DEPTH: Final = 1

@@ -1,53 +1,48 @@
-"""The QEMU backend: probing, starting jobs, and cloning saved VMs."""
+"""The QEMU backend: probing, starting jobs, and cloning saved VMs.
+
+Hardware virtualisation counts as working once x07's agent has answered from a guest. A /dev/kvm that can be opened may
+still boot no stock kernel, or hang. So one guest is booted with a time limit, and the result is stored for this boot,
+kernel and QEMU. If the state of the host may be the cause of a failure, the result is valid for minutes only.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import time
-from typing import TYPE_CHECKING, Final
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from msgspec.structs import replace
 
-from x07_sandbox.backends.base import Availability, NoAnswerError
-from x07_sandbox.backends.handshake import evidence_of, greet
+from x07_sandbox.backends.base import EMULATED, Availability, Instance, Job, Lease, MachineKind, NoAnswerError
+from x07_sandbox.backends.handshake import Handshake, evidence_of, greet
+from x07_sandbox.backends.prerequisites import KVM, NO_KVM, Need, check
+from x07_sandbox.backends.qemu import start as starts
 from x07_sandbox.backends.qemu import template as templates
 from x07_sandbox.backends.qemu.bounds import NotStartedError
 from x07_sandbox.backends.qemu.instance import LeasedInstance, QemuInstance
-from x07_sandbox.backends.qemu.proof import known_verdict, kvm_verdict
-from x07_sandbox.backends.qemu.start import (
-    MISCALIBRATED,
-    QemuJob,
-    boot_attempts,
-    check_needs,
-    miscalibrated,
-    needs_of,
-    start_qemu,
-)
-from x07_sandbox.errors import BackendError, HostError, ImageError
+from x07_sandbox.backends.qemu.start import QemuJob, Saved, start_qemu
+from x07_sandbox.channel.link import State
+from x07_sandbox.errors import BackendError, HostError, ImageError, SandboxError, worded
+from x07_sandbox.host import settings
 from x07_sandbox.host.arch import ARCHES, host_arch
+from x07_sandbox.host.clocks import Deadline
+from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.os_errors import host_error
 from x07_sandbox.host.variables import flag
-from x07_sandbox.host.verdicts import forget
+from x07_sandbox.host.verdicts import Verdict, file_state, forget, validity
 from x07_sandbox.jail.forms import jail_form
-from x07_sandbox.jobs.record import create_record, drop_unstarted
-from x07_sandbox.plan.features import vm_features
+from x07_sandbox.jobs.record import Claim, JobRecord, create_record, drop_unstarted
+from x07_sandbox.plan.features import Features, vm_features
+from x07_sandbox.plan.sizes import RAM_CLASSES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-
-    from x07_sandbox.backends.base import Instance, Job, Lease, MachineKind
-    from x07_sandbox.backends.prerequisites import Need
-    from x07_sandbox.backends.qemu.start import Saved
     from x07_sandbox.backends.qemu.template import Template
     from x07_sandbox.host.cancel import Caller
     from x07_sandbox.host.processes import Identity
     from x07_sandbox.images.verify import OpenImage
-    from x07_sandbox.jobs.record import Claim, JobRecord
-    from x07_sandbox.plan.features import Features
 
-# Measured with compilers and interpreters (docs/explanation/performance.md, "Emulation").
-SLOWDOWN: Final = "10 to 30 times"
 _ANY_TIMER: Final = "timers in the {} VM may run late: its kernel measured the timer wrong, as in each earlier attempt"
 
 
@@ -71,7 +66,7 @@ class QemuBackend:
     def needs(self) -> Sequence[Need]:
         """The programs and firmware for this machine's architecture, and KVM."""
         arch = ARCHES.get(os.uname().machine)
-        return () if arch is None else needs_of(arch)
+        return () if arch is None else starts.needs_of(arch)
 
     def least_features(self) -> Features:
         """Return the features with emulation."""
@@ -79,7 +74,7 @@ class QemuBackend:
 
     def probe(self, image: OpenImage | None, *, boot: bool = True) -> Availability:
         """Return the features with KVM if x07's agent has answered under KVM, else the features with emulation."""
-        check_needs(host_arch())  # first: verdicts and templates are stored by the state of QEMU's file
+        starts.check_needs(host_arch())  # first: verdicts and templates are stored by the state of QEMU's file
         if flag("X07_VM_REQUIRE_NAMESPACES"):
             jail_form()  # raises RefusedError early
         assert image is not None or not boot  # noqa: S101 - `uses_image` is set
@@ -89,8 +84,9 @@ class QemuBackend:
         self._kvm = verdict.works
         if self._kvm:
             return Availability(features=vm_features("vm-hardware"), proof=verdict.reason)
-        slow = f"emulated: CPU work in the guest typically takes {SLOWDOWN} as long as on the host"
-        return Availability(features=self.least_features(), proof=verdict.reason, warnings=(slow,), fix=verdict.fix)
+        return Availability(
+            features=self.least_features(), proof=verdict.reason, warnings=(f"emulated: {EMULATED}",), fix=verdict.fix
+        )
 
     def stop(self, record: JobRecord) -> bool:
         """Stop a recorded job, and remove its control groups."""
@@ -111,7 +107,7 @@ class QemuBackend:
         notes: dict[str, str] = {}  # by subject, so that each appears once
         if cold:
             job.caller.progress(f"booting a VM for the {claim.phase}")
-        tries = enumerate(boot_attempts(), 1)
+        tries = enumerate(starts.boot_attempts(), 1)
         number, last = next(tries)
         while True:
             with contextlib.ExitStack() as one:
@@ -134,10 +130,10 @@ class QemuBackend:
                 cold, cloned = self._clone_failed(job, error, notes), True
                 claim = replace(claim, phase=f"{job.claim.phase}-cold")
                 continue
-            if not miscalibrated(error.failure):
+            if not starts.miscalibrated(error.failure):
                 raise error
             if last:
-                why = f"{MISCALIBRATED}; try again when the host is less busy"
+                why = f"{starts.MISCALIBRATED}; try again when the host is less busy"
                 raise NoAnswerError(instance, replace(error.failure, kind="failed", why=why), error.times_ms)
             claim = replace(claim, phase=f"{job.claim.phase}-cold{number}")
             number, last = next(tries)
@@ -241,3 +237,73 @@ def _ours(instance: Instance) -> QemuInstance:
 
 def _started_cold(job: Job, why: str) -> str:
     return f"the {job.claim.phase.partition('-')[0]} VM booted without a saved VM: {why}"
+
+
+class Proof(NamedTuple):
+    """Whether a guest works, and the evidence.
+
+    transient: whether the state of the host may be the cause of a failure. fix: what to do after a failure.
+    """
+
+    works: bool
+    reason: str
+    transient: bool = False
+    fix: str = NO_KVM
+
+
+def kvm_verdict(image: OpenImage) -> Proof:
+    """Return whether KVM works, and the evidence. Without a stored result, a guest is booted."""
+    if (known := known_verdict()) is not None:
+        return known
+    verdict = _verdict()
+    lock = verdict.path.with_name(".lock")
+    not_tried = "a VM under KVM could not be tested"  # proves nothing, so it is not stored
+    try:
+        with file_lock(lock, most_s=settings.BOOTS_MAX * (settings.KVM_PROOF_S + 1)):
+            if (known := known_verdict()) is not None:  # stored while we waited
+                return known
+            found = prove(image, settings.KVM_PROOF_S, kvm=True)
+            verdict.write({"works": found.works, "reason": found.reason}, transient=found.transient)
+    except SandboxError as exc:
+        return Proof(works=False, reason=f"{not_tried} ({exc.why})", fix=exc.fix)
+    except TimeoutError as exc:  # the other process may be stopped
+        return Proof(works=False, reason=f"{not_tried} ({exc} for the lock {lock})", fix="Try again")
+    return known_verdict() or found
+
+
+def known_verdict() -> Proof | None:
+    """Return the result and its evidence, or None if a guest must be booted to get a result."""
+    ((_, device),) = check([KVM])
+    if not device.good:
+        return Proof(works=False, reason=device.why, fix=worded(device.fix))
+    stored = _verdict().read()
+    if not {"works", "reason"} <= stored.keys():
+        return None
+    if stored["works"]:
+        return Proof(works=True, reason=str(stored["reason"]))
+    reason = f"{stored['reason']}. KVM is not tried again {validity(stored)}"
+    transient = "retry_at_ms" in stored
+    return Proof(works=False, reason=reason, transient=transient, fix="Try again later" if transient else NO_KVM)
+
+
+def _verdict() -> Verdict:
+    """Return the place of the result for this QEMU and jail. Raises HostError, RefusedError."""
+    return Verdict("kvm", file_state(host_arch().qemu_binary), jail_form().name)
+
+
+def prove(image: OpenImage, limit_s: float, *, kvm: bool) -> Proof:
+    """Return whether an agent answers within *limit_s* seconds. Raises SandboxError if no guest could be booted."""
+    from x07_sandbox.plan.outcomes import classify  # not imported by runs that know the result
+
+    under = " under KVM" if kvm else " under emulation"
+    kind = MachineKind(image=image, ram_bytes=RAM_CLASSES[0])
+    for last in starts.boot_attempts():
+        with starts.own_vm(kind, "probe", limit_s, kvm=kvm, any_timer=last) as instance:
+            failure = Handshake(instance, State.WAITING).until(State.GREETED, Deadline.after(limit_s))
+            if failure is None:
+                return Proof(works=True, reason=f"x07's agent answered from a VM{under}")
+            starts.require_cpu_time(instance, "cannot test a VM")
+            if not starts.miscalibrated(failure):
+                why = classify(evidence_of(failure)).reason.rstrip(".")
+                return Proof(works=False, reason=f"a test VM{under} failed: {why}", transient=failure.transient)
+    return Proof(works=False, reason=f"no VM{under} could be booted ({starts.MISCALIBRATED})", transient=True)

@@ -5,25 +5,22 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from x07_sandbox.backends.jailed import BoundedStream, Jailed, RunningAgent
+from x07_sandbox.backends.jailed import BoundedStream, Jailed, RunningAgent, Start
 from x07_sandbox.backends.qemu.bounds import VMM_BYTES
-from x07_sandbox.backends.qemu.machine import QMP_QUIT, qmp_resume
+from x07_sandbox.backends.qemu.machine import QMP_QUIT, Paths, qmp_resume
 from x07_sandbox.errors import BackendError
 from x07_sandbox.host import close_on_fork, settings
+from x07_sandbox.host.os_errors import raised_as
 from x07_sandbox.host.poll import wait_readable
-from x07_sandbox.jobs.record import renamed_record, renewed_record
+from x07_sandbox.jobs.record import Claim, JobRecord, renamed_record, renewed_record
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
     from x07_sandbox.backends.base import Greeting, Lease, StartMode
-    from x07_sandbox.backends.jailed import Start
-    from x07_sandbox.backends.qemu.machine import Paths
     from x07_sandbox.host.processes import Identity
     from x07_sandbox.jail.cgroups import HostGroups
-    from x07_sandbox.jobs.record import Claim, JobRecord
 
 _DEADLINE_SIGNAL: Final = 40  # a real-time signal, since these are queued
 _GONE_S: Final = 10.0
@@ -110,10 +107,8 @@ class QemuInstance(Streams, Jailed):
         """Turn a waiting VM into the job in *claim*, which uses at most *ram_bytes* of RAM. Raises SandboxError."""
         # If this fails halfway, the record names the processes and an owner that is dead by then.
         self.set_deadline(claim.deadline_s)
-        try:
+        with raised_as(BackendError, "cannot limit the VM's memory", "Try again"):
             self.groups.limit_memory(ram_bytes + VMM_BYTES)
-        except OSError as exc:
-            raise BackendError("cannot limit the VM's memory", exc.strerror or str(exc), "Try again") from exc
         self.record = renewed_record(self.record, claim)
         self.record_owner(runner)
         self.record = renamed_record(self.record)

@@ -6,18 +6,14 @@ needs max_ports=3. An initramfs may overlap microvm's ACPI tables by up to a pag
 (`Arch.initrd_tail_bytes`).
 """
 
-from __future__ import annotations
-
 import enum
 import json
-from typing import TYPE_CHECKING, Final
+from collections.abc import Mapping
+from typing import Final
 
 import msgspec
 
 from x07_sandbox.host.arch import Arch
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 OVERCOMMIT: Final = "/proc/sys/vm/overcommit_memory"  # read by QEMU before it leaves memory unreserved
 
@@ -90,7 +86,9 @@ def qemu_argv(machine: Machine) -> list[str]:
     argv = [machine.arch.qemu_binary, "-name", f"x07-{machine.mark}", "-nodefaults", "-no-user-config"]
     argv += ["-display", "none", "-no-reboot"]
     argv += ["-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"]
-    argv += ["-object", _memory(machine, megabytes), "-M", _machine_type(machine)]
+    devices = "acpi=on,pcie=off,pit=off,pic=off,rtc=on,isa-serial=on,auto-kernel-cmdline=off,"
+    kind = f"{machine.arch.machine},{devices if machine.arch.machine == 'microvm' else ''}memory-backend=ram0"
+    argv += ["-object", _memory(machine, megabytes), "-M", kind]
     cpu = machine.arch.emulated_cpu if machine.kvm_fd is None else "host"
     argv += ["-m", f"{megabytes}M", "-smp", "1", "-cpu", cpu, "-accel", accel]
     if machine.origin is Origin.CLONE:
@@ -148,13 +146,6 @@ def qmp_resume(state: str) -> bytes:
     """Return the commands that resume a clone from the file *state*. They may be written before QEMU is ready."""
     resume = {"execute": "migrate-incoming", "arguments": {"uri": f"file:{state}"}}
     return _qmp(_CAPABILITIES, _IGNORE_SHARED, resume)
-
-
-def _machine_type(machine: Machine) -> str:
-    if machine.arch.machine == "microvm":
-        devices = "acpi=on,pcie=off,pit=off,pic=off,rtc=on,isa-serial=on,auto-kernel-cmdline=off"
-        return f"microvm,{devices},memory-backend=ram0"
-    return f"{machine.arch.machine},memory-backend=ram0"
 
 
 def _disk(path: str, name: str, *, read_only: bool) -> list[str]:

@@ -27,16 +27,14 @@ from x07_sandbox.images.manifest import ScratchDisk
 from x07_sandbox.images.scratch import write_disk
 from x07_sandbox.jail.bwrap import BWRAP, PERL, SETPRIV, Jail, may_nest
 from x07_sandbox.jail.cgroups import make_groups
-from x07_sandbox.jail.forms import Form, jail_form, namespace_flags
-from x07_sandbox.jail.libraries import needed_files
+from x07_sandbox.jail.forms import Form, jail_form, namespace_flags, needed_files
 from x07_sandbox.jail.uids import lease_uid
 from x07_sandbox.jobs.launcher import Launch
-from x07_sandbox.jobs.record import Claim, create_record, drop_unstarted, new_run_id
+from x07_sandbox.jobs.record import Claim, JobRecord, create_record, drop_unstarted, new_run_id
 
 if TYPE_CHECKING:
     from x07_sandbox.backends.base import HandshakeFailure, MachineKind, StartMode
     from x07_sandbox.images.verify import OpenImage
-    from x07_sandbox.jobs.record import JobRecord
 
 MISCALIBRATED: Final = "its kernel calibrated its timer wrong, as happens on an overloaded host"
 # Generations below the supervisor, by whether there are namespaces: then bubblewrap's outer process is in between.
@@ -123,7 +121,9 @@ def start_qemu(
         jail = Jail(
             files=tuple(dict.fromkeys([*needed_files(arch.qemu_binary), *arch.firmware, *setpriv_files])),
             fd_files=tuple(files.values()),
-            fd_copies=_overcommit(given, form),
+            # "always" in proc(5), for QEMU only, so that it leaves memory unreserved. The jail has no /proc, and the
+            # kernel uses the host's setting.
+            fd_copies=((given.add(memory_file(b"1\n")), OVERCOMMIT),) if form.namespaces else (),
             fd_writable=tuple(writable.values()),
             devices=("/dev/urandom",),
             limits=limits,
@@ -220,14 +220,6 @@ def _fd_files(image: OpenImage, memory: Saving | Saved | None, given: FdGroup, f
     if isinstance(memory, Saved):
         return _placed({"ram": memory.ram_fd, "state": memory.state_fd, "root": root}, given, form)
     return _placed({"kernel": image.fds["kernel"], "initrd": image.fds["initrd"], "root": root}, given, form)
-
-
-def _overcommit(given: FdGroup, form: Form) -> tuple[tuple[int, str], ...]:
-    """Return a replacement for OVERCOMMIT, since the jail has no /proc. With it, QEMU leaves memory unreserved."""
-    if not form.namespaces:
-        return ()
-    # "always" in proc(5), for QEMU only: the kernel uses the host's setting.
-    return ((given.add(memory_file(b"1\n")), OVERCOMMIT),)
 
 
 def _writable(memory: Saving | Saved | None, uid: int | None, given: FdGroup, form: Form) -> _Files:

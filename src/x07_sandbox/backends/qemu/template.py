@@ -14,27 +14,22 @@ import hashlib
 import math
 import os
 import stat
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from x07_sandbox.backends.base import Prunable
+from x07_sandbox.backends.base import NOT_IMPORTED, SLOW_IMPORT, Instance, MachineKind, Prunable
 from x07_sandbox.backends.handshake import Handshake, input_poll
+from x07_sandbox.backends.qemu import start as starts
 from x07_sandbox.backends.qemu.machine import QMP_QUERY_SAVE, Machine, Origin, qemu_argv, qmp_save
-from x07_sandbox.backends.qemu.start import (
-    Saved,
-    Saving,
-    boot_attempts,
-    miscalibrated,
-    own_vm,
-    require_cpu_time,
-    tsc_khz,
-)
+from x07_sandbox.backends.qemu.start import Saved, Saving
+from x07_sandbox.channel.contents import next_data
 from x07_sandbox.channel.link import State
 from x07_sandbox.channel.messages import Warm
-from x07_sandbox.errors import BackendError, HostError, ImageError
+from x07_sandbox.errors import BackendError, Command, HostError, ImageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.cancel import Notice
@@ -51,18 +46,16 @@ from x07_sandbox.host.paths import (
     why_not_ours,
 )
 from x07_sandbox.host.verdicts import Verdict, file_state, validity
-from x07_sandbox.images.manifest import Part, ScratchDisk, canonical
+from x07_sandbox.images.manifest import Part, ScratchDisk
 from x07_sandbox.images.scratch import read_disk
 from x07_sandbox.images.store import list_images
 from x07_sandbox.images.verify import CHUNK_BYTES, Subject, opened_file, opened_folder, opened_parts
 from x07_sandbox.plan.controls import run_limits
 from x07_sandbox.plan.sizes import build_limits, command_limits, tmp_bytes
 from x07_sandbox.policy import default_policy
+from x07_sandbox.policy.default import canonical_json
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from x07_sandbox.backends.base import Instance, MachineKind
     from x07_sandbox.backends.qemu.instance import QemuInstance
 
 SCHEMA: Final = "x07.sandbox.template@0.2.0"
@@ -82,7 +75,9 @@ _SAVED: Final = '"status": "completed"'
 _NOT_SAVED: Final = '"status": "failed"'
 _ASK_AGAIN_MS: Final = 5
 _WHAT: Final = "cannot save a VM"
-_FIX: Final = "Jobs boot a new VM instead. To try again: x07 image build"
+# The codes of errors about preloaded modules, by the stage that the guest reports.
+_PRELOADING: Final = {"exec": NOT_IMPORTED, "preload": SLOW_IMPORT}
+_FIX: Final = ("Jobs boot a new VM instead. To try again: ", Command("x07 image build"))
 
 
 def warm_message(kind: MachineKind) -> Warm:
@@ -118,7 +113,7 @@ class TemplateManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
 def sealed(made: TemplateManifest) -> TemplateManifest:
     """Return *made* with its digest set."""
     blank = msgspec.structs.replace(made, digest="")
-    digest = hashlib.sha256(canonical(msgspec.to_builtins(blank))).hexdigest()
+    digest = hashlib.sha256(canonical_json(msgspec.to_builtins(blank))).hexdigest()
     return msgspec.structs.replace(made, digest=f"sha256:{digest}")
 
 
@@ -174,7 +169,7 @@ def lack_of_space(ram_bytes: int) -> str:
 def template_for(kind: MachineKind, *, kvm: bool) -> Template:
     """Return the template for jobs of this kind. Raises HostError."""
     arch, ram, kvm_fd = host_arch(), kind.ram_bytes, 0 if kvm else None
-    clock = tsc_khz(arch)
+    clock = starts.tsc_khz(arch)
     fds: dict[str, Any] = dict.fromkeys(("scratch_fd", "channel_fd", "net_fd", "qmp_fd", "console_fd"), 0)
     machine = Machine(arch=arch, ram_bytes=ram, kvm_fd=kvm_fd, tsc_khz=None, mark="", origin=Origin.SAVING, **fds)
     parts = [
@@ -187,7 +182,7 @@ def template_for(kind: MachineKind, *, kvm: bool) -> Template:
         processor("model name", "flags", "microcode") if kvm else "",  # what a guest under KVM sees
         warm_message(kind),
     ]
-    key = hashlib.sha256(canonical(parts)).hexdigest()
+    key = hashlib.sha256(canonical_json(parts)).hexdigest()
     jobs = "builds" if kind.runtime == "build" else "runs with connections" if kind.network else "runs"
     return Template(key=key, folder=templates_dir() / key, title=f"{jobs} ({ram >> 30} GiB of RAM)")
 
@@ -228,10 +223,7 @@ def sparse_sha256(fd: int, size: int) -> str:
     digest = hashlib.sha256(str(size).encode())
     offset = 0
     while offset < size:
-        try:
-            offset = os.lseek(fd, offset, os.SEEK_DATA) // CHUNK_BYTES * CHUNK_BYTES
-        except OSError:  # ENXIO: only a hole is left
-            break
+        offset = next_data(fd, offset, size)[0] // CHUNK_BYTES * CHUNK_BYTES
         data = os.pread(fd, min(CHUNK_BYTES, size - offset), offset)
         if not data:
             break
@@ -251,7 +243,8 @@ def ensure_template(template: Template, kind: MachineKind, progress: Callable[[s
             most_s = 2 * settings.TEMPLATE_S + settings.PRELOAD_S
             stack.enter_context(file_lock(folder / ".lock", on_wait=waits, most_s=most_s))
         except TimeoutError as exc:  # the other process may be stopped, and must not block all others
-            raise HostError(_WHAT, f"{exc} for the lock of all saved VMs", "Check for a stopped x07: ps ax") from exc
+            fix = ("Check for a stopped x07: ", Command("ps ax"))
+            raise HostError(_WHAT, f"{exc} for the lock of all saved VMs", fix) from exc
         _make_alone(template, kind, progress, kvm=kvm)
 
 
@@ -288,7 +281,7 @@ def make_template(template: Template, kind: MachineKind, work: Path, *, kvm: boo
         scratch_fd = unnamed_file(work, _WHAT)
         stack.callback(os.close, scratch_fd)
         saving = Saving(ram_fd=files["ram"], state_fd=files["state"], scratch_fd=scratch_fd)
-        for last in boot_attempts():
+        for last in starts.boot_attempts():
             os.ftruncate(saving.ram_fd, 0)
             os.ftruncate(saving.ram_fd, kind.ram_bytes)
             if _booted_and_saved(kind, saving, kvm=kvm, last=last):
@@ -306,13 +299,15 @@ def make_template(template: Template, kind: MachineKind, work: Path, *, kvm: boo
 def _booted_and_saved(kind: MachineKind, saving: Saving, *, kvm: bool, last: bool) -> bool:
     """Boot and save one VM. Return False if another attempt may succeed. Raises SandboxError."""
     order, limit_s = warm_message(kind), _limit_s(kind)
-    with own_vm(kind, "template", limit_s, kvm=kvm, any_timer=last, memory=saving) as instance:
+    with starts.own_vm(kind, "template", limit_s, kvm=kvm, any_timer=last, memory=saving) as instance:
         say = {State.GREETED: order}
         if failure := Handshake(instance, State.WAITING).until(State.WARM, Deadline.after(limit_s), say):
-            if miscalibrated(failure) and not last:
+            if starts.miscalibrated(failure) and not last:
                 return False
-            require_cpu_time(instance, _WHAT)
+            starts.require_cpu_time(instance, _WHAT)
             error = TransientError if failure.transient else BackendError
+            if code := _PRELOADING.get(failure.stage) if order.preload else None:
+                raise error(_WHAT, failure.why, _FIX, code=code)
             raise error(_WHAT, failure.text, _FIX)
         _save(instance)
         if not instance.stop():
@@ -329,7 +324,7 @@ def renew(instance: Instance, kind: MachineKind) -> None:
     """Prepare an instance for one user program after it has run x07's own programs. Raises BackendError."""
     say = {State.CLOSED: warm_message(kind)._replace(commands=[])}
     if failure := Handshake(instance, State.CLOSED).until(State.WARM, Deadline.after(_limit_s(kind)), say):
-        raise BackendError("cannot prepare a VM for the pool", failure.why, "Run x07 doctor")
+        raise BackendError("cannot prepare a VM for the pool", failure.text, "Run x07 doctor")
     instance.start_mode = "pool"  # from now on its agent waits in the same state as a clone's
 
 
