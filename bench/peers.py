@@ -62,10 +62,12 @@ def podman(root: Path, work: Path) -> list[str] | None:
 def podman_exec(argv: list[str], command: list[str], stack: contextlib.ExitStack) -> Peer:
     """Return `podman exec` of a command in a container that runs until *stack* ends. argv: from `podman`."""
     store, name = argv[: argv.index("run")], "bench-exec"
-    run = [*argv[:-1], "--detach", "--name", name, argv[-1], "sleep", "infinity"]
-    subprocess.run(run, check=True, capture_output=True, env=os.environ | PODMAN_ENV)
-    remove = [*store, "rm", "--force", "--time", "0", name]
-    stack.callback(subprocess.run, remove, check=True, capture_output=True, env=os.environ | PODMAN_ENV)
+    env = os.environ | PODMAN_ENV
+    run = [*argv[:-1], "--name", name, argv[-1], "cat"]  # until its input ends: then podman has cleaned up when it ends
+    container = stack.enter_context(subprocess.Popen(run, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=env))
+    while subprocess.run([*store, "exec", name, "true"], check=False, capture_output=True, env=env).returncode:
+        if container.poll() is not None:
+            raise WrongRunError("podman did not start a container")
     return Peer(argv=(*store, "exec", "-i", name, *command))
 
 

@@ -23,6 +23,7 @@ from x07_sandbox.channel.link import State, Stream
 from x07_sandbox.channel.messages import (
     Close,
     Closed,
+    Confine,
     Exec,
     Exited,
     Failed,
@@ -37,12 +38,13 @@ from x07_sandbox.channel.messages import (
 )
 from x07_sandbox.channel.streams import Event, Role
 from x07_sandbox.channel.trees import Entry, Kind, Reader, segment
+from x07_sandbox.host.linux import children_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from tests.process.conftest import Backend
-    from x07_sandbox.backends.process.backend import OsBackend
+    from x07_sandbox.backends.process.backend import NoneBackend, OsBackend
     from x07_sandbox.backends.process.start import ProcessInstance
 
 pytestmark = pytest.mark.timeout(120)
@@ -52,7 +54,9 @@ MOST_S = 30.0
 class Sandbox:
     """The host's side of a session with several commands."""
 
-    def __init__(self, instance: ProcessInstance, files: list[InputFile] | None = None) -> None:
+    def __init__(
+        self, instance: ProcessInstance, files: list[InputFile] | None = None, confine: Confine = FREE
+    ) -> None:
         self.instance = instance
         self.connection = Connection(instance.channel_fd, Role.HOST)
         self.link = self.connection.link
@@ -74,7 +78,7 @@ class Sandbox:
                 TMP_BYTES,
                 files or [],
                 [],
-                FREE,
+                confine,
                 None,
                 out_writable=False,
                 room=room,
@@ -240,7 +244,7 @@ def test_closing_ends_the_commands_that_run(sandbox: Sandbox) -> None:
     """Closing a session ends its commands, and what earlier ones left, before anything is sent."""
     mark = f"left-{os.getpid()}"
     assert sandbox.code(sandbox.sh(f"sh -c 'sleep 1000; : {mark}' & exit 0")) == 0
-    running = sandbox.sh("echo up; sleep 1000")
+    running = sandbox.sh("echo up; sleep 1000; :")
     sandbox.wait_for(running, "up")
     sandbox.close()
     ended = sandbox.ended[running]
@@ -440,6 +444,15 @@ def test_the_file_server_reaches_what_a_program_reaches(confined: OsBackend) -> 
         assert files.ask("write", "/usr/bin/new", b"x").errno == errno.EROFS
 
 
+def test_a_list_of_programs_applies_to_commands_after_a_service(confined: OsBackend) -> None:
+    """A policy's list of programs applies to every command, also if the file server is started first."""
+    with started(confined) as instance:
+        sandbox = Sandbox(instance, confine=FREE._replace(programs=["/bin/sh", "/usr/bin/cat"]))
+        assert Files(sandbox).ask("stat", "/").errno == 0
+        assert sandbox.code(sandbox.sh("cat /dev/null")) == 0
+        assert sandbox.code(sandbox.sh("exec ls /")) == 126
+
+
 def test_trees_go_in_and_out(sandbox: Sandbox) -> None:
     """A tree with modes, links and empty folders is created in the sandbox, and comes back the same."""
     files, path = Files(sandbox), f"{sandbox.here()}/tree"
@@ -511,3 +524,19 @@ def test_signals_reach_the_command_alone(sandbox: Sandbox) -> None:
     sandbox.wait_for(command, "ready")
     sandbox.stop(command, signal.SIGTERM)
     assert (sandbox.code(command), sandbox.text(command)) == (5, "ready\nheard\n")
+
+
+def test_the_end_of_an_unused_process_ends_nothing(unconfined: NoneBackend) -> None:
+    """If the first command does not take the process that waits, commands survive the end of that process."""
+    with started(unconfined) as instance:
+        sandbox = Sandbox(instance)
+        files = Files(sandbox)
+        assert files.ask("stat", "/").errno == 0
+        agent = instance.inner.pid
+        (init,) = children_of(agent)
+        waiting = children_of(init)[0]
+        os.kill(waiting, signal.SIGKILL)
+        while Path(f"/proc/{waiting}").exists():
+            time.sleep(0.01)  # another process's child has no event
+        assert files.ask("stat", "/").errno == 0
+        assert sandbox.code(sandbox.sh("exit 3")) == 3

@@ -7,8 +7,8 @@ import os
 import time
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from x07_sandbox.backends.base import Job, MachineKind, Needs
-from x07_sandbox.channel.messages import CommandLimits, Exec, Open, Room
+from x07_sandbox.backends.base import Job, MachineKind, Needs, RootPlace
+from x07_sandbox.channel.messages import CommandLimits, Exec, InputFile, Mount, Open, Room
 from x07_sandbox.conformance.harness import ANSWER_S, BrokenError, expect
 from x07_sandbox.host import settings
 from x07_sandbox.host.cancel import Caller, Cancel
@@ -18,7 +18,7 @@ from x07_sandbox.plan.sizes import RAM_CLASSES
 from x07_sandbox.runs.phase import CWD
 from x07_sandbox.sandboxes.files import FileServer
 from x07_sandbox.sandboxes.session import Session
-from x07_sandbox.sandboxes.transfers import CommandStreams, Receivers, Sink
+from x07_sandbox.sandboxes.transfers import CommandStreams, InFile, Receivers, Sink, memory_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -26,9 +26,12 @@ if TYPE_CHECKING:
     from x07_sandbox.backends.base import Instance
     from x07_sandbox.channel.messages import Closed, Exited
     from x07_sandbox.conformance.harness import Bench
+    from x07_sandbox.files.incoming import Incoming
     from x07_sandbox.sandboxes.execution import Execution
 
+ROOT: Final = "/mnt/root"
 _SANDBOX_MS: Final = 900_000
+_EMULATED: Final = 8  # how many times as long as usual an emulated CPU may take
 _OUTPUT_MAX: Final = 32 * settings.MIB
 _ENV: Final = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": CWD, "LANG": "C.UTF-8"}
 _LIMITS: Final = CommandLimits(mem_bytes=256 * settings.MIB, tasks=128, cpu_ms=600_000, fds=256, core_bytes=0)
@@ -80,9 +83,10 @@ class Command(NamedTuple):
 
 
 class Box:
-    """A sandbox in which commands run, until it is closed or its context ends."""
+    """A sandbox in which commands run, until it is closed or its context ends. answer_s: a timeout for each wait."""
 
-    def __init__(self, session: Session, instance: Instance, limits: CommandLimits) -> None:
+    def __init__(self, session: Session, instance: Instance, limits: CommandLimits, answer_s: float = ANSWER_S) -> None:
+        self._answer_s = answer_s
         self.session = session
         self.instance = instance
         self._limits = limits
@@ -119,7 +123,7 @@ class Box:
 
     def until(self, what: str, done: Callable[[], bool]) -> None:
         """Wait until *done* returns True. Raises BrokenError after a timeout, or if the sandbox is lost."""
-        if not self.session.until(done, ANSWER_S):
+        if not self.session.until(done, self._answer_s):
             raise BrokenError(f"expected {what}, got {'a lost sandbox' if self.session.over else 'none in time'}")
 
     def started(self, *commands: Command) -> None:
@@ -142,33 +146,40 @@ class Box:
 
     def marked(self, mark: str) -> int:
         """Wait until no process in the sandbox has *mark* among its arguments. Return how many do after a timeout."""
-        deadline = time.monotonic() + ANSWER_S
+        deadline = time.monotonic() + self._answer_s
         while (count := int(self.output(self.python(_COUNT, stdin=mark.encode())))) and time.monotonic() < deadline:
             pass
         return count
 
-    def close(self) -> Closed | None:
-        """Close the sandbox."""
-        return self.session.close(None, None, Receivers())
+    def close(self, changes: Incoming | None = None) -> Closed | None:
+        """Close the sandbox, and take its changes."""
+        return self.session.close(None, None, Receivers(changes=changes))
 
 
 @contextlib.contextmanager
-def opened(bench: Bench, **limits: int) -> Iterator[Box]:
-    """Open a sandbox. limits: of all its commands together, and of each."""
+def opened(bench: Bench, root: bytes = b"", **limits: int) -> Iterator[Box]:
+    """Open a sandbox. root: the tree (channel/trees) of a write root at ROOT. limits: of all commands, and of each."""
     most = _LIMITS._replace(**limits)
     tmp_bytes = 16 * settings.MIB
-    needs = Needs(mem_bytes=most.mem_bytes, tmp_bytes=tmp_bytes, tasks=most.tasks, fds=most.fds, files_bytes=0)
+    needs = Needs(
+        mem_bytes=most.mem_bytes,
+        tmp_bytes=tmp_bytes,
+        tasks=most.tasks,
+        fds=most.fds,
+        files_bytes=len(root),
+        places=(RootPlace(at=ROOT, write=True),) if root else (),
+    )
     opening = Open(
         hostname=settings.GUEST_HOSTNAME,
         mem_bytes=most.mem_bytes,
         tasks=most.tasks,
         tmp_bytes=tmp_bytes,
-        files=[],
-        mounts=[],
+        files=[InputFile("", 0o755, "tree", len(root))] if root else [],
+        mounts=[Mount(tree=0, sub="", at=ROOT, write=True, changes=True)] if root else [],
         confine=UNCONFINED.for_guest(),
         network=None,
         out_writable=False,
-        room=Room(0, 0),
+        room=Room(settings.MIB, settings.MIB),
     )
     kind = MachineKind(image=bench.image, ram_bytes=RAM_CLASSES[0])
     claim = Claim(run_id=new_run_id(), phase="run", wall_ms=_SANDBOX_MS)
@@ -177,5 +188,6 @@ def opened(bench: Bench, **limits: int) -> Iterator[Box]:
         job = Job(claim=claim, kind=kind, caller=Caller(cancel=cancel), needs=needs)
         instance = stack.enter_context(bench.backend.start(job))
         session = Session(instance, cancel, None)
-        session.open(opening, ())
-        yield Box(session, instance, most)
+        tree = InFile(path="", mode=0o755, kind="tree", fd=memory_file(root, stack), size=len(root))
+        session.open(opening, (tree,) if root else ())
+        yield Box(session, instance, most, ANSWER_S * (_EMULATED if bench.features.emulated else 1))

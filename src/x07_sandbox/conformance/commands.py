@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 from x07_sandbox.channel.files import Request
 from x07_sandbox.channel.link import COMMANDS_MAX
-from x07_sandbox.conformance.box import Box, opened
+from x07_sandbox.channel.trees import Entry, Kind
+from x07_sandbox.conformance.box import ROOT, Box, opened
 from x07_sandbox.conformance.harness import BrokenError, expect, remaining
 from x07_sandbox.errors import UsageError
+from x07_sandbox.files.incoming import Incoming
 from x07_sandbox.host import settings
 from x07_sandbox.host.processes import has_mark
+from x07_sandbox.sandboxes.transfers import memory_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -231,6 +234,31 @@ def _run_in_a_row(box: Box, bench: Bench, count: int) -> tuple[int, int, int]:
     return _load(box, bench)
 
 
+def _changed(bench: Bench) -> None:
+    folder = Entry(Kind.FOLDER, b"", mode=0o777, mtime_ns=10**18)
+    tree = b"".join(entry.encoded() for entry in (folder, Entry(Kind.END, b"")))
+    found = []
+    with contextlib.ExitStack() as stack:
+
+        def incoming() -> Incoming:
+            return Incoming(memory_file(b"", stack), roots=1, most_entries=100, most_bytes=settings.MIB)
+
+        box = stack.enter_context(opened(bench, tree))
+        for name in ("one", "two"):
+            box.output(box.sh(f'echo {name} > "$1"', f"{ROOT}/{name}"))
+            so_far = incoming()
+            arrival = box.session.changes(so_far)
+            box.until("changes", lambda arrival=arrival: arrival.ended)  # type: ignore[misc]
+            found.append(so_far)
+        running = box.sh('echo three > "$1"; echo up; sleep 1000', f"{ROOT}/three")
+        box.says(running, "up")
+        found.append(incoming())
+        box.close(found[-1])
+    names = [(one.complete, sorted(entry.name for entry in one.reported if entry.name)) for one in found]
+    all_names = ["one", "two", "three"]
+    expect("changes", [(True, sorted(all_names[: number + 1])) for number in range(len(all_names))], names)
+
+
 def _too_many(bench: Bench) -> None:
     with opened(bench) as box:
         commands = [box.start("cat", stdin=None) for _ in range(COMMANDS_MAX)]
@@ -309,6 +337,7 @@ ROWS: Final = (
         fact(asked, "closed", "EACCES")),
     ("file-root", "A file request reaches nothing outside, also not by a link that is swapped.",
         fact(asked, "ways out", [])),
+    ("changes-so-far", "Changes of a write root are sent whenever they are asked for, and at the end.", _changed),
     ("commands-in-a-row", "A thousand commands in a row leave no descriptor, task or memory behind.", _in_a_row),
     ("too-many-commands", "A 65th command at once is refused. The others go on.", _too_many),
     ("tasks-together", "All commands together have no more tasks than the sandbox may have.", _tasks_together),

@@ -217,7 +217,8 @@ class Sandbox:
                 tree.wait()
             self._begin_audit()
         self._commands[order.id] = Command(order, process, self._link, environment, self._command_failed)
-        if (closes := self._closes_after(order.id)) or process.key == init.FIRST:
+        # Init takes the process that waits from the start for the last one, also if it is never used.
+        if (closes := self._closes_after(order.id)) or self._closing is None or process.key == init.FIRST:
             environment.end_with(process.key if closes else None)
         environment.start(process, order, self._opening.confine)
 

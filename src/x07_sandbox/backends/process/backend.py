@@ -65,7 +65,7 @@ _UNCONFINED: Final = {
         ("memory", "tasks", "memory-together", "tasks-together"),
         "no control group holds the program and its children together",
     ),
-    **dict.fromkeys(("read-root", "write-root", "out-folder"), _NO_COPIES),
+    **dict.fromkeys(("read-root", "write-root", "out-folder", "changes-so-far"), _NO_COPIES),
     **dict.fromkeys(("no-network", "no-host-servers"), "the program uses this host's network"),
     **dict.fromkeys(("unlisted-name", "gate-asked", "connect-fails"), "nothing limits the program to a list of hosts"),
     **dict.fromkeys(("file-permissions", "file-root"), "the file server can use its user's files, and root any file"),
