@@ -36,7 +36,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, lambda _number, _frame: None)
 
-PACKAGES = ("curl", "git", "lua5.4", "nodejs", "python3-pip", "python3-requests", "redis-tools")
+MORE_PACKAGES = ("nodejs", "python3-pip", "python3-requests", "redis-tools") if FULL else ()
+PACKAGES = ("curl", "git", "lua5.4", *MORE_PACKAGES)
 LASTING_FDS: set[int] = set()
 """Descriptors that outlive a test on purpose, such as those of the launcher thread: a fixture adds them here."""
 
@@ -98,15 +99,16 @@ def image() -> Image:
 
 @pytest.fixture(scope="session")
 def with_packages() -> str:
-    """The name of an image with packages, shared by all tests; one worker builds it."""
+    """The name of an image with PACKAGES, shared by all tests; one worker builds it."""
     from x07_sandbox import SandboxError
     from x07_sandbox.images.build import build_image
 
+    name = "with-more-packages" if FULL else "with-packages"
     try:
-        build_image(name="with-packages", include=PACKAGES, progress=lambda _text: None)
+        build_image(name=name, include=PACKAGES, progress=lambda _text: None)
     except SandboxError as exc:
         need(None, f"an image with {', '.join(PACKAGES)}: {exc}", installable=True)
-    return "with-packages"
+    return name
 
 
 @pytest.fixture(scope="session")

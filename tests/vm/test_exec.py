@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from msgspec.structs import replace
 
+from tests.command import x07 as command
 from tests.vm.conftest import left_behind
 from x07_sandbox import Pool, exec_command, exec_command_async, load_policy, run_program, run_program_async
 from x07_sandbox.plan.guest_paths import WORK
@@ -61,9 +62,8 @@ def project(image: Image, state: Path, tmp_path: Path) -> Path:
 
 def x07(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """Run a command in a folder, as a user types it."""
-    return subprocess.run(
-        [*COMMAND, *words], cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
-    )
+    done = command(folder, *words)
+    return subprocess.CompletedProcess(words, done.code, done.out.decode(), done.err)
 
 
 def result(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:

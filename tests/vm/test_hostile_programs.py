@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.conftest import sample
 from tests.vm.conftest import PROGRAMS, left_behind
 from x07_sandbox.host import settings
 
@@ -195,7 +196,7 @@ def test_sleeping_for_ever_is_a_timeout(sandbox: Sandbox) -> None:
     assert ran.lines() == ["sleeping"]
 
 
-@pytest.mark.parametrize("more", [(), ("16",), ("0", "16")], ids=["alone", "threads", "children"])
+@pytest.mark.parametrize("more", sample([("16",), (), ("0", "16")], 2), ids=str)
 def test_threads_and_children_share_one_cpu_limit(sandbox: Sandbox, more: tuple[str, ...]) -> None:
     """CPU time of one thread, many threads or children ends as `cpu-limit` with exit code 124."""
     ran = sandbox.behave("burn", *more, policy={"limits.cpu_ms": 1000, "limits.wall_ms": 60_000})
@@ -209,7 +210,7 @@ def test_threads_and_children_share_one_cpu_limit(sandbox: Sandbox, more: tuple[
 # output
 
 
-@pytest.mark.parametrize(("streams", "capped"), [("1", "stdout"), ("2", "stderr"), ("12", "")])
+@pytest.mark.parametrize(("streams", "capped"), sample([("12", ""), ("1", "stdout"), ("2", "stderr")], 2))
 def test_exactly_the_output_limit_is_kept(sandbox: Sandbox, streams: str, capped: str) -> None:
     """Too much output ends as `output-limit` with exit code 153; exactly the limit is kept and marked truncated."""
     cap = 300_001
@@ -234,7 +235,7 @@ def test_output_of_exactly_the_limit_is_ok(sandbox: Sandbox) -> None:
 # descriptors and cores
 
 
-@pytest.mark.parametrize("fds", [0, 2, 3, 8])
+@pytest.mark.parametrize("fds", sample([8, 2, 3, 0], 2))
 def test_the_number_of_descriptors_is_limited(sandbox: Sandbox, fds: int) -> None:
     """A program gets exactly limits.fds descriptors; if its loader needs more, it fails by itself."""
     ran = sandbox.behave("open-many", policy={"limits.fds": fds})

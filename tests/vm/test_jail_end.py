@@ -167,7 +167,7 @@ def test_an_unreleased_machine_dies_with_its_runner(each_form: Account) -> None:
 def test_a_runner_killed_during_a_start_leaves_no_process(each_form: Account, do: str) -> None:
     """A runner killed at any moment of a start, or just after the release, leaves no process behind."""
     step_us = 100 if do == "die" else 1500
-    for turn in sample(range(24), 8):
+    for turn in sample(range(24), 3):
         order = json.dumps({"binary": str(each_form.hostile("stubborn")), "do": do, "after_us": turn * step_us})
         argv = [*each_form.words, sys.executable, "-B", str(each_form.folder / "jail_driver.py"), order]
         died = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, env=each_form.env, check=False)
@@ -182,7 +182,7 @@ def test_a_runner_killed_during_a_start_leaves_no_process(each_form: Account, do
 
 def test_the_machine_dies_with_runner_and_supervisor(each_form: Account) -> None:
     """Killing the runner and the supervisor together leaves no process behind, at any moment after the release."""
-    for turn in sample(range(24), 8):
+    for turn in sample(range(24), 3):
         with Runner(each_form, mode="stubborn", do="hold") as runner:
             runner.say("release")
             moment = time.monotonic() + turn * 0.0002

@@ -137,7 +137,7 @@ def test_a_startup_variable_starts_a_fresh_interpreter(sandbox: Sandbox) -> None
             "f = lambda: f()\nf()\n",
             WITH_CHILDREN,
         ],
-        5,
+        3,
     ),
 )
 def test_a_program_ends_as_in_a_fresh_interpreter(sandbox: Sandbox, text: str) -> None:

@@ -9,14 +9,15 @@ import os
 import shutil
 import stat
 import subprocess
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jsonschema
 import pytest
 
+from tests.command import x07
 from tests.conftest import need
+from x07_sandbox.cli import os_runner
 from x07_sandbox.errors import HostError, UsageError
 from x07_sandbox.images.build import build_image, pack_toolchain
 from x07_sandbox.images.commands import EPOCH
@@ -72,17 +73,13 @@ def project(tmp_path: Path) -> Path:
 def command(
     *words: str, image: str, stdin: bytes = b"", module: str = "main", cwd: Path | None = None
 ) -> subprocess.CompletedProcess[bytes]:
-    """Run `x07 run` or `x07-os-runner` with *words* on that image."""
-    verb = ["run"] if module == "main" else []
-    return subprocess.run(
-        [sys.executable, "-m", f"x07_sandbox.cli.{module}", *verb, *words],
-        input=stdin,
-        env=os.environ | {"X07_VM_GUEST_IMAGE": image},
-        cwd=cwd,
-        capture_output=True,
-        check=False,
-        timeout=200,
-    )
+    """Carry out `x07 run` or `x07-os-runner` with *words* on that image."""
+    env = {"X07_VM_GUEST_IMAGE": image}
+    if module == "main":
+        done = x07(cwd or Path.cwd(), "run", *words, stdin=stdin, env=env)
+    else:
+        done = x07(cwd or Path.cwd(), *words, stdin=stdin, env=env, command=os_runner.main)
+    return subprocess.CompletedProcess(words, done.code, done.out, done.err.encode())
 
 
 def report_of(done: subprocess.CompletedProcess[bytes]) -> dict[str, Any]:
