@@ -198,13 +198,8 @@ def _make_report(
 ) -> tuple[CompileRunReport, list[str]]:
     """Write the files that *wanted* names; return the report and messages about the run's end. Raises RefusedError."""
     toolchain = wanted.program.toolchain
-    built = Built(
-        mode=runner_report.mode_of(wanted.program),
-        world="run-os-sandboxed",
-        lang_id=toolchain.name,
-        path=OUTPUT,
-        size=artifact.size,
-    )
+    mode = runner_report.mode_of(wanted.program)
+    built = Built(mode=mode, world="run-os-sandboxed", lang_id=toolchain.name, path=OUTPUT, size=artifact.size)
     report = runner_report.report_of(result, built, wanted.program)
     if wanted.compiled_out is not None and report.compile.ok:
         write_executable(wanted.compiled_out, artifact)
