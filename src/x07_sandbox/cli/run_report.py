@@ -1,13 +1,10 @@
 """X07's report about a run, for `x07-os-runner` and for `x07 run --report`, which prints it instead of the output."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import msgspec
 from msgspec.structs import replace
@@ -30,14 +27,12 @@ from x07_sandbox.reports.document import render_json
 from x07_sandbox.runs import request as requests
 from x07_sandbox.runs.program import Program
 from x07_sandbox.runs.request import EffectivePolicy, RunCaller, RunRequest
+from x07_sandbox.runs.result import Result
+from x07_sandbox.sandboxes.transfers import OutFile
 from x07_sandbox.x07 import runner_report
 from x07_sandbox.x07.attestation import WRITE_CODE, Attested, attest, reference
 from x07_sandbox.x07.project import INPUT_MAX_BYTES, PROJECT_FILE, USAGE_EXIT, diagnostics_line
 from x07_sandbox.x07.runner_report import Built, CompileRunReport
-
-if TYPE_CHECKING:
-    from x07_sandbox.runs.result import Result
-    from x07_sandbox.sandboxes.transfers import OutFile
 
 _SCHEMA_EXIT = 3
 
