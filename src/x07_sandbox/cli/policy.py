@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal
+from typing import Final, Literal
 
 import msgspec
 
@@ -27,6 +27,7 @@ from x07_sandbox.plan.confinement import confinement
 from x07_sandbox.plan.controls import make_plan
 from x07_sandbox.policy.decode import MAX_BYTES
 from x07_sandbox.policy.default import policy_digest
+from x07_sandbox.policy.differences import Change
 from x07_sandbox.policy.from_flags import completion
 from x07_sandbox.policy.model import Policy, leaf_values
 from x07_sandbox.policy.problems import ADVICE, PolicyError
@@ -37,9 +38,6 @@ from x07_sandbox.reports import policies
 from x07_sandbox.reports.policies import CheckedFile, ExplainReport, HostReport
 from x07_sandbox.runs.request import read_policy
 from x07_sandbox.x07.project import X07
-
-if TYPE_CHECKING:
-    from x07_sandbox.policy.differences import Change
 
 DIFFERENT: Final = 1
 DENIED: Final = 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import msgspec
 
@@ -13,14 +13,12 @@ from x07_sandbox.channel.trees import can_hold_names
 from x07_sandbox.errors import PeerError
 from x07_sandbox.files import copy
 from x07_sandbox.files.changes import STAGING, Change, Node, Refused, is_folder, parent_folders, printable, same_node
+from x07_sandbox.files.copy import Bounds, Reason, Skipped
 from x07_sandbox.files.dependencies import renames, with_dependents
+from x07_sandbox.files.incoming import ReportedEntry
+from x07_sandbox.files.protected import Protection
 from x07_sandbox.host import settings
 from x07_sandbox.policy.limits import size_text
-
-if TYPE_CHECKING:
-    from x07_sandbox.files.copy import Bounds, Reason, Skipped
-    from x07_sandbox.files.incoming import ReportedEntry
-    from x07_sandbox.files.protected import Protection
 
 _SPECIAL_BITS: Final = 0o7000
 _SPLITS_MAX: Final = 8
