@@ -5,22 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Final, Literal, NamedTuple, Protocol, runtime_checkable
 
 import msgspec
 
+from x07_sandbox.backends.prerequisites import Need
+from x07_sandbox.channel.connection import Connection
 from x07_sandbox.errors import BackendError
 from x07_sandbox.host import settings
 from x07_sandbox.host.cancel import Caller
+from x07_sandbox.host.processes import Identity
 from x07_sandbox.images.verify import OpenImage
 from x07_sandbox.jobs.record import Claim, JobRecord
 from x07_sandbox.plan.features import Features
 from x07_sandbox.plan.sizes import used_ram_bytes
-
-if TYPE_CHECKING:
-    from x07_sandbox.backends.prerequisites import Need
-    from x07_sandbox.channel.connection import Connection
-    from x07_sandbox.host.processes import Identity
 
 StartMode = Literal["cold", "clone", "pool"]  # booted, cloned from a saved machine, or taken from a pool
 # The codes of errors about modules that cannot be preloaded, or not in time.

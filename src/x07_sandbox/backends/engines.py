@@ -1,7 +1,5 @@
 """The client of a container engine: its program and environment, the meaning of its output, loading of images."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re
@@ -9,7 +7,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import Any, Final, Literal
 
 import msgspec
 
@@ -20,9 +18,7 @@ from x07_sandbox.host.paths import cache_folder, find_program
 from x07_sandbox.host.processes import output_of
 from x07_sandbox.host.version import __version__
 from x07_sandbox.images.archive import write_archive
-
-if TYPE_CHECKING:
-    from x07_sandbox.images.store import Image
+from x07_sandbox.images.store import Image
 
 Name = Literal["podman", "docker"]
 CLIENTS: Final[dict[Name, Need]] = {

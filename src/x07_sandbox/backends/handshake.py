@@ -1,12 +1,10 @@
 """The handshake with an agent, in two steps: the agent answers, then it becomes ready for a program."""
 
-from __future__ import annotations
-
 import os
 import select
 import time
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from msgspec.structs import replace
 
@@ -18,9 +16,7 @@ from x07_sandbox.channel.streams import Event, Role
 from x07_sandbox.errors import PeerError
 from x07_sandbox.host import settings
 from x07_sandbox.host.clocks import Deadline, unix_ns
-
-if TYPE_CHECKING:
-    from x07_sandbox.plan.outcomes import Evidence
+from x07_sandbox.plan.outcomes import Evidence
 
 _EXIT_S: Final = 5.0  # for an instance whose channel ended to end itself, so that its exit status is known
 _LATE_S: Final = 0.2  # for data that was sent before a deadline to arrive after it

@@ -9,21 +9,19 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
+from typing import Final, NamedTuple, TypeVar
 
+from x07_sandbox.backends.base import StartMode
 from x07_sandbox.errors import BackendError, HostError
 from x07_sandbox.host import settings
 from x07_sandbox.host.clocks import Deadline
+from x07_sandbox.host.close_on_fork import FdGroup
 from x07_sandbox.host.linux import children_of, open_pidfd, send_signal
 from x07_sandbox.host.paths import closing_fd
 from x07_sandbox.host.poll import wait_readable
 from x07_sandbox.host.processes import Identity, identify, own_identity, wait_gone
 from x07_sandbox.jobs.launcher import Launch, launch
 from x07_sandbox.jobs.record import JobRecord, mark_done, write_owner
-
-if TYPE_CHECKING:
-    from x07_sandbox.backends.base import StartMode
-    from x07_sandbox.host.close_on_fork import FdGroup
 
 _J = TypeVar("_J", bound="Jailed")
 _SETUP_S: Final = 10.0

@@ -5,8 +5,6 @@ then on the connection is the lease. The client ends the lease with a message or
 then ends the VM, and confirms that in answer to the message. Each side checks the uid of the other.
 """
 
-from __future__ import annotations
-
 import array
 import contextlib
 import json
@@ -14,8 +12,9 @@ import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
+from x07_sandbox.backends.base import Backend, Instance, Job
 from x07_sandbox.backends.handshake import greet
 from x07_sandbox.errors import BackendError
 from x07_sandbox.host import close_on_fork
@@ -23,9 +22,6 @@ from x07_sandbox.host.linux import fd_path, peer_of
 from x07_sandbox.host.paths import cache_folder, closing_fd, state_dir
 from x07_sandbox.host.poll import wait_readable
 from x07_sandbox.jobs.record import record_from, record_values
-
-if TYPE_CHECKING:
-    from x07_sandbox.backends.base import Backend, Instance, Job
 
 PROTOCOL: Final = 3
 SOCKET: Final = "socket"

@@ -1,13 +1,10 @@
 """The output files that the user names: each is written completely, or not at all."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
@@ -18,12 +15,9 @@ from x07_sandbox.host.poll import write_all
 from x07_sandbox.plan.outcomes import REFUSED_EXIT
 from x07_sandbox.programs.toolchains import OUTPUT
 from x07_sandbox.runs.folder import unnamed_file
-from x07_sandbox.runs.request import ProjectPolicy, RunRequest
-
-if TYPE_CHECKING:
-    from x07_sandbox.runs.request import Program
-    from x07_sandbox.runs.result import Result
-    from x07_sandbox.sandboxes.transfers import OutFile
+from x07_sandbox.runs.request import Program, ProjectPolicy, RunRequest
+from x07_sandbox.runs.result import Result
+from x07_sandbox.sandboxes.transfers import OutFile
 
 
 class UnwritableError(UsageError):

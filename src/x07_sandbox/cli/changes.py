@@ -4,14 +4,12 @@ A root is a host folder that the policy lets the program modify. A refusal is a 
 Changes that are not allowed are left out: saved, but applied only if a flag of `x07 apply` allows them.
 """
 
-from __future__ import annotations
-
 import argparse
 import re
 import shlex
 import sys
 from collections.abc import Set as AbstractSet
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from msgspec.structs import replace
 
@@ -26,14 +24,12 @@ from x07_sandbox.cli.changes_text import (
 from x07_sandbox.cli.console import say
 from x07_sandbox.cli.json_output import deliver, document_wanted
 from x07_sandbox.cli.parser import add_document_flags, nonempty, repeated, switch
+from x07_sandbox.files.changes import ChangeSet
 from x07_sandbox.runs.patches import include_applied, patch_chunks
 from x07_sandbox.runs.refusals import apply_command, denials_and_entries
 from x07_sandbox.runs.result import Changes
 from x07_sandbox.runs.saved_changes import SavedChanges, command, find_saved, folder_names, undo_saved
 from x07_sandbox.runs.selection import Grants, apply_selected, below, select_changes
-
-if TYPE_CHECKING:
-    from x07_sandbox.files.changes import ChangeSet
 
 _RUN_ID: Final = re.compile(r"\d[\d-]*", re.ASCII)
 _TERMINAL_LINES: Final = 2000

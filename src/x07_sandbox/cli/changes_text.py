@@ -1,12 +1,10 @@
 """Messages about changes to files, and their form as a patch and as JSON, for `run`, `diff`, `apply` and `undo`."""
 
-from __future__ import annotations
-
 import argparse
 import re
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import msgspec
 
@@ -14,10 +12,8 @@ from x07_sandbox.cli.console import say, write_stdout
 from x07_sandbox.cli.denials_text import how_to_allow_text
 from x07_sandbox.cli.parser import nonempty
 from x07_sandbox.files.changes import ChangeSet, display_name, printable
+from x07_sandbox.runs.result import Changes, Result
 from x07_sandbox.runs.saved_changes import command, find_saved, folder_names
-
-if TYPE_CHECKING:
-    from x07_sandbox.runs.result import Changes, Result
 
 _NAMED: Final = 8
 _DELETED_MAX: Final = 20

@@ -1,21 +1,17 @@
 """Messages of `x07 run` about the first few denials, each with a change that would allow the action, if any."""
 
-from __future__ import annotations
-
 import json
 import posixpath
 from collections.abc import Collection, Iterable, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from msgspec.structs import replace
 
 from x07_sandbox.cli.console import say
 from x07_sandbox.errors import printable
+from x07_sandbox.plan.denials import Denial, Hint, HowToAllow
 from x07_sandbox.policy.templates import BUILT_IN, built_in
-
-if TYPE_CHECKING:
-    from x07_sandbox.plan.denials import Denial, Hint, HowToAllow
-    from x07_sandbox.runs.result import Result
+from x07_sandbox.runs.result import Result
 
 _SHOWN: Final = 4
 _LISTED: Final = 4

@@ -1,12 +1,10 @@
 """`x07 run --dry-run`: show what a run would do and what its policy would enforce, without starting a VM."""
 
-from __future__ import annotations
-
 import argparse
 import shlex
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from x07_sandbox.cli.console import say, show
 from x07_sandbox.cli.json_output import print_document
@@ -14,10 +12,7 @@ from x07_sandbox.cli.run_failure import print_failure
 from x07_sandbox.errors import RefusedError
 from x07_sandbox.plan.outcomes import REFUSED_EXIT
 from x07_sandbox.runs.preview import Preview, preview
-
-if TYPE_CHECKING:
-    from x07_sandbox.runs.request import RunCaller, RunRequest
-
+from x07_sandbox.runs.request import RunCaller, RunRequest
 
 _LISTED: Final = 8
 _STATES: Final = {"advisory": "advisory (not enforced; some libraries check them)"}

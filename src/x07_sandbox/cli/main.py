@@ -4,17 +4,14 @@ All other modules are imported inside `main`. So Ctrl-C during an import cancels
 loads only the modules that it needs.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
-if TYPE_CHECKING:
-    from x07_sandbox.errors import UsageError
+from x07_sandbox.errors import UsageError
 
 # X07's global flags that our verbs have, and whether they take a value.
 _GLOBAL = {"--json": False, "--quiet-json": False, "--report-out": True, "--out": True}

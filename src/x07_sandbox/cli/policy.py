@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal
+from typing import Final, Literal
 
 import msgspec
 
@@ -20,42 +20,24 @@ from x07_sandbox.cli.json_output import deliver, print_document, print_failure
 from x07_sandbox.cli.parser import add_document_flags, inner_verb, option, repeated, switch
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host.paths import read_bounded, settings_file
+from x07_sandbox.network import rules
 from x07_sandbox.network.names import pattern_text
-from x07_sandbox.network.rules import (
-    NetSettings,
-    Transport,
-    decide,
-    endpoint_text,
-    make_allowlist,
-    parse_request,
-    unreachable_entries,
-)
 from x07_sandbox.network.settings import read_settings
 from x07_sandbox.plan.confinement import confinement
 from x07_sandbox.plan.controls import make_plan
 from x07_sandbox.policy.decode import MAX_BYTES
 from x07_sandbox.policy.default import policy_digest
+from x07_sandbox.policy.differences import Change
 from x07_sandbox.policy.from_flags import completion
 from x07_sandbox.policy.model import Policy, leaf_values
 from x07_sandbox.policy.problems import ADVICE, PolicyError
 from x07_sandbox.policy.schema import fields, render_schema
 from x07_sandbox.policy.templates import BUILT_IN
 from x07_sandbox.programs.toolchains import TOOLCHAINS
-from x07_sandbox.reports.policies import (
-    CheckedFile,
-    CheckReport,
-    DiffReport,
-    DigestReport,
-    ExplainedControl,
-    ExplainReport,
-    HostReport,
-    NeverReached,
-)
+from x07_sandbox.reports import policies
+from x07_sandbox.reports.policies import CheckedFile, ExplainReport, HostReport
 from x07_sandbox.runs.request import read_policy
 from x07_sandbox.x07.project import X07
-
-if TYPE_CHECKING:
-    from x07_sandbox.policy.differences import Change
 
 DIFFERENT: Final = 1
 DENIED: Final = 1
@@ -148,7 +130,7 @@ def _check(options: argparse.Namespace) -> int:
         raise UsageError("wrong usage", why, "See x07 policy check --help")
     rows = tuple(_checked(name) for name in options.files)
     worst = max((_CHECK_CODES[row.status] for row in rows), key=_SEVERITY.index)
-    if print_document(CheckReport(ok=worst == 0, files=rows), options):
+    if print_document(policies.CheckReport(ok=worst == 0, files=rows), options):
         return worst
     for row in rows:
         if row.text:
@@ -172,17 +154,17 @@ def _check_host(options: argparse.Namespace) -> int:
 
 
 def host_report(
-    policy: Policy, source: str, endpoint: str, transport: Transport, denied: Sequence[str] = ()
+    policy: Policy, source: str, endpoint: str, transport: rules.Transport, denied: Sequence[str] = ()
 ) -> HostReport:
     """Decide about a connection as the egress gate does. source: path or name of the policy. Raises SandboxError."""
     from x07_sandbox.network.settings import read_settings
     from x07_sandbox.policy.overrides import denied_hosts
 
-    request = parse_request(endpoint, transport)
+    request = rules.parse_request(endpoint, transport)
     # Connections to a loopback address stay in the guest, so the user's settings do not apply.
     own = not isinstance(request.host, str) and request.host.is_loopback
-    settings = NetSettings() if own else read_settings()
-    decision = decide(make_allowlist(policy, denied_hosts(denied), settings), request)
+    settings = rules.NetSettings() if own else read_settings()
+    decision = rules.decide(rules.make_allowlist(policy, denied_hosts(denied), settings), request)
     by_proxy = decision.allowed and settings.resolves(request.host)
     return HostReport(
         policy=source,
@@ -200,7 +182,7 @@ def host_report(
 
 def _host_lines(report: HostReport) -> list[str]:
     """Return the report as text."""
-    connection = f"{endpoint_text(report.host, report.port)} ({report.transport})"
+    connection = f"{rules.endpoint_text(report.host, report.port)} ({report.transport})"
     text = [f"{connection}: {'allowed' if report.allowed else 'denied'}", f"  rule {report.rule}: {report.reason}"]
     if report.allowed:
         if report.resolved_later:
@@ -229,7 +211,7 @@ _SEVERITY: Final = (0, INVALID, UNREADABLE)  # the last is the worst
 def _checked(name: str) -> CheckedFile:
     try:
         policy, _ = read_policy(name)
-        make_allowlist(policy)
+        rules.make_allowlist(policy)
     except PolicyError as exc:
         return CheckedFile(file=name, status="invalid", problems=exc.problems, **_completed(name, exc))
     except UsageError as exc:
@@ -259,7 +241,7 @@ def _digest(options: argparse.Namespace) -> int:
     policy, data = read_policy(options.file)
     digest = policy_digest(policy)
     of_file = f"sha256:{sha256(data).hexdigest()}"
-    report = DigestReport(policy_id=policy.policy_id, digest=digest, file_digest=of_file)
+    report = policies.DigestReport(policy_id=policy.policy_id, digest=digest, file_digest=of_file)
     if not print_document(report, options):
         show(digest)
     return 0
@@ -284,13 +266,15 @@ def _explain(options: argparse.Namespace) -> int:
         carried_out=not plan.refusals,
         filters=confinement(policy, "").filters if "confinement" in features.can_enforce else (),
         controls=tuple(
-            ExplainedControl(**msgspec.structs.asdict(control), value=msgspec.to_builtins(values[control.field]))
+            policies.ExplainedControl(
+                **msgspec.structs.asdict(control), value=msgspec.to_builtins(values[control.field])
+            )
             for control in plan.controls
         ),
         refusals=plan.refusals,
         never_reached=tuple(
-            NeverReached(field=entry.rule, host=pattern_text(entry.what), why=why)
-            for entry, why in unreachable_entries(make_allowlist(policy, settings=read_settings()))
+            policies.NeverReached(field=entry.rule, host=pattern_text(entry.what), why=why)
+            for entry, why in rules.unreachable_entries(rules.make_allowlist(policy, settings=read_settings()))
         ),
     )
     if not print_document(found, options):
@@ -304,7 +288,7 @@ def _diff(options: argparse.Namespace) -> int:
 
     (first, _), (second, _) = read_policy(options.first), read_policy(options.second)
     changes = tuple(differences(first, second))
-    if print_document(DiffReport(same=not changes, changes=changes), options):
+    if print_document(policies.DiffReport(same=not changes, changes=changes), options):
         return DIFFERENT if changes else 0
     docs = {field.path: field.doc for field in fields()}
     for effect, verb in (("granted", "grants"), ("withdrawn", "withdraws"), ("changed", "changes")):

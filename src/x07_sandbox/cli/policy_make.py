@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from msgspec.structs import replace
 
@@ -20,14 +20,12 @@ from x07_sandbox.options import OF_POLICIES
 from x07_sandbox.policy.default import render_policy
 from x07_sandbox.policy.from_flags import NewPolicy, make_policy
 from x07_sandbox.policy.limits import LimitChanges
+from x07_sandbox.policy.model import Policy
 from x07_sandbox.policy.overrides import Overrides
 from x07_sandbox.policy.rules import is_policy_id
 from x07_sandbox.policy.templates import TEMPLATES
 from x07_sandbox.reports.verbs import PolicyInitReport
 from x07_sandbox.runs.request import read_spec_file
-
-if TYPE_CHECKING:
-    from x07_sandbox.policy.model import Policy
 
 BASE_FOLDER: Final = (".x07", "policies", "base")
 DIFFERENT: Final = 2

@@ -1,12 +1,10 @@
 """The JSON document of `x07 run`: the result of a run, or an error that ended the command, in the same form."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from msgspec.structs import replace
 
@@ -14,10 +12,8 @@ from x07_sandbox.cli.atomic_output import UnwritableError, check_outputs, with_w
 from x07_sandbox.cli.console import write_stdout
 from x07_sandbox.errors import Cancelled, SandboxError
 from x07_sandbox.reports.result import render_result
+from x07_sandbox.runs.result import Result
 from x07_sandbox.runs.run import failure
-
-if TYPE_CHECKING:
-    from x07_sandbox.runs.result import Result
 
 # The first bytes of an earlier report; projects and policies have other versions.
 _REPORT: Final = re.compile(rb'\{\s*"schema_version":\s*"x07(\.sandbox\.|\.run\.report@|-os-runner\.report@)')

@@ -1,10 +1,7 @@
 """Writing of the files that flags of `x07 run` name: executable, patch, log of connections, result."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from x07_sandbox.cli.atomic_output import (
     collect_error,
@@ -19,11 +16,9 @@ from x07_sandbox.host.poll import write_all
 from x07_sandbox.reports.result import render_result
 from x07_sandbox.runs.folder import NET_LOG, all_runs
 from x07_sandbox.runs.patches import patch_chunks
+from x07_sandbox.runs.result import Result
 from x07_sandbox.runs.saved_changes import SavedChanges, find_saved
-
-if TYPE_CHECKING:
-    from x07_sandbox.runs.result import Result
-    from x07_sandbox.sandboxes.transfers import OutFile
+from x07_sandbox.sandboxes.transfers import OutFile
 
 
 def write_files(options: argparse.Namespace, result: Result, artifact: OutFile | None) -> tuple[Result, list[str]]:

@@ -1,13 +1,10 @@
 """X07's report about a run, for `x07-os-runner` and for `x07 run --report`, which prints it instead of the output."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import msgspec
 from msgspec.structs import replace
@@ -27,36 +24,14 @@ from x07_sandbox.policy.overrides import check_grants, derive_policy
 from x07_sandbox.policy.problems import PolicyError
 from x07_sandbox.programs.toolchains import ARTIFACT, OUTPUT, PROGRAM_FOLDER, Protocol
 from x07_sandbox.reports.document import render_json
-from x07_sandbox.runs.request import (
-    EffectivePolicy,
-    Program,
-    RunCaller,
-    RunRequest,
-    effective_policy_of,
-    is_built_in,
-    name_of_policy,
-    need_policy,
-    open_input,
-    read_policy,
-    read_spec_file,
-    read_whole,
-)
+from x07_sandbox.runs import request as requests
+from x07_sandbox.runs.request import EffectivePolicy, Program, RunCaller, RunRequest
+from x07_sandbox.runs.result import Result
+from x07_sandbox.sandboxes.transfers import OutFile
+from x07_sandbox.x07 import runner_report
 from x07_sandbox.x07.attestation import WRITE_CODE, Attested, attest, reference
 from x07_sandbox.x07.project import INPUT_MAX_BYTES, PROJECT_FILE, USAGE_EXIT, diagnostics_line
-from x07_sandbox.x07.runner_report import (
-    Built,
-    CompileRunReport,
-    describe_ending,
-    flat_report,
-    mode_of,
-    report_of,
-    target_of,
-    wrap,
-)
-
-if TYPE_CHECKING:
-    from x07_sandbox.runs.result import Result
-    from x07_sandbox.sandboxes.transfers import OutFile
+from x07_sandbox.x07.runner_report import Built, CompileRunReport
 
 _SCHEMA_EXIT = 3
 
@@ -102,7 +77,7 @@ def run_with_report(
     assert program is not None  # noqa: S101 - for the type checker
     wanted = ReportRequest(
         program=program,
-        policy=caller.policy or effective_policy_of(request),
+        policy=caller.policy or requests.effective_policy_of(request),
         policy_path=None if request.policy is None else str(request.policy),
         compiled_out=options.compiled_out,
         attest_runtime=options.attest_runtime,
@@ -111,9 +86,9 @@ def run_with_report(
     result, report = run_and_report(request, caller, wanted, stack, say)
     write_errors: list[str] = []
     write_records(options, result, write_errors)
-    printed = report if options.artifact is None else flat_report(report)
+    printed = report if options.artifact is None else runner_report.flat_report(report)
     if options.report == "wrapped":
-        text = render_json(wrap(printed, target_of(program, request.program, printed)))
+        text = render_json(runner_report.wrap(printed, runner_report.target_of(program, request.program, printed)))
     else:
         text = render_json(printed)
     if options.report_out is not None:
@@ -136,16 +111,16 @@ def with_derived_file(
 
     Return the changed request and the policy; None if there are no overrides. Raises UsageError, PolicyError.
     """
-    need_policy(request, protocol)
+    requests.need_policy(request, protocol)
     if request.overrides is None:
         return request, None
     root = project_root(request.program if program.project and request.program and is_file(request.program) else None)
     if request.program is not None and is_folder(request.program):
         root = request.program
-    base, data = read_policy(request.policy)
-    name = name_of_policy(request.policy)
-    check_grants(base, request.overrides, built_in=is_built_in(request.policy))
-    derived = derive_policy(base, data, name, request.overrides, read_spec_file=read_spec_file)
+    base, data = requests.read_policy(request.policy)
+    name = requests.name_of_policy(request.policy)
+    check_grants(base, request.overrides, built_in=requests.is_built_in(request.policy))
+    derived = derive_policy(base, data, name, request.overrides, read_spec_file=requests.read_spec_file)
     parts = (".x07", "policies", "_generated", derived.file_name)
     place = root.joinpath(*parts)
     fix = f"Make {place.parent} writable, or omit the flags that change the policy"
@@ -153,9 +128,9 @@ def with_derived_file(
     say(f"using derived policy {place}", "x07 run")
     limits = request.limits
     if limits is not None:  # the derived file has the same author
-        limits = replace(limits, may_raise=is_built_in(request.policy))
+        limits = replace(limits, may_raise=requests.is_built_in(request.policy))
     request = replace(request, policy=place, overrides=None, limits=limits)
-    return request, effective_policy_of(request)._replace(denied=derived.denied)
+    return request, requests.effective_policy_of(request)._replace(denied=derived.denied)
 
 
 class ReportRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -186,7 +161,7 @@ def run_and_report(
     *say* is called with each message. Raises UsageError, or, if a file was not written, RefusedError with the result.
     """
     with caller.cancel.waiting():  # it may be a pipe
-        data = read_whole(open_input(request, wanted.program.input_fd, stack), INPUT_MAX_BYTES)
+        data = requests.read_whole(requests.open_input(request, wanted.program.input_fd, stack), INPUT_MAX_BYTES)
     artifact = artifact_file(stack)
     if wanted.attest_runtime is not None:
         wanted.attest_runtime.unlink(missing_ok=True)  # it attests an earlier run
@@ -217,13 +192,12 @@ def _make_report(
 ) -> tuple[CompileRunReport, list[str]]:
     """Write the files that *wanted* names; return the report and messages about the run's end. Raises RefusedError."""
     (result, error), toolchain = ended, wanted.program.toolchain
-    built = Built(
-        mode=mode_of(wanted.program), world="run-os-sandboxed", lang_id=toolchain.name, path=OUTPUT, size=artifact.size
-    )
-    report = report_of(result, built, wanted.program)
+    mode = runner_report.mode_of(wanted.program)
+    built = Built(mode=mode, world="run-os-sandboxed", lang_id=toolchain.name, path=OUTPUT, size=artifact.size)
+    report = runner_report.report_of(result, built, wanted.program)
     if wanted.compiled_out is not None and report.compile.ok:
         write_executable(wanted.compiled_out, artifact)
-    ending = describe_ending(result, report, error)
+    ending = runner_report.describe_ending(result, report, error)
     if wanted.attest_runtime is None:
         return report, ending
     if report.solve is None or "run" not in result.phases:

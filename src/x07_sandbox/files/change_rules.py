@@ -5,31 +5,20 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import msgspec
 
 from x07_sandbox.channel.trees import can_hold_names
 from x07_sandbox.errors import PeerError
+from x07_sandbox.files import copy
 from x07_sandbox.files.changes import STAGING, Change, Node, Refused, is_folder, parent_folders, printable, same_node
-from x07_sandbox.files.copy import (
-    DEPTH_MAX,
-    FIELDS,
-    NUMBER_MAX,
-    Bounds,
-    Reason,
-    Skipped,
-    link_stays_inside,
-    value_for,
-    why_left_out,
-)
+from x07_sandbox.files.copy import Bounds, Reason, Skipped
 from x07_sandbox.files.dependencies import renames, with_dependents
+from x07_sandbox.files.incoming import ReportedEntry
+from x07_sandbox.files.protected import Protection
 from x07_sandbox.host import settings
 from x07_sandbox.policy.limits import size_text
-
-if TYPE_CHECKING:
-    from x07_sandbox.files.incoming import ReportedEntry
-    from x07_sandbox.files.protected import Protection
 
 _SPECIAL_BITS: Final = 0o7000
 _SPLITS_MAX: Final = 8
@@ -153,7 +142,7 @@ def _near(reported: Iterable[ReportedEntry], most: int) -> tuple[list[ReportedEn
         deep[top] = max(depth, deep.get(top, 0))
     why = "deeper than fs.max_depth, like everything below it"
     return near, [
-        Refused(name=name, rule="fs.max_depth", why=why, value=depth if depth <= DEPTH_MAX else None)
+        Refused(name=name, rule="fs.max_depth", why=why, value=depth if depth <= copy.DEPTH_MAX else None)
         for name, depth in deep.items()
     ]
 
@@ -230,7 +219,7 @@ def _by_kind(change: Change, bounds: Bounds) -> Iterator[Refused]:
     if node is None:
         return
     if node.kind == "link":
-        if not link_stays_inside(name, node.target):
+        if not copy.link_stays_inside(name, node.target):
             yield Refused(name=name, rule="fs.allow_symlinks", why="symbolic link to a path outside the folder")
         elif not bounds.allow_symlinks:
             why = "symbolic link, and fs.allow_symlinks is false"
@@ -241,7 +230,7 @@ def _by_kind(change: Change, bounds: Bounds) -> Iterator[Refused]:
     if node.kind == "file" and not node.mode & 0o400:
         yield Refused(name=name, rule="kind", why="its owner could not read the file, so undo would fail")
     if node.kind == "file" and node.size > bounds.write_bytes:
-        value = node.size if node.size <= min(NUMBER_MAX, settings.CHANGES_MAX_BYTES) else None
+        value = node.size if node.size <= min(copy.NUMBER_MAX, settings.CHANGES_MAX_BYTES) else None
         why = f"larger than {size_text(bounds.write_bytes)}, fs.max_write_bytes"
         yield Refused(name=name, rule="fs.max_write_bytes", why=why, value=value)
     elif node.kind == "file" and node.at is None:
@@ -252,7 +241,7 @@ def _by_kind(change: Change, bounds: Bounds) -> Iterator[Refused]:
 def _by_path(change: Change, links: Links, skipped: Mapping[str, Skipped], bounds: Bounds) -> Iterator[Refused]:
     """Refuse a link whose target is inside the root by name, but outside of it through other links."""
     name, node = change.name, change.after
-    if node is None or node.kind != "link" or not link_stays_inside(name, node.target):
+    if node is None or node.kind != "link" or not copy.link_stays_inside(name, node.target):
         return
     through = links.through(name)
     if through in skipped:
@@ -300,9 +289,9 @@ def _by_place(changes: Iterable[Change], skipped: Mapping[str, Skipped], bounds:
 def _by_skipped(name: str, why: str, skipped: str, there: Skipped, bounds: Bounds) -> Refused:
     return Refused(
         name=name,
-        rule=FIELDS[there.reason],
-        why=f"{why}, which was not copied into the VM ({why_left_out(there.reason, bounds)})",
-        value=value_for(there.reason, there.most, bounds),
+        rule=copy.FIELDS[there.reason],
+        why=f"{why}, which was not copied into the VM ({copy.why_left_out(there.reason, bounds)})",
+        value=copy.value_for(there.reason, there.most, bounds),
         reveal=skipped if there.reason in {"chosen", "secret"} else "",
     )
 

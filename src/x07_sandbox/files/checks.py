@@ -91,8 +91,8 @@ def compare_root(root: RootChanges, dir_fd: int, prefix: str, undo: Mapping[tupl
                 good = _fits(found, change.before)
                 # Also if the change that reverts this one expects what is there.
                 back = undo.get((root.root, change.name))
-                reverts = back is not None and same_node(back.after, change.before) and _fits(found, back.before)
-                if _fits(found, change.after) or reverts:
+                reverts = back is not None and same_node(back.after, change.before)
+                if _fits(found, change.after) or (back is not None and reverts and _fits(found, back.before)):
                     applied.add(change.name)
                 items.append(Item(name, change, found.info if found else None))
                 if good and found and is_folder(change.before) and not is_folder(change.after):

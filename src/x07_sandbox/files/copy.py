@@ -5,8 +5,6 @@ reported and do not exist for the program, except for empty folders above anothe
 folder is created.
 """
 
-from __future__ import annotations
-
 import errno
 import fnmatch
 import hashlib
@@ -17,7 +15,7 @@ import shlex
 import stat
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, BinaryIO, Final, Literal
+from typing import BinaryIO, Final, Literal
 
 import msgspec
 
@@ -31,9 +29,7 @@ from x07_sandbox.host import beneath, settings
 from x07_sandbox.host.paths import closing_fd
 from x07_sandbox.plan.guest_paths import is_below
 from x07_sandbox.policy.limits import FILE_BYTES, flag_for_file, size_text
-
-if TYPE_CHECKING:
-    from x07_sandbox.policy.model import Policy
+from x07_sandbox.policy.model import Policy
 
 # x07's own limits, used if the policy has 0, as FILE_BYTES is.
 ENTRIES: Final = 10_000

@@ -1,22 +1,18 @@
 """Open inodes of the host, their comparison with nodes of a change set, and the error for a conflict."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import os
 import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from x07_sandbox.errors import Command, SandboxError
 from x07_sandbox.files import contents
+from x07_sandbox.files.changes import Node
 from x07_sandbox.host import beneath
 from x07_sandbox.host.paths import closing_fd
-
-if TYPE_CHECKING:
-    from x07_sandbox.files.changes import Node
 
 Ident = tuple[int, int]
 """Device and inode number."""

@@ -1,12 +1,9 @@
 """Roots: the folders and files of the host that a policy opens, and their grouping into trees for copying."""
 
-from __future__ import annotations
-
 import os
 import stat
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -14,9 +11,7 @@ from x07_sandbox.errors import Flag, UsageError
 from x07_sandbox.host.paths import collapse_leading_slashes
 from x07_sandbox.options import BY_FLAG, GRANTS
 from x07_sandbox.plan.guest_paths import guest_path, is_below
-
-if TYPE_CHECKING:
-    from x07_sandbox.policy.model import Policy
+from x07_sandbox.policy.model import Policy
 
 
 class Root(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

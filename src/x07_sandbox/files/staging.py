@@ -1,25 +1,21 @@
 """Planning of the steps of a set, and staging: new content is written to private folders on the same file system."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import stat
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import msgspec
 
 from x07_sandbox.errors import HostError
 from x07_sandbox.files import contents
+from x07_sandbox.files.apply_steps import Site
 from x07_sandbox.files.changes import Change, Node, same_node
 from x07_sandbox.files.checks import Item, only_mode
 from x07_sandbox.files.inode import open_inode
 from x07_sandbox.files.journal import Step, StepKind
 from x07_sandbox.host.paths import closing_fd
-
-if TYPE_CHECKING:
-    from x07_sandbox.files.apply_steps import Site
 
 # The owner needs both bits to create or remove entries in a folder and to move the folder.
 _OPEN: Final = 0o300

@@ -5,25 +5,21 @@ An undo is a change set too: its folder is named UNDOING and lies in the one who
 of its own, and publish() takes the used one away.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re
 import stat
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from x07_sandbox.errors import HostError
 from x07_sandbox.files import changes as data_model
 from x07_sandbox.files import contents
 from x07_sandbox.files.apply_steps import OLD, Site, displaced_slot
+from x07_sandbox.files.changes import Change, ChangeSet, Node
 from x07_sandbox.files.inode import Ident, open_inode
+from x07_sandbox.files.journal import Step
 from x07_sandbox.host.paths import closing_fd, replace_file
-
-if TYPE_CHECKING:
-    from x07_sandbox.files.changes import Change, ChangeSet, Node
-    from x07_sandbox.files.journal import Step
 
 _SLOT: Final = re.compile(rf"\d+({re.escape(OLD)})?", re.ASCII)
 _NEXT, _PLANNED, _CHANGES, _DATA = "undo.new", "planned.json", "changes.json", "data"

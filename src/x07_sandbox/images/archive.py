@@ -4,13 +4,11 @@ The archive has two layers: the root file system, shared by all images with the 
 archive is reproducible, and so is the image id (the config's digest).
 """
 
-from __future__ import annotations
-
 import hashlib
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Final
+from typing import IO, Any, Final
 
 import msgspec
 
@@ -18,10 +16,8 @@ from x07_sandbox.errors import ImageError
 from x07_sandbox.host.arch import ARCHES
 from x07_sandbox.images import tar
 from x07_sandbox.images.base import remove_tree, unpack_root
+from x07_sandbox.images.store import Image
 from x07_sandbox.policy.default import canonical_json
-
-if TYPE_CHECKING:
-    from x07_sandbox.images.store import Image
 
 AGENT: Final = "/usr/lib/x07/agent.zip"
 MANIFEST_LABEL: Final = "io.x07.guest"  # the guest image's manifest as JSON

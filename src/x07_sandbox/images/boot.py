@@ -4,18 +4,13 @@ The image's own Python and compiler make the initramfs. They run in the built ro
 Byte code of another Python would not load in the guest, and the host need not have a compiler.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.images import commands, cpio, guestcode
 from x07_sandbox.images.base import Base, check_space, remove_tree, unpack_root
-
-if TYPE_CHECKING:
-    from x07_sandbox.images.guestcode import GuestCode
+from x07_sandbox.images.guestcode import GuestCode
 
 UNPACKED_MAX = 3  # unpacked size / size of a root file system; measured: 2.2
 _PAGE = 4096

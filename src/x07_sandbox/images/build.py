@@ -1,7 +1,5 @@
 """Building an image, or reusing an existing one: both stages, under the store's lock; packing of the X07 toolchain."""
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import os
@@ -10,7 +8,7 @@ import tarfile
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import msgspec.structs
 
@@ -21,9 +19,7 @@ from x07_sandbox.host.paths import cache_folder
 from x07_sandbox.images import base as bases
 from x07_sandbox.images import boot, guestcode, manifest, recipe, sources, store, tar, verify
 from x07_sandbox.images import pip as pips
-
-if TYPE_CHECKING:
-    from x07_sandbox.images.store import Image
+from x07_sandbox.images.store import Image
 
 WORK_PREFIX = "image-"
 X07_TAR = "x07.tar"

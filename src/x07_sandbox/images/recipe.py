@@ -3,17 +3,12 @@
 Bump RECIPE when a change here, in base.py, scratch.py or kernel.py changes the contents of an image.
 """
 
-from __future__ import annotations
-
 import re
 import shlex
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from x07_sandbox.errors import UsageError
-
-if TYPE_CHECKING:
-    from x07_sandbox.host.arch import Arch
+from x07_sandbox.host.arch import Arch
 
 RECIPE = 3
 PIP_LAYOUT = 2  # bump when a change in pip.py changes the contents of an image with Python packages

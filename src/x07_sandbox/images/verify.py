@@ -7,8 +7,6 @@ again if fstat shows a change. Small files are hashed each time.
 The checks protect against accidents and other users, but not against the user's own processes.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import hashlib
@@ -17,7 +15,6 @@ import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -28,9 +25,7 @@ from x07_sandbox.host.paths import closing_fd
 from x07_sandbox.host.verdicts import Verdict
 from x07_sandbox.images import manifest, store
 from x07_sandbox.images.manifest import Manifest, Part
-
-if TYPE_CHECKING:
-    from x07_sandbox.images.store import Image
+from x07_sandbox.images.store import Image
 
 FILE_MODE = 0o444
 FOLDER_MODE = 0o700

@@ -5,26 +5,22 @@ in both forms. X07_VM_REQUIRE_NAMESPACES=1 forbids the second form. Namespaces a
 privileges.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from x07_sandbox.errors import HostError, RefusedError, printable
+from x07_sandbox.host.arch import Arch
 from x07_sandbox.host.os_errors import raised_as
 from x07_sandbox.host.processes import output_of
 from x07_sandbox.host.variables import flag
 from x07_sandbox.host.verdicts import Verdict, file_state
 from x07_sandbox.jail.bwrap import BWRAP, Jail, jail_argv, probe_argv
 from x07_sandbox.jail.seccomp import vmm_filter
-
-if TYPE_CHECKING:
-    from x07_sandbox.host.arch import Arch
 
 _PROBE_S: Final = 20.0
 _PRINTF: Final = "/usr/bin/printf"

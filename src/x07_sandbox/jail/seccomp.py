@@ -12,18 +12,14 @@ Capabilities and namespaces leave these gaps, which the filter closes in both fo
 * memory that belongs to no process (memfd, System V): without a control group only the address space is limited.
 """
 
-from __future__ import annotations
-
 import errno
 import itertools
 import struct
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import Final, NamedTuple
 
+from x07_sandbox.host.arch import Arch
 from x07_sandbox.host.verdicts import Verdict
-
-if TYPE_CHECKING:
-    from x07_sandbox.host.arch import Arch
 
 DENIED: Final = (
     # namespaces and mounts

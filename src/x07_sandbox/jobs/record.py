@@ -5,8 +5,6 @@ process to which the job belongs. A file `done` or `reaped` means that the job's
 process) is proven gone. The job's x07 process writes `done`; any other process writes `reaped`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import json
@@ -14,7 +12,7 @@ import os
 import re
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import msgspec
 from msgspec.structs import asdict, replace
@@ -25,9 +23,7 @@ from x07_sandbox.host.clocks import unix_ms
 from x07_sandbox.host.linux import boot_id, boot_ms, pid_namespace
 from x07_sandbox.host.os_errors import fix_for, raised_as
 from x07_sandbox.host.paths import private_dir, replace_file, state_dir
-
-if TYPE_CHECKING:
-    from x07_sandbox.host.processes import Identity
+from x07_sandbox.host.processes import Identity
 
 JOB_SCHEMA: Final = "x07.vm.job@0.1.0"
 OWNER_SCHEMA: Final = "x07.sandbox.owner@0.1.0"

@@ -1,15 +1,11 @@
 """Rules that decide whether a job may be ended by a process that did not start the job."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from x07_sandbox.host import linux, processes, settings
-
-if TYPE_CHECKING:
-    from x07_sandbox.host.processes import Identity
-    from x07_sandbox.jobs.reader import StoredJob
+from x07_sandbox.host.processes import Identity
+from x07_sandbox.jobs.reader import StoredJob
 
 # live: the job's x07 process may still need the job. dead: the job's x07 process is gone. expired: the job's deadline
 # has passed. ended: the job is over. kept: this user's x07 cannot use the job's record.

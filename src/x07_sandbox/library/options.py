@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, TypedDict
 
-from x07_sandbox.policy.model import Policy  # noqa: TC001 - as above
+from x07_sandbox.policy.model import Policy
 
 
 class CommandOptions(TypedDict, total=False):

@@ -18,20 +18,12 @@ from collections.abc import Callable, Iterator
 from typing import Final, Literal
 
 from x07_sandbox.errors import UsageError
+from x07_sandbox.network import protocols
 from x07_sandbox.network.client_hello import ClientHello, HelloReader
 from x07_sandbox.network.http2_frames import PREFACE, FrameStream
 from x07_sandbox.network.http_requests import WORD, RequestStream, escaped
 from x07_sandbox.network.names import Host, parse_guest_host
-from x07_sandbox.network.protocols import (
-    ANSWER_MAX,
-    CLIENT_FIRST,
-    NAMES,
-    SERVER_FIRST,
-    SSH_START,
-    InspectionError,
-    Opening,
-    unknown,
-)
+from x07_sandbox.network.protocols import InspectionError, Opening, unknown
 
 Mode = Literal["tls", "http", "any", "opaque"]
 HELD_MAX: Final = 128 * 1024
@@ -40,7 +32,7 @@ HELD_MAX: Final = 128 * 1024
 _TLS_START: Final = b"\x16"
 _TLS_ANSWER: Final = re.compile(rb"[\x15\x16]\x03")
 _TLS_ANSWER_SIZE: Final = 2
-_STARTS: Final = (SSH_START, PREFACE, *(row.start for row in CLIENT_FIRST))
+_STARTS: Final = (protocols.SSH_START, PREFACE, *(row.start for row in protocols.CLIENT_FIRST))
 # With one of these, a tolerant HTTP server takes a line of other bytes for a request: a version, or an absolute target.
 _REQUEST: Final = re.compile(rb"(?i)[\t\x0b\x0c\x1c-\x20\x85\xa0]HTTP/[0-9]|(?:https?|ftp)://")
 _METHOD: Final = re.compile(WORD)
@@ -221,7 +213,7 @@ class _Proved(ABC):
 
     def server(self, data: bytes) -> None:
         if self.decided and self.watches_server:
-            self._answer += data[: ANSWER_MAX - len(self._answer)]
+            self._answer += data[: protocols.ANSWER_MAX - len(self._answer)]
             self.watches_server = not self._is_proof(self._answer)
 
     def eof(self) -> None:
@@ -306,7 +298,7 @@ class _Any:
 
     @property
     def decided(self) -> bool:
-        waits = self._start.startswith(SSH_START) and b"\n" in self._start
+        waits = self._start.startswith(protocols.SSH_START) and b"\n" in self._start
         return waits if self._stage is None else self._stage.decided
 
     @property
@@ -329,7 +321,7 @@ class _Any:
 
     def server(self, data: bytes) -> None:
         if self._stage is None:
-            self._greeting += data[: ANSWER_MAX - len(self._greeting)]
+            self._greeting += data[: protocols.ANSWER_MAX - len(self._greeting)]
             return
         self._stage.server(data)
         if isinstance(self._stage, _Opened) and self._stage.following:
@@ -345,7 +337,7 @@ class _Any:
     def _choose(self) -> _Raw | _Parser | None:
         """Return the parser for the held bytes, or None while the protocol is not known. Raises InspectionError."""
         start = bytes(self._start)
-        for row in SERVER_FIRST:
+        for row in protocols.SERVER_FIRST:
             if row.greeting.match(self._greeting):
                 if row.client.match(start):
                     return _Raw()
@@ -354,8 +346,8 @@ class _Any:
                 return None
         if any(len(start) < len(known) and known.startswith(start) for known in _STARTS):
             return None
-        if start.startswith(SSH_START):
-            if len(start) > ANSWER_MAX or self._greeting:
+        if start.startswith(protocols.SSH_START):
+            if len(start) > protocols.ANSWER_MAX or self._greeting:
                 raise unknown("only the client's first bytes are SSH")
             return None
         return self._parser(start)
@@ -364,12 +356,12 @@ class _Any:
         """Return the parser for first bytes that need no greeting, or None if they may become HTTP/1."""
         if start.startswith(_TLS_START):
             return _Tls(self._names, need_name=False)
-        for opening in CLIENT_FIRST:
+        for opening in protocols.CLIENT_FIRST:
             if start.startswith(opening.start):
                 return _Opened(opening)
         if start.startswith(PREFACE):
             return FrameStream(self._names.check_host, self._port, self._greeting)
         method = _METHOD.match(start)
         if method is None or method.end() > _METHOD_MAX or start[method.end() :][:1] not in {b"", b" "}:
-            raise unknown(f"the first bytes are not TLS, HTTP, {NAMES}")
+            raise unknown(f"the first bytes are not TLS, HTTP, {protocols.NAMES}")
         return RequestStream(self._names.check_host, self._port) if method.end() < len(start) else None

@@ -8,15 +8,13 @@ import socket
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import Final, Protocol
 
 from x07_sandbox.channel import egress
+from x07_sandbox.channel.streams import Streams
+from x07_sandbox.network.first_bytes import Inspector
 from x07_sandbox.network.protocols import InspectionError
-
-if TYPE_CHECKING:
-    from x07_sandbox.channel.streams import Streams
-    from x07_sandbox.network.first_bytes import Inspector
-    from x07_sandbox.network.summary import Contact
+from x07_sandbox.network.summary import Contact
 
 _LINGER: Final = struct.pack("ii", 1, 0)
 # Shared: asyncio delivers its content before it requests the buffer again.

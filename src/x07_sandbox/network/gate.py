@@ -4,28 +4,24 @@ The gate runs in one unprivileged process per job (jail/own_limits) and owns the
 Everything on that stream is hostile.
 """
 
-from __future__ import annotations
-
 import asyncio
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from msgspec.structs import replace
 
 from x07_sandbox.channel import egress, streams
+from x07_sandbox.channel.egress import Target
 from x07_sandbox.channel.streams import Event, Role, Streams
 from x07_sandbox.errors import PeerError, UsageError
 from x07_sandbox.network.dialler import Dialled, Dialler, NotDialledError
 from x07_sandbox.network.first_bytes import Inspector, Mode
 from x07_sandbox.network.flows import Flow, TcpFlow, UdpFlow
+from x07_sandbox.network.ledger import Ledger
 from x07_sandbox.network.names import parse_guest_host
 from x07_sandbox.network.protocols import InspectionError
 from x07_sandbox.network.rules import Allowlist, Decision, Request, Transport, decide, denied_name
 from x07_sandbox.network.summary import Contact
-
-if TYPE_CHECKING:
-    from x07_sandbox.channel.egress import Target
-    from x07_sandbox.network.ledger import Ledger
 
 WAITING_MAX: Final = 256  # requests that wait until the limits of connections allow them
 NAMES_MAX: Final = 1024

@@ -4,20 +4,16 @@ The host computes the configuration, because it normalizes names (names.py). The
 defence: the gate decides again on every connection.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from ipaddress import IPv4Address, IPv6Address
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from x07_sandbox.channel.messages import Network
 from x07_sandbox.errors import UsageError
 from x07_sandbox.network.names import Wildcard, matches
+from x07_sandbox.network.rules import Allowlist, Entry
 from x07_sandbox.policy.hosts import Addresses, covers
-
-if TYPE_CHECKING:
-    from x07_sandbox.network.rules import Allowlist, Entry
 
 _FIRST_NAME: Final = 16
 _FIRST_BLOCK: Final = 4 * 256

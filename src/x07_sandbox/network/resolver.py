@@ -9,8 +9,6 @@ checks every answer. A request is a number (u32) and the name. An answer is the 
 address one byte for the IP version and the 4 or 16 bytes of the address.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import os
@@ -22,13 +20,11 @@ import threading
 import time
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from x07_sandbox.jail.own_limits import confine
 from x07_sandbox.network import nat64
-
-if TYPE_CHECKING:
-    from x07_sandbox.network.names import Address
+from x07_sandbox.network.names import Address
 
 NUMBER: Final = struct.Struct(">I")
 REQUEST_MAX: Final = NUMBER.size + 253

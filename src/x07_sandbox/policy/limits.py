@@ -4,21 +4,17 @@ The author of a policy may raise its limits up to the schema's maximum. Everybod
 out of range is an error and is never clamped.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import msgspec
 from msgspec.structs import replace
 
 from x07_sandbox.errors import Flag, Text, UsageError
 from x07_sandbox.options import FILE_SIZE, LIMITS, Option
-
-if TYPE_CHECKING:
-    from x07_sandbox.policy.model import Limits, Policy
+from x07_sandbox.policy.model import Limits, Policy
 
 FILE_BYTES: Final = 16 << 20  # if the policy has 0
 _UNITS: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}

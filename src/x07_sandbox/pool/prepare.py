@@ -1,22 +1,17 @@
 """Save VMs in advance, so that the first runs need not save them."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from x07_sandbox.backends.base import MachineKind
 from x07_sandbox.backends.registry import create
 from x07_sandbox.backends.selection import BackendRequest, select, this_platform
 from x07_sandbox.host import settings
 from x07_sandbox.host.cancel import Caller, Cancel
+from x07_sandbox.images.store import Image
 from x07_sandbox.images.verify import open_image
 from x07_sandbox.plan.sizes import ram_class_bytes
 from x07_sandbox.policy import default_policy
-
-if TYPE_CHECKING:
-    from x07_sandbox.images.store import Image
 
 
 def prepare_clones(image: Image, progress: Callable[[str], None]) -> None:

@@ -5,8 +5,6 @@ Python program before it waits. Each machine is recorded as a job (`RUN-warm`) w
 machine takes over the machine's deadline, then its record, then the machine itself.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shutil
@@ -15,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import msgspec
 
@@ -26,6 +24,7 @@ from x07_sandbox.backends.selection import choice_from_environment
 from x07_sandbox.errors import BackendError, Cancelled, Command, HostError, SandboxError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.cancel import Caller, Cancel
+from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.memory import memory_bytes
 from x07_sandbox.host.processes import Identity, own_identity
 from x07_sandbox.images.store import find_image
@@ -44,9 +43,6 @@ from x07_sandbox.runs.prepare import check_pinned, current_image, final_value, p
 from x07_sandbox.runs.request import RunCaller, RunRequest
 from x07_sandbox.runs.result import draft_result
 from x07_sandbox.sandboxes.transfers import CommandStreams, Sink, memory_file
-
-if TYPE_CHECKING:
-    from x07_sandbox.host.clocks import Deadline
 
 _PROGRAMS: Final = tuple(Path(__file__).parents[1] / "programs" / "data" / name for name in ("warm.c", "warm.py"))
 _INPUT: Final = b"hello\n"

@@ -1,21 +1,17 @@
 """X07's attestation of a run, `x07.runtime.attest@0.2.0`: what ran, with which policy, in which image. No I/O."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Collection, Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Annotated, Final, Literal
+from typing import Annotated, Final, Literal
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from x07_sandbox.errors import Command, Flag, RefusedError, Text
 from x07_sandbox.policy import Policy
+from x07_sandbox.runs.result import Result
 from x07_sandbox.x07.runner_report import AttestationReference, SandboxBackend, SolveReport, World, sandbox_backend_of
-
-if TYPE_CHECKING:
-    from x07_sandbox.runs.result import Result
 
 SCHEMA: Final = "x07.runtime.attest@0.2.0"
 POLICY_CODE: Final = "X07RA_EPOLICY_DIGEST"

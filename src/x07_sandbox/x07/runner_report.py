@@ -8,25 +8,21 @@ program's output is a frame: a length of four bytes, little-endian, then the dat
 in the last line of standard error that is a JSON object with a counter. All of this is hostile data.
 """
 
-from __future__ import annotations
-
 import struct
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 from msgspec.structs import replace
 
+from x07_sandbox.errors import SandboxError
 from x07_sandbox.host.decoding import prepared
 from x07_sandbox.host.paths import is_folder
 from x07_sandbox.plan.outcomes import ending_line
+from x07_sandbox.runs.request import Program
 from x07_sandbox.runs.result import EMPTY_OUTPUT, Result
 from x07_sandbox.x07.project import HEAD_BYTES
-
-if TYPE_CHECKING:
-    from x07_sandbox.errors import SandboxError
-    from x07_sandbox.runs.request import Program
 
 SCHEMA: Final = "x07-os-runner.report@0.5.0"
 WRAPPED_SCHEMA: Final = "x07.run.report@0.3.0"

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import msgspec
 
@@ -24,11 +24,9 @@ from x07_sandbox.images import manifest
 from x07_sandbox.images.archive import MANIFEST_LABEL
 from x07_sandbox.images.guestcode import read_guest_code
 from x07_sandbox.images.verify import OpenImage
+from x07_sandbox.jobs.record import JobRecord
 from x07_sandbox.jobs.stopping import stop_recorded
 from x07_sandbox.plan.features import LEAVES_TREE, VM_CAPABILITIES, Features
-
-if TYPE_CHECKING:
-    from x07_sandbox.jobs.record import JobRecord
 
 _REFERENCE_MAX: Final = 512
 _ORPHANS_MAX: Final = 1000

@@ -1,18 +1,14 @@
 """The command line that creates a job's container, and the check of the created container. No I/O."""
 
-from __future__ import annotations
-
 import posixpath
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import msgspec
 
 from x07_sandbox.backends.base import Needs
+from x07_sandbox.backends.engines import Name
 from x07_sandbox.host.settings import MIB
-
-if TYPE_CHECKING:
-    from x07_sandbox.backends.engines import Name
 
 # The agent needs these to become another user and to end its processes. The program gets none of them.
 CAPABILITIES: Final = ("KILL", "SETGID", "SETPCAP", "SETUID")

@@ -1,7 +1,5 @@
 """A job's container: create, check, start and remove."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import subprocess
@@ -9,8 +7,9 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
+from x07_sandbox.backends.base import Greeting, Job, StartMode
 from x07_sandbox.backends.container import reaper
 from x07_sandbox.backends.container.create import ContainerSpec, create_argv, differences
 from x07_sandbox.backends.engines import Engine, container_id
@@ -24,12 +23,9 @@ from x07_sandbox.host.linux import boot_ms, open_pidfd
 from x07_sandbox.host.os_errors import raised_as
 from x07_sandbox.host.paths import read_bounded
 from x07_sandbox.host.processes import identify, own_identity
+from x07_sandbox.images.verify import OpenImage
 from x07_sandbox.jobs.launcher import Launch, launch
 from x07_sandbox.jobs.record import JobRecord, create_record, drop_unstarted, mark_done, write_owner
-
-if TYPE_CHECKING:
-    from x07_sandbox.backends.base import Greeting, Job, StartMode
-    from x07_sandbox.images.verify import OpenImage
 
 _GONE_S: Final = 20.0
 _EXIT_S: Final = 10.0

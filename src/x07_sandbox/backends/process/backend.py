@@ -1,13 +1,11 @@
 """The `os` and `none` backends."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from x07_sandbox.backends.base import Availability, Job
 from x07_sandbox.backends.handshake import Handshake, greet
@@ -24,16 +22,15 @@ from x07_sandbox.channel.link import State
 from x07_sandbox.errors import HostError
 from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.verdicts import Verdict, file_state
+from x07_sandbox.images.verify import OpenImage
 from x07_sandbox.jail.bwrap import BWRAP, PERL, SETPRIV
 from x07_sandbox.jail.cgroups import program_groups, remove_groups
+from x07_sandbox.jobs.reader import StoredJob
 from x07_sandbox.jobs.record import Claim, JobRecord, create_record, new_run_id
 from x07_sandbox.jobs.stopping import stop_recorded
 from x07_sandbox.kernel import landlock_version
 from x07_sandbox.plan.features import LEAVES_TREE, Features
 
-if TYPE_CHECKING:
-    from x07_sandbox.images.verify import OpenImage
-    from x07_sandbox.jobs.reader import StoredJob
 NFT: Final = "/usr/sbin/nft"
 _ANSWER_S: Final = 5.0
 _CANNOT_START: Final = "cannot start a confined process"

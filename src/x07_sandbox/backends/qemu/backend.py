@@ -11,7 +11,7 @@ import contextlib
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from msgspec.structs import replace
 
@@ -23,25 +23,23 @@ from x07_sandbox.backends.qemu import template as templates
 from x07_sandbox.backends.qemu.bounds import NotStartedError
 from x07_sandbox.backends.qemu.instance import LeasedInstance, QemuInstance
 from x07_sandbox.backends.qemu.start import QemuJob, Saved, start_qemu
+from x07_sandbox.backends.qemu.template import Template
 from x07_sandbox.channel.link import State
 from x07_sandbox.errors import BackendError, HostError, ImageError, SandboxError, worded
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import ARCHES, host_arch
+from x07_sandbox.host.cancel import Caller
 from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.os_errors import host_error
+from x07_sandbox.host.processes import Identity
 from x07_sandbox.host.variables import flag
 from x07_sandbox.host.verdicts import Verdict, file_state, forget, validity
+from x07_sandbox.images.verify import OpenImage
 from x07_sandbox.jail.forms import jail_form
 from x07_sandbox.jobs.record import Claim, JobRecord, create_record, drop_unstarted
 from x07_sandbox.plan.features import Features, vm_features
 from x07_sandbox.plan.sizes import RAM_CLASSES
-
-if TYPE_CHECKING:
-    from x07_sandbox.backends.qemu.template import Template
-    from x07_sandbox.host.cancel import Caller
-    from x07_sandbox.host.processes import Identity
-    from x07_sandbox.images.verify import OpenImage
 
 _ANY_TIMER: Final = "timers in the {} VM may run late: its kernel measured the timer wrong, as in each earlier attempt"
 

@@ -1,19 +1,15 @@
 """Resource limits on a virtual machine's process."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import os
 import resource
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from x07_sandbox.errors import BackendError
 from x07_sandbox.host import settings
-
-if TYPE_CHECKING:
-    from x07_sandbox.jail.cgroups import HostGroups
+from x07_sandbox.jail.cgroups import HostGroups
 
 _AS_ABOVE_RAM: Final = 3 * settings.GIB  # code, thread stacks, and the translator's buffer of 1 GiB
 # Memory of QEMU beside the guest's RAM: code, heap, thread stacks, and the translator's buffer of up to 1 GiB.

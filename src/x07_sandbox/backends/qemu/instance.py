@@ -1,13 +1,12 @@
 """A running QEMU in its jail."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import subprocess
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import Final, NamedTuple
 
+from x07_sandbox.backends.base import Greeting, Lease, StartMode
 from x07_sandbox.backends.jailed import BoundedStream, Jailed, RunningAgent, Start
 from x07_sandbox.backends.qemu.bounds import VMM_BYTES
 from x07_sandbox.backends.qemu.machine import QMP_QUIT, Paths, qmp_resume
@@ -15,12 +14,9 @@ from x07_sandbox.errors import BackendError
 from x07_sandbox.host import close_on_fork, settings
 from x07_sandbox.host.os_errors import raised_as
 from x07_sandbox.host.poll import wait_readable
+from x07_sandbox.host.processes import Identity
+from x07_sandbox.jail.cgroups import HostGroups
 from x07_sandbox.jobs.record import Claim, JobRecord, renamed_record, renewed_record
-
-if TYPE_CHECKING:
-    from x07_sandbox.backends.base import Greeting, Lease, StartMode
-    from x07_sandbox.host.processes import Identity
-    from x07_sandbox.jail.cgroups import HostGroups
 
 _DEADLINE_SIGNAL: Final = 40  # a real-time signal, since these are queued
 _GONE_S: Final = 10.0

@@ -1,15 +1,14 @@
 """Starting QEMU in its jail. It is started blocked, recorded and released, and at the end killed and proven gone."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import msgspec
 
+from x07_sandbox.backends.base import HandshakeFailure, MachineKind, StartMode
 from x07_sandbox.backends.jailed import BoundedStream, Start, running, socket_ends
 from x07_sandbox.backends.prerequisites import KVM, Need, require
 from x07_sandbox.backends.qemu.bounds import TASKS, VMM_BYTES, NotStartedError, bound, limits_of
@@ -25,16 +24,13 @@ from x07_sandbox.host.os_errors import out_of_cpu_time
 from x07_sandbox.host.paths import unnamed_file
 from x07_sandbox.images.manifest import ScratchDisk
 from x07_sandbox.images.scratch import write_disk
+from x07_sandbox.images.verify import OpenImage
 from x07_sandbox.jail.bwrap import BWRAP, PERL, SETPRIV, Jail, may_nest
 from x07_sandbox.jail.cgroups import make_groups
 from x07_sandbox.jail.forms import Form, jail_form, namespace_flags, needed_files
 from x07_sandbox.jail.uids import lease_uid
 from x07_sandbox.jobs.launcher import Launch
 from x07_sandbox.jobs.record import Claim, JobRecord, create_record, drop_unstarted, new_run_id
-
-if TYPE_CHECKING:
-    from x07_sandbox.backends.base import HandshakeFailure, MachineKind, StartMode
-    from x07_sandbox.images.verify import OpenImage
 
 MISCALIBRATED: Final = "its kernel calibrated its timer wrong, as happens on an overloaded host"
 # Generations below the supervisor, by whether there are namespaces: then bubblewrap's outer process is in between.

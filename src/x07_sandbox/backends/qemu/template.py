@@ -7,8 +7,6 @@ processor's clock. Measured: QEMU resumes without an error on another root image
 another processor model. Only the key prevents that.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import math
@@ -17,13 +15,14 @@ import stat
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import msgspec
 
 from x07_sandbox.backends.base import NOT_IMPORTED, SLOW_IMPORT, Instance, MachineKind, Prunable
 from x07_sandbox.backends.handshake import Handshake, input_poll
 from x07_sandbox.backends.qemu import start as starts
+from x07_sandbox.backends.qemu.instance import QemuInstance
 from x07_sandbox.backends.qemu.machine import QMP_QUERY_SAVE, Machine, Origin, qemu_argv, qmp_save
 from x07_sandbox.backends.qemu.start import Saved, Saving
 from x07_sandbox.channel.contents import next_data
@@ -54,9 +53,6 @@ from x07_sandbox.plan.controls import run_limits
 from x07_sandbox.plan.sizes import build_limits, command_limits, tmp_bytes
 from x07_sandbox.policy import default_policy
 from x07_sandbox.policy.default import canonical_json
-
-if TYPE_CHECKING:
-    from x07_sandbox.backends.qemu.instance import QemuInstance
 
 SCHEMA: Final = "x07.sandbox.template@0.2.0"
 MANIFEST: Final = "template.json"
