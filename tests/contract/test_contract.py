@@ -10,6 +10,7 @@ import pytest
 from tests.conftest import FULL
 from x07_sandbox.backends.engines import CLIENTS
 from x07_sandbox.backends.registry import built
+from x07_sandbox.conformance import commands
 from x07_sandbox.conformance.behaviours import BEHAVIOURS, Behaviour
 from x07_sandbox.conformance.harness import open_bench
 from x07_sandbox.conformance.run import check_behaviour
@@ -33,6 +34,8 @@ def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     with contextlib.ExitStack() as stack:
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         patch.setenv("X07_VM_STATE_DIR", str(tmp_path_factory.mktemp("contract") / "jobs"))
+        if not FULL:
+            patch.setattr(commands, "IN_A_ROW", 100)  # a thousand take minutes in an emulated VM
         if request.param == "qemu":
             build_image(progress=lambda _text: None)
         if request.param in CLIENTS:

@@ -127,7 +127,7 @@ HELD_MAX: Final = {
 }
 CREDIT_FRAME: Final = HEADER.size + 4
 STREAMS_MAX: Final = sum(kind.at_once for kind in STREAMS.streams.values())
-USED_MAX: Final = FILES_MAX + 3 * COMMANDS_MAX + 3
+USED_MAX: Final = FILES_MAX + 3 * COMMANDS_MAX + 4
 
 
 def frame(kind: int, stream: int, payload: bytes = b"", code: int = 0, zero: int = 0) -> bytes:

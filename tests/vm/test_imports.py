@@ -37,7 +37,7 @@ jobs.active jobs.admission jobs.launcher jobs.record
 library.requests
 network.summary
 options
-plan.confinement plan.control_table plan.controls plan.denials plan.features plan.outcomes plan.sizes
+plan.confinement plan.control_table plan.controls plan.denials plan.features plan.outcomes plan.reasons plan.sizes
 policy.decode policy.default policy.environment policy.model policy.problems policy.rules
 programs.artifacts programs.toolchains
 runs.artifact runs.folder runs.job runs.phase runs.phase_specs runs.prepare runs.program runs.request

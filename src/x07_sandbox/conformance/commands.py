@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 Facts = dict[str, Any]
 _AT_ONCE: Final = 3
 _EACH_WAY: Final = 10 * settings.MIB
-_IN_A_ROW: Final = 1000
+IN_A_ROW: Final = 1000
 _WARM_UP: Final = 20  # commands, after which the agent has loaded and allocated all that it needs
 _MORE_KIB: Final = 2048  # memory that may be allocated in another way, but not 2 KiB for each command
 _SERVER: Final = """
@@ -222,7 +222,7 @@ def _load(box: Box, bench: Bench) -> tuple[int, int, int]:
 def _in_a_row(bench: Bench) -> None:
     with opened(bench) as box:
         before = fds, tasks, memory = _run_in_a_row(box, bench, _WARM_UP)
-        after = _run_in_a_row(box, bench, _IN_A_ROW)
+        after = _run_in_a_row(box, bench, IN_A_ROW)
         expect("descriptors and tasks", (fds, tasks), after[:2])
         if after[2] > memory + _MORE_KIB:
             raise BrokenError(f"the agent grew from {before[2]} KiB to {after[2]} KiB")
