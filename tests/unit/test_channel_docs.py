@@ -45,12 +45,12 @@ MESSAGE_MEANING: Final = {
     "OPEN": "Open the session. Its files follow on streams.",
     "EXEC": "Start a command, once all files have arrived.",
     "STARTED": "The command was executed. Its time counts from this message.",
-    "STOP": "Send a signal to a command. SIGKILL goes to all its processes. Before its start it fails.",
+    "STOP": "Send a signal to a command. SIGKILL goes to all its processes. If it has not started, it fails.",
     "RESIZE": "Change the size of a command's terminal.",
     "CHANGES": "Send the changes so far on a stream CHANGES.",
     "DENIED": f"Something that a command was denied. At most {messages.DENIED_MAX} are sent for a command.",
     "EXITED": "A command and its output have ended.",
-    "CLOSE": "End the session, with all that still runs. Send what is asked for, then CLOSED.",
+    "CLOSE": "End the session and everything that still runs in it. Send what is asked for, then CLOSED.",
     "CLOSED": "Everything has been sent.",
     "FAILED": "A command could not be started, or the agent cannot continue.",
 }
@@ -98,7 +98,8 @@ FIELD_MEANING: Final = {
     "DENIED.by": "`kernel` or `seccomp`.",
     "DENIED.call": "Name of the system call.",
     "DENIED.errno": "The error that the call returned.",
-    "DENIED.path": "The path that the call named, or empty. With a final slash it is a folder for a new entry.",
+    "DENIED.path": "The path that the call named, or empty. With a final slash it is a folder for a new entry. "
+    "For a call that raises a limit, it is `core`, `cpu` or `nofile`.",
     "DENIED.write": "Whether the call would have changed something.",
     "DENIED.times": "How many times it was denied.",
     "EXITED.id": ID,
@@ -190,7 +191,7 @@ STATE_MEANING: Final = {
     State.SEEDING: "The agent sets clock and entropy.",
     State.READY: "The agent waits for a session.",
     State.OPEN: "Files are copied in, and commands run.",
-    State.CLOSING: "Commands end or are ended. Then the agent sends what CLOSE asks for.",
+    State.CLOSING: "Commands end, or the agent ends them. Then the agent sends what CLOSE asks for.",
     State.CLOSED: "Everything has been sent.",
     State.FAILED: "The agent has given up.",
 }

@@ -1,1 +1,4 @@
-"""Frames and connection between host and guest agent; standard library only."""
+"""The channel between host and guest agent: streams, messages and their order.
+
+It imports only the standard library and `errors`.
+"""

@@ -1,4 +1,4 @@
-"""The bytes of a descriptor on a stream of the channel, in both directions and unread.
+"""Carry the bytes of a descriptor over a stream of the channel, in both directions, without parsing them.
 
 With it, the egress relay shares the channel where a backend has a single byte stream.
 """
@@ -24,11 +24,11 @@ class Carrier:
         self.number = number
         self._channel = channel
         self._held = bytearray()  # from the stream and not yet written; at most one window
-        self._ended = False  # whether the descriptor has
+        self._ended = False  # whether the descriptor has reached its end
         os.set_blocking(fd, False)
 
     def register(self, poll: select.poll) -> None:
-        """Register the descriptor for what can be done now."""
+        """Register the descriptor for the events that can be handled now."""
         reading = 0 if self._ended or not self._channel.window(self.number) else select.POLLIN
         if wanted := reading | (select.POLLOUT if self._held else 0):
             poll.register(self.fd, wanted)
@@ -65,7 +65,8 @@ class Carrier:
             count = os.write(self.fd, self._held)
         except BlockingIOError:
             return
-        except (BrokenPipeError, ConnectionResetError):  # whoever waits for that process will know
+        # the process at the other end has ended, which its waiter reports
+        except (BrokenPipeError, ConnectionResetError):
             count = len(self._held)
         del self._held[:count]
         self._channel.consumed(self.number, count)

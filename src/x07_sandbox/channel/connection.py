@@ -1,4 +1,4 @@
-"""A link over a non-blocking descriptor: the only I/O that host and guest share."""
+"""A link over non-blocking descriptors, with the reading and writing that host and guest share."""
 
 from __future__ import annotations
 
@@ -36,7 +36,11 @@ class Connection:
             poll.register(self._out_fd, out)
 
     def read(self) -> Iterable[Message | Event] | None:
-        """Read once. Return an iterator over events, which may raise PeerError, or None if the channel is closed."""
+        """Read once.
+
+        Return an iterator over messages and events, which raises PeerError for a violation; None if the peer has closed
+        the channel.
+        """
         try:
             data = os.read(self.fd, READ_SIZE)
         except BlockingIOError:

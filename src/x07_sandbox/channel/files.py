@@ -1,7 +1,7 @@
 """Requests about files in a sandbox, and their answers, over the standard streams of the file server in the guest.
 
-A request or an answer is its length (u32, big endian) and a JSON array. WRITE is followed by its bytes and PUT by a
-tree (channel/trees); the answer to READ by the bytes, and that to GET by a tree, unless it has an error. Requests are
+A request or an answer is its length (u32, big endian) and a JSON array. After WRITE come its bytes, and after PUT a
+tree (channel/trees). After a successful answer to READ come the bytes, and after one to GET a tree. Requests are
 answered in order. The server runs as the program's user in the program's namespaces, so a request reaches what a
 program reaches. The guest is hostile: answers are bounded here.
 """
@@ -34,9 +34,9 @@ GET: Final = "get"
 class Request(NamedTuple):
     """A request. path: absolute.
 
-    offset, size: for READ, the part to read; for WRITE, the size of the content. mode: permission bits for WRITE and
-    MAKE; -1 for the default. whole: for MAKE, also make parent folders and accept an existing folder; for REMOVE, also
-    remove what is in a folder; for STAT, do not follow a link.
+    offset, size: for READ, the part to read. For WRITE and PUT, *size* is the size of the content that follows. mode:
+    permission bits for WRITE and MAKE; -1 for the default. whole: for MAKE, also make parent folders and accept an
+    existing folder; for REMOVE, also remove what is in a folder; for STAT, do not follow a link.
     """
 
     kind: str
@@ -48,7 +48,10 @@ class Request(NamedTuple):
 
 
 class FileInfo(NamedTuple):
-    """A file, folder or other entry. mode: with the file type (inode(7)). target: of a link, else ""."""
+    """A file, folder or other entry. mode: with the file type (inode(7)).
+
+    target: the target of a symbolic link, else "".
+    """
 
     name: str
     mode: int
@@ -72,7 +75,7 @@ def encode(message: Request | Answer) -> bytes:
 
 
 class Buffer:
-    """Received bytes."""
+    """A buffer of received bytes, from which messages and their content are taken."""
 
     def __init__(self) -> None:
         self.data = bytearray()

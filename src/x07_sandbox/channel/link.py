@@ -88,11 +88,12 @@ class State(enum.Enum):
     WAITING = "waiting"  # for HELLO
     GREETED = "greeted"
     WARMING = "warming"
-    WARM = "warm"  # the snapshot is taken here; every clone starts here
+    WARM = "warm"  # the VM is saved here, and every clone starts here
     SEEDING = "seeding"
     READY = "ready"
     OPEN = "open"
-    CLOSING = "closing"  # commands may still run, and their end is awaited
+    # commands may still run; the guest sends what CLOSE asks for once the command *after* has ended
+    CLOSING = "closing"
     CLOSED = "closed"
     FAILED = "failed"
 
@@ -110,7 +111,7 @@ NEXT: Final[dict[tuple[State, type[Any]], State]] = {
     (State.OPEN, Changes): State.OPEN,
     (State.OPEN, Close): State.CLOSING,
     (State.CLOSING, Closed): State.CLOSED,
-    # After a warm-up program of the host's own.
+    # The host has run a warm-up program of its own.
     (State.CLOSED, Warm): State.WARMING,
     **{(state, kind): state for state in (State.OPEN, State.CLOSING) for kind in (Started, Denied, Exited)},
     # They may cross the message that reports the end.
@@ -139,7 +140,7 @@ COMMAND_NEXT: Final[dict[tuple[CommandState, type[Any]], CommandState]] = {
 class Link:
     """One end of the channel; not thread-safe. If the VM is a clone of a saved VM, *state* is WARM at first.
 
-    streams: the streams, of which `open` opens the own ones.
+    streams: the streams of both sides. `open` opens a stream of this side.
     """
 
     def __init__(self, role: Role, state: State = State.WAITING) -> None:
@@ -150,11 +151,14 @@ class Link:
         self._commands: dict[int, CommandState] = {}  # without those that have ended
         self._last_command = 0
         self._subjects: dict[int, tuple[Stream, int]] = {}  # of open streams, by number
-        self._used: set[tuple[Stream, int]] = set()  # streams that can be opened once
-        self._changes = 0  # how often the changes so far were asked for and not yet sent
+        self._used: set[tuple[Stream, int]] = set()  # streams that were opened, and cannot be opened again
+        self._changes = 0  # number of CHANGES messages whose stream was not opened yet
 
     def receive(self, data: bytes | memoryview) -> Iterator[Message | Event]:
-        """Take bytes from the peer, and yield messages and events of streams. Raises PeerError, as `Streams`."""
+        """Take bytes from the peer, and yield messages and events of streams.
+
+        Raises PeerError, and again on every later call.
+        """
         return self._events(self.streams.receive(data))
 
     def _events(self, events: Iterator[Event]) -> Iterator[Message | Event]:
@@ -186,7 +190,7 @@ class Link:
         return self._subjects[number][1]
 
     def send(self, message: Message) -> None:
-        """Queue a message. Raises ChannelUsageError if it is not this side's turn."""
+        """Queue a message. Raises ChannelUsageError if this side may not send it now, or if a value does not fit."""
         if FORMS[type(message)].sender is not self.role:
             raise ChannelUsageError(f"the {self.role.value} cannot send {_name(message)}")
         encoded = messages.encode(message)
@@ -230,7 +234,7 @@ class Link:
         self._subjects[number] = stream, subject
         if stream is Stream.CHANGES and self._changes:
             self._changes -= 1
-            # This side's own streams have ended without an event.
+            # Streams of this side end without an event, so their subjects are removed here.
             self._subjects = {open_: of for open_, of in self._subjects.items() if self.streams.is_open(open_)}
         elif stream not in _OF_COMMANDS or subject in self._commands:
             self._used.add((stream, subject))

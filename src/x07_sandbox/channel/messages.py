@@ -1,6 +1,7 @@
 """The messages between host and guest agent as typed values, and their encoding.
 
-Messages that a fresh clone of a saved VM handles are packed, since code that a clone runs for the first time is slow.
+Most messages that a fresh clone of a saved VM handles are packed, since code that a clone runs for the first time is
+slow.
 The others are JSON arrays with the fields in order. The guest is hostile, so all fields of its messages are bounded.
 The guest trusts the host.
 """
@@ -27,7 +28,7 @@ _LARGE_JSON_MAX: Final = 16 * 1024 * 1024  # arguments and environment, which JS
 
 
 class Hello(NamedTuple):
-    """The agent is there."""
+    """The agent is up, and speaks this protocol."""
 
     protocol: int
 
@@ -43,7 +44,9 @@ class CommandLimits(NamedTuple):
 
 
 class Warm(NamedTuple):
-    """Prepare all that does not depend on the job, then answer WARMED, after which the host saves the VM.
+    """Prepare everything that does not depend on the job, then answer WARMED.
+
+    The host then saves the VM, or keeps it waiting for a job.
 
     preload: modules that a waiting Python interpreter imports; None if the waiting process is no interpreter.
     limits, tmp_bytes, hostname, out_writable: the values that OPEN and EXEC will probably have. commands: programs of
@@ -60,7 +63,7 @@ class Warm(NamedTuple):
 
 
 class Warmed(NamedTuple):
-    """The machine can be saved."""
+    """Everything is prepared."""
 
 
 class Seed(NamedTuple):
@@ -79,7 +82,7 @@ class Seeded(NamedTuple):
 
 
 class InputFile(NamedTuple):
-    """A file that the host sends. kind: "file", "archive" or "tree". size: in bytes, of the stream."""
+    """A file that the host sends. kind: "file", "archive" or "tree". size: the number of bytes on the stream."""
 
     path: str
     mode: int
@@ -88,7 +91,7 @@ class InputFile(NamedTuple):
 
 
 class Mount(NamedTuple):
-    """A folder that the program sees at *at*: the part *sub* of the input file number *tree*, a tree.
+    """A folder that programs see at the path *at*: the folder *sub* of the input file number *tree*, which is a tree.
 
     tree: None for the private working folder. changes: whether its changes are sent.
     """
@@ -103,8 +106,8 @@ class Mount(NamedTuple):
 class Confine(NamedTuple):
     """What programs may do.
 
-    programs: paths that may be executed; None if the policy has no list. prefixes: of more such paths. alone: whether
-    the inputs contain nothing else that can be executed.
+    programs: paths that may be executed; None if the policy has no list. prefixes: prefixes of further paths that may
+    be executed. alone: whether the inputs contain nothing else that can be executed.
     """
 
     threads: bool
@@ -136,7 +139,7 @@ class Room(NamedTuple):
 
 
 class Open(NamedTuple):
-    """What belongs to the session. The host sends its files on streams of kind INPUT.
+    """Open the session, with everything that its commands share. The host sends its files on streams of kind INPUT.
 
     mem_bytes, tasks: of all commands together. tmp_bytes: the size of /tmp and of /dev/shm.
     out_writable: whether programs may write to /x07/out. network: None if there is no relay. room: for changes.
@@ -164,7 +167,7 @@ class Terminal(NamedTuple):
 class Exec(NamedTuple):
     """Start a command once all files of OPEN have arrived. id: from 1, each higher than the one before.
 
-    service: "" for a program; else a service of the agent's that runs like a command, on the same streams: "files"
+    service: "" for a program; else the service of the agent to run like a command, on the same streams: "files"
     (channel/files), or "connect", which connects its streams to the port argv[0] of this sandbox.
     merge: whether standard error goes to standard output. terminal: if not None, the command gets a terminal, whose
     output is standard output. detached: whether it has no streams.
@@ -182,7 +185,7 @@ class Exec(NamedTuple):
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is a program with three streams, as a process that waits for its command has them."""
+        """Whether this is a program with three pipes, so that the process that was started in advance can run it."""
         return not (self.service or self.merge or self.terminal or self.detached)
 
 
@@ -212,9 +215,10 @@ class Changes(NamedTuple):
 
 
 class Denied(NamedTuple):
-    """A call that was denied to a command, several times. by: "kernel" or "seccomp".
+    """A system call that was denied to a command, and how many times. by: "kernel" or "seccomp".
 
-    path: the path in the call, with a final slash for a new entry in that folder; empty if there is none.
+    path: the path in the call, with a final slash for a new entry in that folder; empty if there is none. If the call
+    raises a limit: `core`, `cpu` or `nofile`.
     """
 
     id: int
@@ -227,7 +231,7 @@ class Denied(NamedTuple):
 
 
 class Exited(NamedTuple):
-    """A command and the end of its output. Counters are of the command's control group; 0 where there is none.
+    """A command and its output have ended. Counters are of the command's control group; 0 where there is none.
 
     Where commands share a group, a counter includes what other commands did at the same time, and peaks are of all.
     wait_status: as of waitpid(2). cpu_exceeded: whether the agent killed it for its CPU time. stopped: whether a signal
@@ -256,7 +260,10 @@ class Output(NamedTuple):
 
 
 class Left(NamedTuple):
-    """The most files, and bytes, to send from the private folders; with no files, they are only counted."""
+    """The most files and bytes to send from the private folders.
+
+    If *files* is 0, the files of the working folder are only counted.
+    """
 
     files: int
     bytes: int
@@ -274,7 +281,10 @@ class Close(NamedTuple):
 
 
 class Closed(NamedTuple):
-    """All has been sent. output_problem: why the output was not. left_files, left_bytes: what was counted."""
+    """Everything has been sent. output_problem: why the output file was not sent.
+
+    left_files, left_bytes: number and size of the files left in the private folders.
+    """
 
     output_bytes: int | None
     output_problem: str | None
@@ -323,7 +333,8 @@ class Shape(NamedTuple):
 class Form(NamedTuple):
     """The form of a message: its number, its sender, and how it is encoded.
 
-    layout: of a packed message; else it is JSON. shapes: of the fields of a JSON message from the guest.
+    layout: the layout of a packed message; None for JSON. shapes: the bounds of the fields of a JSON message from the
+    guest.
     """
 
     number: int
@@ -416,7 +427,8 @@ BOUNDS: Final = {
 def encode(message: Message) -> tuple[int, bytes]:
     """Return a message's number and payload. Raises ChannelUsageError if a value does not fit.
 
-    Lone surrogates, from undecodable bytes, become JSON escapes, and question marks in messages of the guest.
+    Lone surrogates stand for undecodable bytes. They become JSON escapes in messages of the host, and question marks in
+    messages of the guest.
     """
     form = FORMS[type(message)]
     try:

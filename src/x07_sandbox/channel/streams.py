@@ -3,7 +3,7 @@
 A frame is a 12-byte header, `HEADER`, and a payload:
 
     type     u8
-    code     u8; the number of a message, the kind of a stream that is opened, or the reason of an answer; else 0
+    code     u8; the number of a message, the kind of a stream that is opened, or the reason in ANSWER and RESET; else 0
     zero     u16
     stream   u32; 0 for a message
     length   u32; of the payload
@@ -13,7 +13,7 @@ bounds. The host opens streams with even numbers and the guest with odd ones, ea
 Each direction of a stream has a window, which the receiver refills with CREDIT. Datagrams have no window and may be
 dropped.
 
-The guest is hostile, so every length, count and order is verified.
+The guest is hostile, so the lengths, the count and the order of frames are verified.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Role(enum.Enum):
 
 
 class Message(NamedTuple):
-    """Who sends a message, and the bounds of its payload in bytes."""
+    """The sender of a message, and the bounds of its payload in bytes."""
 
     sender: Role
     least: int
@@ -116,7 +116,7 @@ class Streams:
         self.role = role
         self._peer = Role.GUEST if role is Role.HOST else Role.HOST
         self._table = table
-        self._fixed_bounds = {  # by type, for the types whose bounds no code changes
+        self._fixed_bounds = {  # by type, for the types whose bounds do not depend on the code
             ANSWER: (0, 0, table.code_max),
             DATA: (1, table.data_max, 0),
             CREDIT: (_CREDIT.size, _CREDIT.size, 0),
@@ -364,7 +364,7 @@ class Streams:
         self._queued += len(frame)
 
     def _queue_first(self, kind: int, number: int, payload: bytes = b"", code: int = 0) -> None:
-        """Queue a frame that may overtake others: the peer has opened the stream, and the order does not matter."""
+        """Queue a frame that may overtake others: the peer knows the stream already, and the order does not matter."""
         self._urgent += HEADER.pack(kind, code, 0, number, len(payload)) + payload
 
     def pending(self) -> int:

@@ -15,8 +15,8 @@ A stream is a sequence of records; numbers are big endian:
     ROOT         nothing; its name is the decimal number of the tree that the following records belong to
     END          nothing; the last record
 
-The guest is hostile: names, numbers and counts are bounded here, and no name leaves its tree. The caller decides which
-kinds of records it accepts.
+The guest is hostile: names, depths and sizes are bounded here, and no name leaves its tree. The caller limits the
+number of records. The caller decides which kinds of records it accepts.
 """
 
 from __future__ import annotations

@@ -132,12 +132,14 @@ class Agent:
             sandbox.take(event)
 
     def _warm(self, order: Warm) -> None:
-        """Prepare everything that does not depend on the job, then answer the host, which saves the VM after that.
+        """Prepare everything that does not depend on the job, then answer WARMED.
+
+        The host then saves the VM, or keeps it waiting for a job.
 
         The commands run as root, while nothing hostile is in the guest, so that their files are in the page cache.
         """
         first = self.environment is None
-        if self.environment is not None:  # a warm-up program of the host's own has run in it
+        if self.environment is not None:  # the host has run a warm-up program of its own in it
             self.sandbox = None
             self.environment.close()
         limits = order.limits
@@ -153,7 +155,7 @@ class Agent:
             group.limit(mem_bytes=most_bytes, tasks=limits.tasks)
         for argv in order.commands:
             _run_quietly(argv)
-        os.sync()  # the snapshot contains the scratch disk as the host sees it
+        os.sync()  # the saved VM contains the scratch disk as the host sees it
         # A garbage collection in a clone would write to (and so copy) every page of these objects.
         gc.collect()
         gc.freeze()

@@ -1,14 +1,14 @@
 """Messages between the agent and init of the program's namespaces.
 
 Those to init go over a socket, which carries descriptors. Those from init go over a pipe, since a fresh clone has
-executed the kernel's code for pipes anyway. Each message is its length and a tuple encoded with marshal, which only
-these two exchange. To init:
+executed the kernel's code for pipes anyway. A message is a length and a tuple encoded with marshal, which is safe
+because both ends are our own code. To init:
 
     settings, VALUES      apply settings; answered with ready
     command, KEY, PROGRAM, LIMITS, SERVICE, TERMINAL
                           start one more process, which waits for its start message; with its descriptors
-    last, KEY             kill all other processes once that command has ended; None for no command. At first, it is
-                          the process that waits from the start
+    last, KEY             kill all other processes once that command has ended; None for no command. Initially, it is
+                          the first process, which waits from the start
     signal, KEY, NUMBER   send a signal to a command; SIGKILL goes to its descendants too
     end                   kill all processes; answered with ready
 
@@ -58,7 +58,10 @@ def send_fds(sock: socket.socket, message: tuple[Any, ...], fds: tuple[int, ...]
 
 
 def receive(fd: int, head: bytes = b"") -> tuple[Any, ...] | None:
-    """Wait for a message, or None if the other side has ended. head: what has been read of it."""
+    """Wait for a message, and return it; None if the other side has ended.
+
+    head: the bytes of it that were read already.
+    """
     head += _read(fd, _LENGTH.size - len(head))
     if len(head) < _LENGTH.size:
         return None
@@ -67,8 +70,8 @@ def receive(fd: int, head: bytes = b"") -> tuple[Any, ...] | None:
 
 
 def receive_fds(sock: socket.socket) -> tuple[tuple[Any, ...] | None, list[int]]:
-    """Wait for a message and its descriptors, as `receive`."""
-    # Not socket.recv_fds, which ignores the flag.
+    """Wait for a message and its descriptors. The message is None if the other side has ended."""
+    # Not socket.recv_fds, which ignores its flags and so MSG_CMSG_CLOEXEC.
     room = socket.CMSG_SPACE(_FDS_MAX * _FD.size)
     head, rights, _, _ = sock.recvmsg(_LENGTH.size, room, socket.MSG_CMSG_CLOEXEC)
     fds = [number for _, _, data in rights for (number,) in _FD.iter_unpack(data)]

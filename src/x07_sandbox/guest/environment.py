@@ -1,4 +1,4 @@
-"""The prepared environment of a program: folders, control group, namespaces, and a process that waits for its job."""
+"""The prepared environment of a program: folders, control group, namespaces, and a process that waits to run it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ PRELOAD_S: Final = 180.0  # timeout of all imports; the host's is longer (host/s
 
 
 class Process(NamedTuple):
-    """The agent's ends of a command's process, which waits for `Environment.start`.
+    """The agent's ends of the pipes of a command's process. The process waits for `Environment.start`.
 
     key: names the process to init. A stream that it does not have is -1. status_fd: messages of the process until it
     executes the program, which closes the pipe. cpu_before_us, counts_before: CPU time (microseconds) and counters of
@@ -67,8 +67,9 @@ class Environment:
     first: whether this machine had no environment before; close an environment before you make the next one.
     preload: modules that a waiting Python interpreter imports; None if the waiting process is no interpreter.
     network: whether there is a relay for connections. init: process id of init. report_fd: init's messages.
-    group: the control group of all commands. own_groups: whether each has one of its own below it. shared: whether
-    several commands without one have run. in_memory_fds: the tmpfs folders, once `prepare` has returned.
+    group: the control group of all commands. own_groups: whether each command has a group of its own below that one.
+    shared: whether several commands have run in that one. in_memory_fds: the tmpfs folders, once `prepare` has
+    returned.
     """
 
     def __init__(
@@ -182,11 +183,14 @@ class Environment:
         return process, init.Pipes(theirs, start_r, status_w)
 
     def _terminal(self, size: Terminal) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-        """Make a terminal of the programs' own. Return our ends of the streams, and the ends of the process."""
+        """Create a terminal in the devpts instance of the programs.
+
+        Return our ends of the streams, and the ends of the process.
+        """
         view = f"/proc/{self.init}/root" if self.platform.namespaces else ""
         folder = os.open(f"{view}/dev/pts", os.O_PATH | os.O_CLOEXEC)
         try:
-            with as_program_user(self.platform.program_uid):  # who then owns the terminal
+            with as_program_user(self.platform.program_uid):  # so that this user owns the terminal
                 master = os.open("ptmx", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC, dir_fd=folder)
         finally:
             os.close(folder)
@@ -228,7 +232,7 @@ class Environment:
             control.send(self._control.fileno(), (control.LAST, key))
 
     def signal(self, process: Process, number: int = signal.SIGKILL) -> None:
-        """Send a signal to a command; SIGKILL to all its processes, as far as this platform can tell which they are."""
+        """Send a signal to a command; SIGKILL goes to all its processes, as far as this platform can identify them."""
         of_command = self.own_groups or process.key == self._last
         if number == signal.SIGKILL and process.group.KILLS and of_command:
             process.group.kill(self.init)
@@ -284,7 +288,7 @@ class Environment:
         )
 
     def start(self, process: Process, order: Exec, confined: Confine) -> None:
-        """Start the program. `Process.status_fd` and init's reports then tell the result. Raises JobError."""
+        """Start the program. `Process.status_fd` and init's reports then have the result. Raises JobError."""
         if self.relay is not None:
             self.relay.wait_admitted()
         argv, env = order.argv, order.env

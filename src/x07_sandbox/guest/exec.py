@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from x07_sandbox.guest.errors import JobError
 
 READ: Final = 32 * 1024
-PIPE_BYTES: Final = 1 << 20  # that a pipe can hold, as far as programs may enlarge it (pipe(7))
+PIPE_BYTES: Final = 1 << 20  # the most that a pipe can hold after programs have enlarged it (pipe(7))
 TICK_S: Final = 0.1  # interval of CPU limit checks
 # After _SHORT_READS short reads in a row without input in between, pause reading, so that a program that writes line by
 # line is not interrupted for every line.
@@ -34,7 +34,7 @@ _STALL_S: Final = 0.5  # a check that is later than this means that the host has
 
 
 class _Output:
-    """An output pipe. number: of its stream, which is opened with the first bytes; 0 before.
+    """An output pipe. number: the number of its stream; 0 until the first bytes open it.
 
     left: the most bytes to read once the program has ended.
     """
@@ -91,7 +91,7 @@ class Command:
         if self._status_fd >= 0:
             poll.register(self._status_fd, select.POLLIN)
         if self.running and not self.paused_s():
-            # Without window, because the host's reader stalls, only the program blocks.
+            # If the host's reader stalls, the window is full, and only this program blocks.
             for output in self._outputs:
                 if self._window(output):
                     poll.register(output.fd, select.POLLIN)
@@ -143,7 +143,10 @@ class Command:
         self._feed()
 
     def _feed(self, *, broken: bool = False) -> None:
-        """Write buffered input to the program's standard input. Discard the input if the program has closed that."""
+        """Write buffered input to the program's standard input.
+
+        If the program has closed its standard input, discard the rest.
+        """
         while self._held and self._stdin_fd >= 0 and not broken:
             try:
                 count = os.write(self._stdin_fd, self._held[:READ])
@@ -195,7 +198,10 @@ class Command:
         self._read_at, self._paused_until = now, now + _PAUSE_S
 
     def _end_streams(self) -> None:
-        """Close output pipes once what they held at the end is read. Another process may still write to them."""
+        """Close each output pipe once all that it held at the command's end has been read.
+
+        Another process may still write to it.
+        """
         for output in list(self._outputs):
             poll = select.poll()
             poll.register(output.fd, select.POLLIN)

@@ -76,7 +76,7 @@ class FileServer:
             yield piece
 
     def _consume(self, size: int, begin: Callable[[], None], take: Callable[[bytes], None]) -> int:
-        """Give the content after a request to *take*, once *begin* was called. Return the errno of a failure, or 0.
+        """Call *begin*, then pass the content after a request to *take*. Return the errno of a failure, or 0.
 
         All of the content is read even after a failure, or the next request could not be found.
         """

@@ -1,6 +1,7 @@
 """Init of the program's namespaces: it builds what programs see, starts them, reaps processes and reports.
 
-The programs are not PID 1, which the kernel protects from its own signals. They cannot reach the socket to the agent.
+No program is PID 1, because the kernel ignores signals that PID 1 sends to itself, such as that of abort(3). They
+cannot reach the socket to the agent.
 """
 
 from __future__ import annotations
@@ -80,7 +81,8 @@ _FIRST_START = Start()
 class _Init:
     """The loop of init, which serves the agent and reaps children.
 
-    A descriptor tells that children have ended. A signal handler would be more new code to a fresh clone.
+    A signalfd reports that children have ended. A signal handler would be more code that a fresh clone runs for the
+    first time.
     """
 
     def __init__(
@@ -108,7 +110,7 @@ class _Init:
         poll.register(ended, select.POLLIN)
         while True:
             ready = [fd for fd, _ in poll.poll()]
-            if agent in ready:  # first, since it may tell what to do at the end that `ended` reports
+            if agent in ready:  # first: the message may be LAST, about the command whose end `ended` reports
                 if not self._take():
                     return
             else:
@@ -140,7 +142,8 @@ class _Init:
             if self._world.preload is not None:
                 confine.forget_interpreter()
             own_user = self._world.namespaces and self._world.program_uid < 0
-            for program in self._programs if own_user else ():  # later ones may not make a user namespace of their own
+            # later processes join the first one's user namespace, since they may not create one
+            for program in self._programs if own_user else ():
                 self._world = self._world._replace(user_fd=os.open(f"/proc/{program}/ns/user", os.O_RDONLY))
         self._settings = settings
         control.send(self._report_fd, (control.READY,))
@@ -168,7 +171,7 @@ class _Init:
             os.close(fd)
 
     def _signal(self, key: int, number: int) -> None:
-        """Send a signal to a command, which has not been reaped; SIGKILL goes to its tree."""
+        """Send a signal to a command that has not been reaped. SIGKILL goes to all processes of its tree."""
         for pid in [pid for pid, held in self._programs.items() if held == key]:
             tree = processes.stopped_tree(pid) if number == signal.SIGKILL else {pid}
             for one in tree:
@@ -208,7 +211,7 @@ class _Init:
 def _become(
     world: confine.World, pipes: Pipes, confinement: confine.Confinement, ready: bytes, how: Start = _FIRST_START
 ) -> NoReturn:
-    """Drop all rights, wait for the start message, and execute the program or run a service of the agent's."""
+    """Drop all rights, wait for the start message, and execute the program or run a service of the agent."""
     start_fd, status_fd = pipes.start_fd, pipes.status_fd
     try:
         try:

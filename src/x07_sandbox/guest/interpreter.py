@@ -7,10 +7,10 @@ returns, so that the script runs with none of x07's code on the stack. If the pr
 the module executes the program instead.
 
 The script's name is in private memory. Once `sitecustomize` has returned, CPython reads it there, and no public call
-changes it: for PyConfig_Set of Python 3.14 the name is read-only. A program would see the public ways. runpy and exec
-leave their frames on its stack. With -c or -m it has another sys.orig_argv, and with -c no __file__. Byte code in the
-place of the script needs one more file in its folder, or another sys.path[0]. A fresh interpreter shows nothing, but a
-cached run then takes 2.3 times as long (4.2 instead of 1.8 s on a busy host, medians of 8 pairs).
+changes it: for PyConfig_Set of Python 3.14 the name is read-only. A program would notice each public alternative. runpy
+and exec leave their frames on its stack. With -c or -m it has another sys.orig_argv, and with -c no __file__. Byte code
+in the place of the script needs one more file in its folder, or another sys.path[0]. With a fresh interpreter there is
+nothing to notice, but a cached run takes 2.3 times as long (4.2 instead of 1.8 s on a busy host, medians of 8 pairs).
 
 Differences from a fresh start: docs/explanation/design.md, "Saved VMs".
 """

@@ -40,7 +40,10 @@ _QUEUED_MAX: Final = 4 * READ
 def job_settings(
     session: Open | Warm, limits: CommandLimits, spare_cpu_s: int, *, inputs_on_disk: bool = False
 ) -> confine.JobSettings:
-    """Return init's settings for a command with these limits. spare_cpu_s: CPU time used before it, in seconds."""
+    """Return init's settings for a command with these limits.
+
+    spare_cpu_s: added to the CPU limit for what the process uses before the command, in seconds.
+    """
     return confine.JobSettings(
         hostname=session.hostname,
         tmp_bytes=session.tmp_bytes,
@@ -241,7 +244,7 @@ class Sandbox:
         self._audit.begin(names.path if mounts else None, names.roots(), names.link_target)
 
     def _command_failed(self, error: JobError, command: int) -> None:
-        """Report an error of a command that could not be executed, or (0) of the whole session."""
+        """Report an error: of the command if it could not be executed, else of the whole session."""
         only_command = error.args[0] == "exec"
         self._fail(error, command if only_command else 0)
         if only_command:
@@ -275,7 +278,7 @@ class Sandbox:
         )
 
     def _found(self, order: Exec) -> list[str]:
-        """Return the arguments with a command without a slash looked up in PATH. Raises JobError."""
+        """Return the arguments. A command name without a slash is replaced by its path, from PATH. Raises JobError."""
         name, *rest = order.argv
         if "/" in name:
             return order.argv
@@ -332,7 +335,7 @@ class Sandbox:
     def handle(self, fd: int, mask: int) -> None:
         """Handle a ready descriptor."""
         relay = self._environment.relay
-        if self._link.state is State.FAILED:  # in this same turn
+        if self._link.state is State.FAILED:  # since an earlier event of this turn
             return
         if fd == self._environment.report_fd:
             self._take_report()
@@ -432,7 +435,7 @@ class Sandbox:
             self._link.send(self._closed)
 
     def _left_files(self, order: Close) -> Left:
-        """Return the files that programs left in private folders, and those of them to send."""
+        """Return the number and size of the files that programs left in private folders, and which of them to send."""
         if order.left is None:
             return Left(0, 0, [])
         # On some platforms, host folders lie inside these; their files are among the changes.
@@ -475,7 +478,7 @@ class Sandbox:
         yield Entry(Record.END, b"").encoded()
 
     def _send_more(self) -> None:
-        """Send more of the queued streams, as far as the host takes it, and CLOSED after the last."""
+        """Send more of the queued streams, as far as the windows allow, and CLOSED after the last."""
         while self._sending and self._link.pending() < _QUEUED_MAX:
             stream, pieces = self._sending[0]
             if not self._number:

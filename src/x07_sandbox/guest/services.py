@@ -1,6 +1,7 @@
-"""Services of the agent's that run like a command: confined by init, as the program's user, on standard streams.
+"""Services of the agent that run like a command: confined by init, as the program's user, on standard streams.
 
-All that they need is imported before, since the image of a command may not hold the agent's code.
+Everything that they need is imported before the fork, since the agent's code may be missing in the program's
+namespaces.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ def run(service: str, argv: list[str]) -> NoReturn:
 
 
 def _connect(port: int) -> None:
-    """Connect the standard streams to a port of this sandbox, until the server has sent all. Raises OSError."""
+    """Connect the standard streams to a port of this sandbox, until the server ends its direction of the connection.
+
+    Raises OSError.
+    """
     with socket.create_connection(("127.0.0.1", port)) as sock:
         there, back = _Way(0, sock.fileno()), _Way(sock.fileno(), 1)
         while not back.ended:

@@ -1,6 +1,7 @@
 """The code of the waiting interpreter (`guest/interpreter`), which has none of x07's modules.
 
-Every module that it imports before the program's start, but for those that a bare interpreter has, is removed again.
+The modules that it imports for itself are removed again before the program starts. Those of a bare interpreter and the
+preloaded ones stay.
 """
 
 import marshal
@@ -35,7 +36,7 @@ def stop(preload: list[str], kernel_code: bytes) -> None:
     signals = __import__("_signal")  # `signal` itself imports much more
     kernel: dict[str, Any] = {}
     exec(marshal.loads(kernel_code), kernel)  # noqa: S102, S302 - from our agent
-    kernel["landlock_version"]()  # the code of a call has then run before a clone needs it
+    kernel["landlock_version"]()  # so that the code of a call has run once before a clone needs it
     if "_hashlib" in known:
         import _ssl  # noqa: F401 - for _reseed
     buffers = _script_name_buffers()

@@ -116,7 +116,10 @@ def require_own_proc() -> None:
 
 
 def of_process(pid: int, name: str) -> bytes | None:
-    """Return the file *name* of a process in /proc, or None if there is no such process. Raises HostError, OSError."""
+    """Return the content of the file *name* of a process in /proc, or None if there is no such process.
+
+    Raises HostError, OSError.
+    """
     try:
         with open(f"/proc/{pid}/{name}", "rb", buffering=0) as file:  # noqa: PTH123 - called very often
             return file.read()
@@ -190,7 +193,7 @@ def sync(fd: int) -> None:
 
 def _call_libc(name: str, *words: int | bytes) -> tuple[int, int]:
     """Call a function of the C library. Return its result and the number of the error."""
-    import ctypes  # slow to import, and needed only for files that come back
+    import ctypes  # slow to import, and needed only for runs with host files
 
     values = [ctypes.c_long(word) if isinstance(word, int) else ctypes.c_char_p(word) for word in words]
     result = int(_only_here(ctypes.CDLL(None, use_errno=True), name)(*values))

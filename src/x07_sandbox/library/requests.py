@@ -1,4 +1,4 @@
-"""What `x07 run` and `run_program` share: they make a request from the values of options, and carry it out."""
+"""Make a request from the values of options, and carry it out; shared by `x07 run` and `run_program`."""
 
 from __future__ import annotations
 

@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from x07_sandbox.runs.request import Program
     from x07_sandbox.sandboxes.transfers import OutFile
 
-# Python does not buffer its output, which a timeout would lose, and writes no byte code into read-only folders.
+# PYTHONUNBUFFERED: a timeout would lose buffered output. PYTHONDONTWRITEBYTECODE: the folders of programs are
+# read-only.
 _ENVIRONMENT: Final = {
     "PATH": "/usr/local/bin:/usr/bin:/bin",
     "HOME": "/opt/x07",
@@ -51,7 +52,7 @@ _CA_VARIABLES: Final = (
     *("AWS_CA_BUNDLE", "CARGO_HTTP_CAINFO"),
 )
 _NO_ROOM: Final = Room(0, 0)
-# A program with a manifest has its private folder at the path for relative roots.
+# For a program with a manifest, the private working folder is mounted at the folder in which relative roots appear.
 _PROJECT_MOUNT: Final = Mount(tree=None, sub="", at=PROJECT_FOLDER, write=True, changes=False)
 
 

@@ -1,4 +1,7 @@
-"""Preparation of a run: everything in the request is read, checked and planned, and nothing is started."""
+"""Preparation of a run: everything in the request is read, checked and planned.
+
+No job is started; only a probe of the backend may boot a VM.
+"""
 
 from __future__ import annotations
 

@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 else:
     LimitChanges = Overrides = object  # msgspec reads annotations; their modules are loaded where needed
 
-# MAX_ARG_STRLEN is 32 pages, NUL included. All arguments and the environment share a quarter of the 8 MiB stack.
+# MAX_ARG_STRLEN is 32 pages, NUL included. All arguments and the environment, with their pointers, share a quarter of
+# the 8 MiB stack; we allow half of that.
 _ARGUMENT_MAX_BYTES = 131_072
 ARGUMENTS_MAX_BYTES = 1 << 20
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,255}")

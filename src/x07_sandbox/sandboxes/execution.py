@@ -40,7 +40,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Limit:
-    """A deadline that makes allowance for this process being late: what came in time is read first."""
+    """A deadline that allows for delays of this process: data that arrived in time is read first."""
 
     def __init__(self, seconds: float) -> None:
         self.set(seconds)
@@ -150,7 +150,10 @@ class Execution:
         return [sink.progress_fd for sink in self._sinks.values() if sink.progress_fd is not None]
 
     def pump(self, fd: int) -> tuple[Stream, int] | None:
-        """Pass on more output to the reader at *fd*. Return the stream and the processed bytes; None if not its own."""
+        """Count the output that was written since *fd* became ready.
+
+        Return the stream and the number of bytes, or None if *fd* belongs to another command.
+        """
         for stream, sink in self._sinks.items():
             if fd == sink.progress_fd:
                 return stream, sink.pump()

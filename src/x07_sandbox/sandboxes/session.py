@@ -32,7 +32,10 @@ _RECEIVED: Final = {Stream.OUTPUT, Stream.CHANGES, Stream.LEFT}
 
 
 class Arrival:
-    """A stream of changes on its way to *receiver*. ended: whether no more of it comes."""
+    """A stream of changes on its way to *receiver*.
+
+    ended: whether all of it has arrived, or the receiver takes no more.
+    """
 
     def __init__(self, receiver: Any) -> None:  # noqa: ANN401 - the receivers have `take` in common
         self.receiver = receiver
@@ -42,7 +45,8 @@ class Arrival:
 class Session:
     """The event loop of one session. Each needs a new object. Not thread-safe.
 
-    Commands may be started and stopped at any time. Between two calls of `until`, nothing moves and no deadline ends.
+    Commands may be started and stopped at any time. Between calls of `until`, no data is moved and no deadline is
+    enforced.
     gate_fd: becomes readable when the egress gate has ended. relay_fd: takes the relay's bytes to the gate, if the
     relay shares the channel.
     """
@@ -337,13 +341,16 @@ class Session:
             self._link.streams.reset(number)
 
     def _refuse(self, stream: Stream, number: int) -> None:
-        """Take no more of a stream. Raises PeerError for an output, whose size the guest was told."""
+        """Reset a stream whose receiver takes no more.
+
+        Raises PeerError for the output file, whose largest size was in CLOSE.
+        """
         if stream is Stream.OUTPUT:
             raise PeerError("bad frame", "the output file is larger than was asked for")
         self._link.streams.reset(number)
         self._arrivals.pop(number).ended = True
         if self._receivers is not None and self._receivers.left is None:
-            self._end()  # nothing else is to come that matters
+            self._end()  # nothing that is still to come matters
 
     # to the guest
 
@@ -387,7 +394,7 @@ class Session:
         execution.limit = Limit(settings.STOPPED_S)
 
     def _lost(self) -> None:
-        # If this process was stopped, `x07 kill` has asked it first and then ended the machine.
+        # If this process was stopped (SIGSTOP), `x07 kill` has asked it to cancel, and then ended the VM itself.
         self._end(instance_status=wait_for_exit(self._instance), cancelled_by=self._cancel.signal)
 
     def _end(self, **seen: object) -> None:
@@ -399,7 +406,7 @@ class Session:
 
 
 class _Copy:
-    """A file on its way to the guest. number: of its stream. sent: bytes."""
+    """A file on its way to the guest. number: the number of its stream. sent: the bytes sent so far."""
 
     def __init__(self, file: InFile, number: int) -> None:
         self.file = file
