@@ -433,6 +433,19 @@ def test_file_requests_fail_with_the_kernels_errors(sandbox: Sandbox) -> None:
     assert files.ask("stat", here).errno == 0
 
 
+def test_no_request_ends_the_file_server(sandbox: Sandbox) -> None:
+    """After a request with a bad path, size or answer, the file server answers the next one."""
+    files, here = Files(sandbox), sandbox.here()
+    names = sandbox.exec("python3", "-c", "for i in range(6000): open(b'%05d' % i + 245 * b'\\xff', 'x').close()")
+    assert sandbox.code(names) == 0, sandbox.text(names)
+    assert files.ask("stat", f"{here}/\0").errno == errno.EINVAL
+    assert files.ask("list", here).errno == errno.E2BIG
+    assert files.ask("write", f"{here}/a", b"abc") == Answer(0)
+    assert files.ask("read", f"{here}/a", offset=1, size=2**62) == Answer(0, 2)
+    assert files.rest(2) == b"bc"
+    assert files.ask("read", f"{here}/a", offset=2**62, size=1) == Answer(0)
+
+
 def test_the_file_server_reaches_what_a_program_reaches(confined: OsBackend) -> None:
     """The file server sees the program's folders only, as its user: no link leads out of them."""
     with started(confined) as instance:

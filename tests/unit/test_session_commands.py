@@ -247,3 +247,55 @@ def test_a_bad_answer_about_files_is_rejected(pair: Pair) -> None:
     """An answer that the file server could not have given raises PeerError."""
     with pytest.raises(PeerError):
         file_server(pair, b"\xff" * 100).ask(Request("read", "/a"))
+
+
+def test_a_command_whose_output_nobody_reads_can_be_stopped(pair: Pair) -> None:
+    """After a stop, further output is dropped and the guest may send it, so that the command can end."""
+    inbox = Inbox("stdout")
+    given = CommandStreams(stdin_fd=None, stdout=inbox, stderr=Inbox("stderr"))
+    command = pair.session.execute(Exec(1, ["yes"], {}, "/", LIMITS), given, None)
+    pair.turn()
+    pair.guest.until(Exec)
+    pair.guest.say(Started(1))
+    number = pair.guest.stream(Stream.STDOUT, bytes(30_000), 1, ended=False)
+    for _ in range(7):  # a socket takes no more at once
+        pair.turn()
+        pair.guest.link.streams.send(number, bytes(30_000))
+        pair.guest.flush()
+    pair.turn()
+    pair.session.stop(command)
+    pair.turn()
+    pair.guest.until_event(streams.CREDIT)
+    assert pair.guest.link.streams.send(number, b"more") == len(b"more")
+    pair.guest.link.streams.finish(number)
+    pair.guest.say(EXITED._replace(wait_status=9))
+    assert pair.session.until(lambda: command.ended, 5)
+    assert (pair.session.read(command, inbox), pair.session.over) == (bytes(240_000), False)
+
+
+def test_what_happens_later_is_not_blamed_on_a_command_that_has_ended(pair: Pair) -> None:
+    """The evidence about a command that has ended stays as it was when the session is lost later."""
+    ended, running = pair.start(1, 1000), pair.start(2)
+    pair.guest.say(EXITED)
+    assert pair.session.until(lambda: ended.ended)
+    pair.start(3, started=False)
+    pair.clock.now += settings.COPY_IN_S + 1
+    pair.turn()
+    assert pair.session.over
+    assert not pair.session.facts(ended).evidence.deadline_passed
+    evidence = pair.session.facts(running).evidence
+    assert (evidence.stage, evidence.deadline_passed) == (Stage.RUN, False)
+
+
+def test_single_bytes_are_no_progress_of_a_copy(stack: contextlib.ExitStack, clock: FakeClock) -> None:
+    """A guest that takes a file in single bytes reaches the deadline for copying in."""
+    size = 2 * WINDOW
+    file = InFile(path="/x07/in/a", mode=0o644, kind="file", fd=memory_file(bytes(size), stack), size=size)
+    pair = Pair(stack, clock, (file,))
+    number = pair.guest.until_event(streams.DATA).stream
+    for _ in range(5):
+        clock.now += settings.COPY_IN_S / 2
+        pair.guest.link.streams._queue_first(streams.CREDIT, number, (1).to_bytes(4, "big"))  # noqa: SLF001 - hostile
+        pair.guest.flush()
+        pair.turn()
+    assert pair.session.over

@@ -349,10 +349,10 @@ def test_a_missing_module_beside_the_program_gets_advice(state: Path, tmp_path: 
         return subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, check=False)
 
     said = x07("run", "it s.py").stderr.splitlines()[-1]
-    first, then = said.partition(", use ")[2].split(", after ")
+    first, then = said.partition(", run ")[2].split(", then use ")
     assert (first.split()[0], then.split()[0]) == ("x07", "x07")
-    x07(*shlex.split(then)[1:])
-    done = x07(*shlex.split(first)[1:])
+    x07(*shlex.split(first)[1:])
+    done = x07(*shlex.split(then)[1:])
     assert (done.returncode, done.stdout) == (0, "5\n")
 
 

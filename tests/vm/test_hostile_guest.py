@@ -243,7 +243,7 @@ def test_an_agent_silent_during_set_up_is_lost_at_its_limit(hostile: Hostile, mo
     "case",
     sample(
         [
-            ("withheld", "CHANGES_OUT_S", "guest-lost", "reached its deadline while returning the results"),
+            ("withheld", "CHANGES_OUT_S", "guest-lost", "reached its deadline while returning the built program"),
             ("mute", "BUILD_WALL_MS", "build-failed", "time"),
         ],
         1,

@@ -16,7 +16,8 @@ From init:
 
     ready
     failed, STAGE, ERRNO, MESSAGE
-    exited, KEY, WAIT_STATUS
+    exited, KEY, WAIT_STATUS, IS_LAST
+                          a command has ended; with IS_LAST, all other processes have been killed
 """
 
 from __future__ import annotations

@@ -49,8 +49,9 @@ class _Output:
 class Command:
     """A command from its start to its end. fail: called with the error if it cannot be executed.
 
-    wait_status: as of waitpid(2), once its process has ended. running: whether it was executed. ended: whether it and
-    its output have ended. killed: whether the host asked for its end. stopped: whether a signal had stopped it then.
+    wait_status: as of waitpid(2), once its process has ended. was_last: whether init has then killed all others.
+    running: whether it was executed. ended: whether it and its output have ended. killed: whether the host asked for
+    its end. stopped: whether a signal had stopped it then.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Command:
         self.process = process
         self.running = self.ended = self.stopped = self.killed = self.cpu_exceeded = False
         self.wait_status: int | None = None
+        self.was_last = False
         self._link = link
         self._environment = environment
         self._fail = fail

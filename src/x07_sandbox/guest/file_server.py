@@ -52,10 +52,11 @@ class FileServer:
                 for part in self._calls[request.kind](request):
                     write_all(self._out_fd, part if isinstance(part, bytes) else files.encode(part))
                     answered = True
-            except OSError as exc:
+            except (OSError, ValueError, OverflowError) as exc:
                 if answered:  # the host learns from the end of the output that the content is incomplete
                     raise
-                write_all(self._out_fd, files.encode(Answer(exc.errno or errno.EIO)))
+                number = exc.errno if isinstance(exc, OSError) else errno.EINVAL  # such as a NUL in a path
+                write_all(self._out_fd, files.encode(Answer(number or errno.EIO)))
 
     def _next(self) -> list[Any] | None:
         while (values := self._buffer.take()) is None:
@@ -93,11 +94,18 @@ class FileServer:
             info = os.fstat(fd)
             if stat.S_ISDIR(info.st_mode):
                 raise IsADirectoryError(errno.EISDIR, "")
-            data = os.pread(fd, request.size, request.offset) if stat.S_ISREG(info.st_mode) else os.read(fd, _READ)
+            if not stat.S_ISREG(info.st_mode):
+                data = os.read(fd, _READ)
+                yield Answer(0, len(data))
+                yield data
+                return
+            size = max(0, min(request.size, info.st_size - request.offset))
+            yield Answer(0, size)
+            for at in range(request.offset, request.offset + size, _READ):
+                piece = os.pread(fd, min(_READ, request.offset + size - at), at)
+                yield piece.ljust(min(_READ, request.offset + size - at), b"\0")  # it may have become shorter meanwhile
         finally:
             os.close(fd)
-        yield Answer(0, len(data))
-        yield data
 
     def _write(self, request: Request) -> Iterator[Answer | bytes]:
         fd = -1
@@ -125,7 +133,10 @@ class FileServer:
                     raise OSError(errno.E2BIG, "")
                 with contextlib.suppress(FileNotFoundError):
                     found.append(_info(entry.name, entry.path, entry.stat(follow_symlinks=False)))
-        yield Answer(0, 0, tuple(found))
+        answer = Answer(0, 0, tuple(found))
+        if len(files.encode(answer)) > files.MESSAGE_MAX:
+            raise OSError(errno.E2BIG, "")
+        yield answer
 
     def _make(self, request: Request) -> Iterator[Answer | bytes]:
         mode = request.mode if request.mode >= 0 else 0o777

@@ -190,9 +190,9 @@ class _Init:
         key = self._programs.pop(pid, None)
         if key is None:
             return
-        if key == self._last:
+        if is_last := key == self._last:
             self._kill_rest()
-        control.send(self._report_fd, (control.EXITED, key, status))
+        control.send(self._report_fd, (control.EXITED, key, status, is_last))
 
     def _kill_rest(self) -> None:
         """Kill and reap all other processes."""

@@ -87,7 +87,7 @@ class Sandbox:
         self._sending: list[tuple[Stream, Iterator[bytes]]] = []
         self._number = 0  # of the stream that is being sent
         self._held = b""
-        self._closed = Closed(None, None, 0, 0)
+        self._closed: Closed | None = None  # once everything before it is queued
         self._carrier: Carrier | None = None
         if environment.relay is not None and environment.relay.carried_fd >= 0:
             from x07_sandbox.channel.carrier import Carrier
@@ -362,7 +362,7 @@ class Sandbox:
             return
         for command in self._commands.values():
             if command.process.key == words[0]:
-                command.wait_status = words[1]
+                command.wait_status, command.was_last = words[1:]
 
     def tick(self) -> None:
         """Do whatever is due after events, or because time has passed. Raises JobError, OSError."""
@@ -402,8 +402,10 @@ class Sandbox:
             command.close()
         if self._closing is None:
             self._begin_audit()
-        elif closes and not self._ending:
-            self._emptied = True  # by init
+        elif closes and command.was_last:
+            self._emptied = True
+        elif closes:  # CLOSE has crossed its end
+            self._end_all()
         self._close_if_empty()
 
     def _memory_full(self) -> bool:
@@ -496,7 +498,7 @@ class Sandbox:
                 self._link.streams.finish(self._number)
             self._number, self._held = 0, b""
             del self._sending[0]
-            if not self._sending and self._closing is not None:
+            if not self._sending and self._closed is not None:
                 self._link.send(self._closed)
 
 

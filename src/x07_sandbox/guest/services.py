@@ -43,7 +43,12 @@ def _connect(port: int) -> None:
             readable, writable, _ = select.select(reading, writing, [])
             for way in ways:
                 if (way.out_fd in writable) if way.held else (way.in_fd in readable):
-                    way.move()
+                    try:
+                        way.move()
+                    except OSError:
+                        if way is back:
+                            raise
+                        way.give_up()  # the server reads no more, and may still have sent something
             if there.ended and not there.shut:
                 there.shut = True
                 sock.shutdown(socket.SHUT_WR)
@@ -58,6 +63,10 @@ class _Way:
         self.held = b""
         self.ended = self.shut = False
         os.set_blocking(out_fd, False)
+
+    def give_up(self) -> None:
+        """Move nothing more in this direction."""
+        self.held, self.ended = b"", True
 
     def move(self) -> None:
         """Read once, or write once. Raises OSError."""

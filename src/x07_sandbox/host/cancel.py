@@ -3,7 +3,8 @@
 import contextlib
 import os
 import signal
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -12,6 +13,7 @@ import msgspec
 from x07_sandbox.errors import Cancelled
 from x07_sandbox.host.locks import LOOK_AGAIN_S
 from x07_sandbox.host.poll import Event, wait_readable
+from x07_sandbox.host.threads import start_thread
 
 BY_KILL: Final = -1  # in place of a signal
 
@@ -22,7 +24,6 @@ class Cancel:
     def __init__(self) -> None:
         self._event = Event()
         self.fd = self._event.fd
-        self.wakeup_fd = self._event.write_fd  # a byte written to it makes *fd* readable
         self._signal: int | None = None
         self._waiting = False
 
@@ -98,14 +99,39 @@ def cancelled_by_signals() -> Iterator[Cancel]:
     """Make SIGINT, SIGTERM and SIGHUP cancel the run. Even a second signal does not prevent the VM's removal."""
     # Ignored signals stay ignored, as under nohup or in the background of a script.
     wanted = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
-    with contextlib.closing(Cancel()) as cancel:
-        # Python calls handlers in the main thread only. If the kernel delivers the signal to another thread, no system
-        # call of the main thread is interrupted (signal(7)). But a byte is written, for which every wait polls.
-        earlier_fd = signal.set_wakeup_fd(cancel.wakeup_fd, warn_on_full_buffer=False)
+    with contextlib.closing(Cancel()) as cancel, _forwarded(wanted, cancel):
         before = {number: signal.signal(number, lambda got, _frame: cancel.interrupt(got)) for number in wanted}
         try:
             yield cancel
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-            signal.set_wakeup_fd(earlier_fd)
+
+
+@contextlib.contextmanager
+def _forwarded(wanted: Collection[int], cancel: Cancel) -> Iterator[None]:
+    """Run a thread that cancels the run when one of the *wanted* signals arrives.
+
+    Python calls handlers in the main thread only. If the kernel delivers the signal to another thread, a blocking
+    system call of the main thread is not interrupted (signal(7)).
+    """
+    read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
+    os.set_blocking(write_fd, False)
+
+    def forward() -> None:
+        while numbers := os.read(read_fd, 64):
+            for number in set(numbers).intersection(wanted):
+                cancel(number)
+
+    thread = threading.Thread(target=forward, name="x07-signals", daemon=True)
+    with contextlib.suppress(OSError):  # no more threads allowed: the handlers still work
+        start_thread(thread)
+    before = signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(write_fd)
+        if thread.ident is not None:
+            thread.join()
+        os.close(read_fd)

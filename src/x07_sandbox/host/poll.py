@@ -6,17 +6,17 @@ import select
 
 
 class Event:
-    """A flag for event loops. Its descriptor *fd* is readable while the flag is set; a write to *write_fd* sets it."""
+    """A flag for event loops. Its descriptor *fd* is readable while the flag is set."""
 
     def __init__(self) -> None:
-        self.fd, self.write_fd = os.pipe()
-        for fd in (self.fd, self.write_fd):
+        self.fd, self._write_fd = os.pipe()
+        for fd in (self.fd, self._write_fd):
             os.set_blocking(fd, False)
 
     def set(self) -> None:
         """Set the flag. A signal handler may call this."""
         with contextlib.suppress(BlockingIOError):  # it is set already
-            os.write(self.write_fd, b"\1")
+            os.write(self._write_fd, b"\1")
 
     def clear(self) -> None:
         """Clear the flag."""
@@ -26,14 +26,14 @@ class Event:
 
     def move_to(self, owned_fd: int) -> None:
         """Use a descriptor that is open for reading and writing from now on, under the number of *fd*. Close it."""
-        for fd in (self.fd, self.write_fd):
+        for fd in (self.fd, self._write_fd):
             os.dup2(owned_fd, fd, inheritable=False)
         os.close(owned_fd)
 
     def close(self) -> None:
         """Close the descriptors."""
         os.close(self.fd)
-        os.close(self.write_fd)
+        os.close(self._write_fd)
 
 
 def wait_readable(fd: int, timeout_s: float | None = None) -> bool:

@@ -138,6 +138,10 @@ class Execution:
         """Take output, and return how many bytes of it were processed."""
         return self._sinks[stream].take(data)
 
+    def take_no_more(self) -> list[tuple[Stream, int]]:
+        """Have the sinks drop further output. Return how many bytes more the guest may send on each stream."""
+        return [(stream, sink.take_no_more()) for stream, sink in self._sinks.items()]
+
     def overflow(self) -> dict[str, object]:
         """Return the evidence that an output is over its limit, or {}."""
         for sink in self._sinks.values():

@@ -15,6 +15,7 @@ from x07_sandbox.channel.messages import Changes, Close, Closed, Denied, Exec, E
 from x07_sandbox.channel.streams import Event
 from x07_sandbox.errors import PeerError, UsageError
 from x07_sandbox.host import settings
+from x07_sandbox.plan.outcomes import Stage
 from x07_sandbox.sandboxes.execution import FILL, Execution, Limit
 
 if TYPE_CHECKING:
@@ -109,8 +110,8 @@ class Session:
 
     def read(self, execution: Execution, inbox: Inbox) -> bytes:
         """Return what has arrived in the command's standard output *inbox*, and let the guest send more."""
-        data = inbox.pull()
-        self._link.streams.consumed(execution.outputs.get(Stream.STDOUT, 0), len(data))
+        data, count = inbox.pull()
+        self._link.streams.consumed(execution.outputs.get(Stream.STDOUT, 0), count)
         return data
 
     def changes(self, receiver: Any) -> Arrival:  # noqa: ANN401 - a files/incoming.Incoming
@@ -129,6 +130,7 @@ class Session:
         if not self._over:
             self._link.send(Close(0, output, left))
             self._receivers, self._close_limit = receivers, Limit(settings.CHANGES_OUT_S)
+            self._take_no_more(*self._executions.values())
             self.until(lambda: False)
         return self._closed
 
@@ -151,8 +153,13 @@ class Session:
         """Return what is known about a command now."""
         if self._over and execution.exited is None:
             self._seen["console_tail"] = self._instance.console_tail()
+        seen = dict(self._seen)
+        if execution.ended and execution is not self._last:
+            seen.clear()  # what happened later has not ended it
+        elif execution.stage is Stage.RUN:
+            seen.pop("deadline_passed", None)  # of the session, not its own
         times_ms = self._instance.greeting.times_ms
-        return execution.facts(self._closed, times_ms, self._now_ms(), **self._seen)
+        return execution.facts(self._closed, times_ms, self._now_ms(), **seen)
 
     # the loop
 
@@ -273,6 +280,7 @@ class Session:
             execution.end(message)
             if execution is self._last:
                 self._close_limit = Limit(settings.CHANGES_OUT_S)
+                self._take_no_more(*self._executions.values())
             self._forget_if_done(execution)
 
     def _failed(self, failed: Failed) -> None:
@@ -379,7 +387,8 @@ class Session:
             if not data:
                 return f"{file.path} was truncated while it was read"
             copy.sent += channel.send(copy.number, data)
-            if self._start_limit is not None:
+            if self._start_limit is not None and copy.sent - copy.counted >= min(DATA_MAX, file.size - copy.counted):
+                copy.counted = copy.sent  # a guest that takes single bytes makes no progress
                 self._start_limit.set(settings.COPY_IN_S)
         if copy.sent == file.size:
             copy.done = True
@@ -392,6 +401,13 @@ class Session:
         execution.asked_to_stop = True
         self._link.send(Stop(execution.order.id, signal.SIGKILL))
         execution.limit = Limit(settings.STOPPED_S)
+        self._take_no_more(execution)
+
+    def _take_no_more(self, *executions: Execution) -> None:
+        """Drop further output that is kept for a caller, so that commands that nobody reads can end."""
+        for execution in executions:
+            for stream, count in execution.take_no_more():
+                self._link.streams.consumed(execution.outputs.get(stream, 0), count)
 
     def _lost(self) -> None:
         # If this process was stopped (SIGSTOP), `x07 kill` has asked it to cancel, and then ended the VM itself.
@@ -406,12 +422,12 @@ class Session:
 
 
 class _Copy:
-    """A file on its way to the guest. number: the number of its stream. sent: the bytes sent so far."""
+    """A file on its way to the guest. number: of its stream. sent: bytes so far. counted: those that were progress."""
 
     def __init__(self, file: InFile, number: int) -> None:
         self.file = file
         self.number = number
-        self.sent = 0
+        self.sent = self.counted = 0
         self.done = False
 
 

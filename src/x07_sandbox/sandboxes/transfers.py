@@ -141,6 +141,10 @@ class Sink:
         self._filter = TerminalFilter() if live_fd is not None and not raw and os.isatty(live_fd) else None
         self._hash = hashlib.sha256()
 
+    def take_no_more(self) -> int:
+        """Do nothing, and return 0: all that arrives is taken in any case."""
+        return 0
+
     def take(self, data: bytes) -> int:
         """Store *data* and queue it for *live_fd*. Raises BackendError.
 
@@ -199,17 +203,25 @@ class Inbox(Sink):
     def __init__(self, name: str) -> None:
         super().__init__(name, keep_fd=None, live_fd=None, max_bytes=sys.maxsize)
         self._data = bytearray()
+        self._full = False
 
     def take(self, data: bytes) -> int:
-        """Keep *data*. Return 0, since nothing was read yet."""
+        """Keep *data*. Return 0, since nothing was read yet; after `take_no_more`, drop it."""
+        if self._full:
+            return len(data)
         self._data += data
         return 0
 
-    def pull(self) -> bytes:
-        """Remove and return what has arrived."""
+    def take_no_more(self) -> int:
+        """Drop what arrives from now on. Return the number of bytes that the guest may send for those in memory."""
+        already, self._full = self._full, True
+        return 0 if already else len(self._data)
+
+    def pull(self) -> tuple[bytes, int]:
+        """Remove and return what has arrived, and for how many bytes of it the guest may send more."""
         data = bytes(self._data)
         self._data.clear()
-        return data
+        return data, 0 if self._full else len(data)
 
 
 class OutFile(msgspec.Struct):
