@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from tests.vm.programs.lies import EXITED
 from x07_sandbox.channel import streams
 from x07_sandbox.channel.link import (
     COMMAND_NEXT,
@@ -46,7 +47,6 @@ from x07_sandbox.channel.messages import (
     Confine,
     Denied,
     Exec,
-    Exited,
     Failed,
     Hello,
     InputFile,
@@ -82,20 +82,6 @@ OPEN: Final = Open(
     network=Network({"a.example": "127.64.0.1"}, [[".b.example", "127.65.0.0"]], [["127.64.0.1", "", [443]]], []),
     out_writable=True,
     room=Room(1, 2),
-)
-EXITED: Final = Exited(
-    id=1,
-    wait_status=0,
-    cpu_us=1,
-    memory_peak_bytes=1,
-    oom_kills=0,
-    tasks_peak=1,
-    tasks_refused=0,
-    cpu_exceeded=False,
-    stopped=False,
-    disk_full=False,
-    memory_full=False,
-    denials_lost=0,
 )
 DENIED: Final = Denied(id=1, by="kernel", call="openat", errno=13, path="/root/x", write=False, times=1)
 # One message of each type; those with an id are about command 1.

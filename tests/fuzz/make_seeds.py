@@ -14,12 +14,13 @@ import struct
 from pathlib import Path
 from typing import Final
 
-from tests.fuzz.fuzz_channel import DENIED, EXITED, MESSAGES, NONCE, OPEN, frame, opening
+from tests.fuzz.fuzz_channel import DENIED, MESSAGES, NONCE, OPEN, frame, opening
 from tests.fuzz.fuzz_channel import message as control
 from tests.fuzz.fuzz_client_hello import body, extension, hello, message, records, sni
 from tests.fuzz.fuzz_documents import BETWEEN, BUILT, result
 from tests.fuzz.fuzz_observed import POLICIES
 from tests.fuzz.fuzz_unpack import MOST_BYTES
+from tests.vm.programs.lies import EXITED
 from x07_sandbox.channel import egress, streams
 from x07_sandbox.channel.link import WINDOW, Stream
 from x07_sandbox.channel.messages import (

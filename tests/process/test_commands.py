@@ -444,6 +444,8 @@ def test_no_request_ends_the_file_server(sandbox: Sandbox) -> None:
     assert files.ask("read", f"{here}/a", offset=1, size=2**62) == Answer(0, 2)
     assert files.rest(2) == b"bc"
     assert files.ask("read", f"{here}/a", offset=2**62, size=1) == Answer(0)
+    assert files.ask("read", f"{here}/a", offset=-1, size=1).errno == errno.EINVAL
+    assert files.rest(files.ask("read", "/proc/self/stat", size=9).size) != b""
 
 
 def test_the_file_server_reaches_what_a_program_reaches(confined: OsBackend) -> None:

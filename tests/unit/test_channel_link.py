@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.fuzz.fuzz_channel import (
-    EXITED,
     HELD_MAX,
     LIMITS,
     MESSAGES,
@@ -22,6 +21,7 @@ from tests.fuzz.fuzz_channel import (
     one_input,
     opening,
 )
+from tests.vm.programs.lies import EXITED
 from x07_sandbox.channel import streams
 from x07_sandbox.channel.link import (
     COMMAND_NEXT,

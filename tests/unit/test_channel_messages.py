@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.fuzz.fuzz_channel import DENIED, EXITED, LIMITS, MESSAGES, OPEN
+from tests.fuzz.fuzz_channel import DENIED, LIMITS, MESSAGES, OPEN
+from tests.vm.programs.lies import EXITED
 from x07_sandbox.channel.link import DATA_MAX
 from x07_sandbox.channel.messages import (
     BOUNDS,

@@ -7,8 +7,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-from tests.fuzz.fuzz_channel import DENIED, EXITED, HELD_MAX, MESSAGES, NONCE, OPEN, check_remembered
+from tests.fuzz.fuzz_channel import DENIED, HELD_MAX, MESSAGES, NONCE, OPEN, check_remembered
 from tests.unit.test_channel_link import AFTER_OPEN, CLOSED, GUEST, HOST, OPENER, OTHER, execute, pair_in, same
+from tests.vm.programs.lies import EXITED
 from x07_sandbox.channel import streams
 from x07_sandbox.channel.link import WINDOW, CommandState, Link, State, Stream
 from x07_sandbox.channel.messages import (

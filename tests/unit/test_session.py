@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, TypeVar, cast
 import pytest
 from msgspec.structs import replace
 
-from tests.fuzz.fuzz_channel import EXITED
 from tests.vm.programs import lies
+from tests.vm.programs.lies import EXITED
 from x07_sandbox.backends import handshake
 from x07_sandbox.backends.base import NoAnswerError
 from x07_sandbox.backends.handshake import evidence_of, greet

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, cast
 
 import pytest
 
-from tests.fuzz.fuzz_channel import EXITED
 from tests.unit.test_session import CHANGES, CLOSED, LIMITS, FakeClock, Guest, Machine
+from tests.vm.programs.lies import EXITED
 from x07_sandbox.backends.base import Greeting, Instance
 from x07_sandbox.channel import streams
 from x07_sandbox.channel.connection import Connection

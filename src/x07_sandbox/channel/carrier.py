@@ -65,8 +65,7 @@ class Carrier:
             count = os.write(self.fd, self._held)
         except BlockingIOError:
             return
-        # the process at the other end has ended, which its waiter reports
-        except (BrokenPipeError, ConnectionResetError):
+        except (BrokenPipeError, ConnectionResetError):  # the process there has ended, which its waiter reports
             count = len(self._held)
         del self._held[:count]
         self._channel.consumed(self.number, count)

@@ -1,9 +1,8 @@
 """The messages between host and guest agent as typed values, and their encoding.
 
 Most messages that a fresh clone of a saved VM handles are packed, since code that a clone runs for the first time is
-slow.
-The others are JSON arrays with the fields in order. The guest is hostile, so all fields of its messages are bounded.
-The guest trusts the host.
+slow. The others are JSON arrays with the fields in order. The guest is hostile, so all fields of its messages are
+bounded. The guest trusts the host.
 """
 
 from __future__ import annotations

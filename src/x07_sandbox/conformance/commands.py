@@ -249,10 +249,10 @@ def _changed(bench: Bench) -> None:
         box = stack.enter_context(opened(bench, tree))
         for name in ("one", "two"):
             box.output(box.sh(f'echo {name} > "$1"', f"{ROOT}/{name}"))
-            so_far = incoming()
-            arrival = box.session.changes(so_far)
+            current = incoming()
+            arrival = box.session.changes(current)
             box.until("changes", lambda arrival=arrival: arrival.ended)  # type: ignore[misc]
-            found.append(so_far)
+            found.append(current)
         running = box.sh('echo three > "$1"; echo up; sleep 1000', f"{ROOT}/three")
         box.says(running, "up")
         found.append(incoming())

@@ -23,7 +23,7 @@ from x07_sandbox.guest.trees import as_program_user
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from x07_sandbox.channel.messages import Confine, Exec, Network, Terminal
+    from x07_sandbox.channel.messages import CommandLimits, Confine, Exec, Network, Open, Terminal, Warm
     from x07_sandbox.guest.cgroup import NoGroup
     from x07_sandbox.guest.platform import Platform
 
@@ -328,6 +328,26 @@ class Environment:
             os.mkdir(f"{self.platform.memory}/in", 0o755)
         for name, of_program in _FOLDERS.items():
             self.platform.make_job_folder(name, of_program=of_program)
+
+
+def job_settings(
+    session: Open | Warm, limits: CommandLimits, spare_cpu_s: int, *, inputs_on_disk: bool = False
+) -> confine.JobSettings:
+    """Return init's settings for a command with these limits.
+
+    spare_cpu_s: added to the CPU limit for what the process uses before the command, in seconds.
+    """
+    return confine.JobSettings(
+        hostname=session.hostname,
+        tmp_bytes=session.tmp_bytes,
+        out_writable=session.out_writable,
+        inputs_on_disk=inputs_on_disk,
+        fds=limits.fds,
+        cpu_s=limits.cpu_ms // 1000 + spare_cpu_s,
+        core_bytes=limits.core_bytes,
+        tasks=limits.tasks,
+        execution=None,
+    )
 
 
 def failure(report: tuple[Any, ...]) -> JobError:

@@ -95,15 +95,19 @@ class FileServer:
             if stat.S_ISDIR(info.st_mode):
                 raise IsADirectoryError(errno.EISDIR, "")
             if not stat.S_ISREG(info.st_mode):
-                data = os.read(fd, _READ)
-                yield Answer(0, len(data))
-                yield data
-                return
-            size = max(0, min(request.size, info.st_size - request.offset))
+                first = os.read(fd, _READ)
+                size = len(first)
+            elif info.st_size:
+                size = max(0, min(request.size, info.st_size - request.offset))
+                first = os.pread(fd, min(size, _READ), request.offset)
+            else:  # such as a file in /proc
+                first = os.pread(fd, min(request.size, _READ), request.offset)
+                size = len(first)
             yield Answer(0, size)
-            for at in range(request.offset, request.offset + size, _READ):
-                piece = os.pread(fd, min(_READ, request.offset + size - at), at)
-                yield piece.ljust(min(_READ, request.offset + size - at), b"\0")  # it may have become shorter meanwhile
+            yield first.ljust(min(size, _READ), b"\0")  # it may have become shorter meanwhile
+            for at in range(_READ, size, _READ):
+                most = min(_READ, size - at)
+                yield os.pread(fd, most, request.offset + at).ljust(most, b"\0")
         finally:
             os.close(fd)
 
@@ -133,8 +137,8 @@ class FileServer:
                     raise OSError(errno.E2BIG, "")
                 with contextlib.suppress(FileNotFoundError):
                     found.append(_info(entry.name, entry.path, entry.stat(follow_symlinks=False)))
-        answer = Answer(0, 0, tuple(found))
-        if len(files.encode(answer)) > files.MESSAGE_MAX:
+        answer = files.encode(Answer(0, 0, tuple(found)))
+        if len(answer) > files.MESSAGE_MAX:
             raise OSError(errno.E2BIG, "")
         yield answer
 

@@ -1,7 +1,7 @@
 """Init of the program's namespaces: it builds what programs see, starts them, reaps processes and reports.
 
-No program is PID 1, because the kernel ignores signals that PID 1 sends to itself, such as that of abort(3). They
-cannot reach the socket to the agent.
+No program is PID 1, because the kernel ignores signals that PID 1 sends to itself, such as that of abort(3). No program
+can reach the socket or the pipe to the agent.
 """
 
 from __future__ import annotations

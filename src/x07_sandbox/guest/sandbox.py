@@ -16,7 +16,7 @@ from x07_sandbox.channel.streams import Event
 from x07_sandbox.channel.trees import Entry
 from x07_sandbox.channel.trees import Kind as Record
 from x07_sandbox.guest import confine, control, init
-from x07_sandbox.guest.environment import failure
+from x07_sandbox.guest.environment import failure, job_settings
 from x07_sandbox.guest.errors import JobError
 from x07_sandbox.guest.exec import READ, Command
 from x07_sandbox.guest.execution import ExecutionRules
@@ -26,7 +26,7 @@ from x07_sandbox.guest.trees import Left, Room, changes, left_files, stream_of
 
 if TYPE_CHECKING:
     from x07_sandbox.channel.carrier import Carrier
-    from x07_sandbox.channel.messages import CommandLimits, Message, Mount, Open, Output, Warm
+    from x07_sandbox.channel.messages import CommandLimits, Message, Mount, Open, Output
     from x07_sandbox.guest.audit import Audit, NoAudit
     from x07_sandbox.guest.environment import Environment
 
@@ -35,26 +35,6 @@ _OUT: Final = "/x07/out"
 _FULL_BLOCKS: Final = 256  # a disk with fewer free blocks (4 KiB) counts as full
 _FULL_SHARE: Final = 64  # a tmpfs with less than 1/64 free counts as full
 _QUEUED_MAX: Final = 4 * READ
-
-
-def job_settings(
-    session: Open | Warm, limits: CommandLimits, spare_cpu_s: int, *, inputs_on_disk: bool = False
-) -> confine.JobSettings:
-    """Return init's settings for a command with these limits.
-
-    spare_cpu_s: added to the CPU limit for what the process uses before the command, in seconds.
-    """
-    return confine.JobSettings(
-        hostname=session.hostname,
-        tmp_bytes=session.tmp_bytes,
-        out_writable=session.out_writable,
-        inputs_on_disk=inputs_on_disk,
-        fds=limits.fds,
-        cpu_s=limits.cpu_ms // 1000 + spare_cpu_s,
-        core_bytes=limits.core_bytes,
-        tasks=limits.tasks,
-        execution=None,
-    )
 
 
 class Sandbox:
