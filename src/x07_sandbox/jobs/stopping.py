@@ -66,6 +66,7 @@ def _ended(processes: list[Identity], mark: str) -> bool:
             wait_gone(identity, min(_GRACE_S, deadline.left_s()))
     for identity in processes:
         signalled |= kill_identity(identity, mark)
-    # A live process without the mark is not signalled. It may belong to the job, so the job is not proven gone.
-    left_s = deadline.left_s if signalled else lambda: 0.0
-    return all(wait_gone(one, left_s()) or not is_alive(one) for one in processes)
+    # A live process without the mark is not signalled. It may belong to the job, so the job is not proven gone. But a
+    # process that is ending shows no mark for its last moments.
+    deadline = deadline if signalled else Deadline.after(_GRACE_S)
+    return all(wait_gone(one, deadline.left_s()) or not is_alive(one) for one in processes)
