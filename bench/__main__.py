@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 from bench import peers, programs, scale
 from bench.figures import Figures
-from bench.ours import X07, Command, Floor, Pooled, next_command_seconds
+from bench.ours import X07, Command, Floor, Pooled, next_command_seconds, not_hot
 from x07_sandbox.images.store import find_image
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class Suite:
 
     def cached_c(self) -> Command:
         """Return the case that is also run many times at once."""
-        return Command(program=self.sources["C"], flags=("--no-pool",), start="clone", built="cache")
+        return Command(program=self.sources["C"], flags=("--no-pool",), start="hot", built="cache")
 
     def _x07(self) -> None:
         self.sources["C"].write_text(programs.C)
@@ -72,10 +72,10 @@ class Suite:
             cold = Command(program=program, flags=("--cold", "--no-cache"), start="cold", built="build")
             if self._short:  # one VM instead of two
                 cold = Command(program=program, flags=("--cold",), start="cold", built="cache")
-            cloned = Command(program=program, flags=("--no-pool", "--no-cache"), start="clone", built="build")
-            cached = Command(program=program, flags=("--no-pool",), start="clone", built="cache")
-            self.cases |= {f"x07 {name}, cold": cold.seconds, f"x07 {name}, built": cloned.seconds}
-            self.cases[f"x07 {name}, cached"] = cached.seconds
+            built = Command(program=program, flags=("--no-pool", "--no-cache"), start="hot", built="build")
+            cached = Command(program=program, flags=("--no-pool",), start="hot", built="cache")
+            self.cases |= {f"x07 {name}, cold": cold.seconds, f"x07 {name}, built": built.seconds}
+            self.cases |= {f"x07 {name}, cached": cached.seconds, f"x07 {name}, saved VM": not_hot(cached).seconds}
         subprocess.run(["gcc", "-O2", "-o", self.work / "c", self.sources["C"]], check=True, capture_output=True)
         self.cases["bare exec, C"] = peers.Peer(argv=(str(self.work / "c"),)).seconds
         self.cases["bare exec, Python"] = peers.Peer(argv=("/usr/bin/python3", str(self.sources["Python"]))).seconds
@@ -91,8 +91,10 @@ class Suite:
 
     def _raw(self) -> None:
         self.floor = floor = Floor(self._stack, self.work / "c")
-        self.cases |= {"QEMU, started and stopped": floor.quit_seconds, "clone, until it answers": floor.answer_seconds}
-        self.cases["clone that runs C"] = floor.program_seconds
+        self.cases["QEMU, started and stopped"] = floor.quit_seconds
+        self.cases["clone, until it answers"] = partial(floor.answer_seconds, hot=False)
+        self.cases["hot clone, until it answers"] = partial(floor.answer_seconds, hot=True)
+        self.cases["hot clone that runs C"] = floor.program_seconds
         box = floor.sandbox(self._stack)
         next_command_seconds(box)  # the first takes the process that waits
         self.cases["next command in a VM, C"] = partial(next_command_seconds, box)

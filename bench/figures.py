@@ -15,15 +15,17 @@ if TYPE_CHECKING:
 
 RATIOS = (
     ("clone ready / QEMU started and stopped", "clone, until it answers", "QEMU, started and stopped", 3.4, 2.2),
-    ("x07 run, cached C / podman", "x07 C, cached", "podman+runc, C", 2.5, 1.4),
-    ("x07 run, cached Python / podman", "x07 Python, cached", "podman+runc, Python", 3.0, 1.6),
+    ("x07 run, cached C / podman", "x07 C, cached", "podman+runc, C", 1.3, 0.9),
+    ("x07 run, cached Python / podman", "x07 Python, cached", "podman+runc, Python", 1.5, 1.0),
+    ("x07 run, cached C, hot / saved VM", "x07 C, cached", "x07 C, saved VM", 0.45, 0.35),
+    ("x07 run, cached Python, hot / saved VM", "x07 Python, cached", "x07 Python, saved VM", 0.45, 0.35),
     ("x07 run, C from the pool / podman", "x07 C, from the pool", "podman+runc, C", 1.0, 0.5),
     ("x07 run, Python from the pool / podman", "x07 Python, from the pool", "podman+runc, Python", 1.0, 0.5),
 )
 # One median minus the other, in ms.
 DIFFERENCES = (
     ("library call on a warm VM, minus bare exec", "library C, warm", "bare exec, C", 60, 20),
-    ("x07 run of C, minus the clone itself", "x07 C, cached", "clone that runs C", 150, 80),
+    ("x07 run of C, minus the clone itself", "x07 C, cached", "hot clone that runs C", 150, 80),
 )
 _SAID_BYTES = 500
 

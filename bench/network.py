@@ -145,7 +145,7 @@ class Ours:
         """Raise SystemExit if the run was not as expected."""
         result = json.loads(self.report.read_bytes())
         phase = result["phases"]["run"]
-        wrong = result["outcome"] != "ok" or phase["start"] != "clone" or (result["net"] is not None) != hosts
+        wrong = result["outcome"] != "ok" or phase["start"] != "hot" or (result["net"] is not None) != hosts
         if wrong or result["isolation"] != "vm-emulated":  # the other cases are emulated
             raise SystemExit(f"unexpected run: {result['reason']}, {phase['start']}, {result['isolation']}")
 

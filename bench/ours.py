@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,7 @@ from bench import programs
 from bench.figures import WrongRunError
 from x07_sandbox.backends.base import MachineKind
 from x07_sandbox.backends.handshake import greet
+from x07_sandbox.backends.qemu.hot import VARIABLE, hot_template, opened_hot
 from x07_sandbox.backends.qemu.machine import QMP_QUIT
 from x07_sandbox.backends.qemu.start import QemuJob, start_qemu
 from x07_sandbox.backends.qemu.template import opened_template, template_for
@@ -54,22 +55,29 @@ _SANDBOX_S = 2 * 3600
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Command:
-    """`x07 run` with a program and flags. start, built: see `check`."""
+    """`x07 run` with a program, flags and more variables. start, built: see `check`."""
 
     program: Path
     flags: tuple[str, ...]
     start: str
     built: str
+    env: dict[str, str] = field(default_factory=dict)
 
     def seconds(self) -> float:
         """Time one whole command. Raises WrongRunError if the run was not as expected."""
         nonce = os.urandom(8).hex()
         argv = [str(X07), "run", *self.flags, "--json=full", str(self.program)]
         started = time.monotonic()
-        done = subprocess.run(argv, input=f"{nonce}\n".encode(), capture_output=True, check=False)
+        env = os.environ | self.env
+        done = subprocess.run(argv, input=f"{nonce}\n".encode(), capture_output=True, check=False, env=env)
         seconds = time.monotonic() - started
         check(done.stdout, programs.expected(nonce), start=self.start, built=self.built)
         return seconds
+
+
+def not_hot(command: Command) -> Command:
+    """Return the same command with clones of a saved VM."""
+    return replace(command, start="clone", env={VARIABLE: "1"})
 
 
 def check(document: bytes, output: bytes, *, start: str, built: str) -> None:
@@ -128,7 +136,7 @@ class Pooled:
 
 
 class Floor:
-    """Raw clones: the same jail and QEMU, without the rest of a run.
+    """Raw hot clones, and clones of a saved VM: the same jail and QEMU, without the rest of a run.
 
     program: the executable of the C program.
     """
@@ -136,38 +144,40 @@ class Floor:
     def __init__(self, stack: contextlib.ExitStack, program: Path) -> None:
         image = stack.enter_context(open_image(find_image(None)))
         self.kind = MachineKind(image=image, ram_bytes=ram_class_bytes(default_policy().limits.mem_bytes))
-        self.saved = stack.enter_context(opened_template(template_for(self.kind, kvm=False)))
+        template = template_for(self.kind, kvm=False)
+        self.saved = stack.enter_context(opened_template(template))
+        self.hot = stack.enter_context(opened_hot(hot_template(template)))
         self.artifact = program.read_bytes()
 
     @contextlib.contextmanager
-    def _started(self, deadline_s: int = 60) -> Iterator[QemuInstance]:
+    def _started(self, *, hot: bool = True, deadline_s: int = 60) -> Iterator[QemuInstance]:
         digest = self.kind.image_digest
         record = create_record(
             Claim(run_id=new_run_id(), phase="bench", wall_ms=1000), backend="qemu", image_digest=digest
         )
         job = QemuJob(record=record, kind=self.kind, deadline_s=deadline_s)
-        with start_qemu(job, kvm=False, memory=self.saved) as instance:
+        with start_qemu(job, kvm=False, memory=self.hot if hot else self.saved) as instance:
             yield instance
 
     def quit_seconds(self) -> float:
         """Time QEMU from its start to its end, with a quit command sent at once."""
         started = time.monotonic()
-        with self._started() as instance:
+        with self._started(hot=False) as instance:
             instance.send_qmp(QMP_QUIT)
             instance.release()
             select.select([instance.pidfd], [], [])
             return time.monotonic() - started
 
-    def answer_seconds(self) -> float:
+    def answer_seconds(self, *, hot: bool) -> float:
         """Time a clone from its start until it has confirmed clock and entropy."""
         started = time.monotonic()
-        with self._started() as instance:
+        with self._started(hot=hot) as instance:
             instance.release()
             greet(instance)
             return time.monotonic() - started
 
     def program_seconds(self) -> float:
-        """Time a clone that runs a C program, from its start to its end."""
+        """Time a hot clone that runs a C program, from its start to its end."""
         nonce = os.urandom(8).hex()
         started = time.monotonic()
         with self._started() as instance, contextlib.ExitStack() as stack:
@@ -219,7 +229,7 @@ class Floor:
 
     def sandbox(self, stack: contextlib.ExitStack) -> Box:
         """Open a session in a clone, for many commands."""
-        instance = stack.enter_context(self._started(_SANDBOX_S))
+        instance = stack.enter_context(self._started(deadline_s=_SANDBOX_S))
         greet(instance)
         session = Session(instance, stack.enter_context(contextlib.closing(Cancel())), None)
         spec = self._spec(stack)

@@ -39,6 +39,9 @@ runtime_packages() {
         python3-venv ca-certificates
 }
 
+# Without them x07 works, but more slowly. Not every Debian-like system has them.
+optional_packages() { [[ $(uname -m) != x86_64 ]] || echo criu; }
+
 # For the tests only: tools to switch users, a compiler for the hostile QEMU stand-in, a linter, a file system without
 # modes, network tools, container engines, and servers and proxies.
 test_packages() { printf '%s\n' sudo passwd git gcc libc6-dev shellcheck bindfs iproute2 nftables redis-tools \
@@ -89,6 +92,19 @@ install_packages() {
     as_root env DEBIAN_FRONTEND=noninteractive $line --quiet -o Dpkg::Use-Pty=0 </dev/null ||
         fail "apt-get could not install the packages" "See its messages above; check the package sources and the network." \
             "The command was:" "    $line"
+}
+
+# install_optional NAME...: install those that are missing and can be installed.
+install_optional() {
+    local name
+    for name in $(missing_packages "$@"); do
+        if apt-cache show "$name" >/dev/null 2>&1 && can_be_root; then
+            step "Installing an optional Debian package: $name"
+            as_root env DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends "$name" --quiet \
+                -o Dpkg::Use-Pty=0 </dev/null && continue
+        fi
+        say "The optional Debian package $name is missing: without KVM, VMs start more slowly."
+    done
 }
 
 # --------------------------------------------------------------------------------- sub-ids of an ordinary user
@@ -231,6 +247,8 @@ set_up() {
     fi
 
     [[ ${#missing[@]} -eq 0 ]] || install_packages "${missing[@]}"
+    # shellcheck disable=SC2046 # each word is a package
+    install_optional $(optional_packages)
     ensure_subids
     if [[ -n $kind ]]; then
         python=$(choose_python)

@@ -157,7 +157,17 @@ PAGES = (
         "A job starts in a clone of a prepared VM: about as quickly as a container without hardware virtualisation, "
         "and in less time with it.",
         (
-            *("unit/bench", "unit/qemu_template", "vm/bench", "vm/boot_timer", "vm/clones", "vm/imports", "vm/pool"),
+            *(
+                "unit/bench",
+                "unit/qemu_template",
+                "vm/bench",
+                "vm/boot_timer",
+                "unit/criu_images",
+                "vm/clones",
+                "vm/hot",
+                "vm/imports",
+                "vm/pool",
+            ),
             "vm/python_start",
         ),
     ),

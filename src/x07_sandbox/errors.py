@@ -3,13 +3,8 @@
 Standard library only: the guest agent and the channel import this module too.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-    from typing import Self
+from collections.abc import Callable, Sequence
+from typing import Any, Self
 
 
 class Flag(str):

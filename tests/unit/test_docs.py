@@ -91,7 +91,7 @@ def test_every_dependency_has_its_reason(listed: str) -> None:
 def test_every_debian_package_has_its_reason() -> None:
     """docs/dependencies.md explains every Debian package that the scripts install."""
     text = (ROOT / "docs" / "dependencies.md").read_text(encoding="utf-8")
-    ask = ["bash", "-c", "source scripts/lib.sh && runtime_packages && test_packages"]
+    ask = ["bash", "-c", "source scripts/lib.sh && runtime_packages && optional_packages && test_packages"]
     names = subprocess.run(ask, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     assert {"bubblewrap", "ca-certificates", "sudo"} <= set(names)
     assert [name for name in names if f"`{name}`" not in text] == []

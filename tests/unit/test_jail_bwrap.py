@@ -64,7 +64,8 @@ def test_a_supervisor_comes_first(uid: int | None) -> None:
     """The supervisor is started first, with deadline, runner and the uid's lock."""
     argv = jail_argv(jail(uid), COMMAND)
     assert argv[:6] == [PERL, SUPERVISOR, "815", "4242", "-1" if uid is None else "23", "1"]
-    assert argv.index(BWRAP) == 13
+    assert argv[6:8] == ["-1", ""]
+    assert argv.index(BWRAP) == 16
 
 
 def starter(made: Jail, command: list[str]) -> list[str]:

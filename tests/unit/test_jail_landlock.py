@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import struct
 from pathlib import Path
+from select import PIPE_BUF
 
 import msgspec
 import pytest
@@ -31,17 +32,17 @@ from x07_sandbox.host.arch import Arch, host_arch
 from x07_sandbox.jail.bwrap import BWRAP, PERL, SETPRIV
 from x07_sandbox.jail.forms import FLAGS_FOR_A_USER, FLAGS_FOR_ROOT, landlock_form
 from x07_sandbox.jail.landlock import (
-    CALLS,
     ExecAddresses,
-    call_rules,
     file_rights,
     landlock_argv,
     landlock_filter,
     random_addresses,
     release_message,
 )
+from x07_sandbox.jail.seccomp import VMM_CALLS, restored_filter, vmm_filter, vmm_rules
 
 PID = 4711
+ALL = (1 << 64) - 1
 DRAWN = ExecAddresses(path=0x2345_6789_ABC0, arguments=0x1FFF_0000_0008, environment=0x4000_0000_0010)
 READ, WRITE, EXECUTE, TRUNCATE = 1 << 2, 1 << 1, 1 << 0, 1 << 14
 HEADER = struct.Struct("=QQQQ")
@@ -60,7 +61,7 @@ def made(arch: Arch) -> bytes:
 @each_arch
 def test_every_call_that_the_vmm_may_make_has_a_number(arch: Arch) -> None:
     """The filter allows the same calls on every architecture, apart from legacy ones."""
-    names = {*CALLS, *call_rules(PID, DRAWN)}
+    names = {*VMM_CALLS, *vmm_rules(PID), "execve"}
     missing = set() if arch.name == "x86_64" else LEGACY & names
     assert {name for name in names if number(arch.name, name) < 0} == missing
 
@@ -69,7 +70,7 @@ def test_every_call_that_the_vmm_may_make_has_a_number(arch: Arch) -> None:
 def test_a_call_that_is_not_listed_is_refused(arch: Arch) -> None:
     """An unlisted call is denied, and a call of another architecture kills the VMM."""
     program = made(arch)
-    listed = {*CALLS, *call_rules(PID, DRAWN), "clone3", "socket", "kill"}
+    listed = {*VMM_CALLS, *vmm_rules(PID), "execve", "clone3", "socket", "kill"}
     for call in set(range(1024)) - numbers(arch, *listed):
         assert answer(program, call, arch.audit) == REFUSED, call
     assert answer(program, number(arch.name, "read"), 0x40000003) == KILL
@@ -134,6 +135,29 @@ def test_arguments_are_checked(arch: Arch) -> None:
     assert ask(arch, "prlimit64", 0, 7, 1 << 32) == ask(arch, "prlimit64", 1, 7, 0) == REFUSED
     assert ask(arch, "openat", 0, 0, 0o2000101) == ALLOW  # Landlock decides
     assert ask(arch, "openat", 0, 0, 0x410000) == REFUSED  # a file without a name
+
+
+# Values that a filter tells apart, for each argument.
+INTERESTING = (0, 1, 2, 4, 5, 8, 15, 17, 38, 1030, 1036, 0x541B, 0x5412, 0xAE80, 0x3D0F00, 0x103D0F00, PID, ALL)
+
+
+@each_arch
+def test_a_restored_vmm_may_do_nothing_that_a_started_one_may_not(
+    arch: Arch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A restored VMM executes nothing, and its filter allows only what the jail's filter of a started VMM allows."""
+    monkeypatch.setenv("X07_VM_CACHE_DIR", str(tmp_path))
+    restored, started = restored_filter(arch, PID), vmm_filter(arch)
+    assert restored_filter(arch, PID) == restored
+    assert len(restored) + 100 <= PIPE_BUF  # the message is written whole or not at all
+    assert answer(restored, number(arch.name, "execve"), arch.audit, msgspec.structs.astuple(DRAWN)) == REFUSED
+    calls = numbers(arch, *VMM_CALLS, *vmm_rules(PID))
+    arguments = [(*(0,) * at, value) for at in range(4) for value in INTERESTING]
+    allowed = [
+        (call, words) for call in calls for words in arguments if answer(restored, call, arch.audit, words) == ALLOW
+    ]
+    assert allowed
+    assert [one for one in allowed if answer(started, one[0], arch.audit, one[1]) != ALLOW] == []
 
 
 def test_the_release_message_is_atomic() -> None:

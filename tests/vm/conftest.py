@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING
 import msgspec
 import pytest
 
+from x07_sandbox.backends.qemu.backend import known_verdict
+from x07_sandbox.backends.qemu.hot import unsupported
 from x07_sandbox.host import settings
 from x07_sandbox.host.cancel import Cancel
 from x07_sandbox.host.locks import file_lock
@@ -216,6 +218,12 @@ def _out_file(content: bytes | None, stack: contextlib.ExitStack) -> OutFile:
         assert file.take(content)
         file.complete = True
     return file
+
+
+def usual_start() -> str:
+    """How a run's VM starts here, if nothing is in the way."""
+    verdict = known_verdict()
+    return "clone" if unsupported(kvm=verdict is not None and verdict.works) else "hot"
 
 
 def owners(state: Path) -> list[dict[str, object]]:

@@ -6,7 +6,8 @@ Prints one JSON object per line on standard output, and reads one word per line 
 blocked, continue at "release", end at "stop". talk: send the next line, a JSON string, over the channel, continue,
 print the answer, end at "stop". die: release the program, and be killed after so many microseconds. die-early: be
 killed so many microseconds after the start began. phase: be the host's side of a run's conversation, as in a run.
-thread: as hold, but a thread that has ended when the test gets the answer starts and releases the program.
+thread: as hold, but a thread that has ended when the test gets the answer starts and releases the program. With
+"hot": true the program is dumped first, and restored.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ import os
 import re
 import select
 import signal
+import socket
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -27,13 +30,15 @@ from msgspec.structs import replace
 
 from x07_sandbox.backends.base import MachineKind, NoAnswerError
 from x07_sandbox.backends.handshake import evidence_of, greet
-from x07_sandbox.backends.qemu.start import QemuJob, start_qemu
+from x07_sandbox.backends.qemu.start import Hot, QemuJob, Warming, start_qemu
 from x07_sandbox.channel.messages import Close, Exec, Open, Room
 from x07_sandbox.errors import BackendError
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.cancel import Cancel
 from x07_sandbox.host.clocks import Deadline
+from x07_sandbox.host.linux import children_of
+from x07_sandbox.host.paths import cache_dir
 from x07_sandbox.images.store import find_image
 from x07_sandbox.images.verify import open_image
 from x07_sandbox.jobs.record import Claim, create_record, new_run_id
@@ -48,6 +53,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from x07_sandbox.backends.qemu.instance import QemuInstance
+    from x07_sandbox.host.arch import Arch
 
 _TALK_S = 60.0
 _TALK_BYTES = 4 * settings.MIB
@@ -90,18 +96,52 @@ def swap(folder: Path, how: str) -> None:
 
 
 @contextlib.contextmanager
+def dumped(kind: MachineKind, arch: Arch) -> Iterator[Hot]:
+    """The hostile program, dumped in a jail while it waits for its first word, as QEMU is for hot clones."""
+    assert kind.image is not None
+    head, disk = kind.image.fds["scratch"], kind.image.manifest.scratch_disk
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=cache_dir())))
+        (folder / "images").mkdir(mode=0o700)
+        fds = [os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o444) for name in ("ram", "state", "scratch")]
+        fds.append(os.open(folder / "images", os.O_RDONLY))
+        for fd in fds:
+            stack.callback(os.close, fd)
+        control, theirs = (stack.enter_context(end) for end in socket.socketpair())
+        saved: dict[str, Any] = {"scratch_fd": head, "scratch_disk": disk, "ram_fd": fds[0], "images_fd": fds[3]}
+        memory = Warming(**saved, state_fd=fds[1], disk_fd=fds[2], control=control, jail_fd=theirs.fileno())
+        claim = Claim(run_id=new_run_id(), phase="template", wall_ms=1000)
+        record = create_record(claim, backend="qemu", image_digest=kind.image_digest)
+        job = QemuJob(record=record, kind=kind, deadline_s=60)
+        with start_qemu(job, kvm=False, arch=arch, memory=memory) as instance:
+            instance.release()
+            exe = Path()
+            while exe != Path(arch.qemu_binary):
+                time.sleep(0.01)
+                with contextlib.suppress(OSError):  # its first children only use up numbers
+                    exe = next((Path(f"/proc/{pid}/exe").readlink() for pid in children_of(instance.inner.pid)), exe)
+            time.sleep(0.1)  # it waits for its first word
+            control.sendall(b".")
+            names = tuple(control.recv(4096).decode().split("\n"))
+            assert len(names) > 1, instance.console_tail()
+        yield Hot(**saved, state_fd=None, names=names)
+
+
+@contextlib.contextmanager
 def started(order: dict[str, Any]) -> Iterator[QemuInstance]:
     """The hostile program in the jail, blocked."""
-    with open_image(find_image(order.get("image"))) as image:
+    with open_image(find_image(order.get("image"))) as image, contextlib.ExitStack() as stack:
         if "swap" in order:
             swap(find_image(order.get("image")).folder, order["swap"])
+        parts = ("ram", "root") if order.get("hot") else ("kernel", "initrd", "root")
         record = create_record(
             Claim(run_id=new_run_id(), phase="run", wall_ms=1000), backend="qemu", image_digest=image.manifest.digest
         )
         kind = MachineKind(image=image, ram_bytes=512 * settings.MIB)
         job = QemuJob(record=record, kind=kind, deadline_s=order.get("deadline_s", 120))
         arch = replace(host_arch(), qemu_binary=order["binary"], firmware=())
-        with start_qemu(job, kvm=False, arch=arch) as instance:
+        memory = stack.enter_context(dumped(kind, arch)) if order.get("hot") else None
+        with start_qemu(job, kvm=False, arch=arch, memory=memory) as instance:
             assert instance.supervisor is not None
             tell(
                 "started",
@@ -110,7 +150,7 @@ def started(order: dict[str, Any]) -> Iterator[QemuInstance]:
                 jail=instance.jail,
                 holds=list(instance.groups.holds),
                 folder=str(record.folder),
-                image_files=[instance.paths.kernel, instance.paths.initrd, instance.paths.root],
+                image_files=[getattr(instance.paths, name) for name in parts],
                 root_inode=os.fstat(image.fds["root"]).st_ino,
             )
             yield instance

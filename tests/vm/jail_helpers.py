@@ -30,6 +30,7 @@ from x07_sandbox.host.linux import children_of
 from x07_sandbox.host.paths import cache_dir
 from x07_sandbox.images.verify import open_image
 from x07_sandbox.jail.bwrap import SETPRIV
+from x07_sandbox.jail.criu import CRIU
 from x07_sandbox.plan.sizes import ram_class_bytes
 from x07_sandbox.policy import default_policy
 
@@ -49,6 +50,8 @@ USERADD, USERDEL = "/usr/sbin/useradd", "/usr/sbin/userdel"
 DEPENDENCIES = ("h11", "hpack", "idna", "msgspec", "shtab")
 FORMS = ("root", "user")
 WITHOUT = " without namespaces"
+HOT = " restored"
+EACH_FORM = (*FORMS, *(form + WITHOUT for form in FORMS))
 _LIMITED = "Max open files 64 64"
 _count = itertools.count()
 
@@ -68,6 +71,7 @@ class Account:
     env: dict[str, str]
     folder: Path
     namespaces: bool = True
+    hot: bool = False  # whether the VMM is dumped and restored, instead of started
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -262,12 +266,21 @@ def account_fixture(request: pytest.FixtureRequest, accounts: dict[str, Account]
     return accounts[request.param]
 
 
-@pytest.fixture(scope="session", params=[*FORMS, *(form + WITHOUT for form in FORMS)], name="each_form")
+@pytest.fixture(scope="session", params=EACH_FORM, name="each_form")
 def each_form_fixture(request: pytest.FixtureRequest, accounts: dict[str, Account]) -> Account:
     """Both in turn, each with either kind of jail."""
     form = request.param.removesuffix(WITHOUT)
     need(form in accounts, "needs to be root", installable=False)
     return replace(accounts[form], namespaces=form == request.param)
+
+
+@pytest.fixture(scope="session", params=[*EACH_FORM, *(form + HOT for form in FORMS)], name="any_form")
+def any_form_fixture(request: pytest.FixtureRequest, accounts: dict[str, Account]) -> Account:
+    """Both in turn, each with either kind of jail, and with a restored VMM."""
+    form, hot = request.param.removesuffix(WITHOUT).removesuffix(HOT), request.param.endswith(HOT)
+    need(form in accounts, "needs to be root", installable=False)
+    need(not hot or os.access(CRIU, os.X_OK), "criu is not installed", installable=True)
+    return replace(accounts[form], namespaces=not request.param.endswith(WITHOUT), hot=hot)
 
 
 @pytest.fixture(scope="session", name="ordinary")
@@ -285,7 +298,7 @@ class Runner:
     def __init__(self, account: Account, *, may_fail: bool = False, **order: Any) -> None:  # noqa: ANN401 - JSON
         self._expect = ("started", "refused") if may_fail else ("started",)
         self.account = account
-        self.order = order | {"binary": str(account.hostile(order.pop("mode")))}
+        self.order = order | {"binary": str(account.hostile(order.pop("mode"))), "hot": account.hot}
         self.started: dict[str, Any] = {}
         self._buffer = b""
 
@@ -367,8 +380,10 @@ class Runner:
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline:
             found = children_of(self.inner) if self.account.namespaces else [self.inner]
-            if found and Path(f"/proc/{found[0]}/exe").readlink() == Path(self.order["binary"]):
-                return found[0]
+            for pid in found:
+                with contextlib.suppress(OSError):  # criu has other processes first
+                    if Path(f"/proc/{pid}/exe").readlink() == Path(self.order["binary"]):
+                        return pid
             select.select([], [], [], 0.01)  # no event announces another process's exec
         pytest.fail("the program did not start")
 

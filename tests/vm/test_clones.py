@@ -16,9 +16,21 @@ from typing import TYPE_CHECKING
 import msgspec
 import pytest
 
-from tests.conftest import overwrite, sample
-from tests.vm.conftest import BEHAVE, PROGRAMS, Artifacts, Ran, Sandbox, copy_cache, left_behind, marked, owners
+from tests.conftest import need, overwrite, sample
+from tests.vm.conftest import (
+    BEHAVE,
+    PROGRAMS,
+    Artifacts,
+    Ran,
+    Sandbox,
+    copy_cache,
+    left_behind,
+    marked,
+    owners,
+    usual_start,
+)
 from x07_sandbox.backends import handshake
+from x07_sandbox.backends.qemu.hot import IMAGES, VARIABLE
 from x07_sandbox.backends.qemu.instance import QemuInstance
 from x07_sandbox.backends.qemu.template import (
     MANIFEST,
@@ -79,12 +91,23 @@ def seen(ran: Ran) -> dict[str, object]:
     return found
 
 
+@pytest.fixture(params=["hot", "clone"])
+def either(request: pytest.FixtureRequest, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Sandbox:
+    """Runs on VMs restored from a saved process, and on clones of a saved VM."""
+    if request.param == "clone":
+        monkeypatch.setenv(VARIABLE, "1")
+    else:
+        need(usual_start() == "hot", "this host restores no processes of VMs", installable=False)
+    return sandbox
+
+
 def test_both_phases_start_as_clones_by_default(sandbox: Sandbox) -> None:
     """A run clones its machines by default or boots them cold, with the same outcome, and the result says which."""
     text = "import sys\nprint('hello')\nsys.exit(3)\n"
     cloned = sandbox.run_text("hello.py", text)
     cold = sandbox.run_text("hello.py", text, cold=True)
-    assert starts(cloned) == {"build": "clone", "run": "clone"}
+    usual = usual_start()
+    assert starts(cloned) == {"build": usual, "run": usual}
     assert starts(cold) == {"build": "cold", "run": "cold"}
     for ran in (cloned, cold):
         assert (ran.outcome, ran.stdout, ran.result.exit_code) == ("failed", b"hello\n", 3)
@@ -92,10 +115,10 @@ def test_both_phases_start_as_clones_by_default(sandbox: Sandbox) -> None:
     assert cloned.result.controls == cold.result.controls
 
 
-def test_clones_share_no_random_values(sandbox: Sandbox, threads: ThreadPoolExecutor) -> None:
+def test_clones_share_no_random_values(either: Sandbox, threads: ThreadPoolExecutor) -> None:
     """Clones of one saved machine have no random value, id or name in common; concurrent runs build a source once."""
     text = f"# {os.urandom(8).hex()}\n{RANDOM}"
-    jobs = [threads.submit(sandbox.run_text, "random_values.py", text, alone=False, cache=True) for _ in range(3)]
+    jobs = [threads.submit(either.run_text, "random_values.py", text, alone=False, cache=True) for _ in range(3)]
     done = [job.result() for job in jobs]
     assert sorted(str(ran.result.artifact_from) for ran in done) == ["build", "cache", "cache"]
     found = [seen(ran) for ran in done]
@@ -103,13 +126,13 @@ def test_clones_share_no_random_values(sandbox: Sandbox, threads: ThreadPoolExec
         assert len({str(values[name]) for values in found}) == len(found), name
 
 
-def test_a_clones_clock_is_the_runners(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_clones_clock_is_the_runners(either: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     """A clone's clock is set from its runner's, and clones an hour apart share no random value."""
 
     def found() -> tuple[float, float, dict[str, object]]:
         """Return how far its clock was ahead of ours before and after the run, and its other values."""
         began = clocks.unix_ns()
-        values = seen(sandbox.run_text("random_values.py", RANDOM, cache=True))
+        values = seen(either.run_text("random_values.py", RANDOM, cache=True))
         its = float(str(values.pop("time")))
         return its - began / 1e9, its - clocks.unix_ns() / 1e9, values
 
@@ -126,11 +149,13 @@ def test_a_clones_clock_is_the_runners(sandbox: Sandbox, monkeypatch: pytest.Mon
 def test_a_program_cannot_change_the_saved_machine(sandbox: Sandbox) -> None:
     """A program's writes to memory and disk never change the files of saved machines."""
     ran = sandbox.behave("hog")
-    assert starts(ran) == {"run": "clone"}
+    assert starts(ran) == {"run": usual_start()}
     for folder in templates_dir().glob("[0-9a-f]" * 64):
         made = json.loads((folder / MANIFEST).read_bytes())
-        for part in (made["ram"], made["state"], made["scratch"]):
+        for part in filter(None, (made["ram"], made["state"], made["scratch"])):
             assert sha256(folder / part["file"]) == part["sha256"]
+        for part in made.get("images", ()):
+            assert sha256(folder / IMAGES / part["file"]) == part["sha256"]
 
 
 # unusable saved machines, in a separate cache
@@ -161,6 +186,7 @@ def in_own_cache(own_cache: Path, sandbox: Sandbox, artifacts: Artifacts, monkey
     """Runs of a prebuilt program with that cache."""
     artifacts.built(BEHAVE)
     monkeypatch.setenv("X07_VM_CACHE_DIR", str(own_cache))
+    monkeypatch.setenv(VARIABLE, "1")  # test_hot.py has the tests of saved processes
     return sandbox
 
 

@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.vm, pytest.mark.usefixtures("state")]
 
 OURS: Final = """
 backends.base backends.handshake backends.jailed backends.lease backends.qemu.backend
-backends.qemu.bounds backends.qemu.instance backends.qemu.machine backends.qemu.start
+backends.qemu.bounds backends.qemu.hot backends.qemu.instance backends.qemu.machine backends.qemu.start
 backends.qemu.template backends.prerequisites backends.registry backends.selection
 channel.connection channel.contents channel.link channel.messages channel.streams
 cli.console cli.main cli.parser cli.run cli.std_streams
@@ -32,7 +32,7 @@ host.arch host.cancel host.clocks host.close_on_fork host.decoding host.locks
 host.linux host.memory host.os_errors host.paths host.poll host.processes host.settings host.threads host.variables
 host.verdicts
 images.guestcode images.manifest images.scratch images.store images.verify
-jail.bwrap jail.cgroups jail.forms jail.seccomp jail.uids
+jail.bwrap jail.cgroups jail.criu jail.forms jail.seccomp jail.uids
 jobs.active jobs.admission jobs.launcher jobs.record
 library.requests
 network.summary

@@ -166,7 +166,7 @@ def test_an_unreleased_machine_dies_with_its_runner(each_form: Account) -> None:
 @pytest.mark.parametrize("do", ["die", "die-early"])
 def test_a_runner_killed_during_a_start_leaves_no_process(each_form: Account, do: str) -> None:
     """A runner killed at any moment of a start, or just after the release, leaves no process behind."""
-    step_us = 100 if do == "die" else 1500
+    step_us = 100 if do == "die" else 2500
     for turn in sample(range(24), 3):
         order = json.dumps({"binary": str(each_form.hostile("stubborn")), "do": do, "after_us": turn * step_us})
         argv = [*each_form.words, sys.executable, "-B", str(each_form.folder / "jail_driver.py"), order]

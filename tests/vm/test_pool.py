@@ -23,7 +23,7 @@ import pytest
 from tests.conftest import FULL, sample
 from tests.hostile_folder import BIN, HostileFolder
 from tests.published import document
-from tests.vm.conftest import copy_cache, left_behind, marked, owners
+from tests.vm.conftest import copy_cache, left_behind, marked, owners, usual_start
 from tests.vm.test_clones import RANDOM
 from x07_sandbox import Pool, SandboxError
 from x07_sandbox.backends import lease
@@ -166,7 +166,7 @@ def test_a_run_takes_a_warm_machine_and_leaves_nothing(echo: str, state: Path, t
         assert job["run_id"] == folder.name == owner["labels"]["io.x07.run_id"]
         assert (owner["run"], owner["runner"]["pid"] != pid) == (result["run"], True)
         assert str(job["deadline_unix_ms"]) == owner["labels"]["io.x07.deadline_unix_ms"]
-        assert ran(echo, "--no-pool")["phases"]["run"]["start"] == "clone"
+        assert ran(echo, "--no-pool")["phases"]["run"]["start"] == usual_start()
         if FULL:
             assert ran(echo, "--cold")["phases"]["run"]["start"] == "cold"
         again = x07("pool", "start")
@@ -176,7 +176,7 @@ def test_a_run_takes_a_warm_machine_and_leaves_nothing(echo: str, state: Path, t
         assert (reported["claimed"], reported["problem"]) == (1, None)
     assert status() is None
     assert left_behind(state) == []
-    assert ran(echo)["phases"]["run"]["start"] == "clone"
+    assert ran(echo)["phases"]["run"]["start"] == usual_start()
 
 
 def test_a_pool_serves_small_policies(echo: str, state: Path, tmp_path: Path) -> None:
@@ -312,14 +312,14 @@ def test_runs_fall_back_to_clones_without_an_answer(echo: str) -> None:
     with pool_process(1) as pid:
         os.kill(pid, signal.SIGSTOP)
         result = ran(echo)
-        assert result["phases"]["run"]["start"] == "clone"
+        assert result["phases"]["run"]["start"] == usual_start()
         assert [text for text in result["warnings"] if "the pool did not answer" in text]
         asked = x07("pool", "status")
         assert (asked.returncode, asked.stdout) == (125, b"")
         assert f"its process {pid} does not answer".encode() in asked.stderr
         os.kill(pid, signal.SIGKILL)
         os.kill(pid, signal.SIGCONT)
-        assert ran(echo)["phases"]["run"]["start"] == "clone"
+        assert ran(echo)["phases"]["run"]["start"] == usual_start()
 
 
 @pytest.mark.full("one more pool")
@@ -338,7 +338,7 @@ def test_a_clone_replaces_a_warm_machine_that_died(echo: str, monkeypatch: pytes
     cancel = Cancel()
     with pool_process(1), contextlib.closing(cancel):
         result, _ = attempt(RunRequest(program=Path(echo)), RunCaller(cancel=cancel, machines=PoolClient()))
-    assert (result.outcome, result.phases["run"].start) == ("ok", "clone"), result.reason
+    assert (result.outcome, result.phases["run"].start) == ("ok", usual_start()), result.reason
     assert "no VM of the pool was used for the run: the VM did not answer" in result.warnings
 
 

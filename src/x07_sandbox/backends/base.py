@@ -13,14 +13,15 @@ from x07_sandbox.backends.prerequisites import Need
 from x07_sandbox.channel.connection import Connection
 from x07_sandbox.errors import BackendError
 from x07_sandbox.host import settings
-from x07_sandbox.host.cancel import Caller
+from x07_sandbox.host.cancel import Caller, Cancel
 from x07_sandbox.host.processes import Identity
 from x07_sandbox.images.verify import OpenImage
 from x07_sandbox.jobs.record import Claim, JobRecord
 from x07_sandbox.plan.features import Features
 from x07_sandbox.plan.sizes import used_ram_bytes
 
-StartMode = Literal["cold", "clone", "pool"]  # booted, cloned from a saved machine, or taken from a pool
+# Booted, cloned from a saved machine, restored from a saved process of such a clone, or taken from a pool.
+StartMode = Literal["cold", "clone", "hot", "pool"]
 # The codes of errors about modules that cannot be preloaded, or not in time.
 NOT_IMPORTED: Final = "preload-failed"
 SLOW_IMPORT: Final = "preload-late"
@@ -89,11 +90,16 @@ class Needs(msgspec.Struct, frozen=True, kw_only=True):
     alone: bool = True
 
 
+# Runs x07's own programs in an instance of a kind that has answered, then renews it with the given `Cloning`. May raise
+# BackendError.
+WarmUp = Callable[["Instance", MachineKind, "Cloning", Cancel], None]
+
+
 class Job(msgspec.Struct, frozen=True, kw_only=True):
     """The data that a backend needs to start one job. The program itself follows over the channel.
 
     needs: for container backends. cold: whether to boot a VM instead of cloning one. meanwhile: called once while the
-    instance starts.
+    instance starts. warm_up: see `WarmUp`; None if no process may be saved for this job.
     """
 
     claim: Claim
@@ -102,6 +108,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     needs: Needs | None = None
     cold: bool = False
     meanwhile: Callable[[], object] = lambda: None
+    warm_up: WarmUp | None = None
 
     @property
     def used_ram_bytes(self) -> int:
@@ -225,7 +232,7 @@ class Prunable(NamedTuple):
 class Cloning(Protocol):
     """Cloning of saved VMs. The pool uses no other part of a backend."""
 
-    def prepare(self, kind: MachineKind, caller: Caller) -> None:
+    def prepare(self, kind: MachineKind, caller: Caller, warm_up: WarmUp) -> None:
         """Save a VM of this kind now, even if saving is suspended. Raises SandboxError."""
 
     def prunable(self, images: set[str], on_wait: Callable[[], None]) -> Iterator[Prunable]:
@@ -233,6 +240,9 @@ class Cloning(Protocol):
 
         on_wait: called before waiting for the lock. Raises SandboxError.
         """
+
+    def why_not_hot(self) -> str:
+        """Return why VMs cannot be restored from saved processes here, or "". Call `Backend.probe` first."""
 
     def renew(self, instance: Instance, kind: MachineKind) -> None:
         """Prepare an instance for one user program after it has run x07's own programs. Raises BackendError."""

@@ -6,8 +6,6 @@ answered in order. The server runs as the program's user in the program's namesp
 program reaches. The guest is hostile: answers are bounded here.
 """
 
-from __future__ import annotations
-
 import json
 import struct
 from collections.abc import Callable

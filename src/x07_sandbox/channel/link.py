@@ -5,8 +5,6 @@ names. `STREAMS` lists the streams. Anything else raises PeerError (the peer's f
 fault).
 """
 
-from __future__ import annotations
-
 import enum
 import struct
 from collections.abc import Iterator

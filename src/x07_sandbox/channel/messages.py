@@ -5,8 +5,6 @@ slow. The others are JSON arrays with the fields in order. The guest is hostile,
 bounded. The guest trusts the host.
 """
 
-from __future__ import annotations
-
 import json
 import operator
 import struct

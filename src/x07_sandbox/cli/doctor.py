@@ -354,9 +354,20 @@ def _image_and_machine(choice: Choice) -> list[Finding]:
     if availability.features.emulated:
         text = f"{EMULATED}; X07_VM_REQUIRE_HARDWARE=1 rejects it"
         findings.append(Finding(code="emulation", subject="emulation", good=None, text=text))
+        if backend.cloning is not None:
+            findings.append(_hot_clones(backend.cloning.why_not_hot()))
         if all(finding.good is not False for finding in findings):
             findings.append(_slowness(choice))
     return findings
+
+
+def _hot_clones(why_not: str) -> Finding:
+    """Return whether VMs are restored from saved processes."""
+    if not why_not:
+        text = "VMs are restored from saved processes of VMs, in a third of the time"
+        return Finding(code="hot-clones", subject="hot clones", good=True, text=text)
+    text = f"VMs start as clones of saved VMs, which takes longer: {why_not}"
+    return Finding(code="no-hot-clones", subject="hot clones", good=None, text=text)
 
 
 def _attempt(choice: Choice, doing: str, *, scale: bool) -> tuple[Result, SandboxError | None]:

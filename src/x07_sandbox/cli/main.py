@@ -145,7 +145,7 @@ def _recover() -> None:
     from x07_sandbox.runs.folder import APPLYING, runs_dir
 
     with contextlib.suppress(SandboxError, OSError):  # the verb itself reports an unusable state folder
-        if os.path.isdir(runs_dir(state_dir()) / APPLYING):  # noqa: PTH112 - usually absent: spare the import
+        if os.listdir(runs_dir(state_dir()) / APPLYING):  # noqa: PTH208 - usually empty: spare the import
             from x07_sandbox.runs.saved_changes import recover_all
 
             recover_all(_say)

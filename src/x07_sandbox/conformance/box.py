@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from x07_sandbox.backends.base import Job, MachineKind, Needs, RootPlace
-from x07_sandbox.channel.messages import CommandLimits, Exec, InputFile, Mount, Open, Room
-from x07_sandbox.conformance.harness import ANSWER_S, BrokenError, expect
+from x07_sandbox.backends.base import Instance, Job, MachineKind, Needs, RootPlace
+from x07_sandbox.channel.messages import Closed, CommandLimits, Exec, Exited, InputFile, Mount, Open, Room
+from x07_sandbox.conformance.harness import ANSWER_S, Bench, BrokenError, expect
 from x07_sandbox.host import settings
 from x07_sandbox.host.cancel import Caller, Cancel
 from x07_sandbox.jobs.record import Claim, new_run_id
@@ -21,11 +22,6 @@ from x07_sandbox.sandboxes.session import Session
 from x07_sandbox.sandboxes.transfers import CommandStreams, InFile, Receivers, Sink, memory_file
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from x07_sandbox.backends.base import Instance
-    from x07_sandbox.channel.messages import Closed, Exited
-    from x07_sandbox.conformance.harness import Bench
     from x07_sandbox.files.incoming import Incoming
     from x07_sandbox.sandboxes.execution import Execution
 

@@ -8,13 +8,15 @@ import hashlib
 import os
 import secrets
 import signal
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from x07_sandbox.channel.files import Request
 from x07_sandbox.channel.link import COMMANDS_MAX
 from x07_sandbox.channel.trees import Entry, Kind
 from x07_sandbox.conformance.box import ROOT, Box, opened
-from x07_sandbox.conformance.harness import BrokenError, expect, remaining
+from x07_sandbox.conformance.harness import Bench, BrokenError, expect, remaining
 from x07_sandbox.errors import UsageError
 from x07_sandbox.files.incoming import Incoming
 from x07_sandbox.host import settings
@@ -22,10 +24,6 @@ from x07_sandbox.host.processes import has_mark
 from x07_sandbox.sandboxes.transfers import memory_file
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
-    from x07_sandbox.conformance.harness import Bench
     from x07_sandbox.sandboxes.files import FileServer
 
 Facts = dict[str, Any]

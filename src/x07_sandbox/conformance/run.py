@@ -1,7 +1,5 @@
 """Check a backend for all behaviours, and report the outcomes."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Sequence
 from functools import partial

@@ -3,8 +3,6 @@
 Arguments: BACKEND CODE [ARGUMENTS]. It prints the program's output, then a line with the outcome and the reason.
 """
 
-from __future__ import annotations
-
 import contextlib
 import sys
 

@@ -20,8 +20,6 @@ From init:
                           a command has ended; with IS_LAST, all other processes have been killed
 """
 
-from __future__ import annotations
-
 import marshal
 import os
 import socket

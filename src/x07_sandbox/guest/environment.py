@@ -12,6 +12,7 @@ import socket
 import struct
 import termios
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from x07_sandbox import kernel
@@ -21,8 +22,6 @@ from x07_sandbox.guest.system import read_all, write_all
 from x07_sandbox.guest.trees import as_program_user
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from x07_sandbox.channel.messages import CommandLimits, Confine, Exec, Network, Open, Terminal, Warm
     from x07_sandbox.guest.cgroup import NoGroup
     from x07_sandbox.guest.platform import Platform
@@ -85,8 +84,8 @@ class Environment:
             platform.make_folders()
             with open(platform.machine_id, "x", encoding="ascii"):
                 pass  # filled later
-            if network:
-                platform.make_resolv_conf()
+        if network:
+            platform.make_resolv_conf()
         self.group = platform.group()
         self._preload = preload
         self._filters = known = filters.all_filters() if platform.filtered else {}

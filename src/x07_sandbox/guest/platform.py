@@ -84,7 +84,7 @@ class Platform(ABC):
         from x07_sandbox.channel.egress import RESOLV_CONF
         from x07_sandbox.guest import confine
 
-        with open(confine.RESOLV_CONF, "x", encoding="ascii") as file:
+        with open(confine.RESOLV_CONF, "w", encoding="ascii") as file:
             file.write(RESOLV_CONF)
 
     @abstractmethod

@@ -94,6 +94,13 @@ _ROWS: Final = (
     ),
     Variable("X07_VM_REQUIRE_HARDWARE", "flag", "Refuse VMs with an emulated CPU.", "0"),
     Variable(
+        "X07_VM_NO_HOT_CLONES",
+        "flag",
+        "Clone saved VMs, but do not restore saved processes of VMs.",
+        "0",
+        "with the qemu backend, where there is no KVM",
+    ),
+    Variable(
         "X07_VM_REQUIRE_NAMESPACES",
         "flag",
         "Refuse to run QEMU in a jail without namespaces.",

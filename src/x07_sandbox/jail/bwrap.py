@@ -18,6 +18,7 @@ import msgspec
 
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.linux import mounts
+from x07_sandbox.jail.criu import Criu
 
 BWRAP: Final = "/usr/bin/bwrap"
 SETPRIV: Final = "/usr/bin/setpriv"
@@ -27,7 +28,7 @@ INNER_UID: Final = 64000  # in the user form, the uid inside
 SUPERVISOR: Final = str(Path(__file__).with_name("data") / "supervisor.pl")
 _PROBE_S: Final = 10
 _EMPTY_IN_PROC: Final = b"/proc/sys/fs/binfmt_misc"  # an empty folder, so nothing is hidden there
-_CALLS: Final = ("prctl", "rt_sigprocmask", "rt_sigtimedwait", "capset", "close_range", "unshare", "mount")
+_CALLS: Final = ("prctl", "rt_sigprocmask", "rt_sigtimedwait", "capset", "close_range", "unshare", "mount", "dup3")
 
 
 class Jail(msgspec.Struct, frozen=True, kw_only=True):
@@ -45,6 +46,7 @@ class Jail(msgspec.Struct, frozen=True, kw_only=True):
     filter_fd: the pipe from which bubblewrap, as its last step, reads the system call filter. The jail waits for it. If
         the pipe ends without data, for example because x07 died, the kernel rejects the empty filter and the jail ends.
         (With --block-fd the jail would continue.)
+    criu: if the process is dumped or restored; filter_fd is then read by data/criu.pl.
     """
 
     files: tuple[str, ...]
@@ -61,6 +63,7 @@ class Jail(msgspec.Struct, frozen=True, kw_only=True):
     fd_writable: tuple[tuple[int, str], ...] = ()
     fds: tuple[int, ...] = ()
     limits: dict[int, tuple[int, int]] = {}
+    criu: Criu | None = None
 
 
 def may_nest() -> bool:
@@ -72,11 +75,12 @@ def may_nest() -> bool:
 
 def jail_argv(jail: Jail, command: list[str]) -> list[str]:
     """Return the whole command line: supervisor, bubblewrap, setpriv (only if root), then *command*."""
-    argv = [BWRAP, *_namespaces(jail.uid)]
+    criu = jail.criu
+    argv = [BWRAP, *(_namespaces(jail.uid) if criu is None else criu.namespaces())]
     argv += ["--die-with-parent", "--new-session", "--clearenv", "--setenv", "X07_INSTANCE", jail.mark]
     argv += ["--setenv", "MALLOC_ARENA_MAX", "1"]  # mallopt(3): one heap instead of one per thread saves 0.3 MB
     opened = [path for _, path in (*jail.fd_files, *jail.fd_copies, *jail.fd_writable)]
-    for path in _folders([*jail.files, *opened, *jail.devices]):
+    for path in _folders([*jail.files, *opened, *jail.devices, *(("/proc/-",) if criu else ())]):
         argv += ["--perms", "0755", "--dir", path]
     for path in jail.files:
         argv += ["--ro-bind", path, path]
@@ -88,15 +92,22 @@ def jail_argv(jail: Jail, command: list[str]) -> list[str]:
         argv += ["--bind-fd", str(fd), path]
     for path in jail.devices:
         argv += ["--dev-bind", path, path]
-    argv += ["--remount-ro", "/", "--seccomp", str(jail.filter_fd)]
+    argv += ["--remount-ro", "/"] if criu is None else [*criu.mounts(), "--remount-ro", "/"]
     if jail.lock_fd is not None:
         argv += ["--sync-fd", str(jail.lock_fd)]
+    if criu is None:
+        argv += ["--seccomp", str(jail.filter_fd), "--", *_as_user(jail.uid), *command]
+    else:
+        inner = [*_as_user(None if jail.uid is None else INNER_UID, always=True), *command]
+        argv += ["--", *criu.program(PERL), *criu.command(jail.filter_fd, inner)]
+    userns = None if criu is None or criu.userns_fd is None else (criu.userns_fd, f"0 0 1,{INNER_UID} {jail.uid} 1")
     return supervisor_argv(
-        [*argv, "--", *_as_user(jail.uid), *command],
+        argv,
         deadline_s=jail.deadline_s,
         runner_pid=jail.runner_pid,
         nest=jail.nest,
         keep_fd=jail.lock_fd,
+        userns=userns,
     )
 
 
@@ -108,7 +119,7 @@ def probe_argv(files: tuple[str, ...]) -> list[str]:
     return supervisor_argv(command, deadline_s=_PROBE_S, runner_pid=os.getpid(), nest=may_nest())
 
 
-def supervisor_argv(
+def supervisor_argv(  # noqa: PLR0913 - the words of its command line
     command: list[str],
     *,
     deadline_s: int,
@@ -116,11 +127,15 @@ def supervisor_argv(
     nest: bool,
     keep_fd: int | None = None,
     uid: int | None = None,
+    userns: tuple[int, str] | None = None,
 ) -> list[str]:
-    """Return the command line of the supervisor and its command. uid: the user who runs both, if root starts them."""
+    """Return the command line of the supervisor and its command.
+
+    uid: the user who runs both, if root starts them. userns: a descriptor to replace by a user namespace, and its map.
+    """
     kept = -1 if keep_fd is None else keep_fd
     syscalls = host_arch().syscalls
-    numbers = (deadline_s, runner_pid, kept, int(nest), *(syscalls[name] for name in _CALLS))
+    numbers = (deadline_s, runner_pid, kept, int(nest), *(userns or (-1, "")), *(syscalls[name] for name in _CALLS))
     # Another user may not be able to read our installation.
     script = [SUPERVISOR] if uid is None else ["-e", Path(SUPERVISOR).read_text(encoding="utf-8"), "--"]
     return [*_as_user(uid), PERL, *script, *map(str, numbers), *command]
@@ -135,11 +150,12 @@ def _namespaces(uid: int | None) -> list[str]:
     return [*unshared, "--hostname", "x07", "--cap-drop", "ALL", *kept]
 
 
-def _as_user(uid: int | None) -> list[str]:
-    if uid is None:
+def _as_user(uid: int | None, *, always: bool = False) -> list[str]:
+    """Return the words that make a command run without capabilities, as *uid* if given. always: also without *uid*."""
+    if uid is None and not always:
         return []
     drop = [f"--{name}=-all" for name in ("bounding-set", "inh-caps", "ambient-caps")]
-    ids = ["--reuid", str(uid), "--regid", str(uid), "--clear-groups"]
+    ids = [] if uid is None else ["--reuid", str(uid), "--regid", str(uid), "--clear-groups"]
     return [SETPRIV, *ids, *drop, "--no-new-privs", "--"]
 
 

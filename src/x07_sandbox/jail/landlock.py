@@ -12,7 +12,6 @@ This form has no root of its own, so the VMM opens files that come as descriptor
 the jail, the whole jail, including the supervisor, runs under the job's uid.
 """
 
-import errno
 import os
 import secrets
 import struct
@@ -23,9 +22,8 @@ import msgspec
 
 from x07_sandbox import kernel
 from x07_sandbox.host.arch import Arch, host_arch
-from x07_sandbox.jail import seccomp
 from x07_sandbox.jail.bwrap import PERL, Jail, supervisor_argv
-from x07_sandbox.jail.seccomp import Check, Rules
+from x07_sandbox.jail.seccomp import ALL_64_BITS, VMM_CALLS, VMM_ERRORS, Check, allowlist_filter, vmm_rules
 
 CONFINER: Final = Path(__file__).with_name("data") / "landlock.pl"
 # Since this version truncating is a separate right; before, a file with read access could be emptied.
@@ -34,35 +32,6 @@ KERNEL_NEEDED: Final = "Linux 6.2"
 
 _SETUP_CALLS: Final = ("close_range", "mmap", "read", "execve", "prctl", "seccomp", "prlimit64")
 
-# Older variants of some calls, such as poll, are missing on newer architectures.
-CALLS: Final = (
-    # data through open descriptors
-    *("read", "write", "readv", "writev", "pread64", "pwrite64", "preadv", "pwritev", "lseek", "close", "close_range"),
-    *("dup", "dup3", "fstat", "fstatfs", "ftruncate", "fallocate", "fsync", "fdatasync"),
-    *("sync_file_range", "fadvise64"),
-    # how QEMU looks for its firmware
-    *("faccessat", "access"),
-    *("sendto", "sendmsg", "recvfrom", "recvmsg", "shutdown", "getsockname", "getpeername", "getsockopt", "setsockopt"),
-    *("pipe2", "eventfd2", "signalfd4"),
-    # waiting
-    *("epoll_create1", "epoll_ctl", "epoll_pwait", "epoll_pwait2", "ppoll", "pselect6", "futex", "membarrier"),
-    *("epoll_wait", "poll", "select", "pause"),
-    *("nanosleep", "clock_nanosleep", "clock_gettime", "clock_getres", "gettimeofday", "sched_yield"),
-    *("timer_create", "timer_settime", "timer_gettime", "timer_getoverrun", "timer_delete"),
-    *("timerfd_create", "timerfd_settime", "timerfd_gettime"),
-    # this process's memory, threads, signal handlers and end
-    *("mmap", "munmap", "mprotect", "mremap", "madvise", "mincore", "msync", "brk"),
-    *("rt_sigaction", "rt_sigprocmask", "rt_sigreturn", "rt_sigtimedwait", "rt_sigsuspend", "sigaltstack"),
-    *("set_robust_list", "rseq", "set_tid_address", "restart_syscall", "exit", "exit_group", "seccomp"),
-    "arch_prctl",
-    # facts about this process and the machine
-    *("getpid", "getppid", "gettid", "getuid", "geteuid", "getgid", "getegid", "getresuid", "getresgid", "getgroups"),
-    *("getrandom", "getrusage", "sched_getaffinity", "sysinfo", "capget"),
-)
-
-_PR_SET_NAME, _PR_SET_TIMERSLACK, _PR_SET_NO_NEW_PRIVS, _PR_GET_NO_NEW_PRIVS = 15, 29, 38, 39
-_PR_GET_SECCOMP: Final = 21
-_KVM: Final = 0xAE00  # the type of KVM's requests
 _LOWEST, _HIGHEST = 0x100000000000, 0x500000000000  # where the kernel maps nothing by itself
 
 
@@ -132,30 +101,6 @@ def release_message(arch: Arch, pid: int) -> bytes:
 
 def landlock_filter(arch: Arch, pid: int, addresses: ExecAddresses) -> bytes:
     """Return the seccomp filter, an array of struct sock_filter."""
-    errors = {
-        "clone3": errno.ENOSYS,  # its flags are in memory, unseen by filters; the C library falls back on clone
-        "socket": errno.EAFNOSUPPORT,
-        "kill": errno.ESRCH,  # as in a pid namespace: no process is visible
-    }
-    return seccomp.allowlist_filter(arch, CALLS, call_rules(pid, addresses), errors)
-
-
-def call_rules(pid: int, addresses: ExecAddresses) -> Rules:
-    """Return conditions for calls that are allowed only with certain arguments."""
     drawn = msgspec.structs.astuple(addresses)
-    return {
-        **seccomp.COMMON_RULES,
-        "execve": (tuple(Check(number, (place,), seccomp.ALL_64_BITS) for number, place in enumerate(drawn)),),
-        # To wake one of its own threads. There is no process 0.
-        "tgkill": ((Check(0, (pid,)),),),
-        "clone": seccomp.THREADS_ONLY,
-        "ioctl": ((Check(1, seccomp.REQUESTS),), (Check(1, (_KVM,), 0xFF00),)),
-        # Landlock decides what may be opened and how; this excludes unnamed files.
-        "openat": ((Check(2, (0,), seccomp.TMPFILE),),),
-        "open": ((Check(1, (0,), seccomp.TMPFILE),),),
-        "newfstatat": seccomp.FSTAT_ONLY,
-        "prctl": (
-            (Check(0, (_PR_SET_NAME, _PR_SET_TIMERSLACK, _PR_SET_NO_NEW_PRIVS, _PR_GET_NO_NEW_PRIVS)),),
-            (Check(0, (_PR_GET_SECCOMP,)),),
-        ),
-    }
+    execute = tuple(Check(number, (place,), ALL_64_BITS) for number, place in enumerate(drawn))
+    return allowlist_filter(arch, VMM_CALLS, {**vmm_rules(pid), "execve": (execute,)}, VMM_ERRORS)

@@ -100,6 +100,73 @@ def allowlist_filter(arch: Arch, names: tuple[str, ...], rules: Rules, errors: d
     return _compiled(arch, errno.EPERM, made)
 
 
+# Older variants of some calls, such as poll, are missing on newer architectures.
+VMM_CALLS: Final = (
+    # data through open descriptors
+    *("read", "write", "readv", "writev", "pread64", "pwrite64", "preadv", "pwritev", "lseek", "close", "close_range"),
+    *("dup", "dup3", "fstat", "fstatfs", "ftruncate", "fallocate", "fsync", "fdatasync"),
+    *("sync_file_range", "fadvise64"),
+    # how QEMU looks for its firmware
+    *("faccessat", "access"),
+    *("sendto", "sendmsg", "recvfrom", "recvmsg", "shutdown", "getsockname", "getpeername", "getsockopt", "setsockopt"),
+    *("pipe2", "eventfd2", "signalfd4"),
+    # waiting
+    *("epoll_create1", "epoll_ctl", "epoll_pwait", "epoll_pwait2", "ppoll", "pselect6", "futex", "membarrier"),
+    *("epoll_wait", "poll", "select", "pause"),
+    *("nanosleep", "clock_nanosleep", "clock_gettime", "clock_getres", "gettimeofday", "sched_yield"),
+    *("timer_create", "timer_settime", "timer_gettime", "timer_getoverrun", "timer_delete"),
+    *("timerfd_create", "timerfd_settime", "timerfd_gettime"),
+    # this process's memory, threads, signal handlers and end
+    *("mmap", "munmap", "mprotect", "mremap", "madvise", "mincore", "msync", "brk"),
+    *("rt_sigaction", "rt_sigprocmask", "rt_sigreturn", "rt_sigtimedwait", "rt_sigsuspend", "sigaltstack"),
+    *("set_robust_list", "rseq", "set_tid_address", "restart_syscall", "exit", "exit_group", "seccomp"),
+    "arch_prctl",
+    # facts about this process and the machine
+    *("getpid", "getppid", "gettid", "getuid", "geteuid", "getgid", "getegid", "getresuid", "getresgid", "getgroups"),
+    *("getrandom", "getrusage", "sched_getaffinity", "sysinfo", "capget"),
+)
+
+_PR_SET_NAME, _PR_SET_TIMERSLACK, _PR_SET_NO_NEW_PRIVS, _PR_GET_NO_NEW_PRIVS = 15, 29, 38, 39
+_PR_GET_SECCOMP: Final = 21
+_KVM: Final = 0xAE00  # the type of KVM's requests
+VMM_ERRORS: Final = {
+    "clone3": errno.ENOSYS,  # its flags are in memory, unseen by filters; the C library falls back on clone
+    "socket": errno.EAFNOSUPPORT,
+    "kill": errno.ESRCH,  # as in a pid namespace: no process is visible
+}
+
+
+def restored_filter(arch: Arch, pid: int) -> bytes:
+    """Return the filter of a restored VMM with this pid in its namespace (jail/criu). It executes nothing.
+
+    It allows less than the filters of a started VMM, the jail's and QEMU's own. It is compiled once per boot.
+    Raises OSError.
+    """
+    rules = vmm_rules(pid)
+    stored = Verdict("restored-filter", key=[arch.name, VMM_CALLS, rules, VMM_ERRORS])
+    made = stored.read_or_make(lambda: {"code": allowlist_filter(arch, VMM_CALLS, rules, VMM_ERRORS).hex()})
+    return bytes.fromhex(made["code"])
+
+
+def vmm_rules(pid: int) -> Rules:
+    """Return conditions for calls that are allowed only with certain arguments."""
+    return {
+        **COMMON_RULES,
+        # To wake one of its own threads. There is no process 0.
+        "tgkill": ((Check(0, (pid,)),),),
+        "clone": THREADS_ONLY,
+        "ioctl": ((Check(1, REQUESTS),), (Check(1, (_KVM,), 0xFF00),)),
+        # Landlock decides what may be opened and how; this excludes unnamed files.
+        "openat": ((Check(2, (0,), TMPFILE),),),
+        "open": ((Check(1, (0,), TMPFILE),),),
+        "newfstatat": FSTAT_ONLY,
+        "prctl": (
+            (Check(0, (_PR_SET_NAME, _PR_SET_TIMERSLACK, _PR_SET_NO_NEW_PRIVS, _PR_GET_NO_NEW_PRIVS)),),
+            (Check(0, (_PR_GET_SECCOMP,)),),
+        ),
+    }
+
+
 def _others(check: Check) -> Iterator[tuple[int, int, int]]:
     """Yield conditions (argument, mask, value) of which one holds exactly where *check* does not hold."""
     seen = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import posixpath
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -10,8 +11,6 @@ import msgspec
 from x07_sandbox.channel.messages import Confine
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-
     from x07_sandbox.policy.model import Policy
 
 EVERYTHING: Final = "/"

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.plan.denials import Hint, HowToAllow
 from x07_sandbox.plan.observed import advise
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from x07_sandbox.policy.model import Policy
 
 _HOST: Final = r"(?P<host>[A-Za-z0-9][A-Za-z0-9.-]{0,252})"

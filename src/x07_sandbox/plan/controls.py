@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Final
 
 import msgspec
 
 from x07_sandbox.errors import Flag, RefusedError, Text, listed
-from x07_sandbox.plan.control_table import TABLE, PlanInput, State
+from x07_sandbox.plan.control_table import TABLE, Answer, PlanInput, State
 from x07_sandbox.plan.denials import HowToAllow
 from x07_sandbox.plan.sizes import command_limits, ram_class_bytes
 from x07_sandbox.policy.environment import VARIABLES, program_environment
-from x07_sandbox.policy.model import Limits, leaf_values
+from x07_sandbox.policy.model import Limits, Policy, leaf_values
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping
-
     from x07_sandbox.channel.messages import CommandLimits
-    from x07_sandbox.plan.control_table import Answer
     from x07_sandbox.plan.features import Features
-    from x07_sandbox.policy.model import Policy
 
 # MAX_ARG_STRLEN: execve(2) rejects a longer variable, counting name, '=' and NUL.
 VARIABLE_MAX_BYTES: Final = 131_072

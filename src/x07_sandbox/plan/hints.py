@@ -9,10 +9,11 @@ from __future__ import annotations
 import itertools
 import posixpath
 import re
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from x07_sandbox.plan.connections import connection_hints
-from x07_sandbox.plan.denials import Hint, HowToAllow
+from x07_sandbox.plan.denials import GuestMount, Hint, HowToAllow
 from x07_sandbox.plan.guest_paths import PROGRAM, guest_path, is_below
 from x07_sandbox.plan.observed import advise, advise_loading, advise_root
 from x07_sandbox.plan.packages import (
@@ -25,9 +26,6 @@ from x07_sandbox.plan.packages import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Sequence
-
-    from x07_sandbox.plan.denials import GuestMount
     from x07_sandbox.policy.model import Policy
 
 _MOST: Final = 3

@@ -3,29 +3,23 @@
 The guest reports denials in bodies of DENIED (docs/guest-channel.md), which are hostile data.
 """
 
-from __future__ import annotations
-
 import errno
 import posixpath
 import shlex
-from typing import TYPE_CHECKING, Final, Literal
+from collections.abc import Iterable, Sequence
+from typing import Final, Literal
 
 import msgspec
 
 from x07_sandbox.channel.messages import Denied
 from x07_sandbox.host.decoding import prepared
 from x07_sandbox.plan.confinement import confinement
-from x07_sandbox.plan.denials import Denial, HowToAllow
+from x07_sandbox.plan.denials import Denial, GuestMount, HowToAllow
 from x07_sandbox.plan.guest_paths import OUT, WRITABLE, guest_path, is_below
 from x07_sandbox.policy.limits import FlagReach, flag_text
 from x07_sandbox.policy.model import Policy
 from x07_sandbox.policy.rules import rule_problems
 from x07_sandbox.policy.schema import largest
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-
-    from x07_sandbox.plan.denials import GuestMount
 
 PERMISSIONS: Final = "permissions"  # in place of a field if no field controls it
 SYSTEM_CALLS: Final = "system-calls"

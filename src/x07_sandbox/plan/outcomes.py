@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+from collections.abc import Callable
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -22,13 +23,10 @@ from x07_sandbox.host import settings
 from x07_sandbox.host.cancel import BY_KILL
 from x07_sandbox.host.os_errors import out_of_cpu_time
 from x07_sandbox.plan.denials import Outcome
-from x07_sandbox.plan.features import vm_features
+from x07_sandbox.plan.features import Features, vm_features
 from x07_sandbox.plan.reasons import REASONS, ends_with_command, sentence
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from x07_sandbox.plan.features import Features
     from x07_sandbox.policy.model import Limits
 
 Fault = Literal["program", "policy", "host", "none"]

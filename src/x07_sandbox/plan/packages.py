@@ -1,14 +1,10 @@
 """Debian packages of well-known programs and Python modules, and the command that adds them to an image."""
 
-from __future__ import annotations
-
 import re
-from typing import TYPE_CHECKING, Final, NamedTuple
+from collections.abc import Sequence
+from typing import Final, NamedTuple
 
 from x07_sandbox.plan.denials import HowToAllow
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 # Well-known programs: a missing file of such a name means the program. Packages have the same names.
 _SAME_NAME: Final = (

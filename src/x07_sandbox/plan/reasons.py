@@ -4,15 +4,11 @@ Code that learns more about an end changes the parameters, never the sentence. A
 too: its code is the error's (`errors`), and its sentence is the error's text.
 """
 
-from __future__ import annotations
-
 import re
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable, Mapping
+from typing import Final
 
 from x07_sandbox.errors import Flag
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
 
 # What set a limit: a policy field, an option, or x07 itself.
 _SET_BY: Final = "[ ({field})][ ({option})][ (to allow more, use {more})][ ({fixed})]"

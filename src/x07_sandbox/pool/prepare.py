@@ -12,6 +12,7 @@ from x07_sandbox.images.store import Image
 from x07_sandbox.images.verify import open_image
 from x07_sandbox.plan.sizes import ram_class_bytes
 from x07_sandbox.policy import default_policy
+from x07_sandbox.runs.warm_up import warm_up
 
 
 def prepare_clones(image: Image, progress: Callable[[str], None]) -> None:
@@ -28,4 +29,4 @@ def prepare_clones(image: Image, progress: Callable[[str], None]) -> None:
             MachineKind(image=opened, ram_bytes=run_ram),
             MachineKind(image=opened, ram_bytes=run_ram, network=True),
         ):
-            backend.cloning.prepare(kind, Caller(cancel=cancel, progress=progress))
+            backend.cloning.prepare(kind, Caller(cancel=cancel, progress=progress), warm_up)

@@ -1,21 +1,16 @@
-"""Warm machines: cloned VMs that have run two warm-up programs. Each waits for one program of the user.
+"""Warm machines: cloned VMs that have run the warm-up programs. Each waits for one program of the user.
 
-An emulator takes about ten times longer for code that it executes for the first time. So each machine runs a C and a
-Python program before it waits. Each machine is recorded as a job (`RUN-warm`) with a deadline. A run that claims a
-machine takes over the machine's deadline, then its record, then the machine itself.
+Each machine is recorded as a job (`RUN-warm`) with a deadline. A run that claims a machine takes over the machine's
+deadline, then its record, then the machine itself. The programs are in runs/warm_up.
 """
 
 import contextlib
 import os
-import shutil
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Final
-
-import msgspec
 
 from x07_sandbox.backends.base import Backend, Cloning, Instance, Job, MachineKind, NoAnswerError
 from x07_sandbox.backends.handshake import greet
@@ -31,22 +26,11 @@ from x07_sandbox.images.store import find_image
 from x07_sandbox.images.verify import open_image
 from x07_sandbox.jobs.admission import admitted, warm_slots
 from x07_sandbox.jobs.record import Claim, new_run_id
-from x07_sandbox.plan.outcomes import classify
 from x07_sandbox.plan.sizes import ram_class_bytes
 from x07_sandbox.policy import default_policy
-from x07_sandbox.programs.toolchains import OUTPUT
-from x07_sandbox.runs.artifact import obtain_artifact
-from x07_sandbox.runs.folder import RunFolder
-from x07_sandbox.runs.phase import PhaseSpec, needs_of, run_phase
-from x07_sandbox.runs.phase_specs import run_spec
-from x07_sandbox.runs.prepare import check_pinned, current_image, final_value, prepare
-from x07_sandbox.runs.request import RunCaller, RunRequest
-from x07_sandbox.runs.result import draft_result
-from x07_sandbox.sandboxes.transfers import CommandStreams, Sink, memory_file
+from x07_sandbox.runs.prepare import check_pinned, current_image
+from x07_sandbox.runs.warm_up import warm_up
 
-_PROGRAMS: Final = tuple(Path(__file__).parents[1] / "programs" / "data" / name for name in ("warm.c", "warm.py"))
-_INPUT: Final = b"hello\n"
-_WALL_MS: Final = 30_000
 _TRY_AGAIN_S: Final = 1.0
 _FAILURES_MAX: Final = 3  # in a row, before the error is reported
 _TRY_LATER_S: Final = 10.0
@@ -108,31 +92,11 @@ class WarmMachines:
             self._cloning = _cloning_of(self.backend)
             self.backend.probe(self._image)
             self.kind = MachineKind(image=self._image, ram_bytes=ram_class_bytes(default_policy().limits.mem_bytes))
-            self._specs = tuple(self._spec(program) for program in _PROGRAMS)
         except BaseException:
             self._stack.close()
             self._cancel.close()
             raise
         self._thread.start()
-
-    def _spec(self, program: Path) -> PhaseSpec:
-        """Return the specification for running the warm-up program *program*, which is built first if needed."""
-        draft = draft_result(new_run_id())
-        folder = RunFolder(draft.run, self._stack)
-        try:
-            request = RunRequest(program=program, image=self._image_ref)
-            caller = RunCaller(cancel=self._cancel, progress=self._caller.progress, choice=self._choice)
-            prepared, draft = final_value(prepare(request, caller, draft, self._stack))
-            artifact = folder.out_file(OUTPUT, settings.ARTIFACT_MAX_BYTES)
-            ending, _ = final_value(obtain_artifact(prepared, draft, folder, artifact))
-            if ending is not None:
-                raise BackendError(
-                    "cannot prepare a VM for the pool", f"{program.name}: {ending.reason}", "Run x07 doctor"
-                )
-            spec = run_spec(prepared, artifact, self._stack)
-        finally:
-            shutil.rmtree(folder.path, ignore_errors=True)
-        return msgspec.structs.replace(spec, wall_ms=_WALL_MS)
 
     def _keep(self) -> None:
         failures = 0
@@ -184,7 +148,7 @@ class WarmMachines:
             contextlib.ExitStack() as stack,
         ):
             claim = Claim(run_id=new_run_id(), phase="warm", wall_ms=int(settings.WARM_S * 1000))
-            job = Job(claim=claim, kind=self.kind, caller=self._caller, needs=needs_of(self._specs[0]))
+            job = Job(claim=claim, kind=self.kind, caller=self._caller, warm_up=warm_up)
             try:
                 instance = stack.enter_context(self.backend.start(job))
             except NoAnswerError as exc:
@@ -192,26 +156,8 @@ class WarmMachines:
                 raise BackendError("cannot prepare a VM for the pool", exc.why, "Run x07 doctor") from exc
             for note in instance.notes:
                 progress(note)
-            for number, spec in enumerate(self._specs):
-                if number:
-                    greet(instance, cancel_fd=self._cancel.fd)
-                self._run(instance, spec)
+            warm_up(instance, self.kind, self._cloning, self._cancel)
             return WarmMachine(instance, stack.pop_all(), time.monotonic())
-
-    def _run(self, instance: Instance, spec: PhaseSpec) -> None:
-        """Run a warm-up program in the machine, then prepare the machine for the next program. Raises BackendError."""
-        with contextlib.ExitStack() as stack:
-            out, err = (
-                Sink(name, keep_fd=memory_file(b"", stack), live_fd=None, max_bytes=settings.MIB)
-                for name in ("stdout", "stderr")
-            )
-            stdin_fd = memory_file(_INPUT, stack)
-            streams = CommandStreams(stdin_fd=stdin_fd, stdout=out, stderr=err)
-            ending = classify(run_phase(spec, instance, streams, self._cancel).evidence)
-        self._check_open()
-        if ending.outcome != "ok":
-            raise BackendError("cannot prepare a VM for the pool", ending.reason, "Run x07 doctor")
-        self._cloning.renew(instance, self.kind)
 
     def _check_open(self) -> None:
         if self._closing:

@@ -1,7 +1,5 @@
 """The document of `x07 conform`, `x07.sandbox.conform@0.1.0`."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 import msgspec

@@ -1,7 +1,5 @@
 """The document of `x07 doctor`, `x07.sandbox.doctor@0.1.0`."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 import msgspec

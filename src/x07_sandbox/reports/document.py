@@ -1,7 +1,5 @@
 """Documents as JSON text, and the document for an error of any command except `run`."""
 
-from __future__ import annotations
-
 import json
 from typing import Any, Literal
 

@@ -1,7 +1,5 @@
 """The documents of `x07 policy check`, `check --host`, `digest`, `explain` and `diff`."""
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 import msgspec

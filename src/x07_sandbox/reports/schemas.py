@@ -3,8 +3,6 @@
 ``python -m x07_sandbox.reports.schemas FOLDER`` writes the files. A unit test compares them.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

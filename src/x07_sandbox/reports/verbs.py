@@ -1,7 +1,5 @@
 """The documents of `x07 init`, `policy init`, `image` and `pool`."""
 
-from __future__ import annotations
-
 from typing import Annotated, Final, Literal
 
 import msgspec

@@ -13,17 +13,15 @@ from x07_sandbox.host import settings
 from x07_sandbox.host.decoding import prepared as prepared_model
 from x07_sandbox.programs import artifacts
 from x07_sandbox.programs.toolchains import build_driver
-from x07_sandbox.runs.job import run_job, worded_report
+from x07_sandbox.runs.job import JobEnd, run_job, worded_report
 from x07_sandbox.runs.phase_specs import build_spec
 from x07_sandbox.runs.request import sha256_text
-from x07_sandbox.runs.result import BuildOutput
+from x07_sandbox.runs.result import BuildOutput, Result
 
 if TYPE_CHECKING:
     from x07_sandbox.plan.outcomes import Verdict
     from x07_sandbox.runs.folder import RunFolder
-    from x07_sandbox.runs.job import JobEnd
     from x07_sandbox.runs.prepare import Prepared, Step
-    from x07_sandbox.runs.result import Result
     from x07_sandbox.sandboxes.transfers import OutFile
 
     Built = tuple[Verdict | None, Result]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -13,7 +15,7 @@ from x07_sandbox.channel.messages import Network
 from x07_sandbox.errors import UsageError
 from x07_sandbox.network.guest_view import guest_view
 from x07_sandbox.network.names import parse_host
-from x07_sandbox.network.processes import GateConfig, gate_running
+from x07_sandbox.network.processes import GateConfig, GateProcess, gate_running
 from x07_sandbox.network.rules import Allowlist, Request, advise_setting, decide, endpoint_text, make_allowlist
 from x07_sandbox.network.settings import LIMITS, read_settings
 from x07_sandbox.plan.connections import hosts_in
@@ -21,10 +23,6 @@ from x07_sandbox.plan.denials import Denial, HowToAllow
 from x07_sandbox.runs.folder import NET_LOG
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-    from pathlib import Path
-
-    from x07_sandbox.network.processes import GateProcess
     from x07_sandbox.network.summary import Contact, NetworkUse
     from x07_sandbox.runs.request import EffectivePolicy
 

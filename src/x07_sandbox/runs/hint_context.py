@@ -9,15 +9,13 @@ import shlex
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.plan.hints import LocalModules, hints, program_hint
-from x07_sandbox.plan.packages import Adding
+from x07_sandbox.plan.packages import Adding, ImageInUse
 from x07_sandbox.programs.manifest import FILE
-from x07_sandbox.runs.prepare import image_in_use
+from x07_sandbox.runs.prepare import Prepared, image_in_use
 
 if TYPE_CHECKING:
     from x07_sandbox.plan.denials import Hint
-    from x07_sandbox.plan.packages import ImageInUse
     from x07_sandbox.runs.phase import PhaseSpec
-    from x07_sandbox.runs.prepare import Prepared
     from x07_sandbox.runs.request import Program, RunRequest
 
 _BESIDE_MAX: Final = 10_000  # names in the program's folder that are looked at

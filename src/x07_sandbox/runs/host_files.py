@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import posixpath
 from pathlib import Path
@@ -15,10 +16,21 @@ from x07_sandbox.channel.messages import Room
 from x07_sandbox.errors import BackendError, Cancelled, Flag, HostError, RefusedError, Text
 from x07_sandbox.files.change_rules import AllowedActions, check_changes
 from x07_sandbox.files.changes import ChangeSet, RootChanges, encode, printable
-from x07_sandbox.files.copy import FIELDS, NUMBER_MAX, LeftOut, Reason, bounds_of, copy_tree, value_for, why_left_out
+from x07_sandbox.files.copy import (
+    FIELDS,
+    NUMBER_MAX,
+    Bounds,
+    Copied,
+    LeftOut,
+    Reason,
+    bounds_of,
+    copy_tree,
+    value_for,
+    why_left_out,
+)
 from x07_sandbox.files.incoming import Incoming
 from x07_sandbox.files.protected import Protection, repository_around, work_trees
-from x07_sandbox.files.roots import Root, change_roots, mounts_of, roots_of, trees_of
+from x07_sandbox.files.roots import Mount, Root, Tree, change_roots, mounts_of, roots_of, trees_of
 from x07_sandbox.host import settings
 from x07_sandbox.host.cancel import Notice
 from x07_sandbox.host.paths import (
@@ -32,30 +44,22 @@ from x07_sandbox.host.paths import (
     state_dir,
 )
 from x07_sandbox.jobs.record import state_home
-from x07_sandbox.plan.denials import GuestMount
+from x07_sandbox.plan.denials import Denial, GuestMount
 from x07_sandbox.plan.guest_paths import OUT, PROGRAM, WORK
 from x07_sandbox.policy.limits import flag_for_file
 from x07_sandbox.programs.toolchains import PROJECT_FOLDER
-from x07_sandbox.runs.folder import runs_dir
+from x07_sandbox.runs.folder import RunFolder, runs_dir
 from x07_sandbox.runs.refusals import apply_command, denial, denials_and_entries, flag_for
-from x07_sandbox.runs.request import ProjectPolicy, is_built_in
-from x07_sandbox.runs.result import Changes
+from x07_sandbox.runs.request import Program, ProjectPolicy, RunRequest, is_built_in
+from x07_sandbox.runs.result import Changes, LeftOutEntry
 from x07_sandbox.runs.saved_changes import summarize
 from x07_sandbox.runs.workdir import workdir_root, working_folder
 from x07_sandbox.sandboxes.transfers import ROOM, InFile
 
 if TYPE_CHECKING:
-    import contextlib
-
-    from x07_sandbox.files.copy import Bounds, Copied
-    from x07_sandbox.files.roots import Mount, Tree
     from x07_sandbox.host.locks import Pause
-    from x07_sandbox.plan.denials import Denial
     from x07_sandbox.policy.model import Policy
-    from x07_sandbox.runs.folder import RunFolder
     from x07_sandbox.runs.prepare import Prepared
-    from x07_sandbox.runs.request import Program, RunRequest
-    from x07_sandbox.runs.result import LeftOutEntry
 
 _T = TypeVar("_T")
 _DENIALS_MAX: Final = 100

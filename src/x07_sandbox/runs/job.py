@@ -3,34 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 from msgspec.structs import replace
 
-from x07_sandbox.backends.base import Job, MachineKind, NoAnswerError
+from x07_sandbox.backends.base import Cloning, Instance, Job, MachineKind, NoAnswerError
 from x07_sandbox.backends.handshake import evidence_of
-from x07_sandbox.errors import BackendError
+from x07_sandbox.errors import BackendError, Flag
 from x07_sandbox.host import settings
 from x07_sandbox.jobs.admission import admitted
 from x07_sandbox.jobs.record import Claim
-from x07_sandbox.runs.phase import needs_of, preload_phase, run_phase
-from x07_sandbox.runs.prepare import output_caps
+from x07_sandbox.runs.phase import PhaseSpec, needs_of, preload_phase, run_phase
+from x07_sandbox.runs.prepare import Prepared, output_caps
 from x07_sandbox.runs.result import PhaseReport
-from x07_sandbox.sandboxes.transfers import CommandStreams
+from x07_sandbox.sandboxes.transfers import CommandStreams, Sink
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from x07_sandbox.backends.base import Instance
-    from x07_sandbox.errors import Flag
+    from x07_sandbox.host.cancel import Cancel
     from x07_sandbox.network.processes import GateProcess
     from x07_sandbox.network.summary import NetworkUse
     from x07_sandbox.plan.outcomes import Verdict
     from x07_sandbox.runs.folder import RunFolder
-    from x07_sandbox.runs.phase import PhaseSpec
-    from x07_sandbox.runs.prepare import Prepared
     from x07_sandbox.sandboxes.execution import Facts
-    from x07_sandbox.sandboxes.transfers import Sink
 
 
 class JobEnd(NamedTuple):
@@ -138,6 +133,12 @@ def _run_phase(
     return instance, facts, warnings
 
 
+def _warm_up(instance: Instance, kind: MachineKind, cloning: Cloning, cancel: Cancel) -> None:
+    from x07_sandbox.runs.warm_up import warm_up  # few runs save a process
+
+    warm_up(instance, kind, cloning, cancel)
+
+
 def _start(
     prepared: Prepared, spec: PhaseSpec, run_id: str, stack: contextlib.ExitStack, warnings: list[str]
 ) -> Instance:
@@ -151,6 +152,7 @@ def _start(
         needs=needs_of(spec),
         cold=cold,
         meanwhile=preload_phase,
+        warm_up=_warm_up,
     )
     if caller.machines is not None and not cold:
         try:

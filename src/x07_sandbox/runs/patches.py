@@ -5,18 +5,16 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from x07_sandbox.files.changes import decode, path_of
+from x07_sandbox.files.changes import Node, decode, path_of
 from x07_sandbox.files.dependencies import with_later_applied
 from x07_sandbox.files.patch import TEXT_MAX, patch, summarize
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from x07_sandbox.files.changes import Node
     from x07_sandbox.runs.saved_changes import SavedChanges
 
 _CHUNK: Final = 1 << 16

@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from x07_sandbox.backends.base import Needs, RootPlace
+from x07_sandbox.backends.base import Instance, Needs, RootPlace
 from x07_sandbox.channel.messages import Close, Exec, InputFile, Open
 from x07_sandbox.plan.denials import GuestMount
 from x07_sandbox.sandboxes.transfers import CommandStreams, InFile, Receivers
 
 if TYPE_CHECKING:
-    from x07_sandbox.backends.base import Instance
     from x07_sandbox.host.cancel import Cancel
     from x07_sandbox.sandboxes.execution import Facts
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import posixpath
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.backends.base import RootPlace
-from x07_sandbox.channel.messages import Close, Exec, Left, Mount, Open, Output, Room
+from x07_sandbox.channel.messages import Close, CommandLimits, Exec, Left, Mount, Network, Open, Output, Room
 from x07_sandbox.host import settings
-from x07_sandbox.plan.confinement import UNCONFINED, confinement
+from x07_sandbox.plan.confinement import UNCONFINED, Confinement, confinement
 from x07_sandbox.plan.sizes import build_limits, command_limits, ram_class_bytes, tmp_bytes
-from x07_sandbox.policy import program_environment
+from x07_sandbox.policy import Policy, program_environment
 from x07_sandbox.programs.toolchains import (
     ARTIFACT,
     COMMAND,
@@ -21,21 +23,13 @@ from x07_sandbox.programs.toolchains import (
     build_driver,
 )
 from x07_sandbox.runs.phase import CWD, PhaseSpec, input_files
-from x07_sandbox.runs.request import in_memory
-from x07_sandbox.sandboxes.transfers import InFile, Receivers
+from x07_sandbox.runs.request import Program, in_memory
+from x07_sandbox.sandboxes.transfers import InFile, OutFile, Receivers
 
 if TYPE_CHECKING:
-    import contextlib
-    from collections.abc import Mapping, Sequence
-
-    from x07_sandbox.channel.messages import CommandLimits, Network
-    from x07_sandbox.plan.confinement import Confinement
-    from x07_sandbox.policy import Policy
     from x07_sandbox.runs.host_files import HostFiles
     from x07_sandbox.runs.prepare import Prepared
     from x07_sandbox.runs.private_files import LeftFiles
-    from x07_sandbox.runs.request import Program
-    from x07_sandbox.sandboxes.transfers import OutFile
 
 # PYTHONUNBUFFERED: a timeout would lose buffered output. PYTHONDONTWRITEBYTECODE: the folders of programs are
 # read-only.
@@ -82,7 +76,7 @@ def build_spec(prepared: Prepared, artifact: OutFile, stack: contextlib.ExitStac
     order = Exec(1, toolchain.build(program.source), env, CWD, command_limits(limits, settings.BUILD_TASKS))
     return PhaseSpec(
         name="build",
-        opening=_opening(UNCONFINED, order.limits, files, out_writable=True),
+        opening=opening(UNCONFINED, order.limits, files, out_writable=True),
         order=order,
         closing=Close(1, Output(artifact.path, artifact.max_bytes), None),
         files=tuple(files),
@@ -94,7 +88,7 @@ def build_spec(prepared: Prepared, artifact: OutFile, stack: contextlib.ExitStac
     )
 
 
-def _opening(  # noqa: PLR0913 - what a session consists of
+def opening(  # noqa: PLR0913 - what a session consists of
     confine: Confinement,
     limits: CommandLimits,
     files: list[InFile],
@@ -104,6 +98,7 @@ def _opening(  # noqa: PLR0913 - what a session consists of
     *,
     out_writable: bool,
 ) -> Open:
+    """Return the description of a session. confine, limits: of its commands."""
     return Open(
         hostname=settings.GUEST_HOSTNAME,
         mem_bytes=limits.mem_bytes,
@@ -159,7 +154,7 @@ def run_spec(
     order = Exec(1, [*_start(program, cwd), *request.args], env, cwd, limits.for_guest())
     return PhaseSpec(
         name="run",
-        opening=_opening(confine, order.limits, files, mounts, network, room, out_writable=left_files is not None),
+        opening=opening(confine, order.limits, files, mounts, network, room, out_writable=left_files is not None),
         order=order,
         closing=Close(1, None, left),
         files=tuple(files),

@@ -5,6 +5,7 @@ No job is started; only a probe of the backend may boot a VM.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Generator
 from typing import TYPE_CHECKING, Final, TypeVar
@@ -19,10 +20,10 @@ from x07_sandbox.errors import Flag, HostError, RefusedError, Text, UsageError, 
 from x07_sandbox.host import settings
 from x07_sandbox.host.paths import settings_file
 from x07_sandbox.host.variables import flag, text
-from x07_sandbox.images.store import DEFAULT, find_image, image_is_current
+from x07_sandbox.images.store import DEFAULT, Image, find_image, image_is_current
 from x07_sandbox.images.verify import OpenImage, open_image
 from x07_sandbox.plan.controls import Plan, make_plan
-from x07_sandbox.programs.toolchains import COMMAND, require_packages
+from x07_sandbox.programs.toolchains import COMMAND, Toolchain, require_packages
 from x07_sandbox.runs.program import load_program
 from x07_sandbox.runs.request import (
     EffectivePolicy,
@@ -41,11 +42,7 @@ from x07_sandbox.runs.result import ControlReport, Result
 from x07_sandbox.sandboxes.transfers import memory_file
 
 if TYPE_CHECKING:
-    import contextlib
-
-    from x07_sandbox.images.store import Image
     from x07_sandbox.plan.packages import ImageInUse
-    from x07_sandbox.programs.toolchains import Toolchain
     from x07_sandbox.runs.egress import Egress
 else:
     Egress = object  # msgspec reads annotations; its module is loaded where it is needed

@@ -12,12 +12,11 @@ from x07_sandbox.jobs.record import new_run_id
 from x07_sandbox.plan.controls import Plan
 from x07_sandbox.programs.toolchains import COMMAND
 from x07_sandbox.runs.host_files import effective_roots
-from x07_sandbox.runs.prepare import final_value, prepare, wants_scaling
+from x07_sandbox.runs.prepare import Prepared, final_value, prepare, wants_scaling
 from x07_sandbox.runs.result import Scaling, draft_result
 
 if TYPE_CHECKING:
     from x07_sandbox.network.rules import Allowlist, Denied, Entry
-    from x07_sandbox.runs.prepare import Prepared
     from x07_sandbox.runs.request import RunCaller, RunRequest
 
 SCHEMA: Final = "x07.sandbox.preview@0.1.0"

@@ -1,10 +1,10 @@
 """Files in a program's private folders: files that the program gets, and files that it leaves for its caller."""
 
-from __future__ import annotations
-
+import contextlib
 import os
 import time
-from typing import TYPE_CHECKING, Final
+from collections.abc import Mapping
+from typing import Final
 
 from x07_sandbox.channel.trees import Entry, Kind, segment
 from x07_sandbox.files.changes import parent_folders
@@ -12,10 +12,6 @@ from x07_sandbox.files.incoming import Incoming
 from x07_sandbox.files.pack import pack_files
 from x07_sandbox.plan.guest_paths import PROGRAM
 from x07_sandbox.sandboxes.transfers import InFile, memory_file
-
-if TYPE_CHECKING:
-    import contextlib
-    from collections.abc import Mapping
 
 FILES_MAX: Final = 10_000
 _FOLDERS: Final = 2  # the working folder and /x07/out

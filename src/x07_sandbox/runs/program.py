@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,14 +25,19 @@ from x07_sandbox.programs.toolchains import (
     toolchain_for,
     toolchain_named,
 )
-from x07_sandbox.runs.request import ARGUMENTS_MAX_BYTES, Program, ProjectPolicy, in_memory, sha256_text
+from x07_sandbox.runs.request import (
+    ARGUMENTS_MAX_BYTES,
+    Program,
+    ProjectPolicy,
+    RunCaller,
+    RunRequest,
+    in_memory,
+    sha256_text,
+)
 
 if TYPE_CHECKING:
-    import contextlib
-
     from x07_sandbox.files.pack import Packed
     from x07_sandbox.host.project import ProjectFolder
-    from x07_sandbox.runs.request import RunCaller, RunRequest
 
 _HEAD_BYTES = 256
 

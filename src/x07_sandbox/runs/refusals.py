@@ -1,22 +1,16 @@
 """Denials and result entries for refused changes: one of each for a refused folder and everything below it."""
 
-from __future__ import annotations
-
 import glob
 import shlex
 from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
-from x07_sandbox.files.changes import display_name
+from x07_sandbox.files.changes import ChangeSet, Refused, RootChanges, display_name
 from x07_sandbox.plan.denials import Denial, HowToAllow
 from x07_sandbox.policy.limits import flag_for_file
 from x07_sandbox.runs.result import LeftOutEntry
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-
-    from x07_sandbox.files.changes import ChangeSet, Refused, RootChanges
 
 _ENTRIES_MAX: Final = 100
 _PATTERNS_MAX: Final = 8  # in a line to paste

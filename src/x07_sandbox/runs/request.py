@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -19,19 +20,15 @@ from x07_sandbox.host.cancel import Caller
 from x07_sandbox.host.paths import read_bounded
 from x07_sandbox.policy import Policy, decode_policy, default_policy, render_policy
 from x07_sandbox.policy.decode import MAX_BYTES
-from x07_sandbox.programs.toolchains import Source, Toolchain
-from x07_sandbox.sandboxes.transfers import InFile, memory_file, read_all
+from x07_sandbox.programs.toolchains import Protocol, Source, Toolchain
+from x07_sandbox.sandboxes.transfers import InFile, OutFile, memory_file, read_all
 
 if TYPE_CHECKING:
-    import contextlib
-
     from x07_sandbox.backends.base import MachineSource
     from x07_sandbox.backends.selection import Choice
     from x07_sandbox.policy.limits import FlagReach, LimitChanges
     from x07_sandbox.policy.model import Limits
     from x07_sandbox.policy.overrides import Overrides
-    from x07_sandbox.programs.toolchains import Protocol
-    from x07_sandbox.sandboxes.transfers import OutFile
 
     Loader = Callable[["RunRequest", "RunCaller", Path, contextlib.ExitStack], tuple["RunRequest", "Program"] | None]
 else:

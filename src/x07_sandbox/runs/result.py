@@ -3,8 +3,6 @@
 `schemas/result.schema.json` (`x07.sandbox.result@0.1.0`) is generated from these types.
 """
 
-from __future__ import annotations
-
 import builtins
 from typing import Any, Final, Literal
 
@@ -50,7 +48,8 @@ class PhaseReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """What happened in one phase, which is the build or the run. Each phase has a VM of its own.
 
     job_id: the id of the job, made of the run's id and the phase.
-    start: how the VM started: booted (`cold`), cloned from a saved VM (`clone`), or taken from a pool (`pool`).
+    start: how the VM started: booted (`cold`), cloned from a saved VM (`clone`), restored from the saved process of a
+        clone (`hot`), or taken from a pool (`pool`).
     outcome: how the phase ended, in the same words as the outcome of a run.
     reason_code: the code of the reason (docs/reference/codes.md).
     reason: how the phase ended, in one sentence.
@@ -63,7 +62,7 @@ class PhaseReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """
 
     job_id: str
-    start: Literal["cold", "clone", "pool"]
+    start: Literal["cold", "clone", "hot", "pool"]
     outcome: Outcome
     reason_code: str
     reason: str

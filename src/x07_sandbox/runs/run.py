@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -23,29 +25,22 @@ from x07_sandbox.errors import (
 from x07_sandbox.host import settings
 from x07_sandbox.jobs.record import new_run_id
 from x07_sandbox.plan.controls import run_limits
-from x07_sandbox.plan.denials import Denial, HowToAllow
+from x07_sandbox.plan.denials import Denial, Hint, HowToAllow, Outcome
 from x07_sandbox.policy import PolicyError
 from x07_sandbox.programs.toolchains import COMMAND, OUTPUT
 from x07_sandbox.runs.artifact import obtain_artifact
 from x07_sandbox.runs.folder import REQUEST, RunFolder
-from x07_sandbox.runs.job import run_job, worded_report
+from x07_sandbox.runs.job import JobEnd, run_job, worded_report
 from x07_sandbox.runs.phase_specs import run_spec
-from x07_sandbox.runs.prepare import image_in_use, output_caps, prepare, wants_scaling
-from x07_sandbox.runs.result import Discarded, Result, draft_result
+from x07_sandbox.runs.prepare import Prepared, Step, image_in_use, output_caps, prepare, wants_scaling
+from x07_sandbox.runs.result import Discarded, PhaseReport, Result, draft_result
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from pathlib import Path
-
     from x07_sandbox.channel.messages import Closed
-    from x07_sandbox.plan.denials import Hint, Outcome
     from x07_sandbox.plan.outcomes import Verdict
     from x07_sandbox.runs.host_files import HostFiles
-    from x07_sandbox.runs.job import JobEnd
     from x07_sandbox.runs.phase import PhaseSpec
-    from x07_sandbox.runs.prepare import Prepared, Step
     from x07_sandbox.runs.request import RunCaller, RunRequest
-    from x07_sandbox.runs.result import PhaseReport
 
 _TAIL_BYTES = 32 * 1024  # of each output stream of a failed program, for hints
 

@@ -9,21 +9,19 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from x07_sandbox.errors import Command, HostError, SandboxError, UsageError
-from x07_sandbox.host.locks import is_locked, lock_fd_held, lock_for_removal
+from x07_sandbox.host.locks import OnWait, is_locked, lock_fd_held, lock_for_removal
 from x07_sandbox.host.paths import private_dir, read_bounded, state_dir
 from x07_sandbox.plan.guest_paths import is_below
 from x07_sandbox.runs.folder import APPLYING, RUN_NAME, all_runs, find_run, runs_dir, runs_with
 from x07_sandbox.runs.result import ChangedName, Changes, ChangesState
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
-    from pathlib import Path
-
     from x07_sandbox.files.changes import ChangeSet
-    from x07_sandbox.host.locks import OnWait
 
 _SAVED: Final = "changes/changes.json"
 _LATER: Final = "later-"

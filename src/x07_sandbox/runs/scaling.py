@@ -22,7 +22,7 @@ from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.linux import processor
 from x07_sandbox.host.verdicts import Verdict, file_state
 from x07_sandbox.jobs.record import new_run_id
-from x07_sandbox.plan.controls import make_plan
+from x07_sandbox.plan.controls import RunLimits, make_plan
 from x07_sandbox.policy.default import default_policy, render_policy
 from x07_sandbox.policy.schema import largest
 from x07_sandbox.programs.toolchains import OUTPUT
@@ -34,7 +34,6 @@ from x07_sandbox.runs.request import EffectivePolicy, RunCaller, RunRequest
 from x07_sandbox.runs.result import Scaling
 
 if TYPE_CHECKING:
-    from x07_sandbox.plan.controls import RunLimits
     from x07_sandbox.runs.prepare import Prepared
 
 # Prints, for each kind of work, the time of its fastest round in nanoseconds. A round is so short that some rounds are

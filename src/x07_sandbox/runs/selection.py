@@ -1,26 +1,19 @@
 """Selection and application of some of a run's saved changes."""
 
-from __future__ import annotations
-
 import fnmatch
 import posixpath
-from typing import TYPE_CHECKING, Final, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Set as AbstractSet
+from typing import Final, NamedTuple
 
 from msgspec.structs import replace
 
 from x07_sandbox.errors import Command, Flag, RefusedError, Text, UsageError, listed
-from x07_sandbox.files.changes import display_name, parent_folders, path_of
+from x07_sandbox.files.changes import ChangeSet, Refused, RootChanges, display_name, parent_folders, path_of
 from x07_sandbox.files.dependencies import applicable, removes_folder, unmet, with_new_parents
 from x07_sandbox.files.protected import Protection
 from x07_sandbox.runs.refusals import flag_for
-from x07_sandbox.runs.saved_changes import apply_saved
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
-    from collections.abc import Set as AbstractSet
-
-    from x07_sandbox.files.changes import ChangeSet, Refused, RootChanges
-    from x07_sandbox.runs.saved_changes import SavedChanges
+from x07_sandbox.runs.saved_changes import SavedChanges, apply_saved
 
 _LISTED: Final = 10
 

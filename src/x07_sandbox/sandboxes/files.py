@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from x07_sandbox.channel.files import Answer, Buffer, Request, answer_of, encode
-from x07_sandbox.channel.messages import Exec
+from x07_sandbox.channel.messages import CommandLimits, Exec
 from x07_sandbox.errors import BackendError
 from x07_sandbox.sandboxes.transfers import CommandStreams, Inbox
 
 if TYPE_CHECKING:
-    from x07_sandbox.channel.messages import CommandLimits
     from x07_sandbox.sandboxes.session import Session
 
 FILES = "files"

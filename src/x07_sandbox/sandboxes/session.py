@@ -6,26 +6,37 @@ import os
 import select
 import signal
 import time
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from x07_sandbox.backends.handshake import input_poll, wait_for_exit
 from x07_sandbox.channel import streams
 from x07_sandbox.channel.link import COMMANDS_MAX, DATA_MAX, State, Stream
-from x07_sandbox.channel.messages import Changes, Close, Closed, Denied, Exec, Exited, Failed, Open, Started, Stop
+from x07_sandbox.channel.messages import (
+    Changes,
+    Close,
+    Closed,
+    Denied,
+    Exec,
+    Exited,
+    Failed,
+    Left,
+    Message,
+    Open,
+    Output,
+    Started,
+    Stop,
+)
 from x07_sandbox.channel.streams import Event
 from x07_sandbox.errors import PeerError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.plan.outcomes import Stage
-from x07_sandbox.sandboxes.execution import FILL, Execution, Limit
+from x07_sandbox.sandboxes.execution import FILL, Execution, Facts, Limit
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
     from x07_sandbox.backends.base import Instance
     from x07_sandbox.channel.carrier import Carrier
-    from x07_sandbox.channel.messages import Left, Message, Output
     from x07_sandbox.host.cancel import Cancel
-    from x07_sandbox.sandboxes.execution import Facts
     from x07_sandbox.sandboxes.transfers import CommandStreams, Inbox, InFile, Receivers, Sink
 
 _IDLE_S: Final = 60.0  # between two turns of the loop without any deadline

@@ -10,19 +10,30 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Final, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Final, NamedTuple, TypeVar
 
 from msgspec.structs import replace
 
-from x07_sandbox.backends.base import EMULATED, Availability, Instance, Job, Lease, MachineKind, NoAnswerError
+from x07_sandbox.backends.base import (
+    EMULATED,
+    Availability,
+    Instance,
+    Job,
+    Lease,
+    MachineKind,
+    NoAnswerError,
+    WarmUp,
+)
 from x07_sandbox.backends.handshake import Handshake, evidence_of, greet
 from x07_sandbox.backends.prerequisites import KVM, NO_KVM, Need, check
+from x07_sandbox.backends.qemu import hot as processes
 from x07_sandbox.backends.qemu import start as starts
 from x07_sandbox.backends.qemu import template as templates
 from x07_sandbox.backends.qemu.bounds import NotStartedError
 from x07_sandbox.backends.qemu.instance import LeasedInstance, QemuInstance
-from x07_sandbox.backends.qemu.start import QemuJob, Saved, start_qemu
+from x07_sandbox.backends.qemu.start import QemuJob, start_qemu
 from x07_sandbox.backends.qemu.template import Template
 from x07_sandbox.channel.link import State
 from x07_sandbox.errors import BackendError, HostError, ImageError, SandboxError, worded
@@ -41,6 +52,7 @@ from x07_sandbox.jobs.record import Claim, JobRecord, create_record, drop_unstar
 from x07_sandbox.plan.features import Features, vm_features
 from x07_sandbox.plan.sizes import RAM_CLASSES
 
+_F = TypeVar("_F")
 _ANY_TIMER: Final = "timers in the {} VM may run late: its kernel measured the timer wrong, as in each earlier attempt"
 
 
@@ -95,14 +107,20 @@ class QemuBackend:
 
     @contextlib.contextmanager
     def start(self, job: Job) -> Iterator[QemuInstance]:
-        """Start a job and yield the first VM whose agent answers: a clone of a saved VM, or a booted one."""
-        with contextlib.ExitStack() as stack:
-            yield self._answering(job, stack)
-
-    def _answering(self, job: Job, stack: contextlib.ExitStack) -> QemuInstance:
-        """Return the first VM whose agent answers. Raises NoAnswerError if none does, or if the caller cancels."""
-        claim, cold, cloned = job.claim, job.cold, False
+        """Start a job and yield the first VM whose agent answers: restored, cloned from a saved VM, or booted."""
         notes: dict[str, str] = {}  # by subject, so that each appears once
+        with contextlib.ExitStack() as stack:
+            instance = None if job.cold else self._restored(job, stack, notes)
+            if "hot" in notes:  # each attempt has a record
+                job = replace(job, claim=replace(job.claim, phase=f"{job.claim.phase}-clone"))
+            yield instance or self._answering(job, stack, notes)
+
+    def _answering(self, job: Job, stack: contextlib.ExitStack, notes: dict[str, str]) -> QemuInstance:
+        """Return the first clone or booted VM whose agent answers. notes: remarks for the user, which this adds to.
+
+        Raises NoAnswerError if none does, or if the caller cancels.
+        """
+        claim, cold, cloned = job.claim, job.cold, False
         if cold:
             job.caller.progress(f"booting a VM for the {claim.phase}")
         tries = enumerate(starts.boot_attempts(), 1)
@@ -113,7 +131,7 @@ class QemuBackend:
                 try:
                     greet(instance, cancel_fd=job.caller.cancel.fd, meanwhile=job.meanwhile)
                     if last and instance.start_mode == "cold":
-                        notes["timer"] = _ANY_TIMER.format(job.claim.phase)
+                        notes["timer"] = _ANY_TIMER.format(_phase(job))
                 except NoAnswerError as exc:
                     error = exc
                 else:
@@ -143,10 +161,44 @@ class QemuBackend:
         evidence = evidence_of(error.failure)
         why = f"a clone of the saved VM did not answer ({classify(evidence).reason})"
         if evidence.killed:
-            notes["cold"] = _started_cold(job, why)
+            notes["cold"] = _without_saved(job, "VM", why)
         else:
             templates.template_for(job.kind, kvm=self._kvm).suspend(why, transient=error.failure.transient)
         return evidence.killed
+
+    def _restored(self, job: Job, stack: contextlib.ExitStack, notes: dict[str, str]) -> QemuInstance | None:
+        """Return a VM restored from a saved process, which is made if necessary, or None if there is none to use.
+
+        notes: remarks for the user, which this function adds to. Raises NoAnswerError if the caller cancels.
+        """
+        if self.why_not_hot():
+            return None
+        process = processes.hot_template(templates.template_for(job.kind, kvm=self._kvm))
+        with contextlib.ExitStack() as one:
+            make = job.warm_up and partial(self._make_process, process, job.kind, job.caller, job.warm_up, wait=False)
+            files, why_not = self._opened(process, processes.opened_hot, make, job.caller, one, notes)
+            if files is not None:
+                record = create_record(job.claim, backend=self.name, image_digest=job.kind.image_digest)
+                restored = QemuJob(record, job.kind, job.claim.deadline_s, ram_bytes=job.used_ram_bytes)
+                try:
+                    instance = one.enter_context(start_qemu(restored, kvm=False, memory=files))
+                    greet(instance, cancel_fd=job.caller.cancel.fd, meanwhile=job.meanwhile)
+                except NoAnswerError as exc:
+                    if exc.failure.kind == "cancelled":
+                        raise
+                    why_not = f"the restored one did not answer ({exc.why})"
+                    if not evidence_of(exc.failure).killed:
+                        transient = exc.failure.transient
+                        why_not = process.suspend(why_not, transient=transient, keep=transient)
+                except (BackendError, HostError) as exc:  # perhaps a clone needs less
+                    why_not = process.suspend(f"{exc.what}: {exc.why}", transient=True, keep=True)
+                else:
+                    instance.notes = tuple(notes.values())
+                    stack.push(one.pop_all())
+                    return instance
+        if why_not:
+            notes["hot"] = _without_saved(job, "process", why_not)
+        return None
 
     @contextlib.contextmanager
     def _started(self, job: Job, notes: dict[str, str], *, any_timer: bool) -> Iterator[QemuInstance]:
@@ -154,62 +206,89 @@ class QemuBackend:
         record = create_record(job.claim, backend=self.name, image_digest=job.kind.image_digest)
         with contextlib.ExitStack() as stack:
             stack.callback(drop_unstarted, record)
-            saved, why_not = (None, "") if job.cold else self._saved(job, stack, notes)
-            if why_not:
-                notes.setdefault("cold", _started_cold(job, why_not))
+            saved = None
+            if not job.cold:
+                template = templates.template_for(job.kind, kvm=self._kvm)
+                make = partial(self._make, template, job.kind, job.caller)
+                saved, why_not = self._opened(template, templates.opened_template, make, job.caller, stack, notes)
+                if why_not:
+                    notes.pop("hot", None)
+                    notes.setdefault("cold", _without_saved(job, "VM", why_not))
             machine = QemuJob(record, job.kind, job.claim.deadline_s, any_timer=any_timer, ram_bytes=job.used_ram_bytes)
             yield stack.enter_context(start_qemu(machine, kvm=self._kvm, memory=saved))
 
-    def _saved(self, job: Job, stack: contextlib.ExitStack, notes: dict[str, str]) -> tuple[Saved | None, str]:
-        """Return the files of the saved VM, which is made if necessary, or None and why the job must boot a VM."""
-        template = templates.template_for(job.kind, kvm=self._kvm)
+    def _opened(
+        self,
+        template: Template,
+        opened: Callable[[Template], contextlib.AbstractContextManager[_F | None]],
+        make: Callable[[], None] | None,
+        caller: Caller,
+        stack: contextlib.ExitStack,
+        notes: dict[str, str],
+    ) -> tuple[_F | None, str]:
+        """Return a template's files, made by *make* if there are none, or None and why there are none."""
         if reason := template.suspended():
             return None, reason
         damage = ""
         try:
-            if (saved := stack.enter_context(templates.opened_template(template))) is not None:
-                return saved, ""
+            if (files := stack.enter_context(opened(template))) is not None:
+                return files, ""
         except HostError as exc:
             return None, f"{exc.what}: {exc.why}"  # temporary, as below
         except ImageError as exc:
             damage = f"{exc.what}: {exc.why}"
-            job.caller.progress(f"{damage}; saving it again")
+            caller.progress(f"{damage}; saving it again")
             templates.remove_template(template.folder)
+        if make is None:
+            return None, damage
         started_at = time.monotonic()
-        saved, why_not = self._made(template, job, stack)
-        if saved is not None:
-            notes["saved"] = f"a VM for {template.title} was saved first, in {time.monotonic() - started_at:.0f} s"
+        files, why_not = _made(template, opened, make, stack)
+        if files is not None:
+            seconds = time.monotonic() - started_at
+            notes[template.noun] = f"a {template.noun} for {template.title} was saved first, in {seconds:.0f} s"
         if damage:
-            notes["damage"] = damage if saved is None else f"{damage}; it was saved again"
-        return saved, why_not
-
-    def _made(self, template: Template, job: Job, stack: contextlib.ExitStack) -> tuple[Saved | None, str]:
-        """Save a VM and return its files, or None and the reason for the failure. The job can then boot a VM."""
-        if short := templates.lack_of_space(job.kind.ram_bytes):
-            return None, short
-        try:
-            self._make(template, job.kind, job.caller)
-            return stack.enter_context(templates.opened_template(template)), ""
-        except NotStartedError as exc:  # temporary: another process may have the limits that this one lacks
-            return None, f"{exc.what}: {exc.why}"
-        except (BackendError, ImageError) as exc:
-            transient = isinstance(exc, templates.TransientError)
-            return None, template.suspend(f"{exc.what}: {exc.why}", transient=transient)
-        except (HostError, OSError) as exc:  # temporary, as on a full disk
-            error = exc if isinstance(exc, HostError) else host_error(exc)
-            if error is None:
-                raise
-            return None, f"{error.what}: {error.why}"
+            notes[f"damaged {template.noun}"] = damage if files is None else f"{damage}; it was saved again"
+        return files, why_not
 
     def _make(self, template: Template, kind: MachineKind, caller: Caller) -> None:
+        """Save a VM. Raises SandboxError."""
         with caller.cancel.waiting():
             templates.ensure_template(template, kind, caller.progress, kvm=self._kvm)
 
-    def prepare(self, kind: MachineKind, caller: Caller) -> None:
-        """Save a VM now, even if saving is suspended. Raises SandboxError."""
+    def _make_process(
+        self, process: Template, kind: MachineKind, caller: Caller, warm_up: WarmUp, *, wait: bool
+    ) -> None:
+        """Save the process of a clone, and first a VM to clone if there is none. Raises SandboxError."""
+        plain = replace(kind, network=False)  # while it is warmed up, there is no gate
+        template = templates.template_for(plain, kvm=self._kvm)
+        self._make(template, plain, caller)
+        with caller.cancel.waiting(), templates.opened_template(template) as saved:
+            if saved is not None:
+
+                def warm(instance: Instance) -> None:
+                    warm_up(instance, kind, self, caller.cancel)
+
+                notice = f"warming up a VM for {process.title}; later ones take less than half the time"
+                make = partial(processes.make_hot, process, kind, saved, warm)
+                templates.ensure(process, make, notice, caller.progress, wait=wait)
+
+    def prepare(self, kind: MachineKind, caller: Caller, warm_up: WarmUp) -> None:
+        """Save a VM now, and a process if possible, even if saving is suspended. Raises SandboxError."""
         template = templates.template_for(kind, kvm=self._kvm)
         forget(templates.SUSPENDED)
         self._make(template, kind, caller)
+        if self.why_not_hot():
+            return
+        process = processes.hot_template(template)
+        make = partial(self._make_process, process, kind, caller, warm_up, wait=True)
+        with contextlib.ExitStack() as stack:
+            _, why_not = self._opened(process, processes.opened_hot, make, caller, stack, {})
+        if why_not:
+            caller.progress(f"no process for {process.title} could be saved: {why_not}")
+
+    def why_not_hot(self) -> str:
+        """Return why VMs cannot be restored from saved processes here, or "" if they can."""
+        return processes.unsupported(kvm=self._kvm)
 
     prunable = staticmethod(templates.prunable)
     renew = staticmethod(templates.renew)
@@ -233,8 +312,36 @@ def _ours(instance: Instance) -> QemuInstance:
     return instance
 
 
-def _started_cold(job: Job, why: str) -> str:
-    return f"the {job.claim.phase.partition('-')[0]} VM booted without a saved VM: {why}"
+def _made(
+    template: Template,
+    opened: Callable[[Template], contextlib.AbstractContextManager[_F | None]],
+    make: Callable[[], None],
+    stack: contextlib.ExitStack,
+) -> tuple[_F | None, str]:
+    """Make a template and return its files, or None and the reason for the failure."""
+    try:
+        make()
+        return stack.enter_context(opened(template)), ""
+    except NotStartedError as exc:  # temporary: another process may have the limits that this one lacks
+        why = f"{exc.what}: {exc.why}"
+        return None, template.suspend(why, transient=True) if template.noun == "process" else why
+    except (BackendError, ImageError) as exc:
+        transient = isinstance(exc, templates.TransientError)
+        return None, template.suspend(f"{exc.what}: {exc.why}", transient=transient)
+    except (HostError, OSError) as exc:  # temporary, as on a full disk
+        error = exc if isinstance(exc, HostError) else host_error(exc)
+        if error is None:
+            raise
+        return None, f"{error.what}: {error.why}"
+
+
+def _phase(job: Job) -> str:
+    return job.claim.phase.partition("-")[0]  # later attempts have longer names
+
+
+def _without_saved(job: Job, noun: str, why: str) -> str:
+    done = "was cloned" if noun == "process" else "booted"
+    return f"the {_phase(job)} VM {done} without a saved {noun}: {why}"
 
 
 class Proof(NamedTuple):

@@ -50,14 +50,14 @@ def limits_of(ram_bytes: int, *, namespaces: bool) -> Limits:
     }
     if os.geteuid() != 0 and not namespaces:
         # All tasks of this user count, and the supervisor.
-        most[resource.RLIMIT_NPROC] = int(min(_tasks_of_this_user() + 1 + TASKS, _hard_limit(resource.RLIMIT_NPROC)))
+        most[resource.RLIMIT_NPROC] = int(min(_tasks_of_this_user() + 1 + TASKS, hard_limit(resource.RLIMIT_NPROC)))
     elif not namespaces or _tasks_are_counted_apart():
         most[resource.RLIMIT_NPROC] = TASKS
     limits = {which: (value, value) for which, value in most.items()}
     soft, hard = resource.getrlimit(resource.RLIMIT_CPU)
     if soft != resource.RLIM_INFINITY:  # one second before the shell's limit a signal makes the cause visible
         limits[resource.RLIMIT_CPU] = (hard - 1 if hard > 0 else hard, hard)
-    if not namespaces and any(value > _hard_limit(which) for which, value in most.items()):
+    if not namespaces and any(value > hard_limit(which) for which, value in most.items()):
         raise _not_bounded(limits, "Operation not permitted")
     return limits
 
@@ -80,13 +80,13 @@ def _not_bounded(limits: Limits, why: str) -> NotStartedError:
     needed = [
         f"ulimit -H -{option} to {limits[which][1] // unit} or more"
         for which, option, unit in _SHELLS
-        if which in limits and limits[which][1] > _hard_limit(which)
+        if which in limits and limits[which][1] > hard_limit(which)
     ]
     fix = f"Raise the hard limits of this shell: {', '.join(needed) or 'ulimit -H -a shows them'}"
     return NotStartedError("cannot set the limits of the virtual machine", why, fix)
 
 
-def _hard_limit(which: int) -> float:
+def hard_limit(which: int) -> float:
     """Return this process's hard limit *which*, or infinity if there is none."""
     hard = resource.getrlimit(which)[1]
     return math.inf if hard == resource.RLIM_INFINITY else hard

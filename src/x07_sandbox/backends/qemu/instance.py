@@ -9,7 +9,7 @@ from typing import Final, NamedTuple
 from x07_sandbox.backends.base import Greeting, Lease, StartMode
 from x07_sandbox.backends.jailed import BoundedStream, Jailed, RunningAgent, Start
 from x07_sandbox.backends.qemu.bounds import VMM_BYTES
-from x07_sandbox.backends.qemu.machine import QMP_QUIT, Paths, qmp_resume
+from x07_sandbox.backends.qemu.machine import QMP_CONTINUE, QMP_QUIT, Paths, qmp_resume
 from x07_sandbox.errors import BackendError
 from x07_sandbox.host import close_on_fork, settings
 from x07_sandbox.host.os_errors import raised_as
@@ -20,6 +20,7 @@ from x07_sandbox.jobs.record import Claim, JobRecord, renamed_record, renewed_re
 
 _DEADLINE_SIGNAL: Final = 40  # a real-time signal, since these are queued
 _GONE_S: Final = 10.0
+_ERRORS: Final = ("stderr", "jail")
 
 
 class ReleasePipe:
@@ -70,7 +71,8 @@ class Streams(RunningAgent):
         self.qmp = BoundedStream(ends["qmp"], keep_bytes=4096)
         self.shown = (
             BoundedStream(ends["console"], keep_bytes=settings.CONSOLE_MAX_BYTES),
-            BoundedStream(ends["stderr"], keep_bytes=settings.STDERR_MAX_BYTES),
+            # The jail has its own while criu dumps a process.
+            *(BoundedStream(ends[name], keep_bytes=settings.STDERR_MAX_BYTES) for name in _ERRORS if name in ends),
         )
         self.hidden = (self.qmp,)
 
@@ -97,6 +99,8 @@ class QemuInstance(Streams, Jailed):
             return  # never release a jail whose supervisor has ended: nothing would stop it
         if self.start_mode == "clone":
             self.send_qmp(qmp_resume(self.paths.state))
+        elif self.start_mode == "hot":
+            self.send_qmp(QMP_CONTINUE)
         self._release_pipe.release(self.inner.pid)
 
     def adopt(self, claim: Claim, runner: Identity, ram_bytes: int) -> None:

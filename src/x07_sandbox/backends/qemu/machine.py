@@ -24,6 +24,8 @@ class Origin(enum.Enum):
     COLD = "cold"  # booted, in anonymous memory
     SAVING = "saving"  # booted, in a file that is kept
     CLONE = "clone"  # resumed from such a file, copy-on-write
+    HOT = "hot"  # restored with its process; the command line is that of the dumped process
+    WARMING = "warming"  # a clone whose process will be dumped; criu without privileges can dump no filter
 
 
 class Paths(msgspec.Struct, frozen=True, kw_only=True):
@@ -85,13 +87,14 @@ def qemu_argv(machine: Machine) -> list[str]:
     accel = "tcg,thread=single" if machine.kvm_fd is None else "kvm,device=/dev/fdset/3"
     argv = [machine.arch.qemu_binary, "-name", f"x07-{machine.mark}", "-nodefaults", "-no-user-config"]
     argv += ["-display", "none", "-no-reboot"]
-    argv += ["-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"]
+    if machine.origin is not Origin.WARMING:
+        argv += ["-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"]
     devices = "acpi=on,pcie=off,pit=off,pic=off,rtc=on,isa-serial=on,auto-kernel-cmdline=off,"
     kind = f"{machine.arch.machine},{devices if machine.arch.machine == 'microvm' else ''}memory-backend=ram0"
     argv += ["-object", _memory(machine, megabytes), "-M", kind]
     cpu = machine.arch.emulated_cpu if machine.kvm_fd is None else "host"
     argv += ["-m", f"{megabytes}M", "-smp", "1", "-cpu", cpu, "-accel", accel]
-    if machine.origin is Origin.CLONE:
+    if machine.origin in {Origin.CLONE, Origin.WARMING}:
         argv += ["-incoming", "defer"]
     else:
         argv += ["-kernel", machine.paths.kernel, "-initrd", machine.paths.initrd]
@@ -134,6 +137,9 @@ def _qmp(*commands: Mapping[str, object]) -> bytes:
 
 
 QMP_QUERY_SAVE: Final = _qmp({"execute": "query-migrate"})  # asks for the progress of saving
+# A dumped process must be paused, so that its guest's clock continues where it stopped.
+QMP_PAUSE: Final = _qmp({"execute": "stop"})
+QMP_CONTINUE: Final = _qmp({"execute": "cont"})
 QMP_QUIT: Final = _qmp(_CAPABILITIES, {"execute": "quit"})  # ends QEMU, whether or not QMP was negotiated
 
 

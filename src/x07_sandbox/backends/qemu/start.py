@@ -2,7 +2,11 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+import resource
+import socket
+import struct
+import subprocess
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Final, NamedTuple
 
@@ -11,7 +15,7 @@ import msgspec
 from x07_sandbox.backends.base import HandshakeFailure, MachineKind, StartMode
 from x07_sandbox.backends.jailed import BoundedStream, Start, running, socket_ends
 from x07_sandbox.backends.prerequisites import KVM, Need, require
-from x07_sandbox.backends.qemu.bounds import TASKS, VMM_BYTES, NotStartedError, bound, limits_of
+from x07_sandbox.backends.qemu.bounds import TASKS, VMM_BYTES, Limits, NotStartedError, bound, hard_limit, limits_of
 from x07_sandbox.backends.qemu.instance import HostSide, QemuInstance, ReleasePipe
 from x07_sandbox.backends.qemu.machine import OVERCOMMIT, Machine, Origin, Paths, qemu_argv
 from x07_sandbox.errors import HostError
@@ -22,11 +26,13 @@ from x07_sandbox.host.linux import fd_path, processor, require_own_proc
 from x07_sandbox.host.memory import memory_file
 from x07_sandbox.host.os_errors import out_of_cpu_time
 from x07_sandbox.host.paths import unnamed_file
+from x07_sandbox.host.processes import Identity
 from x07_sandbox.images.manifest import ScratchDisk
 from x07_sandbox.images.scratch import write_disk
 from x07_sandbox.images.verify import OpenImage
 from x07_sandbox.jail.bwrap import BWRAP, PERL, SETPRIV, Jail, may_nest
 from x07_sandbox.jail.cgroups import make_groups
+from x07_sandbox.jail.criu import CRIU, PID, Criu
 from x07_sandbox.jail.forms import Form, jail_form, namespace_flags, needed_files
 from x07_sandbox.jail.uids import lease_uid
 from x07_sandbox.jobs.launcher import Launch
@@ -35,6 +41,9 @@ from x07_sandbox.jobs.record import Claim, JobRecord, create_record, drop_unstar
 MISCALIBRATED: Final = "its kernel calibrated its timer wrong, as happens on an overloaded host"
 # Generations below the supervisor, by whether there are namespaces: then bubblewrap's outer process is in between.
 _DEPTH: Final = {True: 2, False: 1}
+SOCKETS: Final = ("channel", "net", "qmp", "console", "stderr")
+_SOCKETS_S: Final = 10.0
+_CRIU_FILES: Final = 1024  # open files; criu keeps some of its own under high numbers
 
 
 class Saving(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,9 +58,42 @@ class Saved(msgspec.Struct, frozen=True, kw_only=True):
     """The readable files of a saved VM, which the caller keeps owning, and the content of its scratch disk."""
 
     ram_fd: int
-    state_fd: int
+    state_fd: int | None
     scratch_fd: int
     scratch_disk: ScratchDisk
+
+
+class Warming(Saved, frozen=True, kw_only=True):
+    """A saved VM to clone, whose process will be dumped.
+
+    disk_fd: an empty file, for the scratch disk. images_fd: an empty folder for the dump. control, jail_fd: the ends of
+    a socket, ours and that of the jail's first process (jail/data/criu.pl).
+    """
+
+    disk_fd: int
+    images_fd: int
+    control: socket.socket
+    jail_fd: int
+
+
+class Hot(Saved, frozen=True, kw_only=True):
+    """A dumped process to restore. Its *ram_fd* also has other memory of the process, and there is no *state_fd*.
+
+    images_fd: the folder of the dump. names: criu's names for the scratch disk and the sockets, as in SOCKETS.
+    """
+
+    images_fd: int
+    names: tuple[str, ...]
+
+
+Memory = Saving | Saved
+_ORIGINS: Final[dict[type, Origin]] = {
+    Saving: Origin.SAVING,
+    Saved: Origin.CLONE,
+    Warming: Origin.WARMING,
+    Hot: Origin.HOT,
+}
+_MODES: Final[dict[Origin, StartMode]] = {Origin.CLONE: "clone", Origin.WARMING: "clone", Origin.HOT: "hot"}
 
 
 class QemuJob(NamedTuple):
@@ -70,13 +112,13 @@ class QemuJob(NamedTuple):
 
 @contextlib.contextmanager
 def start_qemu(
-    job: QemuJob, *, kvm: bool, arch: Arch | None = None, memory: Saving | Saved | None = None
+    job: QemuJob, *, kvm: bool, arch: Arch | None = None, memory: Memory | None = None
 ) -> Iterator[QemuInstance]:
     """Start a QEMU process, blocked until it is released. When the context ends, it is gone and recorded as gone.
 
-    kvm: whether KVM runs the guest's processor, instead of emulation. memory: a saved VM to clone, or files into which
-    this VM is saved. None: boot in anonymous memory. arch: the machine type and its needs, by default those of this
-    host. Raises BackendError (including NotStartedError), HostError.
+    kvm: whether KVM runs the guest's processor, instead of emulation. memory: where the VM comes from. None: boot in
+    anonymous memory. arch: the machine type and its needs, by default those of this host.
+    Raises BackendError (including NotStartedError), HostError.
     """
     arch, record, image = arch or host_arch(), job.record, job.kind.image
     assert image is not None  # noqa: S101 - each virtual machine has one
@@ -88,9 +130,11 @@ def start_qemu(
         uid, lock_fd = stack.enter_context(lease_uid()) if os.geteuid() == 0 else (None, None)
         given = FdGroup()  # the child's descriptors, closed here once it has them
         stack.callback(given.close)
-        ends = {name: socket_ends(stack, given) for name in ("channel", "net", "qmp", "console", "stderr")}
+        ends = {name: socket_ends(stack, given) for name in SOCKETS}
         ours, theirs = {name: pair[0] for name, pair in ends.items()}, {name: pair[1] for name, pair in ends.items()}
-        streams = [theirs[name] for name in ("channel", "net", "qmp", "console")]
+        streams = [theirs[name] for name in SOCKETS[:-1]]
+        for fd in streams if isinstance(memory, Hot) else ():  # a started QEMU does so itself
+            os.set_blocking(fd, False)
         files, writable = _fd_files(image, memory, given, form), _writable(memory, uid, given, form)
         machine = Machine(
             arch=arch,
@@ -103,23 +147,30 @@ def start_qemu(
             qmp_fd=theirs["qmp"],
             console_fd=theirs["console"],
             mark=record.mark,
-            origin=Origin.COLD if memory is None else Origin.CLONE if isinstance(memory, Saved) else Origin.SAVING,
+            origin=Origin.COLD if memory is None else _ORIGINS[type(memory)],
             reserve=not form.namespaces,
             any_timer=job.any_timer,
             paths=msgspec.structs.replace(Paths(), **{name: path for name, (_, path) in (files | writable).items()}),
         )
         limits = limits_of(machine.ram_bytes, namespaces=form.namespaces)
         filter_fd, pipe_w = os.pipe()
-        release_pipe = ReleasePipe(pipe_w, form.release_message(arch))
+        release_pipe = ReleasePipe(pipe_w, _release_message(memory, form, machine))
         stack.callback(release_pipe.close)
         given.add(filter_fd)
-        setpriv_files = needed_files(SETPRIV) if uid is not None and form.namespaces else ()
+        as_user = form.namespaces and not isinstance(memory, Hot) and (uid is not None or isinstance(memory, Warming))
+        setpriv_files = needed_files(SETPRIV) if as_user else ()
+        needed = tuple(dict.fromkeys([*needed_files(arch.qemu_binary), *arch.firmware, *setpriv_files]))
+        criu = None
+        if isinstance(memory, Warming | Hot):
+            criu = _criu(memory, machine, uid, given, limits)
+            files_max = int(min(_CRIU_FILES, hard_limit(resource.RLIMIT_NOFILE)))
+            limits = limits | {resource.RLIMIT_NOFILE: (files_max, files_max)}
         jail = Jail(
-            files=tuple(dict.fromkeys([*needed_files(arch.qemu_binary), *arch.firmware, *setpriv_files])),
+            files=needed if criu is None else criu.not_covered(needed),
             fd_files=tuple(files.values()),
             # "always" in proc(5), for QEMU only, so that it leaves memory unreserved. The jail has no /proc, and the
             # kernel uses the host's setting.
-            fd_copies=((given.add(memory_file(b"1\n")), OVERCOMMIT),) if form.namespaces else (),
+            fd_copies=((given.add(memory_file(b"1\n")), OVERCOMMIT),) if form.namespaces and criu is None else (),
             fd_writable=tuple(writable.values()),
             devices=("/dev/urandom",),
             limits=limits,
@@ -131,9 +182,11 @@ def start_qemu(
             nest=may_nest(),
             filter_fd=filter_fd,
             lock_fd=lock_fd,
+            criu=criu,
         )
         passed = [*jail.fds, filter_fd, *(fd for fd, _ in (*jail.fd_files, *jail.fd_writable, *jail.fd_copies))]
         passed += [] if lock_fd is None else [lock_fd]
+        passed += [] if criu is None else criu.fds()
         command = qemu_argv(machine)
         if (ruleset_fd := form.open_ruleset(jail, command[0])) is not None:
             passed.append(given.add(ruleset_fd))
@@ -141,7 +194,6 @@ def start_qemu(
         request = Launch(argv=argv, pass_fds=tuple(passed), stderr_fd=theirs["stderr"])
         memory_bytes = (job.ram_bytes or machine.ram_bytes) + VMM_BYTES
         groups = make_groups(record.job_id, memory_bytes=memory_bytes, tasks=TASKS)
-        mode: StartMode = "clone" if machine.origin is Origin.CLONE else "cold"
         start = Start(
             record=record,
             jail=f"{form.name}, {'root' if os.geteuid() == 0 else 'user'}; {groups.describe()}",
@@ -153,15 +205,67 @@ def start_qemu(
             bound=partial(bound, limits if form.namespaces else {}, groups),
             name="the virtual machine",
             error=NotStartedError,
-            start_mode=mode,
+            start_mode=_MODES.get(machine.origin, "cold"),
         )
-        make = partial(QemuInstance, start, HostSide(groups, release_pipe, ours, machine.paths))
+
+        def make(child: subprocess.Popen[bytes], inner: Identity) -> QemuInstance:
+            sockets = ours
+            if isinstance(memory, Warming):
+                sockets = {**_made_in_jail(memory.control, stack), "jail": ours["stderr"]}
+            return QemuInstance(start, HostSide(groups, release_pipe, sockets, machine.paths), child, inner)
+
         yield stack.enter_context(running(start, request, make, partial(_no_jail, ours["stderr"], form)))
+
+
+def _criu(memory: Warming | Hot, machine: Machine, uid: int | None, given: FdGroup, limits: Limits) -> Criu:
+    """Return what criu does in the jail. limits: of QEMU."""
+    files = (*needed_files(CRIU), *needed_files(PERL))
+    userns_fd = None if uid is None else given.add(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+    sockets = (machine.channel_fd, machine.net_fd, machine.qmp_fd, machine.console_fd)
+    if isinstance(memory, Hot):
+        restores = tuple(zip((machine.scratch_fd, *sockets, 2), memory.names, strict=True))
+        return Criu(files=files, images_fd=memory.images_fd, userns_fd=userns_fd, restores=restores)
+    return Criu(
+        files=files,
+        images_fd=memory.images_fd,
+        userns_fd=userns_fd,
+        control_fd=memory.jail_fd,
+        socket_fds=sockets,
+        scratch_fd=machine.scratch_fd,
+        open_files=limits[resource.RLIMIT_NOFILE][0],
+    )
+
+
+def _made_in_jail(control: socket.socket, stack: contextlib.ExitStack) -> dict[str, int]:
+    """Return our ends of the sockets that the jail's first process made. Raises ProcessLookupError if it ended."""
+    control.settimeout(_SOCKETS_S)
+    try:
+        _, fds, _, _ = socket.recv_fds(control, 1, len(SOCKETS))
+    except TimeoutError:
+        fds = []
+    for fd in fds:
+        stack.callback(os.close, fd)
+        os.set_blocking(fd, False)
+    if len(fds) != len(SOCKETS):
+        raise ProcessLookupError
+    return dict(zip(SOCKETS, fds, strict=True))
+
+
+def _release_message(memory: Memory | None, form: Form, machine: Machine) -> Callable[[int], bytes]:
+    """Return a function that turns the pid of the jail's first process into the message that releases the jail."""
+    if isinstance(memory, Warming):
+        return lambda _pid: b"."
+    if isinstance(memory, Hot):
+        from x07_sandbox.jail.seccomp import restored_filter
+
+        mark = machine.mark.encode("ascii")
+        return lambda _pid: struct.pack("=I", len(mark)) + mark + restored_filter(machine.arch, PID)
+    return form.release_message(machine.arch)
 
 
 @contextlib.contextmanager
 def own_vm(
-    kind: MachineKind, phase: str, limit_s: float, *, kvm: bool, any_timer: bool, memory: Saving | None = None
+    kind: MachineKind, phase: str, limit_s: float, *, kvm: bool, any_timer: bool, memory: Memory | None = None
 ) -> Iterator[QemuInstance]:
     """Boot a VM for a purpose of x07, named *phase*, which takes at most *limit_s*. Raises as `start_qemu`."""
     claim = Claim(run_id=new_run_id(), phase=phase, wall_ms=int(limit_s * 1000))
@@ -206,19 +310,19 @@ def miscalibrated(failure: HandshakeFailure) -> bool:
 _Files = dict[str, tuple[int, str]]
 
 
-def _fd_files(image: OpenImage, memory: Saving | Saved | None, given: FdGroup, form: Form) -> _Files:
+def _fd_files(image: OpenImage, memory: Memory | None, given: FdGroup, form: Form) -> _Files:
     """Return the files that the VM reads. A clone has kernel and initramfs in its memory.
 
     The files appear on a read-only mount. Through a plain descriptor, a QEMU that runs as the owner of an image could
     change the image's mode and times, and so damage it for later runs.
     """
-    root = image.fds["root"]
+    found = {"kernel": image.fds["kernel"], "initrd": image.fds["initrd"]}
     if isinstance(memory, Saved):
-        return _placed({"ram": memory.ram_fd, "state": memory.state_fd, "root": root}, given, form)
-    return _placed({"kernel": image.fds["kernel"], "initrd": image.fds["initrd"], "root": root}, given, form)
+        found = {"ram": memory.ram_fd} | ({} if memory.state_fd is None else {"state": memory.state_fd})
+    return _placed(found | {"root": image.fds["root"]}, given, form)
 
 
-def _writable(memory: Saving | Saved | None, uid: int | None, given: FdGroup, form: Form) -> _Files:
+def _writable(memory: Memory | None, uid: int | None, given: FdGroup, form: Form) -> _Files:
     if not isinstance(memory, Saving):
         return {}
     if uid is not None:
@@ -238,15 +342,16 @@ def _placed(fds: dict[str, int], given: FdGroup, form: Form, flags: int = os.O_R
     return found
 
 
-def _scratch_disk(given: FdGroup, image: OpenImage, record: JobRecord, memory: Saving | Saved | None) -> int:
+def _scratch_disk(given: FdGroup, image: OpenImage, record: JobRecord, memory: Memory | None) -> int:
     """Make the job's disk, an unnamed file. The disk of a clone has the content saved with its VM."""
     if isinstance(memory, Saving):
-        write_disk(image.fds["scratch"], image.manifest.scratch_disk, memory.scratch_fd)
-        return memory.scratch_fd
-    # Closed once the child has it, so that the space is free when the child is gone.
-    fd = given.add(unnamed_file(record.folder, "cannot make the scratch disk"))
+        fd = memory.scratch_fd
+    elif isinstance(memory, Warming):
+        fd = memory.disk_fd
+    else:  # closed once the child has it, so that the space is free when the child is gone
+        fd = given.add(unnamed_file(record.folder, "cannot make the scratch disk"))
     source = (image.fds["scratch"], image.manifest.scratch_disk)
-    write_disk(*(source if memory is None else (memory.scratch_fd, memory.scratch_disk)), fd)
+    write_disk(*((memory.scratch_fd, memory.scratch_disk) if isinstance(memory, Saved) else source), fd)
     return fd
 
 

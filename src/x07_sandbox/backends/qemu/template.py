@@ -34,7 +34,7 @@ from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.cancel import Notice
 from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.decoding import prepared
-from x07_sandbox.host.linux import processor
+from x07_sandbox.host.linux import boot_id, boot_ms, processor
 from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.paths import (
     cache_dir,
@@ -44,17 +44,26 @@ from x07_sandbox.host.paths import (
     unnamed_file,
     why_not_ours,
 )
+from x07_sandbox.host.poll import write_all
 from x07_sandbox.host.verdicts import Verdict, file_state, validity
 from x07_sandbox.images.manifest import Part, ScratchDisk
 from x07_sandbox.images.scratch import read_disk
 from x07_sandbox.images.store import list_images
-from x07_sandbox.images.verify import CHUNK_BYTES, Subject, opened_file, opened_folder, opened_parts
+from x07_sandbox.images.verify import (
+    CHUNK_BYTES,
+    FILE_MODE,
+    FOLDER_MODE,
+    Subject,
+    opened_file,
+    opened_folder,
+    opened_parts,
+)
 from x07_sandbox.plan.controls import run_limits
 from x07_sandbox.plan.sizes import build_limits, command_limits, tmp_bytes
 from x07_sandbox.policy import default_policy
 from x07_sandbox.policy.default import canonical_json
 
-SCHEMA: Final = "x07.sandbox.template@0.2.0"
+SCHEMA: Final = "x07.sandbox.template@0.3.0"
 MANIFEST: Final = "template.json"
 SUSPENDED: Final = "suspended"  # the kind of verdict on a template that is not used for now
 _MANIFEST_MAX: Final = 1 << 20
@@ -94,16 +103,23 @@ def warm_message(kind: MachineKind) -> Warm:
 
 
 class TemplateManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The content of template.json. digest: digest of all other fields. image: digest of the template's image."""
+    """The content of template.json. digest: digest of all other fields. image: digest of the template's image.
+
+    state: QEMU's device state. Of a saved process (qemu/hot), instead: images, the files of criu's dump in the folder
+    IMAGES; names, see `Hot`; and period, outside of which it is not used.
+    """
 
     schema_version: str
     digest: str = ""
     key: str
     image: str
     ram: Part
-    state: Part
     scratch: Part
     scratch_disk: ScratchDisk
+    state: Part | None = None
+    images: tuple[Part, ...] = ()
+    names: tuple[str, ...] = ()
+    period: str = ""
 
 
 def sealed(made: TemplateManifest) -> TemplateManifest:
@@ -118,37 +134,49 @@ class TransientError(BackendError):
 
 
 class Template(msgspec.Struct, frozen=True, kw_only=True):
-    """The key and folder of a template, which may not exist yet. title: the jobs that use it, for messages."""
+    """The key and folder of a template, which may not exist yet.
+
+    title: the jobs that use it. noun: what is saved. instead: what such jobs do without it. All for messages.
+    """
 
     key: str
     folder: Path
     title: str = "runs"
+    noun: str = "VM"
+    instead: str = "boot a new VM"
 
     @property
     def subject(self) -> Subject:
         """The description of this template for `images/verify`."""
-        return Subject(name=f"saved VM {self.key[:12]}", record=self.key, sha256=sparse_sha256)
+        return Subject(name=f"saved {self.noun} {self.key[:12]}", record=self.key, sha256=sparse_sha256)
 
     def suspended(self) -> str:
         """Return why the template is not used now, and until when, or "" if it is usable."""
         note = Verdict(SUSPENDED, self.key).read()
-        until = f"Such jobs boot a new VM {validity(note)}, or until you run x07 image build for their image"
+        until = f"Such jobs {self.instead} {validity(note)}, or until you run x07 image build for their image"
         return f"{note['reason']}. {until}" if "reason" in note else ""
 
-    def suspend(self, reason: str, *, transient: bool) -> str:
+    def suspend(self, reason: str, *, transient: bool, keep: bool = False) -> str:
         """Remove the template, and make no other for minutes or until the host reboots. Return why.
 
-        transient: whether the state of the host may be the cause. The suspension then lasts minutes.
+        transient: whether the state of the host may be the cause. The suspension then lasts minutes. keep: whether the
+        template stays, and is used again afterwards.
         """
         with contextlib.suppress(OSError):
             Verdict(SUSPENDED, self.key).write({"reason": reason[:500]}, transient=transient)
-        remove_template(self.folder)
+        if not keep:
+            remove_template(self.folder)
         return self.suspended() or reason
 
 
 def templates_dir() -> Path:
     """Return the folder of all templates. Raises HostError."""
     return cache_folder("templates")
+
+
+def current_period() -> str:
+    """Return a text that changes when the host reboots, and every few hours."""
+    return f"{boot_id()} {int(boot_ms() / 1000 // settings.HOT_S)}"
 
 
 def lack_of_space(ram_bytes: int) -> str:
@@ -186,19 +214,27 @@ def template_for(kind: MachineKind, *, kvm: bool) -> Template:
 @contextlib.contextmanager
 def opened_template(template: Template) -> Iterator[Saved | None]:
     """Open the template's verified files, or yield None if there are none. Raises ImageError if it is damaged."""
-    if not template.folder.is_dir():
-        yield None
-        return
-    subject = template.subject
     with contextlib.ExitStack() as stack:
-        folder_fd = stack.enter_context(opened_folder(template.folder, subject))
-        with opened_file(folder_fd, MANIFEST, subject) as fd:
-            made = _decode(os.pread(fd, _MANIFEST_MAX, 0), template)
+        if (found := opened_manifest(template, stack)) is None:
+            yield None
+            return
+        folder_fd, made = found
+        assert made.state is not None  # noqa: S101 - by the kind of the template
         parts = (made.ram, made.state, made.scratch)
-        ram_fd, state_fd, scratch_fd = opened_parts(folder_fd, parts, subject, stack)
-        with contextlib.suppress(OSError):
-            os.utime(template.folder)  # the time of last use, by which the oldest are removed
+        ram_fd, state_fd, scratch_fd = opened_parts(folder_fd, parts, template.subject, stack)
         yield Saved(ram_fd=ram_fd, state_fd=state_fd, scratch_fd=scratch_fd, scratch_disk=made.scratch_disk)
+
+
+def opened_manifest(template: Template, stack: contextlib.ExitStack) -> tuple[int, TemplateManifest] | None:
+    """Return a template's folder, which *stack* closes, and its manifest, or None. Raises ImageError."""
+    if not template.folder.is_dir():
+        return None
+    folder_fd = stack.enter_context(opened_folder(template.folder, template.subject))
+    with opened_file(folder_fd, MANIFEST, template.subject) as fd:
+        made = _decode(os.pread(fd, _MANIFEST_MAX, 0), template)
+    with contextlib.suppress(OSError):
+        os.utime(template.folder)  # the time of last use, by which the oldest are removed
+    return folder_fd, made
 
 
 def _decode(data: bytes, template: Template) -> TemplateManifest:
@@ -231,41 +267,69 @@ def sparse_sha256(fd: int, size: int) -> str:
 
 
 def ensure_template(template: Template, kind: MachineKind, progress: Callable[[str], None], *, kvm: bool) -> None:
-    """Make the template unless it exists. A lock ensures that only one process makes it. Raises SandboxError."""
-    folder = templates_dir()
+    """Save a VM unless there is one. Raises SandboxError."""
+
+    def make(work: Path) -> TemplateManifest:
+        if short := lack_of_space(kind.ram_bytes):
+            raise HostError(_WHAT, short, "Free disk space")
+        return make_template(template, kind, work, kvm=kvm)
+
+    ensure(template, make, f"saving a VM for {template.title} with this image; later VMs start in 0.1 s", progress)
+
+
+def ensure(
+    template: Template,
+    make: Callable[[Path], TemplateManifest],
+    notice: str,
+    progress: Callable[[str], None],
+    *,
+    wait: bool = True,
+) -> None:
+    """Make a template unless it exists. A lock ensures that only one process makes it. Raises SandboxError.
+
+    make: makes its files in a folder. notice: what to tell the user before. wait: whether to wait for another process.
+    """
+    if template.folder.is_dir():
+        return
     with contextlib.ExitStack() as stack:
         try:
-            waits = partial(progress, "waiting for another process to save a VM")
-            most_s = 2 * settings.TEMPLATE_S + settings.PRELOAD_S
-            stack.enter_context(file_lock(folder / ".lock", on_wait=waits, most_s=most_s))
+            waits = partial(progress, "waiting for another process to save a VM") if wait else lambda: None
+            most_s = 2 * settings.TEMPLATE_S + settings.PRELOAD_S if wait else 0.0
+            stack.enter_context(file_lock(templates_dir() / ".lock", on_wait=waits, most_s=most_s))
         except TimeoutError as exc:  # the other process may be stopped, and must not block all others
+            if not wait:
+                raise HostError(_WHAT, "another process is saving one", "Try again later") from exc
             fix = ("Check for a stopped x07: ", Command("ps ax"))
             raise HostError(_WHAT, f"{exc} for the lock of all saved VMs", fix) from exc
-        _make_alone(template, kind, progress, kvm=kvm)
+        if not template.folder.is_dir():
+            remove_template(template.folder)  # in case it is not a folder
+            _make_alone(template, make, notice, progress)
 
 
-def _make_alone(template: Template, kind: MachineKind, progress: Callable[[str], None], *, kvm: bool) -> None:
+def _make_alone(
+    template: Template,
+    make: Callable[[Path], TemplateManifest],
+    notice: str,
+    progress: Callable[[str], None],
+) -> None:
     import shutil
     import tempfile
 
     folder = template.folder.parent
-    if template.folder.is_dir():
-        return
-    remove_template(template.folder)  # in case it is not a folder
     for path in leftovers(folder):
         shutil.rmtree(path, ignore_errors=True)
     work = Path(tempfile.mkdtemp(prefix=".new-", dir=folder))
     try:
-        work.chmod(0o700)  # the umask may have removed some of these bits
-        progress(Notice(f"saving a VM for {template.title} with this image; later VMs start in 0.1 s"))
-        made = sealed(make_template(template, kind, work, kvm=kvm))
+        work.chmod(FOLDER_MODE)  # the umask may have removed some of these bits
+        progress(Notice(notice))
+        made = sealed(make(work))
         path = work / MANIFEST
         path.write_bytes(msgspec.json.format(msgspec.json.encode(made)))
-        path.chmod(0o444)
+        path.chmod(FILE_MODE)
         work.rename(template.folder)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    images = {image.digest for image in list_images()} | {kind.image_digest}
+    images = {image.digest for image in list_images()} | {made.image}
     for old, _ in expired_templates(keep=template.key, images=images):
         remove_template(old)
 
@@ -273,7 +337,7 @@ def _make_alone(template: Template, kind: MachineKind, progress: Callable[[str],
 def make_template(template: Template, kind: MachineKind, work: Path, *, kvm: bool) -> TemplateManifest:
     """Make the template in the folder *work*. Raises SandboxError."""
     with contextlib.ExitStack() as stack:
-        files = {name: _new_file(work / name, stack) for name in ("ram", "state")}
+        files = {name: new_file(work / name, stack) for name in ("ram", "state")}
         scratch_fd = unnamed_file(work, _WHAT)
         stack.callback(os.close, scratch_fd)
         saving = Saving(ram_fd=files["ram"], state_fd=files["state"], scratch_fd=scratch_fd)
@@ -282,14 +346,20 @@ def make_template(template: Template, kind: MachineKind, work: Path, *, kvm: boo
             os.ftruncate(saving.ram_fd, kind.ram_bytes)
             if _booted_and_saved(kind, saving, kvm=kvm, last=last):
                 break
-        head, disk = read_disk(scratch_fd)
-        files["scratch.head"] = _new_file(work / "scratch.head", stack)
-        os.write(files["scratch.head"], head)
-        ram, state, scratch = (_seal(name, fd) for name, fd in files.items())
+        files["scratch.head"] = new_file(work / "scratch.head", stack)
+        disk = keep_disk(scratch_fd, files["scratch.head"])
+        ram, state, scratch = (seal(name, fd) for name, fd in files.items())
         key, image = template.key, kind.image_digest
         return TemplateManifest(
             schema_version=SCHEMA, key=key, image=image, ram=ram, state=state, scratch=scratch, scratch_disk=disk
         )
+
+
+def keep_disk(disk_fd: int, scratch_fd: int) -> ScratchDisk:
+    """Keep the content of a scratch disk in the file *scratch_fd*. Raises ImageError, OSError."""
+    head, disk = read_disk(disk_fd)
+    write_all(scratch_fd, head)
+    return disk
 
 
 def _booted_and_saved(kind: MachineKind, saving: Saving, *, kvm: bool, last: bool) -> bool:
@@ -324,30 +394,36 @@ def renew(instance: Instance, kind: MachineKind) -> None:
     instance.start_mode = "pool"  # from now on its agent waits in the same state as a clone's
 
 
-def _new_file(path: Path, stack: contextlib.ExitStack) -> int:
+def new_file(path: Path, stack: contextlib.ExitStack) -> int:
+    """Create a file and return its descriptor, which *stack* closes."""
     fd = open_private_file(path, os.O_RDWR | os.O_EXCL)
     stack.callback(os.close, fd)
     return fd
 
 
-def _seal(name: str, fd: int) -> Part:
+def seal(name: str, fd: int) -> Part:
     """Make a file of the template read-only and owned by this user again. While saving, the VM's uid owned it."""
     os.fchown(fd, os.geteuid(), os.getegid())
-    os.fchmod(fd, 0o444)
+    os.fchmod(fd, FILE_MODE)
     size = os.fstat(fd).st_size
     return Part(file=name, bytes=size, sha256=sparse_sha256(fd, size))
 
 
 def _save(instance: QemuInstance) -> None:
     """Make QEMU write the device state. The memory is in its file already. Raises TransientError."""
-    deadline = Deadline.after(settings.TEMPLATE_S)
     instance.send_qmp(qmp_save(instance.paths.state))
+    await_qmp(instance, _SAVED, QMP_QUERY_SAVE)
+
+
+def await_qmp(instance: QemuInstance, wanted: str, ask: bytes = b"") -> None:
+    """Wait until QEMU says *wanted*. ask: commands to send again and again. Raises TransientError."""
+    deadline = Deadline.after(settings.TEMPLATE_S)
     poll = input_poll(instance.pidfd, *instance.side_fds())
-    while _SAVED not in instance.qmp.text():
+    while wanted not in instance.qmp.text():
         if deadline.passed() or instance.exit_status() is not None or _NOT_SAVED in instance.qmp.text():
             said = instance.qmp.text()[-300:] + instance.console_tail()[-200:]
             raise TransientError(_WHAT, f"QEMU did not save it: {said}", _FIX)
-        instance.send_qmp(QMP_QUERY_SAVE)
+        instance.send_qmp(ask)
         for fd, _ in poll.poll(_ASK_AGAIN_MS):
             if fd != instance.pidfd:
                 instance.drain(fd)
@@ -373,6 +449,8 @@ def expired_templates(*, keep: str, images: set[str]) -> list[tuple[Path, str]]:
             continue
         if made.image not in images:
             doomed.append((folder, "its image is gone"))
+        elif made.period not in {"", current_period()}:
+            doomed.append((folder, "it was used as long as it may be"))
         else:
             found.append((folder.stat().st_mtime, _size_bytes(folder), folder))
     oldest = least_recently_used(found, most_bytes)
@@ -381,7 +459,7 @@ def expired_templates(*, keep: str, images: set[str]) -> list[tuple[Path, str]]:
 
 
 def _size_bytes(folder: Path) -> int:
-    return sum(path.stat().st_blocks * 512 for path in folder.iterdir())  # stat(2) counts blocks of 512 bytes
+    return sum(path.stat().st_blocks * 512 for path in folder.rglob("*"))  # stat(2) counts blocks of 512 bytes
 
 
 def remove_template(folder: Path) -> None:

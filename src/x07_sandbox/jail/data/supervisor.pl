@@ -1,11 +1,12 @@
 # Runs a jail and kills all of it at the deadline, when the runner ends, or on SIGTERM.
 #
-#     perl supervisor.pl DEADLINE_S RUNNER_PID KEEP_FD NEST PRCTL SIGPROCMASK SIGTIMEDWAIT CAPSET CLOSE_RANGE UNSHARE \
-#         MOUNT COMMAND...
+#     perl supervisor.pl DEADLINE_S RUNNER_PID KEEP_FD NEST USERNS_FD USERNS PRCTL SIGPROCMASK SIGTIMEDWAIT CAPSET \
+#         CLOSE_RANGE UNSHARE MOUNT DUP3 COMMAND...
 #
-# The last seven are system call numbers. KEEP_FD stays open (-1: none). Exits with COMMAND's status (128 + N for a
-# signal), by SIGALRM at the deadline, or by SIGTERM. Signal 40 with a value, by sigqueue(3), sets the deadline to that
-# many seconds from now; it is a real-time signal, so none is lost.
+# The last eight are system call numbers. KEEP_FD stays open (-1: none). USERNS_FD: a descriptor (-1: none) to replace by
+# a user namespace with the map USERNS: uid_map and gid_map in user_namespaces(7), with commas for line breaks. Exits with
+# COMMAND's status (128 + N for a signal), by SIGALRM at the deadline, or by SIGTERM. Signal 40 with a value, by
+# sigqueue(3), sets the deadline to that many seconds from now; it is a real-time signal, so none is lost.
 #
 # Parent-death signals alone do not suffice: bubblewrap's inner process requests one late, and would miss its parent's
 # death before that. This process is a subreaper (prctl(2)): orphans become its children, and it ends after its last
@@ -13,8 +14,9 @@
 # its own /proc (NEST; 0: not possible on this host).
 # Perl, because every Debian has it; no modules, because each takes longer than the rest of the start.
 
-my ($deadline, $runner, $keep, $nest, @calls) = map { $_ + 0 } splice @ARGV, 0, 11;
-my ($prctl, $sigprocmask, $sigtimedwait, $capset, $close_range, $unshare, $mount) = @calls;
+my ($deadline, $runner, $keep, $nest, $userns_fd) = map { $_ + 0 } splice @ARGV, 0, 5;
+my $map = shift @ARGV;
+my ($prctl, $sigprocmask, $sigtimedwait, $capset, $close_range, $unshare, $mount, $dup3) = map { $_ + 0 } splice @ARGV, 0, 8;
 my ($PDEATHSIG, $SUBREAPER, $NO_NEW_PRIVS, $BLOCK, $SETMASK) = (1, 36, 38, 0, 2);
 my ($NEWNS, $NEWUSER, $NEWPID) = (0x20000, 0x10000000, 0x20000000);
 my ($PRIVATE, $NOSUID_NODEV_NOEXEC) = (0x44000, 2 | 4 | 8); # MS_REC | MS_PRIVATE
@@ -29,9 +31,30 @@ sub call {
 }
 
 sub put {
-    my ($name, $text) = @_;
-    open my $file, '>', "/proc/self/$name" or die "$name: $!\n";
+    my ($name, $text, $process) = (@_, 'self');
+    open my $file, '>', "/proc/$process/$name" or die "$name: $!\n";
     syswrite $file, $text or die "$name: $!\n";
+}
+
+# A user namespace exists as long as a descriptor or a process of it; here it starts with a process.
+sub make_userns {
+    pipe my $made_r, my $made_w or die "pipe: $!\n";
+    pipe my $taken_r, my $taken_w or die "pipe: $!\n";
+    my $first = fork // die "fork: $!\n";
+    if (!$first) {
+        close $taken_w;
+        call('user namespace', $unshare, $NEWUSER);
+        syswrite $made_w, '.';
+        sysread $taken_r, my $word, 1; # until the supervisor has it, or is gone
+        exit;
+    }
+    close $made_w;
+    sysread $made_r, my $word, 1 or exit 1;
+    put($_, $map =~ tr/,/\n/r, $first) for 'uid_map', 'gid_map';
+    open my $space, '<', "/proc/$first/ns/user" or die "user namespace: $!\n";
+    syscall($dup3, fileno $space, $userns_fd, 0) == $userns_fd or die "dup3: $!\n";
+    close $taken_w;
+    waitpid $first, 0;
 }
 
 # Blocked, then waited for, so that none is missed.
@@ -43,6 +66,7 @@ my $children = "/proc/$$/task/$$/children"; # proc(5)
 -r $children or die "$children: $!\n";
 alarm $deadline;
 
+make_userns() if $userns_fd >= 0; # before unshare: the next child is the first of a new pid namespace
 my ($uid, $gid) = ($>, $) + 0); # before unshare: a new user namespace maps no ids
 if ($nest && $uid == 0) {
     call('unshare', $unshare, $NEWPID);

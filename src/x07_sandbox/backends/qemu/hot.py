@@ -1,0 +1,212 @@
+"""Saved processes: a clone of a saved VM that has run warm-up programs, dumped with its QEMU by criu(8).
+
+cache/templates/<key>/{template.json,ram,scratch.head,images/*}
+
+Under emulation most of a clone's time goes into translating the guest's code, and a saved VM contains no translations.
+A saved QEMU process does. Each process restored from it shares the layout of QEMU's address space and the values that
+QEMU drew at its start, so it is made anew after each reboot of the host, and every few hours (`current_period`).
+"""
+
+import contextlib
+import hashlib
+import os
+import resource
+import socket
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec.structs
+
+from x07_sandbox.backends.base import Instance, MachineKind, NoAnswerError
+from x07_sandbox.backends.handshake import greet, wait_for_exit
+from x07_sandbox.backends.qemu import start as starts
+from x07_sandbox.backends.qemu.bounds import hard_limit
+from x07_sandbox.backends.qemu.instance import QemuInstance
+from x07_sandbox.backends.qemu.machine import QMP_PAUSE, Paths
+from x07_sandbox.backends.qemu.start import Hot, Saved, Warming
+from x07_sandbox.backends.qemu.template import (
+    SCHEMA,
+    Template,
+    TemplateManifest,
+    TransientError,
+    await_qmp,
+    current_period,
+    keep_disk,
+    lack_of_space,
+    new_file,
+    opened_manifest,
+    seal,
+    sparse_sha256,
+    templates_dir,
+)
+from x07_sandbox.channel.contents import next_data
+from x07_sandbox.errors import BackendError, HostError
+from x07_sandbox.host import settings
+from x07_sandbox.host.arch import host_arch
+from x07_sandbox.host.paths import closing_fd, unnamed_file
+from x07_sandbox.host.variables import flag
+from x07_sandbox.host.verdicts import file_state
+from x07_sandbox.images.manifest import Part
+from x07_sandbox.images.verify import FOLDER_MODE, Subject, opened_folder, opened_parts
+from x07_sandbox.jail.criu import CRIU, NULL, PID
+from x07_sandbox.jail.forms import jail_form, needed_files
+from x07_sandbox.policy.default import canonical_json
+
+IMAGES: Final = "images"
+VARIABLE: Final = "X07_VM_NO_HOT_CLONES"
+_WHAT: Final = "cannot save a running VM"
+_FIX: Final = "Jobs clone a saved VM instead. See x07 doctor"
+_DUMP_S: Final = 30.0
+_CRIU_KILLED: Final = 75  # the exit status of data/criu.pl
+_FILES_MIN: Final = 512
+# Limits that the jail does not set (bounds.limits_of).
+_INHERITED: Final = (resource.RLIMIT_STACK, resource.RLIMIT_RSS, resource.RLIMIT_NICE, resource.RLIMIT_RTPRIO)
+_NAMES_MAX: Final = 4096
+
+
+def unsupported(*, kvm: bool) -> str:
+    """Return why processes of VMs cannot be saved and restored here, or "" if they can. Raises HostError."""
+    obstacles = (
+        (kvm, "this host has hardware virtualisation, so a clone needs no translations"),
+        (flag(VARIABLE), f"{VARIABLE} is set"),
+        (host_arch().name != "x86_64", "they work only on x86_64"),
+        (not os.access(CRIU, os.X_OK), "criu is not installed (Debian: apt-get install criu)"),
+        (not jail_form().namespaces, "they need a jail with namespaces"),
+        # criu would have to raise the limit to that of the dumped process, and needs many descriptors.
+        (resource.getrlimit(resource.RLIMIT_CPU)[0] >= 0, "this shell limits CPU time (ulimit -t)"),
+        (hard_limit(resource.RLIMIT_NOFILE) < _FILES_MIN, "this shell limits open files (ulimit -n)"),
+    )
+    return next((why for found, why in obstacles if found), "")
+
+
+def hot_template(saved: Template) -> Template:
+    """Return the place of the process saved from clones of *saved*. Raises OSError."""
+    files = [file_state(path) for path in (CRIU, "/etc/ld.so.cache")]  # libraries are found through the latter
+    limits = [resource.getrlimit(which) for which in _INHERITED]  # a restored process must be able to have them
+    parts = [SCHEMA, saved.key, current_period(), files, os.geteuid(), limits]
+    key = hashlib.sha256(canonical_json(parts)).hexdigest()
+    title, instead = saved.title, "clone a saved VM"
+    return Template(key=key, folder=templates_dir() / key, title=title, noun="process", instead=instead)
+
+
+@contextlib.contextmanager
+def opened_hot(template: Template) -> Iterator[Hot | None]:
+    """Open the verified files of a saved process, or yield None if there are none. Raises ImageError, HostError."""
+    with contextlib.ExitStack() as stack:
+        if (found := opened_manifest(template, stack)) is None:
+            yield None
+            return
+        folder_fd, made = found
+        ram_fd, scratch_fd = opened_parts(folder_fd, (made.ram, made.scratch), template.subject, stack)
+        subject = Subject(name=template.subject.name, record=f"{template.key}-{IMAGES}", sha256=sparse_sha256)
+        images_fd = stack.enter_context(opened_folder(template.folder / IMAGES, subject))
+        opened_parts(images_fd, made.images, subject, stack)
+        fds: dict[str, Any] = {"ram_fd": ram_fd, "state_fd": None, "scratch_fd": scratch_fd, "images_fd": images_fd}
+        yield Hot(**fds, scratch_disk=made.scratch_disk, names=made.names)
+
+
+def make_hot(
+    template: Template, kind: MachineKind, saved: Saved, warm_up: Callable[[Instance], None], work: Path
+) -> TemplateManifest:
+    """Make the saved process in the folder *work*, and restore it once. Raises SandboxError, OSError.
+
+    warm_up: runs programs in a VM that has answered, and leaves it waiting for SEED.
+    """
+    from x07_sandbox.backends.qemu.criu_images import move_pages  # most runs find a saved process
+
+    if short := lack_of_space(kind.ram_bytes):
+        raise HostError(_WHAT, short, "Free disk space")
+    images = work / IMAGES
+    images.mkdir()
+    images.chmod(FOLDER_MODE)
+    with contextlib.ExitStack() as stack:
+        images_fd, disk_fd = os.open(images, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), unnamed_file(work, _WHAT)
+        stack.callback(os.close, images_fd)
+        stack.callback(os.close, disk_fd)
+        control, theirs = (stack.enter_context(end) for end in socket.socketpair())
+        fds: dict[str, Any] = {"disk_fd": disk_fd, "images_fd": images_fd, "jail_fd": theirs.fileno()}
+        warming = Warming(**msgspec.structs.asdict(saved), control=control, **fds)
+        names = _dump(kind, warming, theirs, warm_up)
+        require_plain_files(images)
+        memory_fd = new_file(work / "ram", stack)
+        _copy(saved.ram_fd, memory_fd)
+        paths = (Paths().ram, Paths().root, "/", "/dev/urandom", NULL)
+        move_pages(images, PID, memory_fd, Paths().ram, {*paths, *needed_files(host_arch().qemu_binary)})
+        scratch_fd = new_file(work / "scratch.head", stack)
+        disk = keep_disk(disk_fd, scratch_fd)
+        ram, scratch = seal("ram", memory_fd), seal("scratch.head", scratch_fd)
+        fds = {"ram_fd": memory_fd, "state_fd": None, "scratch_fd": scratch_fd, "images_fd": images_fd}
+        hot = Hot(**fds, scratch_disk=disk, names=names)
+        try:
+            with _own(kind, hot) as instance:  # the proof that it works here
+                greet(instance)
+        except NoAnswerError as exc:
+            raise (TransientError if exc.failure.transient else BackendError)(_WHAT, exc.why, _FIX) from exc
+        return TemplateManifest(
+            schema_version=SCHEMA,
+            key=template.key,
+            image=kind.image_digest,
+            ram=ram,
+            scratch=scratch,
+            scratch_disk=disk,
+            images=tuple(_sealed_file(path) for path in sorted(images.iterdir())),
+            names=names,
+            period=current_period(),
+        )
+
+
+def require_plain_files(images: Path) -> None:
+    """Raise BackendError if anything in a dump may lead elsewhere, although the dumped process could not reach it."""
+    for path in images.iterdir():
+        info = path.lstat()
+        if not stat.S_ISREG(info.st_mode) or info.st_nlink != 1:
+            raise BackendError(_WHAT, f"the dump contains {path.name!a}, which is no plain file", _FIX)
+
+
+def _own(kind: MachineKind, memory: Warming | Hot) -> contextlib.AbstractContextManager[QemuInstance]:
+    return starts.own_vm(kind, "template", settings.TEMPLATE_S, kvm=False, any_timer=False, memory=memory)
+
+
+def _dump(
+    kind: MachineKind, warming: Warming, theirs: socket.socket, warm_up: Callable[[Instance], None]
+) -> tuple[str, ...]:
+    """Warm up a clone and dump its process. Return criu's names. theirs: closed here. Raises SandboxError."""
+    with _own(kind, warming) as instance:
+        theirs.close()
+        try:
+            greet(instance)
+            warm_up(instance)
+        except BackendError as exc:
+            raise TransientError(exc.what, exc.why, exc.fix) from exc
+        instance.send_qmp(QMP_PAUSE)
+        await_qmp(instance, '"STOP"')
+        try:
+            warming.control.settimeout(_DUMP_S)
+            warming.control.sendall(b".")
+            names = tuple(warming.control.recv(_NAMES_MAX).decode("ascii").split("\n"))
+        except (OSError, ValueError) as exc:
+            raise TransientError(_WHAT, f"criu did not answer ({exc})", _FIX) from exc
+        if len(names) != 1 + len(starts.SOCKETS):
+            killed, short = wait_for_exit(instance) == _CRIU_KILLED, lack_of_space(kind.ram_bytes)
+            why = short or f"criu could not dump it: {instance.console_tail()[-300:].strip()}"
+            raise (TransientError if killed or short else BackendError)(_WHAT, why, _FIX)
+        if not instance.stop():
+            raise TransientError(_WHAT, "the VM did not end", _FIX)
+    return names
+
+
+def _copy(source_fd: int, target_fd: int) -> None:
+    """Copy a sparse file into an empty one."""
+    size, at = os.fstat(source_fd).st_size, 0
+    os.ftruncate(target_fd, size)
+    while at < size:
+        at, end = next_data(source_fd, at, size)
+        while at < end:
+            at += os.copy_file_range(source_fd, target_fd, end - at, at, at)
+
+
+def _sealed_file(path: Path) -> Part:
+    with closing_fd(os.open(path, os.O_RDONLY | os.O_CLOEXEC)) as fd:
+        return seal(path.name, fd)
