@@ -97,6 +97,9 @@ install_packages() {
 # install_optional NAME...: install those that are missing and can be installed.
 install_optional() {
     local name
+    if [[ -n $(missing_packages "$@") && -z $(compgen -G '/var/lib/apt/lists/*_Packages*') ]] && can_be_root; then
+        as_root env DEBIAN_FRONTEND=noninteractive apt-get update --quiet </dev/null || true # it knows no package yet
+    fi
     for name in $(missing_packages "$@"); do
         if apt-cache show "$name" >/dev/null 2>&1 && can_be_root; then
             step "Installing an optional Debian package: $name"

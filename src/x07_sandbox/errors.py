@@ -3,8 +3,13 @@
 Standard library only: the guest agent and the channel import this module too.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, Self
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from typing import Self
 
 
 class Flag(str):

@@ -4,13 +4,16 @@ A waiting interpreter in the guest executes the code of this module too (`guest/
 module behind, so it imports few.
 """
 
+from __future__ import annotations
+
 import ctypes
 import os
 import struct
 import sys
-from typing import NoReturn
 
 TYPE_CHECKING = False  # the module typing imports many others
+if TYPE_CHECKING:
+    from typing import NoReturn
 
 PR_SET_PDEATHSIG = 1
 PR_SET_DUMPABLE = 4

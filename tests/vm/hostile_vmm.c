@@ -62,6 +62,10 @@ static void write_all(int fd, const char *text, size_t size)
 		ssize_t count = write(fd, text, size);
 		if (count < 0 && errno == EINTR)
 			continue;
+		if (count < 0 && errno == EAGAIN) { /* a restored program's sockets do not block */
+			poll(&(struct pollfd){ fd, POLLOUT, 0 }, 1, -1);
+			continue;
+		}
 		if (count < 0)
 			_exit(9);
 		text += count;

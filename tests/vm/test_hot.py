@@ -281,6 +281,7 @@ def test_the_limits_of_a_shell_do_not_spoil_a_saved_process(saved: Sandbox, limi
 # many runs
 
 
+@pytest.mark.timeout(2400 if FULL else 180)
 def test_many_hot_runs_at_once(sandbox: Sandbox, artifacts: Artifacts) -> None:
     """Hot runs, eight at a time, while their processes are stopped at odd moments, give right results and end."""
     artifacts.built(BEHAVE)

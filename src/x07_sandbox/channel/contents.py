@@ -1,5 +1,7 @@
 """Reading a sparse file in parts, on both sides of the channel."""
 
+from __future__ import annotations
+
 import errno
 import os
 from collections.abc import Iterator

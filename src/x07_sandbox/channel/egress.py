@@ -5,6 +5,8 @@ and the gate answers with one of the codes below. With the message REFUSAL the g
 refused itself; port 0 stands for a name lookup.
 """
 
+from __future__ import annotations
+
 import struct
 from typing import Final, NamedTuple
 

@@ -6,6 +6,8 @@ answered in order. The server runs as the program's user in the program's namesp
 program reaches. The guest is hostile: answers are bounded here.
 """
 
+from __future__ import annotations
+
 import json
 import struct
 from collections.abc import Callable

@@ -5,6 +5,8 @@ names. `STREAMS` lists the streams. Anything else raises PeerError (the peer's f
 fault).
 """
 
+from __future__ import annotations
+
 import enum
 import struct
 from collections.abc import Iterator

@@ -5,6 +5,8 @@ slow. The others are JSON arrays with the fields in order. The guest is hostile,
 bounded. The guest trusts the host.
 """
 
+from __future__ import annotations
+
 import json
 import operator
 import struct

@@ -16,6 +16,8 @@ dropped.
 The guest is hostile, so the lengths, the count and the order of frames are verified.
 """
 
+from __future__ import annotations
+
 import enum
 import struct
 from collections import deque

@@ -19,6 +19,8 @@ The guest is hostile: names, depths and sizes are bounded here, and no name leav
 number of records. The caller decides which kinds of records it accepts.
 """
 
+from __future__ import annotations
+
 import enum
 import struct
 from collections.abc import Iterator

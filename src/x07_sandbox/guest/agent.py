@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from x07_sandbox.channel.connection import Connection
 from x07_sandbox.channel.link import NEXT
-from x07_sandbox.channel.messages import PROTOCOL, Failed, Hello, Message, Open, Seed, Seeded, Warm, Warmed
+from x07_sandbox.channel.messages import PROTOCOL, Failed, Hello, Open, Seed, Seeded, Warm, Warmed
 from x07_sandbox.channel.streams import Event, Role
 from x07_sandbox.guest.environment import Environment, job_settings
 from x07_sandbox.guest.errors import JobError
@@ -23,6 +23,7 @@ from x07_sandbox.guest.exec import TICK_S
 from x07_sandbox.guest.sandbox import Sandbox
 
 if TYPE_CHECKING:
+    from x07_sandbox.channel.messages import Message
     from x07_sandbox.guest.platform import Platform
 
 

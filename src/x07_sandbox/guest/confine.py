@@ -7,6 +7,8 @@ still root, applies the job's settings. The order matters: a step may need a rig
 `MACHINE` is for VMs; `guest/process.py` and `guest/container.py` define the weaker platforms.
 """
 
+from __future__ import annotations
+
 import contextlib
 import os
 import resource

@@ -20,6 +20,8 @@ From init:
                           a command has ended; with IS_LAST, all other processes have been killed
 """
 
+from __future__ import annotations
+
 import marshal
 import os
 import socket

@@ -7,6 +7,8 @@ It is a minimal server: UDP only, no EDNS, no reverse lookups. Every answer fits
 accepts.
 """
 
+from __future__ import annotations
+
 import struct
 from collections.abc import Callable
 from socket import AF_INET, inet_ntop, inet_pton

@@ -12,7 +12,6 @@ import socket
 import struct
 import termios
 import time
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from x07_sandbox import kernel
@@ -22,6 +21,8 @@ from x07_sandbox.guest.system import read_all, write_all
 from x07_sandbox.guest.trees import as_program_user
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from x07_sandbox.channel.messages import CommandLimits, Confine, Exec, Network, Open, Terminal, Warm
     from x07_sandbox.guest.cgroup import NoGroup
     from x07_sandbox.guest.platform import Platform

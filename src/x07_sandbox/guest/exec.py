@@ -11,12 +11,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.channel.link import WINDOW, Link, Stream
-from x07_sandbox.channel.messages import Exec, Started, Terminal
-from x07_sandbox.guest.environment import Environment, Process, exec_failure
+from x07_sandbox.channel.messages import Started
+from x07_sandbox.guest.environment import exec_failure
 from x07_sandbox.guest.processes import cpu_ticks, pid_here
 from x07_sandbox.guest.system import children_of
 
 if TYPE_CHECKING:
+    from x07_sandbox.channel.messages import Exec, Terminal
+    from x07_sandbox.guest.environment import Environment, Process
     from x07_sandbox.guest.errors import JobError
 
 READ: Final = 32 * 1024

@@ -1,5 +1,7 @@
 """Execution lists of the policy, enforced by Landlock and noexec mounts. Init applies the lists."""
 
+from __future__ import annotations
+
 import functools
 import os
 from typing import NamedTuple

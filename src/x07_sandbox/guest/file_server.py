@@ -3,6 +3,8 @@
 It runs in a process that init has confined like a command's, so the kernel decides what a request may reach.
 """
 
+from __future__ import annotations
+
 import contextlib
 import errno
 import os

@@ -1,5 +1,7 @@
 """Files of the image for confinement: seccomp filters (`guest/boot/filters`), and paths that are always readable."""
 
+from __future__ import annotations
+
 import itertools
 import json
 import struct

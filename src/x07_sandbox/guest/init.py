@@ -4,6 +4,8 @@ No program is PID 1, because the kernel ignores signals that PID 1 sends to itse
 can reach the socket or the pipe to the agent.
 """
 
+from __future__ import annotations
+
 import contextlib
 import fcntl
 import marshal

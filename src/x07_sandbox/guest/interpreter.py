@@ -15,6 +15,8 @@ nothing to notice, but a cached run takes 2.3 times as long (4.2 instead of 1.8 
 Differences from a fresh start: docs/explanation/design.md, "Saved VMs".
 """
 
+from __future__ import annotations
+
 import marshal
 from typing import Any, Final
 

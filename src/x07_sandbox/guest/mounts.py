@@ -8,11 +8,12 @@ import posixpath
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Final, NoReturn
 
-from x07_sandbox.channel.messages import DENIED_MAX, Mount
+from x07_sandbox.channel.messages import DENIED_MAX
 from x07_sandbox.guest import confine, system
 from x07_sandbox.guest.errors import JobError
 
 if TYPE_CHECKING:
+    from x07_sandbox.channel.messages import Mount
     from x07_sandbox.guest.trees import Tree
 
 _STEPS_MAX: Final = 256  # folders and links on the way to one file

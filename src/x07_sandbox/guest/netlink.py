@@ -1,5 +1,7 @@
 """Netlink for the relay: routes (rtnetlink(7)), nftables set elements, held packets (nfnetlink_queue)."""
 
+from __future__ import annotations
+
 import os
 import socket
 import struct

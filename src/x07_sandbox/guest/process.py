@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox import kernel
-from x07_sandbox.channel.messages import Confine, Exec, Open, Seed
+from x07_sandbox.channel.messages import Confine
 from x07_sandbox.guest import confine, system
 from x07_sandbox.guest.audit import NoAudit
 from x07_sandbox.guest.cgroup import NoGroup, host_group
@@ -22,6 +22,7 @@ from x07_sandbox.guest.platform import Platform
 from x07_sandbox.guest.system import children_of, write_file
 
 if TYPE_CHECKING:
+    from x07_sandbox.channel.messages import Exec, Open, Seed
     from x07_sandbox.guest.relay_process import RelayProcess
 
 GROUP: Final = "/run/x07/cgroup"  # the program's control group, if the host has made one

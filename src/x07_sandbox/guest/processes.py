@@ -1,5 +1,7 @@
 """The processes of a command that has no control group of its own, found in /proc."""
 
+from __future__ import annotations
+
 import contextlib
 import os
 import signal

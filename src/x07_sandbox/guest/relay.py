@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.channel import egress, streams
 from x07_sandbox.channel.egress import Target
-from x07_sandbox.channel.streams import Event, Role, Streams
+from x07_sandbox.channel.streams import Role, Streams
 from x07_sandbox.guest import firewall
 from x07_sandbox.guest.dns import NameTable, answer
 
 if TYPE_CHECKING:
+    from x07_sandbox.channel.streams import Event
     from x07_sandbox.guest.firewall import Sockets
     from x07_sandbox.guest.netlink import Held, HeldPackets
 

@@ -1,5 +1,7 @@
 """The process of the relay, and its streams to the agent."""
 
+from __future__ import annotations
+
 import contextlib
 import marshal
 import os

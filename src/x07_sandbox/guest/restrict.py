@@ -1,5 +1,7 @@
 """Restricting a process as the policy requires, and executing the program in it."""
 
+from __future__ import annotations
+
 from x07_sandbox import kernel
 
 

@@ -11,27 +11,12 @@ from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.channel import streams
 from x07_sandbox.channel.link import Link, State, Stream
-from x07_sandbox.channel.messages import (
-    Changes,
-    Close,
-    Closed,
-    CommandLimits,
-    Denied,
-    Exec,
-    Exited,
-    Message,
-    Mount,
-    Open,
-    Output,
-    Resize,
-    Stop,
-    Terminal,
-)
+from x07_sandbox.channel.messages import Changes, Close, Closed, Denied, Exec, Exited, Resize, Stop, Terminal
 from x07_sandbox.channel.streams import Event
 from x07_sandbox.channel.trees import Entry
 from x07_sandbox.channel.trees import Kind as Record
 from x07_sandbox.guest import confine, control, init
-from x07_sandbox.guest.environment import Environment, failure, job_settings
+from x07_sandbox.guest.environment import failure, job_settings
 from x07_sandbox.guest.errors import JobError
 from x07_sandbox.guest.exec import READ, Command
 from x07_sandbox.guest.execution import ExecutionRules
@@ -41,7 +26,9 @@ from x07_sandbox.guest.trees import Left, Room, changes, left_files, stream_of
 
 if TYPE_CHECKING:
     from x07_sandbox.channel.carrier import Carrier
+    from x07_sandbox.channel.messages import CommandLimits, Message, Mount, Open, Output
     from x07_sandbox.guest.audit import Audit, NoAudit
+    from x07_sandbox.guest.environment import Environment
 
 _PROJECT: Final = "/x07/in/project"
 _OUT: Final = "/x07/out"

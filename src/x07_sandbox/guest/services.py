@@ -4,6 +4,8 @@ Everything that they need is imported before the fork, since the agent's code ma
 namespaces.
 """
 
+from __future__ import annotations
+
 import os
 import select
 import socket

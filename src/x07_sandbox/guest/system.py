@@ -1,5 +1,7 @@
 """Kernel calls that Python's standard library does not provide, and small file helpers."""
 
+from __future__ import annotations
+
 import ctypes
 import errno
 import fcntl

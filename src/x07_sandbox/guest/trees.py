@@ -5,6 +5,8 @@ every change gets a later ctime, the program starts at least one clock tick afte
 then compares contents.
 """
 
+from __future__ import annotations
+
 import contextlib
 import os
 import stat

@@ -3,6 +3,8 @@
 A hostile build may have made the archive, so names are verified. tarfile is ten times slower (measured), and less safe.
 """
 
+from __future__ import annotations
+
 import os
 import re
 import stat

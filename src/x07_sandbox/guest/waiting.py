@@ -7,11 +7,12 @@ preloaded ones stay.
 import marshal
 import os
 import sys
-from types import ModuleType
-from typing import Any
 
 # Neither `typing` nor `__future__` is imported: the program would find them.
 TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import ModuleType
+    from typing import Any
 
 FOLDER = "/run/start"  # of the module that stops the interpreter; in the program's view until it starts
 SCRIPTS = "/x07/in/"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections.abc
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -12,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Final
 from x07_sandbox.errors import UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Iterator, Mapping
+
     from x07_sandbox.options import Kind, Option
     from x07_sandbox.policy.model import Policy
     from x07_sandbox.runs.request import Loader

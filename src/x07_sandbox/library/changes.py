@@ -1,7 +1,9 @@
 """Functions that show, apply and revert the changes of a run."""
 
+from __future__ import annotations
+
 import contextlib
-from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -9,8 +11,13 @@ from x07_sandbox.errors import SandboxError, UsageError
 from x07_sandbox.library.keyword_names import keyword
 from x07_sandbox.runs.patches import include_applied, patch_chunks
 from x07_sandbox.runs.result import Changes, Result
-from x07_sandbox.runs.saved_changes import SavedChanges, find_saved, summarize, undo_saved
+from x07_sandbox.runs.saved_changes import find_saved, summarize, undo_saved
 from x07_sandbox.runs.selection import Grants, apply_selected, below, select_changes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from x07_sandbox.runs.saved_changes import SavedChanges
 
 
 class Diff(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -1,5 +1,7 @@
 """The types of the keyword arguments of `run_program`, shared by all functions that accept them."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, TypedDict

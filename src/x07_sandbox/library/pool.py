@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from functools import partial
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Unpack
 
 from x07_sandbox.errors import UsageError
@@ -18,6 +15,10 @@ from x07_sandbox.library.arguments import bad_argument, check_names
 from x07_sandbox.library.run import OPTIONS, check_result, run_once
 
 if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from types import TracebackType
+
     from x07_sandbox.host.cancel import Cancel
     from x07_sandbox.library.options import RunOptions
     from x07_sandbox.runs.result import Result

@@ -5,18 +5,20 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Final
 
 from x07_sandbox.errors import SandboxError
 from x07_sandbox.host.clocks import unix_ms
 from x07_sandbox.host.paths import state_dir
 from x07_sandbox.jobs.active import JOB_NAME, unfinished_jobs
-from x07_sandbox.runs.request import RunCaller, RunRequest
+from x07_sandbox.runs.request import RunRequest
 from x07_sandbox.runs.run import attempt
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
     from x07_sandbox.options import Option
+    from x07_sandbox.runs.request import RunCaller
     from x07_sandbox.runs.result import Result
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
 
 # Modules that run programs are imported on the first run, so that importing this one is cheap.
@@ -15,6 +14,8 @@ from x07_sandbox.host.threads import start_thread
 from x07_sandbox.library.arguments import bad_argument, check_names, checked_options, loaders_for
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
     from x07_sandbox.backends.base import MachineSource
     from x07_sandbox.host.cancel import Cancel
     from x07_sandbox.library.options import CommandOptions, RunOptions

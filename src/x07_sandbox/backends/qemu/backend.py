@@ -191,7 +191,7 @@ class QemuBackend:
                         transient = exc.failure.transient
                         why_not = process.suspend(why_not, transient=transient, keep=transient)
                 except (BackendError, HostError) as exc:  # perhaps a clone needs less
-                    why_not = process.suspend(f"{exc.what}: {exc.why}", transient=True, keep=True)
+                    why_not = f"{exc.what}: {exc.why}"
                 else:
                     instance.notes = tuple(notes.values())
                     stack.push(one.pop_all())

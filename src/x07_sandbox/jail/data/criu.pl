@@ -11,8 +11,8 @@
 #          names, a line each, the sockets and SCRATCH_FD as criu does.
 # restore  RELEASE_FD contains the length of a mark (four bytes), the mark, and a seccomp filter. CRIU leaves the process
 #          stopped. This process then replaces the mark of the dumped process by the new one, makes the process load the
-#          filter for all its threads, unmounts MOUNTS (paths, separated by commas), drops all capabilities, and lets the process continue. It exits
-#          with that process's status (128 + N for a signal).
+#          filter for all its threads, unmounts MOUNTS (paths, separated by commas), drops all capabilities, and lets the
+#          process continue. It exits with that process's status (128 + N for a signal).
 #
 # CALLS: system calls as NAME=NUMBER, separated by commas. x86_64 only. Perl without modules, as for the supervisor.
 
