@@ -17,7 +17,7 @@ import pytest
 
 from tests.conftest import FULL, need, overwrite
 from tests.unit.test_jail_own_limits import ALLOW, LINE, answer, number, numbers
-from tests.vm.conftest import BEHAVE, Artifacts, Sandbox, left_behind, owners, usual_start
+from tests.vm.conftest import BEHAVE, Artifacts, Sandbox, copy_cache, left_behind, owners, usual_start
 from x07_sandbox.backends.qemu import hot, template
 from x07_sandbox.backends.qemu.machine import Paths
 from x07_sandbox.cli.main import main
@@ -165,11 +165,10 @@ def filter_of(pid: int) -> bytes:
 @pytest.fixture(scope="module")
 def own_cache(artifacts: Artifacts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A cache with the image, built programs and saved VMs of the usual one, and no saved process."""
-    from x07_sandbox.host.paths import cache_dir
-
     artifacts.built(BEHAVE)
     cache = tmp_path_factory.mktemp("hot") / "cache"
-    subprocess.run(["/bin/cp", "-a", "--sparse=always", cache_dir(), cache], check=True)
+    copy_cache(cache)
+    (cache / "templates" / ".lock").unlink(missing_ok=True)  # the same file as that of the usual cache
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("X07_VM_CACHE_DIR", str(cache))
         remove_processes()
