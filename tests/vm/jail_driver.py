@@ -38,7 +38,7 @@ from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.cancel import Cancel
 from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.linux import children_of
-from x07_sandbox.host.paths import cache_dir
+from x07_sandbox.host.paths import state_dir, unnamed_file
 from x07_sandbox.images.store import find_image
 from x07_sandbox.images.verify import open_image
 from x07_sandbox.jobs.record import Claim, create_record, new_run_id
@@ -101,9 +101,10 @@ def dumped(kind: MachineKind, arch: Arch) -> Iterator[Hot]:
     assert kind.image is not None
     head, disk = kind.image.fds["scratch"], kind.image.manifest.scratch_disk
     with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=cache_dir())))
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=state_dir())))
         (folder / "images").mkdir(mode=0o700)
-        fds = [os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o444) for name in ("ram", "state", "scratch")]
+        fds = [os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o444) for name in ("ram", "state")]
+        fds.append(unnamed_file(folder, ""))  # the program may fill it, and this process may be killed
         fds.append(os.open(folder / "images", os.O_RDONLY))
         for fd in fds:
             stack.callback(os.close, fd)
