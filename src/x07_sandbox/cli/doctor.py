@@ -364,7 +364,7 @@ def _image_and_machine(choice: Choice) -> list[Finding]:
 def _hot_clones(why_not: str) -> Finding:
     """Return whether VMs are restored from saved processes."""
     if not why_not:
-        text = "VMs are restored from saved processes of VMs, in a third of the time"
+        text = "VMs are restored from saved processes of VMs, in less than half the time"
         return Finding(code="hot-clones", subject="hot clones", good=True, text=text)
     text = f"VMs start as clones of saved VMs, which takes longer: {why_not}"
     return Finding(code="no-hot-clones", subject="hot clones", good=None, text=text)

@@ -29,7 +29,7 @@ from x07_sandbox.jobs.record import Claim, new_run_id
 from x07_sandbox.plan.sizes import ram_class_bytes
 from x07_sandbox.policy import default_policy
 from x07_sandbox.runs.prepare import check_pinned, current_image
-from x07_sandbox.runs.warm_up import warm_up
+from x07_sandbox.runs.warm_up import needs_of_programs, warm_up
 
 _TRY_AGAIN_S: Final = 1.0
 _FAILURES_MAX: Final = 3  # in a row, before the error is reported
@@ -92,6 +92,7 @@ class WarmMachines:
             self._cloning = _cloning_of(self.backend)
             self.backend.probe(self._image)
             self.kind = MachineKind(image=self._image, ram_bytes=ram_class_bytes(default_policy().limits.mem_bytes))
+            self._needs = needs_of_programs(self.kind)
         except BaseException:
             self._stack.close()
             self._cancel.close()
@@ -148,7 +149,7 @@ class WarmMachines:
             contextlib.ExitStack() as stack,
         ):
             claim = Claim(run_id=new_run_id(), phase="warm", wall_ms=int(settings.WARM_S * 1000))
-            job = Job(claim=claim, kind=self.kind, caller=self._caller, warm_up=warm_up)
+            job = Job(claim=claim, kind=self.kind, caller=self._caller, needs=self._needs, warm_up=warm_up)
             try:
                 instance = stack.enter_context(self.backend.start(job))
             except NoAnswerError as exc:

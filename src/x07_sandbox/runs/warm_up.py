@@ -20,13 +20,13 @@ from x07_sandbox.plan.outcomes import classify
 from x07_sandbox.plan.sizes import build_limits, command_limits, ram_class_bytes
 from x07_sandbox.policy import default_policy
 from x07_sandbox.programs.toolchains import ARTIFACT
-from x07_sandbox.runs.phase import CWD, PhaseSpec, run_phase
+from x07_sandbox.runs.phase import CWD, PhaseSpec, needs_of, run_phase
 from x07_sandbox.runs.phase_specs import opening, run_environment
 from x07_sandbox.runs.request import in_memory
 from x07_sandbox.sandboxes.transfers import CommandStreams, Receivers, Sink, memory_file
 
 if TYPE_CHECKING:
-    from x07_sandbox.backends.base import Cloning, Instance, MachineKind
+    from x07_sandbox.backends.base import Cloning, Instance, MachineKind, Needs
     from x07_sandbox.host.cancel import Cancel
 
 _INPUT: Final = b'hello\n"world"\n'
@@ -61,6 +61,12 @@ def warm_up(instance: Instance, kind: MachineKind, cloning: Cloning, cancel: Can
             cloning.renew(instance, plain)
             greet(instance, cancel_fd=cancel.fd)
     cloning.renew(instance, kind)
+
+
+def needs_of_programs(kind: MachineKind) -> Needs:
+    """Return what the warm-up programs need of an instance of this kind."""
+    with contextlib.ExitStack() as stack:
+        return needs_of(_spec(kind, [], stack))
 
 
 def _run(instance: Instance, kind: MachineKind, argv: list[str], cancel: Cancel) -> None:

@@ -187,7 +187,7 @@ def lack_of_space(ram_bytes: int) -> str:
     if free >= needed_bytes:
         return ""
     needed = needed_bytes >> 20
-    return f"there is no saved VM, and saving one takes {needed} MiB of disk space, but {free >> 20} MiB are free"
+    return f"saving one takes {needed} MiB of disk space, but {free >> 20} MiB are free"
 
 
 def template_for(kind: MachineKind, *, kvm: bool) -> Template:
