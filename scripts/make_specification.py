@@ -79,6 +79,8 @@ PAGES = (
                 "unit/channel_*",
                 "unit/container_commands",
                 "unit/session*",
+                "unit/shared_session",
+                "vm/sandbox",
                 "unit/guest_filters",
             ),
             *("unit/jail_bwrap", "unit/jail_cgroups", "unit/jail_landlock", "unit/jail_libraries", "unit/jail_uids"),
@@ -96,7 +98,7 @@ PAGES = (
         (
             *("unit/change_rules", "unit/changes_left_out", "unit/commands_and_working_folders", "unit/files_apply"),
             *("unit/files_patch", "unit/files_there_and_back", "unit/run_host_files", "unit/run_outputs"),
-            *("unit/saved_changes", "vm/exec", "vm/host_files"),
+            *("unit/saved_changes", "unit/unpack", "vm/exec", "vm/host_files"),
         ),
     ),
     Page(

@@ -18,6 +18,10 @@ Functions, with their most important arguments; `help(x07_sandbox.run_program)` 
 
 Classes and types:
     Pool                an executor that runs many programs in warm VMs
+    Sandbox             a VM that stays open for many commands
+    AsyncSandbox        the same for asyncio
+    Process, Ended      a command that runs in a sandbox, and how a command ended
+    FileInfo            facts about a file of a sandbox
     Result              how a run ended, what it printed and changed
     Output              one output stream of a result
     Diff                what a run changed, with a patch
@@ -36,8 +40,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from x07_sandbox.errors import SandboxError
     from x07_sandbox.host.version import __version__
+    from x07_sandbox.library.async_sandbox import AsyncSandbox
     from x07_sandbox.library.changes import Diff, apply, diff, undo
+    from x07_sandbox.library.file_info import FileInfo
     from x07_sandbox.library.pool import Pool
+    from x07_sandbox.library.processes import Ended, Process
     from x07_sandbox.library.run import (
         exec_command,
         exec_command_async,
@@ -45,18 +52,24 @@ if TYPE_CHECKING:
         run_program,
         run_program_async,
     )
+    from x07_sandbox.library.sandbox import Sandbox
     from x07_sandbox.plan.denials import Outcome
     from x07_sandbox.policy.model import Limits, Policy
     from x07_sandbox.runs.result import Output, Result
 
 __all__ = [
+    "AsyncSandbox",
     "Diff",
+    "Ended",
+    "FileInfo",
     "Limits",
     "Outcome",
     "Output",
     "Policy",
     "Pool",
+    "Process",
     "Result",
+    "Sandbox",
     "SandboxError",
     "__version__",
     "apply",
@@ -73,8 +86,12 @@ _NAMES_BY_MODULE = {
     "errors": ("SandboxError",),
     "host.version": ("__version__",),
     "library.changes": ("Diff", "apply", "diff", "undo"),
+    "library.async_sandbox": ("AsyncSandbox",),
+    "library.file_info": ("FileInfo",),
     "library.pool": ("Pool",),
+    "library.processes": ("Ended", "Process"),
     "library.run": ("exec_command", "exec_command_async", "load_policy", "run_program", "run_program_async"),
+    "library.sandbox": ("Sandbox",),
     "plan.denials": ("Outcome",),
     "policy.model": ("Limits", "Policy"),
     "runs.result": ("Output", "Result"),

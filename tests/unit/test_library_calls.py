@@ -299,7 +299,9 @@ def test_the_manifest_provides_defaults(tmp_path: Path) -> None:
 
 # Each module costs every caller's start: the rest is loaded by the first call.
 IMPORTED = """
-errors host host.decoding host.settings host.threads host.version library library.arguments library.pool library.run
+errors host host.decoding host.settings host.threads host.version
+library library.arguments library.async_sandbox library.file_info library.pool library.processes library.run
+library.sandbox
 network network.summary
 plan plan.denials plan.features
 policy policy.decode policy.default policy.environment policy.model policy.problems policy.rules

@@ -143,6 +143,6 @@ def test_a_confined_process_replaces_vm_steps() -> None:
     """A confined process replaces the steps of a VM that it cannot take, and omits none."""
     machine = {step.name: step for step in (*MACHINE.world, *MACHINE.rights)}
     confined = {step.name: step for step in (*CONFINED.world, *CONFINED.rights)}
-    assert machine.keys() - confined.keys() == {"no capabilities"}  # a part of its own user
+    assert machine.keys() - confined.keys() == {"bounding set", "no capabilities"}  # parts of its own user
     other = {name for name, step in confined.items() if step is not machine.get(name)}
-    assert other == {"devices", "rules about programs", "own user", "scopes"}
+    assert other == {"devices", "rules about programs", "own user"}

@@ -83,6 +83,7 @@ class Run:
         policy = msgspec.structs.replace(policy, fs=msgspec.structs.replace(policy.fs, **rules))
         caller = RunCaller(cancel=self.cancel, progress=words.pop("progress", lambda _text: None))
         request = RunRequest(source=b"pass", toolchain="python", policy=policy, **words)
+        self.choice = request.changes
         request, program = load_program(request, caller, self.stack)
         unused: Any = None
         prepared = Prepared(
@@ -115,7 +116,7 @@ class Run:
         for entry in (Entry(Kind.ROOT, b"0"), *entries, Entry(Kind.END, b"")):
             if not files.incoming.take(entry.encoded()):
                 break
-        return files.settle(ended_well=True)
+        return files.settle(self.choice, "")
 
 
 @pytest.fixture

@@ -199,14 +199,14 @@ def test_output_in_memory_holds_up_the_guest(pair: Pair) -> None:
     pair.turn()
     assert pair.guest.until_event(streams.DATA).data == b"input"
     pair.guest.say(Started(1))
-    number = pair.guest.stream(Stream.STDOUT, bytes(30_000), 1, ended=False)
+    number = pair.guest.stream(Stream.STDOUT, bytes(50_000), 1, ended=False)
     for _ in range(2):
         pair.turn()
-        pair.guest.link.streams.send(number, bytes(30_000))
+        pair.guest.link.streams.send(number, bytes(50_000))
         pair.guest.flush()
     pair.turn()
     assert not pair.guest.events
-    assert len(pair.session.read(command, inbox)) == 90_000
+    assert len(pair.session.read(command, inbox)) == 150_000
     pair.turn()
     pair.guest.until_event(streams.CREDIT)
     assert pair.guest.link.streams.window(number) == WINDOW
@@ -227,7 +227,7 @@ def test_file_requests_are_answered(pair: Pair) -> None:
     files = file_server(pair, encode(Answer(0, 5)) + b"hello" + encode(Answer(2)))
     assert files.ask(Request("read", "/a", size=5)) == Answer(0, 5)
     assert files.content(5) == b"hello"
-    assert files.ask(Request("write", "/b", size=3), b"new") == Answer(2)
+    assert files.ask(Request("write", "/b", size=3), [b"new"]) == Answer(2)
     pair.turn()
     sent = pair.guest.until_event(streams.DATA).data + pair.guest.until_event(streams.DATA).data
     assert sent == encode(Request("read", "/a", size=5)) + encode(Request("write", "/b", size=3)) + b"new"

@@ -19,6 +19,8 @@ import pytest
 from msgspec.structs import replace
 
 from tests.conftest import need
+from tests.vm.conftest import usual_start
+from x07_sandbox import run_program
 from x07_sandbox.host.paths import cache_dir
 from x07_sandbox.policy import default_policy, render_policy
 
@@ -170,6 +172,9 @@ def test_a_program_with_many_descriptors_may_call_the_library(state: Path) -> No
     env = os.environ | {"X07_VM_STATE_DIR": str(state)}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "stdout b'one\\n'\ntwo\n", "")
+    # Other processes still restore VMs.
+    other = run_program(source="true", toolchain="shell")
+    assert other.phases["run"].start == usual_start(), other.warnings
 
 
 @pytest.mark.parametrize(
@@ -291,7 +296,7 @@ def test_a_proc_with_subset_pid_is_refused(state: Path) -> None:
 
 def test_a_missing_tool_leaves_no_record(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run refused because a tool is missing leaves no job record."""
-    from x07_sandbox import SandboxError, run_program
+    from x07_sandbox import SandboxError
     from x07_sandbox.backends.prerequisites import Need
     from x07_sandbox.backends.qemu import start
 

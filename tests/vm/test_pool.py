@@ -166,7 +166,8 @@ def test_a_run_takes_a_warm_machine_and_leaves_nothing(echo: str, state: Path, t
         assert job["run_id"] == folder.name == owner["labels"]["io.x07.run_id"]
         assert (owner["run"], owner["runner"]["pid"] != pid) == (result["run"], True)
         assert str(job["deadline_unix_ms"]) == owner["labels"]["io.x07.deadline_unix_ms"]
-        assert ran(echo, "--no-pool")["phases"]["run"]["start"] == usual_start()
+        alone = ran(echo, "--no-pool")
+        assert alone["phases"]["run"]["start"] == usual_start(), alone["warnings"]
         if FULL:
             assert ran(echo, "--cold")["phases"]["run"]["start"] == "cold"
         again = x07("pool", "start")
@@ -312,7 +313,7 @@ def test_runs_fall_back_to_clones_without_an_answer(echo: str) -> None:
     with pool_process(1) as pid:
         os.kill(pid, signal.SIGSTOP)
         result = ran(echo)
-        assert result["phases"]["run"]["start"] == usual_start()
+        assert result["phases"]["run"]["start"] == usual_start(), result["warnings"]
         assert [text for text in result["warnings"] if "the pool did not answer" in text]
         asked = x07("pool", "status")
         assert (asked.returncode, asked.stdout) == (125, b"")

@@ -14,6 +14,22 @@ if TYPE_CHECKING:
     from x07_sandbox.channel.streams import Event, Role
 
 READ_SIZE: Final = 128 * 1024
+_PART: Final = 4096
+
+
+class ReadBuffer:
+    """A buffer to read from a descriptor, such as a console port of a guest.
+
+    The console driver fills at most 4 KiB of each buffer, so many are passed at once.
+    """
+
+    def __init__(self) -> None:
+        self._view = memoryview(bytearray(READ_SIZE))
+        self._parts = [self._view[at : at + _PART] for at in range(0, READ_SIZE, _PART)]
+
+    def read(self, fd: int) -> memoryview:
+        """Read what has arrived, at most READ_SIZE bytes, which the next call replaces. Raises OSError."""
+        return self._view[: os.readv(fd, self._parts)]
 
 
 class Connection:
@@ -23,6 +39,7 @@ class Connection:
         self.fd = fd
         self._out_fd = fd if out_fd is None else out_fd
         self.link = Link(role, state)
+        self._buffer = ReadBuffer()
         for one in {fd, self._out_fd}:
             os.set_blocking(one, False)
 
@@ -42,7 +59,7 @@ class Connection:
         the channel.
         """
         try:
-            data = os.read(self.fd, READ_SIZE)
+            data = self._buffer.read(self.fd)
         except BlockingIOError:
             return ()
         except ConnectionResetError:

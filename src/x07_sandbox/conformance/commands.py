@@ -157,7 +157,7 @@ def asked(bench: Bench) -> Facts:
 
         def error(kind: str, name: str) -> str:
             content = b"one two" if kind == "write" else b""
-            found = files.ask(Request(kind, f"{here}/{name}", size=len(content)), content)
+            found = files.ask(Request(kind, f"{here}/{name}", size=len(content)), [content])
             return errno.errorcode.get(found.errno, "ok")
 
         written = error("write", "file")

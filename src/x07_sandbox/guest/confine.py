@@ -33,6 +33,7 @@ _ENTRIES: Final = 4096  # more than fit into a small archive (IN_MEMORY_BYTES), 
 CWD: Final = "/opt/x07"
 IN_MEMORY: Final = ("/tmp", "/dev/shm")  # noqa: S108 - the program's tmpfs folders
 CGROUP_VIEW: Final = "/sys/fs/cgroup"
+_IGNORED: Final = (signal.SIGPIPE, signal.SIGXFSZ)  # by init, as by Python
 _PTYS_MAX: Final = 64  # their kernel buffers are not charged to the program
 
 
@@ -323,9 +324,18 @@ def _control_group(world: World) -> None:
     system.write_file("/proc/self/oom_score_adj", "500")  # do not inherit the agent's protection
 
 
+def _bounding_set(_world: World) -> None:
+    """Drop the bounding set of init, whose children inherit it. Init keeps its other sets, and executes nothing."""
+    kernel.drop_bounding_set()
+
+
 def no_capabilities(_world: World) -> None:
     """Drop the bounding and ambient sets, so that nothing that this process executes has capabilities."""
     kernel.drop_bounding_set()
+    _no_ambient_set(_world)
+
+
+def _no_ambient_set(_world: World) -> None:
     kernel.prctl(kernel.PR_CAP_AMBIENT, kernel.PR_CAP_AMBIENT_CLEAR_ALL)
 
 
@@ -339,30 +349,28 @@ def _no_new_privileges(_world: World) -> None:
     kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
 
 
-def scopes(_world: World) -> None:
-    """Forbid signals and abstract sockets to processes outside the program's namespaces.
-
-    The namespaces forbid them already; this is a second barrier.
-    """
-    # Measured: if a later ruleset handles files, this one must allow moving them too.
-    fd = kernel.landlock_ruleset(kernel.REFER, scopes=kernel.SCOPES)
-    kernel.landlock_allow(fd, "/", kernel.REFER)
-    kernel.landlock_restrict(fd)
-    os.close(fd)
-
-
 def _system_calls(world: World) -> None:
     kernel.load_filter(world.quiet_filter)
     kernel.load_filter(world.base_filter, audited=True)
 
 
-def _fresh_signals(_world: World) -> None:
+def own_signals() -> None:
+    """Reset all signals of init but those that Python ignores."""
     for number in range(1, 32):
-        if number not in {signal.SIGKILL, signal.SIGSTOP}:
+        if number not in {signal.SIGKILL, signal.SIGSTOP, *_IGNORED}:
             signal.signal(number, signal.SIG_DFL)
+    for number in _IGNORED:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _fresh_signals(_world: World) -> None:
+    for number in _IGNORED:  # init has reset the others
+        signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
+BOUNDING_SET: Final = "bounding set"
+NO_CAPABILITIES: Final = "no capabilities"
 FRESH_SIGNALS: Final = Step[World]("fresh signals", "", _fresh_signals)
 MACHINE: Final = Confinement(
     world=(
@@ -375,15 +383,15 @@ MACHINE: Final = Confinement(
         Step("work folders", "CAP_SYS_ADMIN, a scratch folder", _work_folders),
         Step("root", "CAP_SYS_ADMIN", _enter),
         Step("rules about programs", "Landlock", rules),
+        Step(BOUNDING_SET, "CAP_SETPCAP", _bounding_set),
     ),
     rights=(
         Step("control group", "a control group that can be written to", _control_group),
-        Step("no capabilities", "CAP_SETPCAP", no_capabilities),
+        Step(NO_CAPABILITIES, "CAP_SETPCAP", _no_ambient_set),  # without a bounding set since `world`
         Step("own user", "CAP_SETUID, CAP_SETGID", _own_user),
         Step("no new privileges", "", _no_new_privileges),
         FRESH_SIGNALS,
         # The process applies the restrictions of the policy itself, later (`restrict`).
-        Step("scopes", "Landlock", scopes),
         Step("system calls", "no new privileges", _system_calls),
     ),
     job=(*VIEW, Step("resource limits", "CAP_SYS_RESOURCE", _resource_limits, RESOURCES)),

@@ -18,7 +18,7 @@ from x07_sandbox.channel.trees import Entry, Kind
 from x07_sandbox.guest import confine, system
 from x07_sandbox.guest.cgroup import HostGroup, HostGroupsV1, NoGroup, counter
 from x07_sandbox.guest.errors import JobError
-from x07_sandbox.guest.process import FREE_INIT, RULES, SCOPES, OnSharedKernel, limits_of_child
+from x07_sandbox.guest.process import FREE_INIT, RULES, OnSharedKernel, limits_of_child
 from x07_sandbox.guest.system import write_file
 from x07_sandbox.guest.trees import Tree, as_program_user
 
@@ -56,9 +56,9 @@ CONTAINED: Final = confine.Confinement(
     world=(FREE_INIT, RULES),
     rights=(
         confine.Step("first to die", "", _first_to_die),
-        *(_MACHINE_STEPS[name] for name in ("no capabilities", "own user", "no new privileges")),
+        confine.Step(confine.NO_CAPABILITIES, "CAP_SETPCAP", confine.no_capabilities),
+        *(_MACHINE_STEPS[name] for name in ("own user", "no new privileges")),
         confine.FRESH_SIGNALS,
-        SCOPES,
         _MACHINE_STEPS["system calls"],
     ),
     job=(

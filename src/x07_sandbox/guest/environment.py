@@ -31,6 +31,7 @@ IN_MEMORY_BYTES: Final = 256 * 1024  # input files up to this total are kept in 
 _FOLDERS: Final = {"in": False, "out": True, "work": True, "trees": False}  # by name: whether the program owns it
 WAITING_BYTES: Final = 32 << 20  # memory allowed to the waiting process, whatever the job's limit
 SPARE_CPU_S: Final = 5
+_PIPE_BYTES: Final = 256 * 1024
 _EVENTS: Final = ("oom_kills", "tasks_refused")  # counters that only grow
 _TIOCSPTLCK: Final = 0x40045431  # ioctl_tty(2)
 _TIOCGPTPEER: Final = 0x5441
@@ -176,6 +177,9 @@ class Environment:
             stdout_fd, stdout_w = os.pipe2(os.O_CLOEXEC)
             merged = order is not None and order.merge
             stderr_fd, stderr_w = (-1, os.dup(stdout_w)) if merged else os.pipe2(os.O_CLOEXEC)
+            for fd in (stdin_fd, stdout_w):  # so that a program and the agent take turns less often
+                with contextlib.suppress(OSError):  # over a limit of this system
+                    fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
             ours, theirs = (stdin_fd, stdout_fd, stderr_fd), (stdin_r, stdout_w, stderr_w)
         status_fd, status_w = os.pipe2(os.O_CLOEXEC)
         start_r, start_fd = os.pipe2(os.O_CLOEXEC)

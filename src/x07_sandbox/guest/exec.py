@@ -10,8 +10,9 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
-from x07_sandbox.channel.link import WINDOW, Link, Stream
+from x07_sandbox.channel.link import DATA_MAX, WINDOW, Link, Stream
 from x07_sandbox.channel.messages import Started
+from x07_sandbox.channel.streams import HEADER
 from x07_sandbox.guest.environment import exec_failure
 from x07_sandbox.guest.processes import cpu_ticks, pid_here
 from x07_sandbox.guest.system import children_of
@@ -21,12 +22,13 @@ if TYPE_CHECKING:
     from x07_sandbox.guest.environment import Environment, Process
     from x07_sandbox.guest.errors import JobError
 
-READ: Final = 32 * 1024
+READ: Final = DATA_MAX - HEADER.size  # a frame then fills four 32 KiB writes of the console driver
 PIPE_BYTES: Final = 1 << 20  # the most that a pipe can hold after programs have enlarged it (pipe(7))
 TICK_S: Final = 0.1  # interval of CPU limit checks
 # After _SHORT_READS short reads in a row without input in between, pause reading, so that a program that writes line by
 # line is not interrupted for every line.
 _SHORT: Final = 2048
+_LONG: Final = 16 * 1024
 _SHORT_READS: Final = 4
 _PAUSE_S: Final = 0.005
 _END_OF_INPUT: Final = b"\x04"  # of a terminal in its usual mode
@@ -194,7 +196,7 @@ class Command:
 
     def _count_read(self, size: int) -> None:
         now = time.monotonic()
-        most = _SHORT if self._short_reads < _SHORT_READS else READ // 2
+        most = _SHORT if self._short_reads < _SHORT_READS else _LONG
         in_row = size < most and now - self._read_at < 3 * _PAUSE_S
         self._short_reads = self._short_reads + 1 if in_row else 0
         self._read_at, self._paused_until = now, now + _PAUSE_S

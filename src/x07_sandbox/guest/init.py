@@ -49,6 +49,7 @@ def run_init(
         os.setsid()
         close_descriptors_except(*pipes.all(), agent.fileno(), report_fd, world.netns_fd, *world.procs_fds)
         confine.apply(confinement.world, world)
+        confine.own_signals()
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])  # for `serve`; programs start with no signal blocked
         program = os.fork()
         if program == 0:
@@ -103,7 +104,6 @@ class _Init:
 
     def serve(self) -> None:
         """Serve the agent until it ends. Raises StepError, OSError."""
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's handler would raise an exception here
         agent, ended = self._agent.fileno(), kernel.signal_fd(signal.SIGCHLD)
         poll = select.poll()
         poll.register(agent, select.POLLIN)

@@ -26,9 +26,8 @@ if TYPE_CHECKING:
     from x07_sandbox.guest.relay_process import RelayProcess
 
 GROUP: Final = "/run/x07/cgroup"  # the program's control group, if the host has made one
-# The first Landlock versions (landlock(7)) that allow moving files between folders, and that have scopes.
+# The first Landlock version (landlock(7)) that allows moving files between folders.
 _RULES_ABI: Final = 2
-_SCOPES_ABI: Final = 6
 _CORE_NONE: Final = 1  # core(5): this limit, not 0, also suppresses dumps that are piped to a program
 
 
@@ -61,11 +60,6 @@ def _own_user(world: confine.World) -> None:
     kernel.drop_capabilities()
 
 
-def _scopes(world: confine.World) -> None:
-    if kernel.landlock_version() >= _SCOPES_ABI:
-        confine.scopes(world)
-
-
 def _limit(pid: int, limits: tuple[tuple[int, int], ...]) -> None:
     """Set resource limits of the process *pid*, each to at most its present hard limit."""
     for which, value in _possible(limits, pid):
@@ -86,20 +80,19 @@ def _resource_limits(settings: confine.JobSettings) -> None:
 
 
 RULES: Final = confine.Step[confine.World]("rules about programs", "Landlock 2, where the kernel has it", _rules)
-SCOPES: Final = confine.Step[confine.World]("scopes", "Landlock 6, where the kernel has it", _scopes)
 _INSTEAD: Final[dict[str, confine.Step[confine.World]]] = {
     step.name: step
     for step in (
         confine.Step("devices", "CAP_SYS_ADMIN", _devices),
         confine.Step("own user", "CAP_SYS_ADMIN, CAP_SETFCAP, one more user namespace", _own_user),
         RULES,
-        SCOPES,
     )
 }
-# The steps of a VM with replacements; _own_user also drops capabilities.
+_OMITTED: Final = {confine.BOUNDING_SET, confine.NO_CAPABILITIES}  # _own_user also drops capabilities
+# The steps of a VM with replacements.
 CONFINED: Final = confine.Confinement(
-    world=tuple(_INSTEAD.get(step.name, step) for step in confine.MACHINE.world),
-    rights=tuple(_INSTEAD.get(step.name, step) for step in confine.MACHINE.rights if step.name != "no capabilities"),
+    world=tuple(_INSTEAD.get(step.name, step) for step in confine.MACHINE.world if step.name not in _OMITTED),
+    rights=tuple(_INSTEAD.get(step.name, step) for step in confine.MACHINE.rights if step.name not in _OMITTED),
     job=(*confine.VIEW, confine.Step("resource limits", "", _resource_limits, (*confine.RESOURCES, "tasks"))),
 )
 

@@ -18,6 +18,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.channel import egress, streams
+from x07_sandbox.channel.connection import ReadBuffer
 from x07_sandbox.channel.egress import Target
 from x07_sandbox.channel.streams import Role, Streams
 from x07_sandbox.guest import firewall
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
     from x07_sandbox.guest.firewall import Sockets
     from x07_sandbox.guest.netlink import Held, HeldPackets
 
-_READ: Final = 128 * 1024
-_PORT_READ: Final = 4096  # the console driver fills at most this much of each buffer, so pass many (measured)
 _CHUNK: Final = egress.DATA_MAX - streams.HEADER.size  # a frame then fills four 32 KiB writes of the driver
 _QUEUED_MAX: Final = 64 * 1024  # bytes queued for the gate; with more, do not read sockets
 _FLOWS_MAX: Final = 896  # more than the gate accepts, and fewer than the descriptors that a process may have
@@ -111,8 +110,7 @@ class Relay:
         self._flows: dict[int, _Flow] = {}
         self._by_endpoints: dict[tuple[int, _Endpoints], _Flow] = {}
         self._connected = True
-        self._read_view = memoryview(bytearray(_READ))
-        self._read_views = [self._read_view[at : at + _PORT_READ] for at in range(0, _READ, _PORT_READ)]
+        self._buffer = ReadBuffer()
         watcher.watch(port_fd, self._serve_port)
         for sock in sockets.tcp:
             watcher.watch(sock.fileno(), partial(self._accept, sock))
@@ -139,13 +137,13 @@ class Relay:
         if not mask & ~select.EPOLLOUT:
             return
         try:
-            count = os.readv(self._port_fd, self._read_views)
+            data = self._buffer.read(self._port_fd)
         except BlockingIOError:
             return
-        if not count:
+        if not data:
             self._connected = False
             return
-        for event in self._link.receive(self._read_view[:count]):
+        for event in self._link.receive(data):
             if (flow := self._flows.get(event.stream)) is not None:
                 self._take(flow, event)
 

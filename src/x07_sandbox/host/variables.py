@@ -115,6 +115,14 @@ _ROWS: Final = (
         lo=1,
         hi=MOST_RUNNING,
     ),
+    Variable(
+        "X07_VM_MAX_SANDBOXES",
+        "number",
+        "How many sandboxes may be open at the same time.",
+        "depends on memory",
+        lo=1,
+        hi=MOST_RUNNING,
+    ),
     _text(
         "X07_VM_GUEST_IMAGE",
         "Guest image: for the qemu backend, the name or digest of a local image. The flag --image overrides it.",

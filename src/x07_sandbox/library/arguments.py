@@ -19,10 +19,12 @@ if TYPE_CHECKING:
 
 _SECONDS_BOUND: Final = 1e9  # far above every limit, so that no conversion overflows
 _RUN: Final = "x07_sandbox.run_program"
+SANDBOX: Final = "x07_sandbox.Sandbox"
 _WHAT: Final = {
     _RUN: "cannot run a program",
     "x07_sandbox.load_policy": "cannot load a policy",
     "x07_sandbox.Pool": "cannot start a pool",
+    SANDBOX: "cannot open a sandbox",
 }
 _TEXTS: Final = (collections.abc.Sequence, "a list of str")
 _EXPECTED: Final[dict[Kind, tuple[Any, str]]] = {
@@ -49,63 +51,67 @@ def check_names(function: str, options: Iterable[str], known: Collection[str]) -
             raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
 
 
-def checked_options(given: Mapping[str, Any]) -> Iterator[tuple[Option, Any]]:
+def check_one_program(given: Mapping[str, Any]) -> None:
+    """Raise UsageError unless a call names one program."""
+    if sum((given.get("program") is not None, given.get("source") is not None, bool(given.get("command")))) != 1:
+        why = "exactly one of program, source and command is required"
+        raise UsageError(_WHAT[_RUN], why, "Pass exactly one of them")
+
+
+def checked_options(given: Mapping[str, Any], function: str = _RUN) -> Iterator[tuple[Option, Any]]:
     """Yield the options of a call, with their values in the form for `make_request`. Raises UsageError.
 
     given: the keywords whose values are not the default.
     """
     from x07_sandbox.options import BY_KEYWORD
 
-    if sum((given.get("program") is not None, given.get("source") is not None, bool(given.get("command")))) != 1:
-        why = "exactly one of program, source and command is required"
-        raise UsageError(_WHAT[_RUN], why, "Pass exactly one of them")
     if "read_only" in given and "workdir" not in given:
-        raise UsageError(_WHAT[_RUN], "read_only requires workdir", "Pass workdir too")
+        raise UsageError(_WHAT[function], "read_only requires workdir", "Pass workdir too")
     for name, value in given.items():
         row = BY_KEYWORD[name]
-        yield row, _checked(row, value)
+        yield row, _checked(row, value, function)
 
 
-def _checked(row: Option, value: Any) -> Any:  # noqa: ANN401 - of many types
+def _checked(row: Option, value: Any, function: str) -> Any:  # noqa: ANN401 - of many types
     """Return the value of an option in the form for `make_request`. Raises UsageError for a wrong value."""
     name = row.keyword
     if row.kind in _EXPECTED:
-        _check_type(row, value)
+        _check_type(row, value, function)
     match row.kind:
         case "file" | "folder":
-            value = Path(_path_text(name, value, "a path", _RUN))
+            value = Path(_path_text(name, value, "a path", function))
         case "policy":
-            value = policy_argument(name, value)
+            value = policy_argument(name, value, function)
         case "words" | "list" | "patterns":
             value = tuple(value)
         case "contents":
-            value = {key: _content(name, key, content) for key, content in value.items()}
+            value = {key: _content(name, key, content, function) for key, content in value.items()}
         case "source":
             value = _encoded(value)
         case "size" | "seconds" | "number":
-            value = _number(row, value)
+            value = _number(row, value, function)
         case "choice" if value not in row.choices:
-            raise UsageError(_WHAT[_RUN], f"{name} is {value!r}", f"Use one of {', '.join(row.choices)}")
+            raise UsageError(_WHAT[function], f"{name} is {value!r}", f"Use one of {', '.join(row.choices)}")
     return value
 
 
-def _check_type(row: Option, value: Any) -> None:  # noqa: ANN401 - as above
+def _check_type(row: Option, value: Any, function: str) -> None:  # noqa: ANN401 - as above
     """Raise UsageError for a value of a wrong type."""
     kinds, expected = _EXPECTED[row.kind]
     texts = expected == _TEXTS[1]
     unlike = (texts and isinstance(value, str | bytes)) or (kinds is not bool and isinstance(value, bool))
     if unlike or not isinstance(value, kinds):
-        raise bad_argument(row.keyword, f"is {type(value).__name__}, not {expected}")
+        raise bad_argument(row.keyword, f"is {type(value).__name__}, not {expected}", function)
     if texts and row.kind != "words" and not all(isinstance(word, str) for word in value):  # the run checks words
-        raise bad_argument(row.keyword, "is not a list of str")
+        raise bad_argument(row.keyword, "is not a list of str", function)
 
 
-def _content(name: str, key: object, content: object) -> bytes:
+def _content(name: str, key: object, content: object, function: str) -> bytes:
     """Return the content of one of several files. Raises UsageError."""
     if not isinstance(key, str):
-        raise bad_argument(name, f"has the name {key!r}, which is not str")
+        raise bad_argument(name, f"has the name {key!r}, which is not str", function)
     if not isinstance(content, str | bytes):
-        raise bad_argument(f"{name}[{key!r}]", f"is {type(content).__name__}, not str or bytes")
+        raise bad_argument(f"{name}[{key!r}]", f"is {type(content).__name__}, not str or bytes", function)
     return _encoded(content)
 
 
@@ -113,13 +119,15 @@ def _encoded(text: str | bytes) -> bytes:
     return text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text
 
 
-def _number(row: Option, value: Any) -> float:  # noqa: ANN401 - as above
+def _number(row: Option, value: Any, function: str) -> float:  # noqa: ANN401 - as above
     """Return the value of a numeric option, sizes in bytes. Raises UsageError for a value out of range."""
     from x07_sandbox.policy.limits import parse_size, range_fault
 
     number = parse_size(value) if isinstance(value, str) else value
     if number is None:
-        raise bad_argument(row.keyword, f"is {value!r}, which is not a size: use bytes, or a text such as '512M'")
+        raise bad_argument(
+            row.keyword, f"is {value!r}, which is not a size: use bytes, or a text such as '512M'", function
+        )
     fault = range_fault(row, number)
     if row.kind == "seconds":
         if not 0 < number < _SECONDS_BOUND:  # rejects NaN
@@ -127,7 +135,7 @@ def _number(row: Option, value: Any) -> float:  # noqa: ANN401 - as above
         elif number < row.least:
             fault = ""  # it is rounded up
     if fault:
-        raise bad_argument(row.keyword, f"is {value!r}, but {fault}")
+        raise bad_argument(row.keyword, f"is {value!r}, but {fault}", function)
     return number
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, Unpack
 
 # Modules that run programs are imported on the first run, so that importing this one is cheap.
 from x07_sandbox.errors import SandboxError, UsageError
 from x07_sandbox.host.settings import FILES_BYTES
 from x07_sandbox.host.threads import start_thread
-from x07_sandbox.library.arguments import bad_argument, check_names, checked_options, loaders_for
+from x07_sandbox.library.arguments import bad_argument, check_names, check_one_program, checked_options, loaders_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     OnOutput = Callable[[Literal["stdout", "stderr"], bytes], object]
     Ended = tuple[Result, SandboxError | None]
 
+_T = TypeVar("_T")
 # Outcomes of runs in which the program did not start.
 _NOT_RUN = frozenset({"usage-error", "refused", "backend-error", "internal-error"})
 _CHUNK = 64 * 1024
@@ -112,7 +113,7 @@ def run_program(  # noqa: PLR0913 - each is a keyword
     from x07_sandbox.host.cancel import Cancel
 
     with contextlib.closing(Cancel()) as cancel:
-        return check_result(*_run_uninterrupted(cancel, lambda: run_once(cancel, **options)), check=check)
+        return check_result(*run_uninterrupted(cancel, lambda: run_once(cancel, **options)), check=check)
 
 
 def exec_command(
@@ -158,15 +159,15 @@ def _check_command(function: str, command: Sequence[str], options: Iterable[str]
         raise UsageError("cannot run a command", "command is not a list with at least one word", fix)
 
 
-def _run_uninterrupted(cancel: Cancel, work: Callable[[], Ended]) -> Ended:
-    """Call *work* in a thread. If a signal handler raises an exception (Ctrl-C), cancel the run and wait for its end.
+def run_uninterrupted(cancel: Callable[[], object], work: Callable[[], _T]) -> _T:
+    """Call *work* in a thread. If a signal handler raises an exception (Ctrl-C), call *cancel* and wait for its end.
 
     Handlers may interrupt the main thread at any line. In code that starts or stops a VM, that would leave the VM
     behind.
     """
     if threading.current_thread() is not threading.main_thread():
         return work()
-    ended: list[Ended | BaseException] = []
+    ended: list[_T | BaseException] = []
     go, is_awaited = threading.Event(), False
 
     def carry_out() -> None:
@@ -210,43 +211,11 @@ async def run_program_async(
 ) -> Result:
     """Run a program like `run_program`, without blocking the event loop. A cancelled call first ends the VM."""
     check_names("run_program_async", options, OPTIONS)
-    import asyncio
-
     from x07_sandbox.host.cancel import Cancel
-
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[Ended] = loop.create_future()
-    ended = asyncio.Event()
-
-    def finish(result: Ended | None, exc: BaseException | None) -> None:
-        ended.set()
-        if done.cancelled():
-            return
-        if exc is not None:
-            done.set_exception(exc)
-        elif result is not None:
-            done.set_result(result)
-
-    def work() -> None:
-        result, problem = None, None
-        try:
-            result = run_once(cancel, program=program, args=args, input=input, **options)
-        except BaseException as exc:  # noqa: BLE001 - raised again where it is awaited
-            problem = exc
-        with contextlib.suppress(RuntimeError):  # the loop is closed
-            loop.call_soon_threadsafe(finish, result, problem)
+    from x07_sandbox.library.in_thread import in_thread
 
     with contextlib.closing(Cancel()) as cancel:
-        # This does not use the loop's executor: runs that wait for a VM must not take its threads.
-        threading.Thread(target=work, name="x07-async", daemon=True).start()
-        try:
-            ended_as = await done
-        except asyncio.CancelledError:
-            cancel()
-            while not ended.is_set():  # also if cancelled again
-                with contextlib.suppress(asyncio.CancelledError):
-                    await ended.wait()
-            raise
+        ended_as = await in_thread(lambda: run_once(cancel, program=program, args=args, input=input, **options), cancel)
     return check_result(*ended_as, check=check)
 
 
@@ -283,6 +252,7 @@ def run_once(
     if not isinstance(input, bytes | bytearray | memoryview | None):
         raise bad_argument("input", f"is {type(input).__name__}, not bytes")
     given = {name: value for name, value in options.items() if value is not _DEFAULTS[name]}
+    check_one_program(given)
     request = make_request(
         checked_options(given),
         input=None if input is None else bytes(input),

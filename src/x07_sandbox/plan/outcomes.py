@@ -83,7 +83,9 @@ OUTCOMES: Final[dict[Outcome, Row]] = {
         doc="The program exited with another status, or could not be executed (status 126; 127 for a missing file).",
     ),
     "signalled": Row(fault="program", exit=ExitRule.SIGNAL, doc="A signal killed the program."),
-    "timeout": Row(fault="policy", exit=124, doc="The program reached its time limit (limits.wall_ms)."),
+    "timeout": Row(
+        fault="policy", exit=124, doc="The program reached its time limit (limits.wall_ms), or a sandbox its lifetime."
+    ),
     "cpu-limit": Row(fault="policy", exit=124, doc="The program reached its CPU time limit (limits.cpu_ms)."),
     "oom": Row(fault="policy", exit=137, doc="The kernel killed the program at its memory limit (limits.mem_bytes)."),
     "output-limit": Row(

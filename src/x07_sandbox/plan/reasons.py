@@ -49,6 +49,9 @@ REASONS: Final = {
         "{supervisor} {how} while the guest was {doing}; if this host ran out of memory, run fewer programs at once "
         "(X07_VM_MAX_RUNNING=1)"
     ),
+    "closed": "the sandbox was closed",
+    "expired": "the sandbox reached its lifetime of {limit}",
+    "idle": "the sandbox was idle for {limit}",
     "gate-exited": "the egress gate exited while the guest was {doing}",
     "bug": "bug in x07-sandbox: {problem}",
 }

@@ -50,7 +50,7 @@ from x07_sandbox.policy.limits import flag_for_file
 from x07_sandbox.programs.toolchains import PROJECT_FOLDER
 from x07_sandbox.runs.folder import RunFolder, runs_dir
 from x07_sandbox.runs.refusals import apply_command, denial, denials_and_entries, flag_for
-from x07_sandbox.runs.request import Program, ProjectPolicy, RunRequest, is_built_in
+from x07_sandbox.runs.request import ChangesChoice, Program, ProjectPolicy, RunRequest, is_built_in
 from x07_sandbox.runs.result import Changes, LeftOutEntry
 from x07_sandbox.runs.saved_changes import summarize
 from x07_sandbox.runs.workdir import workdir_root, working_folder
@@ -160,15 +160,18 @@ class HostFiles:
                 found.append(msgspec.structs.replace(denied, reason=f"{why}{links}"))
         return found
 
-    def settle(self, *, ended_well: bool) -> tuple[Changes, list[Denial], str]:
-        """Apply or save the program's changes to host files. Raises PeerError, BackendError.
+    def settle(self, choice: ChangesChoice, why_kept: str) -> tuple[Changes, list[Denial], str]:
+        """Apply, save or discard the program's changes to host files. Raises PeerError, BackendError.
 
-        Return a summary of the changes, the denials, and a warning or "". ended_well: whether the program exited by
-        itself; otherwise the changes are only saved.
+        Return a summary of the changes, the denials, and a warning or "". why_kept: why the changes are only saved,
+        whatever *choice* is; "" if nothing forbids to apply them.
         """
         incoming = self.incoming
         if incoming is None:
             return Changes(state="discarded" if self._roots else "none"), [], ""
+        if choice == "discard":
+            self._discard()
+            return Changes(state="discarded"), [], ""
         if not incoming.complete:
             self._discard()
             why = incoming.problem or "the run ended before any were sent"
@@ -178,7 +181,7 @@ class HostFiles:
                 refused,
                 f"any changes that the program made to files are lost: {why}",
             )
-        changes = self._checked(incoming)
+        changes = self._checked(incoming, whole=choice == "all-or-nothing")
         if not any(root.changes or root.left_out or root.refused for root in changes.roots):
             self._discard()
             return Changes(), [], ""
@@ -187,13 +190,13 @@ class HostFiles:
         denials = denials[:_DENIALS_MAX]
         if changes.all_or_nothing and any(root.refused for root in changes.roots):
             return summarize(changes, "kept", _why_saved(changes)), denials, ""
-        settled, warning = self._apply(changes, ended_well=ended_well)
+        settled, warning = self._apply(changes, choice, why_kept)
         return _with_left_out(settled, changes, entries), denials, warning
 
-    def _apply(self, changes: ChangeSet, *, ended_well: bool) -> tuple[Changes, str]:
-        if not ended_well:
-            return summarize(changes, "kept", "the program did not end by itself"), ""
-        if self._request.changes == "keep" or not any(root.changes for root in changes.roots):
+    def _apply(self, changes: ChangeSet, choice: ChangesChoice, why_kept: str) -> tuple[Changes, str]:
+        if why_kept:
+            return summarize(changes, "kept", why_kept), ""
+        if choice == "keep" or not any(root.changes for root in changes.roots):
             return summarize(changes, "kept", ""), ""
         from x07_sandbox.files.apply import ConflictError
         from x07_sandbox.runs.saved_changes import SavedChanges, apply_saved
@@ -215,12 +218,11 @@ class HostFiles:
         self._caller.progress(Notice(f"waiting: another command is changing {path}"))
         return self._caller.cancel.pause
 
-    def _checked(self, incoming: Incoming) -> ChangeSet:
+    def _checked(self, incoming: Incoming, *, whole: bool) -> ChangeSet:
         fs = self._policy.fs
         allowed = AllowedActions(mkdir=fs.allow_mkdir, remove=fs.allow_remove, rename=fs.allow_rename)
         reserved = _own_places()
         roots = []
-        whole = self._request.changes == "all-or-nothing"
         for number, (tree, mount) in enumerate(self._roots):
             before = _below(self.copied[tree].nodes, mount.sub)
             created = _below(dict.fromkeys(self.copied[tree].created), mount.sub)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from x07_sandbox.host.cancel import Cancel
     from x07_sandbox.network.processes import GateProcess
     from x07_sandbox.network.summary import NetworkUse
-    from x07_sandbox.plan.outcomes import Verdict
+    from x07_sandbox.plan.outcomes import Evidence, Verdict
     from x07_sandbox.runs.folder import RunFolder
     from x07_sandbox.sandboxes.execution import Facts
 
@@ -56,7 +56,7 @@ def run_job(prepared: Prepared, spec: PhaseSpec, run_id: str, folder: RunFolder)
     stderr, stderr_fd = folder.sink(f"{prefix}stderr", live_fd=live[1], max_bytes=caps[1], raw=raw)
     with (
         admitted(cancel_fd=caller.cancel.fd, timeout_s=request.queue_s, progress=caller.progress),
-        _gate(prepared, spec, folder) as gate,
+        gate_for(prepared, spec, folder) as gate,
     ):
         instance, facts, warnings = _run_phase(prepared, spec, run_id, (stdout, stderr), gate)
         net = None if gate is None else gate.account()
@@ -66,11 +66,7 @@ def run_job(prepared: Prepared, spec: PhaseSpec, run_id: str, folder: RunFolder)
 
     evidence = facts.evidence
     if gate is not None and net is None:
-        evidence = replace(evidence, gate_lost=True)
-        if said := gate.last_message():
-            warnings.append(f"the egress gate reported: {said}")
-        elif evidence.deadline_passed:
-            warnings.append("the egress gate did not answer, so the result lists no connections")
+        evidence = without_account(evidence, gate, warnings)
     if not drain((stdout, stderr), caller.cancel):
         evidence = replace(evidence, cancelled_by=caller.cancel.signal or 0)
     ending = classify(evidence, features=prepared.availability.features, limits=spec.limits_shown)
@@ -96,9 +92,19 @@ def worded_report(report: PhaseReport, ending: Verdict, word: Callable[[Flag], s
     return replace(report, reason_code=ending.code, reason=ending.reason_for(word))
 
 
-def _gate(
+def without_account(evidence: Evidence, gate: GateProcess, warnings: list[str]) -> Evidence:
+    """Return the evidence about a phase whose gate gave no account, and add to *warnings*."""
+    if said := gate.last_message():
+        warnings.append(f"the egress gate reported: {said}")
+    elif evidence.deadline_passed:
+        warnings.append("the egress gate did not answer, so the result lists no connections")
+    return replace(evidence, gate_lost=True)
+
+
+def gate_for(
     prepared: Prepared, spec: PhaseSpec, folder: RunFolder
 ) -> contextlib.AbstractContextManager[GateProcess | None]:
+    """Return the context of the egress gate of a phase, or of None if it has no network."""
     if prepared.egress is None or spec.opening.network is None:
         return contextlib.nullcontext()
     from x07_sandbox.runs.egress import gate_of
@@ -119,7 +125,7 @@ def _run_phase(
     )
     try:
         with contextlib.ExitStack() as stack:
-            instance = _start(prepared, spec, run_id, stack, warnings)
+            instance = started(prepared, spec, run_id, stack, warnings)
             gate_fd = relay_fd = None
             if gate is not None:
                 gate_fd, relay_fd = gate.pidfd, gate.connect(instance.net_fd, stack)
@@ -139,9 +145,10 @@ def _warm_up(instance: Instance, kind: MachineKind, cloning: Cloning, cancel: Ca
     warm_up(instance, kind, cloning, cancel)
 
 
-def _start(
+def started(
     prepared: Prepared, spec: PhaseSpec, run_id: str, stack: contextlib.ExitStack, warnings: list[str]
 ) -> Instance:
+    """Return an instance for a phase whose agent has answered; *stack* ends it. Raises SandboxError."""
     caller, backend, cold = prepared.caller, prepared.backend, prepared.request.cold
     job = Job(
         claim=Claim(run_id=run_id, phase=spec.name, wall_ms=spec.wall_ms),

@@ -41,6 +41,9 @@ ARGUMENTS_MAX_BYTES = 1 << 20
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,255}")
 
 
+ChangesChoice = Literal["apply", "all-or-nothing", "keep", "discard"]
+
+
 class ProjectPolicy(msgspec.Struct, frozen=True):
     """A project's own policy. It may grant nothing outside *base*, the real path of the project's folder."""
 
@@ -116,7 +119,7 @@ class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
     queue_s: float = settings.QUEUE_S
     require_hardware: bool = False
     profile: str | None = None
-    changes: Literal["apply", "all-or-nothing", "keep", "discard"] = "apply"
+    changes: ChangesChoice = "apply"
     out: Path | None = None
     allow_protected: tuple[str, ...] = ()
     hide: tuple[str, ...] = ()

@@ -195,8 +195,31 @@ class Scaling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     cpu_ms: int
 
 
+class CommandReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One command of a sandbox.
+
+    id: the number of the command in its sandbox.
+    argv_sha256: the digest of its arguments, each followed by a zero byte.
+    outcome: how the command ended, in the same words as the outcome of a run.
+    exit_code: the exit status of the command; null if it did not exit by itself.
+    signal: the signal that ended the command; null if there was none.
+    began_ms: when the command was sent to the VM, in milliseconds since the sandbox was opened.
+    wall_ms: the time from then until its end, in milliseconds.
+    cpu_ms: the CPU time used, in milliseconds.
+    """
+
+    id: int
+    argv_sha256: str
+    outcome: Outcome
+    exit_code: int | None
+    signal: int | None
+    began_ms: float
+    wall_ms: float
+    cpu_ms: float
+
+
 class Result(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The result of one run.
+    """The result of one run, or of one sandbox.
 
     run: the id of the run, to give to commands such as `x07 diff` and `x07 logs`.
     schema_version: the version of this format.
@@ -234,6 +257,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     net: the program's connections; null if it had no network access.
     scaling: how x07 multiplied the time limits; null if it did not.
     limits: the limits that applied; null if the run ended before x07 determined them.
+    commands: the commands of a sandbox, at most 10,000; empty for a run.
     """
 
     run: str
@@ -265,6 +289,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     net: NetworkUse | None = None
     scaling: Scaling | None = None
     limits: Limits | None = None
+    commands: tuple[CommandReport, ...] = ()
     warnings: list[str]
     files: dict[str, builtins.bytes] = {}
     schema_version: Literal["x07.sandbox.result@0.1.0"] = SCHEMA

@@ -40,7 +40,8 @@ if TYPE_CHECKING:
     from x07_sandbox.plan.outcomes import Verdict
     from x07_sandbox.runs.host_files import HostFiles
     from x07_sandbox.runs.phase import PhaseSpec
-    from x07_sandbox.runs.request import RunCaller, RunRequest
+    from x07_sandbox.runs.request import ChangesChoice, RunCaller, RunRequest
+    from x07_sandbox.sandboxes.transfers import OutFile
 
 _TAIL_BYTES = 32 * 1024  # of each output stream of a failed program, for hints
 
@@ -58,22 +59,40 @@ def attempt(request: RunRequest, caller: RunCaller) -> tuple[Result, SandboxErro
     draft = draft_result(new_run_id())
     try:
         with contextlib.ExitStack() as stack:
-            folder = RunFolder(draft.run, stack)
-            folder.accept_kill(caller.cancel)
-            _store(folder.path / REQUEST, _request_document(request))
+            folder = begun(request, caller, draft.run, stack)
             for known in _steps(request, caller, draft, folder, stack):
                 draft = known
-            _store(folder.path / "result.json", msgspec.json.encode(draft.document()))
+            store_result(folder, draft)
             return draft, None
-    except SandboxError as exc:
-        exc.word_for(caller.word)
-        return _ended(_with_cause(draft, exc), _verdict_of(exc, caller.cancel.signal)), exc
-    except (OSError, MemoryError) as exc:
-        from x07_sandbox.host.os_errors import host_error
+    except (SandboxError, OSError, MemoryError) as exc:
+        return ended_by(exc, draft, caller)
 
-        if (error := host_error(exc)) is None:
-            raise
-        return _ended(draft, _verdict_of(error)), error
+
+def begun(request: RunRequest, caller: RunCaller, run_id: str, stack: contextlib.ExitStack) -> RunFolder:
+    """Make the folder of a run, in which `x07 ps` finds the run and `x07 kill` a way to end it. Raises HostError."""
+    folder = RunFolder(run_id, stack)
+    folder.accept_kill(caller.cancel)
+    _store(folder.path / REQUEST, _request_document(request))
+    return folder
+
+
+def store_result(folder: RunFolder, result: Result) -> None:
+    """Store the result in the folder of its run."""
+    _store(folder.path / "result.json", msgspec.json.encode(result.document()))
+
+
+def ended_by(
+    exc: SandboxError | OSError | MemoryError, draft: Result, caller: RunCaller
+) -> tuple[Result, SandboxError]:
+    """Return the result of a run that *exc* has ended, and the error to raise. A bug is raised instead."""
+    if isinstance(exc, SandboxError):
+        exc.word_for(caller.word)
+        return ended(_with_cause(draft, exc), verdict_of(exc, caller.cancel.signal)), exc
+    from x07_sandbox.host.os_errors import host_error
+
+    if (error := host_error(exc)) is None:
+        raise exc
+    return ended(draft, verdict_of(error)), error
 
 
 def failure(exc: Exception, signalled: int | None = None) -> Result:
@@ -82,14 +101,39 @@ def failure(exc: Exception, signalled: int | None = None) -> Result:
 
     draft = draft_result(new_run_id())
     if isinstance(exc, SandboxError):
-        return _ended(_with_cause(draft, exc), _verdict_of(exc, signalled))
-    return _ended(draft, verdict("internal-error", "bug", {"problem": f"{type(exc).__name__}: {exc}"}))
+        return ended(_with_cause(draft, exc), verdict_of(exc, signalled))
+    return ended(draft, verdict("internal-error", "bug", {"problem": f"{type(exc).__name__}: {exc}"}))
 
 
 def _steps(
     request: RunRequest, caller: RunCaller, draft: Result, folder: RunFolder, stack: contextlib.ExitStack
 ) -> Iterator[Result]:
     """Carry out the steps of a run, and yield a more complete result after each."""
+    prepared, host_files, draft = yield from planned(request, caller, draft, folder, stack)
+    artifact = caller.artifact or folder.out_file(OUTPUT, settings.ARTIFACT_MAX_BYTES)
+    failed, draft = yield from obtain_artifact(prepared, draft, folder, artifact)
+    if failed is not None:
+        yield ended(draft, failed, caller.word)
+        return
+    draft = replace(draft, digests=replace(draft.digests, artifact=f"sha256:{artifact.sha256()}"))
+    spec, draft = described(prepared, artifact, host_files, draft, stack)
+    yield draft
+    end = run_job(prepared, spec, draft.run, folder)
+    ending = _with_setter(end, prepared)
+    ending = without_command(ending, end.facts.evidence.exec_errno, prepared, prepared.program.source.name)
+    draft = _with_run(draft, end, worded_report(end.report, ending, caller.word))
+    draft = _with_denials(draft, prepared, spec, end)
+    left = {} if spec.receivers.left is None else spec.receivers.left.files()
+    draft = replace(draft, files=left, files_discarded=_discarded(end.facts.closed, left))
+    yield draft
+    why_kept = "" if ending.outcome in {"ok", "failed"} else "the program did not end by itself"
+    yield settled(draft, host_files, request.changes, why_kept, ending, caller.word)
+
+
+def planned(
+    request: RunRequest, caller: RunCaller, draft: Result, folder: RunFolder, stack: contextlib.ExitStack
+) -> Step[tuple[Prepared, HostFiles | None, Result]]:
+    """Check and plan a request, and copy its host files for the guest. Raises SandboxError."""
     prepared, draft = yield from prepare(request, caller, draft, stack)
     overrides = request.overrides
     if overrides is not None:
@@ -102,32 +146,26 @@ def _steps(
     prepared, draft = _scaled(prepared, draft)
     draft = replace(draft, limits=prepared.plan.limits.of_policy())
     yield draft
-    artifact = caller.artifact or folder.out_file(OUTPUT, settings.ARTIFACT_MAX_BYTES)
-    failed, draft = yield from obtain_artifact(prepared, draft, folder, artifact)
-    if failed is not None:
-        yield _ended(draft, failed, caller.word)
-        return
-    digests = replace(draft.digests, artifact=f"sha256:{artifact.sha256()}")
+    return prepared, host_files, draft
+
+
+def described(
+    prepared: Prepared, artifact: OutFile, host_files: HostFiles | None, draft: Result, stack: contextlib.ExitStack
+) -> tuple[PhaseSpec, Result]:
+    """Return the description of the run phase, and the draft with what it says of the program."""
     spec = run_spec(prepared, artifact, stack, host_files)
     if prepared.program.toolchain is COMMAND:
-        digests, draft = replace(digests, source=None, artifact=None), replace(draft, artifact_from=None)
-    draft = replace(draft, digests=digests, filters=_filters(prepared, spec))
-    yield draft
-    end = run_job(prepared, spec, draft.run, folder)
-    ending = _without_command(_with_setter(end, prepared), end, prepared)
-    draft = _with_run(draft, end, worded_report(end.report, ending, caller.word))
-    draft = _with_denials(draft, prepared, spec, end)
-    left = {} if spec.receivers.left is None else spec.receivers.left.files()
-    draft = replace(draft, files=left, files_discarded=_discarded(end.facts.closed, left))
-    yield draft
-    yield _ended(draft, ending, caller.word) if host_files is None else _settled(draft, host_files, ending, caller.word)
+        digests = replace(draft.digests, source=None, artifact=None)
+        draft = replace(draft, digests=digests, artifact_from=None)
+    return spec, replace(draft, filters=_filters(prepared, spec))
 
 
 def _more(draft: Result, denials: list[Denial]) -> Result:
     return replace(draft, denials=[*draft.denials, *denials])
 
 
-def _verdict_of(exc: SandboxError, signalled: int | None = None) -> Verdict:
+def verdict_of(exc: SandboxError, signalled: int | None = None) -> Verdict:
+    """Return the verdict on a run that an error has ended. signalled: the signal that cancelled the run."""
     from x07_sandbox.plan.outcomes import OUTCOMES, Verdict, cancelled_verdict
 
     if isinstance(exc, Cancelled):
@@ -137,9 +175,7 @@ def _verdict_of(exc: SandboxError, signalled: int | None = None) -> Verdict:
     return Verdict(outcome=outcome, fault="host" if ours else OUTCOMES[outcome].fault, code=exc.code, error=exc)
 
 
-def _ended(
-    draft: Result, ending: Verdict, word: Callable[[Flag], str] = str, *, exit_code: int | None = None
-) -> Result:
+def ended(draft: Result, ending: Verdict, word: Callable[[Flag], str] = str, *, exit_code: int | None = None) -> Result:
     """Return the draft with the verdict filled in. word: see `errors.worded`.
 
     exit_code: the exit code of `x07 run`; None for the verdict's.
@@ -261,10 +297,11 @@ def _discarded(closed: Closed | None, taken: dict[str, bytes]) -> Discarded:
     return Discarded(count=max(0, count), bytes=max(0, size))
 
 
-def _without_command(ending: Verdict, end: JobEnd, prepared: Prepared) -> Verdict:
-    if prepared.program.toolchain is not COMMAND or end.facts.evidence.exec_errno != errno.ENOENT:
+def without_command(ending: Verdict, exec_errno: int, prepared: Prepared, word: str) -> Verdict:
+    """Return the verdict on the command *word*, with advice if there is no such command."""
+    if prepared.program.toolchain is not COMMAND or exec_errno != errno.ENOENT:
         return ending
-    name, image = ascii(prepared.program.source.name)[1:-1], prepared.image_name
+    name, image = ascii(word)[1:-1], prepared.image_name
     if prepared.image is None:
         return replace(ending, code="command-not-on-host", params={"name": name})
     if "/" in name:
@@ -337,23 +374,34 @@ def _tail(end: JobEnd) -> bytes:
     return b"\n".join(os.pread(fd, _TAIL_BYTES, max(0, size - _TAIL_BYTES)) for fd, size in sizes if size)
 
 
-def _settled(draft: Result, host_files: HostFiles, ending: Verdict, word: Callable[[Flag], str]) -> Result:
-    """Apply or save the changes to host files; return the result. An invalid report by the guest replaces *ending*."""
+def settled(
+    draft: Result,
+    host_files: HostFiles | None,
+    choice: ChangesChoice,
+    why_kept: str,
+    ending: Verdict,
+    word: Callable[[Flag], str],
+) -> Result:
+    """Apply, save or discard any changes to host files (`HostFiles.settle`), and return the result.
+
+    An invalid report by the guest replaces *ending*.
+    """
+    if host_files is None:
+        return ended(draft, ending, word)
     from x07_sandbox.errors import PeerError
     from x07_sandbox.plan.outcomes import REFUSED_EXIT, cancelled_verdict, verdict
 
     try:
-        ended_well = ending.outcome in {"ok", "failed"}
-        changes, refused, warning = host_files.settle(ended_well=ended_well)
+        changes, refused, warning = host_files.settle(choice, why_kept)
     except PeerError as exc:
-        return _ended(draft, verdict("guest-lost", "protocol", {"problem": exc.why}, fault="program"))
+        return ended(draft, verdict("guest-lost", "protocol", {"problem": exc.why}, fault="program"))
     draft = replace(_more(draft, refused), changes=changes)
     if warning:
         draft = replace(draft, warnings=[*draft.warnings, warning])
     if host_files.cancelled_by is not None:
-        return _ended(draft, cancelled_verdict(host_files.cancelled_by, "cancelled-before-apply"))
+        return ended(draft, cancelled_verdict(host_files.cancelled_by, "cancelled-before-apply"))
     not_applied = ending.outcome == "ok" and changes.reason
-    return _ended(draft, ending, word, exit_code=REFUSED_EXIT if not_applied else None)
+    return ended(draft, ending, word, exit_code=REFUSED_EXIT if not_applied else None)
 
 
 def _denial(field: str, why: str, how: HowToAllow | None) -> Denial:

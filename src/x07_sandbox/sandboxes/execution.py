@@ -18,7 +18,8 @@ from x07_sandbox.plan.outcomes import Evidence, Stage
 if TYPE_CHECKING:
     from x07_sandbox.sandboxes.transfers import CommandStreams
 
-FILL: Final = 256 * 1024  # limit for bytes queued for the guest
+FILL: Final = 512 * 1024  # limit for bytes queued for the guest
+FILES: Final = "files"  # the service of the file server (sandboxes/files)
 
 
 class Facts(msgspec.Struct, frozen=True, kw_only=True):
@@ -191,6 +192,10 @@ class Execution:
         self._input += data
         self._input_hash.update(data)
         self.input_done = not data
+
+    def has_room(self) -> bool:
+        """Return whether little of the input waits to be sent."""
+        return len(self._input) < FILL
 
     def waiting_input(self) -> bytearray:
         """Return the input that was read and not yet sent; the caller removes what it sends."""

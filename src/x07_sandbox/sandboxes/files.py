@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 from x07_sandbox.channel.files import Answer, Buffer, Request, answer_of, encode
 from x07_sandbox.channel.messages import CommandLimits, Exec
 from x07_sandbox.errors import BackendError
+from x07_sandbox.sandboxes.execution import FILES
 from x07_sandbox.sandboxes.transfers import CommandStreams, Inbox
 
 if TYPE_CHECKING:
-    from x07_sandbox.sandboxes.session import Session
+    from collections.abc import Iterable
 
-FILES = "files"
+    from x07_sandbox.sandboxes.session import Session
+    from x07_sandbox.sandboxes.shared import SharedSession
 
 
 class FileServer:
@@ -21,16 +23,20 @@ class FileServer:
     All methods raise BackendError if the server or the session has ended, and PeerError for a bad answer.
     """
 
-    def __init__(self, session: Session, number: int, limits: CommandLimits) -> None:
+    def __init__(self, session: Session | SharedSession, number: int, limits: CommandLimits) -> None:
         self._session = session
         self._inbox = Inbox("answers of the file server")
         given = CommandStreams(stdin_fd=None, stdout=self._inbox, stderr=Inbox("errors"), open_input=True)
         self._execution = session.execute(Exec(number, [], {}, "/", limits, FILES), given, None)
         self._buffer = Buffer()
 
-    def ask(self, request: Request, content: bytes = b"") -> Answer:
+    def ask(self, request: Request, content: Iterable[bytes] = ()) -> Answer:
         """Send a request with its content, and return the answer. Read what follows the answer with `piece`."""
-        self._execution.write(encode(request) + content)
+        self._session.write(self._execution, encode(request))
+        for piece in content:
+            self._session.write(self._execution, piece)
+            if not self._session.until(lambda: self._execution.has_room() or self._execution.ended):
+                raise self._lost()
         found: list[list[Any]] = []
 
         def answered() -> bool:
@@ -51,14 +57,18 @@ class FileServer:
 
     def content(self, size: int) -> bytes:
         """Wait for *size* bytes after an answer, and return them."""
-        data = b""
+        data = bytearray()
         while len(data) < size:
             data += self.piece(size - len(data))
-        return data
+        return bytes(data)
+
+    def kill(self) -> None:
+        """End the server at once."""
+        self._session.stop(self._execution)
 
     def close(self) -> None:
         """End the server once it has answered."""
-        self._execution.end_input()
+        self._session.end_input(self._execution)
 
     def _fill(self) -> int:
         self._buffer.data += self._session.read(self._execution, self._inbox)

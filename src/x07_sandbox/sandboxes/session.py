@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
@@ -24,14 +25,15 @@ from x07_sandbox.channel.messages import (
     Message,
     Open,
     Output,
+    Resize,
     Started,
     Stop,
 )
 from x07_sandbox.channel.streams import Event
 from x07_sandbox.errors import PeerError, UsageError
 from x07_sandbox.host import settings
-from x07_sandbox.plan.outcomes import Stage
-from x07_sandbox.sandboxes.execution import FILL, Execution, Facts, Limit
+from x07_sandbox.plan.outcomes import Evidence, Stage
+from x07_sandbox.sandboxes.execution import FILES, FILL, Execution, Facts, Limit
 
 if TYPE_CHECKING:
     from x07_sandbox.backends.base import Instance
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 
 _IDLE_S: Final = 60.0  # between two turns of the loop without any deadline
 _RECEIVED: Final = {Stream.OUTPUT, Stream.CHANGES, Stream.LEFT}
+_ALONE: Final = contextlib.nullcontext()
 
 
 class Arrival:
@@ -55,10 +58,10 @@ class Arrival:
 
 
 class Session:
-    """The event loop of one session. Each needs a new object. Not thread-safe.
+    """The event loop of one session. Each needs a new object. Not thread-safe; see `SharedSession`.
 
-    Commands may be started and stopped at any time. Between calls of `until`, no data is moved and no deadline is
-    enforced.
+    Commands may be started and stopped at any time. Between calls of `until` or `turn`, no data is moved and no
+    deadline is enforced.
     gate_fd: becomes readable when the egress gate has ended. relay_fd: takes the relay's bytes to the gate, if the
     relay shares the channel.
     """
@@ -75,7 +78,6 @@ class Session:
         self._link = self._connection.link
         self._start_limit: Limit | None = None  # for copying in, and for the start of commands
         self._close_limit: Limit | None = None
-        self._wait: Limit | None = None  # of `until`
         self._seen: dict[str, Any] = {}  # fields of `Evidence`
         self._over = False
         self._files: list[_Copy] = []
@@ -92,6 +94,11 @@ class Session:
     def over(self) -> bool:
         """Whether the session was closed, or lost."""
         return self._over
+
+    @property
+    def busy(self) -> bool:
+        """Whether a command is starting or running, other than the file server."""
+        return any(not one.ended and one.order.service != FILES for one in self._executions.values())
 
     def open(self, opening: Open, files: Sequence[InFile]) -> None:
         """Open the session, and send its files."""
@@ -119,11 +126,24 @@ class Session:
         else:
             self._link.send(Stop(execution.order.id, number))
 
-    def read(self, execution: Execution, inbox: Inbox) -> bytes:
-        """Return what has arrived in the command's standard output *inbox*, and let the guest send more."""
+    def read(self, execution: Execution, inbox: Inbox, stream: Stream = Stream.STDOUT) -> bytes:
+        """Return what has arrived in *inbox*, which takes a stream of the command, and let the guest send more."""
         data, count = inbox.pull()
-        self._link.streams.consumed(execution.outputs.get(Stream.STDOUT, 0), count)
+        self._link.streams.consumed(execution.outputs.get(stream, 0), count)
         return data
+
+    def write(self, execution: Execution, data: bytes) -> None:
+        """Queue *data* as input of a command whose streams have `open_input`."""
+        execution.write(data)
+
+    def end_input(self, execution: Execution) -> None:
+        """End the input of such a command once all of it has been sent."""
+        execution.end_input()
+
+    def resize(self, execution: Execution, rows: int, columns: int) -> None:
+        """Change the size of a command's terminal, if it has not ended."""
+        if not execution.ended and not self._over:
+            self._link.send(Resize(execution.order.id, rows, columns))
 
     def changes(self, receiver: Any) -> Arrival:  # noqa: ANN401 - a files/incoming.Incoming
         """Ask for the changes so far."""
@@ -152,13 +172,27 @@ class Session:
 
     def until(self, done: Callable[[], bool], within_s: float | None = None) -> bool:
         """Run the loop until *done* returns True, the session is over, or time is up. Return the value of *done*."""
-        self._wait = wait = None if within_s is None else Limit(within_s)
+        wait = None if within_s is None else Limit(within_s)
         while not (come := done()) and not self._over and (wait is None or wait.left_s() > 0):
-            try:
-                self._turn()
-            except PeerError as exc:
-                self._end(channel_error=f"{exc.what}: {exc.why}")
+            self.turn(_IDLE_S if wait is None else wait.left_s())
         return come or done()
+
+    def turn(
+        self,
+        within_s: float = _IDLE_S,
+        *,
+        waiting: contextlib.AbstractContextManager[object] = _ALONE,
+        wake_fd: int | None = None,
+    ) -> None:
+        """Do what is due, wait for at most *within_s* seconds until there is more to do, and do that.
+
+        waiting: entered for the wait, during which other threads may use the session. wake_fd: ends the wait once it
+        is readable.
+        """
+        try:
+            self._turn(within_s, waiting, wake_fd)
+        except PeerError as exc:
+            self._end(channel_error=f"{exc.what}: {exc.why}")
 
     def facts(self, execution: Execution) -> Facts:
         """Return what is known about a command now."""
@@ -172,30 +206,39 @@ class Session:
         times_ms = self._instance.greeting.times_ms
         return execution.facts(self._closed, times_ms, self._now_ms(), **seen)
 
+    def evidence(self) -> Evidence:
+        """Return the evidence about the end of the session itself."""
+        return Evidence(stage=Stage.RUN, console_tail=self._instance.console_tail(), **self._seen)
+
     # the loop
 
-    def _turn(self) -> None:
+    def _turn(self, within_s: float, waiting: contextlib.AbstractContextManager[object], wake_fd: int | None) -> None:
         self._fill()  # first, since progress of a copy extends the deadline
         if self._time_is_up():
             return
         if not self._connection.flush():
             self._lost()
             return
-        all_limits = self._wait, self._start_limit, self._close_limit, *(one.limit for one in self._executions.values())
+        all_limits = self._start_limit, self._close_limit, *(one.limit for one in self._executions.values())
         limits = [limit for limit in all_limits if limit]
-        left_s = min((limit.left_s() for limit in limits), default=_IDLE_S)
-        for fd, mask in self._poll().poll(left_s * 1000 + 1):
-            self._ready(fd, mask)
+        left_s = min((within_s, *(limit.left_s() for limit in limits)))
+        poll = self._poll(wake_fd)
+        with waiting:
+            ready = poll.poll(left_s * 1000 + 1)
+        for fd, mask in ready:
+            if fd != wake_fd:
+                self._ready(fd, mask)
             if self._over:
                 return
 
-    def _poll(self) -> select.poll:
+    def _poll(self, wake_fd: int | None) -> select.poll:
         progress = [fd for one in self._executions.values() for fd in one.progress_fds()]
         stdin = [one.streams.stdin_fd or 0 for one in self._executions.values() if self._wants_input(one)]
         # The order matters: handle data from the guest before the end of its stream.
         fds = self._instance.channel_fd, self._instance.pidfd, self._cancel.fd
         gate = [] if self._gate_fd is None or not self._is_running() else [self._gate_fd]
-        poll = input_poll(*fds, *gate, *self._instance.side_fds(), *stdin, *progress)
+        wake = [] if wake_fd is None else [wake_fd]
+        poll = input_poll(*fds, *gate, *self._instance.side_fds(), *stdin, *progress, *wake)
         poll.register(self._instance.channel_fd, select.POLLIN | (select.POLLOUT if self._link.pending() else 0))
         if self._carrier is not None:
             self._carrier.register(poll)

@@ -212,6 +212,11 @@ class Inbox(Sink):
         self._data += data
         return 0
 
+    @property
+    def waiting(self) -> bool:
+        """Whether something has arrived that `pull` has not returned."""
+        return bool(self._data)
+
     def take_no_more(self) -> int:
         """Drop what arrives from now on. Return the number of bytes that the guest may send for those in memory."""
         already, self._full = self._full, True

@@ -164,6 +164,9 @@ def start_qemu(
         if isinstance(memory, Warming | Hot):
             criu = _criu(memory, machine, uid, given, limits)
             files_max = int(min(_CRIU_FILES, hard_limit(resource.RLIMIT_NOFILE)))
+            if (highest := max(criu.numbers())) >= files_max // 2:
+                why = f"this process has so many open files that a new one has the number {highest}"
+                raise HostError("criu cannot be used", why, "Close files, or use another process")
             limits = limits | {resource.RLIMIT_NOFILE: (files_max, files_max)}
         jail = Jail(
             files=needed if criu is None else criu.not_covered(needed),

@@ -165,7 +165,9 @@ static void mount_virtual(void)
 
 	mount_at("proc", ROOT "/proc", "proc", plain, NULL);
 	mount_at("sysfs", ROOT "/sys", "sysfs", plain, NULL);
-	mount_at("cgroup2", ROOT "/sys/fs/cgroup", "cgroup2", plain, NULL);
+	mount_at("cgroup2", ROOT "/sys/fs/cgroup", "cgroup2", plain,
+		 /* Programs are moved into groups of their own, which would take a grace period of RCU each time. */
+		 "favordynmods");
 	mount_at("run", ROOT "/run", "tmpfs", MS_NOSUID | MS_NODEV, "mode=0755,size=64m");
 	/* Small: the agent mounts a /tmp of the job's size over it. */
 	mount_at("tmp", ROOT "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777,size=16m");

@@ -1,0 +1,231 @@
+"""Commands in a sandbox, as callers from Python see them: how they ended, and processes that run."""
+
+from __future__ import annotations
+
+import signal
+import time
+from typing import TYPE_CHECKING, Final, Literal, TypedDict
+
+import msgspec
+
+from x07_sandbox.errors import SandboxError
+from x07_sandbox.host.settings import OUTPUT_MAX_BYTES
+from x07_sandbox.plan.denials import Denial, Outcome
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from x07_sandbox.runs.sandbox import Command, StreamName
+
+Keep = Literal["head", "tail", "both"]
+
+KEEPS: Final = ("head", "tail", "both")
+
+
+class ExecOptions(TypedDict, total=False):
+    """The keyword arguments of `Sandbox.exec`."""
+
+    input: bytes
+    cwd: str | None
+    env: Mapping[str, str] | None
+    timeout_s: float | None
+    merge: bool
+    max_output_bytes: int
+    keep: Keep
+    on_output: Callable[[StreamName, bytes], object] | None
+    check: bool
+
+
+class StartOptions(TypedDict, total=False):
+    """The keyword arguments of `Sandbox.start`."""
+
+    cwd: str | None
+    env: Mapping[str, str] | None
+    timeout_s: float | None
+    merge: bool
+    tty: bool
+    detach: bool
+
+
+class Ended(msgspec.Struct, frozen=True, kw_only=True):
+    """How a command of a sandbox ended.
+
+    id: its number in the sandbox. outcome: how it ended, in the same words as `Result.outcome`. reason: the same in one
+    sentence. exit_code: its exit status, or None if it did not exit by itself. signal: the signal that ended it, or
+    None. stdout, stderr: its output, as far as it was kept. truncated: whether there was more output. wall_ms, cpu_ms:
+    elapsed time and CPU time in milliseconds. memory_peak_bytes: the peak memory use of all commands of the sandbox
+    while it ran. denials: what it was denied.
+    """
+
+    id: int
+    outcome: Outcome
+    reason: str
+    exit_code: int | None
+    signal: int | None
+    stdout: bytes
+    stderr: bytes
+    truncated: bool
+    wall_ms: float
+    cpu_ms: float
+    memory_peak_bytes: int
+    denials: tuple[Denial, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether the command exited with status 0."""
+        return self.outcome == "ok"
+
+
+class Kept:
+    """What is kept of one output stream: at most *most* bytes of its beginning, its end, or half of each."""
+
+    def __init__(self, most: int, keep: Keep) -> None:
+        self._head_max = {"head": most, "tail": 0, "both": most // 2}[keep]
+        self._tail_max = most - self._head_max
+        self._head = bytearray()
+        self._tail = bytearray()
+        self._size = 0
+
+    def take(self, data: bytes) -> None:
+        """Add what has arrived."""
+        self._size += len(data)
+        room = self._head_max - len(self._head)
+        self._head += data[:room]
+        if self._tail_max and len(data) > room:
+            self._tail += data[room:]
+            if len(self._tail) > 2 * self._tail_max:  # not each time, since each time costs a copy
+                del self._tail[: -self._tail_max]
+
+    @property
+    def truncated(self) -> bool:
+        """Whether bytes were left out."""
+        return self._size > self._head_max + self._tail_max
+
+    def data(self) -> bytes:
+        """Return what is kept. Between beginning and end, a line says how many bytes were left out."""
+        tail = bytes(self._tail[max(0, len(self._tail) - self._tail_max) :])
+        gap = b""
+        if self.truncated and self._head_max and self._tail_max:
+            gap = b"\n[... %d bytes left out ...]\n" % (self._size - len(self._head) - len(tail))
+        return bytes(self._head) + gap + tail
+
+
+class Process:
+    """A command that runs in a sandbox. Thread-safe, except that one thread at a time may read a stream.
+
+    While its output is not read, a command that writes more than 256 KiB waits. A process may also be iterated: that
+    yields ("stdout" or "stderr", bytes) as output arrives, until the command has ended.
+    """
+
+    def __init__(self, command: Command, given_up: Callable[[], bool] = lambda: False) -> None:
+        self._command = command
+        self._given_up = given_up
+
+    @property
+    def id(self) -> int:
+        """The number of the command in its sandbox."""
+        return self._command.id
+
+    def feed(self, data: bytes) -> None:
+        """Queue bytes for the standard input, without waiting until the command takes them."""
+        self._command.feed(data)
+
+    def write(self, data: bytes) -> None:
+        """Send bytes to the standard input. Raises SandboxError if the sandbox has ended."""
+        self._command.write(data)
+
+    def close_stdin(self) -> None:
+        """End the standard input."""
+        self._command.end_input()
+
+    def read(self, stream: StreamName = "stdout", timeout_s: float | None = None) -> bytes:
+        """Return what has arrived on a stream; wait for at least one byte. Return b"" once the command has ended.
+
+        Raises TimeoutError after *timeout_s*, and SandboxError if the sandbox has ended.
+        """
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while not (data := self._command.read(stream)) and not self._command.ended:
+            left_s = None if deadline is None else deadline - time.monotonic()
+            if not self._command.wait(left_s, output=(stream,), given_up=self._given_up):
+                raise TimeoutError(f"no output within {timeout_s} s")
+        return data or self._command.read(stream)
+
+    def __iter__(self) -> Iterator[tuple[StreamName, bytes]]:
+        ended = False
+        while not ended:
+            ended, pieces = self.next_pieces()
+            yield from pieces
+
+    def next_pieces(self) -> tuple[bool, list[tuple[StreamName, bytes]]]:
+        """Wait for output or the end of the command. Return whether that was the end, and the output."""
+        return self._command.next_pieces(self._given_up)
+
+    def for_caller(self, given_up: Callable[[], bool]) -> Process:
+        """Return the same process for a caller that stops waiting once *given_up* returns True; call `wake` then."""
+        return Process(self._command, given_up)
+
+    def wake(self) -> None:
+        """Have all callers look whether they still wait."""
+        self._command.wake()
+
+    def poll(self) -> Ended | None:
+        """Return how the command ended, or None while it runs."""
+        return self.wait() if self._command.ended else None
+
+    def wait(self, timeout_s: float | None = None) -> Ended:
+        """Wait for the end of the command, and return how it ended, with the output that was not read.
+
+        Raises TimeoutError if it still runs after *timeout_s*, and SandboxError if the sandbox has ended.
+        """
+        if timeout_s is not None and not self._command.wait(timeout_s, given_up=self._given_up):
+            raise TimeoutError(f"command {self.id} still runs after {timeout_s} s")
+        return self.collect(OUTPUT_MAX_BYTES, "head", None)
+
+    def collect(self, most: int, keep: Keep, on_output: Callable[[StreamName, bytes], object] | None) -> Ended:
+        """Wait for the end of the command, and return how it ended, with the output that was kept."""
+        kept = {name: Kept(most, keep) for name in ("stdout", "stderr")}
+        for name, data in self:
+            kept[name].take(data)
+            if on_output is not None:
+                on_output(name, data)
+        if not self._command.ended:
+            raise TimeoutError("nobody waits for the command any more")
+        from x07_sandbox.library.keyword_names import keyword
+
+        ending, report, denials = self._command.ending()
+        exited = self._command.execution.exited
+        return Ended(
+            id=self.id,
+            outcome=ending.outcome,
+            reason=ending.reason_for(keyword),
+            exit_code=ending.exit_code,
+            signal=ending.signal,
+            stdout=kept["stdout"].data(),
+            stderr=kept["stderr"].data(),
+            truncated=any(one.truncated for one in kept.values()),
+            wall_ms=report.wall_ms,
+            cpu_ms=report.cpu_ms,
+            memory_peak_bytes=0 if exited is None else exited.memory_peak_bytes,
+            denials=tuple(denials),
+        )
+
+    def signal(self, number: int) -> None:
+        """Send a signal to the command, if it has not ended. SIGKILL goes to all its processes."""
+        self._command.stop(number)
+
+    def kill(self) -> None:
+        """Kill all processes of the command, if it has not ended."""
+        self._command.stop(signal.SIGKILL)
+
+    def resize(self, rows: int, columns: int) -> None:
+        """Change the size of the command's terminal, in characters."""
+        self._command.resize(rows, columns)
+
+
+def checked(ended: Ended) -> Ended:
+    """Return *ended*. Raises SandboxError unless the command succeeded."""
+    if ended.ok:
+        return ended
+    error = SandboxError(f"command {ended.id} ended as {ended.outcome}", ended.reason, "See the result of this error")
+    error.result = ended
+    raise error

@@ -1,0 +1,345 @@
+"""Sandboxes from Python: one VM, many commands."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import TYPE_CHECKING, Literal, Self, TypedDict, Unpack
+
+from x07_sandbox.errors import UsageError
+from x07_sandbox.host.settings import LIFETIME_MAX_S, LIFETIME_S, OUTPUT_MAX_BYTES
+from x07_sandbox.library.arguments import SANDBOX, bad_argument, checked_options
+from x07_sandbox.library.processes import KEEPS, Process, checked
+from x07_sandbox.library.run import run_uninterrupted
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from types import TracebackType
+
+    from x07_sandbox.backends.base import MachineSource
+    from x07_sandbox.host.cancel import Cancel
+    from x07_sandbox.library.files import Files
+    from x07_sandbox.library.processes import Ended, ExecOptions, Keep
+    from x07_sandbox.policy.model import Policy
+    from x07_sandbox.runs.result import Result
+    from x07_sandbox.runs.sandbox import CommandStart, OpenSandbox, StreamName
+
+_SIZE = (24, 80)  # of a terminal, in characters
+
+
+class SandboxOptions(TypedDict, total=False):
+    """The keyword arguments of `Sandbox`."""
+
+    policy: str | os.PathLike[str] | Policy | None
+    image: str | None
+    env: Mapping[str, str] | None
+    workdir: str | os.PathLike[str] | None
+    read_only: bool
+    files: Mapping[str, str | bytes] | None
+    read_roots: Sequence[str]
+    write_roots: Sequence[str]
+    allow_hosts: Sequence[str]
+    deny_hosts: Sequence[str]
+    allow_hidden: bool
+    allow_symlinks: bool
+    hide: Sequence[str]
+    memory: str | int | None
+    cpu_s: float | None
+    procs: int | None
+    fds: int | None
+    max_file_size: str | int | None
+    scale_limits: bool | None
+    ca: str | os.PathLike[str] | None
+    lifetime_s: float
+    idle_s: float | None
+    backend: str | None
+    machines: MachineSource | None
+
+
+class Sandbox:
+    r"""A virtual machine that stays open for many commands.
+
+        with Sandbox(workdir="project", allow_hosts=["pypi.org:443"]) as sandbox:
+            done = sandbox.shell("make test", timeout_s=60)
+            print(done.exit_code, done.stdout.decode())
+            sandbox.files.write("notes.txt", b"checked\n")
+
+    Commands run as an ordinary user, several at once if you like; background processes live until the sandbox is
+    closed. Files are read and written as that user. When the sandbox is closed, changes to folders of the host are
+    applied, as after a run. If the `with` block ends by an exception, or the sandbox reaches the end of its life, they
+    are kept for `x07 apply`.
+
+    Thread-safe. A forked child cannot use it. Methods raise SandboxError if the sandbox is closed or was lost.
+    """
+
+    def __init__(  # noqa: PLR0913 - each is a keyword
+        self,
+        *,
+        policy: str | os.PathLike[str] | Policy | None = None,
+        image: str | None = None,
+        env: Mapping[str, str] | None = None,
+        workdir: str | os.PathLike[str] | None = None,
+        read_only: bool = False,
+        files: Mapping[str, str | bytes] | None = None,
+        read_roots: Sequence[str] = (),
+        write_roots: Sequence[str] = (),
+        allow_hosts: Sequence[str] = (),
+        deny_hosts: Sequence[str] = (),
+        allow_hidden: bool = False,
+        allow_symlinks: bool = False,
+        hide: Sequence[str] = (),
+        memory: str | int | None = None,
+        cpu_s: float | None = None,
+        procs: int | None = None,
+        fds: int | None = None,
+        max_file_size: str | int | None = None,
+        scale_limits: bool | None = None,
+        ca: str | os.PathLike[str] | None = None,
+        lifetime_s: float = LIFETIME_S,
+        idle_s: float | None = None,
+        backend: str | None = None,
+        machines: MachineSource | None = None,
+        cancel: Cancel | None = None,
+    ) -> None:
+        """Open a sandbox. Raises SandboxError.
+
+        policy, image, env, workdir, read_only, files, read_roots, write_roots, allow_hosts, deny_hosts, allow_hidden,
+        allow_symlinks, hide, max_file_size, ca: see `run_program`. Commands start in a copy of workdir.
+        memory, procs: limits of all commands together. cpu_s, fds: limits of each command. Of a policy that you pass,
+        `limits.wall_ms` and `limits.cpu_ms` limit each command; those of the built-in policy do not apply.
+        scale_limits: whether to multiply these times by the slowdown of emulation; None follows your settings.
+        lifetime_s: after this time the sandbox ends, at most 24 hours. idle_s: it ends after this time without a
+        running command and without a call; None for no such limit.
+        backend: name of a backend, such as "podman"; None stands for the one that the environment selects.
+        machines: where ready VMs come from; None for the VMs of `x07 pool`. cancel: ends the opening, and the sandbox.
+        """
+        own = {"self", "lifetime_s", "idle_s", "backend", "machines", "cancel"}
+        given = {
+            name: value for name, value in locals().items() if name not in own and value is not _DEFAULTS.get(name, own)
+        }
+        life = _seconds("lifetime_s", lifetime_s), None if idle_s is None else _seconds("idle_s", idle_s)
+        from x07_sandbox.host.cancel import Cancel as NewCancel
+
+        if backend is not None and not isinstance(backend, str):
+            raise bad_argument("backend", f"is {type(backend).__name__}, not str", SANDBOX)
+        self._pid = os.getpid()
+        self._files: Files | None = None
+        cancel = NewCancel() if cancel is None else cancel
+        self._cancel: Cancel | None = cancel
+        opened: list[OpenSandbox] = []
+        try:
+            run_uninterrupted(cancel, lambda: opened.append(_opened(given, cancel, life, backend, machines)))
+        except BaseException:
+            for one in opened:  # Ctrl-C came too late to prevent it
+                one.finish("discard")
+            cancel.close()
+            raise
+        self._open = opened[0]
+
+    @property
+    def id(self) -> str:
+        """The id of the sandbox, to give to commands such as `x07 kill` and `x07 diff`."""
+        return self._open.run
+
+    @property
+    def alive(self) -> bool:
+        """Whether the sandbox is open."""
+        return not self._open.session.over
+
+    @property
+    def result(self) -> Result | None:
+        """The result, once the sandbox has ended."""
+        return self._open.result
+
+    @property
+    def files(self) -> Files:
+        """The files of the sandbox."""
+        if self._files is None:
+            from x07_sandbox.library.files import Files
+
+            self._files = Files(self._using())
+        return self._files
+
+    def exec(  # noqa: PLR0913 - each is a keyword
+        self,
+        argv: Sequence[str],
+        *,
+        input: bytes = b"",  # noqa: A002 - as subprocess.run has it
+        cwd: str | None = None,
+        env: Mapping[str, str] | None = None,
+        timeout_s: float | None = None,
+        merge: bool = False,
+        max_output_bytes: int = OUTPUT_MAX_BYTES,
+        keep: Keep = "head",
+        on_output: Callable[[StreamName, bytes], object] | None = None,
+        check: bool = False,
+        given_up: Callable[[], bool] = lambda: False,
+    ) -> Ended:
+        """Run a command, and return how it ended. Its standard input is *input*, which is at its end by default.
+
+        argv: the command and its arguments. cwd: its folder; a relative path is below the sandbox's own folder. env:
+        additional environment variables. timeout_s: after this time all processes of the command are killed, and the
+        outcome is "timeout". merge: put standard error into standard output, in order. max_output_bytes: how much of
+        each stream to keep. keep: whether to keep the "head" or the "tail" of a longer stream, or half of "both".
+        on_output: called with "stdout" or "stderr" and bytes as they arrive, in this thread.
+
+        given_up: once it returns True, the command is killed; for `AsyncSandbox`.
+
+        A timeout or an exit status that is not 0 is no exception, unless *check* is set. Ctrl-C kills the command, and
+        the sandbox stays open.
+        """
+        if keep not in KEEPS:
+            raise UsageError("cannot run the command", f"keep is {keep!r}", f"Use one of {', '.join(KEEPS)}")
+        process = self.start(argv, cwd=cwd, env=env, timeout_s=timeout_s, merge=merge).for_caller(given_up)
+        try:
+            process.feed(input)
+            process.close_stdin()
+            ended = process.collect(max_output_bytes, keep, on_output)
+        except BaseException:
+            process.kill()
+            raise
+        return checked(ended) if check else ended
+
+    def shell(
+        self, text: str, *, given_up: Callable[[], bool] = lambda: False, **options: Unpack[ExecOptions]
+    ) -> Ended:
+        """Run shell commands by `bash -c`, or `sh -c` where there is no bash. The options are those of `exec`."""
+        if not isinstance(text, str):
+            raise UsageError("cannot run the commands", f"they are {type(text).__name__}, not str", "Use exec()")
+        return self.exec([self._shell(), "-c", text], given_up=given_up, **options)
+
+    def start(  # noqa: PLR0913 - as above
+        self,
+        argv: Sequence[str],
+        *,
+        cwd: str | None = None,
+        env: Mapping[str, str] | None = None,
+        timeout_s: float | None = None,
+        merge: bool = False,
+        tty: bool = False,
+        detach: bool = False,
+    ) -> Process:
+        """Start a command, and return it while it runs. Its standard input stays open until `Process.close_stdin`.
+
+        tty: give it a terminal, whose output is standard output. detach: give it no streams. All else: see `exec`.
+        """
+        from x07_sandbox.channel.messages import Terminal
+        from x07_sandbox.runs.sandbox import CommandStart
+
+        what = "cannot run the command"
+        if isinstance(argv, str | bytes) or not argv:
+            raise UsageError(what, "argv is not a list with at least one word", 'Pass a list such as ["make", "test"]')
+        if timeout_s is not None:
+            _seconds("timeout_s", timeout_s)
+        terminal = Terminal(*_SIZE) if tty else None
+        given = CommandStart(list(argv), dict(env or {}), cwd, timeout_s, merge, terminal, detach)
+        return self._start(given)
+
+    def process(self, number: int) -> Process:
+        """Return a command that runs, or whose end nobody has asked for, by its id. Raises UsageError."""
+        command = self._using().command(number)
+        if command is None:
+            raise UsageError(
+                f"there is no command {number}", "none has this id, or it was waited for", "Start it again"
+            )
+        return Process(command)
+
+    def upload(self, local: str | os.PathLike[str], path: str) -> None:
+        """Copy a file, or a folder with all that is in it, into the sandbox. A folder must not exist there yet.
+
+        Raises OSError, SandboxError.
+        """
+        self.files.upload(local, path)
+
+    def download(self, path: str, local: str | os.PathLike[str]) -> None:
+        """Copy a file, or a folder with all that is in it, from the sandbox to a path that does not exist yet.
+
+        The content is not trusted: links are copied as links, and nothing is written outside *local*. Raises OSError,
+        SandboxError.
+        """
+        self.files.download(path, local)
+
+    def extend(self, lifetime_s: float) -> None:
+        """Let the sandbox last for lifetime_s seconds from now, within 24 hours from its opening."""
+        self._using().extend(_seconds("lifetime_s", lifetime_s))
+
+    def close(self, changes: Literal["apply", "all-or-nothing", "keep", "discard"] = "apply") -> Result:
+        """End all commands, and apply, keep or discard the changes to folders of the host. Return the result.
+
+        If the sandbox has ended already, return its result.
+        """
+        self._check_process()
+        try:
+            return run_uninterrupted(lambda: None, lambda: self._open.finish(changes))
+        finally:
+            cancel, self._cancel = self._cancel, None
+            if cancel is not None:
+                cancel.close()
+
+    def kill(self) -> Result:
+        """End the sandbox at once, and discard the changes."""
+        return self.close("discard")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close("apply" if kind is None else "keep")
+
+    def _start(self, given: CommandStart) -> Process:
+        return Process(self._using().start(given))
+
+    def wake(self) -> None:
+        """Have all threads that wait for commands look whether they still should."""
+        self._open.session.wake()
+
+    def _using(self) -> OpenSandbox:
+        self._check_process()
+        return self._open
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise UsageError("cannot use this sandbox", "it belongs to the parent process", "Open a new sandbox")
+
+    def _shell(self) -> str:
+        if not hasattr(self, "_bash"):
+            found = self.exec(["/bin/sh", "-c", "command -v bash"])
+            self._bash = "bash" if found.ok else "/bin/sh"
+        return self._bash
+
+
+_DEFAULTS = Sandbox.__init__.__kwdefaults__ or {}
+
+
+def _opened(
+    given: Mapping[str, object],
+    cancel: Cancel,
+    life: tuple[float, float | None],
+    backend: str | None,
+    machines: MachineSource | None,
+) -> OpenSandbox:
+    from x07_sandbox.backends.lease import PoolClient
+    from x07_sandbox.backends.selection import backend_request, choice_from_environment, select, this_platform
+    from x07_sandbox.library.keyword_names import keyword
+    from x07_sandbox.library.requests import make_request, sweep_before_start
+    from x07_sandbox.runs.request import RunCaller
+    from x07_sandbox.runs.sandbox import Life, OpenSandbox
+
+    choice = (
+        choice_from_environment()
+        if backend is None
+        else select(this_platform(), backend_request(backend=backend, flags=()))
+    )
+    request = make_request(checked_options(given, SANDBOX), command=("sandbox",))
+    sweep_before_start()
+    caller = RunCaller(cancel=cancel, choice=choice, machines=machines or PoolClient(), word=keyword)
+    return OpenSandbox(request, caller, Life(*life))
+
+
+def _seconds(name: str, value: float) -> float:
+    """Return a number of seconds. Raises UsageError."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0 or math.isinf(value):
+        raise bad_argument(name, f"is {value!r}, not a number of seconds above 0", SANDBOX)
+    return min(float(value), float(LIFETIME_MAX_S))

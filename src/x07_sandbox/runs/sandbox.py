@@ -1,0 +1,472 @@
+"""A sandbox: a session that stays open for many commands, from its opening to its result.
+
+runs/RUN/commands.jsonl     one line per command that has ended
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import os
+import posixpath
+import signal
+import threading
+import time
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple
+
+import msgspec
+from msgspec.structs import replace
+
+from x07_sandbox.backends.base import NoAnswerError
+from x07_sandbox.channel.link import Stream
+from x07_sandbox.channel.messages import CommandLimits, Exec, Terminal
+from x07_sandbox.errors import BackendError, Cancelled, Flag, SandboxError
+from x07_sandbox.host import settings
+from x07_sandbox.host.paths import open_private_file
+from x07_sandbox.jobs.admission import SANDBOXES, admitted
+from x07_sandbox.jobs.record import new_run_id
+from x07_sandbox.plan.outcomes import Verdict, classify, limit_set_by, verdict
+from x07_sandbox.programs.toolchains import COMMAND, OUTPUT, SOURCE_FOLDER, Source
+from x07_sandbox.runs.job import gate_for, started, without_account
+from x07_sandbox.runs.request import Program, check_arguments, check_variables, in_memory, sha256_text
+from x07_sandbox.runs.result import EMPTY_OUTPUT, CommandReport, PhaseReport, Result, draft_result
+from x07_sandbox.runs.run import (
+    begun,
+    described,
+    ended_by,
+    planned,
+    settled,
+    store_result,
+    verdict_of,
+    without_command,
+)
+from x07_sandbox.sandboxes.files import FileServer
+from x07_sandbox.sandboxes.session import Session
+from x07_sandbox.sandboxes.shared import SharedSession
+from x07_sandbox.sandboxes.transfers import CommandStreams, Inbox, Receivers
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from x07_sandbox.backends.base import Instance
+    from x07_sandbox.plan.denials import Denial
+    from x07_sandbox.plan.outcomes import Evidence
+    from x07_sandbox.runs.request import ChangesChoice, RunCaller, RunRequest
+    from x07_sandbox.sandboxes.execution import Execution
+
+StreamName = Literal["stdout", "stderr"]
+_STREAMS: Final[dict[StreamName, Stream]] = {"stdout": Stream.STDOUT, "stderr": Stream.STDERR}
+COMMANDS_KEPT: Final = 10_000  # in a result
+_SERVER_LIMITS: Final = 64  # open files of the file server
+_TIMEOUT: Final = Flag("--timeout")
+_WHY_GONE: Final = {
+    "": "it was closed",
+    "expired": "it reached its lifetime",
+    "idle": "it was idle for too long",
+    "lost": "its VM was lost",
+}
+
+
+def _never() -> bool:
+    return False
+
+
+class Life(NamedTuple):
+    """How long a sandbox lasts: at most lifetime_s, and at most idle_s without a command and without a call."""
+
+    lifetime_s: float = settings.LIFETIME_S
+    idle_s: float | None = None
+
+
+class CommandStart(NamedTuple):
+    """A command to start. cwd: relative to the sandbox's working folder. timeout_s: None for no limit of its own.
+
+    merge: whether standard error goes to standard output. detached: whether the command has no streams.
+    """
+
+    argv: Sequence[str]
+    env: Mapping[str, str] = {}
+    cwd: str | None = None
+    timeout_s: float | None = None
+    merge: bool = False
+    terminal: Terminal | None = None
+    detached: bool = False
+
+
+class OpenSandbox:
+    """A sandbox that is open. Thread-safe. run: its id.
+
+    result: its result, once it has ended.
+    """
+
+    def __init__(self, request: RunRequest, caller: RunCaller, life: Life) -> None:
+        """Open a sandbox. Raises SandboxError, whose `result` has the details."""
+        self.run = new_run_id()
+        self.result: Result | None = None
+        self._caller = caller
+        self._life = life
+        self._stack = contextlib.ExitStack()
+        self._warnings: list[str] = []
+        self._numbers = itertools.count(1)
+        self._starting = threading.Lock()
+        self._finishing = threading.Lock()
+        self._commands: dict[int, Command] = {}
+        self._reports: list[CommandReport] = []
+        self._opened_at = time.monotonic()
+        self._draft = draft_result(self.run)
+        try:
+            self._open(request)
+        except (SandboxError, OSError, MemoryError) as exc:
+            self._stack.close()
+            result, error = ended_by(exc, self._draft, caller)
+            error.result = result
+            raise error from exc
+        except BaseException:
+            self._stack.close()
+            raise
+
+    def _open(self, request: RunRequest) -> None:
+        stack, caller = self._stack, self._caller
+        self._folder = begun(request, caller, self.run, stack)
+        self._log_fd = open_private_file(self._folder.path / "commands.jsonl", os.O_WRONLY | os.O_APPEND)
+        stack.callback(os.close, self._log_fd)
+        file = in_memory(b"", f"{SOURCE_FOLDER}/command", 0o644, stack)
+        none = Program(toolchain=COMMAND, source=Source(name="sandbox"), data=b"", file=file, sha256=sha256_text(b""))
+        for_program = replace(caller, program=none)
+        steps = planned(request, for_program, self._draft, self._folder, stack)
+        while True:
+            try:
+                self._draft = next(steps)
+            except StopIteration as end:
+                self.prepared, self._host_files, self._draft = end.value
+                break
+        artifact = self._folder.out_file(OUTPUT, 0)
+        spec, self._draft = described(self.prepared, artifact, self._host_files, self._draft, stack)
+        self._spec = replace(spec, wall_ms=settings.LIFETIME_MAX_S * 1000)
+        self._limits = self._command_limits(request)
+        self._machine = stack.enter_context(contextlib.ExitStack())
+        slot = admitted(
+            cancel_fd=caller.cancel.fd, timeout_s=request.queue_s, progress=caller.progress, slots=SANDBOXES
+        )
+        self._machine.enter_context(slot)
+        self._gate = self._machine.enter_context(gate_for(self.prepared, self._spec, self._folder))
+        self._vm = self._machine.enter_context(contextlib.ExitStack())
+        self._instance = self._started()
+        gate_fd = relay_fd = None
+        if self._gate is not None:
+            gate_fd, relay_fd = self._gate.pidfd, self._gate.connect(self._instance.net_fd, self._vm)
+        self._loop = Session(self._instance, caller.cancel, gate_fd, relay_fd)
+        self._loop.open(self._spec.opening, self._spec.files)
+        self._opened_at = time.monotonic()
+        until_s = self._opened_at + self._life.lifetime_s
+        self.session = SharedSession(self._loop, until_s, self._life.idle_s, self._on_end)
+
+    def _started(self) -> Instance:
+        try:
+            return started(self.prepared, self._spec, self.run, self._vm, self._warnings)
+        except NoAnswerError as exc:
+            if exc.failure.kind != "cancelled":
+                raise
+            cancelled = Cancelled("the sandbox was not opened", "it was cancelled", "Open it again")
+            cancelled.signal = self._caller.cancel.signal
+            raise cancelled from exc
+
+    def _command_limits(self, request: RunRequest) -> CommandLimits:
+        """Return the limits of each command, and set the default of its time.
+
+        Those of the built-in policy on time do not apply, since it is made for programs that run once.
+        """
+        limits, changed = self.prepared.plan.limits, () if request.limits is None else request.limits.given()
+        named = request.policy is not None
+        self._wall_ms = limits.wall_ms if named or "wall_ms" in changed else None
+        given: CommandLimits = limits.for_guest()
+        if named or "cpu_ms" in changed:
+            return given
+        return CommandLimits(**{**given._asdict(), "cpu_ms": settings.LIFETIME_MAX_S * 1000})
+
+    # commands
+
+    @property
+    def cwd(self) -> str:
+        """The working folder of the sandbox."""
+        return self._spec.order.cwd
+
+    def start(self, given: CommandStart, *, service: str = "") -> Command:
+        """Start a command. Raises SandboxError if it cannot be started, the sandbox is closed or the call is wrong."""
+        request = self.prepared.request
+        words = [os.fspath(word) if isinstance(word, os.PathLike) else word for word in given.argv]
+        if not service:
+            checked = replace(request, command=tuple(words[:1]), args=tuple(words[1:]), env={**given.env})
+            check_arguments(checked)
+            check_variables(checked, self.prepared.policy.policy)
+        cwd = posixpath.normpath(posixpath.join(self.cwd, given.cwd or ""))
+        if words and "/" in words[0]:
+            words[0] = posixpath.normpath(posixpath.join(cwd, words[0]))
+        wall_ms = self._wall_ms if given.timeout_s is None else max(1, round(given.timeout_s * 1000))
+        if self._wall_ms is not None and wall_ms is not None:
+            wall_ms = min(wall_ms, self._wall_ms)
+        env = {**self._spec.order.env, **given.env}
+        out, err = Inbox("stdout"), Inbox("stderr")
+        streams = CommandStreams(stdin_fd=None, stdout=out, stderr=err, open_input=not given.detached)
+        with self._starting:
+            self.require_open()
+            number = next(self._numbers)
+            order = Exec(
+                number, words, env, cwd, self._limits, service, given.merge, given.terminal, detached=given.detached
+            )
+            command = Command(self, self.session.execute(order, streams, wall_ms), (out, err), wall_ms)
+            self._commands[number] = command
+        return command
+
+    def file_server(self) -> FileServer:
+        """Start a file server. Raises SandboxError if the sandbox is closed."""
+        with self._starting:
+            self.require_open()
+            return FileServer(self.session, next(self._numbers), self._limits._replace(fds=_SERVER_LIMITS))
+
+    def command(self, number: int) -> Command | None:
+        """Return a command that has not been waited for, or None."""
+        return self._commands.get(number)
+
+    def running(self) -> int:
+        """Return the number of commands that have not ended."""
+        return sum(not one.execution.ended for one in list(self._commands.values()))
+
+    def at_end(self, call: Callable[[], object]) -> None:
+        """Call *call* when the sandbox ends. Raises BackendError if it has ended."""
+        with self._starting:
+            self.require_open()
+            self._machine.callback(call)
+
+    def require_open(self) -> None:
+        """Raise BackendError if the sandbox is no longer open."""
+        if self.session.over:
+            raise self.gone()
+
+    def gone(self) -> BackendError:
+        """Return the error for a call after the end of the sandbox."""
+        result, code = self.result, "sandbox-lost" if self.session.why else "sandbox-closed"
+        why = _WHY_GONE[self.session.why] if result is None or not self.session.why else result.reason
+        error = BackendError("cannot use the sandbox", why, "Open a new sandbox", code=code)
+        error.result = result
+        return error
+
+    def extend(self, lifetime_s: float) -> None:
+        """Let the sandbox last for lifetime_s seconds from now. Raises BackendError."""
+        self.require_open()
+        most = self._opened_at + settings.LIFETIME_MAX_S
+        self.session.extend(min(time.monotonic() + lifetime_s, most))
+
+    # ends of commands
+
+    def ending(self, command: Command) -> tuple[Verdict, CommandReport, list[Denial]]:
+        """Return how a command ended, and keep the report about it. Call this once per command that has ended."""
+        execution = command.execution
+        facts = self.session.facts(execution)
+        shown = self._spec.limits_shown
+        if command.wall_ms is not None:
+            shown = replace(shown, wall_ms=command.wall_ms)
+        features = self.prepared.availability.features
+        ending = classify(facts.evidence, features=features, limits=shown)
+        if ending.outcome == "timeout" and command.wall_ms != self._wall_ms:
+            ending = limit_set_by(ending, option=_TIMEOUT)
+        ending = without_command(ending, facts.evidence.exec_errno, self.prepared, "".join(execution.order.argv[:1]))
+        denials: list[Denial] = []
+        if facts.denied:
+            from x07_sandbox.plan import observed  # few commands are denied something
+
+            policy, reach = self.prepared.policy.policy, self.prepared.policy.reach()
+            denials = observed.denials(facts.denied, policy, self._spec.areas, execution.order.cwd, reach)
+        report = CommandReport(
+            id=execution.order.id,
+            argv_sha256=_digest(execution),
+            outcome=ending.outcome,
+            exit_code=ending.exit_code,
+            signal=ending.signal,
+            began_ms=round((command.began_at - self._opened_at) * 1000, 1),
+            wall_ms=round(facts.times_ms.get("exited", facts.times_ms["end"]) - self._since_release(command), 1),
+            cpu_ms=0.0 if facts.exited is None else facts.exited.cpu_us / 1000,
+        )
+        self._commands.pop(execution.order.id, None)
+        if len(self._reports) < COMMANDS_KEPT:
+            self._reports.append(report)
+        with contextlib.suppress(OSError):  # such as a full disk; the result has it too
+            os.write(self._log_fd, msgspec.json.encode(report) + b"\n")
+        return ending, report, denials
+
+    def _since_release(self, command: Command) -> float:
+        return (command.began_at - self._instance.greeting.released_at) * 1000
+
+    # the end
+
+    def finish(self, choice: ChangesChoice) -> Result:
+        """End all commands, close the sandbox, and apply, keep or discard its changes. A second call does nothing."""
+        with self._finishing:
+            if self.result is None:
+                self.session.end()
+                self._finish("closed", choice)
+            assert self.result is not None  # noqa: S101 - for the type checker
+            return self.result
+
+    def _on_end(self, why: str) -> None:
+        """Finish in the thread of the loop, unless another thread does so."""
+        if self._finishing.acquire(blocking=False):
+            try:
+                if self.result is None:
+                    self._finish(why, "keep")
+            finally:
+                self._finishing.release()
+
+    def _finish(self, why: str, choice: ChangesChoice) -> None:
+        draft = self._draft
+        try:
+            with self._stack:
+                draft = self._closed(why, choice)
+                store_result(self._folder, draft)
+        except (SandboxError, OSError, MemoryError) as exc:
+            draft, _ = ended_by(exc, draft, self._caller)
+        self.result = draft
+
+    def _closed(self, why: str, choice: ChangesChoice) -> Result:
+        loop, host_files = self._loop, self._host_files
+        if not loop.over:
+            changes = None if host_files is None or choice == "discard" else host_files.incoming
+            loop.close(None, None, Receivers(changes=changes))
+        evidence = loop.evidence()
+        for command in list(self._commands.values()):
+            with contextlib.suppress(SandboxError):
+                self.ending(command)
+        self._vm.close()
+        net = None if self._gate is None else self._gate.account()
+        if self._gate is not None and net is None:
+            evidence = without_account(evidence, self._gate, self._warnings)
+        self._machine.close()
+        ending = self._verdict(why, evidence)
+        report = PhaseReport(
+            job_id=self._instance.record.job_id,
+            start=self._instance.start_mode,
+            outcome=ending.outcome,
+            reason_code=ending.code,
+            reason=ending.reason_for(self._caller.word),
+            times_ms=dict(self._instance.greeting.times_ms),
+            stdout=EMPTY_OUTPUT,
+            stderr=EMPTY_OUTPUT,
+            cpu_ms=round(sum(one.cpu_ms for one in self._reports)),
+            memory_peak_bytes=0,
+            tasks_peak=0,
+        )
+        draft = replace(
+            self._draft,
+            phases={"run": report},
+            jail=self._instance.jail,
+            net=net,
+            commands=tuple(self._reports),
+            warnings=[*self._draft.warnings, *self._warnings, *self._instance.notes],
+        )
+        why_kept = "" if ending.code == "closed" else ending.reason_for(self._caller.word)
+        return settled(draft, host_files, choice, why_kept, ending, self._caller.word)
+
+    def _verdict(self, why: str, evidence: Evidence) -> Verdict:
+        if self.session.problem is not None:
+            return verdict_of(self.session.problem)
+        if why == "lost" or evidence.gate_lost or evidence.cancelled_by is not None or evidence.channel_error:
+            return classify(evidence, features=self.prepared.availability.features)
+        if why == "closed":
+            return replace(verdict("ok", "closed"), exit_code=0)
+        seconds = self._life.idle_s if why == "idle" else self._life.lifetime_s
+        return verdict("timeout", why, {"limit": f"{seconds:g} s"})
+
+
+class Command:
+    """A command of an open sandbox. Thread-safe. wall_ms: the limit of its time, or None."""
+
+    def __init__(
+        self, sandbox: OpenSandbox, execution: Execution, inboxes: tuple[Inbox, Inbox], wall_ms: int | None
+    ) -> None:
+        self.execution = execution
+        self.wall_ms = wall_ms
+        self.began_at = time.monotonic()
+        self._sandbox = sandbox
+        self._session = sandbox.session
+        self._inboxes: dict[StreamName, Inbox] = {"stdout": inboxes[0], "stderr": inboxes[1]}
+        self._ending_lock = threading.Lock()
+        self._ending: tuple[Verdict, CommandReport, list[Denial]] | None = None
+
+    @property
+    def id(self) -> int:
+        """The number of the command in its sandbox."""
+        return self.execution.order.id
+
+    @property
+    def ended(self) -> bool:
+        """Whether the command has ended. Output may still wait to be read."""
+        return self.execution.ended
+
+    def wait(
+        self, within_s: float | None = None, *, output: Sequence[StreamName] = (), given_up: Callable[[], bool] = _never
+    ) -> bool:
+        """Wait until the command has ended, or one of the streams *output* can be read. Return False after *within_s*.
+
+        given_up: whether nobody waits any more; call `wake` once it returns True. Raises BackendError if
+        the sandbox ends first.
+        """
+
+        def due() -> bool:
+            return self.ended or given_up() or any(self._inboxes[stream].waiting for stream in output)
+
+        if self._session.until(due, within_s):
+            return not given_up()
+        if self._session.over:
+            raise self._sandbox.gone()
+        return False
+
+    def read(self, stream: StreamName) -> bytes:
+        """Return what has arrived on a stream since the last call."""
+        return self._session.read(self.execution, self._inboxes[stream], _STREAMS[stream])
+
+    def next_pieces(self, given_up: Callable[[], bool] = _never) -> tuple[bool, list[tuple[StreamName, bytes]]]:
+        """Wait for output or the end of the command. Return whether there will be no more output, and the output.
+
+        Raises BackendError if the sandbox ends first.
+        """
+        ended = not self.wait(output=tuple(self._inboxes), given_up=given_up) or self.ended
+        return ended, [(stream, data) for stream in self._inboxes if (data := self.read(stream))]
+
+    def wake(self) -> None:
+        """Have all threads that wait look whether they still should."""
+        self._session.wake()
+
+    def feed(self, data: bytes) -> None:
+        """Queue input without waiting."""
+        self._session.write(self.execution, data)
+
+    def write(self, data: bytes) -> None:
+        """Send input, and wait while much of it is on its way. Raises BackendError if the sandbox ends first."""
+        self.feed(data)
+        if not self._session.until(lambda: self.execution.has_room() or self.ended):
+            raise self._sandbox.gone()
+
+    def end_input(self) -> None:
+        """End the input."""
+        self._session.end_input(self.execution)
+
+    def stop(self, number: int = signal.SIGKILL) -> None:
+        """Send a signal to the command, if it has not ended. SIGKILL goes to all its processes."""
+        self._session.stop(self.execution, number)
+
+    def resize(self, rows: int, columns: int) -> None:
+        """Change the size of the command's terminal."""
+        self._session.resize(self.execution, rows, columns)
+
+    def ending(self) -> tuple[Verdict, CommandReport, list[Denial]]:
+        """Return how the command ended, once it has. Raises BackendError if the sandbox ended first."""
+        with self._ending_lock:
+            if self._ending is None:
+                self._ending = self._sandbox.ending(self)
+            return self._ending
+
+
+def _digest(execution: Execution) -> str:
+    words = b"".join(os.fsencode(word) + b"\0" for word in execution.order.argv)
+    return f"sha256:{hashlib.sha256(words).hexdigest()}"

@@ -1,0 +1,170 @@
+"""A session that many threads use, and the thread that runs its event loop."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+import time
+from typing import TYPE_CHECKING
+
+from x07_sandbox.channel.link import Stream
+from x07_sandbox.errors import SandboxError
+from x07_sandbox.host.poll import Event
+from x07_sandbox.host.threads import start_thread
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from x07_sandbox.channel.messages import Exec
+    from x07_sandbox.sandboxes.execution import Execution, Facts
+    from x07_sandbox.sandboxes.session import Session
+    from x07_sandbox.sandboxes.transfers import CommandStreams, Inbox
+
+_LOOK_S = 60.0  # between two looks at the time, if nothing else happens
+
+
+class SharedSession:
+    """A session for many threads. Its methods are those of `Session`, and `until` blocks only its caller.
+
+    until_s: when the session expires, on the monotonic clock. idle_s: how long it may be without a command and without
+    a call; None for no limit. Then, and if the session is lost, *on_end* is called in the thread of the loop with
+    `why`: "expired", "idle" or "lost". It is "" while the session is open, or if it was ended by a call.
+    """
+
+    def __init__(self, session: Session, until_s: float, idle_s: float | None, on_end: Callable[[str], object]) -> None:
+        self._session = session
+        self._until_s = until_s
+        self._idle_s = idle_s
+        self._used_at = time.monotonic()
+        self._on_end = on_end
+        self._changed = threading.Condition()
+        self._wake = Event()
+        self._stopping = self._ended = False
+        self.why = ""
+        self.problem: SandboxError | None = None
+        self._thread = threading.Thread(target=self._serve, name="x07-sandbox", daemon=True)
+        start_thread(self._thread)
+
+    @property
+    def over(self) -> bool:
+        """Whether the session was closed, lost or has expired."""
+        return self._stopping or self._session.over
+
+    def extend(self, until_s: float) -> None:
+        """Set when the session expires, on the monotonic clock."""
+        with self._using():
+            self._until_s = until_s
+
+    def execute(self, order: Exec, given: CommandStreams, wall_ms: int | None) -> Execution:
+        """See `Session.execute`."""
+        with self._using() as session:
+            return session.execute(order, given, wall_ms)
+
+    def stop(self, execution: Execution, number: int = signal.SIGKILL) -> None:
+        """See `Session.stop`."""
+        with self._using() as session:
+            session.stop(execution, number)
+
+    def resize(self, execution: Execution, rows: int, columns: int) -> None:
+        """See `Session.resize`."""
+        with self._using() as session:
+            session.resize(execution, rows, columns)
+
+    def read(self, execution: Execution, inbox: Inbox, stream: Stream = Stream.STDOUT) -> bytes:
+        """See `Session.read`."""
+        with self._changed:
+            data = self._session.read(execution, inbox, stream)
+            if data:  # the guest may send more; else this would wake the thread that waits for data, and so itself
+                self._wake_loop()
+        return data
+
+    def write(self, execution: Execution, data: bytes) -> None:
+        """See `Session.write`."""
+        with self._using() as session:
+            session.write(execution, data)
+
+    def end_input(self, execution: Execution) -> None:
+        """See `Session.end_input`."""
+        with self._using() as session:
+            session.end_input(execution)
+
+    def facts(self, execution: Execution) -> Facts:
+        """See `Session.facts`."""
+        with self._changed:
+            return self._session.facts(execution)
+
+    def until(self, done: Callable[[], bool], within_s: float | None = None) -> bool:
+        """Wait until *done* returns True, the session is over, or time is up. Return the value of *done*."""
+        with self._changed:
+            self._changed.wait_for(lambda: done() or self.over, within_s)
+            return done()
+
+    def wake(self) -> None:
+        """Have all calls of `until` look again."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def end(self) -> None:
+        """End the loop. Then the caller alone may use the session."""
+        with self._using():
+            self._stopping = True
+            self._changed.notify_all()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    @contextlib.contextmanager
+    def _using(self) -> Iterator[Session]:
+        with self._changed:
+            self._used_at = time.monotonic()
+            yield self._session
+            self._wake_loop()
+
+    def _wake_loop(self) -> None:
+        if not self._ended:
+            self._wake.set()
+
+    @contextlib.contextmanager
+    def _released(self) -> Iterator[None]:
+        self._changed.release()
+        try:
+            yield
+        finally:
+            self._changed.acquire()
+
+    def _serve(self) -> None:
+        why = "lost"  # also after a bug
+        try:
+            with self._changed:
+                why = self._run()
+        except SandboxError as exc:  # such as a full disk
+            self.problem = exc
+        finally:
+            with self._changed:
+                self._stopping, self.why = True, why
+                self._changed.notify_all()
+            if why:
+                self._on_end(why)
+            with self._changed:
+                self._ended = True
+                self._wake.close()
+                self._changed.notify_all()
+
+    def _run(self) -> str:
+        """Run the loop. Return why the session ended by itself, or ""."""
+        while not self.over:
+            self._session.turn(min(self._left_s(), _LOOK_S), waiting=self._released(), wake_fd=self._wake.fd)
+            self._wake.clear()
+            self._changed.notify_all()
+            if expired := self._expired():
+                return expired
+        return "lost" if self._session.over else ""
+
+    def _left_s(self) -> float:
+        idle_s = self._until_s if self._idle_s is None or self._session.busy else self._used_at + self._idle_s
+        return max(0.0, min(self._until_s, idle_s) - time.monotonic())
+
+    def _expired(self) -> str:
+        if self._left_s() > 0:
+            return ""
+        return "expired" if time.monotonic() >= self._until_s else "idle"

@@ -1,0 +1,513 @@
+"""Sandboxes from Python: many commands, files, streams, several threads, and every way in which a sandbox ends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.vm.conftest import left_behind, owners, usual_start
+from x07_sandbox import AsyncSandbox, Ended, Process, Sandbox, SandboxError
+from x07_sandbox.runs.folder import all_runs
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(300), pytest.mark.usefixtures("image", "state")]
+
+TMP = "/tmp"  # noqa: S108 - the guest's
+SLEEPING = "cat /proc/[0-9]*/comm 2>/dev/null | grep -c '^sleep$' || true"
+SLEEPER = ["sh", "-c", "echo begun; sleep 600 & sleep 600"]
+
+
+@pytest.fixture(scope="module")
+def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
+    """An open sandbox that no test closes."""
+    request.getfixturevalue("image")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("X07_VM_STATE_DIR", str(tmp_path_factory.mktemp("shared") / "state"))
+        with Sandbox() as opened:
+            yield opened
+
+
+def text(ended: Ended) -> str:
+    """The standard output of a command that succeeded."""
+    assert ended.ok, (ended.reason, ended.stderr)
+    return ended.stdout.decode()
+
+
+def names(folder: Path) -> list[str]:
+    """The names in a folder of the host."""
+    return sorted(path.name for path in folder.iterdir())
+
+
+def until(process: Process, end: bytes) -> bytes:
+    """The output of a process up to *end*."""
+    data = b""
+    while not data.endswith(end):
+        data += process.read(timeout_s=60)
+    return data
+
+
+# commands
+
+
+def test_commands_share_the_sandbox_and_report_how_they_ended(shared: Sandbox) -> None:
+    """Each command has its own result: output, exit code or signal, and times."""
+    assert text(shared.exec(["sh", "-c", "echo one > /tmp/shared; pwd"])) == "/opt/x07\n"
+    assert text(shared.exec(["cat", f"{TMP}/shared"])) == "one\n"
+    failed = shared.exec(["sh", "-c", "echo out; echo err >&2; exit 3"])
+    assert (failed.outcome, failed.exit_code, failed.stdout, failed.stderr) == ("failed", 3, b"out\n", b"err\n")
+    killed = shared.exec(["sh", "-c", "kill -SEGV $$"])
+    assert (killed.outcome, killed.signal, killed.exit_code) == ("signalled", signal.SIGSEGV, None)
+    slept = shared.exec(["sleep", "0.3"])
+    assert 300 <= slept.wall_ms < 20_000
+    assert slept.cpu_ms < slept.wall_ms
+
+
+def test_a_missing_command_is_a_result(shared: Sandbox) -> None:
+    """A command that does not exist ends with status 127 and advice."""
+    ended = shared.exec(["no-such-command"])
+    assert (ended.outcome, ended.exit_code) == ("failed", 127)
+    assert "the command no-such-command is not in the image" in ended.reason
+
+
+def test_input_environment_and_folder_are_those_of_the_call(shared: Sandbox) -> None:
+    """Standard input is at its end unless given, and variables and folder hold for one command only."""
+    assert text(shared.exec(["cat"])) == ""
+    data = os.urandom(3_000_000)
+    found = text(shared.exec(["sha256sum"], input=data))
+    assert found.split()[0] == hashlib.sha256(data).hexdigest()
+    assert text(shared.exec(["sh", "-c", "echo $ONE; pwd"], env={"ONE": "1"}, cwd=TMP)) == f"1\n{TMP}\n"
+    assert text(shared.exec(["sh", "-c", "echo $ONE; pwd"])) == "\n/opt/x07\n"
+
+
+def test_shell_is_bash(shared: Sandbox) -> None:
+    """`shell` runs bash where there is one, and merges streams in order if asked."""
+    assert text(shared.shell("set -o pipefail; echo ${BASH_VERSION:+bash} | cat")) == "bash\n"
+    assert text(shared.shell("echo 1; echo 2 >&2; echo 3", merge=True)) == "1\n2\n3\n"
+
+
+def test_a_timeout_kills_the_tree_and_keeps_the_output(shared: Sandbox) -> None:
+    """At its timeout a command ends with all its processes, its output is kept, and the sandbox stays open."""
+    ended = shared.exec(SLEEPER, timeout_s=1)
+    assert (ended.outcome, ended.stdout) == ("timeout", b"begun\n")
+    assert "1 s (timeout_s)" in ended.reason
+    assert text(shared.shell(SLEEPING)) == "0\n"
+
+
+def test_a_background_process_outlives_its_command(shared: Sandbox) -> None:
+    """A command ends when its own process has; what it left behind goes on."""
+    began = time.monotonic()
+    assert text(shared.shell("sleep 60 & echo $! > /tmp/pid; echo left")) == "left\n"
+    assert time.monotonic() - began < 30
+    assert text(shared.shell("kill $(cat /tmp/pid) && echo killed")) == "killed\n"
+
+
+@pytest.mark.parametrize(
+    ("keep", "wanted"),
+    [
+        ("head", b"0123456789"),
+        ("tail", b"CDEFGHIJKL"),
+        ("both", b"01234\n[... 26 bytes left out ...]\nGHIJK"),
+    ],
+)
+def test_long_output_is_cut_as_asked(shared: Sandbox, keep: str, wanted: bytes) -> None:
+    """Of a longer stream, the head, the tail or half of each is kept, and the result says so."""
+    whole = "0123456789abcdefghijklmnopCDEFGHIJKL" if keep != "both" else "01234abcdefghijklmnopqrstuvwxyzGHIJK"
+    ended = shared.exec(["printf", "%s", whole], max_output_bytes=10, keep=keep)  # type: ignore[arg-type]
+    assert (ended.stdout, ended.truncated) == (wanted, True)
+    assert not shared.exec(["printf", "%s", "0123456789"], max_output_bytes=10).truncated
+
+
+def test_output_streams_to_a_function(shared: Sandbox) -> None:
+    """on_output gets the output as it arrives, and may use the sandbox."""
+    seen: list[tuple[str, bytes]] = []
+
+    def take(name: str, data: bytes) -> None:
+        if not seen:
+            shared.files.write(f"{TMP}/go", b"")
+        seen.append((name, data))
+
+    script = "echo first; while [ ! -e /tmp/go ]; do sleep 0.1; done; echo second >&2; rm /tmp/go"
+    ended = shared.shell(script, on_output=take)
+    assert (seen[0], b"".join(data for _, data in seen)) == (("stdout", b"first\n"), b"first\nsecond\n")
+    assert (ended.stdout, ended.stderr) == (b"first\n", b"second\n")
+
+
+def test_a_function_that_raises_ends_only_its_command(shared: Sandbox) -> None:
+    """If on_output raises, the command is killed, and exec raises the exception."""
+
+    def refuse(_name: str, _data: bytes) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        shared.exec(SLEEPER, on_output=refuse)
+    deadline = time.monotonic() + 30
+    while text(shared.shell(SLEEPING)) != "0\n":
+        assert time.monotonic() < deadline
+    assert shared.alive
+
+
+def test_check_raises_for_a_failure(shared: Sandbox) -> None:
+    """With check, a command that fails raises an error that has its result."""
+    with pytest.raises(SandboxError, match="ended as failed") as raised:
+        shared.exec(["false"], check=True)
+    assert isinstance(raised.value.result, Ended)
+
+
+def test_several_threads_use_one_sandbox(shared: Sandbox) -> None:
+    """Eight threads run commands and use files at once, and each gets its own answers."""
+
+    def use(number: int) -> str:
+        shared.files.write(f"{TMP}/of-{number}", str(number).encode() * 1000)
+        found = text(shared.exec(["cat", f"{TMP}/of-{number}", "-"], input=b"end"))
+        return found if shared.files.read(f"{TMP}/of-{number}").decode() + "end" == found else "another"
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(use, range(8))) == [f"{str(number) * 1000}end" for number in range(8)]
+
+
+def test_a_live_process_is_written_read_and_ended(shared: Sandbox) -> None:
+    """A process takes input and gives output while it runs; polling and waiting do not lose output."""
+    process = shared.start(["python3", "-u", "-c", "for line in iter(input, 'end'): print(eval(line))"])
+    process.write(b"6 * 7\n")
+    assert until(process, b"\n") == b"42\n"
+    with pytest.raises(TimeoutError):
+        process.read(timeout_s=0.2)
+    assert process.poll() is None
+    assert shared.process(process.id).poll() is None
+    process.write(b"'last'\nend\n")
+    ended = process.wait(60)
+    assert (ended.outcome, ended.stdout) == ("ok", b"last\n")
+    assert process.read() == b""
+    with pytest.raises(SandboxError, match="there is no command"):
+        shared.process(process.id)
+
+
+def test_a_process_may_be_iterated_and_signalled(shared: Sandbox) -> None:
+    """Iterating yields output as it arrives, and a signal reaches the command."""
+    process = shared.start(["sh", "-c", "trap 'echo got it; exit 5' TERM; echo ready; while :; do sleep 0.1; done"])
+    seen = b""
+    for stream, data in process:
+        assert stream == "stdout"
+        seen += data
+        if seen == b"ready\n":
+            process.signal(signal.SIGTERM)
+    assert (seen, process.wait().exit_code) == (b"ready\ngot it\n", 5)
+
+
+def test_a_terminal_has_a_size(shared: Sandbox) -> None:
+    """A command may get a terminal, whose size can be changed."""
+    process = shared.start(["sh", "-c", "stty size; read line; stty size"], tty=True)
+    assert until(process, b"\n") == b"24 80\r\n"
+    process.resize(10, 20)
+    process.write(b"\n")
+    assert process.wait(60).stdout.endswith(b"10 20\r\n")
+
+
+def test_wrong_calls_are_errors_and_harm_nothing(shared: Sandbox) -> None:
+    """A call that makes no sense raises an error that says why, and starts no command."""
+    for call, why in (
+        (lambda: shared.exec("true"), "argv is not a list"),
+        (lambda: shared.exec([]), "argv is not a list"),
+        (lambda: shared.exec(["a\0b"]), "NUL"),
+        (lambda: shared.exec(["true"], timeout_s=0), "timeout_s is 0"),
+        (lambda: shared.exec(["true"], env={"X07_A": "1"}), "reserved"),
+        (lambda: shared.exec(["true"], keep="middle"), "keep is 'middle'"),  # type: ignore[arg-type]
+        (lambda: shared.shell(["true"]), "list, not str"),  # type: ignore[arg-type]
+        (lambda: Sandbox(lifetime_s=-1), "lifetime_s is -1"),
+        (lambda: Sandbox(memory="much"), "memory is 'much'"),
+        (lambda: Sandbox(backend="no"), "there is no such backend"),
+    ):
+        with pytest.raises(SandboxError) as raised:
+            call()
+        assert why in str(raised.value)
+    assert text(shared.exec(["echo", "fine"])) == "fine\n"
+
+
+# files
+
+
+def test_files_are_read_and_written_as_the_programs_user(shared: Sandbox) -> None:
+    """Files have the modes and owner of the program's user, parents are made, and parts can be read."""
+    files = shared.files
+    files.write("new/folder/file", b"content", mode=0o600)
+    assert text(shared.exec(["stat", "-c", "%U %a %s", "new/folder/file"])) == "x07 600 7\n"
+    assert files.read("new/folder/file", offset=2, max_bytes=3) == b"nte"
+    files.write("new/folder/file", b"less")
+    info = files.stat("new/folder/file")
+    assert (info.name, info.kind, info.mode, info.size) == ("file", "file", 0o600, 4)
+    shared.exec(["ln", "-s", "folder", "new/link"], check=True)
+    assert [(one.name, one.kind, one.target) for one in files.list("new")] == [
+        ("folder", "folder", ""),
+        ("link", "link", "folder"),
+    ]
+    assert files.exists("new/link/file")
+    assert files.stat("new/link", follow=False).kind == "link"
+    files.mkdir("new/a/b")
+    files.remove("new", recursive=True)
+    assert not files.exists("new")
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("missing", errno.ENOENT),
+        ("/etc", errno.EISDIR),
+        ("/opt/x07/closed", errno.EACCES),
+        ("/etc/passwd/x", errno.ENOTDIR),
+    ],
+)
+def test_file_errors_have_errno_and_name(shared: Sandbox, name: str, wanted: int) -> None:
+    """A file that cannot be read raises OSError with errno and file name."""
+    shared.shell("touch closed; chmod 0 closed")
+    with pytest.raises(OSError, match=os.strerror(wanted)) as raised:
+        shared.files.read(name)
+    assert (raised.value.errno, raised.value.filename) == (wanted, name)
+
+
+def test_trees_go_in_and_out(shared: Sandbox, tmp_path: Path) -> None:
+    """A folder is copied with modes, links and empty folders, in and out; a file with its mode."""
+    tree = tmp_path / "tree"
+    (tree / "empty").mkdir(parents=True)
+    (tree / "run").write_bytes(b"#!/bin/sh\necho run\n")
+    (tree / "run").chmod(0o755)
+    (tree / "link").symlink_to("run")
+    (tree / "hole").write_bytes(b"")
+    os.truncate(tree / "hole", 5_000_000)
+    shared.upload(tree, f"{TMP}/tree")
+    assert text(shared.exec([f"{TMP}/tree/link"])) == "run\n"
+    shared.download(f"{TMP}/tree", tmp_path / "back")
+    back = tmp_path / "back"
+    assert sorted(path.name for path in back.iterdir()) == ["empty", "hole", "link", "run"]
+    assert (os.readlink(back / "link"), (back / "run").stat().st_mode & 0o777) == ("run", 0o755)  # noqa: PTH115
+    assert ((back / "hole").stat().st_size, list((back / "empty").iterdir())) == (5_000_000, [])
+    shared.download(f"{TMP}/tree/run", tmp_path / "one")
+    assert ((tmp_path / "one").read_bytes(), (tmp_path / "one").stat().st_mode & 0o777) == (
+        (tree / "run").read_bytes(),
+        0o755,
+    )
+    for place in (tmp_path / "one", back):
+        with pytest.raises(FileExistsError):
+            shared.download(f"{TMP}/tree", place)
+    with pytest.raises(FileExistsError):
+        shared.upload(tree, f"{TMP}/tree")
+
+
+def test_a_killed_file_server_is_replaced(shared: Sandbox) -> None:
+    """If a program kills the file server, which runs as the same user, the next request gets a new one."""
+    shared.files.write(f"{TMP}/kept", b"kept")
+    shared.shell("for pid in /proc/[0-9]*; do pid=${pid#/proc/}; [ $pid -le 2 -o $pid = $$ ] || kill -9 $pid; done")
+    with contextlib.suppress(SandboxError):
+        shared.files.read(f"{TMP}/kept")
+    assert shared.files.read(f"{TMP}/kept") == b"kept"
+
+
+# the end
+
+
+def test_closing_applies_changes_and_reports_each_command(state: Path, tmp_path: Path) -> None:
+    """On closing, changes come out, the result lists each command, and nothing is left on the host."""
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / "old").write_text("old")
+    before = len(names(Path("/proc/self/fd")))
+    with Sandbox(workdir=work) as opened:
+        assert text(opened.exec(["cat", "old"])) == "old"
+        opened.shell("echo new > new; rm old")
+        opened.exec(["sleep", "9"], timeout_s=0.2)
+        opened.start(SLEEPER)
+        assert names(work) == ["old"]
+    result = opened.result
+    assert result is not None
+    assert (result.outcome, result.reason_code, result.changes.state) == ("ok", "closed", "applied")
+    assert names(work) == ["new"]
+    digest = hashlib.sha256(b"cat\0old\0").hexdigest()
+    outcomes = [one.outcome for one in result.commands]
+    assert outcomes[0] == "ok"
+    assert "timeout" in outcomes
+    assert result.commands[0].argv_sha256 == f"sha256:{digest}"
+    assert result.phases["run"].start == usual_start()
+    lines = (all_runs() / result.run / "commands.jsonl").read_text().splitlines()
+    assert [json.loads(line)["id"] for line in lines] == [one.id for one in result.commands]
+    assert json.loads((all_runs() / result.run / "result.json").read_bytes())["commands"]
+    assert left_behind(state) == []
+    assert len(names(Path("/proc/self/fd"))) <= before
+    assert opened.close() is result
+    with pytest.raises(SandboxError, match="it was closed") as raised:
+        opened.exec(["true"])
+    assert raised.value.code == "sandbox-closed"
+
+
+def test_an_exception_keeps_the_changes(state: Path, tmp_path: Path) -> None:
+    """If the with block ends by an exception, nothing is applied, and the changes are kept."""
+    work = tmp_path / "work"
+    work.mkdir()
+    with contextlib.suppress(RuntimeError), Sandbox(workdir=work) as opened:
+        opened.shell("echo new > new")
+        raise RuntimeError
+    assert opened.result is not None
+    assert opened.result.changes.state == "kept"
+    assert names(work) == []
+    assert left_behind(state) == []
+
+
+@pytest.mark.parametrize(
+    ("life", "code"), [({"lifetime_s": 1.5}, "expired"), ({"idle_s": 1.0, "lifetime_s": 60}, "idle")]
+)
+def test_a_sandbox_ends_by_itself(state: Path, tmp_path: Path, life: dict[str, float], code: str) -> None:
+    """After its lifetime, or after some idle time, a sandbox ends and keeps its changes."""
+    work = tmp_path / "work"
+    work.mkdir()
+    opened = Sandbox(workdir=work, **life)  # type: ignore[arg-type]
+    opened.shell("echo new > new")
+    process = opened.start(SLEEPER) if code == "expired" else None
+    if process is not None:
+        with pytest.raises(SandboxError) as raised:
+            process.wait(60)
+        assert raised.value.code == "sandbox-lost"
+    deadline = time.monotonic() + 60
+    while opened.result is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)  # the sandbox's own thread writes it
+    assert (opened.result.outcome, opened.result.reason_code) == ("timeout", code)
+    assert opened.result.changes.state == "kept"
+    assert names(work) == []
+    assert opened.close() is opened.result
+    assert left_behind(state) == []
+
+
+def test_a_lifetime_can_be_extended(state: Path) -> None:
+    """`extend` counts from now."""
+    with Sandbox(lifetime_s=1.5) as opened:
+        opened.extend(60)
+        assert text(opened.shell("sleep 2; echo alive")) == "alive\n"
+    assert left_behind(state) == []
+
+
+def test_a_lost_vm_is_told_apart_from_a_failure(state: Path) -> None:
+    """If the VM is killed, a waiting call raises an error, and the result says what happened."""
+    opened = Sandbox()
+    process = opened.start(SLEEPER)
+    assert process.read(timeout_s=60) == b"begun\n"
+    os.kill(_supervisor(state), signal.SIGKILL)
+    with pytest.raises(SandboxError) as raised:
+        process.wait(60)
+    assert raised.value.code == "sandbox-lost"
+    assert opened.close().outcome == "guest-lost"
+    assert left_behind(state) == []
+
+
+def _supervisor(state: Path) -> int:
+    (owner,) = owners(state)
+    pid: int = owner["processes"]["supervisor"]["pid"]  # type: ignore[index]
+    return pid
+
+
+def test_x07_kill_ends_a_sandbox(state: Path) -> None:
+    """`x07 kill` ends a sandbox of another process."""
+    opened = Sandbox()
+    process = opened.start(SLEEPER)
+    x07 = [sys.executable, "-m", "x07_sandbox.cli.main"]
+    listed = subprocess.run([*x07, "ps"], check=True, capture_output=True, text=True).stdout
+    assert opened.id in listed
+    subprocess.run([*x07, "kill", opened.id], check=True, capture_output=True)
+    with pytest.raises(SandboxError):
+        process.wait(60)
+    assert opened.close().outcome == "cancelled"
+    assert left_behind(state) == []
+
+
+KILLED = """
+import sys, time
+from x07_sandbox import Sandbox
+opened = Sandbox()
+opened.start(["sleep", "600"])
+print(opened.id, flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_killed_creator_takes_its_sandbox_along(state: Path) -> None:
+    """If the process that opened a sandbox is killed, the VM ends, and a sweep leaves nothing."""
+    with subprocess.Popen([sys.executable, "-c", KILLED], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline()
+        process.kill()
+    subprocess.run([sys.executable, "-m", "x07_sandbox.cli.main", "sweep"], check=True, capture_output=True)
+    assert left_behind(state) == []
+
+
+def test_policies_bound_each_command() -> None:
+    """A given policy's time limits hold for each command; what it denies is reported with the command."""
+    with Sandbox(policy="built-in:default", fds=20) as opened:
+        ended = opened.exec(["sh", "-c", "echo > /usr/new"])
+        assert [(one.field, one.subject) for one in ended.denials] == [("permissions", "/usr/")]
+        assert opened.exec(["true"]).denials == ()
+        assert text(opened.exec(["sh", "-c", "ulimit -n"])) == "20\n"
+
+
+# asyncio
+
+
+def test_async_sandboxes_have_the_same_methods() -> None:
+    """Each public method of the sandbox, its processes and its files has an asyncio twin."""
+    from x07_sandbox.library.async_sandbox import AsyncFiles, AsyncProcess
+    from x07_sandbox.library.files import Files
+    from x07_sandbox.library.processes import Process
+
+    own = {"wake", "feed", "collect", "for_caller", "next_pieces", "abort"}
+    for one, twin in ((Sandbox, AsyncSandbox), (Process, AsyncProcess), (Files, AsyncFiles)):
+        names = {name for name in vars(one) if not name.startswith("_")} - own
+        assert names - set(vars(twin)) == set(), one
+
+
+def test_async_commands_run_at_once_and_are_cancelled_alone(state: Path) -> None:
+    """Commands run at the same time, and a cancelled task kills its command only."""
+    seen = asyncio.Event()
+
+    async def use() -> None:
+        async with AsyncSandbox() as opened:
+            ended = await asyncio.gather(*(opened.exec(["echo", str(number)]) for number in range(4)))
+            assert [one.stdout for one in ended] == [b"0\n", b"1\n", b"2\n", b"3\n"]
+            task = asyncio.create_task(opened.exec(SLEEPER, on_output=lambda _name, _data: seen.set()))
+            await seen.wait()
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            process = await opened.start(["cat"])
+            reading = asyncio.create_task(process.read())
+            await asyncio.sleep(0.2)
+            reading.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await reading
+            await process.write(b"still here\n")
+            assert await process.read() == b"still here\n"
+            process.close_stdin()
+            assert [data async for _, data in process] == []
+            assert (await process.wait()).ok
+            await opened.files.write("a/b", b"1")
+            assert await opened.files.read("a/b") == b"1"
+            deadline = time.monotonic() + 30
+            while (await opened.shell(SLEEPING)).stdout != b"0\n":
+                assert time.monotonic() < deadline
+        assert opened.result is not None
+        assert opened.result.reason_code == "closed"
+
+    asyncio.run(use())
+    assert threading.active_count() < 10
+    assert left_behind(state) == []
