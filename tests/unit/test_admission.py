@@ -16,7 +16,7 @@ from x07_sandbox.errors import Cancelled, HostError, RefusedError, UsageError
 from x07_sandbox.host.linux import children_of
 from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.paths import cache_folder
-from x07_sandbox.jobs.admission import admitted, max_running, warm_slots
+from x07_sandbox.jobs.admission import RUNS, SANDBOXES, admitted, max_running, warm_slots
 
 
 @pytest.fixture(autouse=True)
@@ -148,6 +148,17 @@ def test_as_many_run_as_there_are_slots(never: int, monkeypatch: pytest.MonkeyPa
         inside[3].__enter__()
     for one in inside[:3]:
         one.__exit__(None, None, None)
+
+
+def test_sandboxes_have_slots_of_their_own(never: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """X07_VM_MAX_SANDBOXES sets how many sandboxes are open at once, whatever the number of runs."""
+    monkeypatch.setenv("X07_VM_MAX_SANDBOXES", "1")
+    said: list[str] = []
+    with admitted(cancel_fd=never, timeout_s=60, slots=SANDBOXES), admitted(cancel_fd=never, timeout_s=60, slots=RUNS):
+        waiting = admitted(cancel_fd=never, timeout_s=1.5, slots=SANDBOXES, progress=said.append)
+        with pytest.raises(RefusedError, match=r"no slot was free in time.*larger X07_VM_MAX_SANDBOXES"):
+            waiting.__enter__()
+    assert said == ["waiting for a free slot: only 1 may run at once (set by X07_VM_MAX_SANDBOXES, or by memory)"]
 
 
 def test_a_waiter_says_that_sigchld_is_ignored(never: int) -> None:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.vm.conftest import left_behind, owners, usual_start
-from x07_sandbox import AsyncSandbox, Ended, Process, Sandbox, SandboxError
+from x07_sandbox import AsyncSandbox, Ended, Pool, Process, Sandbox, SandboxError
 from x07_sandbox.runs.folder import all_runs
 
 if TYPE_CHECKING:
@@ -301,6 +302,8 @@ def test_trees_go_in_and_out(shared: Sandbox, tmp_path: Path) -> None:
         (tree / "run").read_bytes(),
         0o755,
     )
+    shared.download("/proc/version", tmp_path / "version")
+    assert (tmp_path / "version").read_bytes().startswith(b"Linux")
     for place in (tmp_path / "one", back):
         with pytest.raises(FileExistsError):
             shared.download(f"{TMP}/tree", place)
@@ -315,6 +318,65 @@ def test_a_killed_file_server_is_replaced(shared: Sandbox) -> None:
     with contextlib.suppress(SandboxError):
         shared.files.read(f"{TMP}/kept")
     assert shared.files.read(f"{TMP}/kept") == b"kept"
+
+
+# ports
+
+SERVER = """
+import socketserver
+class Echo(socketserver.StreamRequestHandler):
+    def handle(self):
+        data = self.rfile.read()
+        self.wfile.write(b"%d:" % len(data) + data[-3:])
+class Server(socketserver.ThreadingTCPServer):
+    allow_reuse_address = True
+with Server(("127.0.0.1", 8000), Echo) as server:
+    print("ready", flush=True)
+    server.serve_forever()
+"""
+
+
+def asked(address: tuple[str, int], data: bytes) -> bytes:
+    """What a server answers to *data*."""
+    family = socket.AF_UNIX if address[1] == 0 else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as connection:
+        connection.settimeout(60)
+        connection.connect(address[0] if family is socket.AF_UNIX else address)
+        connection.sendall(data)
+        connection.shutdown(socket.SHUT_WR)
+        answer = b""
+        while piece := connection.recv(65536):
+            answer += piece
+    return answer
+
+
+def test_a_port_of_the_sandbox_is_reached_from_the_host(tmp_path: Path, state: Path) -> None:
+    """Connections to a forwarded port reach the server, several at once, and end with the sandbox."""
+    path = str(tmp_path / "socket")
+    with Sandbox() as opened:
+        server = opened.start(["python3", "-c", SERVER])
+        assert until(server, b"\n") == b"ready\n"
+        tcp, unix, closed = opened.forward(8000), opened.forward(8000, unix=path), opened.forward(9)
+        assert (tcp[0], unix, Path(path).stat().st_mode & 0o777) == ("127.0.0.1", (path, 0), 0o600)
+        data = os.urandom(1_000_000)
+        with ThreadPoolExecutor(6) as pool:
+            answers = list(pool.map(lambda address: asked(address, data), [tcp, unix] * 3))
+        assert answers == [b"1000000:" + data[-3:]] * 6
+        with contextlib.suppress(ConnectionResetError):
+            assert asked(closed, b"") == b""
+        with pytest.raises(SandboxError, match="1 to 65535"):
+            opened.forward(0)
+        waiting = socket.create_connection(tcp)
+    with waiting:
+        waiting.settimeout(60)
+        with contextlib.suppress(ConnectionResetError):
+            assert waiting.recv(1) == b""
+    assert not Path(path).exists()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(tcp)
+    assert opened.result is not None
+    assert len(opened.result.commands) == 1
+    assert left_behind(state) == []
 
 
 # the end
@@ -367,7 +429,7 @@ def test_an_exception_keeps_the_changes(state: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("life", "code"), [({"lifetime_s": 1.5}, "expired"), ({"idle_s": 1.0, "lifetime_s": 60}, "idle")]
+    ("life", "code"), [({"lifetime_s": 15}, "expired"), ({"idle_s": 1.0, "lifetime_s": 60}, "idle")]
 )
 def test_a_sandbox_ends_by_itself(state: Path, tmp_path: Path, life: dict[str, float], code: str) -> None:
     """After its lifetime, or after some idle time, a sandbox ends and keeps its changes."""
@@ -393,9 +455,9 @@ def test_a_sandbox_ends_by_itself(state: Path, tmp_path: Path, life: dict[str, f
 
 def test_a_lifetime_can_be_extended(state: Path) -> None:
     """`extend` counts from now."""
-    with Sandbox(lifetime_s=1.5) as opened:
+    with Sandbox(lifetime_s=5) as opened:
         opened.extend(60)
-        assert text(opened.shell("sleep 2; echo alive")) == "alive\n"
+        assert text(opened.shell("sleep 6; echo alive")) == "alive\n"
     assert left_behind(state) == []
 
 
@@ -449,6 +511,53 @@ def test_a_killed_creator_takes_its_sandbox_along(state: Path) -> None:
         assert process.stdout.readline()
         process.kill()
     subprocess.run([sys.executable, "-m", "x07_sandbox.cli.main", "sweep"], check=True, capture_output=True)
+    assert left_behind(state) == []
+
+
+def test_a_pool_hands_out_sandboxes(state: Path) -> None:
+    """A sandbox of a pool starts in a waiting VM, and may outlive the pool."""
+    with Pool(size=1) as pool:
+        assert pool.wait_ready(120)
+        opened = pool.sandbox()
+        assert text(opened.exec(["echo", "one"])) == "one\n"
+    assert text(opened.exec(["echo", "two"])) == "two\n"
+    result = opened.close()
+    assert (result.phases["run"].start, len(result.commands)) == ("pool", 2)
+    assert left_behind(state) == []
+
+
+FORGOTTEN = """
+import sys
+from x07_sandbox import Sandbox
+opened = Sandbox(workdir=sys.argv[1])
+opened.shell("echo new > new")
+print(opened.id)
+"""
+
+
+def test_a_program_that_forgets_its_sandbox_keeps_the_changes(state: Path, tmp_path: Path) -> None:
+    """At the normal end of its process, an open sandbox is closed, and its changes are kept."""
+    work = tmp_path / "work"
+    work.mkdir()
+    argv = [sys.executable, "-c", FORGOTTEN, str(work)]
+    done = subprocess.run(argv, check=True, capture_output=True, text=True)
+    assert done.stderr == ""
+    result = json.loads((all_runs() / done.stdout.strip() / "result.json").read_bytes())
+    assert (result["changes"]["state"], names(work)) == ("kept", [])
+    assert left_behind(state) == []
+
+
+def test_a_block_whose_sandbox_has_ended_raises(state: Path) -> None:
+    """If a sandbox has reached its lifetime, the end of its with block is an error."""
+
+    def use() -> None:
+        with Sandbox(lifetime_s=0.5) as opened:
+            while opened.alive:
+                time.sleep(0.05)  # nothing reports the end but this
+
+    with pytest.raises(SandboxError, match="ended before it was closed") as raised:
+        use()
+    assert raised.value.result.reason_code == "expired"
     assert left_behind(state) == []
 
 

@@ -32,7 +32,7 @@ GET: Final = "get"
 
 
 class Request(NamedTuple):
-    """A request. path: absolute.
+    """A request. path: absolute, or relative to the server's working folder.
 
     offset, size: for READ, the part to read. For WRITE and PUT, *size* is the size of the content that follows. mode:
     permission bits for WRITE and MAKE; -1 for the default. whole: for MAKE, also make parent folders and accept an

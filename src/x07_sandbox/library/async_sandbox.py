@@ -120,6 +120,10 @@ class AsyncSandbox:
         """See `Sandbox.download`."""
         await self.files.download(path, local)
 
+    def forward(self, port: int, *, unix: str | os.PathLike[str] | None = None) -> tuple[str, int]:
+        """See `Sandbox.forward`."""
+        return self._sandbox.forward(port, unix=unix)
+
     def extend(self, lifetime_s: float) -> None:
         """See `Sandbox.extend`."""
         self._sandbox.extend(lifetime_s)
@@ -138,7 +142,7 @@ class AsyncSandbox:
     async def __aexit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self.close("apply" if kind is None else "keep")
+        await in_thread(lambda: self._sandbox.__exit__(kind, value, trace), _nothing)
 
     @property
     def _sandbox(self) -> Sandbox:

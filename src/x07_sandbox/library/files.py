@@ -109,10 +109,14 @@ class Files:
             with Unpacker(target) as unpacker:
                 self._ask(Request(calls.GET, path), take=lambda server, _answer: _unpack(server, unpacker))
             return
+        size = found.size or READ_MAX  # a file of /proc says that it is empty
         with target.open("xb") as out:
-            request = Request(calls.READ, path, size=found.size)
-            self._ask(request, take=lambda server, answer: _store(server, min(answer.size, found.size), out))
-            out.flush()
+            try:
+                request = Request(calls.READ, path, size=size)
+                self._ask(request, take=lambda server, answer: _store(server, min(answer.size, size), out))
+            except BaseException:
+                target.unlink()
+                raise
             os.fchmod(out.fileno(), found.mode & 0o777)
 
     def abort(self) -> None:
@@ -125,15 +129,8 @@ class Files:
         try:
             self._ask(request, content)
         except FileNotFoundError:
-            self.mkdir(posixpath.dirname(self._absolute(path)))
+            self.mkdir(posixpath.dirname(path))
             self._ask(request, content)
-
-    def _absolute(self, path: str) -> str:
-        if not isinstance(path, str | os.PathLike):
-            raise UsageError(
-                "cannot use the path", f"it is {type(path).__name__}, not str", "Pass a path of the sandbox"
-            )
-        return posixpath.join(self._sandbox.cwd, os.fspath(path))
 
     def _ask(
         self,
@@ -141,7 +138,7 @@ class Files:
         content: Callable[[], Iterable[bytes]] = tuple,
         take: Callable[[FileServer, Answer], _T] | None = None,
     ) -> _T:
-        asked = request._replace(path=self._absolute(request.path))
+        asked = request._replace(path=os.fspath(request.path))
         with self._lock:
             self._sandbox.require_open()
             # After an exception, an unknown part of the request is under way, so the next one needs a new server.

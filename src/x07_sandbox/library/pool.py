@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from x07_sandbox.host.cancel import Cancel
     from x07_sandbox.library.options import RunOptions
+    from x07_sandbox.library.sandbox import Sandbox, SandboxOptions
     from x07_sandbox.runs.result import Result
 
 
@@ -160,6 +161,17 @@ class Pool(Executor):
         self._check_process()
         run = partial(self._run, program, args=args, check=check, **options)
         return self._workers.map(run, inputs, timeout=timeout)
+
+    def sandbox(self, **options: Unpack[SandboxOptions]) -> Sandbox:
+        """Open a sandbox in a waiting VM, if one is ready. The options are those of `Sandbox`. Raises SandboxError.
+
+        It may outlive the pool.
+        """
+        from x07_sandbox.library.sandbox import Sandbox  # most pools run programs
+
+        self._check_process()
+        options.setdefault("image", self._image)
+        return Sandbox(machines=self._machines, **options)
 
     def _check_process(self) -> None:
         """Raise UsageError in a forked child."""

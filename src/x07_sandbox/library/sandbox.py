@@ -6,7 +6,7 @@ import math
 import os
 from typing import TYPE_CHECKING, Literal, Self, TypedDict, Unpack
 
-from x07_sandbox.errors import UsageError
+from x07_sandbox.errors import SandboxError, UsageError
 from x07_sandbox.host.settings import LIFETIME_MAX_S, LIFETIME_S, OUTPUT_MAX_BYTES
 from x07_sandbox.library.arguments import SANDBOX, bad_argument, checked_options
 from x07_sandbox.library.processes import KEEPS, Process, checked
@@ -53,7 +53,6 @@ class SandboxOptions(TypedDict, total=False):
     lifetime_s: float
     idle_s: float | None
     backend: str | None
-    machines: MachineSource | None
 
 
 class Sandbox:
@@ -67,7 +66,7 @@ class Sandbox:
     Commands run as an ordinary user, several at once if you like; background processes live until the sandbox is
     closed. Files are read and written as that user. When the sandbox is closed, changes to folders of the host are
     applied, as after a run. If the `with` block ends by an exception, or the sandbox reaches the end of its life, they
-    are kept for `x07 apply`.
+    are kept for `x07 apply`. A `with` block raises SandboxError at its end if the sandbox had ended before.
 
     Thread-safe. A forked child cannot use it. Methods raise SandboxError if the sandbox is closed or was lost.
     """
@@ -259,6 +258,19 @@ class Sandbox:
         """
         self.files.download(path, local)
 
+    def forward(self, port: int, *, unix: str | os.PathLike[str] | None = None) -> tuple[str, int]:
+        """Let programs of the host connect to a port of the sandbox, until it ends. Return the address and port.
+
+        Any user of the host may connect to that port of the loopback interface. unix: use a Unix socket at this path
+        instead, which only you may connect to, and return the path and 0. A connection to a port on which nothing
+        listens is closed at once. Raises OSError.
+        """
+        from x07_sandbox.library.forwarding import Forwarder
+
+        if isinstance(port, bool) or not isinstance(port, int) or not 0 < port < 1 << 16:
+            raise UsageError("cannot forward a port", f"it is {port!r}", "Pass a number from 1 to 65535")
+        return Forwarder(self._using(), port, None if unix is None else os.fspath(unix)).address
+
     def extend(self, lifetime_s: float) -> None:
         """Let the sandbox last for lifetime_s seconds from now, within 24 hours from its opening."""
         self._using().extend(_seconds("lifetime_s", lifetime_s))
@@ -286,7 +298,13 @@ class Sandbox:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close("apply" if kind is None else "keep")
+        result = self.close("apply" if kind is None else "keep")
+        if kind is None and result.reason_code != "closed":
+            error = SandboxError(
+                "the sandbox ended before it was closed", result.reason, "See the result of this error"
+            )
+            error.result = result
+            raise error
 
     def _start(self, given: CommandStart) -> Process:
         return Process(self._using().start(given))

@@ -5,6 +5,7 @@ runs/RUN/commands.jsonl     one line per command that has ended
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import hashlib
 import itertools
@@ -58,7 +59,7 @@ if TYPE_CHECKING:
 StreamName = Literal["stdout", "stderr"]
 _STREAMS: Final[dict[StreamName, Stream]] = {"stdout": Stream.STDOUT, "stderr": Stream.STDERR}
 COMMANDS_KEPT: Final = 10_000  # in a result
-_SERVER_LIMITS: Final = 64  # open files of the file server
+_SERVER_FILES: Final = 64  # open files of the file server
 _TIMEOUT: Final = Flag("--timeout")
 _WHY_GONE: Final = {
     "": "it was closed",
@@ -104,6 +105,7 @@ class OpenSandbox:
         """Open a sandbox. Raises SandboxError, whose `result` has the details."""
         self.run = new_run_id()
         self.result: Result | None = None
+        self._pid = os.getpid()
         self._caller = caller
         self._life = life
         self._stack = contextlib.ExitStack()
@@ -161,6 +163,7 @@ class OpenSandbox:
         self._opened_at = time.monotonic()
         until_s = self._opened_at + self._life.lifetime_s
         self.session = SharedSession(self._loop, until_s, self._life.idle_s, self._on_end)
+        atexit.register(self._at_exit)
 
     def _started(self) -> Instance:
         try:
@@ -223,15 +226,16 @@ class OpenSandbox:
         """Start a file server. Raises SandboxError if the sandbox is closed."""
         with self._starting:
             self.require_open()
-            return FileServer(self.session, next(self._numbers), self._limits._replace(fds=_SERVER_LIMITS))
+            limits = self._limits._replace(fds=_SERVER_FILES)
+            return FileServer(self.session, next(self._numbers), limits, self.cwd)
 
     def command(self, number: int) -> Command | None:
         """Return a command that has not been waited for, or None."""
         return self._commands.get(number)
 
-    def running(self) -> int:
-        """Return the number of commands that have not ended."""
-        return sum(not one.execution.ended for one in list(self._commands.values()))
+    def forget(self, command: Command) -> None:
+        """Drop a service of the agent that has ended: it is no command of the caller."""
+        self._commands.pop(command.id, None)
 
     def at_end(self, call: Callable[[], object]) -> None:
         """Call *call* when the sandbox ends. Raises BackendError if it has ended."""
@@ -309,6 +313,10 @@ class OpenSandbox:
             assert self.result is not None  # noqa: S101 - for the type checker
             return self.result
 
+    def _at_exit(self) -> None:
+        if os.getpid() == self._pid:
+            self.finish("keep")
+
     def _on_end(self, why: str) -> None:
         """Finish in the thread of the loop, unless another thread does so."""
         if self._finishing.acquire(blocking=False):
@@ -327,15 +335,16 @@ class OpenSandbox:
         except (SandboxError, OSError, MemoryError) as exc:
             draft, _ = ended_by(exc, draft, self._caller)
         self.result = draft
+        atexit.unregister(self._at_exit)
 
     def _closed(self, why: str, choice: ChangesChoice) -> Result:
-        loop, host_files = self._loop, self._host_files
-        if not loop.over:
-            changes = None if host_files is None or choice == "discard" else host_files.incoming
-            loop.close(None, None, Receivers(changes=changes))
-        evidence = loop.evidence()
+        host_files = self._host_files
+        self.session.close(
+            Receivers(changes=None if host_files is None or choice == "discard" else host_files.incoming)
+        )
+        evidence = self._loop.evidence()
         for command in list(self._commands.values()):
-            with contextlib.suppress(SandboxError):
+            if not command.execution.order.service:
                 self.ending(command)
         self._vm.close()
         net = None if self._gate is None else self._gate.account()

@@ -20,14 +20,16 @@ if TYPE_CHECKING:
 class FileServer:
     """The file server of a session, which is one of its commands. It answers one request after the other.
 
+    cwd: the folder to which relative paths refer.
+
     All methods raise BackendError if the server or the session has ended, and PeerError for a bad answer.
     """
 
-    def __init__(self, session: Session | SharedSession, number: int, limits: CommandLimits) -> None:
+    def __init__(self, session: Session | SharedSession, number: int, limits: CommandLimits, cwd: str = "/") -> None:
         self._session = session
         self._inbox = Inbox("answers of the file server")
         given = CommandStreams(stdin_fd=None, stdout=self._inbox, stderr=Inbox("errors"), open_input=True)
-        self._execution = session.execute(Exec(number, [], {}, "/", limits, FILES), given, None)
+        self._execution = session.execute(Exec(number, [], {}, cwd, limits, FILES), given, None)
         self._buffer = Buffer()
 
     def ask(self, request: Request, content: Iterable[bytes] = ()) -> Answer:

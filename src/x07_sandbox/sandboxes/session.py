@@ -63,12 +63,13 @@ class Session:
     Commands may be started and stopped at any time. Between calls of `until` or `turn`, no data is moved and no
     deadline is enforced.
     gate_fd: becomes readable when the egress gate has ended. relay_fd: takes the relay's bytes to the gate, if the
-    relay shares the channel.
+    relay shares the channel. waiting: entered for each wait, so that other threads can use the session meanwhile.
     """
 
     def __init__(
         self, instance: Instance, cancel: Cancel, gate_fd: int | None = None, relay_fd: int | None = None
     ) -> None:
+        self.waiting: contextlib.AbstractContextManager[object] = _ALONE
         self._instance = instance
         self._cancel = cancel
         self._gate_fd = gate_fd
@@ -177,20 +178,13 @@ class Session:
             self.turn(_IDLE_S if wait is None else wait.left_s())
         return come or done()
 
-    def turn(
-        self,
-        within_s: float = _IDLE_S,
-        *,
-        waiting: contextlib.AbstractContextManager[object] = _ALONE,
-        wake_fd: int | None = None,
-    ) -> None:
+    def turn(self, within_s: float = _IDLE_S, wake_fd: int | None = None) -> None:
         """Do what is due, wait for at most *within_s* seconds until there is more to do, and do that.
 
-        waiting: entered for the wait, during which other threads may use the session. wake_fd: ends the wait once it
-        is readable.
+        wake_fd: ends the wait once it is readable.
         """
         try:
-            self._turn(within_s, waiting, wake_fd)
+            self._turn(within_s, wake_fd)
         except PeerError as exc:
             self._end(channel_error=f"{exc.what}: {exc.why}")
 
@@ -212,7 +206,7 @@ class Session:
 
     # the loop
 
-    def _turn(self, within_s: float, waiting: contextlib.AbstractContextManager[object], wake_fd: int | None) -> None:
+    def _turn(self, within_s: float, wake_fd: int | None) -> None:
         self._fill()  # first, since progress of a copy extends the deadline
         if self._time_is_up():
             return
@@ -223,7 +217,7 @@ class Session:
         limits = [limit for limit in all_limits if limit]
         left_s = min((within_s, *(limit.left_s() for limit in limits)))
         poll = self._poll(wake_fd)
-        with waiting:
+        with self.waiting:
             ready = poll.poll(left_s * 1000 + 1)
         for fd, mask in ready:
             if fd != wake_fd:

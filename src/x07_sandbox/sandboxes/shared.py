@@ -19,9 +19,22 @@ if TYPE_CHECKING:
     from x07_sandbox.channel.messages import Exec
     from x07_sandbox.sandboxes.execution import Execution, Facts
     from x07_sandbox.sandboxes.session import Session
-    from x07_sandbox.sandboxes.transfers import CommandStreams, Inbox
+    from x07_sandbox.sandboxes.transfers import CommandStreams, Inbox, Receivers
 
 _LOOK_S = 60.0  # between two looks at the time, if nothing else happens
+
+
+class _Released:
+    """A context in which the lock of a condition is released."""
+
+    def __init__(self, condition: threading.Condition) -> None:
+        self._condition = condition
+
+    def __enter__(self) -> None:
+        self._condition.release()
+
+    def __exit__(self, *_exc: object) -> None:
+        self._condition.acquire()
 
 
 class SharedSession:
@@ -43,6 +56,7 @@ class SharedSession:
         self._stopping = self._ended = False
         self.why = ""
         self.problem: SandboxError | None = None
+        session.waiting = _Released(self._changed)
         self._thread = threading.Thread(target=self._serve, name="x07-sandbox", daemon=True)
         start_thread(self._thread)
 
@@ -105,8 +119,14 @@ class SharedSession:
         with self._changed:
             self._changed.notify_all()
 
+    def close(self, receivers: Receivers) -> None:
+        """See `Session.close`. Call this after `end`, or in the thread of the loop."""
+        with self._changed:
+            if not self._session.over:
+                self._session.close(None, None, receivers)
+
     def end(self) -> None:
-        """End the loop. Then the caller alone may use the session."""
+        """End the loop."""
         with self._using():
             self._stopping = True
             self._changed.notify_all()
@@ -123,14 +143,6 @@ class SharedSession:
     def _wake_loop(self) -> None:
         if not self._ended:
             self._wake.set()
-
-    @contextlib.contextmanager
-    def _released(self) -> Iterator[None]:
-        self._changed.release()
-        try:
-            yield
-        finally:
-            self._changed.acquire()
 
     def _serve(self) -> None:
         why = "lost"  # also after a bug
@@ -153,7 +165,7 @@ class SharedSession:
     def _run(self) -> str:
         """Run the loop. Return why the session ended by itself, or ""."""
         while not self.over:
-            self._session.turn(min(self._left_s(), _LOOK_S), waiting=self._released(), wake_fd=self._wake.fd)
+            self._session.turn(min(self._left_s(), _LOOK_S), self._wake.fd)
             self._wake.clear()
             self._changed.notify_all()
             if expired := self._expired():

@@ -1,0 +1,90 @@
+"""Ports of a sandbox, for programs of the host."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+from typing import TYPE_CHECKING, Final
+
+from x07_sandbox.errors import SandboxError
+from x07_sandbox.host.threads import start_thread
+from x07_sandbox.runs.sandbox import CommandStart
+
+if TYPE_CHECKING:
+    from x07_sandbox.runs.sandbox import Command, OpenSandbox
+
+_READ: Final = 64 * 1024
+_WAITING: Final = 32  # connections that nobody has accepted yet
+_CONNECT: Final = "connect"  # the agent's service
+
+
+class Forwarder:
+    """Accepts connections on the host and carries each to a port of the sandbox, until the sandbox ends.
+
+    address: where it accepts them: an address and a port, or the path of a Unix socket and 0.
+    """
+
+    def __init__(self, sandbox: OpenSandbox, port: int, unix: str | None) -> None:
+        """Start to listen. Raises OSError, SandboxError."""
+        self._sandbox = sandbox
+        self._port = port
+        self._unix = unix
+        self._listener = socket.socket(socket.AF_UNIX if unix is not None else socket.AF_INET, socket.SOCK_STREAM)
+        try:
+            if unix is not None:
+                os.fchmod(self._listener.fileno(), 0o600)  # the file gets this mode when it is made
+                self._listener.bind(unix)
+            else:
+                self._listener.bind(("127.0.0.1", 0))
+            self._listener.listen(_WAITING)
+            self.address: tuple[str, int] = self._listener.getsockname() if unix is None else (unix, 0)
+            sandbox.at_end(self._stop)
+            start_thread(threading.Thread(target=self._accept, name="x07-forward", daemon=True))
+        except BaseException:
+            self._stop()
+            raise
+
+    def _stop(self) -> None:
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # ends `accept`
+        self._listener.close()
+        if self._unix is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(self._unix)  # noqa: PTH108 - text
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):  # it was stopped
+            while True:
+                connection, _ = self._listener.accept()
+                with contextlib.suppress(OSError):  # no more threads allowed
+                    start_thread(threading.Thread(target=self._serve, args=(connection,), daemon=True))
+
+    def _serve(self, connection: socket.socket) -> None:
+        with connection:
+            try:
+                command = self._sandbox.start(CommandStart([str(self._port)]), service=_CONNECT)
+            except SandboxError:  # it has ended, or runs too many commands
+                return
+            reader = start_thread(threading.Thread(target=_send, args=(connection, command), daemon=True))
+            try:
+                ended = False
+                while not ended:
+                    ended, pieces = command.next_pieces()
+                    for stream, data in pieces:
+                        if stream == "stdout":
+                            connection.sendall(data)
+            except (OSError, SandboxError):
+                command.stop()
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)  # ends `recv`
+            reader.join()
+            self._sandbox.forget(command)
+
+
+def _send(connection: socket.socket, command: Command) -> None:
+    with contextlib.suppress(OSError, SandboxError):
+        while data := connection.recv(_READ):
+            command.write(data)
+    command.end_input()
