@@ -64,8 +64,9 @@ def main() -> None:
     init._Init._kill_rest = lambda _self: None  # noqa: SLF001 - every process is within reach of kill(-1)
     restrict.restrict_self = lambda *_words: None
     honest.Environment = RootEnvironment
+    world = tuple(step for step in confine.MACHINE.world if step.name != confine.BOUNDING_SET)  # keep capabilities
     machine.Machine.confinement = confine.Confinement(
-        world=confine.MACHINE.world, rights=(confine.MACHINE.rights[0], confine.FRESH_SIGNALS), job=confine.VIEW
+        world=world, rights=(confine.MACHINE.rights[0], confine.FRESH_SIGNALS), job=confine.VIEW
     )
     platform = machine.Machine()
     try:
