@@ -36,6 +36,7 @@ class Shared:
         self.pair = pair
         self.ended: list[str] = []
         self.session = SharedSession(pair.session, time.monotonic() + lifetime_s, idle_s, self.ended.append)
+        self.session.begin()
 
     def start(self, number: int) -> tuple[Execution, Inbox]:
         """Start a command, and have the guest answer."""
@@ -112,27 +113,31 @@ def test_reading_nothing_does_not_wake_the_loop(made: Callable[..., Shared], mon
 def test_a_session_ends_after_its_life(made: Callable[..., Shared], life: dict[str, float], why: str) -> None:
     """At the end of its lifetime or of its idle time, the loop ends and says why."""
     shared = made(**life)
-    assert not shared.session.until(lambda: False, 30)
-    assert (shared.session.over, shared.session.why) == (True, why)
     deadline = time.monotonic() + 30
     while shared.ended != [why]:
         assert time.monotonic() < deadline
-        time.sleep(0.01)  # the loop's thread is about to call
+        time.sleep(0.01)  # a call of `until` would not be idle
+    assert (shared.session.over, shared.session.why) == (True, why)
     shared.session.wake()  # calls after the end are harmless
     shared.session.end()
 
 
 def test_a_running_command_is_not_idle(made: Callable[..., Shared]) -> None:
-    """While a command runs, the idle time does not end the session, and extending moves its end."""
-    shared = made(idle_s=0.2, lifetime_s=1.0)
+    """A session with a command or a waiting call is not idle, nor at once after that, and extending moves its end."""
+    shared = made(idle_s=0.5, lifetime_s=1.5)
     command, _ = shared.start(1)
     shared.session.extend(time.monotonic() + 60)
-    assert not shared.session.until(lambda: False, 1.5)
+    time.sleep(2)  # nobody waits
     assert not shared.session.over
     shared.pair.guest.say(EXITED)
     assert shared.session.until(lambda: command.ended, 30)
-    assert not shared.session.until(lambda: False, 30)
-    assert shared.session.why == "idle"
+    assert not shared.session.until(lambda: False, 1.0)  # a call that waits
+    time.sleep(0.1)
+    assert not shared.session.over
+    deadline = time.monotonic() + 30
+    while shared.ended != ["idle"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_a_lost_guest_wakes_all_callers(made: Callable[..., Shared]) -> None:

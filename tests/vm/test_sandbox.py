@@ -16,13 +16,14 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tests.vm.conftest import left_behind, owners, usual_start
 from x07_sandbox import AsyncSandbox, Ended, Pool, Process, Sandbox, SandboxError
 from x07_sandbox.runs.folder import all_runs
+from x07_sandbox.sandboxes.shared import SharedSession
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -211,6 +212,35 @@ def test_a_process_may_be_iterated_and_signalled(shared: Sandbox) -> None:
     assert (seen, process.wait().exit_code) == (b"ready\ngot it\n", 5)
 
 
+@pytest.mark.parametrize("pause_s", [0, 0.01, 0.1])
+def test_a_command_can_be_killed_while_it_starts(shared: Sandbox, pause_s: float) -> None:
+    """A command that is killed at once, or a moment later, ends, and the sandbox stays open."""
+    process = shared.start(SLEEPER)
+    time.sleep(pause_s)
+    process.kill()
+    assert process.wait(60).outcome in {"signalled", "failed"}
+    time.sleep(1.5)  # longer than the guest may take to end a command
+    assert shared.alive
+
+
+def test_waiting_with_a_timeout_reads_the_output(shared: Sandbox) -> None:
+    """A command with much output ends while it is waited for, and an earlier timeout loses nothing."""
+    process = shared.start(["sh", "-c", "echo early; sleep 1; head -c 2000000 /dev/zero"])
+    with pytest.raises(TimeoutError):
+        process.wait(0.5)
+    ended = process.wait(60)
+    assert (ended.stdout[:6], len(ended.stdout)) == (b"early\n", 2_000_006)
+
+
+def test_the_folder_of_the_first_command_may_be_missing(state: Path) -> None:
+    """If the folder of the first command does not exist, the error says so, and the sandbox stays open."""
+    with Sandbox() as opened:
+        ended = opened.exec(["cat"], cwd="/missing")
+        assert (ended.outcome, "No such file or directory" in ended.reason) == ("refused", True)
+        assert text(opened.exec(["echo", "on"])) == "on\n"
+    assert left_behind(state) == []
+
+
 def test_a_terminal_has_a_size(shared: Sandbox) -> None:
     """A command may get a terminal, whose size can be changed."""
     process = shared.start(["sh", "-c", "stty size; read line; stty size"], tty=True)
@@ -227,6 +257,11 @@ def test_wrong_calls_are_errors_and_harm_nothing(shared: Sandbox) -> None:
         (lambda: shared.exec([]), "argv is not a list"),
         (lambda: shared.exec(["a\0b"]), "NUL"),
         (lambda: shared.exec(["true"], timeout_s=0), "timeout_s is 0"),
+        (lambda: shared.exec(["cat"], input="text"), "input is 'text'"),  # type: ignore[arg-type]
+        (lambda: shared.exec(["true"], max_output_bytes=-1), "max_output_bytes is -1"),
+        (lambda: shared.exec(["true"], cwd="x" * 5000), "longer than 4095 bytes"),
+        (lambda: shared.files.write("a", b"", mode="644"), "it is '644'"),  # type: ignore[arg-type]
+        (lambda: shared.close("discrad"), "changes is 'discrad'"),  # type: ignore[arg-type]
         (lambda: shared.exec(["true"], env={"X07_A": "1"}), "reserved"),
         (lambda: shared.exec(["true"], keep="middle"), "keep is 'middle'"),  # type: ignore[arg-type]
         (lambda: shared.shell(["true"]), "list, not str"),  # type: ignore[arg-type]
@@ -366,6 +401,11 @@ def test_a_port_of_the_sandbox_is_reached_from_the_host(tmp_path: Path, state: P
             assert asked(closed, b"") == b""
         with pytest.raises(SandboxError, match="1 to 65535"):
             opened.forward(0)
+        (tmp_path / "mine").write_text("mine")
+        for taken in (path, str(tmp_path / "mine")):
+            with pytest.raises(OSError, match="in use"):
+                opened.forward(8000, unix=taken)
+            assert Path(taken).exists()
         waiting = socket.create_connection(tcp)
     with waiting:
         waiting.settimeout(60)
@@ -413,6 +453,46 @@ def test_closing_applies_changes_and_reports_each_command(state: Path, tmp_path:
     with pytest.raises(SandboxError, match="it was closed") as raised:
         opened.exec(["true"])
     assert raised.value.code == "sandbox-closed"
+
+
+def test_a_process_may_be_waited_for_after_the_end(tmp_path: Path) -> None:
+    """A command that had ended can be waited for after the sandbox was closed, and writes to no other file."""
+    with Sandbox() as opened:
+        process = opened.start(["echo", "done"])
+        while process.poll() is None:
+            time.sleep(0.05)
+        other = opened.start(["echo", "other"])
+        assert opened.shell("sleep 1").ok
+    files = [tmp_path / str(number) for number in range(12)]
+    with contextlib.ExitStack() as stack:
+        for file in files:
+            stack.enter_context(file.open("w"))
+        assert process.wait().ok
+        assert other.wait().ok
+    assert [file.read_bytes() for file in files] == [b""] * 12
+
+
+def test_a_vm_that_is_lost_while_it_closes_is_no_success(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the VM ends before its changes have arrived, the result says that it was lost."""
+    opened = Sandbox()
+    opened.exec(["true"])
+    real = SharedSession.close
+
+    def close(self: SharedSession, *args: Any) -> object:  # noqa: ANN401 - as it is called
+        os.kill(_supervisor(state), signal.SIGKILL)
+        return real(self, *args)
+
+    monkeypatch.setattr(SharedSession, "close", close)
+    assert opened.close().outcome == "guest-lost"
+    assert left_behind(state) == []
+
+
+def test_long_commands_are_not_idle(state: Path) -> None:
+    """A sandbox whose command took longer than the idle time stays open after it."""
+    with Sandbox(idle_s=2) as opened:
+        assert text(opened.exec(["sleep", "4"])) == ""
+        assert text(opened.exec(["echo", "on"])) == "on\n"
+    assert left_behind(state) == []
 
 
 def test_an_exception_keeps_the_changes(state: Path, tmp_path: Path) -> None:
@@ -579,7 +659,7 @@ def test_async_sandboxes_have_the_same_methods() -> None:
     from x07_sandbox.library.files import Files
     from x07_sandbox.library.processes import Process
 
-    own = {"wake", "feed", "collect", "for_caller", "next_pieces", "abort"}
+    own = {"wake", "feed", "collect", "for_caller", "next_pieces", "abort", "called_by"}
     for one, twin in ((Sandbox, AsyncSandbox), (Process, AsyncProcess), (Files, AsyncFiles)):
         names = {name for name in vars(one) if not name.startswith("_")} - own
         assert names - set(vars(twin)) == set(), one

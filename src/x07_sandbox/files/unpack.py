@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 ENTRIES_MAX: Final = 1_000_000
 BYTES_MAX: Final = 64 << 30
+_NAMES_MAX: Final = 256 << 20  # bytes of the names of folders, which are kept in memory
 _MODE: Final = 0o777  # no set-id bits come from a guest
 _MINE: Final = 0o700
 
@@ -64,7 +65,7 @@ class Unpacker:
     def __init__(self, folder: Path) -> None:
         self.ended = False
         self._reader = Reader()
-        self._entries = self._bytes = 0
+        self._entries = self._bytes = self._names = 0
         self._fd = -1
         self._entry: Entry | None = None
         self._folders: dict[str, Entry] = {}
@@ -91,7 +92,7 @@ class Unpacker:
     def _count(self, size: int) -> None:
         self._bytes += size
         self._entries += not size
-        if self._entries > ENTRIES_MAX or self._bytes > BYTES_MAX:
+        if self._entries > ENTRIES_MAX or self._bytes > BYTES_MAX or self._names > _NAMES_MAX:
             why = f"it has more than {ENTRIES_MAX} entries or {BYTES_MAX >> 30} GiB"
             raise BackendError("cannot copy the folder", why, "Copy smaller folders")
 
@@ -112,6 +113,7 @@ class Unpacker:
     def _make_in(self, parent: int, part: str, name: str, entry: Entry) -> None:
         if entry.kind is Kind.FOLDER:
             os.mkdir(part, _MINE, dir_fd=parent)
+            self._names += len(name)
             self._folders[name] = entry
         elif entry.kind is Kind.LINK:
             os.symlink(entry.target, part, dir_fd=parent)

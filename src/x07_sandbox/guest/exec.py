@@ -236,6 +236,8 @@ class Command:
             self.process.group.limit(mem_bytes=limits.mem_bytes, tasks=limits.tasks)
         self.running = True
         self._link.send(Started(self.order.id))
+        if self.killed:  # perhaps before it had joined its group
+            self._environment.signal(self.process)
 
     def close(self) -> None:
         """Close all descriptors and remove the group of a command that has ended or could not be executed."""

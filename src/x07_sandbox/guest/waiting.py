@@ -48,7 +48,11 @@ def stop(preload: list[str], kernel_code: bytes) -> None:
     start = marshal.loads(b"".join(chunks))  # noqa: S302 - from our agent
     become, argv, env, cwd, filter_code, rules_fd, token = start
     os.close(START_FD)
-    os.chdir(cwd)
+    try:
+        os.chdir(cwd)
+    except (OSError, ValueError) as exc:
+        os.write(STATUS_FD, b"0 " + str(exc).encode("utf-8", "backslashreplace")[:1000])
+        os._exit(127)
     os.set_inheritable(RULES_FD, False)  # noqa: FBT003
     _restrict(kernel, filter_code, rules_fd)
     if not become:

@@ -105,7 +105,11 @@ class AsyncSandbox:
             for process in started:
                 process.kill()
 
-        await in_thread(lambda: started.append(self._sandbox.start(argv, **options)), kill)
+        try:
+            await in_thread(lambda: started.append(self._sandbox.start(argv, **options)), kill)
+        except BaseException:
+            kill()  # it may have started after the cancellation
+            raise
         return AsyncProcess(started[0])
 
     def process(self, number: int) -> AsyncProcess:
@@ -272,4 +276,10 @@ class AsyncFiles:
         await self._in_thread(partial(self._files.download, path, local))
 
     async def _in_thread(self, call: Callable[[], _T]) -> _T:
-        return await in_thread(call, self._files.abort)
+        caller = threading.Event()
+
+        def carry_out() -> _T:
+            with self._files.called_by(caller):
+                return call()
+
+        return await in_thread(carry_out, lambda: self._files.abort(caller))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import posixpath
@@ -14,7 +15,7 @@ from typing import IO, TYPE_CHECKING, Final, Literal, TypeVar
 
 from x07_sandbox.channel import files as calls
 from x07_sandbox.channel.files import Request
-from x07_sandbox.errors import UsageError
+from x07_sandbox.errors import PeerError, UsageError
 from x07_sandbox.library.file_info import FileInfo
 
 if TYPE_CHECKING:
@@ -41,7 +42,8 @@ class Files:
     def __init__(self, sandbox: OpenSandbox) -> None:
         self._sandbox = sandbox
         self._server: FileServer | None = None
-        self._busy: FileServer | None = None
+        self._busy: tuple[FileServer, threading.Event | None] | None = None
+        self._caller = threading.local()
         self._lock = threading.Lock()
 
     def read(self, path: str, *, offset: int = 0, max_bytes: int = READ_MAX) -> bytes:
@@ -55,7 +57,7 @@ class Files:
         if not isinstance(data, bytes | bytearray | memoryview):
             raise UsageError(f"cannot write {path}", f"data is {type(data).__name__}, not bytes", "Encode it first")
         content = bytes(data)
-        self._write(path, len(content), lambda: _pieces(content), -1 if mode is None else mode)
+        self._write(path, len(content), lambda: _pieces(content), _mode(mode))
 
     def list(self, path: str = ".") -> list[FileInfo]:
         """Return what is in a folder, sorted by name."""
@@ -63,7 +65,7 @@ class Files:
 
     def stat(self, path: str, *, follow: bool = True) -> FileInfo:
         """Return facts about a file, folder or other entry. follow: whether to follow a link at the end of the path."""
-        return self._ask(Request(calls.STAT, path, whole=not follow), take=_infos)[0]
+        return self._ask(Request(calls.STAT, path, whole=not follow), take=_one)
 
     def exists(self, path: str) -> bool:
         """Return whether there is a file, folder or other entry; False for a link that leads nowhere."""
@@ -77,7 +79,7 @@ class Files:
 
     def mkdir(self, path: str, *, parents: bool = True, mode: int | None = None) -> None:
         """Create a folder. parents: also create those above it, and accept an existing folder."""
-        self._ask(Request(calls.MAKE, path, mode=-1 if mode is None else mode, whole=parents))
+        self._ask(Request(calls.MAKE, path, mode=_mode(mode), whole=parents))
 
     def remove(self, path: str, *, recursive: bool = False) -> None:
         """Remove a file, a link or an empty folder. recursive: also a folder with all that is in it."""
@@ -109,7 +111,9 @@ class Files:
             with Unpacker(target) as unpacker:
                 self._ask(Request(calls.GET, path), take=lambda server, _answer: _unpack(server, unpacker))
             return
-        size = found.size or READ_MAX  # a file of /proc says that it is empty
+        from x07_sandbox.files.unpack import BYTES_MAX
+
+        size = min(found.size or READ_MAX, BYTES_MAX)  # a file of /proc says that it is empty
         with target.open("xb") as out:
             try:
                 request = Request(calls.READ, path, size=size)
@@ -119,10 +123,20 @@ class Files:
                 raise
             os.fchmod(out.fileno(), found.mode & 0o777)
 
-    def abort(self) -> None:
-        """End the request that another thread waits for, if any."""
-        if (server := self._busy) is not None:
-            server.kill()
+    @contextlib.contextmanager
+    def called_by(self, given_up: threading.Event) -> Iterator[None]:
+        """Let `abort` end the requests of this thread in the context."""
+        self._caller.given_up = given_up
+        try:
+            yield
+        finally:
+            del self._caller.given_up
+
+    def abort(self, given_up: threading.Event) -> None:
+        """End the requests of a caller, which `called_by` names."""
+        given_up.set()
+        if (busy := self._busy) is not None and busy[1] is given_up:
+            busy[0].kill()
 
     def _write(self, path: str, size: int, content: Callable[[], Iterable[bytes]], mode: int) -> None:
         request = Request(calls.WRITE, path, size=size, mode=mode)
@@ -139,11 +153,14 @@ class Files:
         take: Callable[[FileServer, Answer], _T] | None = None,
     ) -> _T:
         asked = request._replace(path=os.fspath(request.path))
+        given_up: threading.Event | None = getattr(self._caller, "given_up", None)
         with self._lock:
             self._sandbox.require_open()
+            if given_up is not None and given_up.is_set():
+                raise TimeoutError("nobody waits for the request any more")
             # After an exception, an unknown part of the request is under way, so the next one needs a new server.
             server, self._server = self._server or self._sandbox.file_server(), None
-            self._busy = server
+            self._busy = server, given_up
             try:
                 answer = server.ask(asked, content())
                 found = take(server, answer) if take is not None and not answer.errno else None
@@ -160,7 +177,16 @@ class Files:
 
 
 def _infos(_server: FileServer, answer: Answer) -> list[FileInfo]:
+    for entry in answer.entries:
+        if "/" in entry.name or entry.name in {"", ".", ".."}:  # a caller may join it to a folder of the host
+            raise PeerError("bad answer of the file server", f"an entry has the name {entry.name!a}")
     return [_info(entry) for entry in answer.entries]
+
+
+def _one(_server: FileServer, answer: Answer) -> FileInfo:
+    if len(answer.entries) != 1:
+        raise PeerError("bad answer of the file server", f"it has {len(answer.entries)} entries instead of one")
+    return _info(answer.entries[0])
 
 
 def _info(entry: calls.FileInfo) -> FileInfo:
@@ -173,6 +199,14 @@ def _info(entry: calls.FileInfo) -> FileInfo:
     return FileInfo(
         entry.name, kind or "other", entry.mode & _PERMISSIONS, entry.size, entry.mtime_ns / 1e9, entry.target
     )
+
+
+def _mode(mode: int | None) -> int:
+    if mode is None:
+        return -1
+    if isinstance(mode, bool) or not isinstance(mode, int) or not 0 <= mode <= _PERMISSIONS:
+        raise UsageError("cannot set the mode", f"it is {mode!r}", "Pass permission bits, such as 0o644")
+    return mode
 
 
 def _whole(name: str, value: int) -> int:

@@ -30,16 +30,22 @@ class Forwarder:
         """Start to listen. Raises OSError, SandboxError."""
         self._sandbox = sandbox
         self._port = port
-        self._unix = unix
+        self._path = ""
+        self._lock = threading.Lock()
+        self._stopped = False
+        self._connections: set[socket.socket] = set()
         self._listener = socket.socket(socket.AF_UNIX if unix is not None else socket.AF_INET, socket.SOCK_STREAM)
         try:
             if unix is not None:
+                path = os.path.abspath(unix)  # noqa: PTH100 - text
                 os.fchmod(self._listener.fileno(), 0o600)  # the file gets this mode when it is made
-                self._listener.bind(unix)
+                self._listener.bind(path)
+                self._path = path  # from now on it is ours
+                self.address: tuple[str, int] = path, 0
             else:
                 self._listener.bind(("127.0.0.1", 0))
+                self.address = self._listener.getsockname()
             self._listener.listen(_WAITING)
-            self.address: tuple[str, int] = self._listener.getsockname() if unix is None else (unix, 0)
             sandbox.at_end(self._stop)
             start_thread(threading.Thread(target=self._accept, name="x07-forward", daemon=True))
         except BaseException:
@@ -47,12 +53,16 @@ class Forwarder:
             raise
 
     def _stop(self) -> None:
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)  # ends `accept`
-        self._listener.close()
-        if self._unix is not None:
+        with self._lock:
+            self._stopped = True
+            for one in (self._listener, *self._connections):
+                with contextlib.suppress(OSError):
+                    one.shutdown(socket.SHUT_RDWR)  # ends what waits for it
+            self._listener.close()
+            path, self._path = self._path, ""
+        if path:
             with contextlib.suppress(OSError):
-                os.unlink(self._unix)  # noqa: PTH108 - text
+                os.unlink(path)  # noqa: PTH108 - text
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):  # it was stopped
@@ -63,24 +73,35 @@ class Forwarder:
 
     def _serve(self, connection: socket.socket) -> None:
         with connection:
+            with self._lock:
+                if self._stopped:
+                    return
+                self._connections.add(connection)
             try:
-                command = self._sandbox.start(CommandStart([str(self._port)]), service=_CONNECT)
-            except SandboxError:  # it has ended, or runs too many commands
-                return
-            reader = start_thread(threading.Thread(target=_send, args=(connection, command), daemon=True))
-            try:
-                ended = False
-                while not ended:
-                    ended, pieces = command.next_pieces()
-                    for stream, data in pieces:
-                        if stream == "stdout":
-                            connection.sendall(data)
-            except (OSError, SandboxError):
-                command.stop()
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)  # ends `recv`
-            reader.join()
-            self._sandbox.forget(command)
+                self._carry(connection)
+            finally:
+                with self._lock:
+                    self._connections.discard(connection)
+
+    def _carry(self, connection: socket.socket) -> None:
+        try:
+            command = self._sandbox.start(CommandStart([str(self._port)]), service=_CONNECT)
+        except SandboxError:  # it has ended, or runs too many commands
+            return
+        reader = start_thread(threading.Thread(target=_send, args=(connection, command), daemon=True))
+        try:
+            ended = False
+            while not ended:
+                ended, pieces = command.next_pieces()
+                for stream, data in pieces:
+                    if stream == "stdout":
+                        connection.sendall(data)
+        except (OSError, SandboxError):
+            command.stop()
+        with contextlib.suppress(OSError):
+            connection.shutdown(socket.SHUT_RDWR)  # ends `recv`
+        reader.join()
+        self._sandbox.forget(command)
 
 
 def _send(connection: socket.socket, command: Command) -> None:

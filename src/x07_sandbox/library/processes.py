@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from typing import TYPE_CHECKING, Final, Literal, TypedDict
 
 import msgspec
 
-from x07_sandbox.errors import SandboxError
+from x07_sandbox.errors import SandboxError, UsageError
 from x07_sandbox.host.settings import OUTPUT_MAX_BYTES
 from x07_sandbox.plan.denials import Denial, Outcome
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 Keep = Literal["head", "tail", "both"]
 
 KEEPS: Final = ("head", "tail", "both")
+_STREAMS: Final[tuple[Literal["stdout", "stderr"], ...]] = ("stdout", "stderr")
 
 
 class ExecOptions(TypedDict, total=False):
@@ -143,12 +145,17 @@ class Process:
 
         Raises TimeoutError after *timeout_s*, and SandboxError if the sandbox has ended.
         """
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        if stream not in _STREAMS:
+            raise bad_value("stream", stream, "'stdout' or 'stderr'")
+        deadline = _deadline(timeout_s)
         while not (data := self._command.read(stream)) and not self._command.ended:
-            left_s = None if deadline is None else deadline - time.monotonic()
+            left_s = None if deadline is None else max(0.0, deadline - time.monotonic())
             if not self._command.wait(left_s, output=(stream,), given_up=self._given_up):
                 raise TimeoutError(f"no output within {timeout_s} s")
-        return data or self._command.read(stream)
+        data = data or self._command.read(stream)
+        if self._given_up():  # nobody takes it
+            self._command.unread(stream, data)
+        return data
 
     def __iter__(self) -> Iterator[tuple[StreamName, bytes]]:
         ended = False
@@ -177,17 +184,32 @@ class Process:
 
         Raises TimeoutError if it still runs after *timeout_s*, and SandboxError if the sandbox has ended.
         """
-        if timeout_s is not None and not self._command.wait(timeout_s, given_up=self._given_up):
-            raise TimeoutError(f"command {self.id} still runs after {timeout_s} s")
-        return self.collect(OUTPUT_MAX_BYTES, "head", None)
+        return self.collect(OUTPUT_MAX_BYTES, "head", None, timeout_s)
 
-    def collect(self, most: int, keep: Keep, on_output: Callable[[StreamName, bytes], object] | None) -> Ended:
-        """Wait for the end of the command, and return how it ended, with the output that was kept."""
-        kept = {name: Kept(most, keep) for name in ("stdout", "stderr")}
-        for name, data in self:
-            kept[name].take(data)
-            if on_output is not None:
-                on_output(name, data)
+    def collect(
+        self,
+        most: int,
+        keep: Keep,
+        on_output: Callable[[StreamName, bytes], object] | None,
+        timeout_s: float | None = None,
+    ) -> Ended:
+        """Wait for the end of the command, and return how it ended, with the output that was kept.
+
+        A call that raises loses nothing: the next one goes on with what was kept.
+        """
+        deadline, ended = _deadline(timeout_s), False
+        if self._command.kept is None:
+            self._command.kept = {name: Kept(most, keep) for name in _STREAMS}
+        kept: dict[StreamName, Kept] = self._command.kept
+        while not ended:
+            left_s = None if deadline is None else deadline - time.monotonic()
+            if left_s is not None and left_s <= 0:
+                raise TimeoutError(f"command {self.id} still runs after {timeout_s} s")
+            ended, pieces = self._command.next_pieces(self._given_up, left_s)
+            for name, data in pieces:
+                kept[name].take(data)
+                if on_output is not None:
+                    on_output(name, data)
         if not self._command.ended:
             raise TimeoutError("nobody waits for the command any more")
         from x07_sandbox.library.keyword_names import keyword
@@ -211,7 +233,7 @@ class Process:
 
     def signal(self, number: int) -> None:
         """Send a signal to the command, if it has not ended. SIGKILL goes to all its processes."""
-        self._command.stop(number)
+        self._command.stop(_whole("number", number, 1, 64))
 
     def kill(self) -> None:
         """Kill all processes of the command, if it has not ended."""
@@ -219,7 +241,22 @@ class Process:
 
     def resize(self, rows: int, columns: int) -> None:
         """Change the size of the command's terminal, in characters."""
-        self._command.resize(rows, columns)
+        self._command.resize(_whole("rows", rows, 1, 65535), _whole("columns", columns, 1, 65535))
+
+
+def bad_value(name: str, value: object, wanted: str) -> UsageError:
+    """Return the error for a wrong value of an argument of a call about a command."""
+    return UsageError("cannot do this with a command", f"{name} is {value!r}", f"Use {wanted}")
+
+
+def _whole(name: str, value: int, least: int, most: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise bad_value(name, value, f"a number from {least} to {most}")
+    return value
+
+
+def _deadline(timeout_s: float | None) -> float | None:
+    return None if timeout_s is None or math.isinf(timeout_s) else time.monotonic() + timeout_s
 
 
 def checked(ended: Ended) -> Ended:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Literal, Self, TypedDict, Unpack
 from x07_sandbox.errors import SandboxError, UsageError
 from x07_sandbox.host.settings import LIFETIME_MAX_S, LIFETIME_S, OUTPUT_MAX_BYTES
 from x07_sandbox.library.arguments import SANDBOX, bad_argument, checked_options
-from x07_sandbox.library.processes import KEEPS, Process, checked
+from x07_sandbox.library.processes import KEEPS, Process, bad_value, checked
 from x07_sandbox.library.run import run_uninterrupted
+from x07_sandbox.options import CHANGES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from x07_sandbox.runs.result import Result
     from x07_sandbox.runs.sandbox import CommandStart, OpenSandbox, StreamName
 
+_PROBE_S = 60.0
 _SIZE = (24, 80)  # of a terminal, in characters
 
 
@@ -123,6 +125,7 @@ class Sandbox:
             raise bad_argument("backend", f"is {type(backend).__name__}, not str", SANDBOX)
         self._pid = os.getpid()
         self._files: Files | None = None
+        self._bash = ""  # the shell, once it is known
         cancel = NewCancel() if cancel is None else cancel
         self._cancel: Cancel | None = cancel
         opened: list[OpenSandbox] = []
@@ -188,10 +191,14 @@ class Sandbox:
         the sandbox stays open.
         """
         if keep not in KEEPS:
-            raise UsageError("cannot run the command", f"keep is {keep!r}", f"Use one of {', '.join(KEEPS)}")
+            raise bad_value("keep", keep, f"one of {', '.join(KEEPS)}")
+        if not isinstance(input, bytes | bytearray | memoryview):
+            raise bad_value("input", input, "bytes")
+        if isinstance(max_output_bytes, bool) or not isinstance(max_output_bytes, int) or max_output_bytes < 0:
+            raise bad_value("max_output_bytes", max_output_bytes, "a number from 0")
         process = self.start(argv, cwd=cwd, env=env, timeout_s=timeout_s, merge=merge).for_caller(given_up)
         try:
-            process.feed(input)
+            process.feed(bytes(input))
             process.close_stdin()
             ended = process.collect(max_output_bytes, keep, on_output)
         except BaseException:
@@ -205,7 +212,7 @@ class Sandbox:
         """Run shell commands by `bash -c`, or `sh -c` where there is no bash. The options are those of `exec`."""
         if not isinstance(text, str):
             raise UsageError("cannot run the commands", f"they are {type(text).__name__}, not str", "Use exec()")
-        return self.exec([self._shell(), "-c", text], given_up=given_up, **options)
+        return self.exec([self._shell(given_up), "-c", text], given_up=given_up, **options)
 
     def start(  # noqa: PLR0913 - as above
         self,
@@ -229,7 +236,7 @@ class Sandbox:
         if isinstance(argv, str | bytes) or not argv:
             raise UsageError(what, "argv is not a list with at least one word", 'Pass a list such as ["make", "test"]')
         if timeout_s is not None:
-            _seconds("timeout_s", timeout_s)
+            _seconds("timeout_s", timeout_s, bad_value("timeout_s", timeout_s, "a number of seconds above 0"))
         terminal = Terminal(*_SIZE) if tty else None
         given = CommandStart(list(argv), dict(env or {}), cwd, timeout_s, merge, terminal, detach)
         return self._start(given)
@@ -281,6 +288,8 @@ class Sandbox:
         If the sandbox has ended already, return its result.
         """
         self._check_process()
+        if changes not in CHANGES:
+            raise UsageError("cannot close the sandbox", f"changes is {changes!r}", f"Use one of {', '.join(CHANGES)}")
         try:
             return run_uninterrupted(lambda: None, lambda: self._open.finish(changes))
         finally:
@@ -321,9 +330,11 @@ class Sandbox:
         if os.getpid() != self._pid:
             raise UsageError("cannot use this sandbox", "it belongs to the parent process", "Open a new sandbox")
 
-    def _shell(self) -> str:
-        if not hasattr(self, "_bash"):
-            found = self.exec(["/bin/sh", "-c", "command -v bash"])
+    def _shell(self, given_up: Callable[[], bool]) -> str:
+        if not self._bash:
+            found = self.exec(["/bin/sh", "-c", "command -v bash"], timeout_s=_PROBE_S, given_up=given_up)
+            if found.outcome not in {"ok", "failed"}:  # perhaps only now
+                return "/bin/sh"
             self._bash = "bash" if found.ok else "/bin/sh"
         return self._bash
 
@@ -356,8 +367,8 @@ def _opened(
     return OpenSandbox(request, caller, Life(*life))
 
 
-def _seconds(name: str, value: float) -> float:
-    """Return a number of seconds. Raises UsageError."""
+def _seconds(name: str, value: float, error: UsageError | None = None) -> float:
+    """Return a number of seconds. Raises UsageError, or *error*."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0 or math.isinf(value):
-        raise bad_argument(name, f"is {value!r}, not a number of seconds above 0", SANDBOX)
+        raise error or bad_argument(name, f"is {value!r}, not a number of seconds above 0", SANDBOX)
     return min(float(value), float(LIFETIME_MAX_S))

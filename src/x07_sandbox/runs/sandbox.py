@@ -14,7 +14,7 @@ import posixpath
 import signal
 import threading
 import time
-from typing import TYPE_CHECKING, Final, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 import msgspec
 from msgspec.structs import replace
@@ -22,7 +22,7 @@ from msgspec.structs import replace
 from x07_sandbox.backends.base import NoAnswerError
 from x07_sandbox.channel.link import Stream
 from x07_sandbox.channel.messages import CommandLimits, Exec, Terminal
-from x07_sandbox.errors import BackendError, Cancelled, Flag, SandboxError
+from x07_sandbox.errors import BackendError, Cancelled, Flag, SandboxError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.paths import open_private_file
 from x07_sandbox.jobs.admission import SANDBOXES, admitted
@@ -58,6 +58,8 @@ if TYPE_CHECKING:
 
 StreamName = Literal["stdout", "stderr"]
 _STREAMS: Final[dict[StreamName, Stream]] = {"stdout": Stream.STDOUT, "stderr": Stream.STDERR}
+_DISCARD_S: Final = 5.0  # for the guest to report the ends of commands, if its changes are not wanted
+_PATH_MAX: Final = 4095
 COMMANDS_KEPT: Final = 10_000  # in a result
 _SERVER_FILES: Final = 64  # open files of the file server
 _TIMEOUT: Final = Flag("--timeout")
@@ -111,6 +113,8 @@ class OpenSandbox:
         self._stack = contextlib.ExitStack()
         self._warnings: list[str] = []
         self._numbers = itertools.count(1)
+        self._log_fd = -1
+        self._logging = threading.Lock()
         self._starting = threading.Lock()
         self._finishing = threading.Lock()
         self._commands: dict[int, Command] = {}
@@ -132,7 +136,7 @@ class OpenSandbox:
         stack, caller = self._stack, self._caller
         self._folder = begun(request, caller, self.run, stack)
         self._log_fd = open_private_file(self._folder.path / "commands.jsonl", os.O_WRONLY | os.O_APPEND)
-        stack.callback(os.close, self._log_fd)
+        stack.callback(self._close_log)
         file = in_memory(b"", f"{SOURCE_FOLDER}/command", 0o644, stack)
         none = Program(toolchain=COMMAND, source=Source(name="sandbox"), data=b"", file=file, sha256=sha256_text(b""))
         for_program = replace(caller, program=none)
@@ -163,7 +167,13 @@ class OpenSandbox:
         self._opened_at = time.monotonic()
         until_s = self._opened_at + self._life.lifetime_s
         self.session = SharedSession(self._loop, until_s, self._life.idle_s, self._on_end)
+        self.session.begin()
         atexit.register(self._at_exit)
+
+    def _close_log(self) -> None:
+        with self._logging:
+            os.close(self._log_fd)
+            self._log_fd = -1
 
     def _started(self) -> Instance:
         try:
@@ -204,11 +214,14 @@ class OpenSandbox:
             check_arguments(checked)
             check_variables(checked, self.prepared.policy.policy)
         cwd = posixpath.normpath(posixpath.join(self.cwd, given.cwd or ""))
+        if "\0" in cwd or len(os.fsencode(cwd)) > _PATH_MAX:
+            why = f"it contains a NUL byte, or is longer than {_PATH_MAX} bytes"
+            raise UsageError("cannot use the folder of the command", why, "Use another folder")
         if words and "/" in words[0]:
             words[0] = posixpath.normpath(posixpath.join(cwd, words[0]))
-        wall_ms = self._wall_ms if given.timeout_s is None else max(1, round(given.timeout_s * 1000))
-        if self._wall_ms is not None and wall_ms is not None:
-            wall_ms = min(wall_ms, self._wall_ms)
+        asked_ms = None if given.timeout_s is None else max(1, round(given.timeout_s * 1000))
+        limits_ms = [] if service else [limit for limit in (self._wall_ms, asked_ms) if limit is not None]
+        wall_ms = min(limits_ms, default=None)
         env = {**self._spec.order.env, **given.env}
         out, err = Inbox("stdout"), Inbox("stderr")
         streams = CommandStreams(stdin_fd=None, stdout=out, stderr=err, open_input=not given.detached)
@@ -244,9 +257,15 @@ class OpenSandbox:
             self._machine.callback(call)
 
     def require_open(self) -> None:
-        """Raise BackendError if the sandbox is no longer open."""
+        """Raise BackendError if the sandbox is no longer open, and UsageError in a forked child."""
+        self.require_own_process()
         if self.session.over:
             raise self.gone()
+
+    def require_own_process(self) -> None:
+        """Raise UsageError in a forked child, in which no thread serves the sandbox."""
+        if os.getpid() != self._pid:
+            raise UsageError("cannot use this sandbox", "it belongs to the parent process", "Open a new sandbox")
 
     def gone(self) -> BackendError:
         """Return the error for a call after the end of the sandbox."""
@@ -295,8 +314,9 @@ class OpenSandbox:
         self._commands.pop(execution.order.id, None)
         if len(self._reports) < COMMANDS_KEPT:
             self._reports.append(report)
-        with contextlib.suppress(OSError):  # such as a full disk; the result has it too
-            os.write(self._log_fd, msgspec.json.encode(report) + b"\n")
+        with self._logging, contextlib.suppress(OSError):  # such as a full disk; the result has it too
+            if self._log_fd >= 0:
+                os.write(self._log_fd, msgspec.json.encode(report) + b"\n")
         return ending, report, denials
 
     def _since_release(self, command: Command) -> float:
@@ -309,7 +329,7 @@ class OpenSandbox:
         with self._finishing:
             if self.result is None:
                 self.session.end()
-                self._finish("closed", choice)
+                self._finish(self.session.why or "closed", choice)
             assert self.result is not None  # noqa: S101 - for the type checker
             return self.result
 
@@ -338,14 +358,15 @@ class OpenSandbox:
         atexit.unregister(self._at_exit)
 
     def _closed(self, why: str, choice: ChangesChoice) -> Result:
-        host_files = self._host_files
-        self.session.close(
-            Receivers(changes=None if host_files is None or choice == "discard" else host_files.incoming)
-        )
+        host_files, discards = self._host_files, choice == "discard"
+        receivers = Receivers(changes=None if host_files is None or discards else host_files.incoming)
+        closed = self.session.close(receivers, _DISCARD_S if discards else settings.CHANGES_OUT_S)
+        if closed is None and not discards and why == "closed":
+            why = "lost"
         evidence = self._loop.evidence()
         for command in list(self._commands.values()):
             if not command.execution.order.service:
-                self.ending(command)
+                command.ending()
         self._vm.close()
         net = None if self._gate is None else self._gate.account()
         if self._gate is not None and net is None:
@@ -399,6 +420,8 @@ class Command:
         self._sandbox = sandbox
         self._session = sandbox.session
         self._inboxes: dict[StreamName, Inbox] = {"stdout": inboxes[0], "stderr": inboxes[1]}
+        self._unread: dict[StreamName, bytes] = {"stdout": b"", "stderr": b""}
+        self.kept: Any = None  # what `library/processes` has collected of the output
         self._ending_lock = threading.Lock()
         self._ending: tuple[Verdict, CommandReport, list[Denial]] | None = None
 
@@ -422,8 +445,10 @@ class Command:
         """
 
         def due() -> bool:
-            return self.ended or given_up() or any(self._inboxes[stream].waiting for stream in output)
+            arrived = (self._unread[stream] or self._inboxes[stream].waiting for stream in output)
+            return self.ended or given_up() or any(arrived)
 
+        self._sandbox.require_own_process()
         if self._session.until(due, within_s):
             return not given_up()
         if self._session.over:
@@ -432,14 +457,22 @@ class Command:
 
     def read(self, stream: StreamName) -> bytes:
         """Return what has arrived on a stream since the last call."""
-        return self._session.read(self.execution, self._inboxes[stream], _STREAMS[stream])
+        unread, self._unread[stream] = self._unread[stream], b""
+        return unread + self._session.read(self.execution, self._inboxes[stream], _STREAMS[stream])
 
-    def next_pieces(self, given_up: Callable[[], bool] = _never) -> tuple[bool, list[tuple[StreamName, bytes]]]:
+    def unread(self, stream: StreamName, data: bytes) -> None:
+        """Have the next call of `read` return *data* first."""
+        self._unread[stream] = data + self._unread[stream]
+
+    def next_pieces(
+        self, given_up: Callable[[], bool] = _never, within_s: float | None = None
+    ) -> tuple[bool, list[tuple[StreamName, bytes]]]:
         """Wait for output or the end of the command. Return whether there will be no more output, and the output.
 
         Raises BackendError if the sandbox ends first.
         """
-        ended = not self.wait(output=tuple(self._inboxes), given_up=given_up) or self.ended
+        self.wait(within_s, output=tuple(self._inboxes), given_up=given_up)
+        ended = self.ended or given_up()
         return ended, [(stream, data) for stream in self._inboxes if (data := self.read(stream))]
 
     def wake(self) -> None:
@@ -452,6 +485,7 @@ class Command:
 
     def write(self, data: bytes) -> None:
         """Send input, and wait while much of it is on its way. Raises BackendError if the sandbox ends first."""
+        self._sandbox.require_open()
         self.feed(data)
         if not self._session.until(lambda: self.execution.has_room() or self.ended):
             raise self._sandbox.gone()

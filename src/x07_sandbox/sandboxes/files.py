@@ -53,7 +53,9 @@ class FileServer:
 
     def piece(self, most: int) -> bytes:
         """Wait for content after an answer, and return 1 to *most* bytes of it."""
-        if not self._session.until(lambda: self._fill() > 0 or self._execution.ended) or not self._buffer.data:
+        if not self._buffer.data:  # else more would be read than is taken
+            self._session.until(lambda: bool(self._buffer.data) or self._fill() > 0 or self._execution.ended)
+        if not self._buffer.data:
             raise self._lost()
         return self._buffer.piece(most)
 

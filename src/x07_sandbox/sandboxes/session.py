@@ -157,11 +157,20 @@ class Session:
         self._link.send(order)
         self._last, self._receivers = execution, receivers
 
-    def close(self, output: Output | None, left: Left | None, receivers: Receivers) -> Closed | None:
-        """End all commands, take what is asked for, and close the session. Return None if it was lost before."""
+    def close(
+        self,
+        output: Output | None,
+        left: Left | None,
+        receivers: Receivers,
+        within_s: float = settings.CHANGES_OUT_S,
+    ) -> Closed | None:
+        """End all commands, take what is asked for, and close the session. Return None if it was lost before.
+
+        within_s: how long the guest may take without progress.
+        """
         if not self._over:
             self._link.send(Close(0, output, left))
-            self._receivers, self._close_limit = receivers, Limit(settings.CHANGES_OUT_S)
+            self._receivers, self._close_limit = receivers, Limit(within_s)
             self._take_no_more(*self._executions.values())
             self.until(lambda: False)
         return self._closed

@@ -16,7 +16,7 @@ from x07_sandbox.host.threads import start_thread
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from x07_sandbox.channel.messages import Exec
+    from x07_sandbox.channel.messages import Closed, Exec
     from x07_sandbox.sandboxes.execution import Execution, Facts
     from x07_sandbox.sandboxes.session import Session
     from x07_sandbox.sandboxes.transfers import CommandStreams, Inbox, Receivers
@@ -40,9 +40,9 @@ class _Released:
 class SharedSession:
     """A session for many threads. Its methods are those of `Session`, and `until` blocks only its caller.
 
-    until_s: when the session expires, on the monotonic clock. idle_s: how long it may be without a command and without
-    a call; None for no limit. Then, and if the session is lost, *on_end* is called in the thread of the loop with
-    `why`: "expired", "idle" or "lost". It is "" while the session is open, or if it was ended by a call.
+    Call `begin` once. until_s: when the session expires, on the monotonic clock. idle_s: how long it may be without a
+    command and without a call; None for no limit. Then, and if the session is lost, *on_end* is called in the thread of
+    the loop with `why`: "expired", "idle" or "lost". It is "" while the session is open, or if it was ended by a call.
     """
 
     def __init__(self, session: Session, until_s: float, idle_s: float | None, on_end: Callable[[str], object]) -> None:
@@ -50,6 +50,7 @@ class SharedSession:
         self._until_s = until_s
         self._idle_s = idle_s
         self._used_at = time.monotonic()
+        self._callers = 0  # that wait
         self._on_end = on_end
         self._changed = threading.Condition()
         self._wake = Event()
@@ -58,6 +59,9 @@ class SharedSession:
         self.problem: SandboxError | None = None
         session.waiting = _Released(self._changed)
         self._thread = threading.Thread(target=self._serve, name="x07-sandbox", daemon=True)
+
+    def begin(self) -> None:
+        """Start the loop. Raises OSError."""
         start_thread(self._thread)
 
     @property
@@ -111,26 +115,32 @@ class SharedSession:
     def until(self, done: Callable[[], bool], within_s: float | None = None) -> bool:
         """Wait until *done* returns True, the session is over, or time is up. Return the value of *done*."""
         with self._changed:
-            self._changed.wait_for(lambda: done() or self.over, within_s)
-            return done()
+            self._callers += 1
+            try:
+                self._changed.wait_for(lambda: done() or self.over, within_s)
+                return done()
+            finally:
+                self._callers -= 1
+                self._used_at = time.monotonic()
+                if self._idle_s is not None:
+                    self._wake_loop()  # from now on it waits for less time
 
     def wake(self) -> None:
         """Have all calls of `until` look again."""
         with self._changed:
             self._changed.notify_all()
 
-    def close(self, receivers: Receivers) -> None:
+    def close(self, receivers: Receivers, within_s: float) -> Closed | None:
         """See `Session.close`. Call this after `end`, or in the thread of the loop."""
         with self._changed:
-            if not self._session.over:
-                self._session.close(None, None, receivers)
+            return self._session.close(None, None, receivers, within_s)
 
     def end(self) -> None:
         """End the loop."""
         with self._using():
             self._stopping = True
             self._changed.notify_all()
-        if threading.current_thread() is not self._thread:
+        if self._thread.ident is not None and threading.current_thread() is not self._thread:
             self._thread.join()
 
     @contextlib.contextmanager
@@ -165,15 +175,21 @@ class SharedSession:
     def _run(self) -> str:
         """Run the loop. Return why the session ended by itself, or ""."""
         while not self.over:
+            used = self._in_use()
             self._session.turn(min(self._left_s(), _LOOK_S), self._wake.fd)
             self._wake.clear()
             self._changed.notify_all()
+            if used or self._in_use():
+                self._used_at = time.monotonic()
             if expired := self._expired():
                 return expired
         return "lost" if self._session.over else ""
 
+    def _in_use(self) -> bool:
+        return self._session.busy or self._callers > 0
+
     def _left_s(self) -> float:
-        idle_s = self._until_s if self._idle_s is None or self._session.busy else self._used_at + self._idle_s
+        idle_s = self._until_s if self._idle_s is None or self._in_use() else self._used_at + self._idle_s
         return max(0.0, min(self._until_s, idle_s) - time.monotonic())
 
     def _expired(self) -> str:
