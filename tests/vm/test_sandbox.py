@@ -650,6 +650,19 @@ def test_policies_bound_each_command() -> None:
         assert text(opened.exec(["sh", "-c", "ulimit -n"])) == "20\n"
 
 
+def test_the_gate_decides_about_each_connection(state: Path) -> None:
+    """With allowed hosts, a sandbox has a gate, and the result lists what it denied."""
+    script = "import socket\ntry: socket.create_connection(('other.example', 443))\nexcept OSError as exc: print(exc)"
+    with Sandbox(allow_hosts=["example.org:443"]) as opened:
+        for _ in range(2):
+            assert "not known" in text(opened.exec(["python3", "-c", script]))
+    assert opened.result is not None
+    assert [(one.field, one.subject, one.count) for one in opened.result.denials] == [
+        ("net.allow_hosts", "other.example", 2)
+    ]
+    assert left_behind(state) == []
+
+
 # asyncio
 
 

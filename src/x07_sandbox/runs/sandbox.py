@@ -386,8 +386,16 @@ class OpenSandbox:
             memory_peak_bytes=0,
             tasks_peak=0,
         )
+        denied: list[Denial] = []
+        lost = 0
+        if net is not None and net.denied and self.prepared.egress is not None:
+            from x07_sandbox.runs.egress import denials as denied_connections
+
+            denied, lost = denied_connections(net, self.prepared.egress.allowlist)
         draft = replace(
             self._draft,
+            denials=[*self._draft.denials, *denied],
+            denials_lost=lost,
             phases={"run": report},
             jail=self._instance.jail,
             net=net,
