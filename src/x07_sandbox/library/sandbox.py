@@ -11,7 +11,6 @@ from x07_sandbox.host.settings import LIFETIME_MAX_S, LIFETIME_S, OUTPUT_MAX_BYT
 from x07_sandbox.library.arguments import SANDBOX, bad_argument, checked_options
 from x07_sandbox.library.processes import KEEPS, Process, bad_value, checked
 from x07_sandbox.library.run import run_uninterrupted
-from x07_sandbox.options import CHANGES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -287,6 +286,8 @@ class Sandbox:
 
         If the sandbox has ended already, return its result.
         """
+        from x07_sandbox.options import CHANGES
+
         self._check_process()
         if changes not in CHANGES:
             raise UsageError("cannot close the sandbox", f"changes is {changes!r}", f"Use one of {', '.join(CHANGES)}")
