@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.vm.conftest import left_behind, owners, usual_start
+from tests.vm.conftest import left_behind, marked, owners, usual_start
 from x07_sandbox import AsyncSandbox, Ended, Pool, Process, Sandbox, SandboxError
 from x07_sandbox.runs.folder import all_runs
 from x07_sandbox.sandboxes.shared import SharedSession
@@ -479,7 +479,10 @@ def test_a_vm_that_is_lost_while_it_closes_is_no_success(state: Path, monkeypatc
     real = SharedSession.close
 
     def close(self: SharedSession, *args: Any) -> object:  # noqa: ANN401 - as it is called
+        (owner,) = owners(state)
         os.kill(_supervisor(state), signal.SIGKILL)
+        while marked(str(owner["instance"])):  # else the guest may still answer in time
+            time.sleep(0.01)
         return real(self, *args)
 
     monkeypatch.setattr(SharedSession, "close", close)

@@ -123,7 +123,7 @@ class Unpacker:
 
     def _close_file(self) -> None:
         entry = self._entry
-        assert entry is not None  # noqa: S101 - a file was begun
+        assert entry is not None  # noqa: S101 - a file is open
         os.ftruncate(self._fd, entry.size)  # it may end in a hole
         os.fchmod(self._fd, entry.mode & _MODE)
         os.utime(self._fd, ns=(entry.mtime_ns, entry.mtime_ns))

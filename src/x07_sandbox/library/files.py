@@ -103,7 +103,7 @@ class Files:
 
     def download(self, path: str, local: str | os.PathLike[str]) -> None:
         """See `Sandbox.download`."""
-        from x07_sandbox.files.unpack import Unpacker
+        from x07_sandbox.files.unpack import BYTES_MAX, Unpacker
 
         target = Path(local)
         found = self.stat(path)
@@ -111,8 +111,6 @@ class Files:
             with Unpacker(target) as unpacker:
                 self._ask(Request(calls.GET, path), take=lambda server, _answer: _unpack(server, unpacker))
             return
-        from x07_sandbox.files.unpack import BYTES_MAX
-
         size = min(found.size or READ_MAX, BYTES_MAX)  # a file of /proc says that it is empty
         with target.open("xb") as out:
             try:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from x07_sandbox.library.processes import Ended, ExecOptions, Keep
     from x07_sandbox.policy.model import Policy
     from x07_sandbox.runs.result import Result
-    from x07_sandbox.runs.sandbox import CommandStart, OpenSandbox, StreamName
+    from x07_sandbox.runs.sandbox import OpenSandbox, StreamName
 
 _PROBE_S = 60.0
 _SIZE = (24, 80)  # of a terminal, in characters
@@ -122,7 +122,6 @@ class Sandbox:
 
         if backend is not None and not isinstance(backend, str):
             raise bad_argument("backend", f"is {type(backend).__name__}, not str", SANDBOX)
-        self._pid = os.getpid()
         self._files: Files | None = None
         self._bash = ""  # the shell, once it is known
         cancel = NewCancel() if cancel is None else cancel
@@ -238,7 +237,7 @@ class Sandbox:
             _seconds("timeout_s", timeout_s, bad_value("timeout_s", timeout_s, "a number of seconds above 0"))
         terminal = Terminal(*_SIZE) if tty else None
         given = CommandStart(list(argv), dict(env or {}), cwd, timeout_s, merge, terminal, detach)
-        return self._start(given)
+        return Process(self._using().start(given))
 
     def process(self, number: int) -> Process:
         """Return a command that runs, or whose end nobody has asked for, by its id. Raises UsageError."""
@@ -288,11 +287,11 @@ class Sandbox:
         """
         from x07_sandbox.options import CHANGES
 
-        self._check_process()
+        opened = self._using()
         if changes not in CHANGES:
             raise UsageError("cannot close the sandbox", f"changes is {changes!r}", f"Use one of {', '.join(CHANGES)}")
         try:
-            return run_uninterrupted(lambda: None, lambda: self._open.finish(changes))
+            return run_uninterrupted(lambda: None, lambda: opened.finish(changes))
         finally:
             cancel, self._cancel = self._cancel, None
             if cancel is not None:
@@ -316,20 +315,13 @@ class Sandbox:
             error.result = result
             raise error
 
-    def _start(self, given: CommandStart) -> Process:
-        return Process(self._using().start(given))
-
     def wake(self) -> None:
         """Have all threads that wait for commands look whether they still should."""
         self._open.session.wake()
 
     def _using(self) -> OpenSandbox:
-        self._check_process()
+        self._open.require_own_process()
         return self._open
-
-    def _check_process(self) -> None:
-        if os.getpid() != self._pid:
-            raise UsageError("cannot use this sandbox", "it belongs to the parent process", "Open a new sandbox")
 
     def _shell(self, given_up: Callable[[], bool]) -> str:
         if not self._bash:

@@ -59,7 +59,7 @@ def attempt(request: RunRequest, caller: RunCaller) -> tuple[Result, SandboxErro
     draft = draft_result(new_run_id())
     try:
         with contextlib.ExitStack() as stack:
-            folder = begun(request, caller, draft.run, stack)
+            folder = make_folder(request, caller, draft.run, stack)
             for known in _steps(request, caller, draft, folder, stack):
                 draft = known
             store_result(folder, draft)
@@ -68,7 +68,7 @@ def attempt(request: RunRequest, caller: RunCaller) -> tuple[Result, SandboxErro
         return ended_by(exc, draft, caller)
 
 
-def begun(request: RunRequest, caller: RunCaller, run_id: str, stack: contextlib.ExitStack) -> RunFolder:
+def make_folder(request: RunRequest, caller: RunCaller, run_id: str, stack: contextlib.ExitStack) -> RunFolder:
     """Make the folder of a run, in which `x07 ps` finds the run and `x07 kill` a way to end it. Raises HostError."""
     folder = RunFolder(run_id, stack)
     folder.accept_kill(caller.cancel)

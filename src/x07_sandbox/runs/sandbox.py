@@ -33,9 +33,9 @@ from x07_sandbox.runs.job import gate_for, started, without_account
 from x07_sandbox.runs.request import Program, check_arguments, check_variables, in_memory, sha256_text
 from x07_sandbox.runs.result import EMPTY_OUTPUT, CommandReport, PhaseReport, Result, draft_result
 from x07_sandbox.runs.run import (
-    begun,
     described,
     ended_by,
+    make_folder,
     planned,
     settled,
     store_result,
@@ -134,7 +134,7 @@ class OpenSandbox:
 
     def _open(self, request: RunRequest) -> None:
         stack, caller = self._stack, self._caller
-        self._folder = begun(request, caller, self.run, stack)
+        self._folder = make_folder(request, caller, self.run, stack)
         self._log_fd = open_private_file(self._folder.path / "commands.jsonl", os.O_WRONLY | os.O_APPEND)
         stack.callback(self._close_log)
         file = in_memory(b"", f"{SOURCE_FOLDER}/command", 0o644, stack)
@@ -196,7 +196,7 @@ class OpenSandbox:
         given: CommandLimits = limits.for_guest()
         if named or "cpu_ms" in changed:
             return given
-        return CommandLimits(**{**given._asdict(), "cpu_ms": settings.LIFETIME_MAX_S * 1000})
+        return given._replace(cpu_ms=settings.LIFETIME_MAX_S * 1000)
 
     # commands
 
