@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 import subprocess
 import sys
 from typing import TYPE_CHECKING
@@ -26,7 +27,7 @@ def test_the_json_of_a_trivial_run_is_short(image: Image, tmp_path: Path) -> Non
     """`x07 run --json` prints at most 4 KiB for a trivial program; result.json has every control."""
     assert image.digest
     program = tmp_path / "one.py"
-    program.write_text(f"print(1)  # {tmp_path}\n", encoding="utf-8")  # never built before
+    program.write_text(f"print(1)  # {secrets.token_hex()}\n", encoding="utf-8")  # never built before
     argv = [sys.executable, "-m", "x07_sandbox.cli.main", "run", "--json", str(program)]
     done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, check=True)
     assert len(done.stdout) <= MOST_BYTES
