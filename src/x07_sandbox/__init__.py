@@ -24,7 +24,8 @@ Classes and types:
     FileInfo            facts about a file of a sandbox
     Result              how a run ended, what it printed and changed
     Output              one output stream of a result
-    Diff                what a run changed, with a patch
+    Diff                what a run changed, or a sandbox so far, with a patch
+    SandboxInfo         facts about an open sandbox
     Outcome             the words that Result.outcome can be
     Policy, Limits      what a program may touch and use up
     SandboxError        the base of all errors
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from x07_sandbox.errors import SandboxError
     from x07_sandbox.host.version import __version__
     from x07_sandbox.library.async_sandbox import AsyncSandbox
-    from x07_sandbox.library.changes import Diff, apply, diff, undo
+    from x07_sandbox.library.changes import apply, diff, undo
     from x07_sandbox.library.file_info import FileInfo
     from x07_sandbox.library.pool import Pool
     from x07_sandbox.library.processes import Ended, Process
@@ -55,7 +56,8 @@ if TYPE_CHECKING:
     from x07_sandbox.library.sandbox import Sandbox
     from x07_sandbox.plan.denials import Outcome
     from x07_sandbox.policy.model import Limits, Policy
-    from x07_sandbox.runs.result import Output, Result
+    from x07_sandbox.reports.sandboxes import SandboxInfo
+    from x07_sandbox.runs.result import Diff, Output, Result
 
 __all__ = [
     "AsyncSandbox",
@@ -71,6 +73,7 @@ __all__ = [
     "Result",
     "Sandbox",
     "SandboxError",
+    "SandboxInfo",
     "__version__",
     "apply",
     "diff",
@@ -85,7 +88,7 @@ __all__ = [
 _NAMES_BY_MODULE = {
     "errors": ("SandboxError",),
     "host.version": ("__version__",),
-    "library.changes": ("Diff", "apply", "diff", "undo"),
+    "library.changes": ("apply", "diff", "undo"),
     "library.async_sandbox": ("AsyncSandbox",),
     "library.file_info": ("FileInfo",),
     "library.pool": ("Pool",),
@@ -94,7 +97,8 @@ _NAMES_BY_MODULE = {
     "library.sandbox": ("Sandbox",),
     "plan.denials": ("Outcome",),
     "policy.model": ("Limits", "Policy"),
-    "runs.result": ("Output", "Result"),
+    "reports.sandboxes": ("SandboxInfo",),
+    "runs.result": ("Diff", "Output", "Result"),
 }
 
 

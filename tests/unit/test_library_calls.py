@@ -305,6 +305,7 @@ library.sandbox
 network network.summary
 plan plan.denials plan.features
 policy policy.decode policy.default policy.environment policy.model policy.problems policy.rules
+reports reports.sandboxes
 runs runs.result
 """
 COSTLY = "argparse ast asyncio dataclasses email http inspect random shutil socket ssl subprocess tempfile urllib"

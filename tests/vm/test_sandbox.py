@@ -23,7 +23,7 @@ import pytest
 from tests.vm.conftest import left_behind, marked, owners, usual_start
 from x07_sandbox import AsyncSandbox, Ended, Pool, Process, Sandbox, SandboxError
 from x07_sandbox.runs.folder import all_runs
-from x07_sandbox.sandboxes.shared import SharedSession
+from x07_sandbox.sandboxes.session import Session
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -476,16 +476,16 @@ def test_a_vm_that_is_lost_while_it_closes_is_no_success(state: Path, monkeypatc
     """If the VM ends before its changes have arrived, the result says that it was lost."""
     opened = Sandbox()
     opened.exec(["true"])
-    real = SharedSession.close
+    real = Session.close
 
-    def close(self: SharedSession, *args: Any) -> object:  # noqa: ANN401 - as it is called
+    def close(self: Session, *args: Any) -> object:  # noqa: ANN401 - as it is called
         (owner,) = owners(state)
         os.kill(_supervisor(state), signal.SIGKILL)
         while marked(str(owner["instance"])):  # else the guest may still answer in time
             time.sleep(0.01)
         return real(self, *args)
 
-    monkeypatch.setattr(SharedSession, "close", close)
+    monkeypatch.setattr(Session, "close", close)
     assert opened.close().outcome == "guest-lost"
     assert left_behind(state) == []
 

@@ -4,6 +4,7 @@ import contextlib
 import os
 import sys
 import time
+from collections.abc import Iterable, Sequence
 from typing import IO, Final
 
 from x07_sandbox.errors import printable
@@ -50,6 +51,14 @@ def show(line: str, mark: str = "") -> None:
     if mark:
         text = f"{painted(mark, mark, sys.stdout)}{' ' * (6 - len(mark))}{text}"
     write_stdout(text.encode("utf-8", "surrogateescape") + b"\n")
+
+
+def show_table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> None:
+    """Print a table with aligned columns. Raises OutputError."""
+    rows = [head, *lines]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head) - 1)]
+    for row in rows:
+        show("  ".join([*(text.ljust(width) for text, width in zip(row, widths, strict=False)), row[-1]]).rstrip())
 
 
 def size(count: int) -> str:

@@ -3,7 +3,7 @@
 import argparse
 from typing import Final
 
-from x07_sandbox.cli.console import say, show
+from x07_sandbox.cli.console import say, show_table
 from x07_sandbox.cli.json_output import print_document
 from x07_sandbox.cli.parser import add_document_flags, nonempty, switch
 from x07_sandbox.host.clocks import unix_ms
@@ -65,20 +65,17 @@ def _ps(options: argparse.Namespace) -> int:
     report = list_jobs(everything=options.all)
     if print_document(report, options):
         return 0
-    rows = [_HEAD, *map(_row, report.jobs)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEAD) - 1)]
-    for row in rows:
-        show("  ".join([*(text.ljust(width) for text, width in zip(row, widths, strict=False)), row[-1]]).rstrip())
+    show_table(_HEAD, map(_row, report.jobs))
     return 0
 
 
 def _row(line: JobLine) -> tuple[str, ...]:
-    age = f"{_span((unix_ms() - line.created_unix_ms) / 1000)} ago"
-    left = "-" if line.left_s is None else _span(line.left_s)
+    age = f"{span((unix_ms() - line.created_unix_ms) / 1000)} ago"
+    left = "-" if line.left_s is None else span(line.left_s)
     return line.run, line.phase or "-", line.backend or "-", line.state, age, left, line.program or "-"
 
 
-def _span(seconds: float) -> str:
+def span(seconds: float) -> str:
     """Return a duration in its two largest units, such as "1h5m"."""
     sign, whole = "-" if seconds < 0 else "", int(abs(seconds))
     for unit, smaller, letter, smaller_letter in ((86_400, 3600, "d", "h"), (3600, 60, "h", "m"), (60, 1, "m", "s")):

@@ -30,6 +30,7 @@ VERBS: Final = {
     "init": "create a project file (x07-sandbox.toml or x07.json)",
     "policy": "write, check, explain and compare policies",
     "image": "build, list, load, remove and verify guest images",
+    "sandbox": "open a VM that stays, and run commands in it",
     "pool": "keep VMs ready, so that runs start immediately",
     "sweep": "clean up after x07 processes that were killed",
     "df": "show disk usage of images, caches and records",
@@ -108,6 +109,16 @@ def name_pattern(text: str) -> str:
             f"{text!r} is not a pattern for a name; it must not be empty or contain a slash"
         )
     return text
+
+
+def variable(text: str) -> tuple[str, str]:
+    """Parse a value of --env: NAME=VALUE, or NAME to take the value from our environment. Raises UsageError."""
+    name, equals, value = text.partition("=")
+    if equals:
+        return name, value
+    if name not in os.environ:
+        raise UsageError(f"cannot use --env {name}", "the variable is not set here", f"Use --env {name}=VALUE")
+    return name, os.environ[name]
 
 
 def _size(text: str, row: Option) -> int:

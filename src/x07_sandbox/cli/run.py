@@ -16,7 +16,7 @@ from x07_sandbox.backends.lease import PoolClient
 from x07_sandbox.backends.registry import create
 from x07_sandbox.backends.selection import backend_request, select, this_platform
 from x07_sandbox.cli.console import LiveLine, plain, say
-from x07_sandbox.cli.parser import add_groups, add_help_levels, given_rows, help_level
+from x07_sandbox.cli.parser import add_groups, add_help_levels, given_rows, help_level, variable
 from x07_sandbox.errors import Command, ImageError, SandboxError, UsageError
 from x07_sandbox.host.cancel import cancelled_by_signals
 from x07_sandbox.host.paths import is_folder
@@ -108,11 +108,11 @@ def _dispatch(options: argparse.Namespace) -> int:
 
 
 def _carry_out(options: argparse.Namespace, *, for_x07: bool) -> int:
-    choice = _choice(options)
+    choice = choose_backend(options)
     outputs = _checked_outputs(options)
     with contextlib.ExitStack() as stack:
         if not options.dry_run:
-            _need_image(choice, options.image or text("X07_VM_GUEST_IMAGE"))
+            need_image(choice, options.image or text("X07_VM_GUEST_IMAGE"))
         caller = _caller(options, stack, choice, for_x07=for_x07)
         request = _request(options, caller.cancel)
         caller = replace(caller, stdin_fd=_stdin(options, request, for_x07=for_x07))
@@ -241,7 +241,7 @@ def _is_x07_artifact(options: argparse.Namespace) -> bool:
     return options.artifact is not None and bool(options.report or options.attest_runtime)
 
 
-def _choice(options: argparse.Namespace) -> Choice:
+def choose_backend(options: argparse.Namespace) -> Choice:
     """Return the backend that flags and variables select. Raises UsageError, RefusedError if it is not available."""
     accepted = options.i_accept_weaker_isolation
     found = backend_request(sandbox=options.sandbox_backend, backend=options.backend, accepted=accepted)
@@ -299,7 +299,7 @@ def _request(options: argparse.Namespace, cancel: Cancel) -> RunRequest:
         source=source,
         toolchain=toolchain,
         args=tuple(words),
-        env=dict(map(_variable, options.env)),
+        env=dict(map(variable, options.env)),
         input=options.input if options.input_b64 is None else _decoded(options.input_b64),
         executable=options.compiled_out is not None,
         cache=not options.no_cache,
@@ -429,16 +429,6 @@ def _decoded(text: str) -> bytes:
         ) from exc
 
 
-def _variable(text: str) -> tuple[str, str]:
-    """Parse a value of --env: NAME=VALUE, or NAME to take the value from our environment. Raises UsageError."""
-    name, equals, value = text.partition("=")
-    if equals:
-        return name, value
-    if name not in os.environ:
-        raise UsageError(f"cannot use --env {name}", "the variable is not set here", f"Use --env {name}=VALUE")
-    return name, os.environ[name]
-
-
 def _stream(fd: int) -> int | None:
     try:
         os.fstat(fd)
@@ -447,7 +437,7 @@ def _stream(fd: int) -> int | None:
     return fd
 
 
-def _need_image(choice: Choice, ref: str | None) -> None:
+def need_image(choice: Choice, ref: str | None) -> None:
     """On a terminal, build or update the default image if the run needs it. Elsewhere, a run without it is refused."""
     from x07_sandbox.images.store import find_image, image_is_current
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import collections.abc
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 # Modules that run programs are imported on the first run, so that importing this one is cheap.
 from x07_sandbox.errors import UsageError
+from x07_sandbox.host.settings import LIFETIME_MAX_S
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -174,3 +176,10 @@ def _path_text(name: str, value: object, expected: str, function: str) -> str:
 def bad_argument(name: str, why: str, function: str = _RUN) -> UsageError:
     """Return the error for the wrong argument *name*. why: the text that follows *name* in the message."""
     return UsageError(_WHAT[function], f"{name} {why}", f"See help({function})")
+
+
+def checked_seconds(name: str, value: Any, error: UsageError | None = None) -> float:  # noqa: ANN401 - it is checked
+    """Return a number of seconds. Raises UsageError, or *error*."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0 or math.isinf(value):
+        raise error or bad_argument(name, f"is {value!r}, not a number of seconds above 0", SANDBOX)
+    return min(float(value), float(LIFETIME_MAX_S))

@@ -12,16 +12,17 @@ from x07_sandbox.library.sandbox import Sandbox
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import AsyncIterator, Callable, Sequence
+    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
     from types import TracebackType
 
     from x07_sandbox.library.file_info import FileInfo
     from x07_sandbox.library.files import Files
     from x07_sandbox.library.processes import Ended, ExecOptions, StartOptions
     from x07_sandbox.library.sandbox import SandboxOptions
+    from x07_sandbox.reports.sandboxes import SandboxInfo
+    from x07_sandbox.runs.command import StreamName
     from x07_sandbox.runs.request import ChangesChoice
-    from x07_sandbox.runs.result import Result
-    from x07_sandbox.runs.sandbox import StreamName
+    from x07_sandbox.runs.result import Diff, Result
 
 _T = TypeVar("_T")
 
@@ -68,6 +69,27 @@ class AsyncSandbox:
             raise
         self._opened = opened[0]
         return self
+
+    @classmethod
+    async def create(cls, *, name: str = "", **options: Unpack[SandboxOptions]) -> Self:
+        """See `Sandbox.create`."""
+        return await cls._around(lambda: Sandbox.create(name=name, **options))
+
+    @classmethod
+    async def connect(cls, id: str) -> Self:  # noqa: A002 - as the property
+        """See `Sandbox.connect`."""
+        return await cls._around(lambda: Sandbox.connect(id))
+
+    @classmethod
+    async def _around(cls, call: Callable[[], Sandbox]) -> Self:
+        found = cls()
+        found._opened = await in_thread(call, _nothing)
+        return found
+
+    @staticmethod
+    async def list(tags: Mapping[str, str] | None = None) -> Sequence[SandboxInfo]:
+        """See `Sandbox.list`."""
+        return await in_thread(lambda: Sandbox.list(tags), _nothing)
 
     @property
     def id(self) -> str:
@@ -128,6 +150,14 @@ class AsyncSandbox:
         """See `Sandbox.forward`."""
         return self._sandbox.forward(port, unix=unix)
 
+    async def changes(self) -> Diff:
+        """See `Sandbox.changes`."""
+        return await in_thread(self._sandbox.changes, _nothing)
+
+    def disconnect(self) -> None:
+        """See `Sandbox.disconnect`."""
+        self._sandbox.disconnect()
+
     def extend(self, lifetime_s: float) -> None:
         """See `Sandbox.extend`."""
         self._sandbox.extend(lifetime_s)
@@ -141,7 +171,7 @@ class AsyncSandbox:
         return await self.close("discard")
 
     async def __aenter__(self) -> Self:
-        return await self.open()
+        return await self.open() if self._opened is None else self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None

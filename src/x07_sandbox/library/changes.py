@@ -5,26 +5,17 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from x07_sandbox.errors import SandboxError, UsageError
 from x07_sandbox.library.keyword_names import keyword
-from x07_sandbox.runs.patches import include_applied, patch_chunks
-from x07_sandbox.runs.result import Changes, Result
+from x07_sandbox.runs.diffs import diff_of
+from x07_sandbox.runs.result import Changes, Diff, Result
 from x07_sandbox.runs.saved_changes import find_saved, summarize, undo_saved
-from x07_sandbox.runs.selection import Grants, apply_selected, below, select_changes
+from x07_sandbox.runs.selection import Grants, apply_selected, select_changes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from x07_sandbox.runs.saved_changes import SavedChanges
-
-
-class Diff(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a run changed. patch: all changes in git's format, also those left out, as `x07 diff` prints them."""
-
-    changes: Changes
-    patch: bytes
 
 
 def diff(run: str | Result, paths: Sequence[str] = ()) -> Diff:
@@ -34,11 +25,7 @@ def diff(run: str | Result, paths: Sequence[str] = ()) -> Diff:
     Raises SandboxError.
     """
     with _saved(run, paths=paths) as saved:
-        found = include_applied(saved)
-        found = found._replace(changes=below(found.changes, paths))
-        changes = summarize(found.changes, "applied" if saved.undos else "kept", names_max=None)
-        left_out = sum(len(root.left_out) for root in found.changes.roots)
-        return Diff(changes=msgspec.structs.replace(changes, left_out=left_out), patch=b"".join(patch_chunks(found)))
+        return diff_of(saved, paths)
 
 
 def apply(

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from x07_sandbox.channel.files import Answer
     from x07_sandbox.files.unpack import Unpacker
-    from x07_sandbox.runs.sandbox import OpenSandbox
+    from x07_sandbox.runs.command import AnySandbox
     from x07_sandbox.sandboxes.files import FileServer
 
 _T = TypeVar("_T")
@@ -39,7 +39,7 @@ class Files:
     has ended. Thread-safe; one request is served after the other.
     """
 
-    def __init__(self, sandbox: OpenSandbox) -> None:
+    def __init__(self, sandbox: AnySandbox) -> None:
         self._sandbox = sandbox
         self._server: FileServer | None = None
         self._busy: tuple[FileServer, threading.Event | None] | None = None

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.errors import SandboxError
 from x07_sandbox.host.threads import start_thread
-from x07_sandbox.runs.sandbox import CommandStart
+from x07_sandbox.runs.command import CommandStart
 
 if TYPE_CHECKING:
-    from x07_sandbox.runs.sandbox import Command, OpenSandbox
+    from x07_sandbox.runs.command import AnySandbox, Command
 
 _READ: Final = 64 * 1024
 _WAITING: Final = 32  # connections that nobody has accepted yet
@@ -26,7 +26,7 @@ class Forwarder:
     address: where it accepts them: an address and a port, or the path of a Unix socket and 0.
     """
 
-    def __init__(self, sandbox: OpenSandbox, port: int, unix: str | None) -> None:
+    def __init__(self, sandbox: AnySandbox, port: int, unix: str | None) -> None:
         """Start to listen. Raises OSError, SandboxError."""
         self._sandbox = sandbox
         self._port = port

@@ -16,7 +16,7 @@ from x07_sandbox.plan.denials import Denial, Outcome
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-    from x07_sandbox.runs.sandbox import Command, StreamName
+    from x07_sandbox.runs.command import Command, StreamName
 
 Keep = Literal["head", "tail", "both"]
 
@@ -86,11 +86,11 @@ class Kept:
         self._tail_max = most - self._head_max
         self._head = bytearray()
         self._tail = bytearray()
-        self._size = 0
+        self.size = 0  # of all that arrived
 
     def take(self, data: bytes) -> None:
         """Add what has arrived."""
-        self._size += len(data)
+        self.size += len(data)
         room = self._head_max - len(self._head)
         self._head += data[:room]
         if self._tail_max and len(data) > room:
@@ -101,14 +101,14 @@ class Kept:
     @property
     def truncated(self) -> bool:
         """Whether bytes were left out."""
-        return self._size > self._head_max + self._tail_max
+        return self.size > self._head_max + self._tail_max
 
     def data(self) -> bytes:
         """Return what is kept. Between beginning and end, a line says how many bytes were left out."""
         tail = bytes(self._tail[max(0, len(self._tail) - self._tail_max) :])
         gap = b""
         if self.truncated and self._head_max and self._tail_max:
-            gap = b"\n[... %d bytes left out ...]\n" % (self._size - len(self._head) - len(tail))
+            gap = b"\n[... %d bytes left out ...]\n" % (self.size - len(self._head) - len(tail))
         return bytes(self._head) + gap + tail
 
 
@@ -214,8 +214,8 @@ class Process:
             raise TimeoutError("nobody waits for the command any more")
         from x07_sandbox.library.keyword_names import keyword
 
-        ending, report, denials = self._command.ending()
-        exited = self._command.execution.exited
+        end = self._command.ending()
+        ending = end.verdict
         return Ended(
             id=self.id,
             outcome=ending.outcome,
@@ -225,10 +225,10 @@ class Process:
             stdout=kept["stdout"].data(),
             stderr=kept["stderr"].data(),
             truncated=any(one.truncated for one in kept.values()),
-            wall_ms=report.wall_ms,
-            cpu_ms=report.cpu_ms,
-            memory_peak_bytes=0 if exited is None else exited.memory_peak_bytes,
-            denials=tuple(denials),
+            wall_ms=end.report.wall_ms,
+            cpu_ms=end.report.cpu_ms,
+            memory_peak_bytes=end.memory_peak_bytes,
+            denials=end.denials,
         )
 
     def signal(self, number: int) -> None:

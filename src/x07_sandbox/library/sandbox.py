@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
+import contextlib
 import os
 from typing import TYPE_CHECKING, Literal, Self, TypedDict, Unpack
 
 from x07_sandbox.errors import SandboxError, UsageError
-from x07_sandbox.host.settings import LIFETIME_MAX_S, LIFETIME_S, OUTPUT_MAX_BYTES
-from x07_sandbox.library.arguments import SANDBOX, bad_argument, checked_options
+from x07_sandbox.host.settings import LIFETIME_S, OUTPUT_MAX_BYTES
+from x07_sandbox.library.arguments import check_names, checked_seconds
 from x07_sandbox.library.processes import KEEPS, Process, bad_value, checked
 from x07_sandbox.library.run import run_uninterrupted
 
@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from x07_sandbox.library.files import Files
     from x07_sandbox.library.processes import Ended, ExecOptions, Keep
     from x07_sandbox.policy.model import Policy
-    from x07_sandbox.runs.result import Result
-    from x07_sandbox.runs.sandbox import OpenSandbox, StreamName
+    from x07_sandbox.reports.sandboxes import SandboxInfo
+    from x07_sandbox.runs.command import AnySandbox, StreamName
+    from x07_sandbox.runs.result import Diff, Result
 
 _PROBE_S = 60.0
 _SIZE = (24, 80)  # of a terminal, in characters
@@ -53,6 +54,7 @@ class SandboxOptions(TypedDict, total=False):
     ca: str | os.PathLike[str] | None
     lifetime_s: float
     idle_s: float | None
+    tags: Mapping[str, str] | None
     backend: str | None
 
 
@@ -97,6 +99,7 @@ class Sandbox:
         ca: str | os.PathLike[str] | None = None,
         lifetime_s: float = LIFETIME_S,
         idle_s: float | None = None,
+        tags: Mapping[str, str] | None = None,
         backend: str | None = None,
         machines: MachineSource | None = None,
         cancel: Cancel | None = None,
@@ -109,32 +112,73 @@ class Sandbox:
         `limits.wall_ms` and `limits.cpu_ms` limit each command; those of the built-in policy do not apply.
         scale_limits: whether to multiply these times by the slowdown of emulation; None follows your settings.
         lifetime_s: after this time the sandbox ends, at most 24 hours. idle_s: it ends after this time without a
-        running command and without a call; None for no such limit.
+        running command and without a call; None for no such limit. tags: words by which `list` finds it.
         backend: name of a backend, such as "podman"; None stands for the one that the environment selects.
         machines: where ready VMs come from; None for the VMs of `x07 pool`. cancel: ends the opening, and the sandbox.
         """
-        own = {"self", "lifetime_s", "idle_s", "backend", "machines", "cancel"}
+        own = {"self", "machines", "cancel"}
         given = {
             name: value for name, value in locals().items() if name not in own and value is not _DEFAULTS.get(name, own)
         }
-        life = _seconds("lifetime_s", lifetime_s), None if idle_s is None else _seconds("idle_s", idle_s)
         from x07_sandbox.host.cancel import Cancel as NewCancel
+        from x07_sandbox.library.opening import open_sandbox
 
-        if backend is not None and not isinstance(backend, str):
-            raise bad_argument("backend", f"is {type(backend).__name__}, not str", SANDBOX)
-        self._files: Files | None = None
-        self._bash = ""  # the shell, once it is known
         cancel = NewCancel() if cancel is None else cancel
-        self._cancel: Cancel | None = cancel
-        opened: list[OpenSandbox] = []
+        opened: list[AnySandbox] = []
         try:
-            run_uninterrupted(cancel, lambda: opened.append(_opened(given, cancel, life, backend, machines)))
+            run_uninterrupted(cancel, lambda: opened.append(open_sandbox(given, cancel, machines=machines)))
         except BaseException:
             for one in opened:  # Ctrl-C came too late to prevent it
                 one.finish("discard")
             cancel.close()
             raise
-        self._open = opened[0]
+        self._use(opened[0], cancel)
+
+    def _use(self, opened: AnySandbox, cancel: Cancel | None = None) -> None:
+        self._open = opened
+        self._cancel = cancel
+        self._files: Files | None = None
+        self._bash = ""  # the shell, once it is known
+
+    @classmethod
+    def create(cls, *, name: str = "", **options: Unpack[SandboxOptions]) -> Self:
+        """Open a sandbox that outlives this process, in a process of its own, and connect to it. Raises SandboxError.
+
+        name: a name by which `connect` finds it. options: see `Sandbox`.
+        """
+        from x07_sandbox.host.cancel import Cancel as NewCancel
+        from x07_sandbox.library.held import create
+        from x07_sandbox.library.held_messages import Create
+        from x07_sandbox.library.listing import require_new_name
+
+        check_names("Sandbox.create", options, SandboxOptions.__annotations__)
+        require_new_name(name)
+        asked = Create(dict(options, name=name), None, flags=False)
+        cancel = NewCancel()
+        with contextlib.closing(cancel):
+            run = run_uninterrupted(cancel, lambda: create(asked, cancel.fd))
+        return cls.connect(run)
+
+    @classmethod
+    def connect(cls, id: str) -> Self:  # noqa: A002 - as the property
+        """Return the open sandbox with this id, start of an id, or name. Raises SandboxError.
+
+        It must be one that outlives its creator: `Sandbox.create` and `x07 sandbox create` open such. Only the user who
+        opened it can connect. At the end of a `with` block it stays open, and commands that were started through this
+        object are killed, except detached ones. `close` closes the sandbox for everybody.
+        """
+        from x07_sandbox.library.listing import connect_to
+
+        sandbox = cls.__new__(cls)
+        sandbox._use(connect_to(id))  # noqa: SLF001 - of this class
+        return sandbox
+
+    @staticmethod
+    def list(tags: Mapping[str, str] | None = None) -> Sequence[SandboxInfo]:
+        """Return this user's open sandboxes that have all of *tags*, oldest first."""
+        from x07_sandbox.library.listing import list_sandboxes
+
+        return list_sandboxes(tags)
 
     @property
     def id(self) -> str:
@@ -228,13 +272,13 @@ class Sandbox:
         tty: give it a terminal, whose output is standard output. detach: give it no streams. All else: see `exec`.
         """
         from x07_sandbox.channel.messages import Terminal
-        from x07_sandbox.runs.sandbox import CommandStart
+        from x07_sandbox.runs.command import CommandStart
 
         what = "cannot run the command"
         if isinstance(argv, str | bytes) or not argv:
             raise UsageError(what, "argv is not a list with at least one word", 'Pass a list such as ["make", "test"]')
         if timeout_s is not None:
-            _seconds("timeout_s", timeout_s, bad_value("timeout_s", timeout_s, "a number of seconds above 0"))
+            checked_seconds("timeout_s", timeout_s, bad_value("timeout_s", timeout_s, "a number of seconds above 0"))
         terminal = Terminal(*_SIZE) if tty else None
         given = CommandStart(list(argv), dict(env or {}), cwd, timeout_s, merge, terminal, detach)
         return Process(self._using().start(given))
@@ -276,9 +320,17 @@ class Sandbox:
             raise UsageError("cannot forward a port", f"it is {port!r}", "Pass a number from 1 to 65535")
         return Forwarder(self._using(), port, None if unix is None else os.fspath(unix)).address
 
+    def changes(self) -> Diff:
+        """Return what has changed in folders of the host so far, as a patch. Nothing is applied.
+
+        `Diff.running` says whether commands were running, which may have written only parts of their files.
+        """
+        opened = self._using()
+        return run_uninterrupted(lambda: None, opened.changes)
+
     def extend(self, lifetime_s: float) -> None:
         """Let the sandbox last for lifetime_s seconds from now, within 24 hours from its opening."""
-        self._using().extend(_seconds("lifetime_s", lifetime_s))
+        self._using().extend(checked_seconds("lifetime_s", lifetime_s))
 
     def close(self, changes: Literal["apply", "all-or-nothing", "keep", "discard"] = "apply") -> Result:
         """End all commands, and apply, keep or discard the changes to folders of the host. Return the result.
@@ -297,6 +349,10 @@ class Sandbox:
             if cancel is not None:
                 cancel.close()
 
+    def disconnect(self) -> None:
+        """Leave a sandbox that `connect` returned, as at the end of a `with` block."""
+        self._using().disconnect()
+
     def kill(self) -> Result:
         """End the sandbox at once, and discard the changes."""
         return self.close("discard")
@@ -307,6 +363,9 @@ class Sandbox:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._open.outlives:
+            self._open.disconnect()
+            return
         result = self.close("apply" if kind is None else "keep")
         if kind is None and result.reason_code != "closed":
             error = SandboxError(
@@ -319,7 +378,7 @@ class Sandbox:
         """Have all threads that wait for commands look whether they still should."""
         self._open.session.wake()
 
-    def _using(self) -> OpenSandbox:
+    def _using(self) -> AnySandbox:
         self._open.require_own_process()
         return self._open
 
@@ -333,35 +392,3 @@ class Sandbox:
 
 
 _DEFAULTS = Sandbox.__init__.__kwdefaults__ or {}
-
-
-def _opened(
-    given: Mapping[str, object],
-    cancel: Cancel,
-    life: tuple[float, float | None],
-    backend: str | None,
-    machines: MachineSource | None,
-) -> OpenSandbox:
-    from x07_sandbox.backends.lease import PoolClient
-    from x07_sandbox.backends.selection import backend_request, choice_from_environment, select, this_platform
-    from x07_sandbox.library.keyword_names import keyword
-    from x07_sandbox.library.requests import make_request, sweep_before_start
-    from x07_sandbox.runs.request import RunCaller
-    from x07_sandbox.runs.sandbox import Life, OpenSandbox
-
-    choice = (
-        choice_from_environment()
-        if backend is None
-        else select(this_platform(), backend_request(backend=backend, flags=()))
-    )
-    request = make_request(checked_options(given, SANDBOX), command=("sandbox",))
-    sweep_before_start()
-    caller = RunCaller(cancel=cancel, choice=choice, machines=machines or PoolClient(), word=keyword)
-    return OpenSandbox(request, caller, Life(*life))
-
-
-def _seconds(name: str, value: float, error: UsageError | None = None) -> float:
-    """Return a number of seconds. Raises UsageError, or *error*."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0 or math.isinf(value):
-        raise error or bad_argument(name, f"is {value!r}, not a number of seconds above 0", SANDBOX)
-    return min(float(value), float(LIFETIME_MAX_S))

@@ -14,7 +14,7 @@ from x07_sandbox.files import changes
 from x07_sandbox.housekeeping import kill, listing, prune, pruner, sweep
 from x07_sandbox.images import manifest
 from x07_sandbox.policy.schema import render_schema
-from x07_sandbox.reports import conform, doctor, document, policies, verbs
+from x07_sandbox.reports import conform, doctor, document, policies, sandboxes, verbs
 from x07_sandbox.reports import result as short_result
 from x07_sandbox.runs import preview, result
 from x07_sandbox.x07 import attestation, runner_report
@@ -27,6 +27,7 @@ _ALONE: Final[tuple[type[msgspec.Struct], ...]] = (
     *(policies.CheckReport, policies.HostReport, policies.DigestReport, policies.ExplainReport, policies.DiffReport),
     *(verbs.PolicyInitReport, verbs.InitReport, verbs.BuildReport, verbs.ListReport, verbs.LoadReport),
     *(verbs.RemoveReport, verbs.VerifyReport, verbs.PoolReport, listing.PsReport, listing.InspectReport),
+    *(sandboxes.SandboxesReport, sandboxes.CommandDocument, sandboxes.FilesReport, sandboxes.ForwardReport),
     *(pruner.PruneReport, sweep.SweepReport, kill.KillReport, prune.DfReport),
 )
 # Documents of X07's own tools, whose files have X07's names.

@@ -13,7 +13,7 @@ from x07_sandbox.host import paths
 from x07_sandbox.host.locks import lock_shared
 from x07_sandbox.host.paths import open_private_file, private_dir, state_dir
 from x07_sandbox.jobs.record import state_home
-from x07_sandbox.runs.result import Output
+from x07_sandbox.runs.result import Output, output_with
 from x07_sandbox.sandboxes.transfers import ROOM, OutFile, Sink
 
 if TYPE_CHECKING:
@@ -122,11 +122,4 @@ def output_of(sink: Sink, fd: int) -> Output:
     data = b""
     while chunk := os.pread(fd, 1 << 20, len(data)):
         data += chunk
-    try:
-        text, coded = data.decode(), None
-    except UnicodeDecodeError:
-        import base64
-
-        text, coded = None, base64.b64encode(data).decode()
-    lost = sink.reader_problem or None
-    return Output(bytes=sink.total_bytes, truncated=sink.overflow, text=text, base64=coded, undelivered=lost)
+    return output_with(data, sink.total_bytes, truncated=sink.overflow, undelivered=sink.reader_problem or None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import posixpath
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
 
@@ -35,6 +36,7 @@ from x07_sandbox.host import settings
 from x07_sandbox.host.cancel import Notice
 from x07_sandbox.host.paths import (
     cache_dir,
+    closing_fd,
     collapse_leading_slashes,
     is_folder,
     open_private_file,
@@ -52,11 +54,13 @@ from x07_sandbox.runs.folder import RunFolder, runs_dir
 from x07_sandbox.runs.refusals import apply_command, denial, denials_and_entries, flag_for
 from x07_sandbox.runs.request import ChangesChoice, Program, ProjectPolicy, RunRequest, is_built_in
 from x07_sandbox.runs.result import Changes, LeftOutEntry
-from x07_sandbox.runs.saved_changes import summarize
+from x07_sandbox.runs.saved_changes import SavedChanges, summarize
 from x07_sandbox.runs.workdir import workdir_root, working_folder
 from x07_sandbox.sandboxes.transfers import ROOM, InFile
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from x07_sandbox.host.locks import Pause
     from x07_sandbox.policy.model import Policy
     from x07_sandbox.runs.prepare import Prepared
@@ -110,9 +114,28 @@ class HostFiles:
             private_dir(self._place)
             data_fd = open_private_file(self._place / "data", os.O_RDWR | os.O_EXCL)
             stack.callback(os.close, data_fd)
-            entries = self._bounds.entries + sum(len(copied.nodes) for copied in self.copied)
-            most_bytes = settings.CHANGES_MAX_BYTES
-            self.incoming = Incoming(data_fd, roots=len(self._roots), most_entries=entries, most_bytes=most_bytes)
+            self.incoming = self._receiver(data_fd)
+
+    def _receiver(self, data_fd: int) -> Incoming:
+        entries = self._bounds.entries + sum(len(copied.nodes) for copied in self.copied)
+        most_bytes = settings.CHANGES_MAX_BYTES
+        return Incoming(data_fd, roots=len(self._roots), most_entries=entries, most_bytes=most_bytes)
+
+    @contextlib.contextmanager
+    def received(self, receive: Callable[[Incoming], object]) -> Iterator[SavedChanges]:
+        """Yield the changes of this moment, which are removed afterwards. Raises PeerError, BackendError.
+
+        receive: has the guest send them to the receiver, and waits for their end.
+        """
+        with tempfile.TemporaryDirectory(dir=self._place.parent, prefix=".changes-") as folder:
+            place = Path(folder)
+            with closing_fd(open_private_file(place / "data", os.O_RDWR | os.O_EXCL)) as data_fd:
+                incoming = self._receiver(data_fd)
+                receive(incoming)
+                if not incoming.complete:
+                    why = incoming.problem or "they were not sent"
+                    raise BackendError("cannot show the changes so far", why, "Close the sandbox with less changes")
+                yield SavedChanges(self._place.parent.name, place, self._checked(incoming, whole=False))
 
     def _copy(self, tree: Tree, left: int, folder: RunFolder) -> Copied:
         packed = folder.out_file(f"tree {len(self.trees)}", 1 << 60)
@@ -199,7 +222,7 @@ class HostFiles:
         if choice == "keep" or not any(root.changes for root in changes.roots):
             return summarize(changes, "kept", ""), ""
         from x07_sandbox.files.apply import ConflictError
-        from x07_sandbox.runs.saved_changes import SavedChanges, apply_saved
+        from x07_sandbox.runs.saved_changes import apply_saved
 
         saved = SavedChanges(run=changes.run, folder=self._place, changes=changes)
         try:

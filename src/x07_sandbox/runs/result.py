@@ -44,6 +44,17 @@ class Output(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forb
         return b64decode(self.base64)
 
 
+def output_with(data: bytes, count: int, *, truncated: bool, undelivered: str | None = None) -> Output:
+    """Return an output whose content is *data*. count: the number of bytes received."""
+    try:
+        text, coded = data.decode(), None
+    except UnicodeDecodeError:
+        from base64 import b64encode
+
+        text, coded = None, b64encode(data).decode()
+    return Output(bytes=count, truncated=truncated, text=text, base64=coded, undelivered=undelivered)
+
+
 class PhaseReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What happened in one phase, which is the build or the run. Each phase has a VM of its own.
 
@@ -151,6 +162,18 @@ class Changes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     left_out: int = 0
     left_out_entries: tuple[LeftOutEntry, ...] = ()
     apply_left_out: str = ""
+
+
+class Diff(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a run changed, or a sandbox so far.
+
+    patch: all changes in git's format, also those left out, as `x07 diff` prints them.
+    running: whether commands of a sandbox were running, which may have written only parts of their files.
+    """
+
+    changes: Changes
+    patch: builtins.bytes
+    running: bool = False
 
 
 class Discarded(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

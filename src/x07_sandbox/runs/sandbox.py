@@ -1,5 +1,6 @@
 """A sandbox: a session that stays open for many commands, from its opening to its result.
 
+runs/RUN/sandbox.json       a SandboxRecord
 runs/RUN/commands.jsonl     one line per command that has ended
 """
 
@@ -11,27 +12,29 @@ import hashlib
 import itertools
 import os
 import posixpath
-import signal
+import re
 import threading
 import time
-from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import msgspec
 from msgspec.structs import replace
 
 from x07_sandbox.backends.base import NoAnswerError
-from x07_sandbox.channel.link import Stream
-from x07_sandbox.channel.messages import CommandLimits, Exec, Terminal
-from x07_sandbox.errors import BackendError, Cancelled, Flag, SandboxError, UsageError
+from x07_sandbox.channel.messages import CommandLimits, Exec
+from x07_sandbox.errors import Cancelled, Flag, SandboxError, UsageError
 from x07_sandbox.host import settings
-from x07_sandbox.host.paths import open_private_file
+from x07_sandbox.host.clocks import unix_ms
+from x07_sandbox.host.paths import open_private_file, replace_file
 from x07_sandbox.jobs.admission import SANDBOXES, admitted
 from x07_sandbox.jobs.record import new_run_id
 from x07_sandbox.plan.outcomes import Verdict, classify, limit_set_by, verdict
 from x07_sandbox.programs.toolchains import COMMAND, OUTPUT, SOURCE_FOLDER, Source
+from x07_sandbox.runs.command import AnySandbox, Command, CommandEnd
 from x07_sandbox.runs.job import gate_for, started, without_account
 from x07_sandbox.runs.request import Program, check_arguments, check_variables, in_memory, sha256_text
-from x07_sandbox.runs.result import EMPTY_OUTPUT, CommandReport, PhaseReport, Result, draft_result
+from x07_sandbox.runs.result import EMPTY_OUTPUT, Changes, CommandReport, Diff, PhaseReport, Result, draft_result
 from x07_sandbox.runs.run import (
     described,
     ended_by,
@@ -42,72 +45,63 @@ from x07_sandbox.runs.run import (
     verdict_of,
     without_command,
 )
+from x07_sandbox.sandboxes.execution import FILES
 from x07_sandbox.sandboxes.files import FileServer
 from x07_sandbox.sandboxes.session import Session
 from x07_sandbox.sandboxes.shared import SharedSession
-from x07_sandbox.sandboxes.transfers import CommandStreams, Inbox, Receivers
+from x07_sandbox.sandboxes.transfers import CommandStreams, Inbox, Receivers, Unwanted
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Mapping
 
     from x07_sandbox.backends.base import Instance
+    from x07_sandbox.files.incoming import Incoming
     from x07_sandbox.plan.denials import Denial
     from x07_sandbox.plan.outcomes import Evidence
+    from x07_sandbox.runs.command import CommandStart
     from x07_sandbox.runs.request import ChangesChoice, RunCaller, RunRequest
     from x07_sandbox.sandboxes.execution import Execution
 
-StreamName = Literal["stdout", "stderr"]
-_STREAMS: Final[dict[StreamName, Stream]] = {"stdout": Stream.STDOUT, "stderr": Stream.STDERR}
 _DISCARD_S: Final = 5.0  # for the guest to report the ends of commands, if its changes are not wanted
 _PATH_MAX: Final = 4095
 COMMANDS_KEPT: Final = 10_000  # in a result
 _SERVER_FILES: Final = 64  # open files of the file server
 _TIMEOUT: Final = Flag("--timeout")
-_WHY_GONE: Final = {
-    "": "it was closed",
-    "expired": "it reached its lifetime",
-    "idle": "it was idle for too long",
-    "lost": "its VM was lost",
-}
 
 
-def _never() -> bool:
-    return False
+RECORD: Final = "sandbox.json"  # in the folder of the run
+NAME: Final = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}")  # of a sandbox; no id starts with a letter
+NAME_RULE: Final = "use up to 64 letters, digits and '_.-', with a letter first"
 
 
 class Life(NamedTuple):
-    """How long a sandbox lasts: at most lifetime_s, and at most idle_s without a command and without a call."""
+    """How long a sandbox lasts: at most lifetime_s, and at most idle_s without a command and without a call.
+
+    name, tags: by which users find it.
+    """
 
     lifetime_s: float = settings.LIFETIME_S
     idle_s: float | None = None
+    name: str = ""
+    tags: Mapping[str, str] = MappingProxyType({})
 
 
-class CommandStart(NamedTuple):
-    """A command to start. cwd: relative to the sandbox's working folder. timeout_s: None for no limit of its own.
+class SandboxRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """The file RECORD: facts about a sandbox that stay the same. image: the digest of its image, or None."""
 
-    merge: whether standard error goes to standard output. detached: whether the command has no streams.
-    """
-
-    argv: Sequence[str]
-    env: Mapping[str, str] = {}
-    cwd: str | None = None
-    timeout_s: float | None = None
-    merge: bool = False
-    terminal: Terminal | None = None
-    detached: bool = False
+    name: str
+    tags: dict[str, str]
+    opened_unix_ms: int
+    backend: str
+    image: str | None
 
 
-class OpenSandbox:
-    """A sandbox that is open. Thread-safe. run: its id.
-
-    result: its result, once it has ended.
-    """
+class OpenSandbox(AnySandbox):
+    """A sandbox that this process has opened."""
 
     def __init__(self, request: RunRequest, caller: RunCaller, life: Life) -> None:
         """Open a sandbox. Raises SandboxError, whose `result` has the details."""
-        self.run = new_run_id()
-        self.result: Result | None = None
-        self._pid = os.getpid()
+        super().__init__(new_run_id())
         self._caller = caller
         self._life = life
         self._stack = contextlib.ExitStack()
@@ -168,7 +162,23 @@ class OpenSandbox:
         until_s = self._opened_at + self._life.lifetime_s
         self.session = SharedSession(self._loop, until_s, self._life.idle_s, self._on_end)
         self.session.begin()
+        self._write_record()
         atexit.register(self._at_exit)
+
+    def _write_record(self) -> None:
+        record = SandboxRecord(
+            name=self._life.name,
+            tags=dict(self._life.tags),
+            opened_unix_ms=unix_ms(),
+            backend=self._draft.backend or "",
+            image=self._draft.digests.image,
+        )
+        replace_file(self._folder.path / RECORD, msgspec.json.encode(record))
+
+    @property
+    def running(self) -> int:
+        """How many commands run."""
+        return sum(not command.ended and not command.execution.order.service for command in [*self._commands.values()])
 
     def _close_log(self) -> None:
         with self._logging:
@@ -206,7 +216,7 @@ class OpenSandbox:
         return self._spec.order.cwd
 
     def start(self, given: CommandStart, *, service: str = "") -> Command:
-        """Start a command. Raises SandboxError if it cannot be started, the sandbox is closed or the call is wrong."""
+        """See `AnySandbox.start`."""
         request = self.prepared.request
         words = [os.fspath(word) if isinstance(word, os.PathLike) else word for word in given.argv]
         if not service:
@@ -228,65 +238,63 @@ class OpenSandbox:
         with self._starting:
             self.require_open()
             number = next(self._numbers)
-            order = Exec(
-                number, words, env, cwd, self._limits, service, given.merge, given.terminal, detached=given.detached
-            )
+            limits = self._limits._replace(fds=_SERVER_FILES) if service == FILES else self._limits
+            order = Exec(number, words, env, cwd, limits, service, given.merge, given.terminal, detached=given.detached)
             command = Command(self, self.session.execute(order, streams, wall_ms), (out, err), wall_ms)
             self._commands[number] = command
         return command
 
     def file_server(self) -> FileServer:
-        """Start a file server. Raises SandboxError if the sandbox is closed."""
+        """See `AnySandbox.file_server`."""
         with self._starting:
             self.require_open()
             limits = self._limits._replace(fds=_SERVER_FILES)
             return FileServer(self.session, next(self._numbers), limits, self.cwd)
 
     def command(self, number: int) -> Command | None:
-        """Return a command that has not been waited for, or None."""
+        """See `AnySandbox.command`."""
         return self._commands.get(number)
 
     def forget(self, command: Command) -> None:
-        """Drop a service of the agent that has ended: it is no command of the caller."""
+        """See `AnySandbox.forget`."""
         self._commands.pop(command.id, None)
 
     def at_end(self, call: Callable[[], object]) -> None:
-        """Call *call* when the sandbox ends. Raises BackendError if it has ended."""
+        """See `AnySandbox.at_end`."""
         with self._starting:
             self.require_open()
             self._machine.callback(call)
 
-    def require_open(self) -> None:
-        """Raise BackendError if the sandbox is no longer open, and UsageError in a forked child."""
-        self.require_own_process()
-        if self.session.over:
-            raise self.gone()
-
-    def require_own_process(self) -> None:
-        """Raise UsageError in a forked child, in which no thread serves the sandbox."""
-        if os.getpid() != self._pid:
-            raise UsageError("cannot use this sandbox", "it belongs to the parent process", "Open a new sandbox")
-
-    def gone(self) -> BackendError:
-        """Return the error for a call after the end of the sandbox."""
-        result, code = self.result, "sandbox-lost" if self.session.why else "sandbox-closed"
-        why = _WHY_GONE[self.session.why] if result is None or not self.session.why else result.reason
-        error = BackendError("cannot use the sandbox", why, "Open a new sandbox", code=code)
-        error.result = result
-        return error
-
     def extend(self, lifetime_s: float) -> None:
-        """Let the sandbox last for lifetime_s seconds from now. Raises BackendError."""
+        """See `AnySandbox.extend`."""
         self.require_open()
         most = self._opened_at + settings.LIFETIME_MAX_S
         self.session.extend(min(time.monotonic() + lifetime_s, most))
 
+    def changes(self) -> Diff:
+        """See `AnySandbox.changes`."""
+        self.require_open()
+        running, host_files = self.running > 0, self._host_files
+        if host_files is None or host_files.incoming is None:
+            return Diff(changes=Changes(), patch=b"", running=running)
+        with host_files.received(self._receive_changes) as saved:
+            from x07_sandbox.runs.diffs import diff_of  # few sandboxes are asked
+
+            return replace(diff_of(saved), running=running or self.running > 0)
+
+    def _receive_changes(self, incoming: Incoming) -> None:
+        with self.session.using():
+            arrival = self._loop.changes(incoming)
+        if not self.session.until(lambda: arrival.ended):
+            raise self.gone()
+
     # ends of commands
 
-    def ending(self, command: Command) -> tuple[Verdict, CommandReport, list[Denial]]:
-        """Return how a command ended, and keep the report about it. Call this once per command that has ended."""
+    def ending(self, command: Command) -> CommandEnd:
+        """Return how a command ended, and keep the report about it."""
         execution = command.execution
-        facts = self.session.facts(execution)
+        with self.session.using():
+            facts = self._loop.facts(execution)
         shown = self._spec.limits_shown
         if command.wall_ms is not None:
             shown = replace(shown, wall_ms=command.wall_ms)
@@ -317,7 +325,8 @@ class OpenSandbox:
         with self._logging, contextlib.suppress(OSError):  # such as a full disk; the result has it too
             if self._log_fd >= 0:
                 os.write(self._log_fd, msgspec.json.encode(report) + b"\n")
-        return ending, report, denials
+        peak = 0 if facts.exited is None else facts.exited.memory_peak_bytes
+        return CommandEnd(verdict=ending, report=report, denials=tuple(denials), memory_peak_bytes=peak)
 
     def _since_release(self, command: Command) -> float:
         return (command.began_at - self._instance.greeting.released_at) * 1000
@@ -325,7 +334,7 @@ class OpenSandbox:
     # the end
 
     def finish(self, choice: ChangesChoice) -> Result:
-        """End all commands, close the sandbox, and apply, keep or discard its changes. A second call does nothing."""
+        """See `AnySandbox.finish`."""
         with self._finishing:
             if self.result is None:
                 self.session.end()
@@ -359,8 +368,10 @@ class OpenSandbox:
 
     def _closed(self, why: str, choice: ChangesChoice) -> Result:
         host_files, discards = self._host_files, choice == "discard"
-        receivers = Receivers(changes=None if host_files is None or discards else host_files.incoming)
-        closed = self.session.close(receivers, _DISCARD_S if discards else settings.CHANGES_OUT_S)
+        receivers = Receivers(changes=Unwanted() if host_files is None or discards else host_files.incoming)
+        within_s = _DISCARD_S if discards else settings.CHANGES_OUT_S
+        with self.session.using():
+            closed = self._loop.close(None, None, receivers, within_s)
         if closed is None and not discards and why == "closed":
             why = "lost"
         evidence = self._loop.evidence()
@@ -414,108 +425,6 @@ class OpenSandbox:
             return replace(verdict("ok", "closed"), exit_code=0)
         seconds = self._life.idle_s if why == "idle" else self._life.lifetime_s
         return verdict("timeout", why, {"limit": f"{seconds:g} s"})
-
-
-class Command:
-    """A command of an open sandbox. Thread-safe. wall_ms: the limit of its time, or None."""
-
-    def __init__(
-        self, sandbox: OpenSandbox, execution: Execution, inboxes: tuple[Inbox, Inbox], wall_ms: int | None
-    ) -> None:
-        self.execution = execution
-        self.wall_ms = wall_ms
-        self.began_at = time.monotonic()
-        self._sandbox = sandbox
-        self._session = sandbox.session
-        self._inboxes: dict[StreamName, Inbox] = {"stdout": inboxes[0], "stderr": inboxes[1]}
-        self._unread: dict[StreamName, bytes] = {"stdout": b"", "stderr": b""}
-        self.kept: Any = None  # what `library/processes` has collected of the output
-        self._ending_lock = threading.Lock()
-        self._ending: tuple[Verdict, CommandReport, list[Denial]] | None = None
-
-    @property
-    def id(self) -> int:
-        """The number of the command in its sandbox."""
-        return self.execution.order.id
-
-    @property
-    def ended(self) -> bool:
-        """Whether the command has ended. Output may still wait to be read."""
-        return self.execution.ended
-
-    def wait(
-        self, within_s: float | None = None, *, output: Sequence[StreamName] = (), given_up: Callable[[], bool] = _never
-    ) -> bool:
-        """Wait until the command has ended, or one of the streams *output* can be read. Return False after *within_s*.
-
-        given_up: whether nobody waits any more; call `wake` once it returns True. Raises BackendError if
-        the sandbox ends first.
-        """
-
-        def due() -> bool:
-            arrived = (self._unread[stream] or self._inboxes[stream].waiting for stream in output)
-            return self.ended or given_up() or any(arrived)
-
-        self._sandbox.require_own_process()
-        if self._session.until(due, within_s):
-            return not given_up()
-        if self._session.over:
-            raise self._sandbox.gone()
-        return False
-
-    def read(self, stream: StreamName) -> bytes:
-        """Return what has arrived on a stream since the last call."""
-        unread, self._unread[stream] = self._unread[stream], b""
-        return unread + self._session.read(self.execution, self._inboxes[stream], _STREAMS[stream])
-
-    def unread(self, stream: StreamName, data: bytes) -> None:
-        """Have the next call of `read` return *data* first."""
-        self._unread[stream] = data + self._unread[stream]
-
-    def next_pieces(
-        self, given_up: Callable[[], bool] = _never, within_s: float | None = None
-    ) -> tuple[bool, list[tuple[StreamName, bytes]]]:
-        """Wait for output or the end of the command. Return whether there will be no more output, and the output.
-
-        Raises BackendError if the sandbox ends first.
-        """
-        self.wait(within_s, output=tuple(self._inboxes), given_up=given_up)
-        ended = self.ended or given_up()
-        return ended, [(stream, data) for stream in self._inboxes if (data := self.read(stream))]
-
-    def wake(self) -> None:
-        """Have all threads that wait look whether they still should."""
-        self._session.wake()
-
-    def feed(self, data: bytes) -> None:
-        """Queue input without waiting."""
-        self._session.write(self.execution, data)
-
-    def write(self, data: bytes) -> None:
-        """Send input, and wait while much of it is on its way. Raises BackendError if the sandbox ends first."""
-        self._sandbox.require_open()
-        self.feed(data)
-        if not self._session.until(lambda: self.execution.has_room() or self.ended):
-            raise self._sandbox.gone()
-
-    def end_input(self) -> None:
-        """End the input."""
-        self._session.end_input(self.execution)
-
-    def stop(self, number: int = signal.SIGKILL) -> None:
-        """Send a signal to the command, if it has not ended. SIGKILL goes to all its processes."""
-        self._session.stop(self.execution, number)
-
-    def resize(self, rows: int, columns: int) -> None:
-        """Change the size of the command's terminal."""
-        self._session.resize(self.execution, rows, columns)
-
-    def ending(self) -> tuple[Verdict, CommandReport, list[Denial]]:
-        """Return how the command ended, once it has. Raises BackendError if the sandbox ended first."""
-        with self._ending_lock:
-            if self._ending is None:
-                self._ending = self._sandbox.ending(self)
-            return self._ending
 
 
 def _digest(execution: Execution) -> str:

@@ -6,7 +6,7 @@ import contextlib
 import signal
 import threading
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from x07_sandbox.channel.link import Stream
 from x07_sandbox.errors import SandboxError
@@ -16,12 +16,46 @@ from x07_sandbox.host.threads import start_thread
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from x07_sandbox.channel.messages import Closed, Exec
-    from x07_sandbox.sandboxes.execution import Execution, Facts
-    from x07_sandbox.sandboxes.session import Session
-    from x07_sandbox.sandboxes.transfers import CommandStreams, Inbox, Receivers
+    from x07_sandbox.channel.messages import Exec
+    from x07_sandbox.sandboxes.execution import Execution
+    from x07_sandbox.sandboxes.transfers import CommandStreams, Inbox
 
 _LOOK_S = 60.0  # between two looks at the time, if nothing else happens
+
+
+class CommandSession(Protocol):
+    """What a session must have, so that many threads can use it; the methods are described in `Session`."""
+
+    waiting: contextlib.AbstractContextManager[object]
+
+    @property
+    def over(self) -> bool:
+        """Whether the session has ended."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether a command is running."""
+
+    def turn(self, within_s: float, wake_fd: int) -> None:
+        """See `Session.turn`."""
+
+    def execute(self, order: Exec, given: CommandStreams, wall_ms: int | None) -> Execution:
+        """See `Session.execute`."""
+
+    def stop(self, execution: Execution, number: int) -> None:
+        """See `Session.stop`."""
+
+    def resize(self, execution: Execution, rows: int, columns: int) -> None:
+        """See `Session.resize`."""
+
+    def read(self, execution: Execution, inbox: Inbox, stream: Stream) -> bytes:
+        """See `Session.read`."""
+
+    def write(self, execution: Execution, data: bytes) -> None:
+        """See `Session.write`."""
+
+    def end_input(self, execution: Execution) -> None:
+        """See `Session.end_input`."""
 
 
 class _Released:
@@ -38,14 +72,16 @@ class _Released:
 
 
 class SharedSession:
-    """A session for many threads. Its methods are those of `Session`, and `until` blocks only its caller.
+    """A session for many threads. Its methods are those of the session, and `until` blocks only its caller.
 
     Call `begin` once. until_s: when the session expires, on the monotonic clock. idle_s: how long it may be without a
     command and without a call; None for no limit. Then, and if the session is lost, *on_end* is called in the thread of
     the loop with `why`: "expired", "idle" or "lost". It is "" while the session is open, or if it was ended by a call.
     """
 
-    def __init__(self, session: Session, until_s: float, idle_s: float | None, on_end: Callable[[str], object]) -> None:
+    def __init__(
+        self, session: CommandSession, until_s: float, idle_s: float | None, on_end: Callable[[str], object]
+    ) -> None:
         self._session = session
         self._until_s = until_s
         self._idle_s = idle_s
@@ -69,24 +105,29 @@ class SharedSession:
         """Whether the session was closed, lost or has expired."""
         return self._stopping or self._session.over
 
+    @property
+    def until_s(self) -> float:
+        """When the session expires, on the monotonic clock."""
+        return self._until_s
+
     def extend(self, until_s: float) -> None:
         """Set when the session expires, on the monotonic clock."""
-        with self._using():
+        with self.using():
             self._until_s = until_s
 
     def execute(self, order: Exec, given: CommandStreams, wall_ms: int | None) -> Execution:
         """See `Session.execute`."""
-        with self._using() as session:
+        with self.using() as session:
             return session.execute(order, given, wall_ms)
 
     def stop(self, execution: Execution, number: int = signal.SIGKILL) -> None:
         """See `Session.stop`."""
-        with self._using() as session:
+        with self.using() as session:
             session.stop(execution, number)
 
     def resize(self, execution: Execution, rows: int, columns: int) -> None:
         """See `Session.resize`."""
-        with self._using() as session:
+        with self.using() as session:
             session.resize(execution, rows, columns)
 
     def read(self, execution: Execution, inbox: Inbox, stream: Stream = Stream.STDOUT) -> bytes:
@@ -99,18 +140,13 @@ class SharedSession:
 
     def write(self, execution: Execution, data: bytes) -> None:
         """See `Session.write`."""
-        with self._using() as session:
+        with self.using() as session:
             session.write(execution, data)
 
     def end_input(self, execution: Execution) -> None:
         """See `Session.end_input`."""
-        with self._using() as session:
+        with self.using() as session:
             session.end_input(execution)
-
-    def facts(self, execution: Execution) -> Facts:
-        """See `Session.facts`."""
-        with self._changed:
-            return self._session.facts(execution)
 
     def until(self, done: Callable[[], bool], within_s: float | None = None) -> bool:
         """Wait until *done* returns True, the session is over, or time is up. Return the value of *done*."""
@@ -130,21 +166,17 @@ class SharedSession:
         with self._changed:
             self._changed.notify_all()
 
-    def close(self, receivers: Receivers, within_s: float) -> Closed | None:
-        """See `Session.close`. Call this after `end`, or in the thread of the loop."""
-        with self._changed:
-            return self._session.close(None, None, receivers, within_s)
-
     def end(self) -> None:
         """End the loop."""
-        with self._using():
+        with self.using():
             self._stopping = True
             self._changed.notify_all()
         if self._thread.ident is not None and threading.current_thread() is not self._thread:
             self._thread.join()
 
     @contextlib.contextmanager
-    def _using(self) -> Iterator[Session]:
+    def using(self) -> Iterator[CommandSession]:
+        """Keep other threads away from the session in the context, and have the loop look at it afterwards."""
         with self._changed:
             self._used_at = time.monotonic()
             yield self._session

@@ -213,6 +213,11 @@ class Inbox(Sink):
         return 0
 
     @property
+    def size(self) -> int:
+        """How many bytes have arrived that `pull` has not returned."""
+        return len(self._data)
+
+    @property
     def waiting(self) -> bool:
         """Whether something has arrived that `pull` has not returned."""
         return bool(self._data)
@@ -285,6 +290,14 @@ class Receivers(msgspec.Struct, frozen=True, kw_only=True):
     output: OutFile | None = None
     changes: Any = None
     left: Any = None
+
+
+class Unwanted:
+    """Receiver that refuses what the guest sends."""
+
+    def take(self, data: bytes) -> bool:  # noqa: ARG002 - as the receivers have it
+        """Return False."""
+        return False
 
 
 def read_all(fd: int, most: int) -> bytes:

@@ -1,0 +1,334 @@
+"""`x07 sandbox`: open a sandbox that stays, run commands in it, copy files, reach its ports and close it."""
+
+from __future__ import annotations
+
+import argparse
+import datetime as dt
+import os
+import posixpath
+import stat
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from x07_sandbox.cli.console import LiveLine, show, show_table
+from x07_sandbox.cli.json_output import document_wanted, print_document
+from x07_sandbox.cli.parser import (
+    add_document_flags,
+    add_help_levels,
+    add_row,
+    given_rows,
+    help_level,
+    inner_verb,
+    nonempty,
+    option,
+    repeated,
+    seconds,
+    variable,
+    whole_number,
+)
+from x07_sandbox.errors import Cancelled, UsageError
+from x07_sandbox.host.settings import LIFETIME_MAX_S
+from x07_sandbox.options import BY_FLAG, CHANGES, GROUPS
+
+if TYPE_CHECKING:
+    from x07_sandbox.library.file_info import FileInfo
+    from x07_sandbox.options import Option
+
+_EPILOG: Final = """A sandbox is a VM that stays open for many commands. It outlives the command that opened it. It ends
+when it is closed, at the end of its lifetime, or when it was idle for too long. SANDBOX stands for its id, the first
+characters of the id, or its name. Only the user who opened a sandbox can use it.
+
+examples:
+  x07 sandbox create --name build --workdir .     open a sandbox in a copy of this folder
+  x07 sandbox exec build -- make test             run a command in it
+  x07 sandbox shell build                         work in it
+  x07 sandbox cp build:report.html .              copy a file out of it
+  x07 sandbox close build                         close it, and apply the changes to this folder
+"""
+_CREATE_EPILOG: Final = """The command prints the id of the sandbox. A policy's limits of time hold for each command.
+If the sandbox ends in another way than by x07 sandbox close, changes to folders are kept for x07 apply.
+
+examples:
+  x07 sandbox create --name build --workdir . --allow-host pypi.org:443
+  id=$(x07 sandbox create --idle 600 --tag job=17)
+"""
+_EXEC_EPILOG: Final = """The exit code is that of the command. Ctrl-C kills the command, and the sandbox stays open.
+Without -i, the standard input of the command is empty. With -t, the command gets a terminal and its control sequences
+reach yours unfiltered.
+
+examples:
+  x07 sandbox exec build -- make test
+  x07 sandbox exec -i build -- tar xf - < files.tar
+  x07 sandbox exec -it build -- python3
+  x07 sandbox exec --detach build -- python3 -m http.server 8000
+"""
+_CP_EPILOG: Final = """A path in a sandbox is written SANDBOX:PATH; a relative one is below the folder in which commands
+start. An existing folder as the target gets the copy inside.
+
+examples:
+  x07 sandbox cp data.csv build:data.csv
+  x07 sandbox cp build:out results
+"""
+_FORWARD_EPILOG: Final = """The command prints an address of this host, and forwards connections to it until Ctrl-C, or
+until the sandbox ends. Every user of this host can connect to a port; a Unix socket (--unix) is only for you.
+
+examples:
+  x07 sandbox forward build 8000
+  x07 sandbox forward --unix server.sock build 8000
+"""
+_OF_BACKENDS: Final = ("--sandbox-backend", "--backend", "--i-accept-weaker-isolation")
+_COLUMNS: Final = ("SANDBOX", "NAME", "BACKEND", "AGE", "LEFT", "COMMANDS", "TAGS")
+
+
+def add_sandbox(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `x07 sandbox`."""
+    parser.epilog = _EPILOG
+    inner = parser.add_subparsers(metavar="ACTION", required=True)
+    _add_create(inner)
+    command = inner_verb(inner, "exec", "run a command in a sandbox")
+    command.usage = "x07 sandbox exec [OPTIONS] SANDBOX -- COMMAND [ARGS]"
+    command.epilog = _EXEC_EPILOG
+    shell = inner_verb(inner, "shell", "open a shell in a sandbox, with a terminal")
+    from x07_sandbox.cli import sandbox_exec
+
+    sandbox_exec.add_exec(command)
+    sandbox_exec.add_shell(shell)
+    copy = inner_verb(inner, "cp", "copy a file or folder into or out of a sandbox")
+    copy.epilog = _CP_EPILOG
+    copy.add_argument("source", metavar="SOURCE", type=nonempty, help="path of this host, or SANDBOX:PATH")
+    copy.add_argument("target", metavar="TARGET", type=nonempty, help="path of this host, or SANDBOX:PATH")
+    copy.set_defaults(carry_out=_copy)
+    files = _with_sandbox(inner_verb(inner, "ls", "list files of a sandbox"))
+    files.add_argument("path", metavar="PATH", nargs="?", default=".", type=nonempty, help="a folder or a file")
+    forward = _with_sandbox(inner_verb(inner, "forward", "let programs of this host connect to a port of a sandbox"))
+    forward.epilog = _FORWARD_EPILOG
+    forward.add_argument("port", metavar="PORT", type=whole_number(1, 65_535, "ports"), help="port of the sandbox")
+    option(forward, "--unix", "PATH", "make a Unix socket that only you can use, instead of a port", type=nonempty)
+    close = _with_sandbox(inner_verb(inner, "close", "end all commands of a sandbox, close it, and apply its changes"))
+    doc = "apply (default), all-or-nothing, keep or discard the changes to files"
+    close.add_argument("--changes", choices=CHANGES, default="apply", help=doc)
+    listing = inner_verb(inner, "list", "list open sandboxes")
+    repeated(listing, "--tag", "NAME=VALUE", "list only sandboxes with this tag", type=_tag)
+    for action, carry_out in ((files, _files), (forward, _forward), (close, _close), (listing, _list)):
+        add_document_flags(action)
+        action.set_defaults(carry_out=carry_out)
+
+
+def _with_sandbox(parser: Any) -> Any:  # noqa: ANN401 - as argparse has it
+    parser.add_argument("sandbox", metavar="SANDBOX", type=nonempty, help="id, start of an id, or name")
+    return parser
+
+
+def _add_create(inner: Any) -> None:  # noqa: ANN401 - as above
+    parser = inner_verb(inner, "create", "open a sandbox, and print its id")
+    parser.epilog, parser.level_of = _CREATE_EPILOG, help_level
+    add_help_levels(parser, "all")
+    life = parser.add_argument_group("sandbox")
+    option(life, "--name", "NAME", "name of the sandbox", type=_name)
+    repeated(life, "--tag", "NAME=VALUE", "tag of the sandbox, for x07 sandbox list", type=_tag)
+    most = seconds(LIFETIME_MAX_S)
+    option(life, "--lifetime", "S", "end the sandbox after this many seconds (default: 3600)", type=most)
+    option(life, "--idle", "S", "end it after this many seconds without a command (default: no limit)", type=most)
+    of_runs = _rows()
+    for title, rows in GROUPS.items():
+        mine = [row for row in rows if row in of_runs or row.flag in _OF_BACKENDS]
+        if mine:
+            group = parser.add_argument_group(title)
+            for row in mine:
+                add_row(group, row)
+    add_document_flags(parser)
+    parser.set_defaults(carry_out=_create)
+
+
+def _rows() -> list[Option]:
+    """Return the options that a sandbox shares with runs."""
+    from x07_sandbox.library.sandbox import SandboxOptions
+
+    return [row for row in BY_FLAG.values() if row.keyword in SandboxOptions.__annotations__]
+
+
+def _name(text: str) -> str:
+    """Option type: a name for a sandbox."""
+    from x07_sandbox.runs.sandbox import NAME, NAME_RULE
+
+    if not NAME.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no name for a sandbox: {NAME_RULE}")
+    return text
+
+
+def _tag(text: str) -> tuple[str, str]:
+    """Option type: NAME=VALUE."""
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a tag; write NAME=VALUE")
+    return name, value
+
+
+def _create(options: argparse.Namespace) -> int:
+    from x07_sandbox.cli.run import choose_backend, need_image
+    from x07_sandbox.host.cancel import cancelled_by_signals
+    from x07_sandbox.host.variables import text
+    from x07_sandbox.library.held import create
+    from x07_sandbox.library.held_messages import Create
+    from x07_sandbox.library.listing import list_sandboxes, require_new_name
+    from x07_sandbox.library.opening import checked_life
+    from x07_sandbox.reports.sandboxes import SandboxesReport
+
+    given: dict[str, Any] = {row.keyword: value for row, value in given_rows(options, _rows()) if value is not None}
+    given |= {"env": dict(map(variable, options.env))} if options.env else {}
+    life = {"name": options.name, "tags": dict(options.tag), "lifetime_s": options.lifetime, "idle_s": options.idle}
+    given |= {name: value for name, value in life.items() if value}
+    checked_life(given)
+    require_new_name(options.name or "")
+    choice = {
+        "sandbox": options.sandbox_backend,
+        "backend": options.backend,
+        "accepted": options.i_accept_weaker_isolation,
+    }
+    need_image(choose_backend(options), options.image or text("X07_VM_GUEST_IMAGE"))
+    progress = LiveLine()
+    with cancelled_by_signals() as cancel:
+        try:
+            run = create(Create(given, choice, flags=True), cancel.fd, progress)
+        except Cancelled as exc:
+            exc.signal = cancel.signal
+            raise
+        finally:
+            progress("")
+    if document_wanted(options):
+        print_document(SandboxesReport(sandboxes=tuple(one for one in list_sandboxes() if one.id == run)), options)
+    else:
+        show(run)
+    return 0
+
+
+def _list(options: argparse.Namespace) -> int:
+    from x07_sandbox.cli.jobs import span
+    from x07_sandbox.library.listing import list_sandboxes
+    from x07_sandbox.reports.sandboxes import SandboxesReport
+
+    found = list_sandboxes(dict(options.tag))
+    if print_document(SandboxesReport(sandboxes=tuple(found)), options):
+        return 0
+    rows = [
+        (
+            one.id,
+            one.name or "-",
+            one.backend,
+            span(one.age_s),
+            "-" if one.left_s is None else span(one.left_s),
+            "-" if one.commands is None else str(one.commands),
+            ",".join(f"{name}={value}" for name, value in one.tags.items()) or "-",
+        )
+        for one in found
+    ]
+    show_table(_COLUMNS, rows)
+    return 0
+
+
+def _close(options: argparse.Namespace) -> int:
+    from x07_sandbox.cli.changes_text import say_changes
+    from x07_sandbox.cli.run_failure import print_result
+    from x07_sandbox.library.listing import connect_to
+
+    opened = connect_to(options.sandbox)
+    progress = LiveLine()
+    progress("closing the sandbox")
+    result = opened.finish(options.changes)
+    progress("")
+    if options.json and not options.quiet_json:
+        return print_result(result)
+    if result.changes.state != "none":
+        say_changes(result)
+    return result.x07_exit_code
+
+
+def _parts(path: str) -> tuple[str, str]:
+    """Return the sandbox, or "", and the path. A path with a slash before its first colon belongs to this host."""
+    word, colon, rest = path.partition(":")
+    return (word, rest or ".") if colon and word and "/" not in word else ("", path)
+
+
+def _copy(options: argparse.Namespace) -> int:
+    from x07_sandbox.library.files import Files
+    from x07_sandbox.library.listing import connect_to
+
+    (source_in, source), (target_in, target) = _parts(options.source), _parts(options.target)
+    if bool(source_in) == bool(target_in):
+        why = "exactly one of SOURCE and TARGET must be in a sandbox"
+        raise UsageError("wrong usage", why, "Write it as SANDBOX:PATH; a file of this host as ./FILE")
+    opened = connect_to(source_in or target_in)
+    files = Files(opened)
+    try:
+        if target_in:
+            if files.exists(target) and files.stat(target).kind == "folder":
+                target = posixpath.join(target, Path(source).resolve().name)
+            files.upload(source, target)
+        else:
+            local = Path(target)
+            if local.is_dir():
+                local /= posixpath.basename(posixpath.normpath(source)) or "root"
+            files.download(source, local)
+    except OSError as exc:
+        raise _file_error(f"cannot copy {options.source} to {options.target}", exc) from exc
+    return 0
+
+
+def _file_error(what: str, exc: OSError) -> UsageError:
+    named = "" if exc.filename is None else f"{os.fspath(exc.filename)}: "
+    return UsageError(what, f"{named}{exc.strerror or exc}", "Check the paths")
+
+
+def _files(options: argparse.Namespace) -> int:
+    from x07_sandbox.library.files import Files
+    from x07_sandbox.library.listing import connect_to
+    from x07_sandbox.reports.sandboxes import FileRow, FilesReport
+
+    files = Files(connect_to(options.sandbox))
+    try:
+        about = files.stat(options.path)
+        found = files.list(options.path) if about.kind == "folder" else [about]
+    except OSError as exc:
+        raise _file_error(f"cannot list {options.path}", exc) from exc
+    report = FilesReport(files=tuple(FileRow(**_fields(one)) for one in found))
+    if not print_document(report, options):
+        for one in found:
+            show(_line(one))
+    return 0
+
+
+def _fields(info: FileInfo) -> dict[str, Any]:
+    return {name: getattr(info, name) for name in ("name", "kind", "mode", "size", "mtime_s", "target")}
+
+
+def _line(info: FileInfo) -> str:
+    """Return a line as of `ls -l`."""
+    kinds = {"file": stat.S_IFREG, "folder": stat.S_IFDIR, "link": stat.S_IFLNK, "other": 0}
+    try:
+        when = dt.datetime.fromtimestamp(info.mtime_s).astimezone().strftime("%Y-%m-%d %H:%M")
+    except (OverflowError, ValueError, OSError):  # the guest chooses it
+        when = "-"
+    target = f" -> {info.target}" if info.kind == "link" else ""
+    return f"{stat.filemode(kinds[info.kind] | info.mode)} {info.size:>12} {when:<16} {info.name}{target}"
+
+
+def _forward(options: argparse.Namespace) -> int:
+    from x07_sandbox.library.forwarding import Forwarder
+    from x07_sandbox.library.listing import connect_to
+    from x07_sandbox.reports.sandboxes import ForwardReport
+
+    opened = connect_to(options.sandbox)
+    ended = threading.Event()
+    opened.at_end(ended.set)
+    try:
+        address, port = Forwarder(opened, options.port, options.unix).address
+    except OSError as exc:
+        raise _file_error(f"cannot forward port {options.port}", exc) from exc
+    if not print_document(ForwardReport(address=address, port=port), options):
+        show(address if options.unix else f"{address}:{port}")
+    try:
+        ended.wait()
+    finally:
+        opened.disconnect()
+    return 0

@@ -1,0 +1,493 @@
+"""Sandboxes that another process holds, so that they outlive whoever opened them: the side of the clients."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import pickle
+import select
+import socket
+import subprocess
+import sys
+import threading
+import weakref
+from typing import IO, TYPE_CHECKING, Final
+
+import msgspec
+
+from x07_sandbox.backends.handshake import input_poll
+from x07_sandbox.backends.lease import socket_address
+from x07_sandbox.channel.link import Stream
+from x07_sandbox.channel.messages import CommandLimits, Exec
+from x07_sandbox.errors import BackendError, Cancelled, HostError, SandboxError, UsageError
+from x07_sandbox.host import close_on_fork
+from x07_sandbox.host.linux import peer_of
+from x07_sandbox.host.variables import inherited_environment
+from x07_sandbox.library.held_messages import (
+    SOCKET,
+    Answer,
+    AskChanges,
+    AskStatus,
+    Attach,
+    End,
+    EndInput,
+    Extend,
+    Finish,
+    Finished,
+    Input,
+    Opened,
+    Opening,
+    Output,
+    Problem,
+    Reader,
+    Request,
+    Resize,
+    Signal,
+    SoFar,
+    Started,
+    Status,
+    Watch,
+    packed,
+    start_message,
+)
+from x07_sandbox.runs.command import AnySandbox, Command, CommandEnd, CommandStart
+from x07_sandbox.runs.folder import all_runs
+from x07_sandbox.sandboxes.execution import Execution
+from x07_sandbox.sandboxes.files import FileServer
+from x07_sandbox.sandboxes.shared import SharedSession
+from x07_sandbox.sandboxes.transfers import CommandStreams, Inbox
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from x07_sandbox.library.held_messages import Create
+    from x07_sandbox.runs.request import ChangesChoice
+    from x07_sandbox.runs.result import Diff, Result
+
+_READ: Final = 256 * 1024
+_PIECE: Final = 64 * 1024
+_UNREAD_MAX: Final = 512 * 1024  # of a command; further output waits in the holder and in the VM
+_ANSWER_S: Final = 60.0
+_NO_LIMITS: Final = CommandLimits(0, 0, 0, 0, 0)  # the holder has them
+_STREAMS: Final = {"stdout": Stream.STDOUT, "stderr": Stream.STDERR}
+_BAD: Final = (msgspec.MsgspecError, ValueError)
+
+
+class HeldExecution(Execution):
+    """A command in a held sandbox.
+
+    ending: how it ended. problem: why it could not be started. closed: whether no answers follow.
+    """
+
+    ending: CommandEnd | None = None
+    problem: SandboxError | None = None
+    closed = False
+
+    @property
+    def ended(self) -> bool:
+        """Whether the command and its output have ended, or it could not be started."""
+        return self.closed or self.ending is not None
+
+
+class _Connection:
+    """A connection of a command, or the one that waits for the end of the sandbox (execution: None)."""
+
+    def __init__(self, owned: socket.socket, execution: HeldExecution | None) -> None:
+        self.socket = owned
+        self.execution = execution
+        self.reader: Reader[Answer] = Reader(Answer)
+        self.out = bytearray()
+        self.input_ended = False
+        owned.settimeout(0)
+
+    def fill(self) -> None:
+        """Queue input of the command to send."""
+        execution = self.execution
+        if execution is None or self.input_ended or len(self.out) > _PIECE:
+            return
+        waiting = execution.waiting_input()
+        if waiting:
+            self.out += packed(Input(data=bytes(waiting[:_PIECE])))
+            del waiting[:_PIECE]
+        elif execution.input_done:
+            self.out += packed(EndInput())
+            self.input_ended = True
+
+    def events(self) -> int:
+        """Return what to wait for."""
+        wanted = select.POLLOUT if self.out else 0
+        if self.execution is None:
+            return wanted | select.POLLIN
+        streams = self.execution.streams
+        unread = sum(inbox.size for inbox in (streams.stdout, streams.stderr) if isinstance(inbox, Inbox))
+        return wanted | (select.POLLIN if unread < _UNREAD_MAX else 0)
+
+    def write(self) -> None:
+        """Send some of what is queued. Raises OSError."""
+        with contextlib.suppress(BlockingIOError):
+            del self.out[: self.socket.send(self.out)]
+
+    def read(self) -> list[Answer] | None:
+        """Return the answers that have arrived, or None at the end of the connection. Raises OSError, ValueError."""
+        try:
+            data = self.socket.recv(_READ)
+        except BlockingIOError:
+            return []
+        return self.reader.take(data) if data else None
+
+
+class HeldSession:
+    """The commands of a held sandbox, with the methods of `Session` that `SharedSession` needs."""
+
+    def __init__(self, run: str) -> None:
+        self.waiting: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+        self.over = False
+        self.busy = False  # the holder counts
+        self.result: Result | None = None
+        self._run = run
+        self._connections: list[_Connection] = []
+        self._add(Watch(), None)
+
+    def _add(self, request: Request, execution: HeldExecution | None) -> None:
+        if self.over:
+            raise _bad_answer()
+        connection = _Connection(connect(self._run), execution)
+        connection.out += packed(request)
+        self._connections.append(connection)
+
+    def execute(self, order: Exec, given: CommandStreams, wall_ms: int | None) -> HeldExecution:
+        """Start a command. wall_ms: its timeout. The number in *order* is replaced by that of the holder."""
+        execution = HeldExecution(order, given, wall_ms)
+        request = start_message(
+            order.argv,
+            order.env,
+            order.cwd,
+            None if wall_ms is None else wall_ms / 1000,
+            merge=order.merge,
+            terminal=order.terminal,
+            detached=order.detached,
+            service=order.service,
+        )
+        self._add(request, execution)
+        return execution
+
+    def attach(self, number: int, given: CommandStreams) -> HeldExecution:
+        """Take over a detached command."""
+        execution = HeldExecution(Exec(0, [], {}, "", _NO_LIMITS), given, None)
+        self._add(Attach(id=number), execution)
+        return execution
+
+    def stop(self, execution: Execution, number: int) -> None:
+        """Send a signal to a command, or end a service."""
+        if execution.order.service:
+            for one in self._connections:
+                if one.execution is execution:
+                    self._drop(one)
+        elif not execution.ended:
+            self._tell(Signal(id=execution.order.id, number=number))
+
+    def resize(self, execution: Execution, rows: int, columns: int) -> None:
+        """Change the size of a command's terminal, if it has not ended."""
+        if not execution.ended:
+            self._tell(Resize(id=execution.order.id, rows=rows, columns=columns))
+
+    def _tell(self, request: Request) -> None:
+        with contextlib.suppress(OSError, BackendError), connect(self._run) as connection:
+            connection.sendall(packed(request))
+
+    def read(self, execution: Execution, inbox: Inbox, stream: Stream = Stream.STDOUT) -> bytes:  # noqa: ARG002 - as `Session`
+        """Return what has arrived in *inbox*."""
+        return inbox.pull()[0]
+
+    def write(self, execution: Execution, data: bytes) -> None:
+        """Queue *data* as input of a command."""
+        execution.write(data)
+
+    def end_input(self, execution: Execution) -> None:
+        """End the input once all of it has been sent."""
+        execution.end_input()
+
+    def turn(self, within_s: float, wake_fd: int) -> None:
+        """Send and receive what is due; wait for at most *within_s* seconds, or until wake_fd is readable."""
+        poll, by_fd = select.poll(), {}
+        poll.register(wake_fd, select.POLLIN)
+        for one in self._connections:
+            one.fill()
+            by_fd[one.socket.fileno()] = one
+            poll.register(one.socket, one.events())
+        with self.waiting:
+            ready = poll.poll(within_s * 1000)
+        for fd, mask in ready:
+            if (connection := by_fd.get(fd)) is not None and connection in self._connections:
+                self._serve(connection, mask)
+
+    def _serve(self, connection: _Connection, mask: int) -> None:
+        try:
+            if mask & select.POLLOUT:
+                connection.write()
+            elif mask:
+                answers = connection.read()
+                for answer in answers or ():
+                    self._take(connection.execution, answer)
+                if answers is None:
+                    self._drop(connection)
+        except (OSError, *_BAD):  # the holder has ended, or is of another version
+            self._drop(connection)
+
+    def _take(self, execution: HeldExecution | None, answer: Answer) -> None:
+        if execution is None:
+            if isinstance(answer, Finished):
+                self.result = answer.result
+            return
+        match answer:
+            case Started():
+                execution.order = execution.order._replace(id=answer.id)
+            case Output():
+                execution.take_output(_STREAMS[answer.stream], answer.data)
+            case End():
+                execution.ending = answer.ending()
+            case Problem():
+                execution.problem = answer.error()
+            case _:
+                raise ValueError("the answer does not fit the request")
+
+    def _drop(self, connection: _Connection) -> None:
+        self._connections.remove(connection)
+        close_on_fork.discard(connection.socket.fileno())
+        connection.socket.close()
+        if connection.execution is None:
+            self.over = True
+        else:
+            connection.execution.closed = True
+
+    def close(self) -> None:
+        """Close all connections."""
+        for one in list(self._connections):
+            self._drop(one)
+
+
+class HeldSandbox(AnySandbox):
+    """A sandbox that a holder has opened."""
+
+    outlives = True
+
+    def __init__(self, run: str) -> None:
+        """Connect to a sandbox. Raises BackendError."""
+        super().__init__(run)
+        self._session = HeldSession(run)
+        self._at_end: list[Callable[[], object]] = []
+        self._lock = threading.Lock()
+        self._commands: dict[int, Command] = {}
+        own = weakref.WeakMethod(self._on_end)  # so that a client that nobody uses any more is left
+        self.session = SharedSession(self._session, math.inf, None, lambda _why: (own() or bool)())
+        weakref.finalize(self, _leave, self.session, self._session)
+        self.session.begin()
+
+    def _on_end(self) -> None:
+        self._session.close()
+        self.result = self._session.result
+        with self._lock:
+            calls, self._at_end = self._at_end, []
+        for call in calls:
+            call()
+
+    def disconnect(self) -> None:
+        """See `AnySandbox.disconnect`."""
+        _leave(self.session, self._session)
+        self._on_end()
+
+    def start(self, given: CommandStart, *, service: str = "") -> Command:
+        """See `AnySandbox.start`."""
+        self.require_open()
+        out, err = Inbox("stdout"), Inbox("stderr")
+        streams = CommandStreams(stdin_fd=None, stdout=out, stderr=err, open_input=not given.detached)
+        argv = [os.fspath(word) if isinstance(word, os.PathLike) else word for word in given.argv]
+        wall_ms = None if given.timeout_s is None else max(1, round(given.timeout_s * 1000))
+        order = Exec(
+            0, argv, dict(given.env), given.cwd or "", _NO_LIMITS, service, given.merge, given.terminal, given.detached
+        )
+        try:
+            execution = self.session.execute(order, streams, wall_ms)
+        except (TypeError, AttributeError, ValueError) as exc:
+            raise UsageError("cannot run the command", f"its arguments are malformed ({exc})", "Pass strings") from exc
+        return self._started(execution, (out, err), wall_ms)
+
+    def _started(self, execution: Execution, inboxes: tuple[Inbox, Inbox], wall_ms: int | None) -> Command:
+        assert isinstance(execution, HeldExecution)  # noqa: S101 - for the type checker
+        self.session.until(lambda: execution.order.id > 0 or execution.ended)
+        if execution.problem is not None:
+            raise execution.problem
+        if not execution.order.id:
+            raise self.gone()
+        command = Command(self, execution, inboxes, wall_ms)
+        if not execution.order.service:
+            self._commands[command.id] = command
+        return command
+
+    def file_server(self) -> FileServer:
+        """See `AnySandbox.file_server`."""
+        self.require_open()
+        return FileServer(self.session, 0, _NO_LIMITS, "")
+
+    def command(self, number: int) -> Command | None:
+        """See `AnySandbox.command`."""
+        if number not in self._commands:
+            self.require_open()
+            out, err = Inbox("stdout"), Inbox("stderr")
+            streams = CommandStreams(stdin_fd=None, stdout=out, stderr=err)
+            with self.session.using():
+                execution = self._session.attach(number, streams)
+            return self._started(execution, (out, err), None)
+        return self._commands[number]
+
+    def ending(self, command: Command) -> CommandEnd:
+        """See `AnySandbox.ending`."""
+        execution = command.execution
+        assert isinstance(execution, HeldExecution)  # noqa: S101 - for the type checker
+        self._commands.pop(command.id, None)
+        if execution.problem is not None:
+            raise execution.problem
+        if execution.ending is None:
+            raise self.gone()
+        return execution.ending
+
+    def at_end(self, call: Callable[[], object]) -> None:
+        """See `AnySandbox.at_end`."""
+        with self._lock:
+            self.require_open()
+            self._at_end.append(call)
+
+    def changes(self) -> Diff:
+        """See `AnySandbox.changes`."""
+        self.require_open()
+        answer = ask(self.run, AskChanges(), within_s=None)
+        if not isinstance(answer, SoFar):
+            raise _bad_answer()
+        return answer.diff
+
+    def extend(self, lifetime_s: float) -> None:
+        """See `AnySandbox.extend`."""
+        self.require_open()
+        ask(self.run, Extend(lifetime_s=lifetime_s))
+
+    def finish(self, choice: ChangesChoice) -> Result:
+        """See `AnySandbox.finish`."""
+        if self.result is None:
+            answer = ask(self.run, Finish(changes=choice), within_s=None)
+            if not isinstance(answer, Finished):
+                raise _bad_answer()
+            self.result = answer.result
+            self.session.until(lambda: self.session.over, _ANSWER_S)
+        return self.result
+
+
+def _leave(shared: SharedSession, session: HeldSession) -> None:
+    shared.end()
+    session.close()
+
+
+def connect(run: str) -> socket.socket:
+    """Connect to the holder of a sandbox. Raises BackendError."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        with socket_address(all_runs() / run, SOCKET) as address:
+            connection.connect(address)
+        if peer_of(connection)[1] != os.geteuid():
+            raise PermissionError("the socket belongs to another user")
+    except OSError as exc:
+        connection.close()
+        why = "it has ended" if isinstance(exc, FileNotFoundError | ConnectionError) else exc.strerror or str(exc)
+        raise BackendError(f"cannot connect to sandbox {run}", why, "Open a new sandbox", code="sandbox-lost") from exc
+    close_on_fork.add(connection.fileno())
+    return connection
+
+
+def ask(run: str, request: Request, within_s: float | None = _ANSWER_S) -> Answer:
+    """Send one request to a holder and return its answer. Raises BackendError, or the error that the holder sends."""
+    reader: Reader[Answer] = Reader(Answer)
+    found: list[Answer] = []
+    with connect(run) as connection:
+        connection.settimeout(within_s)
+        try:
+            connection.sendall(packed(request))
+            while not found and (data := connection.recv(_READ)):
+                found = reader.take(data)
+        except (OSError, *_BAD) as exc:
+            raise _bad_answer() from exc
+        finally:
+            close_on_fork.discard(connection.fileno())
+    if not found:
+        raise _bad_answer()
+    if isinstance(found[0], Problem):
+        raise found[0].error()
+    return found[0]
+
+
+def status_of(run: str) -> Status | None:
+    """Return facts about a sandbox from its holder, or None if it does not answer."""
+    with contextlib.suppress(SandboxError):
+        answer = ask(run, AskStatus(), within_s=5.0)
+        return answer if isinstance(answer, Status) else None
+    return None
+
+
+def _bad_answer() -> BackendError:
+    what, fix = "cannot use the sandbox", "See x07 sandbox list; x07 kill ends a sandbox"
+    return BackendError(what, "the process that holds it has ended, or is of another version", fix, code="sandbox-lost")
+
+
+def create(asked: Create, cancel_fd: int, progress: Callable[[str], None] = lambda _text: None) -> str:
+    """Start a holder, which opens a sandbox. Return the sandbox's id. Raises SandboxError.
+
+    cancel_fd: readable once the caller no longer wants the sandbox; BackendError is raised then.
+    """
+    ready_r, ready_w = os.pipe2(os.O_CLOEXEC)
+    argv = [sys.executable, "-I", "-m", "x07_sandbox.library.holder", str(ready_w)]
+    log = os.memfd_create("x07-holder")
+    with os.fdopen(ready_r, "rb", buffering=0) as ready, os.fdopen(log, "r+b") as errors:
+        with close_on_fork.no_fork():
+            child = subprocess.Popen(
+                argv,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=errors,
+                pass_fds=(ready_w,),
+                start_new_session=True,
+                env=inherited_environment(),
+            )
+        os.close(ready_w)
+        assert child.stdin is not None  # noqa: S101 - it is a pipe
+        try:
+            with contextlib.suppress(BrokenPipeError):  # it has ended; see below
+                child.stdin.write(pickle.dumps(asked))
+                child.stdin.close()
+            reader: Reader[Opening] = Reader(Opening)
+            while data := _next(ready, cancel_fd):
+                for message in reader.take(data):
+                    if isinstance(message, Opened):
+                        _reap_later(child)
+                        return message.run
+                    if isinstance(message, Problem):
+                        raise message.error()  # noqa: TRY301 - from another process
+                    progress(message.line())
+        except BaseException:
+            child.terminate()
+            child.wait()
+            raise
+        child.wait()
+        last = os.pread(log, _PIECE, 0).decode("utf-8", "replace").strip().splitlines()[-1:]
+    why = f"its process ended: {last[0] if last else f'status {child.returncode}'}"
+    raise HostError("cannot open the sandbox", why, "Run x07 doctor")
+
+
+def _next(ready: IO[bytes], cancel_fd: int) -> bytes:
+    """Return what a new holder says next, or b"" at its end. Raises Cancelled."""
+    if any(fd == cancel_fd for fd, _ in input_poll(cancel_fd, ready.fileno()).poll()):
+        raise Cancelled("the sandbox was not opened", "it was cancelled", "Open it again")
+    return ready.read(_READ)
+
+
+def _reap_later(child: subprocess.Popen[bytes]) -> None:
+    """Wait for the holder in a thread, so that it does not stay behind as a zombie of a long-lived program."""
+    threading.Thread(target=child.wait, name="x07-holder", daemon=True).start()

@@ -1,0 +1,310 @@
+"""The process that holds a sandbox, so that it outlives whoever opened it, and its socket in the folder of the run.
+
+    python -m x07_sandbox.library.holder READY_FD
+
+Standard input is a pickled `Create`, from a process of the same user. READY_FD gets messages of `Opening`. The process
+ends with its sandbox. SIGTERM and SIGINT end the sandbox and keep its changes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import signal
+import socket
+import sys
+import threading
+import time
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from x07_sandbox.backends.handshake import input_poll
+from x07_sandbox.backends.lease import socket_address
+from x07_sandbox.errors import SandboxError, UsageError
+from x07_sandbox.host.cancel import Cancel
+from x07_sandbox.host.linux import peer_of
+from x07_sandbox.host.os_errors import host_error
+from x07_sandbox.host.poll import Event, wait_readable, write_all
+from x07_sandbox.host.threads import start_thread
+from x07_sandbox.library.held_messages import (
+    SOCKET,
+    AskChanges,
+    AskStatus,
+    Attach,
+    ClientMessage,
+    Create,
+    End,
+    EndInput,
+    Extend,
+    Finish,
+    Finished,
+    Input,
+    Opened,
+    Output,
+    Problem,
+    Progress,
+    Reader,
+    Resize,
+    Signal,
+    SoFar,
+    Start,
+    Started,
+    Status,
+    Watch,
+    packed,
+)
+from x07_sandbox.library.keyword_names import keyword
+from x07_sandbox.library.opening import open_sandbox
+from x07_sandbox.runs.folder import all_runs
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from x07_sandbox.library.held_messages import Answer, Opening
+    from x07_sandbox.runs.command import Command
+    from x07_sandbox.runs.sandbox import OpenSandbox
+
+_READ: Final = 256 * 1024
+_REQUEST_S: Final = 10.0  # for a client to send its request
+_ENDED_S: Final = 10.0  # for clients to get the end of their commands
+_NO_FDS_S: Final = 0.2
+_WAITING_MAX: Final = 128
+_CLIENTS_MAX: Final = 512
+
+
+class _Client:
+    """One connection of a client. Its thread sends; another one may receive."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection = connection
+        self.messages = self._messages()
+
+    def request(self) -> ClientMessage | None:
+        """Return the first message, or None if there is none. Raises OSError, ValueError."""
+        self.connection.settimeout(_REQUEST_S)
+        request = next(self.messages, None)
+        self.connection.settimeout(None)
+        return request
+
+    def _messages(self) -> Iterator[ClientMessage]:
+        """Yield messages until the client goes away. Raises OSError, ValueError."""
+        reader: Reader[ClientMessage] = Reader(ClientMessage)
+        while data := self.connection.recv(_READ):
+            yield from reader.take(data)
+
+    def send(self, answer: Answer) -> None:
+        """Send an answer. Raises OSError if the client is gone."""
+        self.connection.sendall(packed(answer))
+
+
+class Holder:
+    """Serves the clients of a sandbox until the sandbox ends. Each connection has a thread."""
+
+    def __init__(self, opened: OpenSandbox, listener: socket.socket) -> None:
+        self._opened = opened
+        self._listener = listener
+        self._end = Event()
+        self._watchers: list[_Client] = []
+        self._attached: set[int] = set()
+        self._lock = threading.Lock()
+        self._threads: list[threading.Thread] = []
+        opened.at_end(self.end)
+
+    def end(self, *_: object) -> None:
+        """Stop serving. A signal handler may call this."""
+        self._end.set()
+
+    def serve(self) -> None:
+        """Serve until the sandbox ends, or `end` is called. Then close it, keep its changes, and tell the clients."""
+        poll = input_poll(self._listener.fileno(), self._end.fd)
+        ended = False
+        while not ended:
+            for fd, _ in poll.poll():
+                if fd == self._end.fd:
+                    ended = True
+                else:
+                    self._accept()
+        self._listener.close()
+        result = self._opened.finish("keep")
+        for watcher in self._watchers:
+            with contextlib.suppress(OSError):
+                watcher.send(Finished(result=result))
+        until = time.monotonic() + _ENDED_S
+        for thread in self._threads:
+            thread.join(max(0.0, until - time.monotonic()))
+
+    def _accept(self) -> None:
+        self._threads = [thread for thread in self._threads if thread.is_alive()]
+        try:
+            connection, _ = self._listener.accept()
+            if len(self._threads) >= _CLIENTS_MAX:
+                connection.close()
+                return
+            thread = threading.Thread(target=self._serve_one, args=(connection,), name="x07-client", daemon=True)
+            self._threads.append(start_thread(thread))
+        except OSError:  # out of descriptors or threads until a client leaves
+            wait_readable(self._end.fd, _NO_FDS_S)
+
+    def _serve_one(self, connection: socket.socket) -> None:
+        client = _Client(connection)
+        with contextlib.suppress(OSError, msgspec.MsgspecError, ValueError):  # the client is gone, or malformed
+            if peer_of(connection)[1] == os.geteuid() and (request := client.request()) is not None:
+                try:
+                    self._carry_out(client, request)
+                except SandboxError as exc:
+                    client.send(Problem.of(exc))
+        if client not in self._watchers:
+            connection.close()
+
+    def _carry_out(self, client: _Client, request: ClientMessage) -> None:
+        opened = self._opened
+        match request:
+            case Start():
+                started = opened.start(request.command(), service=request.service)
+                self._carry(client, started, detached=request.detached)
+            case Attach():
+                self._carry(client, self._detached(request.id), detached=True)
+            case Signal():
+                if (command := opened.command(request.id)) is not None:
+                    command.stop(request.number)
+            case Resize():
+                if (command := opened.command(request.id)) is not None:
+                    command.resize(request.rows, request.columns)
+            case _:
+                self._answer(client, request)
+
+    def _answer(self, client: _Client, request: ClientMessage) -> None:
+        """Carry out a request about the whole sandbox."""
+        opened = self._opened
+        match request:
+            case Extend():
+                opened.extend(request.lifetime_s)
+                client.send(self._status())
+            case AskStatus():
+                opened.require_open()
+                client.send(self._status())
+            case AskChanges():
+                client.send(SoFar(diff=opened.changes()))
+            case Finish():
+                client.send(Finished(result=opened.finish(request.changes)))
+            case Watch():
+                opened.require_open()
+                self._watchers.append(client)
+            case _:
+                raise ValueError("no request")
+
+    def _status(self) -> Status:
+        session = self._opened.session
+        return Status(left_s=max(0.0, session.until_s - time.monotonic()), commands=self._opened.running)
+
+    def _detached(self, number: int) -> Command:
+        command = self._opened.command(number)
+        if command is None or not command.execution.order.detached:
+            why = "no detached command has this id, or it was waited for"
+            raise UsageError(f"there is no command {number}", why, "Start it again")
+        return command
+
+    def _carry(self, client: _Client, command: Command, *, detached: bool) -> None:
+        """Carry the streams of a command until it has ended or the client is gone."""
+        gone = threading.Event()
+        reader = threading.Thread(target=_receive, args=(client, command, gone), daemon=True)
+        service = command.execution.order.service
+        try:
+            client.send(Started(id=command.id))
+            start_thread(reader)
+            ended = False
+            while not ended:
+                ended, pieces = command.next_pieces(gone.is_set)
+                for stream, data in pieces:
+                    client.send(Output(stream=stream, data=data))
+            if not gone.is_set() and not service:
+                client.send(End.of(command.ending()))
+        except OSError:
+            gone.set()
+        if gone.is_set() and not detached:
+            command.stop(signal.SIGKILL)
+            if not service and command.wait(_ENDED_S):
+                command.ending()
+        if service:
+            self._opened.forget(command)
+        with contextlib.suppress(OSError):
+            client.connection.shutdown(socket.SHUT_RDWR)  # ends `recv`
+
+
+def _receive(client: _Client, command: Command, gone: threading.Event) -> None:
+    with contextlib.suppress(OSError, SandboxError, msgspec.MsgspecError, ValueError):
+        for message in client.messages:
+            if isinstance(message, Input):
+                command.write(message.data)
+            elif isinstance(message, EndInput):
+                command.end_input()
+    gone.set()
+    command.wake()
+
+
+@contextlib.contextmanager
+def _listening(run: str) -> Iterator[socket.socket]:
+    """Yield the socket on which the holder accepts connections, in the folder of the run."""
+    folder = all_runs() / run
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    with listener, socket_address(folder, SOCKET) as address:
+        os.fchmod(listener.fileno(), 0o600)  # the file gets this mode
+        listener.bind(address)
+        try:
+            listener.listen(_WAITING_MAX)
+            yield listener
+        finally:
+            (folder / SOCKET).unlink(missing_ok=True)
+
+
+def main(words: list[str]) -> int:
+    """Run the holder, and return its exit status."""
+    ready_fd = int(words[0])
+
+    def report(message: Opening) -> bool:
+        """Tell the creator. Return whether it still exists."""
+        try:
+            write_all(ready_fd, packed(message))
+        except OSError:
+            return False
+        return True
+
+    try:
+        asked: Create = pickle.load(sys.stdin.buffer)  # noqa: S301 - from this user's own process
+        with contextlib.closing(Cancel()) as cancel:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, lambda got, _frame: cancel(got))
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+            def progress(text: str) -> None:
+                if not report(Progress.of(text)):
+                    cancel()
+
+            opened = open_sandbox(
+                asked.options,
+                cancel,
+                choice=asked.choice,
+                progress=progress,
+                word=str if asked.flags else keyword,
+            )
+            with _listening(opened.run) as listener:
+                os.chdir("/")
+                holder = Holder(opened, listener)
+                for number in (signal.SIGTERM, signal.SIGINT):
+                    signal.signal(number, holder.end)
+                if not report(Opened(run=opened.run)):
+                    holder.end()  # nobody knows its id
+                os.close(ready_fd)
+                holder.serve()
+    except (SandboxError, OSError) as exc:
+        if (error := exc if isinstance(exc, SandboxError) else host_error(exc)) is None:
+            raise
+        report(Problem.of(error))
+        return 125
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

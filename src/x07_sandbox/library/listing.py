@@ -1,0 +1,91 @@
+"""Open sandboxes of this user, also those of other processes."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from x07_sandbox.errors import Command, UsageError
+from x07_sandbox.host.clocks import unix_ms
+from x07_sandbox.host.locks import is_locked
+from x07_sandbox.library.held import HeldSandbox, status_of
+from x07_sandbox.library.held_messages import SOCKET
+from x07_sandbox.reports.sandboxes import SandboxInfo
+from x07_sandbox.runs.folder import all_runs, described, is_named, runs_with
+from x07_sandbox.runs.sandbox import RECORD, SandboxRecord
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+def list_sandboxes(tags: Mapping[str, str] | None = None) -> list[SandboxInfo]:
+    """Return the open sandboxes that have all of *tags*, oldest first. Raises HostError."""
+    found = []
+    for run in runs_with(RECORD):
+        record = _record(run)
+        if record is None or not is_locked(all_runs() / run) or not (tags or {}).items() <= record.tags.items():
+            continue
+        held = os.path.lexists(all_runs() / run / SOCKET)
+        status = status_of(run) if held else None
+        if held and status is None:  # it ends just now
+            continue
+        found.append(
+            SandboxInfo(
+                id=run,
+                name=record.name,
+                tags=record.tags,
+                backend=record.backend,
+                image=record.image,
+                age_s=round((unix_ms() - record.opened_unix_ms) / 1000, 1),
+                held=held,
+                left_s=None if status is None else round(status.left_s, 1),
+                commands=None if status is None else status.commands,
+            )
+        )
+    return found
+
+
+def find_sandbox(word: str) -> str:
+    """Return the id of the held sandbox with this id, start of an id, or name. Raises UsageError, HostError."""
+    what, list_them = f"cannot find sandbox {word}", ("To list all sandboxes: ", Command("x07 sandbox list"))
+    if not isinstance(word, str) or not word:
+        raise UsageError("cannot find the sandbox", "its id is empty, or not a str", "Pass the id of a sandbox")
+    named = [run for run in runs_with(RECORD) if is_named(run, word) or _name(run) == word]
+    open_ones = [run for run in named if is_locked(all_runs() / run)]
+    held = [run for run in open_ones if os.path.lexists(all_runs() / run / SOCKET)]
+    if len(held) > 1:
+        raise UsageError(what, f"{len(held)} sandboxes fit, such as {held[0]}", list_them)
+    if held:
+        return held[0]
+    if open_ones:
+        why = "it belongs to the process that opened it, and ends with it"
+        raise UsageError(what, why, ("To open one that outlives its creator: ", Command("x07 sandbox create")))
+    why = "it has ended" if named else f"none has {described(word)}, or this name"
+    raise UsageError(what, why, list_them)
+
+
+def connect_to(word: str) -> HeldSandbox:
+    """Connect to the sandbox that *word* names: see `find_sandbox`. Raises SandboxError."""
+    return HeldSandbox(find_sandbox(word))
+
+
+def require_new_name(name: str) -> None:
+    """Raise UsageError if an open sandbox has this name."""
+    for one in list_sandboxes() if name else ():
+        if one.name == name:
+            fix = ("Use another name, or close that sandbox: ", Command(f"x07 sandbox close {name}"))
+            raise UsageError("cannot open the sandbox", f"sandbox {one.id} has the name {name}", fix)
+
+
+def _record(run: str) -> SandboxRecord | None:
+    try:
+        return msgspec.json.decode((all_runs() / run / RECORD).read_bytes(), type=SandboxRecord)
+    except (OSError, msgspec.MsgspecError):
+        return None
+
+
+def _name(run: str) -> str:
+    record = _record(run)
+    return "" if record is None else record.name

@@ -1,0 +1,75 @@
+"""Opening a sandbox, for a caller from Python and for the process that holds one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+from x07_sandbox.backends.lease import PoolClient
+from x07_sandbox.backends.selection import backend_request, select, this_platform
+from x07_sandbox.host.settings import LIFETIME_S
+from x07_sandbox.library.arguments import SANDBOX, bad_argument, checked_options, checked_seconds
+from x07_sandbox.library.keyword_names import keyword
+from x07_sandbox.library.requests import make_request, sweep_before_start
+from x07_sandbox.runs.request import RunCaller
+from x07_sandbox.runs.sandbox import NAME, NAME_RULE, Life, OpenSandbox
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from x07_sandbox.backends.base import MachineSource
+    from x07_sandbox.errors import Flag
+    from x07_sandbox.host.cancel import Cancel
+
+OF_SANDBOXES: Final = ("lifetime_s", "idle_s", "backend", "name", "tags")
+"""The keywords of `Sandbox` that runs do not have."""
+_TAGS_MAX: Final = 64
+_TAG_MAX: Final = 256
+
+
+def open_sandbox(
+    given: Mapping[str, Any],
+    cancel: Cancel,
+    *,
+    machines: MachineSource | None = None,
+    choice: Mapping[str, Any] | None = None,
+    progress: Callable[[str], None] = lambda _text: None,
+    word: Callable[[Flag], str] = keyword,
+) -> OpenSandbox:
+    """Open a sandbox. Raises SandboxError.
+
+    given: keywords of `Sandbox` whose value is not the default. choice: keywords of `backend_request`; None for those
+    that the keyword `backend` stands for. word: returns the name of an option, for the reader of messages.
+    """
+    life = checked_life(given)
+    backend = given.get("backend")
+    selected = select(this_platform(), backend_request(**(choice or {"backend": backend, "flags": ()})))
+    of_runs = {name: value for name, value in given.items() if name not in OF_SANDBOXES}
+    request = make_request(checked_options(of_runs, SANDBOX), command=("sandbox",))
+    sweep_before_start()
+    caller = RunCaller(cancel=cancel, progress=progress, choice=selected, machines=machines or PoolClient(), word=word)
+    return OpenSandbox(request, caller, life)
+
+
+def checked_life(given: Mapping[str, Any]) -> Life:
+    """Return how long a sandbox lasts and how it is found, from keywords. Raises UsageError."""
+    idle_s, name, tags, backend = (given.get(key) for key in ("idle_s", "name", "tags", "backend"))
+    if backend is not None and not isinstance(backend, str):
+        raise bad_argument("backend", f"is {type(backend).__name__}, not str", SANDBOX)
+    if name and not (isinstance(name, str) and NAME.fullmatch(name)):
+        raise bad_argument("name", f"is {name!r}; {NAME_RULE}", SANDBOX)
+    tags = {} if tags is None else tags
+    try:
+        pairs = [*tags.items()]
+    except AttributeError:
+        raise bad_argument("tags", f"is {type(tags).__name__}, not a mapping of str to str", SANDBOX) from None
+    for part in (word for pair in pairs for word in pair):
+        if not isinstance(part, str) or len(part) > _TAG_MAX or not part.isprintable():
+            raise bad_argument("tags", f"has {part!a}, not a text of at most {_TAG_MAX} characters", SANDBOX)
+    if len(pairs) > _TAGS_MAX:
+        raise bad_argument("tags", f"has {len(pairs)} entries, more than {_TAGS_MAX}", SANDBOX)
+    return Life(
+        lifetime_s=checked_seconds("lifetime_s", given.get("lifetime_s", LIFETIME_S)),
+        idle_s=None if idle_s is None else checked_seconds("idle_s", idle_s),
+        name=name or "",
+        tags=dict(pairs),
+    )

@@ -1,0 +1,245 @@
+"""A sandbox as its callers use it, whether this process has opened it or another one, and its commands."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
+
+import msgspec
+
+from x07_sandbox.channel.link import Stream
+from x07_sandbox.errors import BackendError, UsageError
+from x07_sandbox.plan.denials import Denial
+from x07_sandbox.plan.outcomes import Verdict
+from x07_sandbox.runs.result import CommandReport
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from x07_sandbox.channel.messages import Terminal
+    from x07_sandbox.runs.request import ChangesChoice
+    from x07_sandbox.runs.result import Diff, Result
+    from x07_sandbox.sandboxes.execution import Execution
+    from x07_sandbox.sandboxes.files import FileServer
+    from x07_sandbox.sandboxes.shared import SharedSession
+    from x07_sandbox.sandboxes.transfers import Inbox
+
+StreamName = Literal["stdout", "stderr"]
+_STREAMS: Final[dict[StreamName, Stream]] = {"stdout": Stream.STDOUT, "stderr": Stream.STDERR}
+_WHY_GONE: Final = {
+    "": "it was closed",
+    "expired": "it reached its lifetime",
+    "idle": "it was idle for too long",
+    "lost": "its VM was lost",
+}
+
+
+def _never() -> bool:
+    return False
+
+
+class CommandStart(NamedTuple):
+    """A command to start. cwd: relative to the sandbox's working folder. timeout_s: None for no limit of its own.
+
+    merge: whether standard error goes to standard output. detached: whether the command has no streams.
+    """
+
+    argv: Sequence[str]
+    env: Mapping[str, str] = {}
+    cwd: str | None = None
+    timeout_s: float | None = None
+    merge: bool = False
+    terminal: Terminal | None = None
+    detached: bool = False
+
+
+class CommandEnd(msgspec.Struct, frozen=True, kw_only=True):
+    """How a command ended. memory_peak_bytes: of all commands of the sandbox while it ran."""
+
+    verdict: Verdict
+    report: CommandReport
+    denials: tuple[Denial, ...] = ()
+    memory_peak_bytes: int = 0
+
+
+class AnySandbox:
+    """A sandbox of this process, or of another one (`library/held`). Thread-safe. run: its id.
+
+    session: carries its commands. result: its result, once it has ended.
+    """
+
+    session: SharedSession
+    outlives = False  # whether it outlives this process
+
+    def __init__(self, run: str) -> None:
+        self.run = run
+        self.result: Result | None = None
+        self._pid = os.getpid()
+
+    def start(self, given: CommandStart, *, service: str = "") -> Command:
+        """Start a command. Raises SandboxError if it cannot be started, the sandbox is closed or the call is wrong."""
+        raise NotImplementedError
+
+    def file_server(self) -> FileServer:
+        """Start a file server. Raises SandboxError if the sandbox is closed."""
+        raise NotImplementedError
+
+    def command(self, number: int) -> Command | None:
+        """Return a command that has not been waited for, or None."""
+        raise NotImplementedError
+
+    def forget(self, command: Command) -> None:
+        """Drop a service of the agent that has ended: it is no command of the caller."""
+
+    def ending(self, command: Command) -> CommandEnd:
+        """Return how a command ended. `Command.ending` calls this once."""
+        raise NotImplementedError
+
+    def at_end(self, call: Callable[[], object]) -> None:
+        """Call *call* when the sandbox ends. Raises BackendError if it has ended."""
+        raise NotImplementedError
+
+    def changes(self) -> Diff:
+        """Return what has changed in folders of the host so far. Raises SandboxError."""
+        raise NotImplementedError
+
+    def extend(self, lifetime_s: float) -> None:
+        """Let the sandbox last for lifetime_s seconds from now. Raises BackendError."""
+        raise NotImplementedError
+
+    def finish(self, choice: ChangesChoice) -> Result:
+        """End all commands, close the sandbox, and apply, keep or discard its changes. A second call does nothing."""
+        raise NotImplementedError
+
+    def disconnect(self) -> None:
+        """Leave a sandbox that outlives this process. Its commands are killed, except detached ones."""
+        raise UsageError("cannot leave this sandbox", "it ends with the process that opened it", "Close it")
+
+    def require_open(self) -> None:
+        """Raise BackendError if the sandbox is no longer open, and UsageError in a forked child."""
+        self.require_own_process()
+        if self.session.over:
+            raise self.gone()
+
+    def require_own_process(self) -> None:
+        """Raise UsageError in a forked child, in which no thread serves the sandbox."""
+        if os.getpid() != self._pid:
+            raise UsageError("cannot use this sandbox", "it belongs to the parent process", "Open a new sandbox")
+
+    def gone(self) -> BackendError:
+        """Return the error for a call after the end of the sandbox."""
+        result, why = self.result, self.session.why
+        if result is not None and result.reason_code == "closed":
+            why = ""
+        what, fix = "cannot use the sandbox", "Open a new sandbox"
+        if not why:
+            error = BackendError(what, _WHY_GONE[why], fix, code="sandbox-closed")
+        else:
+            error = BackendError(what, _WHY_GONE[why] if result is None else result.reason, fix, code="sandbox-lost")
+        error.result = result
+        return error
+
+
+class Command:
+    """A command of an open sandbox. Thread-safe. wall_ms: the limit of its time, or None."""
+
+    def __init__(
+        self, sandbox: AnySandbox, execution: Execution, inboxes: tuple[Inbox, Inbox], wall_ms: int | None
+    ) -> None:
+        self.execution = execution
+        self.wall_ms = wall_ms
+        self.began_at = time.monotonic()
+        self._sandbox = sandbox
+        self._session = sandbox.session
+        self._inboxes: dict[StreamName, Inbox] = {"stdout": inboxes[0], "stderr": inboxes[1]}
+        self._unread: dict[StreamName, bytes] = {"stdout": b"", "stderr": b""}
+        self.kept: Any = None  # what `library/processes` has collected of the output
+        self._ending_lock = threading.Lock()
+        self._ending: CommandEnd | None = None
+
+    @property
+    def id(self) -> int:
+        """The number of the command in its sandbox."""
+        return self.execution.order.id
+
+    @property
+    def ended(self) -> bool:
+        """Whether the command has ended. Output may still wait to be read."""
+        return self.execution.ended
+
+    def wait(
+        self, within_s: float | None = None, *, output: Sequence[StreamName] = (), given_up: Callable[[], bool] = _never
+    ) -> bool:
+        """Wait until the command has ended, or one of the streams *output* can be read. Return False after *within_s*.
+
+        given_up: whether nobody waits any more; call `wake` once it returns True. Raises BackendError if
+        the sandbox ends first.
+        """
+
+        def due() -> bool:
+            arrived = (self._unread[stream] or self._inboxes[stream].waiting for stream in output)
+            return self.ended or given_up() or any(arrived)
+
+        self._sandbox.require_own_process()
+        if self._session.until(due, within_s):
+            return not given_up()
+        if self._session.over:
+            raise self._sandbox.gone()
+        return False
+
+    def read(self, stream: StreamName) -> bytes:
+        """Return what has arrived on a stream since the last call."""
+        unread, self._unread[stream] = self._unread[stream], b""
+        return unread + self._session.read(self.execution, self._inboxes[stream], _STREAMS[stream])
+
+    def unread(self, stream: StreamName, data: bytes) -> None:
+        """Have the next call of `read` return *data* first."""
+        self._unread[stream] = data + self._unread[stream]
+
+    def next_pieces(
+        self, given_up: Callable[[], bool] = _never, within_s: float | None = None
+    ) -> tuple[bool, list[tuple[StreamName, bytes]]]:
+        """Wait for output or the end of the command. Return whether there will be no more output, and the output.
+
+        Raises BackendError if the sandbox ends first.
+        """
+        self.wait(within_s, output=tuple(self._inboxes), given_up=given_up)
+        ended = self.ended or given_up()
+        return ended, [(stream, data) for stream in self._inboxes if (data := self.read(stream))]
+
+    def wake(self) -> None:
+        """Have all threads that wait look whether they still should."""
+        self._session.wake()
+
+    def feed(self, data: bytes) -> None:
+        """Queue input without waiting."""
+        self._session.write(self.execution, data)
+
+    def write(self, data: bytes) -> None:
+        """Send input, and wait while much of it is on its way. Raises BackendError if the sandbox ends first."""
+        self._sandbox.require_open()
+        self.feed(data)
+        if not self._session.until(lambda: self.execution.has_room() or self.ended):
+            raise self._sandbox.gone()
+
+    def end_input(self) -> None:
+        """End the input."""
+        self._session.end_input(self.execution)
+
+    def stop(self, number: int = signal.SIGKILL) -> None:
+        """Send a signal to the command, if it has not ended. SIGKILL goes to all its processes."""
+        self._session.stop(self.execution, number)
+
+    def resize(self, rows: int, columns: int) -> None:
+        """Change the size of the command's terminal."""
+        self._session.resize(self.execution, rows, columns)
+
+    def ending(self) -> CommandEnd:
+        """Return how the command ended, once it has. Raises BackendError if the sandbox ended first."""
+        with self._ending_lock:
+            if self._ending is None:
+                self._ending = self._sandbox.ending(self)
+            return self._ending

@@ -1,0 +1,126 @@
+"""Messages between the holder of a sandbox and its clients."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from x07_sandbox.errors import BackendError, Command, Flag, SandboxError, UsageError
+from x07_sandbox.library.held_messages import (
+    Answer,
+    ClientMessage,
+    End,
+    Input,
+    Output,
+    Problem,
+    Reader,
+    Signal,
+    Started,
+    packed,
+    start_message,
+)
+from x07_sandbox.plan.outcomes import Verdict
+from x07_sandbox.runs.command import CommandEnd
+from x07_sandbox.runs.result import CommandReport
+
+REPORT = CommandReport(
+    id=1, argv_sha256="", outcome="timeout", exit_code=None, signal=None, began_ms=1, wall_ms=2, cpu_ms=3
+)
+
+
+def through(message: object) -> object:
+    """What arrives of an answer."""
+    reader: Reader[Answer] = Reader(Answer)
+    (found,) = reader.take(packed(message))  # type: ignore[arg-type]
+    return found
+
+
+@given(st.lists(st.binary(max_size=300), max_size=5), st.lists(st.integers(1, 40), min_size=1, max_size=20))
+def test_messages_arrive_whole_however_they_are_split(contents: list[bytes], cuts: list[int]) -> None:
+    """However the bytes of a connection are split, the same messages arrive in the same order."""
+    messages = [Output(stream="stdout", data=data) for data in contents]
+    data = b"".join(map(packed, messages))
+    reader: Reader[Answer] = Reader(Answer)
+    found, at, turn = [], 0, 0
+    while at < len(data):
+        size = cuts[turn % len(cuts)]
+        found += reader.take(data[at : at + size])
+        at, turn = at + size, turn + 1
+    assert found == messages
+
+
+@given(st.lists(st.text(), min_size=1), st.dictionaries(st.text(max_size=5), st.text(max_size=20), max_size=3))
+def test_the_words_of_a_command_keep_their_bytes(argv: list[str], env: dict[str, str]) -> None:
+    """Arguments and variables arrive as they were, also if they are not UTF-8."""
+    words = [word.encode("utf-8", "replace").decode() for word in argv]
+    values = {name: value.encode("utf-8", "replace").decode() for name, value in env.items()}
+    values = {name.encode("utf-8", "replace").decode(): value for name, value in values.items()}
+    words.append("\udcff")
+    message = start_message(words, values, "", None, merge=False, terminal=None, detached=False, service="")
+    reader: Reader[ClientMessage] = Reader(ClientMessage)
+    (found,) = reader.take(packed(message))
+    assert found == message
+    assert (found.command().argv, found.command().env) == (words, values)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        UsageError("cannot \udcff", ("see ", Flag("--env A")), ("To run: ", Command("x07 doctor"))),
+        BackendError("a", "b", "c", code="sandbox-lost"),
+    ],
+)
+def test_errors_arrive_with_their_kind_and_marks(error: SandboxError) -> None:
+    """An error keeps its class, code, texts and marks, so that a reader gets flags or keywords."""
+    found = through(Problem.of(error))
+    assert isinstance(found, Problem)
+    other = found.error()
+    assert (type(other), other.code, str(other)) == (type(error), error.code, str(error).replace("\udcff", "\\udcff"))
+    other.word_for(lambda flag: flag.upper())
+    assert ("--ENV A" in str(other)) == ("--env A" in str(error))
+
+
+def test_an_unknown_kind_of_error_is_an_error() -> None:
+    """A class that is no error of ours, such as a module's other names, becomes the base of all errors."""
+    for kind in ("Flag", "annotations", "Exception"):
+        found = Problem(kind=kind, texts=([("", "a")], [("", "b")], [("", "c")]), code="x").error()
+        assert type(found) is SandboxError
+
+
+def test_the_end_of_a_command_arrives() -> None:
+    """A verdict arrives with its parameters, of which flags are still flags."""
+    verdict = Verdict(
+        outcome="timeout", fault="policy", code="wall-time", params={"option": Flag("--timeout"), "status": 3}
+    )
+    end = CommandEnd(verdict=verdict, report=REPORT, memory_peak_bytes=5)
+    found = through(End.of(end))
+    assert isinstance(found, End)
+    assert found.ending() == end
+    assert isinstance(found.ending().verdict.params["option"], Flag)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\xff\xff\xff\xff",
+        b"\0\0\0\0",
+        b"\0\0\0\1\xc1",
+        packed(Started(id=1)),
+        packed(Signal(id=1, number=2)).replace(b"Signal", b"Singal"),
+    ],
+)
+def test_malformed_requests_are_rejected(data: bytes) -> None:
+    """Bytes that are no request of the protocol raise an error."""
+    reader: Reader[ClientMessage] = Reader(ClientMessage)
+    with pytest.raises((msgspec.MsgspecError, ValueError)):
+        reader.take(data + bytes(10))
+
+
+def test_a_message_that_is_not_complete_waits() -> None:
+    """Nothing is decoded before all bytes have arrived."""
+    reader: Reader[ClientMessage] = Reader(ClientMessage)
+    data = packed(Input(data=b"abc"))
+    assert reader.take(data[:-1]) == []
+    assert reader.take(data[-1:]) == [Input(data=b"abc")]

@@ -1,0 +1,372 @@
+"""Sandboxes that a process of their own holds: several clients, every way in which one of the parts ends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import pty
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+import pytest
+
+from tests.vm.conftest import left_behind, marked, owners
+from x07_sandbox import AsyncSandbox, Ended, Sandbox, SandboxError
+from x07_sandbox.library.held_messages import SOCKET
+from x07_sandbox.runs.folder import all_runs
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(120), pytest.mark.usefixtures("image", "state")]
+
+X07 = [sys.executable, "-m", "x07_sandbox.cli.main"]
+SLEEPERS = "cat /proc/[0-9]*/comm 2>/dev/null | grep -c '^sleep$' || true"
+
+
+@pytest.fixture
+def held() -> Iterator[Sandbox]:
+    """A sandbox that is held, and closed after the test."""
+    opened = Sandbox.create()
+    yield opened
+    with contextlib.suppress(SandboxError):
+        opened.close("discard")
+
+
+def x07(*words: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    """Run a command of x07."""
+    return subprocess.run([*X07, *words], input=stdin, capture_output=True, check=False, timeout=120)
+
+
+def text(ended: Ended) -> str:
+    """The standard output of a command that succeeded."""
+    assert ended.ok, (ended.reason, ended.stderr)
+    return ended.stdout.decode()
+
+
+def holder_of(run: str) -> int:
+    """The process that holds a sandbox."""
+    return int(run.split("-")[1])
+
+
+def wait_until(done: object, within_s: float = 60) -> None:
+    """Wait until *done* returns a true value."""
+    assert callable(done)
+    until = time.monotonic() + within_s
+    while not done():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def test_two_clients_share_a_sandbox(held: Sandbox) -> None:
+    """Whatever a sandbox can do, every client can do: commands, input, files, streams, timeouts and errors."""
+    other = Sandbox.connect(held.id)
+    assert text(held.shell("echo one > /tmp/shared; cat", input=b"abc")) == "abc"
+    assert text(other.exec(["cat", "/tmp/shared"])) == "one\n"  # noqa: S108 - the guest's
+    failed = other.exec(["sh", "-c", "echo out; echo err >&2; exit 3"])
+    assert (failed.outcome, failed.exit_code, failed.stdout, failed.stderr) == ("failed", 3, b"out\n", b"err\n")
+    late = held.exec(["sleep", "60"], timeout_s=0.5)
+    assert (late.outcome, "0.5 s (timeout_s)" in late.reason) == ("timeout", True)
+    missing = held.exec(["no-such-command"])
+    assert (missing.exit_code, "is not in the image" in missing.reason) == (127, True)
+    with pytest.raises(SandboxError, match="NUL byte"):
+        held.exec(["a\0b"])
+    held.files.write("new/a.txt", b"content")
+    assert other.files.read("new/a.txt") == b"content"
+    with pytest.raises(FileNotFoundError) as caught:
+        other.files.read("none")
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOENT, "none")
+    data = os.urandom(3_000_000)
+    assert other.exec(["cat"], input=data).stdout == data
+    process = held.start(["sh", "-c", "while read -r line; do echo got $line; done; exit 4"])
+    process.write(b"one\n")
+    assert process.read(timeout_s=60) == b"got one\n"
+    process.close_stdin()
+    assert process.wait(60).exit_code == 4
+
+
+def test_commands_of_many_threads_and_clients_run_at_once(held: Sandbox) -> None:
+    """Eight threads over two clients, and tasks of asyncio, get the output of their own commands."""
+    clients = held, Sandbox.connect(held.id)
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(lambda n: text(clients[n % 2].exec(["echo", str(n)])), range(24)))
+    assert found == [f"{n}\n" for n in range(24)]
+
+    async def main() -> list[bytes]:
+        async with await AsyncSandbox.connect(held.id) as sandbox:
+            done = await asyncio.gather(*(sandbox.exec(["echo", word]) for word in ("one", "two")))
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(sandbox.exec(["sleep", "600"]), 1)
+            return [one.stdout for one in done]
+
+    assert asyncio.run(main()) == [b"one\n", b"two\n"]
+    assert text(held.shell(SLEEPERS)) == "0\n"
+    assert held.alive
+
+
+def test_a_client_that_goes_away_ends_its_commands_but_no_detached_one(held: Sandbox) -> None:
+    """A command ends with its client, also if that is killed; a detached one stays, and others find it."""
+    code = f"""
+import sys, time
+from x07_sandbox import Sandbox
+sandbox = Sandbox.connect({held.id!r})
+print(sandbox.start(["sh", "-c", "sleep 2; exit 7"], detach=True).id, flush=True)
+sandbox.start(["sh", "-c", "sleep 600 & sleep 600"])
+while sandbox.shell({SLEEPERS!r}).stdout != b"3\\n":
+    pass
+print("ready", flush=True)
+time.sleep(600)
+"""
+    client = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert client.stdout is not None
+    number = int(client.stdout.readline())
+    assert client.stdout.readline() == b"ready\n"
+    client.kill()
+    client.communicate()
+    wait_until(lambda: int(text(held.shell(SLEEPERS))) <= 1)
+    assert held.process(number).wait(60).exit_code == 7
+    with pytest.raises(SandboxError, match="no detached command has this id"):
+        held.process(number)
+
+
+def test_the_name_tags_and_facts_of_a_sandbox(held: Sandbox) -> None:
+    """Sandboxes are found by name, id, start of an id and tags; a name is used once; others cannot be connected to."""
+    with Sandbox.create(name="one", tags={"job": "17", "kind": "test"}) as named:
+        assert [one.id for one in Sandbox.list({"job": "17"})] == [named.id]
+        assert {held.id, named.id} <= {one.id for one in Sandbox.list()}
+        assert Sandbox.list({"job": "18"}) == []
+        with pytest.raises(SandboxError, match="has the name one"):
+            Sandbox.create(name="one")
+        process = Sandbox.connect("one").start(["sleep", "600"])
+        (facts,) = Sandbox.list({"kind": "test"})
+        assert (facts.name, facts.held, facts.commands, facts.backend) == ("one", True, 1, "qemu")
+        assert facts.left_s is not None
+        assert 0 < facts.left_s <= 3600
+        named.extend(100)
+        (facts,) = Sandbox.list({"kind": "test"})
+        assert facts.left_s is not None
+        assert facts.left_s <= 100
+        process.kill()
+    assert named.id in {one.id for one in Sandbox.list()}  # the end of the block has left it open
+    assert Sandbox.connect("one").close().outcome == "ok"
+    with Sandbox(tags={"kind": "own"}) as own:
+        (facts,) = Sandbox.list({"kind": "own"})
+        assert (facts.id, facts.held, facts.left_s, facts.commands) == (own.id, False, None, None)
+        with pytest.raises(SandboxError, match="belongs to the process that opened it"):
+            Sandbox.connect(own.id)
+    for word in ("one", "99", ""):
+        with pytest.raises(SandboxError, match="cannot find"):
+            Sandbox.connect(word)
+
+
+def test_the_end_of_a_sandbox_reaches_all_its_clients(tmp_path: Path, state: Path) -> None:
+    """After a close, every client has the result, running commands raise, and the changes are applied."""
+    (tmp_path / "work").mkdir()
+    first = Sandbox.create(workdir=tmp_path / "work")
+    second = Sandbox.connect(first.id)
+    process = second.start(["sleep", "600"])
+    first.shell("echo 1 > new.txt")
+    assert [one.name for one in second.changes().changes.names] == ["new.txt"]
+    result = first.close()
+    assert (result.outcome, result.changes.state, len(result.commands)) == ("ok", "applied", 3)  # one looks for bash
+    with pytest.raises(SandboxError, match="closed"):
+        process.wait(60)
+    assert (second.alive, second.result) == (False, result)
+    assert second.close() == result
+    with pytest.raises(SandboxError, match="it was closed"):
+        second.exec(["true"])
+    assert (tmp_path / "work/new.txt").read_text() == "1\n"
+    wait_until(lambda: not left_behind(state))
+    assert not (all_runs() / first.id / SOCKET).exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_holder_that_ends_leaves_nothing_and_applies_nothing(number: int, tmp_path: Path, state: Path) -> None:
+    """After SIGTERM the changes are kept, after SIGKILL they are lost, and both times clients are told."""
+    (tmp_path / "work").mkdir()
+    opened = Sandbox.create(workdir=tmp_path / "work")
+    opened.shell("echo 1 > new.txt")
+    process = opened.start(["sleep", "600"])
+    (owner,) = owners(state)
+    os.kill(holder_of(opened.id), number)
+    with pytest.raises(SandboxError, match="cannot use the sandbox"):
+        process.wait(60)
+    wait_until(lambda: not marked(str(owner["instance"])))
+    assert Sandbox.list() == []
+    with pytest.raises(SandboxError, match="it has ended"):
+        Sandbox.connect(opened.id)
+    assert x07("sweep").returncode == 0
+    assert left_behind(state) == []
+    assert list((tmp_path / "work").iterdir()) == []
+    patch = x07("diff", opened.id)
+    assert (b"+1" in patch.stdout) == (number == signal.SIGTERM), patch.stderr
+
+
+def test_a_sandbox_that_expires_tells_its_clients(tmp_path: Path, state: Path) -> None:
+    """At the end of its lifetime, or when it was idle, changes are kept, and clients get the reason."""
+    (tmp_path / "work").mkdir()
+    opened = Sandbox.create(workdir=tmp_path / "work", idle_s=1)
+    opened.shell("echo 1 > new.txt")
+    wait_until(lambda: not opened.alive)
+    with pytest.raises(SandboxError, match="1 s"):
+        opened.exec(["true"])
+    assert opened.result is not None
+    assert (opened.result.outcome, opened.result.changes.state) == ("timeout", "kept")
+    wait_until(lambda: not left_behind(state))
+
+
+def test_a_killed_creator_leaves_no_sandbox(state: Path) -> None:
+    """If the creator is killed before it knows the id, the holder ends too."""
+    creator = subprocess.Popen([*X07, "sandbox", "create"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_until(lambda: list(state.glob("*-run")))
+    creator.kill()
+    creator.wait()
+    wait_until(lambda: Sandbox.list() == [] and not left_behind(state))
+
+
+@pytest.mark.parametrize("data", [b"", b"\xff" * 64, b"\0\0\0\1\xc0", b"\0\0\0\4\x91\xa5Watch"[:8], os.urandom(4096)])
+def test_malformed_bytes_on_the_socket_harm_nobody(held: Sandbox, data: bytes) -> None:
+    """A connection that sends nonsense is closed, and the sandbox goes on."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        folder = os.open(all_runs() / held.id, os.O_PATH)
+        connection.connect(f"/proc/self/fd/{folder}/{SOCKET}")
+        os.close(folder)
+        connection.sendall(data)
+        connection.shutdown(socket.SHUT_WR)
+        connection.settimeout(30)
+        with contextlib.suppress(ConnectionResetError):
+            assert connection.recv(1) == b""
+    assert text(held.exec(["echo", "on"])) == "on\n"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
+def test_another_user_cannot_connect(held: Sandbox) -> None:
+    """Even with a way to the socket, another user's connection is not served, and its owner is not asked."""
+    folder = os.open(all_runs() / held.id, os.O_PATH)
+    (all_runs() / held.id / SOCKET).chmod(0o777)  # the mode alone would refuse it
+    code = f"""
+import os, socket
+os.setgid(65534); os.setuid(65534)
+connection = socket.socket(socket.AF_UNIX)
+connection.connect("/proc/self/fd/{folder}/{SOCKET}")
+connection.settimeout(30)
+print(connection.recv(1))
+"""
+    tried = subprocess.run(
+        [sys.executable, "-c", code], pass_fds=(folder,), capture_output=True, check=False, timeout=60
+    )
+    os.close(folder)
+    assert tried.stdout in {b"b''\n", b""}, tried
+    assert text(held.exec(["echo", "on"])) == "on\n"
+
+
+# the command line
+
+
+def test_the_commands_of_x07_sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Create, exec, cp, ls, list and close do what their help says, with exit codes and JSON."""
+    tmp_path = tmp_path / "work"
+    tmp_path.mkdir()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("1\n")
+    made = x07("sandbox", "create", "--name", "build", "--workdir", ".", "--tag", "job=17", "--idle", "600")
+    assert made.returncode == 0, made.stderr
+    run = made.stdout.decode().strip()
+    assert x07("sandbox", "create", "--name", "build").returncode == 2
+    done = x07("sandbox", "exec", "build", "--", "sh", "-c", "cat; echo err >&2; exit 3", stdin=b"abc")
+    assert (done.returncode, done.stdout, done.stderr) == (3, b"", b"err\n")
+    assert x07("sandbox", "exec", "-i", run, "--", "cat", stdin=b"abc").stdout == b"abc"
+    done = x07("sandbox", "exec", "--timeout", "0.5", "build", "--", "sleep", "60")
+    assert (done.returncode, b"0.5 s (--timeout)" in done.stderr) == (124, True)
+    done = x07("sandbox", "exec", "build", "--", "no-such-command")
+    assert (done.returncode, b"is not in the image" in done.stderr) == (127, True)
+    shown = msgspec.json.decode(x07("sandbox", "exec", "--json", "build", "--", "echo", "hi").stdout)
+    assert (shown["outcome"], shown["stdout"]["text"], shown["sandbox"]) == ("ok", "hi\n", run)
+    done = x07("sandbox", "exec", "--env", "A=1", "--cwd", "/", "build", "--", "sh", "-c", "echo $A; pwd")
+    assert done.stdout == b"1\n/\n"
+    assert x07("sandbox", "cp", "a.txt", "build:b.txt").returncode == 0
+    rows = msgspec.json.decode(x07("sandbox", "ls", "--json", "build").stdout)["files"]
+    assert [(row["name"], row["kind"], row["size"]) for row in rows] == [("a.txt", "file", 2), ("b.txt", "file", 2)]
+    assert b" 2 " in x07("sandbox", "ls", "build", "b.txt").stdout
+    (tmp_path / "out").mkdir()
+    assert x07("sandbox", "cp", "build:b.txt", "out").returncode == 0
+    assert (tmp_path / "out/b.txt").read_text() == "1\n"
+    for words in (("none", "build:x"), ("build:none", "x"), ("a.txt", "out"), ("build:a", "build:b")):
+        assert x07("sandbox", "cp", *words).returncode == 2
+    assert b"job=17" in x07("sandbox", "list").stdout
+    assert x07("sandbox", "list", "--tag", "job=18").stdout.count(b"\n") == 1
+    closed = x07("sandbox", "close", "build")
+    assert (closed.returncode, b"applied" in closed.stderr) == (0, True)
+    assert (tmp_path / "b.txt").read_text() == "1\n"
+    assert x07("sandbox", "exec", "build", "--", "true").returncode == 2
+    assert x07("sandbox", "exec").returncode == 2
+
+
+def test_ctrl_c_kills_the_command_and_not_the_sandbox(held: Sandbox) -> None:
+    """SIGINT ends `x07 sandbox exec` with status 130 and kills its command; a closed pipe does the same."""
+    running = subprocess.Popen([*X07, "sandbox", "exec", held.id, "--", "sleep", "600"])
+    wait_until(lambda: text(held.shell(SLEEPERS)) == "1\n")
+    running.send_signal(signal.SIGINT)
+    assert running.wait(60) == 130
+    assert text(held.shell(SLEEPERS)) == "0\n"
+    piped = f"{' '.join(X07)} sandbox exec {held.id} -- yes | head -1"
+    assert subprocess.run(["/bin/sh", "-c", piped], capture_output=True, check=True, timeout=60).stdout == b"y\n"
+
+
+def test_a_port_is_forwarded_until_ctrl_c(held: Sandbox, tmp_path: Path) -> None:
+    """`x07 sandbox forward` prints the address, carries connections, and ends with its client or the sandbox."""
+    held.files.write("hello.txt", b"hello")
+    held.start(["python3", "-m", "http.server", "8000"], detach=True)
+    path = tmp_path / "server.sock"
+    argv = [*X07, "sandbox", "forward", "--unix", str(path), held.id, "8000"]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE) as running:
+        assert running.stdout is not None
+        assert running.stdout.readline().decode().strip() == str(path)
+        found = b""
+        until = time.monotonic() + 60
+        while b"hello" not in found and time.monotonic() < until:  # until the server listens
+            with socket.socket(socket.AF_UNIX) as connection:
+                connection.connect(str(path))
+                connection.sendall(b"GET /hello.txt HTTP/1.0\r\n\r\n")
+                found = b"".join(iter(lambda: connection.recv(65536), b""))
+        assert found.endswith(b"hello")
+        assert path.stat().st_mode & 0o777 == 0o600
+        held.close("discard")
+        assert running.wait(60) == 0
+    assert not path.exists()
+
+
+def test_a_terminal_has_size_job_control_and_an_end(held: Sandbox) -> None:
+    """`exec -it` gives the command a terminal: its size, Ctrl-C for the command alone, and the exit status."""
+    pid, master = pty.fork()
+    if pid == 0:
+        os.execv(X07[0], [*X07, "sandbox", "exec", "-it", held.id, "--", "sh"])  # noqa: S606 - no shell is needed
+
+    def until(end: bytes) -> bytes:
+        data = b""
+        while end not in data:
+            data += os.read(master, 65536)
+        return data
+
+    os.write(master, b"stty size\n")
+    until(b"24 80\r\n")
+    os.write(master, b"sleep 600; echo after=$?\n")
+    wait_until(lambda: text(held.shell(SLEEPERS)) == "1\n")
+    os.write(master, b"\x03")
+    os.write(master, b"echo st=$?\n")
+    assert b"st=130" in until(b"st=130")
+    os.write(master, b"exit 5\n")
+    with contextlib.suppress(OSError):  # the end of a terminal is an error
+        while os.read(master, 65536):
+            pass
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 5
+    os.close(master)
