@@ -69,6 +69,7 @@ _READ: Final = 256 * 1024
 _PIECE: Final = 64 * 1024
 _UNREAD_MAX: Final = 512 * 1024  # of a command; further output waits in the holder and in the VM
 _ANSWER_S: Final = 60.0
+_ENDED_S: Final = 5.0
 _NO_LIMITS: Final = CommandLimits(0, 0, 0, 0, 0)  # the holder has them
 _STREAMS: Final = {"stdout": Stream.STDOUT, "stderr": Stream.STDERR}
 _BAD: Final = (msgspec.MsgspecError, ValueError)
@@ -291,6 +292,12 @@ class HeldSandbox(AnySandbox):
             calls, self._at_end = self._at_end, []
         for call in calls:
             call()
+
+    def gone(self) -> BackendError:
+        """See `AnySandbox.gone`."""
+        self.session.until(lambda: False, _ENDED_S)  # the end of a command may arrive before that of its sandbox
+        self.result = self._session.result
+        return super().gone()
 
     def disconnect(self) -> None:
         """See `AnySandbox.disconnect`."""
