@@ -64,12 +64,20 @@ def signal_fd(number: int) -> int:
     return check(libc.signalfd(-1, mask, os.O_CLOEXEC), "signalfd")
 
 
-def drop_bounding_set() -> None:
-    """Empty the bounding set, so that nothing that this process executes gains capabilities. Raises OSError."""
-    held = status_mask("CapBnd")
+def drop_bounding_set(kept: int = 0) -> None:
+    """Reduce the bounding set to the mask *kept*, so that nothing executed gains other capabilities. Raises OSError."""
+    held = status_mask("CapBnd") & ~kept
     for capability in range(held.bit_length()):
         if held >> capability & 1:
             prctl(_CAPBSET_DROP, capability)
+
+
+def limit_capabilities(kept: int) -> None:
+    """Keep only the capabilities in the mask *kept*, also for what this process executes. Raises OSError."""
+    drop_bounding_set(kept)
+    low, high = kept & 0xFFFFFFFF, kept >> 32  # effective, permitted and inheritable words: first the lower ones
+    sets = struct.pack("=6I", low, low, 0, high, high, 0)
+    check(libc.capset(struct.pack("=Ii", _CAPABILITY_VERSION, 0), sets), "capset")
 
 
 def status_mask(name: str) -> int:

@@ -175,6 +175,8 @@ GROUPS: Final[dict[str, tuple[Option, ...]]] = {
     "virtual machine": (
         Option("--image", "NAME|DIGEST", "guest image (default: the one named default)",
                "text", "image", "image", manifest="image"),
+        Option("--guest-root", "", "let the program be root in the VM, over a writable copy of the system",
+               "switch", "guest_root", "guest_root", level="all"),
         Option("--require-hardware", "", "refuse an emulated VM; run only with hardware virtualisation",
                "switch", "require_hardware"),
         Option("--backend", "B", "backend that runs the program, such as podman (default: X07_VM_BACKEND, else qemu)",

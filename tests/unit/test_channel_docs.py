@@ -79,6 +79,7 @@ FIELD_MEANING: Final = {
     "OPEN.network": "Configuration of the egress relay; null without a relay.",
     "OPEN.out_writable": "Whether programs may write to /x07/out.",
     "OPEN.room": "Limits on the contents of changed files.",
+    "OPEN.root": "Whether programs are root in a user namespace of their own, over a writable layer of the system.",
     "EXEC.id": "From 1, and higher than the id of any command before.",
     "EXEC.argv": "The program and its arguments.",
     "EXEC.env": "The complete environment.",

@@ -96,7 +96,7 @@ def test_packages_are_sorted_and_counted_once() -> None:
 
 def test_command_line_names_no_architecture_but_the_tables() -> None:
     """Build commands name only the chosen architecture."""
-    options = "\n".join(recipe.mmdebstrap_options(ARCHES["aarch64"], (), "/k d.deb", "/s"))
+    options = "\n".join(recipe.mmdebstrap_options(ARCHES["aarch64"], "trixie", (), "/k d.deb", "/s"))
     assert "arm64" in options
     assert "aarch64-linux-gnu" in options
     assert "x86" not in options

@@ -142,6 +142,7 @@ class Open(NamedTuple):
 
     mem_bytes, tasks: of all commands together. tmp_bytes: the size of /tmp and of /dev/shm.
     out_writable: whether programs may write to /x07/out. network: None if there is no relay. room: for changes.
+    root: whether programs are root in a user namespace of their own, over a writable layer of the system.
     """
 
     hostname: str
@@ -154,6 +155,7 @@ class Open(NamedTuple):
     network: Network | None
     out_writable: bool
     room: Room
+    root: bool = False
 
 
 class Terminal(NamedTuple):
@@ -345,7 +347,7 @@ class Form(NamedTuple):
 
 
 def _open(values: list[Any]) -> Open:
-    hostname, mem_bytes, tasks, tmp_bytes, files, mounts, confine, network, out_writable, room = values
+    hostname, mem_bytes, tasks, tmp_bytes, files, mounts, confine, network, out_writable, room, root = values
     return Open(
         hostname,
         mem_bytes,
@@ -357,6 +359,7 @@ def _open(values: list[Any]) -> Open:
         network and Network(*network),
         out_writable,
         Room(*room),
+        root,
     )
 
 

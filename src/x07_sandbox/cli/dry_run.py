@@ -52,6 +52,7 @@ def _lines(found: Preview) -> list[str]:
         *(files if found.files else []),
         *(f"folder {root.host}: copied to {root.guest}, {_ACCESS[root.write]}" for root in found.roots),
         f"run in another VM: {_short(found.run)}",
+        *(["user: root in the VM, over a writable layer of its system"] if found.guest_root else []),
         f"limits: {', '.join(values)}",
         *([] if found.scaling is None else [f"scaled for emulation: time limits times {found.scaling.factor}"]),
         f"network: {_listed(found.hosts) or 'none'}{denied}",

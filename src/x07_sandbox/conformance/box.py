@@ -153,8 +153,11 @@ class Box:
 
 
 @contextlib.contextmanager
-def opened(bench: Bench, root: bytes = b"", **limits: int) -> Iterator[Box]:
-    """Open a sandbox. root: the tree (channel/trees) of a write root at ROOT. limits: of all commands, and of each."""
+def opened(bench: Bench, root: bytes = b"", *, guest_root: bool = False, **limits: int) -> Iterator[Box]:
+    """Open a sandbox. root: the tree (channel/trees) of a write root at ROOT. limits: of all commands, and of each.
+
+    guest_root: whether programs are root inside.
+    """
     most = _LIMITS._replace(**limits)
     tmp_bytes = 16 * settings.MIB
     needs = Needs(
@@ -176,6 +179,7 @@ def opened(bench: Bench, root: bytes = b"", **limits: int) -> Iterator[Box]:
         network=None,
         out_writable=False,
         room=Room(settings.MIB, settings.MIB),
+        root=guest_root,
     )
     kind = MachineKind(image=bench.image, ram_bytes=RAM_CLASSES[0])
     claim = Claim(run_id=new_run_id(), phase="run", wall_ms=_SANDBOX_MS)

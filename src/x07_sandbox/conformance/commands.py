@@ -302,6 +302,14 @@ def _memory_together(bench: Bench) -> None:
         expect("a command afterwards", "again", box.output(box.sh("echo -n again")))
 
 
+def _root_inside(bench: Bench) -> None:
+    text = "id -u; echo new > /etc/new; chown 33 /etc/new; stat -c %u /etc/new; kill -9 1 2>&1 >/dev/null | wc -l"
+    with opened(bench, guest_root=True) as box:
+        expect("output of root", "0\n33\n1\n", box.output(box.sh(text)))
+    with opened(bench) as box:
+        expect("output of another sandbox", "no\n", box.output(box.sh("test -e /etc/new || echo no")))
+
+
 def _own_cpu(bench: Bench) -> None:
     with opened(bench) as box:
         idle = box.start("cat", stdin=None, cpu_ms=1000)
@@ -344,5 +352,7 @@ ROWS: Final = (
     ("tasks-together", "All commands together have no more tasks than the sandbox may have.", _tasks_together),
     ("memory-together", "If all commands together exceed the memory of the sandbox, one is killed. Others go on.",
         _memory_together),
+    ("root-inside", "Root inside changes its own system, but neither that of another sandbox nor the agent.",
+        _root_inside),
     ("cpu-of-one", "A command is not killed for the CPU time of another.", _own_cpu),
 )  # fmt: skip

@@ -124,12 +124,22 @@ class Agent:
             self.machine_id = event.machine_id
             self.link.send(Seeded(event.nonce))
         elif isinstance(event, Open):
+            if event.root:
+                self._make_rooted(network=event.network is not None)
             self.environment = self.environment or Environment(self.platform, network=event.network is not None)
             self.environment.admit(event.network)
             opening = self.platform.adapt(event)
             self.sandbox = Sandbox(self.link, self.machine_id, opening, self.environment, self.audit, self._fail)
         elif sandbox is not None:
             sandbox.take(event)
+
+    def _make_rooted(self, *, network: bool) -> None:
+        """Replace the environment by one whose programs are root."""
+        self.platform.become_rooted()
+        first = self.environment is None
+        if self.environment is not None:
+            self.environment.close()
+        self.environment = Environment(self.platform, first=first, network=network)
 
     def _warm(self, order: Warm) -> None:
         """Prepare everything that does not depend on the job, then answer WARMED.

@@ -34,6 +34,10 @@ CWD: Final = "/opt/x07"
 IN_MEMORY: Final = ("/tmp", "/dev/shm")  # noqa: S108 - the program's tmpfs folders
 CGROUP_VIEW: Final = "/sys/fs/cgroup"
 _IGNORED: Final = (signal.SIGPIPE, signal.SIGXFSZ)  # by init, as by Python
+ROOTED_IDS: Final = f"0 {UID} 1\n1 100001 65535\n"  # the program's user is root inside; see user_namespaces(7)
+# CAP_CHOWN, DAC_OVERRIDE, FOWNER, FSETID, KILL, SETGID, SETUID, SETPCAP, NET_BIND_SERVICE, SETFCAP (capabilities(7)).
+_CAPABILITIES: Final = sum(1 << number for number in (0, 1, 3, 4, 5, 6, 7, 8, 10, 31))
+_RUN_BYTES: Final = 16 << 20
 _PTYS_MAX: Final = 64  # their kernel buffers are not charged to the program
 
 
@@ -46,8 +50,8 @@ class World(NamedTuple):
     base_filter, quiet_filter: seccomp filters for every program. readable: paths in the image without programs.
     network: whether the relay resolves names.
     group_folder: the control group that the program can read at CGROUP_VIEW, or "" if there is none.
-    program_uid: the user of programs, if that is another one. user_fd: the user namespace of the first process, once it
-    exists.
+    program_uid: the user of programs, if that is another one. user_fd: the user namespace of programs, if they have
+    one and it exists.
     """
 
     netns_fd: int
@@ -132,6 +136,23 @@ def _read_only_system(_world: World) -> None:
     os.mkdir(f"{ROOT}{CWD}")
 
 
+def _writable_system(world: World) -> None:
+    """Mount a writable layer over the image, whose files belong to the users of the programs' user namespace."""
+    os.makedirs(ROOT, exist_ok=True)
+    lower, upper, work = (f"{SCRATCH}/{name}" for name in ("lower", "upper", "upper-work"))
+    for path in (lower, upper, work):
+        os.mkdir(path, 0o755)
+    os.chown(upper, UID, UID)
+    image = system.open_tree("/")
+    system.map_ids(image, world.user_fd)
+    system.move_mount(image, lower)
+    options = f"lowerdir={lower},upperdir={upper},workdir={work},redirect_dir=on"
+    system.mount("overlay", ROOT, "overlay", system.MS_NOSUID | system.MS_NODEV, options)
+    for name in sorted(_OWN):
+        os.makedirs(f"{ROOT}/{name}", exist_ok=True)
+    os.makedirs(f"{ROOT}{CWD}", exist_ok=True)
+
+
 def _proc(_world: World) -> None:
     flags = system.MS_NOSUID | system.MS_NODEV | system.MS_NOEXEC
     system.mount("proc", f"{ROOT}/proc", "proc", flags, "hidepid=invisible")
@@ -190,6 +211,14 @@ def _temporary(world: World) -> None:
     _remount(f"{ROOT}/run", system.MS_RDONLY)
 
 
+def _writable_run(world: World) -> None:
+    _temporary(world)
+    run = f"{ROOT}/run"
+    system.mount("", run, "", system.MS_REMOUNT | system.MS_NOSUID | system.MS_NODEV, f"size={_RUN_BYTES}")
+    _remount(run, 0)
+    os.chown(run, UID, UID)
+
+
 def _kernel_state(world: World) -> None:
     """Mount a read-only /sys that contains only the program's control group: Node, the JVM and Go read limits there."""
     system.mount("tmpfs", f"{ROOT}/sys", "tmpfs", system.MS_NOSUID | system.MS_NODEV, "mode=0755,size=4k")
@@ -213,8 +242,12 @@ def _work_folders(_world: World) -> None:
 
 
 def _enter(_world: World) -> None:
-    system.pivot_root(ROOT)
+    _enter_writable(_world)
     root_mode(system.MS_RDONLY)
+
+
+def _enter_writable(_world: World) -> None:
+    system.pivot_root(ROOT)
 
 
 def rules(world: World) -> None:
@@ -345,6 +378,16 @@ def _own_user(_world: World) -> None:
     os.setresuid(UID, UID, UID)  # leaving uid 0 clears all capability sets
 
 
+def _root_inside(world: World) -> None:
+    """Become root in the programs' user namespace, with the capabilities that packages need to be installed."""
+    os.setns(world.user_fd, os.CLONE_NEWUSER)
+    os.close(world.user_fd)
+    os.setgroups([])
+    os.setresgid(0, 0, 0)
+    os.setresuid(0, 0, 0)
+    kernel.limit_capabilities(_CAPABILITIES)
+
+
 def _no_new_privileges(_world: World) -> None:
     kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
 
@@ -395,6 +438,23 @@ MACHINE: Final = Confinement(
         Step("system calls", "no new privileges", _system_calls),
     ),
     job=(*VIEW, Step("resource limits", "CAP_SYS_RESOURCE", _resource_limits, RESOURCES)),
+)
+
+
+_INSTEAD: Final = {
+    step.name: step
+    for step in (
+        Step("read-only system", "CAP_SYS_ADMIN, overlayfs, idmapped mounts", _writable_system),
+        Step("temporary folders", "CAP_SYS_ADMIN", _writable_run),
+        Step("root", "CAP_SYS_ADMIN", _enter_writable),
+        Step("own user", "CAP_SYS_ADMIN, a user namespace", _root_inside),
+    )
+}
+# For programs that are root in a user namespace of their own. The network namespace stays ours.
+ROOTED: Final = Confinement(
+    world=tuple(_INSTEAD.get(step.name, step) for step in MACHINE.world),
+    rights=tuple(_INSTEAD.get(step.name, step) for step in MACHINE.rights),
+    job=MACHINE.job,
 )
 
 

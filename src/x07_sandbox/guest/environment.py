@@ -117,6 +117,7 @@ class Environment:
             network=network,
             group_folder=self._first.group.shown,
             program_uid=-1 if platform.program_uid is None else platform.program_uid,
+            user_fd=platform.user_fd,
         )
         self.relay = platform.relay(world.netns_fd) if network else None
         own = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)

@@ -47,7 +47,8 @@ def run_init(
     """Run as init. agent, report_fd: for messages from and to the agent. Never returns."""
     try:
         os.setsid()
-        close_descriptors_except(*pipes.all(), agent.fileno(), report_fd, world.netns_fd, *world.procs_fds)
+        kept = agent.fileno(), report_fd, world.netns_fd, world.user_fd, *world.procs_fds
+        close_descriptors_except(*pipes.all(), *kept)
         confine.apply(confinement.world, world)
         confine.own_signals()
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])  # for `serve`; programs start with no signal blocked

@@ -78,6 +78,16 @@ class Machine(Platform):
         system.mount(_disk(SCRATCH_SERIAL), self.scratch, "ext4", system.MS_NOATIME | flags, lazy)
         confine.mount_memory()
 
+    def become_rooted(self) -> None:
+        """Make the next environment one whose programs are root in a user namespace of their own."""
+        limit = "/proc/sys/user/max_user_namespaces"
+        write_file(limit, "1")
+        try:
+            self.user_fd = system.user_namespace(confine.ROOTED_IDS)
+        finally:
+            write_file(limit, "0")  # programs can make none
+        self.confinement = confine.ROOTED
+
     def relay(self, netns_fd: int) -> RelayProcess:
         """Start a relay, which opens its own virtio port and delays first packets until the gate has decided."""
         from x07_sandbox.guest.relay_process import RelayProcess

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _STEPS_MAX: Final = 256  # folders and links on the way to one file
 
 
-def mount_all(init: int, mounts: Sequence[tuple[str, str, bool]]) -> None:
+def mount_all(init: int, mounts: Sequence[tuple[str, str, bool]], *, writable_root: bool) -> None:
     """Mount (source, mount point, writable) in init's namespace, outer folders first. Raises JobError, OSError."""
     trees = []
     for source, at, writable in mounts:
@@ -30,7 +30,7 @@ def mount_all(init: int, mounts: Sequence[tuple[str, str, bool]]) -> None:
     status_r, status_w = os.pipe2(os.O_CLOEXEC)
     pid = os.fork()  # a child, since setns would change our own view
     if pid == 0:
-        _attach(namespace, trees, status_w)
+        _attach(namespace, trees, status_w, 0 if writable_root else system.MS_RDONLY)
     for fd in (namespace, status_w, *(fd for fd, _, _ in trees)):
         os.close(fd)
     status = system.read_all(status_r).decode("utf-8", "replace")
@@ -149,7 +149,7 @@ def _below(name: str, sub: str) -> str | None:
     return name[len(sub) + 1 :] if name.startswith(f"{sub}/") else None
 
 
-def _attach(namespace: int, trees: Sequence[tuple[int, str, bool]], status_fd: int) -> NoReturn:
+def _attach(namespace: int, trees: Sequence[tuple[int, str, bool]], status_fd: int, root_flags: int) -> NoReturn:
     try:
         os.setns(namespace, os.CLONE_NEWNS)
         confine.root_mode(0)
@@ -159,7 +159,7 @@ def _attach(namespace: int, trees: Sequence[tuple[int, str, bool]], status_fd: i
                 if not folder:
                     os.close(os.open(at, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o444))
             system.move_mount(fd, at)
-        confine.root_mode(system.MS_RDONLY)
+        confine.root_mode(root_flags)
         os.write(status_fd, b"ok")
     except OSError as exc:
         os.write(status_fd, str(exc).encode("utf-8", "backslashreplace")[:1000])

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
+from x07_sandbox.guest.errors import JobError
 from x07_sandbox.guest.mounts import mount_all
 from x07_sandbox.guest.trees import Tree
 
@@ -27,6 +28,7 @@ class Platform(ABC):
     machine_id: path of the file that the program sees as /etc/machine-id.
     channel_out_fd: a separate descriptor for writing to the channel, or None.
     filtered: whether programs run under seccomp filters. namespaces: whether programs have their own namespaces.
+    user_fd: the user namespace in which programs are root, or -1.
     """
 
     confinement: Confinement
@@ -37,6 +39,7 @@ class Platform(ABC):
     channel_out_fd: int | None = None
     filtered: bool
     namespaces: bool
+    user_fd = -1
 
     @abstractmethod
     def open_channel(self) -> int:
@@ -69,7 +72,11 @@ class Platform(ABC):
 
     def mount(self, init: int, mounts: Sequence[tuple[str, str, bool]]) -> None:
         """Mount (source, mount point, writable) in init's namespace, outer folders first. Raises JobError, OSError."""
-        mount_all(init, mounts)
+        mount_all(init, mounts, writable_root=self.user_fd >= 0)
+
+    def become_rooted(self) -> None:
+        """Make the next environment one whose programs are root. Raises JobError, OSError."""
+        raise JobError("root", 0, "this platform has no root for programs")
 
     def reading(self) -> AbstractContextManager[None]:
         """Return a context in which files written by the program can be read."""

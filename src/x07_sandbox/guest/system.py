@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -35,6 +36,7 @@ _MOVE_MOUNT_F_EMPTY_PATH: Final = 4
 _AT_FDCWD: Final = -100
 _AT_EMPTY_PATH: Final = 0x1000
 _AT_RECURSIVE: Final = 0x8000
+_MOUNT_ATTR_IDMAP: Final = 0x00100000
 _FINIT_MODULE: Final = {"x86_64": 313, "aarch64": 273}
 
 libc.mount.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p]
@@ -73,6 +75,38 @@ def change_mount(mount: int | str, flags: int, *, below: bool = False) -> None:
     attributes = struct.pack("=4Q", MS_NOSUID | MS_NODEV | flags, 0, 0, 0)  # the first four bits are those of mount(2)
     how |= _AT_RECURSIVE if below else 0
     check(libc.syscall(_MOUNT_SETATTR, fd, path, how, attributes, len(attributes)), f"mount_setattr {mount}")
+
+
+def map_ids(fd: int, user_fd: int) -> None:
+    """Map the owners of a detached mount's files by a user namespace (MOUNT_ATTR_IDMAP). Raises OSError."""
+    attributes = struct.pack("=4Q", _MOUNT_ATTR_IDMAP, 0, 0, user_fd)
+    check(libc.syscall(_MOUNT_SETATTR, fd, b"", _AT_EMPTY_PATH, attributes, len(attributes)), "mount_setattr idmap")
+
+
+def user_namespace(ids: str) -> int:
+    """Return the descriptor of a new user namespace without processes. ids: as in its uid_map. Raises OSError."""
+    ready_r, ready_w = os.pipe2(os.O_CLOEXEC)
+    go_r, go_w = os.pipe2(os.O_CLOEXEC)
+    pid = os.fork()
+    if pid == 0:
+        with contextlib.suppress(OSError):
+            os.unshare(os.CLONE_NEWUSER)
+            os.write(ready_w, b"1")
+        os.close(ready_w)
+        os.close(go_w)
+        os.read(go_r, 1)
+        os._exit(0)
+    os.close(ready_w)
+    os.close(go_r)
+    try:
+        if not read_all(ready_r):
+            raise OSError(errno.EPERM, os.strerror(errno.EPERM), "unshare CLONE_NEWUSER")
+        for name in ("uid_map", "gid_map"):
+            write_file(f"/proc/{pid}/{name}", ids)
+        return os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
+    finally:
+        os.close(go_w)
+        os.waitpid(pid, 0)
 
 
 def move_mount(fd: int, target: str) -> None:

@@ -173,7 +173,9 @@ def _mmdebstrap(work: Path, spec: BaseSpec, progress: Callable[[str], None]) -> 
     check_space(work, NEEDED_BYTES)
     require_namespaces()
     argv = [*own_namespaces(), commands.tool("mmdebstrap"), "--mode=root", "--format=tar"]
-    argv += recipe.mmdebstrap_options(spec.arch, spec.include, str(work / "kernel.deb"), str(work / "dpkg-status"))
+    argv += recipe.mmdebstrap_options(
+        spec.arch, spec.suite, spec.include, str(work / "kernel.deb"), str(work / "dpkg-status")
+    )
     argv += [f"--aptopt={setting}" for setting in settings]
     with (work / TAR_FILE).open("wb") as tar:
         # mmdebstrap's processes inherit the lock; `remove_work` waits for it.

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host.arch import Arch
 
-RECIPE = 3
+RECIPE = 4
 PIP_LAYOUT = 2  # bump when a change in pip.py changes the contents of an image with Python packages
 PACKAGES = ("ca-certificates", "g++", "gcc", "iproute2", "libc6-dev", "libseccomp2", "make", "nftables", "python3")
 JOB_ID = 65532  # uid and gid of the program; guest/confine uses the same
@@ -44,6 +44,26 @@ package=$(apt-cache depends --important {meta} | sed -n 's/^ *Depends: \\(linux-
 test -n "$package" || {{ echo 'no kernel package found below {meta}' >&2; exit 1; }}
 apt-get -q -o APT::Sandbox::User=root download "$package"
 mv -- *.deb kernel.deb
+"""
+# For programs that are root in the VM (--guest-root). Debian's own servers, whatever the host uses.
+APT = """
+if [ -x "$1/usr/bin/apt-get" ]; then
+mkdir -p "$1/etc/apt/apt.conf.d" "$1/etc/apt/preferences.d" "$1/etc/apt/sources.list.d" "$1/etc/apt/trusted.gpg.d"
+mkdir -p "$1/var/lib/apt/lists/partial" "$1/var/cache/apt/archives/partial"
+cat > "$1/etc/apt/sources.list.d/debian.sources" <<END
+Types: deb
+URIs: http://deb.debian.org/debian
+Suites: {suite} {suite}-updates
+Components: main
+Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg
+
+Types: deb
+URIs: http://deb.debian.org/debian-security
+Suites: {suite}-security
+Components: main
+Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg
+END
+fi
 """
 # Remove traces of the host and the build: names of mirrors, resolvers and this machine; times; logs.
 CLEAN = """
@@ -79,7 +99,7 @@ def check_modules(preload: Sequence[str]) -> tuple[str, ...]:
     return tuple(sorted(set(preload)))
 
 
-def mmdebstrap_options(arch: Arch, include: Sequence[str], kernel_deb: str, dpkg_status: str) -> list[str]:
+def mmdebstrap_options(arch: Arch, suite: str, include: Sequence[str], kernel_deb: str, dpkg_status: str) -> list[str]:
     """Return mmdebstrap's options. kernel_deb, dpkg_status: paths on the host for the kernel package and dpkg's status.
 
     The hook CLEAN removes apt's folders. mmdebstrap's own clean-up would create them again. /sys is skipped, since an
@@ -97,6 +117,7 @@ def mmdebstrap_options(arch: Arch, include: Sequence[str], kernel_deb: str, dpkg
         _script(ACCOUNTS),
         _script(BYTE_CODE),
         _script(CLEAN.format(multiarch=arch.multiarch)),
+        _script(APT.format(suite=suite)),
     ]
     options.append(f"--setup-hook={_script(MAN_FOLDERS)}")
     return options + [f"--customize-hook={hook}" for hook in hooks]

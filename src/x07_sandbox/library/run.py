@@ -65,6 +65,7 @@ def run_program(  # noqa: PLR0913 - each is a keyword
     allow_hidden: bool = False,
     allow_symlinks: bool = False,
     hide: Sequence[str] = (),
+    guest_root: bool = False,
     on_output: OnOutput | None = None,
     check: bool = False,
 ) -> Result:
@@ -97,6 +98,8 @@ def run_program(  # noqa: PLR0913 - each is a keyword
     hide: patterns of names that are not copied into the VM, such as ``*.csv``.
     allow_hidden, allow_symlinks: whether to copy names that begin with a dot, and symbolic links, in and out. If you
     pass a policy, set this in the policy instead.
+    guest_root: whether the program is root in the VM, with a writable copy of its system, so that it can install
+    packages. Builds, the rules for folders and the network stay the same.
     max_output_bytes: limit for each output stream, 64 MiB by default.
     on_output: a function that is called from another thread with "stdout" or "stderr" and bytes as they arrive. If it
     raises an exception, the run ends and this call raises the exception.

@@ -45,6 +45,7 @@ class SandboxOptions(TypedDict, total=False):
     allow_hidden: bool
     allow_symlinks: bool
     hide: Sequence[str]
+    guest_root: bool
     memory: str | int | None
     cpu_s: float | None
     procs: int | None
@@ -90,6 +91,7 @@ class Sandbox:
         allow_hidden: bool = False,
         allow_symlinks: bool = False,
         hide: Sequence[str] = (),
+        guest_root: bool = False,
         memory: str | int | None = None,
         cpu_s: float | None = None,
         procs: int | None = None,
@@ -107,7 +109,7 @@ class Sandbox:
         """Open a sandbox. Raises SandboxError.
 
         policy, image, env, workdir, read_only, files, read_roots, write_roots, allow_hosts, deny_hosts, allow_hidden,
-        allow_symlinks, hide, max_file_size, ca: see `run_program`. Commands start in a copy of workdir.
+        allow_symlinks, hide, guest_root, max_file_size, ca: see `run_program`. Commands start in a copy of workdir.
         memory, procs: limits of all commands together. cpu_s, fds: limits of each command. Of a policy that you pass,
         `limits.wall_ms` and `limits.cpu_ms` limit each command; those of the built-in policy do not apply.
         scale_limits: whether to multiply these times by the slowdown of emulation; None follows your settings.

@@ -40,6 +40,7 @@ _ENVIRONMENT: Final = {
     "PYTHONUNBUFFERED": "1",
     "PYTHONDONTWRITEBYTECODE": "1",
 }
+_OF_ROOT: Final = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root"}
 # The variables by which OpenSSL, Python, Go, curl, git, pip, Node, cargo and others find the certificates they trust.
 _CA_VARIABLES: Final = (
     *("SSL_CERT_FILE", "CURL_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "NODE_EXTRA_CA_CERTS", "GIT_SSL_CAINFO", "PIP_CERT"),
@@ -50,9 +51,14 @@ _NO_ROOM: Final = Room(0, 0)
 _PROJECT_MOUNT: Final = Mount(tree=None, sub="", at=PROJECT_FOLDER, write=True, changes=False)
 
 
-def run_environment(policy: Policy, named: Mapping[str, str], ours: Mapping[str, str]) -> dict[str, str]:
-    """Return a program's environment: fixed variables, allowed host variables (*ours*), *named* ones, and X07's."""
-    env = dict(_ENVIRONMENT)
+def run_environment(
+    policy: Policy, named: Mapping[str, str], ours: Mapping[str, str], *, root: bool = False
+) -> dict[str, str]:
+    """Return a program's environment: fixed variables, allowed host variables (*ours*), *named* ones, and X07's.
+
+    root: whether the program is root in the guest.
+    """
+    env = _ENVIRONMENT | _OF_ROOT if root else dict(_ENVIRONMENT)
     if policy.env.enabled:
         env |= {key: ours[key] for key in policy.env.allow_keys if key in ours and not key.startswith("X07_")}
     for key in policy.env.deny_keys:
@@ -97,6 +103,7 @@ def opening(  # noqa: PLR0913 - what a session consists of
     room: Room = _NO_ROOM,
     *,
     out_writable: bool,
+    root: bool = False,
 ) -> Open:
     """Return the description of a session. confine, limits: of its commands."""
     return Open(
@@ -110,6 +117,7 @@ def opening(  # noqa: PLR0913 - what a session consists of
         network=network,
         out_writable=out_writable,
         room=room,
+        root=root,
     )
 
 
@@ -126,7 +134,7 @@ def run_spec(
     if protocol is not None:
         more = protocol.run_files(prepared.whole_input)
         files += [in_memory(data, path, 0o644, stack) for path, data in more.items()]
-    env = run_environment(policy, request.env, os.environ)
+    env = run_environment(policy, request.env, os.environ, root=request.guest_root)
     if prepared.ca:
         from x07_sandbox.channel.egress import CA_FILE  # few runs have certificates
 
@@ -154,7 +162,16 @@ def run_spec(
     order = Exec(1, [*_start(program, cwd), *request.args], env, cwd, limits.for_guest())
     return PhaseSpec(
         name="run",
-        opening=opening(confine, order.limits, files, mounts, network, room, out_writable=left_files is not None),
+        opening=opening(
+            confine,
+            order.limits,
+            files,
+            mounts,
+            network,
+            room,
+            out_writable=left_files is not None,
+            root=request.guest_root,
+        ),
         order=order,
         closing=Close(1, None, left),
         files=tuple(files),

@@ -130,6 +130,7 @@ def prepare(
     availability = backend.probe(image, boot=not dry)
     _require_hardware(request, availability)
     _require_host_files(request, availability, backend)
+    _require_guest_root(request, availability, backend)
     by_proxy = effective_policy.policy.may_connect and _proxy_resolves()
     plan = make_plan(effective_policy.policy, availability.features, cpu_ms=program.cpu_ms, proxy_resolves=by_proxy)
     draft = replace(
@@ -179,6 +180,13 @@ def _require_host_files(request: RunRequest, availability: Availability, backend
             why = f"the backend {backend.name} cannot copy files back"
             fix = ("Remove ", name, ", or use ", _A_VM)
             raise RefusedError(("cannot use ", name), why, fix, code="no-host-files")
+
+
+def _require_guest_root(request: RunRequest, availability: Availability, backend: Backend) -> None:
+    if request.guest_root and "guest-root" not in availability.features.can_enforce:
+        what = ("cannot use ", Flag("--guest-root"))
+        why = f"the backend {backend.name} has no kernel of its own, on which a program may be root"
+        raise RefusedError(what, why, ("Remove it, or use ", _A_VM), code="no-guest-root")
 
 
 def _egress(policy: EffectivePolicy) -> Egress | None:

@@ -34,6 +34,7 @@ class Preview(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     denied_hosts: hosts that flags deny.
     blocked_hosts: HOST:PORTS of `hosts` that are special addresses, and the settings that would allow them.
     proxy_resolves: whether the user's proxy resolves the names, so that their addresses are not checked.
+    guest_root: whether the program is root in the VM, over a writable layer of its system.
     """
 
     schema_version: Literal["x07.sandbox.preview@0.1.0"] = SCHEMA
@@ -50,6 +51,7 @@ class Preview(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     denied_hosts: tuple[str, ...] = ()
     blocked_hosts: tuple[str, ...] = ()
     proxy_resolves: bool = False
+    guest_root: bool = False
 
 
 def preview(request: RunRequest, caller: RunCaller) -> Preview:
@@ -73,6 +75,7 @@ def preview(request: RunRequest, caller: RunCaller) -> Preview:
             image=ready.image_name,
             plan=ready.plan,
             scaling=scaling,
+            guest_root=request.guest_root,
             hosts=tuple(_endpoint(entry) for entry in allowlist.entries) if allowlist else (),
             denied_hosts=tuple(_endpoint(entry) for entry in allowlist.denied) if allowlist else (),
             blocked_hosts=_blocked(allowlist) if allowlist else (),

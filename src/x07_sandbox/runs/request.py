@@ -118,6 +118,7 @@ class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
     cache: bool = True
     queue_s: float = settings.QUEUE_S
     require_hardware: bool = False
+    guest_root: bool = False
     profile: str | None = None
     changes: ChangesChoice = "apply"
     out: Path | None = None
