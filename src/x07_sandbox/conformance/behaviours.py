@@ -493,7 +493,7 @@ _NEEDS: Final = {
     "no-host-files": "no-host-files", "no-host-variables": "no-host-variables", "no-more-tasks": "confinement",
     "unlisted-name": "network", "gate-asked": "network", "connect-fails": "held-connections",
     "cpu-of-one": "limits.cpu_ms", "memory-together": "limits.mem_bytes", "tasks-together": "limits.procs",
-    "whole-command": "command-groups", "changes-so-far": "host-files", "root-inside": "guest-root",
+    "whole-command": "command-groups", "changes-so-far": "host-files",
     "no-execution": "confinement", "read-root": "host-files", "write-root": "host-files", "out-folder": "host-files",
 }  # fmt: skip
 BEHAVIOURS: Final = tuple(

@@ -12,12 +12,14 @@ VM_CAPABILITIES: Final = frozenset(
     {
         *("limits.cpu_ms", "limits.mem_bytes", "limits.fds", "limits.procs", "limits.core_dumps"),
         *("confinement", "host-files", "no-host-files", "no-host-variables", "no-network"),
-        *("network", "held-connections", "command-groups", "guest-root"),
+        *("network", "held-connections", "command-groups"),
     }
 )
 
 # Why a backend does not have "command-groups".
 LEAVES_TREE: Final = "a command's processes are found in its process tree and sessions, which a process can leave"
+# Why a program of a backend cannot be root inside.
+NO_ROOT: Final = "the program shares this host's kernel, on which it is never root"
 
 
 class Words(msgspec.Struct, frozen=True, kw_only=True):
@@ -60,8 +62,7 @@ class Features(msgspec.Struct, frozen=True, kw_only=True):
     and execution), "no-network" and others (the program has none), "network" (connections through the egress gate) and
     "held-connections" (the program sees a denial as an error of connect()), "command-groups" (each command of a sandbox
     has a control group: it has limits of its own, and is killed with all its processes. Otherwise commands share the
-    limits of the sandbox, and a process that has left its command's process tree lives until the sandbox is closed),
-    "guest-root" (programs may be root in a user namespace of their own, over a writable layer of the system).
+    limits of the sandbox, and a process that has left its command's process tree lives until the sandbox is closed).
     """
 
     isolation: Isolation

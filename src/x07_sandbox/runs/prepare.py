@@ -183,9 +183,9 @@ def _require_host_files(request: RunRequest, availability: Availability, backend
 
 
 def _require_guest_root(request: RunRequest, availability: Availability, backend: Backend) -> None:
-    if request.guest_root and "guest-root" not in availability.features.can_enforce:
+    if request.guest_root and not availability.features.own_kernel:
         what = ("cannot use ", Flag("--guest-root"))
-        why = f"the backend {backend.name} has no kernel of its own, on which a program may be root"
+        why = f"the backend {backend.name} has no kernel of its own, on which a program could be root"
         raise RefusedError(what, why, ("Remove it, or use ", _A_VM), code="no-guest-root")
 
 

@@ -26,13 +26,14 @@ from x07_sandbox.images.guestcode import read_guest_code
 from x07_sandbox.images.verify import OpenImage
 from x07_sandbox.jobs.record import JobRecord
 from x07_sandbox.jobs.stopping import stop_recorded
-from x07_sandbox.plan.features import LEAVES_TREE, VM_CAPABILITIES, Features
+from x07_sandbox.plan.features import LEAVES_TREE, NO_ROOT, VM_CAPABILITIES, Features
 
 _REFERENCE_MAX: Final = 512
 _ORPHANS_MAX: Final = 1000
 _GAPS: Final = {
     "connect-fails": "the relay accepts a connection before the gate decides, and resets it if the gate refuses",
     "whole-command": LEAVES_TREE,
+    "root-inside": NO_ROOT,
     "damaged-image": "the engine stores the image, and only its id is checked",
 }
 

@@ -29,7 +29,7 @@ from x07_sandbox.jobs.reader import StoredJob
 from x07_sandbox.jobs.record import Claim, JobRecord, create_record, new_run_id
 from x07_sandbox.jobs.stopping import stop_recorded
 from x07_sandbox.kernel import landlock_version
-from x07_sandbox.plan.features import LEAVES_TREE, Features
+from x07_sandbox.plan.features import LEAVES_TREE, NO_ROOT, Features
 
 NFT: Final = "/usr/sbin/nft"
 _ANSWER_S: Final = 5.0
@@ -51,12 +51,14 @@ _TASKS_APART: Final = (5, 14)  # since this Linux a process limit counts each us
 _LANDLOCK_LEAST: Final = 2  # the first version that allows moving files between folders
 _SHARED: Final = {
     "whole-command": LEAVES_TREE,
+    "root-inside": NO_ROOT,
     "connect-fails": "the relay accepts a connection before the gate decides, and resets it if the gate refuses",
 }
 _NO_IMAGE: Final = dict.fromkeys(("image-digest", "damaged-image"), "it uses this host's programs instead of an image")
 _NO_COPIES: Final = "an unconfined program cannot get copies of folders"
 _UNCONFINED: Final = {
     "whole-command": LEAVES_TREE,
+    "root-inside": NO_ROOT,
     **dict.fromkeys(("cpu", "cpu-of-one"), "CPU time of children that are not waited for is not counted"),
     **dict.fromkeys(
         ("memory", "tasks", "memory-together", "tasks-together"),
