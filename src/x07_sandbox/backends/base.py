@@ -59,6 +59,11 @@ class MachineKind(msgspec.Struct, frozen=True, kw_only=True):
         return "" if self.image is None else self.image.manifest.digest
 
     @property
+    def has_program_root(self) -> bool:
+        """Whether programs see the files of an imported image, and not those of the image of the agent."""
+        return self.runtime == "run" and self.image is not None and self.image.manifest.program is not None
+
+    @property
     def key(self) -> tuple[str, int, str, bool]:
         """A value that is equal for equal kinds, also in other processes."""
         return self.image_digest, self.ram_bytes, self.runtime, self.network

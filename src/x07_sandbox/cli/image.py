@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import re
 from pathlib import Path
+from shlex import join
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.backends.base import NOT_IMPORTED, SLOW_IMPORT
-from x07_sandbox.cli.console import Progress, say, show, size
+from x07_sandbox.cli.console import Progress, plain, say, show, size
 from x07_sandbox.cli.json_output import deliver, print_document
-from x07_sandbox.cli.parser import add_document_flags, folder_path, inner_verb, switch
+from x07_sandbox.cli.parser import add_document_flags, folder_path, inner_verb, nonempty, switch
 from x07_sandbox.errors import SandboxError, UsageError
 from x07_sandbox.images.build import build_image
 from x07_sandbox.images.store import (
@@ -37,6 +39,7 @@ from x07_sandbox.reports.verbs import (
 )
 
 if TYPE_CHECKING:
+    from x07_sandbox.images.manifest import ProgramRoot
     from x07_sandbox.images.store import DamagedImage, Image
 
 _SHOWN: Final = 5
@@ -53,6 +56,16 @@ _EXAMPLES: Final = """examples:
   x07 image load                                 load an image into podman and docker
   x07 image rm science
   x07 image verify                               compare every byte of an image with its manifest
+"""
+_IMPORT: Final = """Programs, commands and sandboxes that use the image see its files. The agent of x07 stays in an
+image of its own, so the container image needs no shell and no Python. Its environment and working folder apply.
+Programs run as an ordinary user, or as root with --guest-root, whatever user the image names. They are built in x07's
+own image.
+
+examples:
+  x07 image import docker://docker.io/library/alpine:3.22 --name alpine
+  podman save --format oci-archive -o app.tar app && x07 image import app.tar
+  x07 exec --image alpine -- /bin/busybox
 """
 _LOAD: Final = """Load an image into podman and docker, for --backend podman|docker. The image has the same id in both,
 and on every host. To accept only this image, set X07_VM_GUEST_IMAGE_DIGEST to this id."""
@@ -89,6 +102,11 @@ def add_image(parser: argparse.ArgumentParser) -> None:
     doc = "folder with a Linux build of the X07 language (bin/x07-os-runner and what it needs); later builds reuse it"
     build.add_argument("--x07-toolchain", type=folder_path, metavar="DIR", help=doc)
     switch(build, "--fresh", "download all packages again, to get newer versions")
+    imported = inner_verb(inner, "import", "make an image whose programs see the files of a container image")
+    imported.epilog = _IMPORT
+    doc = "OCI layout (a folder or an archive), archive of docker save, or docker://REFERENCE"
+    imported.add_argument("source", metavar="SOURCE", type=nonempty, help=doc)
+    imported.add_argument("--name", metavar="NAME", help="name of the image (default: from SOURCE)")
     listing = inner_verb(inner, "list", "list images")
     load = inner.add_parser("load", help="load an image into podman and docker", description=_LOAD)
     load.add_argument(
@@ -106,7 +124,7 @@ def add_image(parser: argparse.ArgumentParser) -> None:
     inspect = inner_verb(inner, "inspect", "print the manifest of an image")
     verify = inner_verb(inner, "verify", "compare every byte of an image with its manifest")
     for sub, action in (
-        *((build, _build), (listing, _list), (load, _load), (remove, _remove)),
+        *((build, _build), (imported, _import), (listing, _list), (load, _load), (remove, _remove)),
         *((inspect, _inspect), (verify, _verify)),
     ):
         if sub in {inspect, verify}:
@@ -115,6 +133,34 @@ def add_image(parser: argparse.ArgumentParser) -> None:
             )
         add_document_flags(sub)
         sub.set_defaults(carry_out=action)
+
+
+def _import(options: argparse.Namespace) -> int:
+    from x07_sandbox.images.build import import_image
+
+    name = options.name or _name_from(options.source)
+    progress = Progress(f"image {name}")
+    image, left_out = import_image(options.source, name, progress)
+    with contextlib.suppress(SandboxError):  # later runs save the VMs, or say why they cannot
+        prepare_clones(image, progress)
+    progress.done(f"ready: {image.digest}")
+    program = image.manifest.program
+    if left_out:
+        say(f"left out: {left_out} devices and sockets")
+    if program is not None and program.user not in {"", "65532"}:
+        what = "root only with --guest-root" if program.user.partition(":")[0] in {"0", "root"} else "uid 65532"
+        say(f"the image's user is {program.user}; its programs run as {what}")
+    print_document(BuildReport(name=name, digest=image.digest), options)
+    return 0
+
+
+def _name_from(source: str) -> str:
+    """Return a name for an image: the last part of its reference or path, without tag, digest and suffix."""
+    last = source.rstrip("/").rpartition("/")[2].partition("@")[0].partition(":")[0]
+    name = re.sub(r"[^a-z0-9._-]+", "-", last.removesuffix(".tar").lower()).strip("-._")
+    if not name or name == "default":
+        raise UsageError("wrong usage", f"no name can be made from {source}", "Add --name NAME")
+    return name
 
 
 def build_with_progress(
@@ -169,6 +215,9 @@ def _load(options: argparse.Namespace) -> int:
         )
     reference = check_reference(options.tag or DEFAULT_REFERENCE)
     image = current_image(find_image(options.image or "default"))
+    if image.manifest.program is not None:
+        what = f"cannot load {options.image} into a container engine"
+        raise UsageError(what, "it was imported from a container image", "Load an image of x07 image build")
     progress = Progress(f"image {reference}")
     digest, engines = load(image, reference, options.engines, progress, options.archive)
     progress.done(f"ready: {digest}")
@@ -199,9 +248,18 @@ def _list(options: argparse.Namespace) -> int:
         say("no images yet. To build one: x07 image build")
     for row in rows:
         note = "" if row.problem is None else f"  ({row.problem}. {row.fix}.)"
-        packages = _some("include", row.include) + _some("pip", row.pip)
+        packages = _some("include", row.include) + _some("pip", row.pip) + _about(row.program)
         show(f"{row.name or '-':<16} {row.digest}  {row.suite or 'damaged'}{packages}{note}")
     return 0
+
+
+def _about(program: ProgramRoot | None) -> str:
+    """Return what a container image says about its programs, in one line."""
+    if program is None:
+        return ""
+    facts = {"user": program.user, "folder": program.workdir, "command": join([*program.entrypoint, *program.cmd])}
+    said = "".join(f", {name} {plain(value)}" for name, value in facts.items() if value)
+    return f"  imported: {program.oci[:19]}{said}"
 
 
 def _some(flag: str, names: tuple[str, ...]) -> str:
@@ -225,6 +283,7 @@ def _row(image: Image) -> ImageRow:
         suite=made.suite,
         include=tuple(made.include),
         pip=pip,
+        program=made.program,
         current=current,
         problem=problem,
         fix=fix,
@@ -234,7 +293,15 @@ def _row(image: Image) -> ImageRow:
 def _damaged_row(image: DamagedImage) -> ImageRow:
     why, fix = image.problem.why, image.problem.fix
     return ImageRow(
-        name=image.name, digest=image.digest, suite=None, include=(), pip=(), current=False, problem=why, fix=fix
+        name=image.name,
+        digest=image.digest,
+        suite=None,
+        include=(),
+        pip=(),
+        program=None,
+        current=False,
+        problem=why,
+        fix=fix,
     )
 
 

@@ -28,6 +28,7 @@ ROOT: Final = "/run/x07/root"
 MACHINE_ID: Final = "/run/x07/machine-id"
 RESOLV_CONF: Final = "/run/x07/resolv.conf"
 SCRATCH: Final = "/run/x07/scratch"
+LAYER: Final = f"{SCRATCH}/layer"
 MEMORY: Final = "/run/x07/memory"
 _ENTRIES: Final = 4096  # more than fit into a small archive (IN_MEMORY_BYTES), in which each has a 110-byte header
 CWD: Final = "/opt/x07"
@@ -51,7 +52,7 @@ class World(NamedTuple):
     network: whether the relay resolves names.
     group_folder: the control group that the program can read at CGROUP_VIEW, or "" if there is none.
     program_uid: the user of programs, if that is another one. user_fd: the user namespace of programs, if they have
-    one and it exists.
+    one and it exists. program_root: where the root file system of programs is mounted, if they have one of their own.
     """
 
     netns_fd: int
@@ -65,6 +66,7 @@ class World(NamedTuple):
     group_folder: str
     program_uid: int = -1
     user_fd: int = -1
+    program_root: str = ""
 
 
 class JobSettings(NamedTuple):
@@ -136,15 +138,19 @@ def _read_only_system(_world: World) -> None:
     os.mkdir(f"{ROOT}{CWD}")
 
 
-def _writable_system(world: World) -> None:
-    """Mount a writable layer over the image, whose files belong to the users of the programs' user namespace."""
+def _layered_system(world: World) -> None:
+    """Mount a writable layer over the programs' image.
+
+    If programs have a user namespace, the image's files belong to its users.
+    """
     os.makedirs(ROOT, exist_ok=True)
-    lower, upper, work = (f"{SCRATCH}/{name}" for name in ("lower", "upper", "upper-work"))
-    for path in (lower, upper, work):
+    lower, upper, work = (f"{LAYER}/{name}" for name in ("lower", "upper", "work"))
+    for path in (LAYER, lower, upper, work):
         os.mkdir(path, 0o755)
-    os.chown(upper, UID, UID)
-    image = system.open_tree("/")
-    system.map_ids(image, world.user_fd)
+    image = system.open_tree(world.program_root or "/")
+    if world.user_fd >= 0:
+        os.chown(upper, UID, UID)
+        system.map_ids(image, world.user_fd)
     system.move_mount(image, lower)
     options = f"lowerdir={lower},upperdir={upper},workdir={work},redirect_dir=on"
     system.mount("overlay", ROOT, "overlay", system.MS_NOSUID | system.MS_NODEV, options)
@@ -441,10 +447,15 @@ MACHINE: Final = Confinement(
 )
 
 
+_LAYERED: Final = Step("read-only system", "CAP_SYS_ADMIN, overlayfs", _layered_system)
+# For programs with a root file system of their own.
+LAYERED: Final = MACHINE._replace(
+    world=tuple(_LAYERED if step.name == _LAYERED.name else step for step in MACHINE.world)
+)
 _INSTEAD: Final = {
     step.name: step
     for step in (
-        Step("read-only system", "CAP_SYS_ADMIN, overlayfs, idmapped mounts", _writable_system),
+        _LAYERED._replace(needs="CAP_SYS_ADMIN, overlayfs, idmapped mounts"),
         Step("temporary folders", "CAP_SYS_ADMIN", _writable_run),
         Step("root", "CAP_SYS_ADMIN", _enter_writable),
         Step("own user", "CAP_SYS_ADMIN, a user namespace", _root_inside),

@@ -118,6 +118,7 @@ class Environment:
             group_folder=self._first.group.shown,
             program_uid=-1 if platform.program_uid is None else platform.program_uid,
             user_fd=platform.user_fd,
+            program_root=platform.program_root,
         )
         self.relay = platform.relay(world.netns_fd) if network else None
         own = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
@@ -326,6 +327,7 @@ class Environment:
             os.close(fd)
         for path in (f"{self.platform.memory}/in", *(self.platform.folder(name) for name in _FOLDERS)):
             shutil.rmtree(path)
+        shutil.rmtree(confine.LAYER, ignore_errors=True)  # few environments have one
         self.group.remove()
 
     def _make_folders(self) -> None:

@@ -24,6 +24,8 @@ PORT: Final = "x07.0"
 NET_PORT: Final = "x07.net"
 _NET_MODULES: Final = "/run/x07/modules"
 SCRATCH_SERIAL: Final = "x07scratch"
+PROGRAM_SERIAL: Final = "x07program"
+_PROGRAM_ROOT: Final = "/run/x07/program"
 
 # Attack surface that no program here needs.
 _HARDENING: Final = (
@@ -75,8 +77,14 @@ class Machine(Platform):
         flags = system.MS_NODEV | system.MS_NOSUID
         # Without either option, a thread of the kernel would work on the disk in each clone.
         lazy = "noinit_itable,no_prefetch_block_bitmaps"
-        system.mount(_disk(SCRATCH_SERIAL), self.scratch, "ext4", system.MS_NOATIME | flags, lazy)
+        if not (scratch := _disk(SCRATCH_SERIAL)):
+            raise JobError("scratch", 0, f"no disk {SCRATCH_SERIAL}")
+        system.mount(scratch, self.scratch, "ext4", system.MS_NOATIME | flags, lazy)
         confine.mount_memory()
+        if disk := _disk(PROGRAM_SERIAL):
+            os.mkdir(_PROGRAM_ROOT)
+            system.mount(disk, _PROGRAM_ROOT, "erofs", system.MS_RDONLY | flags)
+            self.program_root, self.confinement = _PROGRAM_ROOT, confine.LAYERED
 
     def become_rooted(self) -> None:
         """Make the next environment one whose programs are root in a user namespace of their own."""
@@ -144,8 +152,9 @@ def _connected(path: str, deadline: float) -> int:
 
 
 def _disk(serial: str) -> str:
+    """Return the device of the disk with this serial number, or "" if there is none."""
     for name in os.listdir("/sys/block"):
         with contextlib.suppress(OSError), open(f"/sys/block/{name}/serial", encoding="ascii") as file:
             if file.read().strip("\0\n ") == serial:
                 return f"/dev/{name}"
-    raise JobError("scratch", 0, f"no disk {serial}")
+    return ""

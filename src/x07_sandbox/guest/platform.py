@@ -28,7 +28,7 @@ class Platform(ABC):
     machine_id: path of the file that the program sees as /etc/machine-id.
     channel_out_fd: a separate descriptor for writing to the channel, or None.
     filtered: whether programs run under seccomp filters. namespaces: whether programs have their own namespaces.
-    user_fd: the user namespace in which programs are root, or -1.
+    user_fd: the user namespace in which programs are root, or -1. program_root: see `confine.World`.
     """
 
     confinement: Confinement
@@ -40,6 +40,7 @@ class Platform(ABC):
     filtered: bool
     namespaces: bool
     user_fd = -1
+    program_root = ""
 
     @abstractmethod
     def open_channel(self) -> int:

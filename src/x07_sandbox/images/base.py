@@ -153,6 +153,11 @@ def unpack_root(work: Path, image: Path) -> Path:
     return root
 
 
+def make_root(work: Path, target: Path, tar: Path) -> None:
+    """Make a root file system, the file *target*, of an archive. Raises SandboxError."""
+    _mkfs(work, target, tar)
+
+
 def _mkfs(work: Path, target: Path, tar: Path, *options: str) -> None:
     argv = [commands.tool("mkfs.erofs"), "--quiet", *recipe.EROFS_OPTIONS, f"-T{commands.EPOCH}", *options]
     commands.run([*argv, "-U", recipe.EROFS_UUID, "--tar=f", str(target), str(tar)], cwd=work, timeout_s=600)

@@ -34,6 +34,8 @@ class Extras(msgspec.Struct, frozen=True, kw_only=True):
     preload: tuple[str, ...] = ()  # Python modules
     x07: str = ""  # digest of the X07 toolchain
     pip: tuple[manifest.Wheel, ...] = ()  # Python packages from wheels
+    program: manifest.ProgramRoot | None = None  # of an imported image
+    program_file: Path | None = None  # its root file system
 
     def base_spec(self) -> bases.BaseSpec:
         """Return the inputs of the image's base on this host."""
@@ -86,6 +88,33 @@ def build_image(  # noqa: PLR0913 - one keyword per ingredient
     return store.load(digest, name)
 
 
+def import_image(source: str, name: str, progress: Callable[[str], None]) -> tuple[Image, int]:
+    """Make the image called *name*, whose programs see the files of a container image. Raises SandboxError.
+
+    source: see oci.make_root. Return the image, and how many devices and sockets were left out.
+    """
+    from x07_sandbox.images import oci  # few images are imported
+
+    store.check_name(name)
+    images = store.images_dir()
+    with file_lock(images / ".lock", on_wait=lambda: progress("waiting for another image build")):
+        for folder in leftovers():
+            bases.remove_work(folder, progress)
+        work = _new_work()
+        try:
+            program, left_out = oci.make_root(source, work, work / bases.TAR_FILE, progress)
+            progress("making the root file system")
+            file = work / PROGRAM_FILE
+            bases.make_root(work, file, work / bases.TAR_FILE)
+            (work / bases.TAR_FILE).unlink()
+            extras = Extras(include=(), preload=(), program=program, program_file=file)
+            digest = _Builder(work, images, progress, fresh=False, code=guestcode.read_guest_code()).build(extras)
+        finally:
+            bases.remove_work(work, progress)
+        store.set_name(name, digest)
+    return store.load(digest, name), left_out
+
+
 def _extras(
     name: str,
     packages: tuple[str, ...] | None,
@@ -119,6 +148,8 @@ def _extras(
         preload=recipe.check_modules(old.preload) if modules is None else modules,
         x07=old.x07,
         pip=tuple(old.pip),
+        program=old.program,
+        program_file=None if old.parts.program is None else image.folder / old.parts.program.file,
     )
 
 
@@ -158,9 +189,10 @@ class _Builder:
             scratch_disk=base.scratch_disk,
             packages=base.packages,
             filters={},
+            program=extras.program,
         )
         made = self._work / "image"
-        image = self._second_stage(made, folder, base, draft)
+        image = self._second_stage(made, folder, base, draft, extras.program_file)
         target = self._images / image.digest.removeprefix("sha256:")
         if target.exists():  # damaged, since it was not reused
             target.rename(self._work / "old-image")
@@ -188,10 +220,10 @@ class _Builder:
 
     def _existing(self, base: bases.Base, extras: Extras) -> str:
         """Return the digest (hex) of an intact image with these contents, or "" if there is none."""
-        wanted = base.digest, self._code.digest, list(extras.preload)
+        wanted = base.digest, self._code.digest, list(extras.preload), extras.program
         for image in store.list_images():
             made = image.manifest
-            if (made.base, made.guest_code, made.preload) == wanted:
+            if (made.base, made.guest_code, made.preload, made.program) == wanted:
                 if problems := verify.verify_image(image, use_record=True):
                     self._progress(f"{problems[0]}: rebuilding the image")
                     return ""  # images with the same contents share a folder
@@ -249,7 +281,9 @@ class _Builder:
         bases.remove_tree(root)
         return bases.add_layer(work, below, base, tar)
 
-    def _second_stage(self, made: Path, folder: Path, base: bases.Base, draft: manifest.Manifest) -> manifest.Manifest:
+    def _second_stage(
+        self, made: Path, folder: Path, base: bases.Base, draft: manifest.Manifest, program: Path | None
+    ) -> manifest.Manifest:
         """Make the image in the folder *made*: links to the base's files, the initramfs, and the manifest."""
         made.mkdir(mode=0o700)
         boot_work = made.with_name("boot")
@@ -261,6 +295,9 @@ class _Builder:
         for part in (base.kernel, base.root, base.scratch):
             os.link(folder / part.file, made / part.file)
         parts = msgspec.structs.replace(draft.parts, initrd=initrd)
+        if program is not None:
+            os.link(program, made / PROGRAM_FILE)
+            parts = msgspec.structs.replace(parts, program=bases.part_of(made, PROGRAM_FILE))
         image = manifest.sealed(msgspec.structs.replace(draft, parts=parts, filters=copies))
         bases.put(made, "manifest.json", manifest.encode(image))
         return image
@@ -288,6 +325,7 @@ def remove_from_store(folder: Path, progress: Callable[[str], None]) -> None:
         bases.remove_work(work, progress)
 
 
+PROGRAM_FILE: Final = "program.erofs"
 _PLACE: Final = "usr/local/lib/x07"
 ENTRIES_MAX: Final = 100_000
 MAX_BYTES: Final = 2 * 1024**3

@@ -31,6 +31,7 @@ PACKAGES = {
     "unshare": "util-linux",
     "zstd": "zstd",
 }
+OPTIONAL = {"skopeo": "skopeo"}  # only for images from a registry
 PROXIES = ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
 EPOCH = 1735689600  # the one date in every image: 1 January 2025
 LOG_BYTES = 64 * 1024
@@ -40,10 +41,10 @@ GRACE_S = 10.0  # after SIGTERM, mmdebstrap unmounts and removes its tree
 
 
 def tool(name: str) -> str:
-    """Return the absolute path of a command in PACKAGES. Raises HostError."""
+    """Return the absolute path of a command in PACKAGES or OPTIONAL. Raises HostError."""
     if path := find_program(name):
         return path
-    fix = f"Run apt install {PACKAGES[name]}"
+    fix = f"Run apt install {(PACKAGES | OPTIONAL)[name]}"
     raise HostError("cannot build the guest image", f"the command {name} is missing", fix)
 
 

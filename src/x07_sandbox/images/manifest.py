@@ -33,17 +33,33 @@ class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     bytes: Size
 
 
-class Parts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The files that a virtual machine starts from."""
+class Parts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
+    """The files that a virtual machine starts from. program: the root of programs, if it is an imported one."""
 
     kernel: Part
     initrd: Part
     root: Part
     scratch: Part
+    program: Part | None = None
 
-    def all(self) -> tuple[Part, Part, Part, Part]:
+    def by_name(self) -> dict[str, Part]:
+        """Return all parts by name, in a fixed order."""
+        return {name: part for name in self.__struct_fields__ if (part := getattr(self, name)) is not None}
+
+    def all(self) -> tuple[Part, ...]:
         """Return all parts, in a fixed order."""
-        return (self.kernel, self.initrd, self.root, self.scratch)
+        return tuple(self.by_name().values())
+
+
+class ProgramRoot(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What a container image says about its programs. oci: its digest. The other fields are those of its settings."""
+
+    oci: str
+    env: dict[str, str]
+    workdir: str
+    user: str
+    entrypoint: list[str]
+    cmd: list[str]
 
 
 class Piece(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -85,6 +101,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     preload: Python modules imported in advance in saved VMs; absent if there are none.
     x07: sha256 of the X07 toolchain; absent without it.
     pip: Python packages installed from wheels, with dependencies; absent if there are none.
+    program: about the container image whose files programs see instead of this image's; absent if there is none.
     """
 
     schema_version: str
@@ -103,6 +120,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     preload: list[str] = []
     x07: str = ""
     pip: list[Wheel] = []
+    program: ProgramRoot | None = None
 
     def holds(self) -> set[str]:
         """Return the names of the image's Debian packages, and "x07" if the image has the X07 toolchain."""

@@ -71,8 +71,8 @@ def open_image(image: Image) -> Iterator[OpenImage]:
     with contextlib.ExitStack() as stack:
         folder_fd = stack.enter_context(opened_folder(image.folder, subject))
         _check_manifest(folder_fd, image, subject)
-        parts = image.manifest.parts
-        fds = dict(zip(parts.__struct_fields__, opened_parts(folder_fd, parts.all(), subject, stack), strict=True))
+        parts = image.manifest.parts.by_name()
+        fds = dict(zip(parts, opened_parts(folder_fd, [*parts.values()], subject, stack), strict=True))
         for part in image.manifest.filters.values():  # for reports; VMs use the copies in the initramfs
             with opened_file(folder_fd, part.file, subject) as fd:
                 check_part(fd, part, None, subject)

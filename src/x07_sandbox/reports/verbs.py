@@ -6,6 +6,7 @@ import msgspec
 from msgspec import Meta
 
 from x07_sandbox.host.project import Status
+from x07_sandbox.images.manifest import ProgramRoot
 from x07_sandbox.policy.templates import TEMPLATES
 from x07_sandbox.programs.new_manifest import ROWS
 
@@ -68,6 +69,7 @@ class ImageRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     suite: the Debian suite of its packages; null if its manifest cannot be read.
     include: Debian packages beyond the usual ones (`--include`).
     pip: Python packages that were installed from wheels, as "NAME==VERSION".
+    program: what a container image says about its programs, if the image was imported; else null.
     current: whether this version of x07 built the image.
     problem, fix: null if the image can be used.
     """
@@ -77,6 +79,7 @@ class ImageRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     suite: str | None
     include: tuple[str, ...]
     pip: tuple[str, ...]
+    program: ProgramRoot | None
     current: bool
     problem: str | None
     fix: str | None

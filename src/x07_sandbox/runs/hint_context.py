@@ -24,6 +24,8 @@ _FIRST_LINE: Final = re.compile(rb"#!\s*(?:/usr)?/bin/(?:env\s+(?:-S\s*)?)?([A-Z
 
 def hints_for(tail: bytes, prepared: Prepared, spec: PhaseSpec) -> list[Hint]:
     """Return hints about what a program lacks. tail: the end of the program's output."""
+    if prepared.image is not None and prepared.image.manifest.program is not None:
+        return []  # nothing can be added to an imported image
     beside = _beside(prepared.request, prepared.program)
     image = image_in_use(prepared.image, prepared.image_name)
     return hints(tail, prepared.policy.policy, spec.areas, spec.order.cwd, beside, os.environ, image=image)

@@ -6,10 +6,12 @@ import contextlib
 import os
 import posixpath
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.backends.base import RootPlace
 from x07_sandbox.channel.messages import Close, CommandLimits, Exec, Left, Mount, Network, Open, Output, Room
+from x07_sandbox.errors import RefusedError
 from x07_sandbox.host import settings
 from x07_sandbox.plan.confinement import UNCONFINED, Confinement, confinement
 from x07_sandbox.plan.sizes import build_limits, command_limits, ram_class_bytes, tmp_bytes
@@ -52,13 +54,18 @@ _PROJECT_MOUNT: Final = Mount(tree=None, sub="", at=PROJECT_FOLDER, write=True, 
 
 
 def run_environment(
-    policy: Policy, named: Mapping[str, str], ours: Mapping[str, str], *, root: bool = False
+    policy: Policy,
+    named: Mapping[str, str],
+    ours: Mapping[str, str],
+    of_image: Mapping[str, str] = MappingProxyType({}),
+    *,
+    root: bool = False,
 ) -> dict[str, str]:
     """Return a program's environment: fixed variables, allowed host variables (*ours*), *named* ones, and X07's.
 
-    root: whether the program is root in the guest.
+    of_image: the variables of an imported image, which replace fixed ones. root: whether the program is root inside.
     """
-    env = _ENVIRONMENT | _OF_ROOT if root else dict(_ENVIRONMENT)
+    env = {**_ENVIRONMENT, **(_OF_ROOT if root else {}), **of_image}
     if policy.env.enabled:
         env |= {key: ours[key] for key in policy.env.allow_keys if key in ours and not key.startswith("X07_")}
     for key in policy.env.deny_keys:
@@ -134,13 +141,17 @@ def run_spec(
     if protocol is not None:
         more = protocol.run_files(prepared.whole_input)
         files += [in_memory(data, path, 0o644, stack) for path, data in more.items()]
-    env = run_environment(policy, request.env, os.environ, root=request.guest_root)
+    image = None if prepared.image is None else prepared.image.manifest.program
+    of_image = {} if image is None else image.env
+    env = run_environment(policy, request.env, os.environ, of_image, root=request.guest_root)
     if prepared.ca:
         from x07_sandbox.channel.egress import CA_FILE  # few runs have certificates
 
         files.append(in_memory(prepared.ca, CA_FILE, 0o644, stack))
         env = {**dict.fromkeys(_CA_VARIABLES, CA_FILE), **env}
     cwd = PROJECT_FOLDER if program.project else CWD
+    if image is not None and image.workdir and not (program.project or request.files):
+        cwd = image.workdir
     if request.workdir is not None:
         from x07_sandbox.plan.guest_paths import WORK  # imported only for runs with files
 
@@ -157,6 +168,11 @@ def run_spec(
         mounts += host_files.mounts(len(files))
         files += host_files.files
     confine = confinement(policy, PROJECT_FOLDER if program.project else cwd, alone=not (archive or protocol))
+    if image is not None and confine.programs is not None:
+        # The image's own list of folders without programs (guest/boot/places) is not known.
+        what = "cannot limit which programs are executed"
+        why = f"{prepared.image_name} is an imported image, for which process.allow_execs cannot be enforced"
+        raise RefusedError(what, why, "Use another policy, or an image of x07 image build", code="execs-of-import")
     network = None if prepared.egress is None else prepared.egress.view
     room = _NO_ROOM if host_files is None else host_files.room()
     order = Exec(1, [*_start(program, cwd), *request.args], env, cwd, limits.for_guest())

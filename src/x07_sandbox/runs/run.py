@@ -304,7 +304,7 @@ def without_command(ending: Verdict, exec_errno: int, prepared: Prepared, word: 
     name, image = ascii(word)[1:-1], prepared.image_name
     if prepared.image is None:
         return replace(ending, code="command-not-on-host", params={"name": name})
-    if "/" in name:
+    if "/" in name or prepared.image.manifest.program is not None:
         return replace(ending, code="command-not-in-vm", params={"name": name})
     from x07_sandbox.plan.packages import package_of_program
 

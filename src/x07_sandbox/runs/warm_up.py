@@ -54,7 +54,8 @@ def warm_up(instance: Instance, kind: MachineKind, cloning: Cloning, cancel: Can
 
     Raises BackendError.
     """
-    plain, commands = replace(kind, network=False), _COMMANDS[kind.runtime]
+    commands = () if kind.has_program_root else _COMMANDS[kind.runtime]  # which an imported image may lack
+    plain = replace(kind, network=False)
     for number, argv in enumerate(commands, 1):
         _run(instance, plain, argv, cancel)
         if number < len(commands):

@@ -132,7 +132,7 @@ def make_hot(
         require_plain_files(images)
         memory_fd = new_file(work / "ram", stack)
         _copy(saved.ram_fd, memory_fd)
-        paths = (Paths().ram, Paths().root, "/", "/dev/urandom", NULL)
+        paths = (Paths().ram, Paths().root, Paths().program, "/", "/dev/urandom", NULL)
         move_pages(images, PID, memory_fd, Paths().ram, {*paths, *needed_files(host_arch().qemu_binary)})
         scratch_fd = new_file(work / "scratch.head", stack)
         disk = keep_disk(disk_fd, scratch_fd)

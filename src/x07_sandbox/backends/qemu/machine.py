@@ -34,6 +34,7 @@ class Paths(msgspec.Struct, frozen=True, kw_only=True):
     kernel: str = "/img/vmlinux"
     initrd: str = "/img/initrd.cpio"
     root: str = "/img/root.erofs"
+    program: str = "/img/program.erofs"
     ram: str = "/img/ram"
     state: str = "/img/state"
 
@@ -43,6 +44,7 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
 
     kvm_fd: an open /dev/kvm, or None for emulation. reserve: whether QEMU reserves all RAM on the host at once.
     any_timer: whether the guest accepts a timer that its kernel calibrated wrong (guest/boot/init.c).
+    program: whether programs have a root file system of their own.
     tsc_khz: frequency of the host's time stamp counter, or None if the guest can measure it.
     """
 
@@ -59,6 +61,7 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     origin: Origin = Origin.COLD
     reserve: bool = False
     any_timer: bool = False
+    program: bool = False
     paths: Paths = Paths()
 
 
@@ -102,6 +105,8 @@ def qemu_argv(machine: Machine) -> list[str]:
     argv += _disk(machine.paths.root, "root", read_only=True)
     argv += ["-add-fd", f"set=2,fd={machine.scratch_fd}"]
     argv += _disk("/dev/fdset/2", "scratch", read_only=False)
+    if machine.program:
+        argv += _disk(machine.paths.program, "program", read_only=True)
     if machine.kvm_fd is not None:
         argv += ["-add-fd", f"set=3,fd={machine.kvm_fd}"]
     argv += ["-device", "virtio-serial-device,max_ports=3"]

@@ -135,7 +135,7 @@ def start_qemu(
         streams = [theirs[name] for name in SOCKETS[:-1]]
         for fd in streams if isinstance(memory, Hot) else ():  # a started QEMU does so itself
             os.set_blocking(fd, False)
-        files, writable = _fd_files(image, memory, given, form), _writable(memory, uid, given, form)
+        files, writable = _fd_files(job.kind, image, memory, given, form), _writable(memory, uid, given, form)
         machine = Machine(
             arch=arch,
             ram_bytes=job.kind.ram_bytes,
@@ -150,6 +150,7 @@ def start_qemu(
             origin=Origin.COLD if memory is None else _ORIGINS[type(memory)],
             reserve=not form.namespaces,
             any_timer=job.any_timer,
+            program=job.kind.has_program_root,
             paths=msgspec.structs.replace(Paths(), **{name: path for name, (_, path) in (files | writable).items()}),
         )
         limits = limits_of(machine.ram_bytes, namespaces=form.namespaces)
@@ -313,7 +314,7 @@ def miscalibrated(failure: HandshakeFailure) -> bool:
 _Files = dict[str, tuple[int, str]]
 
 
-def _fd_files(image: OpenImage, memory: Memory | None, given: FdGroup, form: Form) -> _Files:
+def _fd_files(kind: MachineKind, image: OpenImage, memory: Memory | None, given: FdGroup, form: Form) -> _Files:
     """Return the files that the VM reads. A clone has kernel and initramfs in its memory.
 
     The files appear on a read-only mount. Through a plain descriptor, a QEMU that runs as the owner of an image could
@@ -322,7 +323,8 @@ def _fd_files(image: OpenImage, memory: Memory | None, given: FdGroup, form: For
     found = {"kernel": image.fds["kernel"], "initrd": image.fds["initrd"]}
     if isinstance(memory, Saved):
         found = {"ram": memory.ram_fd} | ({} if memory.state_fd is None else {"state": memory.state_fd})
-    return _placed(found | {"root": image.fds["root"]}, given, form)
+    found |= {name: image.fds[name] for name in ("root", *(["program"] if kind.has_program_root else []))}
+    return _placed(found, given, form)
 
 
 def _writable(memory: Memory | None, uid: int | None, given: FdGroup, form: Form) -> _Files:

@@ -92,7 +92,7 @@ def warm_message(kind: MachineKind) -> Warm:
     of_run, of_build = run_limits(default_policy()), build_limits()
     limits = of_run.for_guest() if running else command_limits(of_build, settings.BUILD_TASKS)
     return Warm(
-        preload=kind.image.manifest.preload if running else _OF_BUILDS,
+        preload=None if kind.has_program_root else kind.image.manifest.preload if running else _OF_BUILDS,
         limits=limits,
         tmp_bytes=tmp_bytes(limits.mem_bytes),
         hostname=settings.GUEST_HOSTNAME,

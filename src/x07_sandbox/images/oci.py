@@ -1,0 +1,354 @@
+"""Container images in files: OCI layouts, and archives of docker and podman. References are fetched by skopeo.
+
+Formats: the OCI image specification 1.1 ("image-layout.md", "manifest.md", "config.md"), and docker's
+"image/spec/v1.2.md" for `docker save`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import stat
+import subprocess
+import tarfile
+import tempfile
+import zlib
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Final, Protocol
+
+import msgspec
+
+from x07_sandbox.errors import HostError, ImageError, UsageError
+from x07_sandbox.host.arch import host_arch
+from x07_sandbox.host.decoding import prepared
+from x07_sandbox.images import commands
+from x07_sandbox.images.layers import Merged, bad_image
+from x07_sandbox.images.manifest import ProgramRoot
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+REFERENCE: Final = "docker://"
+_JSON_MAX: Final = 4 << 20
+_LAYERS_MAX: Final = 128
+_BYTES_MAX: Final = 16 << 30  # of all layers, uncompressed
+_MEMBERS_MAX: Final = 10_000  # of an archive that contains an image
+_CHUNK: Final = 1 << 20
+_WORDS_MAX: Final = 1000
+_DIGEST: Final = re.compile(r"sha256:([0-9a-f]{64})")
+_GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+_ARCHES: Final = {"x86_64": "amd64", "aarch64": "arm64"}
+_VARIABLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,255}")
+_FETCH_S: Final = 1800.0
+
+
+class _Platform(msgspec.Struct):
+    architecture: str = ""
+    os: str = ""
+
+
+class _Descriptor(msgspec.Struct, rename="camel"):
+    digest: str
+    size: int
+    media_type: str = ""
+    platform: _Platform | None = None
+
+
+class _Index(msgspec.Struct):
+    manifests: list[_Descriptor]
+
+
+class _Manifest(msgspec.Struct):
+    config: _Descriptor
+    layers: list[_Descriptor]
+
+
+class _RootFs(msgspec.Struct):
+    diff_ids: list[str]
+
+
+class _Settings(msgspec.Struct, rename="pascal"):
+    env: list[str] | None = None
+    working_dir: str | None = None
+    user: str | None = None
+    entrypoint: list[str] | None = None
+    cmd: list[str] | None = None
+
+
+class _Config(msgspec.Struct):
+    architecture: str = ""
+    os: str = "linux"
+    config: _Settings | None = None
+    rootfs: _RootFs | None = None
+
+
+class _Saved(msgspec.Struct, rename="pascal"):
+    config: str
+    layers: list[str]
+
+
+class _Source(Protocol):
+    """Files by name."""
+
+    def open(self, name: str) -> IO[bytes] | None:
+        """Open a file for reading, or return None if there is none."""
+
+
+class _Folder:
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def open(self, name: str) -> IO[bytes] | None:
+        try:
+            fd = os.open(self._path / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:
+            return None
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
+            return None
+        return os.fdopen(fd, "rb")
+
+
+class _Archive:
+    def __init__(self, archive: tarfile.TarFile) -> None:
+        self._archive = archive
+        self._members: dict[str, tarfile.TarInfo] = {}
+        for count, info in enumerate(archive):
+            if count > _MEMBERS_MAX:
+                raise bad_image(f"the archive has more than {_MEMBERS_MAX} files")
+            self._members[info.name.removeprefix("./")] = info
+
+    def open(self, name: str) -> IO[bytes] | None:
+        info = self._members.get(name)
+        if info is not None and info.issym():  # docker saves a layer once
+            info = self._members.get(os.path.normpath(os.path.join(os.path.dirname(name), info.linkname)))  # noqa: PTH118, PTH120 - of an archive
+        return self._archive.extractfile(info) if info is not None and info.isreg() else None
+
+
+def make_root(source: str, work: Path, target: Path, progress: Callable[[str], None]) -> tuple[ProgramRoot, int]:
+    """Write the merged layers of an image to the new archive *target*. Raises SandboxError.
+
+    source: the path of a folder or an archive, or a reference that starts with docker://. work: a folder for temporary
+    files. Return what a program of the image needs to know, and how many devices and sockets were left out.
+    """
+    merged = Merged()
+    with contextlib.ExitStack() as stack:
+        found = _opened(source, work, stack, progress)
+        digest, config, layers = _described(found)
+        _check_platform(config)
+        if not 0 < len(layers) <= _LAYERS_MAX:
+            raise bad_image(f"it has {len(layers)} layers, and 1 to {_LAYERS_MAX} are allowed")
+        left = _BYTES_MAX
+        for number, (name, wanted, diff_id) in enumerate(layers, 1):
+            progress(f"reading layer {number} of {len(layers)}")
+            file = stack.enter_context(tempfile.TemporaryFile(dir=work))
+            left -= _unpack(found, name, wanted, diff_id, file, left)
+            merged.add(file)
+        program = _program(digest, config.config or _Settings())
+        merged.prepare(program.workdir)
+        with target.open("xb") as out:
+            merged.write(out)
+    return program, merged.left_out
+
+
+def _opened(source: str, work: Path, stack: contextlib.ExitStack, progress: Callable[[str], None]) -> _Source:
+    if source.startswith(REFERENCE):
+        progress(f"fetching {source}")
+        return _Folder(_fetched(source, work, progress))
+    path = Path(source)
+    if path.is_dir():
+        return _Folder(path)
+    try:
+        archive = stack.enter_context(tarfile.open(path, "r:"))  # noqa: SIM115 - it is one
+    except (OSError, tarfile.TarError) as exc:
+        why = (exc.strerror if isinstance(exc, OSError) else None) or "it is no folder and no tar archive"
+        fix = f"Use an OCI layout, an archive of docker save or podman save, or {REFERENCE}NAME"
+        raise UsageError(f"cannot import {source}", why, fix) from exc
+    return _Archive(archive)
+
+
+def _fetched(reference: str, work: Path, progress: Callable[[str], None]) -> Path:
+    layout = work / "layout"
+    argv = [commands.tool("skopeo"), "copy", "--override-os", "linux"]
+    if re.match(r"docker://(localhost|127\.\d+\.\d+\.\d+)(:\d+)?/", reference):  # as docker and podman do
+        argv.append("--src-tls-verify=false")
+    try:
+        commands.run([*argv, "--", reference, f"oci:{layout}"], cwd=work, timeout_s=_FETCH_S, on_line=progress)
+    except ImageError as exc:
+        raise HostError(f"cannot fetch {reference}", exc.why, "Check the name and the network, then try again") from exc
+    return layout
+
+
+def _described(source: _Source) -> tuple[str, _Config, list[tuple[str, str, str]]]:
+    """Return the image's digest and configuration, and for each layer its file, digest ("" if unknown) and diff id."""
+    if (index := _json(source, "index.json", _Index)) is not None:
+        return _of_layout(source, index)
+    saved = _json(source, "manifest.json", list[_Saved])
+    if not saved:
+        raise bad_image("it has neither an index.json nor a manifest.json")
+    data = _bytes(source, saved[0].config)
+    config = _decoded(data or b"", _Config, "configuration")
+    ids = config.rootfs.diff_ids if config.rootfs is not None else []
+    if len(saved) != 1 or len(ids) != len(saved[0].layers):
+        raise bad_image("the archive has several images, or not as many layers as it says")
+    digest = f"sha256:{hashlib.sha256(data or b'').hexdigest()}"
+    return digest, config, [(name, "", diff_id) for name, diff_id in zip(saved[0].layers, ids, strict=True)]
+
+
+def _of_layout(source: _Source, index: _Index) -> tuple[str, _Config, list[tuple[str, str, str]]]:
+    chosen = _chosen(index)
+    data = _blob(source, chosen)
+    if "manifests" in _decoded(data, dict[str, Any], "manifest"):  # an index may contain another one
+        chosen = _chosen(_decoded(data, _Index, "index"))
+        data = _blob(source, chosen)
+    manifest = _decoded(data, _Manifest, "manifest")
+    config = _decoded(_blob(source, manifest.config), _Config, "configuration")
+    ids = config.rootfs.diff_ids if config.rootfs is not None else []
+    if len(ids) != len(manifest.layers):
+        raise bad_image("its configuration names other layers than its manifest")
+    layers = [(_path(one), one.digest, diff_id) for one, diff_id in zip(manifest.layers, ids, strict=True)]
+    return chosen.digest, config, layers
+
+
+def _chosen(index: _Index) -> _Descriptor:
+    wanted = _ARCHES.get(host_arch().name, host_arch().name)
+    fitting = [
+        one
+        for one in index.manifests
+        if one.platform is None or (one.platform.os, one.platform.architecture) == ("linux", wanted)
+    ]
+    if len(fitting) != 1:
+        why = f"it has {len(fitting)} images for Linux on {wanted}, and one is needed"
+        raise bad_image(why)
+    return fitting[0]
+
+
+def _check_platform(config: _Config) -> None:
+    wanted = _ARCHES.get(host_arch().name, host_arch().name)
+    if config.os != "linux" or config.architecture not in {"", wanted}:
+        raise bad_image(f"it is for {config.os[:20]!a} on {config.architecture[:20]!a}, not for linux on {wanted}")
+
+
+def _path(descriptor: _Descriptor) -> str:
+    if (match := _DIGEST.fullmatch(descriptor.digest)) is None:
+        raise bad_image(f"the digest {descriptor.digest[:80]!a} is no sha256")
+    return f"blobs/sha256/{match[1]}"
+
+
+def _blob(source: _Source, descriptor: _Descriptor) -> bytes:
+    data = _bytes(source, _path(descriptor))
+    if data is None or f"sha256:{hashlib.sha256(data).hexdigest()}" != descriptor.digest:
+        raise bad_image(f"the file of {descriptor.digest} is missing or damaged")
+    return data
+
+
+def _bytes(source: _Source, name: str) -> bytes | None:
+    if (file := source.open(name)) is None:
+        return None
+    with file:
+        data = file.read(_JSON_MAX + 1)
+    if len(data) > _JSON_MAX:
+        raise bad_image(f"{name[:80]} has more than {_JSON_MAX >> 20} MiB")
+    return data
+
+
+def _json(source: _Source, name: str, kind: Any) -> Any:  # noqa: ANN401 - of many types
+    data = _bytes(source, name)
+    return None if data is None else _decoded(data, kind, name)
+
+
+def _decoded(data: bytes, kind: Any, what: str) -> Any:  # noqa: ANN401 - as above
+    try:
+        return msgspec.json.decode(data, type=prepared(kind) if isinstance(kind, type) else kind)
+    except (msgspec.MsgspecError, RecursionError) as exc:
+        raise bad_image(f"its {what} is malformed ({str(exc)[:100]})") from exc
+
+
+def _unpack(source: _Source, name: str, wanted: str, diff_id: str, out: IO[bytes], left: int) -> int:
+    """Write a layer to *out*, uncompressed, and return its size. Raises ImageError if a digest differs."""
+    if (file := source.open(name)) is None:
+        raise bad_image(f"the layer {name[:100]!a} is missing")
+    packed, plain, size = hashlib.sha256(), hashlib.sha256(), 0
+    with file:
+        for data in _plain(file, packed):
+            size += len(data)
+            if size > left:
+                raise bad_image(f"its layers have more than {_BYTES_MAX >> 30} GiB")
+            plain.update(data)
+            out.write(data)
+    if wanted and f"sha256:{packed.hexdigest()}" != wanted:
+        raise bad_image(f"the layer {wanted} is damaged")
+    if f"sha256:{plain.hexdigest()}" != diff_id:
+        raise bad_image(f"the layer {name[:100]!a} differs from its configuration")
+    out.flush()
+    out.seek(0)
+    return size
+
+
+def _plain(file: IO[bytes], packed: hashlib._Hash) -> Iterator[bytes]:
+    """Yield a layer's uncompressed bytes."""
+    data = file.read(_CHUNK)
+    if data.startswith(_ZSTD):
+        yield from _unzstd(file, data, packed)
+        return
+    unzip = zlib.decompressobj(wbits=31) if data.startswith(_GZIP) else None
+    while data:
+        packed.update(data)
+        if unzip is None:
+            yield data
+        else:
+            waiting = data
+            while waiting:
+                try:
+                    yield unzip.decompress(waiting, _CHUNK)
+                except zlib.error as exc:
+                    raise bad_image("a layer is damaged") from exc
+                waiting = unzip.unconsumed_tail
+                if unzip.eof:  # perhaps another stream follows, or padding
+                    waiting = unzip.unused_data.lstrip(b"\0")
+                    unzip = zlib.decompressobj(wbits=31)
+        data = file.read(_CHUNK)
+
+
+def _unzstd(file: IO[bytes], data: bytes, packed: hashlib._Hash) -> Iterator[bytes]:
+    with tempfile.TemporaryFile() as whole:
+        while data:
+            packed.update(data)
+            whole.write(data)
+            data = file.read(_CHUNK)
+        whole.seek(0)
+        argv = [commands.tool("zstd"), "-dcq"]
+        with subprocess.Popen(argv, stdin=whole, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as child:
+            assert child.stdout is not None  # noqa: S101 - it is a pipe
+            try:
+                while data := child.stdout.read(_CHUNK):
+                    yield data
+            except BaseException:  # such as the end of this generator
+                child.kill()
+                raise
+        if child.returncode:
+            raise bad_image("a layer is damaged")
+
+
+def _program(digest: str, found: _Settings) -> ProgramRoot:
+    env = {}
+    for entry in found.env or ():
+        name, equals, value = entry.partition("=")
+        if equals and _VARIABLE.fullmatch(name) and not name.startswith("X07_") and "\0" not in value:
+            env[name] = value
+    workdir = found.working_dir or ""
+    if "\0" in workdir or (workdir and not workdir.startswith("/")):
+        raise bad_image("its working folder is no absolute path")
+    words = [*(found.entrypoint or ()), *(found.cmd or ()), *env.values()]
+    if len(words) > _WORDS_MAX or any("\0" in word for word in words):
+        raise bad_image("its command is too long, or contains a NUL byte")
+    return ProgramRoot(
+        oci=digest,
+        env=env,
+        workdir=os.path.normpath(workdir) if workdir else "",
+        user=(found.user or "")[:256],
+        entrypoint=list(found.entrypoint or ()),
+        cmd=list(found.cmd or ()),
+    )
