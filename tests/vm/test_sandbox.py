@@ -716,3 +716,75 @@ def test_async_commands_run_at_once_and_are_cancelled_alone(state: Path) -> None
     asyncio.run(use())
     assert threading.active_count() < 10
     assert left_behind(state) == []
+
+
+CHURN = """
+import os, ctypes, itertools
+libc = ctypes.CDLL(None)
+os.mkdir("real")
+os.symlink("/", "swapped")
+for number in itertools.count():
+    for name in range(50):
+        open(f"t{name}", "w").close()
+        os.symlink("t", f"l{name}")
+        os.mkdir(f"d{name}")
+    libc.renameat2(-100, b"real", -100, b"swapped", 2)
+    for name in range(50):
+        os.unlink(f"t{name}")
+        os.unlink(f"l{name}")
+        os.rmdir(f"d{name}")
+    if number == 3:
+        print("busy", flush=True)
+"""
+ALL_TERMINALS = """
+import os
+held = []
+try:
+    while True:
+        held.append(os.open("/dev/ptmx", os.O_RDWR))
+except OSError:
+    print("all", flush=True)
+input()
+"""
+
+
+def test_changes_and_downloads_hold_while_a_program_changes_everything(tmp_path: Path) -> None:
+    """While files come and go and a folder is exchanged with a link, changes so far hold nothing from outside."""
+    work = tmp_path / "work"
+    work.mkdir()
+    with Sandbox(workdir=work) as opened:
+        process = opened.start(["python3", "-c", CHURN])
+        until(process, b"busy\n")
+        for number in range(30):
+            found = opened.changes()
+            assert found.running
+            outside = [one.name for one in found.changes.names if one.name.startswith(("real/", "swapped/"))]
+            assert outside == []
+            if number % 10 == 0:
+                opened.download(".", tmp_path / f"copy{number}")
+                for name in ("real", "swapped"):
+                    copied = tmp_path / f"copy{number}" / name
+                    assert copied.is_symlink() or not copied.exists() or list(copied.iterdir()) == []
+        process.kill()
+        assert text(opened.exec(["echo", "on"])) == "on\n"
+        opened.close("discard")
+
+
+def test_a_sandbox_survives_a_program_that_takes_all_terminals(shared: Sandbox) -> None:
+    """Without a free terminal, only the command that wants one fails; ports below 1024 are for programs."""
+    process = shared.start(["python3", "-c", ALL_TERMINALS])
+    until(process, b"all\n")
+    assert shared.start(["sh"], tty=True).wait(60).outcome == "refused"
+    process.kill()
+    bind = "import socket; socket.socket().bind(('127.0.0.1', 80)); print('80')"
+    assert text(shared.exec(["python3", "-c", bind])) == "80\n"
+
+
+def test_discarded_changes_are_no_violation(tmp_path: Path) -> None:
+    """A sandbox with changes to a folder that are not wanted ends well."""
+    work = tmp_path / "work"
+    work.mkdir()
+    with Sandbox(workdir=work) as opened:
+        opened.files.write("new", b"1")
+        result = opened.close("discard")
+    assert (result.outcome, result.changes.state, names(work)) == ("ok", "discarded", [])

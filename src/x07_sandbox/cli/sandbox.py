@@ -241,6 +241,10 @@ def _close(options: argparse.Namespace) -> int:
         return print_result(result)
     if result.changes.state != "none":
         say_changes(result)
+    if result.denials:
+        from x07_sandbox.cli.denials_text import say_denials
+
+        say_denials(result)
     return result.x07_exit_code
 
 

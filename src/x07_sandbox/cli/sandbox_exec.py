@@ -50,8 +50,8 @@ def add_shell(parser: Any) -> None:  # noqa: ANN401 - as argparse has it
     """Add the arguments of `x07 sandbox shell`."""
     parser.add_argument("sandbox", metavar="SANDBOX", type=nonempty, help="id, start of an id, or name")
     _add_common(parser)
-    add_document_flags(parser, "no effect")
     shell = {"interactive": True, "tty": True, "detach": False, "raw": True}
+    shell |= {"json": False, "report_out": None, "quiet_json": False}
     parser.set_defaults(carry_out=_exec, command=["sh", "-c", _SHELL], **shell)
 
 
@@ -76,7 +76,8 @@ def _exec(options: argparse.Namespace) -> int:
     terminal = None
     if options.tty:
         if not (os.isatty(0) and os.isatty(1)):
-            raise UsageError("cannot use -t", "standard input and output are not a terminal", "Omit -t")
+            why, fix = "standard input and output are not a terminal", "Run x07 sandbox exec without -t"
+            raise UsageError("cannot give the command a terminal", why, fix)
         terminal = Terminal(*_size())
     opened = connect_to(options.sandbox)
     env = dict(map(variable, options.env))

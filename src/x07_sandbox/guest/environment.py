@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from x07_sandbox import kernel
 from x07_sandbox.guest import confine, control, filters, init, interpreter, system, waiting
 from x07_sandbox.guest.errors import JobError
-from x07_sandbox.guest.system import read_all, write_all
+from x07_sandbox.guest.system import read_all, write_all, write_file
 from x07_sandbox.guest.trees import as_program_user
 
 if TYPE_CHECKING:
@@ -170,7 +170,10 @@ class Environment:
     def _pipes(self, key: int, order: Exec | None = None) -> tuple[Process, init.Pipes]:
         """Make the streams of a process and its control group. order: the command, if it is known."""
         if order is not None and order.terminal is not None:
-            ours, theirs = self._terminal(order.terminal)
+            try:
+                ours, theirs = self._terminal(order.terminal)
+            except OSError as exc:  # programs have opened all
+                raise JobError("exec", exc.errno or 0, f"no terminal: {exc.strerror}") from exc
         elif order is not None and order.detached:
             null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
             ours, theirs = (-1, -1, -1), (null, os.dup(null), os.dup(null))
@@ -381,6 +384,8 @@ def _network_namespace() -> int:
     try:
         os.unshare(os.CLONE_NEWNET)
         system.loopback_up()
+        with contextlib.suppress(OSError):  # on a shared system, /proc/sys may be read-only
+            write_file("/proc/sys/net/ipv4/ip_unprivileged_port_start", "0")  # all its ports belong to programs
         return os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
     finally:
         os.setns(own, os.CLONE_NEWNET)

@@ -95,7 +95,7 @@ class FileServer:
             if stat.S_ISDIR(info.st_mode):
                 raise IsADirectoryError(errno.EISDIR, "")
             if not stat.S_ISREG(info.st_mode):
-                first = os.read(fd, _READ)
+                first = os.read(fd, min(request.size, _READ))
                 size = len(first)
             elif info.st_size:
                 size = max(0, min(request.size, info.st_size - request.offset))

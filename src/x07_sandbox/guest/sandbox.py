@@ -15,7 +15,7 @@ from x07_sandbox.channel.messages import Changes, Close, Closed, Denied, Exec, E
 from x07_sandbox.channel.streams import Event
 from x07_sandbox.channel.trees import Entry
 from x07_sandbox.channel.trees import Kind as Record
-from x07_sandbox.guest import confine, control, init
+from x07_sandbox.guest import confine, control, init, system
 from x07_sandbox.guest.environment import failure, job_settings
 from x07_sandbox.guest.errors import JobError
 from x07_sandbox.guest.exec import READ, Command
@@ -265,7 +265,9 @@ class Sandbox:
         view = f"/proc/{self._environment.init}/root" if self._environment.platform.namespaces else ""
         for folder in order.env.get("PATH", "").split(":"):
             path = f"{folder}/{name}"
-            if path.startswith("/") and os.path.isfile(view + path) and os.access(view + path, os.X_OK):
+            if not path.startswith("/") or not os.path.lexists(view + path):
+                continue
+            if (os.path.isfile(view + path) and os.access(view + path, os.X_OK)) or system.is_program(view, path):
                 return [path, *rest]
         raise JobError("exec", errno.ENOENT, f"command not found: {name}")
 

@@ -8,6 +8,7 @@ import errno
 import fcntl
 import os
 import socket
+import stat
 import struct
 from typing import Final
 
@@ -31,6 +32,7 @@ _IFF_UP_RUNNING: Final = 0x41
 _RB_POWER_OFF: Final = 0x4321FEDC
 
 _OPEN_TREE, _MOVE_MOUNT, _MOUNT_SETATTR = 428, 429, 442  # the same on every architecture
+_OPENAT2, _RESOLVE_IN_ROOT = 437, 0x10
 _OPEN_TREE_CLONE: Final = 1
 _MOVE_MOUNT_F_EMPTY_PATH: Final = 4
 _AT_FDCWD: Final = -100
@@ -112,6 +114,23 @@ def user_namespace(ids: str) -> int:
 def move_mount(fd: int, target: str) -> None:
     """Attach a detached mount. Raises OSError with the target as its file name."""
     check(libc.syscall(_MOVE_MOUNT, fd, b"", _AT_FDCWD, os.fsencode(target), _MOVE_MOUNT_F_EMPTY_PATH), target)
+
+
+def is_program(root: str, path: str) -> bool:
+    """Whether *path* is an executable file, with links resolved below the folder *root* (openat2: RESOLVE_IN_ROOT)."""
+    folder = os.open(root or "/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    how = struct.pack("=3Q", os.O_PATH | os.O_CLOEXEC, 0, _RESOLVE_IN_ROOT)
+    try:
+        fd = check(libc.syscall(_OPENAT2, folder, os.fsencode(path), how, len(how)), path)
+    except OSError:
+        return False
+    finally:
+        os.close(folder)
+    try:
+        mode = os.fstat(fd).st_mode
+        return stat.S_ISREG(mode) and bool(mode & 0o111)
+    finally:
+        os.close(fd)
 
 
 def unmount(target: str) -> None:

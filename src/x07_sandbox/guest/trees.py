@@ -8,6 +8,7 @@ then compares contents.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 import time
@@ -24,6 +25,9 @@ T = TypeVar("T")
 _COARSE: Final = 5  # CLOCK_REALTIME_COARSE (clock_gettime(2)), the lower bound of inode timestamps
 _PERMISSIONS: Final = 0o7777
 _MINE: Final = 0o700
+_FOLDER_FLAGS: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+# What calls report if a command removes or replaces an entry at this moment.
+_CHANGED: Final = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EINVAL, errno.ENXIO})
 LOOKED_AT_MAX: Final = 100_000  # entries; further ones are neither counted nor sent
 
 
@@ -193,8 +197,18 @@ def _changed_folder(tree: Tree, name: bytes, path: bytes, below: bytes, mode: in
     if tree.folders.get(name) != mode & _PERMISSIONS:
         yield Entry(Kind.FOLDER, below, mode=mode & _PERMISSIONS).encoded()
     # Inputs have no extended attributes, so the program has set these.
-    if not can_hold_names(below) or os.listxattr(path, follow_symlinks=False):
+    if not can_hold_names(below) or _has_attributes(path):
         yield Entry(Kind.UNSUPPORTED, below, mode=mode).encoded()
+
+
+def _has_attributes(path: bytes) -> bool:
+    """Whether a file or folder has extended attributes; False if a command removes it at this moment."""
+    try:
+        return bool(os.listxattr(path, follow_symlinks=False))
+    except OSError as exc:
+        if exc.errno in _CHANGED:
+            return False
+        raise
 
 
 def walk(
@@ -202,43 +216,67 @@ def walk(
 ) -> Iterator[tuple[bytes, bytes, os.stat_result]]:
     """Yield path, relative name and stat result of every entry, and each folder before its entries.
 
-    hidden: whether to include top-level names that begin with a dot. skipped: names to leave out.
+    The path holds until the next entry. It leads to the entry's folder by a descriptor, since a command may replace any
+    folder by a link at any moment. hidden: whether to include top-level names that begin with a dot. skipped: names to
+    leave out.
     """
     folders = [b""]
     while folders:
         folder = folders.pop()
         try:
-            with os.scandir(top + b"/" + folder if folder else top) as found:
-                entries = sorted(found, key=lambda entry: entry.name)
-        except FileNotFoundError:  # a command removes it at this moment
-            continue
-        inner = []
-        for entry in entries:
-            below = folder + b"/" + entry.name if folder else entry.name
-            if below in skipped or not (hidden or folder or not below.startswith(b".")):
+            fd = _opened_folder(top, folder)
+        except OSError as exc:
+            if exc.errno in _CHANGED:
                 continue
-            try:
-                info = entry.stat(follow_symlinks=False)
-            except FileNotFoundError:
-                continue
-            yield entry.path, below, info
-            if stat.S_ISDIR(info.st_mode) and can_hold_names(below):
-                inner.append(below)
+            raise
+        try:
+            inner = []
+            for name in sorted(map(os.fsencode, os.listdir(fd))):
+                below = folder + b"/" + name if folder else name
+                if below in skipped or not (hidden or folder or not below.startswith(b".")):
+                    continue
+                try:
+                    info = os.stat(name, dir_fd=fd, follow_symlinks=False)
+                except FileNotFoundError:
+                    continue
+                yield b"/proc/self/fd/%d/%s" % (fd, name), below, info
+                if stat.S_ISDIR(info.st_mode) and can_hold_names(below):
+                    inner.append(below)
+        finally:
+            os.close(fd)
         folders += reversed(inner)
 
 
+def _opened_folder(top: bytes, below: bytes) -> int:
+    """Open a folder below *top*, without following a link on the way. Raises OSError."""
+    fd = os.open(top, _FOLDER_FLAGS)
+    for name in below.split(b"/") if below else ():
+        outer = fd
+        try:
+            fd = os.open(name, _FOLDER_FLAGS | os.O_NOFOLLOW, dir_fd=outer)
+        finally:
+            os.close(outer)
+    return fd
+
+
 def content(path: bytes, name: bytes, info: os.stat_result) -> Iterator[bytes]:
-    """Yield the records of a regular file or a link. For anything else, yield UNSUPPORTED."""
-    if stat.S_ISLNK(info.st_mode):
-        yield Entry(Kind.LINK, name, target=os.readlink(path)).encoded()
-        return
-    if not stat.S_ISREG(info.st_mode) or os.listxattr(path, follow_symlinks=False):
-        yield Entry(Kind.UNSUPPORTED, name, mode=info.st_mode).encoded()
-        return
+    """Yield the records of a regular file or a link. For anything else, yield UNSUPPORTED.
+
+    Yield nothing for an entry that a command removes or replaces at this moment.
+    """
+    fd = -1
     try:
+        if stat.S_ISLNK(info.st_mode):
+            yield Entry(Kind.LINK, name, target=os.readlink(path)).encoded()
+            return
+        if not stat.S_ISREG(info.st_mode) or _has_attributes(path):
+            yield Entry(Kind.UNSUPPORTED, name, mode=info.st_mode).encoded()
+            return
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError:  # a command removes it at this moment
-        return
+    except OSError as exc:
+        if exc.errno in _CHANGED:
+            return
+        raise
     try:
         left = info.st_size
         yield Entry(Kind.FILE, name, mode=info.st_mode & _PERMISSIONS, mtime_ns=info.st_mtime_ns, size=left).encoded()
@@ -275,7 +313,7 @@ def left_files(
         entries = walk(os.fsencode(folder), hidden=number > 0, skipped=() if number else roots)
         old = None if number else inputs
         while (entry := _next(entries)) is not None:
-            path, name, info = entry
+            _, name, info = entry
             looked_at += 1
             if looked_at > LOOKED_AT_MAX:
                 return Left(count, size, sent)
@@ -286,7 +324,7 @@ def left_files(
             size += info.st_size if regular else 0
             if regular and len(sent) < most_files and sent_size + info.st_size <= most_bytes:
                 sent_size += info.st_size
-                sent.append((number, path, name, info))
+                sent.append((number, os.fsencode(folder) + b"/" + name, name, info))
     return Left(count, size, sent)
 
 

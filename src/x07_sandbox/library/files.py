@@ -50,7 +50,7 @@ class Files:
         """Return the content of a file from *offset* on, at most *max_bytes* of it."""
         size = min(_whole("max_bytes", max_bytes), READ_MAX)
         request = Request(calls.READ, path, offset=_whole("offset", offset), size=size)
-        return self._ask(request, take=lambda server, answer: server.content(min(answer.size, size)))
+        return self._ask(request, take=lambda server, answer: server.content(_bounded(answer, size)))
 
     def write(self, path: str, data: bytes, *, mode: int | None = None) -> None:
         """Create or replace a file, and the folders above it. mode: permission bits; None for 0644 or unchanged."""
@@ -115,7 +115,7 @@ class Files:
         with target.open("xb") as out:
             try:
                 request = Request(calls.READ, path, size=size)
-                self._ask(request, take=lambda server, answer: _store(server, min(answer.size, size), out))
+                self._ask(request, take=lambda server, answer: _store(server, _bounded(answer, size), out))
             except BaseException:
                 target.unlink()
                 raise
@@ -179,6 +179,13 @@ def _infos(_server: FileServer, answer: Answer) -> list[FileInfo]:
         if "/" in entry.name or entry.name in {"", ".", ".."}:  # a caller may join it to a folder of the host
             raise PeerError("bad answer of the file server", f"an entry has the name {entry.name!a}")
     return [_info(entry) for entry in answer.entries]
+
+
+def _bounded(answer: Answer, most: int) -> int:
+    """Return the size of the content after an answer. Raises PeerError if there is more than was asked for."""
+    if answer.size > most:
+        raise PeerError("bad answer of the file server", f"it sends {answer.size} bytes instead of {most}")
+    return answer.size
 
 
 def _one(_server: FileServer, answer: Answer) -> FileInfo:

@@ -277,6 +277,7 @@ class HeldSandbox(AnySandbox):
         """Connect to a sandbox. Raises BackendError."""
         super().__init__(run)
         self._session = HeldSession(run)
+        self._left = False
         self._at_end: list[Callable[[], object]] = []
         self._lock = threading.Lock()
         self._commands: dict[int, Command] = {}
@@ -295,12 +296,16 @@ class HeldSandbox(AnySandbox):
 
     def gone(self) -> BackendError:
         """See `AnySandbox.gone`."""
+        if self._left:
+            why = "this object was disconnected from it"
+            return BackendError("cannot use the sandbox", why, "Connect again", code="sandbox-lost")
         self.session.until(lambda: False, _ENDED_S)  # the end of a command may arrive before that of its sandbox
         self.result = self._session.result
         return super().gone()
 
     def disconnect(self) -> None:
         """See `AnySandbox.disconnect`."""
+        self._left = True
         _leave(self.session, self._session)
         self._on_end()
 

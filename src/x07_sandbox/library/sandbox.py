@@ -310,7 +310,9 @@ class Sandbox:
         self.files.download(path, local)
 
     def forward(self, port: int, *, unix: str | os.PathLike[str] | None = None) -> tuple[str, int]:
-        """Let programs of the host connect to a port of the sandbox, until it ends. Return the address and port.
+        """Let programs of the host connect to a port of the sandbox, until it or this process ends, or `disconnect`.
+
+        Return the address and port.
 
         Any user of the host may connect to that port of the loopback interface. unix: use a Unix socket at this path
         instead, which only you may connect to, and return the path and 0. A connection to a port on which nothing

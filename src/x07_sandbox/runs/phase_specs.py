@@ -168,11 +168,12 @@ def run_spec(
         mounts += host_files.mounts(len(files))
         files += host_files.files
     confine = confinement(policy, PROJECT_FOLDER if program.project else cwd, alone=not (archive or protocol))
-    if image is not None and confine.programs is not None:
-        # The image's own list of folders without programs (guest/boot/places) is not known.
+    if confine.programs is not None and (image is not None or request.guest_root):
+        # The folders without programs (guest/boot/places) are those of our own image, and root can replace programs.
         what = "cannot limit which programs are executed"
-        why = f"{prepared.image_name} is an imported image, for which process.allow_execs cannot be enforced"
-        raise RefusedError(what, why, "Use another policy, or an image of x07 image build", code="execs-of-import")
+        why = f"{prepared.image_name} is an imported image" if image is not None else "the program is root inside"
+        fix = "Use a policy without process.allow_execs and with process.allow_exec_prefixes"
+        raise RefusedError(what, why, fix, code="execs-not-limited")
     network = None if prepared.egress is None else prepared.egress.view
     room = _NO_ROOM if host_files is None else host_files.room()
     order = Exec(1, [*_start(program, cwd), *request.args], env, cwd, limits.for_guest())
