@@ -1,102 +1,172 @@
-"""A code execution tool for AI agents: it runs each program that the model writes in a VM of its own.
+"""Tools for an AI agent: run commands, write and read files, and fetch pages, all in one sandbox.
 
     python examples/agent_tool.py < calls          read calls as JSON lines, write results as JSON lines
-    python examples/agent_tool.py --command < ...  the same, but run programs with `x07 run --json`, not the library
-    python examples/agent_tool.py --definition     print the tool's definition for the model
+    python examples/agent_tool.py --definitions    print the tools' definitions for the model
 
-A call is {"id": ..., "name": "run_code", "input": {...}}. Its result is {"id": ..., "is_error": ..., "content": {...}}.
-The id is a string or an integer; the result repeats it, or has null if the call has no valid id. Every input line gets
-exactly one result line, even if it is malformed. Results are written as they become ready.
+A call is {"id": ..., "name": ..., "input": {...}}. Its result is {"id": ..., "is_error": ..., "content": {...}}.
+Calls are carried out in order, because most depend on earlier ones. Every input line gets exactly one result line, even
+if it is malformed. examples/agent_calls.jsonl has recorded calls, so no model is needed to try the tools.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import http.client
 import json
 import os
-import subprocess
+import socket
 import sys
-import tempfile
 import threading
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+import time
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final
 
-import msgspec
 from jsonschema import Draft202012Validator
 
-from x07_sandbox import Pool, Result, SandboxError
+from x07_sandbox import Sandbox, SandboxError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 POLICY: Final = Path(__file__).parent / "policies" / "agent.json"
-WORKERS: Final = 4  # calls in progress; x07 queues those that exceed the host's number of VMs
+LIFETIME_S: Final = 3600
 LINE_MAX: Final = 1 << 20  # bytes of a call
-OUTPUT_MAX: Final = 256 * 1024  # bytes of each stream; a program that writes more is stopped
-EXCERPT_MAX: Final = 4000  # characters of each stream that the model gets
-MANIFEST: Final = "x07-sandbox.toml"
-MAIN_FILES: Final = {"python": "main.py", "c": "main.c", "cpp": "main.cpp", "shell": "main.sh"}
-
-DEFINITION: Final[dict[str, Any]] = {
-    "name": "run_code",
-    "description": (
-        "Run a program in a new VM without network access and without the user's files. Nothing is kept between "
-        "calls. Returns how the program ended and what it printed."
-    ),
-    "input_schema": {
-        "type": "object",
-        "properties": {
-            "language": {"enum": list(MAIN_FILES), "description": "c is gnu17, cpp is gnu++20."},
-            "source": {"type": "string", "maxLength": 100_000, "description": "The complete program."},
-            "files": {
-                "type": "object",
-                "description": (
-                    "Additional headers and modules, by file name. Python and shell programs find them in the "
-                    "program's own folder, which is not the working directory. C and C++ programs get data from stdin."
-                ),
-                "propertyNames": {"pattern": "^[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}$"},
-                "additionalProperties": {"type": "string"},
-                "maxProperties": 20,
-            },
-            "stdin": {"type": "string", "description": "The program's standard input. Default: empty."},
-            "timeout_s": {"type": "number", "exclusiveMinimum": 0, "maximum": 30, "description": "Default: 30."},
-        },
-        "required": ["language", "source"],
-        "additionalProperties": False,
-    },
-}
-
-ID_VALIDATOR: Final = Draft202012Validator({"type": ["string", "integer"], "maxLength": 200})
-CALL_VALIDATOR: Final = Draft202012Validator(
-    {
-        "type": "object",
-        "properties": {
-            "id": ID_VALIDATOR.schema,
-            "name": {"const": DEFINITION["name"]},
-            "input": DEFINITION["input_schema"],
-        },
-        "required": ["id", "name", "input"],
-    }
-)
-# Created at import, because msgspec 0.22 can crash if several threads are the first to use a type.
-RESULT_DECODER: Final = msgspec.json.Decoder(Result)
-
-# By result.fault: whether the model should correct the program, change its approach or retry.
-ADVICE: Final = {
-    "none": "",
-    "program": "The program caused this. Correct the program.",
-    "policy": "A limit or rule of the sandbox caused this. Change the program: the same one would end the same way.",
-    "host": "The sandbox failed, not the program. Make the same call once more.",
-}
+TEXT_MAX: Final = 10_000  # bytes of a stream, file or page that the model gets
+FETCH_S: Final = 20
 
 
 class CallError(Exception):
-    """The call is invalid. The text tells the model why."""
+    """The call is invalid, or cannot be carried out. The text tells the model why."""
 
 
-# ---------------------------------------------------------------------------------------------------- check a call
+# ------------------------------------------------------------------------------------------------------- the tools
+
+
+def run_command(sandbox: Sandbox, command: str, timeout_s: float = 60) -> dict[str, Any]:
+    """Run shell commands. A failure or a timeout is part of the result."""
+    done = sandbox.shell(command, timeout_s=timeout_s, max_output_bytes=TEXT_MAX, keep="both")
+    content: dict[str, Any] = {"outcome": done.outcome, "reason": done.reason}
+    content |= {"stdout": text(done.stdout), "stderr": text(done.stderr)}
+    if done.denials:  # people decide what to allow, so how_to_allow is left out
+        content["denied"] = [f"{d.field}: {d.action} {d.subject[:200]}" for d in done.denials[:10]]
+    return content
+
+
+def write_file(sandbox: Sandbox, path: str, content: str) -> dict[str, Any]:
+    """Create or replace a file."""
+    data = content.encode()
+    sandbox.files.write(path, data)
+    return {"bytes": len(data)}
+
+
+def read_file(sandbox: Sandbox, path: str, offset: int = 0) -> dict[str, Any]:
+    """Return a part of a file."""
+    size = sandbox.files.stat(path).size
+    return {"text": text(sandbox.files.read(path, offset=offset, max_bytes=TEXT_MAX)), "bytes_of_file": size}
+
+
+def fetch(sandbox: Sandbox, port: int, path: str) -> dict[str, Any]:
+    """Get a page from a server in the sandbox. The server may take FETCH_S seconds to start and to answer."""
+    address = address_of(sandbox, port)
+    until = time.monotonic() + FETCH_S
+    while True:
+        try:
+            return _get(address, path, until)
+        except (OSError, http.client.HTTPException) as exc:
+            if time.monotonic() > until - 0.2:
+                raise CallError(f"no answer from port {port} within {FETCH_S} s: {exc}") from exc
+        time.sleep(0.2)
+
+
+@functools.cache
+def address_of(sandbox: Sandbox, port: int) -> tuple[str, int]:
+    """Return the address of the host that leads to a port of the sandbox."""
+    return sandbox.forward(port)
+
+
+def _get(address: tuple[str, int], path: str, until: float) -> dict[str, Any]:
+    # http.client follows no redirects. A redirect of a hostile server could lead to a server of the host.
+    connection = http.client.HTTPConnection(*address)
+    connection.connect()
+    # The timeout of a socket starts again with every byte.
+    timer = threading.Timer(until - time.monotonic(), connection.sock.shutdown, [socket.SHUT_RDWR])
+    timer.start()
+    try:
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        return {"status": answer.status, "text": text(answer.read(TEXT_MAX))}
+    finally:
+        timer.cancel()
+        connection.close()
+
+
+def text(data: bytes) -> str:
+    """Return bytes of the sandbox as text."""
+    return data.decode(errors="replace")
+
+
+# ------------------------------------------------------------------------------------------- definitions and checks
+
+PATH: Final = {"type": "string", "minLength": 1, "maxLength": 1000, "description": "Relative to the working folder."}
+TOOLS: Final[dict[str, Callable[..., dict[str, Any]]]] = {
+    "run_command": run_command,
+    "write_file": write_file,
+    "read_file": read_file,
+    "fetch": fetch,
+}
+
+
+def definition(name: str, about: str, required: dict[str, Any], optional: dict[str, Any]) -> dict[str, Any]:
+    """Return a tool's definition."""
+    schema = {
+        "type": "object",
+        "properties": required | optional,
+        "required": list(required),
+        "additionalProperties": False,
+    }
+    return {"name": name, "description": about, "input_schema": schema}
+
+
+DEFINITIONS: Final = (
+    definition(
+        "run_command",
+        "Run shell commands in the sandbox, a Linux machine without network. Files and background processes stay "
+        "until the sandbox is closed; variables and the current folder do not.",
+        {"command": {"type": "string", "minLength": 1, "maxLength": 100_000}},
+        {"timeout_s": {"type": "number", "exclusiveMinimum": 0, "maximum": 60, "description": "Default: 60."}},
+    ),
+    definition(
+        "write_file",
+        "Create or replace a file in the sandbox.",
+        {"path": PATH, "content": {"type": "string", "maxLength": 500_000}},
+        {},
+    ),
+    definition(
+        "read_file",
+        f"Read up to {TEXT_MAX} bytes of a file in the sandbox.",
+        {"path": PATH},
+        {"offset": {"type": "integer", "minimum": 0, "maximum": 1 << 40, "description": "In bytes. Default: 0."}},
+    ),
+    definition(
+        "fetch",
+        "Send a GET request to an HTTP server in the sandbox, which must listen on 127.0.0.1.",
+        {
+            "port": {"type": "integer", "minimum": 8000, "maximum": 8099},
+            "path": {"type": "string", "pattern": "^/[!-~]*$", "maxLength": 1000},
+        },
+        {},
+    ),
+)
+ID: Final = Draft202012Validator({"type": ["string", "integer"], "maxLength": 200})
+ENVELOPE: Final = Draft202012Validator(
+    {
+        "type": "object",
+        "properties": {"id": ID.schema, "name": {"enum": list(TOOLS)}},
+        "required": ["id", "name", "input"],
+    }
+)
+INPUTS: Final = {one["name"]: Draft202012Validator(one["input_schema"]) for one in DEFINITIONS}
 
 
 def parse_line(line: bytes) -> Any:  # noqa: ANN401 - any JSON value
@@ -104,9 +174,11 @@ def parse_line(line: bytes) -> Any:  # noqa: ANN401 - any JSON value
     if len(line) > LINE_MAX:
         raise CallError(f"the call is longer than {LINE_MAX} bytes")
     try:
-        return json.loads(line.decode(), parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
+        call = json.loads(line.decode(), parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
+        json.dumps(call, ensure_ascii=False).encode()  # JSON can contain half of a surrogate pair, UTF-8 cannot
     except (ValueError, RecursionError) as exc:
         raise CallError(f"the call is not valid JSON: {exc}"[:200]) from exc
+    return call
 
 
 def _refuse_constant(word: str) -> None:
@@ -117,134 +189,44 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     # JSON parsers differ in which duplicate they keep. A filter in front of this tool may have checked the other one.
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise CallError("the call has a duplicate key")
+        raise ValueError("a key occurs twice")
     return found
 
 
-def check_call(call: Any) -> dict[str, Any]:  # noqa: ANN401 - any JSON value
-    """Return the call's input, with texts as bytes and defaults filled in. Raises CallError."""
-    # error.message would repeat the value, which can be long. json.dumps escapes the file names in a path.
+def check(validator: Draft202012Validator, value: Any, where: str) -> None:  # noqa: ANN401 - any JSON value
+    """Raise CallError if the value violates the schema."""
+    # error.message would repeat the value, which can be long.
     errors = [
-        f"{json.dumps(error.json_path)[1:-1]} violates {error.validator} {json.dumps(error.validator_value)}"[:300]
-        for error in CALL_VALIDATOR.iter_errors(call)
+        f"{where}{json.dumps(error.json_path)[2:-1]} violates {error.validator} {json.dumps(error.validator_value)}"
+        for error in validator.iter_errors(value)
     ]
     if errors:
-        raise CallError("; ".join([*dict.fromkeys(errors)][:5]))
-    given = call["input"]
-    files = given.get("files", {})
-    for name in files:
-        if name in {MAIN_FILES[given["language"]], MANIFEST}:
-            raise CallError(f"$.input.files: the name {name} is reserved")
-        if name.endswith("\n"):  # the $ of Python's regular expressions also matches before a final newline
-            raise CallError("$.input.files: a name ends with a newline")
-    try:
-        return {
-            "language": given["language"],
-            "source": given["source"].encode(),
-            "files": {name: text.encode() for name, text in files.items()},
-            "stdin": given.get("stdin", "").encode(),
-            "timeout_s": given.get("timeout_s", 30),
-        }
-    except UnicodeEncodeError as exc:  # JSON can contain half of a surrogate pair, UTF-8 cannot
-        raise CallError("a text of the call contains half of a surrogate pair") from exc
-
-
-# ------------------------------------------------------------------------------------------------------ run a call
-
-
-def run_in_pool(pool: Pool, call: dict[str, Any]) -> Result:
-    """Run the call with the library, in a VM of the pool. Raises SandboxError if the program could not be run."""
-    return pool.submit(
-        None,
-        call["stdin"],
-        source=call["source"],
-        toolchain=call["language"],
-        files=call["files"],
-        policy=POLICY,
-        timeout_s=call["timeout_s"],
-        max_output_bytes=OUTPUT_MAX,
-    ).result()
-
-
-def run_by_command(call: dict[str, Any]) -> Result:
-    """Run the call with `x07 run --json`, on a project in a temporary folder. A tool in any language can do this."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        project = folder / "project"
-        project.mkdir()
-        main = MAIN_FILES[call["language"]]
-        files = {**call["files"], main: call["source"]}
-        for file, data in files.items():
-            (project / file).write_bytes(data)
-        entry = f'entry = "{main}"\n' if call["language"] in {"python", "shell"} else ""
-        (project / MANIFEST).write_text(
-            'schema_version = "x07.sandbox.project@0.1.0"\n'
-            f'toolchain = "{call["language"]}"\nfiles = {json.dumps(list(files))}\n{entry}',
-            encoding="utf-8",
-        )
-        (folder / "stdin").write_bytes(call["stdin"])
-        argv = [str(Path(sys.executable).with_name("x07")), "run", "--json=full", "--max-output-bytes", str(OUTPUT_MAX)]
-        argv += ["--policy", str(POLICY), "--timeout", str(call["timeout_s"])]
-        argv += ["--input", f"{name}/stdin", f"{name}/project"]
-        # x07 enforces the timeout.
-        done = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=False)
-    return RESULT_DECODER.decode(done.stdout)
-
-
-# ----------------------------------------------------------------------------------------- the result for the model
-
-
-def content_for_model(result: Result) -> dict[str, Any]:
-    """Return the parts of a result that help the model, limited in size.
-
-    The how_to_allow texts of the denials are omitted: people decide what to allow, not the model.
-    """
-    content: dict[str, Any] = {
-        "outcome": result.outcome,
-        "reason": result.reason,
-        "stdout": excerpt(result.stdout.data),
-        "stderr": excerpt(result.stderr.data),
-    }
-    if result.exit_code is not None:
-        content["exit_code"] = result.exit_code
-    if result.signal is not None:
-        content["signal"] = result.signal
-    if result.denials:
-        content["denied"] = [f"{d.field}: {d.action} {d.subject[:200]} ({d.count})" for d in result.denials[:10]]
-    if ADVICE[result.fault]:
-        content["advice"] = ADVICE[result.fault]
-    return content
-
-
-def excerpt(data: bytes) -> str:
-    """Return output as text. Keep only the beginning and the end of long output, where errors usually are."""
-    text = data.decode(errors="replace")
-    if len(text) <= EXCERPT_MAX:
-        return text
-    half = EXCERPT_MAX // 2
-    return f"{text[:half]}\n[... {len(text) - 2 * half} characters omitted ...]\n{text[-half:]}"
-
-
-def answer(line: bytes, run: Callable[[dict[str, Any]], Result]) -> dict[str, Any]:
-    """Return the result of one call."""
-    call_id = None
-    try:
-        call = parse_line(line)
-        if isinstance(call, dict) and ID_VALIDATOR.is_valid(call.get("id")):
-            call_id = call["id"]
-        content = content_for_model(run(check_call(call)))
-    except CallError as exc:
-        content = {"outcome": "usage-error", "reason": str(exc), "advice": "Correct the call."}
-    except SandboxError as exc:  # the program could not be run: report it to the operator, too
-        print(exc, file=sys.stderr)
-        content = content_for_model(exc.result) if exc.result else {"outcome": "refused", "reason": str(exc)}
-    except msgspec.DecodeError as exc:
-        print(exc, file=sys.stderr)
-        content = {"outcome": "internal-error", "reason": "x07 printed no valid result", "advice": ADVICE["host"]}
-    return {"id": call_id, "is_error": content["outcome"] != "ok", "content": content}
+        raise CallError("; ".join(error[:300] for error in errors[:5]))
 
 
 # ------------------------------------------------------------------------------------------------------- main loop
+
+
+def answer(sandbox: Sandbox, line: bytes) -> dict[str, Any]:
+    """Carry out one call, and return its result. Raises SandboxError if the sandbox has ended."""
+    result: dict[str, Any] = {"id": None, "is_error": True}
+    try:
+        call = parse_line(line)
+        if isinstance(call, dict) and ID.is_valid(call.get("id")):
+            result["id"] = call["id"]
+        check(ENVELOPE, call, "$")
+        check(INPUTS[call["name"]], call["input"], "$.input")
+        content = TOOLS[call["name"]](sandbox, **call["input"])
+        return result | {"is_error": content.get("outcome", "ok") != "ok", "content": content}
+    except CallError as exc:
+        error = str(exc)
+    except OSError as exc:  # for example, the file does not exist
+        error = exc.strerror or str(exc)
+    except SandboxError as exc:
+        if not sandbox.alive:
+            raise
+        error = str(exc)
+    return result | {"content": {"error": error}}
 
 
 def read_line(calls: IO[bytes]) -> bytes:
@@ -256,47 +238,23 @@ def read_line(calls: IO[bytes]) -> bytes:
     return line
 
 
-def serve(run: Callable[[dict[str, Any]], Result], calls: IO[bytes], results: IO[bytes]) -> None:
-    """Answer calls until the input ends, WORKERS at a time."""
-    reading, writing = threading.Lock(), threading.Lock()
-
-    def work() -> None:
-        while True:
-            with reading:
-                line = read_line(calls)
-            if not line:
-                return
-            text = json.dumps(answer(line, run))
-            with writing:
-                results.write(text.encode() + b"\n")
-                results.flush()
-
-    with ThreadPoolExecutor(WORKERS) as threads:
-        for worker in [threads.submit(work) for _ in range(WORKERS)]:
-            worker.result()
-
-
 def main() -> int:
-    """Print the definition, or answer the calls on standard input."""
-    parser = argparse.ArgumentParser(description="Read calls of run_code as JSON lines, write results as JSON lines.")
-    parser.add_argument("--definition", action="store_true", help="print the tool's definition and exit")
-    parser.add_argument("--command", action="store_true", help="run programs with x07 run --json, not with the library")
-    options = parser.parse_args()
-    if options.definition:
-        print(json.dumps(DEFINITION, indent=2))
+    """Print the definitions, or answer the calls on standard input."""
+    parser = argparse.ArgumentParser(description="Read tool calls as JSON lines, write results as JSON lines.")
+    parser.add_argument("--definitions", action="store_true", help="print the tools' definitions and exit")
+    if parser.parse_args().definitions:
+        print(json.dumps(DEFINITIONS, indent=2))
         return 0
-    if options.command:
-        serve(run_by_command, sys.stdin.buffer, sys.stdout.buffer)
-        return 0
-    with Pool(size=1) as pool:
-        serve(partial(run_in_pool, pool), sys.stdin.buffer, sys.stdout.buffer)
+    with Sandbox(policy=POLICY, lifetime_s=LIFETIME_S) as sandbox:
+        while line := read_line(sys.stdin.buffer):
+            print(json.dumps(answer(sandbox, line)), flush=True)
     return 0
 
 
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except SandboxError as exc:  # for example, there is no guest image
+    except SandboxError as exc:  # for example, there is no guest image, or the sandbox has reached its lifetime
         sys.exit(f"agent_tool: {exc}")
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit does not fail, too

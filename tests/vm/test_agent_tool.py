@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 from jsonschema import Draft202012Validator
 
-from tests.conftest import FULL, sample
 from tests.vm.conftest import left_behind
 
 if TYPE_CHECKING:
@@ -20,199 +19,159 @@ if TYPE_CHECKING:
 
 EXAMPLES: Final = Path(__file__).resolve().parents[2] / "examples"
 TOOL: Final = EXAMPLES / "agent_tool.py"
-WAYS: Final = ("library", "command")
 LINE_MAX: Final = 1 << 20
 
-pytestmark = [pytest.mark.vm, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(300)]
 
-FORKS: Final = "import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass\n"
-FLOODS: Final = "while True: print('x' * 4096)"
+# A server that sends a byte from time to time, so that no timeout of a socket ends the request.
+SLOW_SERVER: Final = """
+import socket, time
+with socket.create_server(("127.0.0.1", 8001)) as server:
+    connection, _ = server.accept()
+    while True:
+        connection.send(b"H")
+        time.sleep(0.5)
+"""
+# A redirect to a server of the host, which the tool must not follow.
+REDIRECT: Final = """
+import socket
+with socket.create_server(("127.0.0.1", 8000)) as server:
+    while True:
+        connection, _ = server.accept()
+        with connection:
+            connection.recv(4096)
+            connection.send(b"HTTP/1.0 302 Found\\r\\nLocation: http://127.0.0.1:1/\\r\\n\\r\\n")
+"""
 
 
-def call(number: object, language: object = "python", source: object = "print('well')", **more: object) -> bytes:
+def call(number: object, name: object, **given: object) -> bytes:
     """Return one call as a line."""
-    asked = {"id": number, "name": "run_code", "input": {"language": language, "source": source, **more}}
-    return json.dumps(asked).encode() + b"\n"
+    return json.dumps({"id": number, "name": name, "input": given}).encode() + b"\n"
 
 
-def answers(way: str, lines: bytes) -> list[dict[str, Any]]:
+def run(number: object, command: object, **more: object) -> bytes:
+    """Return a call of run_command as a line."""
+    return call(number, "run_command", command=command, **more)
+
+
+def answers(lines: bytes) -> list[dict[str, Any]]:
     """Return the tool's answers to *lines*: one JSON object each."""
-    argv = [sys.executable, str(TOOL), *(["--command"] if way == "command" else [])]
-    done = subprocess.run(argv, input=lines, capture_output=True, check=False, timeout=500)
-    assert done.returncode == 0, done.stderr
+    done = subprocess.run([sys.executable, str(TOOL)], input=lines, capture_output=True, check=False, timeout=250)
+    assert (done.returncode, done.stderr) == (0, b"")
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def by_id(found: list[dict[str, Any]]) -> dict[str | int, dict[str, Any]]:
-    """Return the contents by the id of their call, in order; each call has one."""
-    contents = {one["id"]: one["content"] for one in found}
-    assert len(contents) == len(found)
-    assert all(one["is_error"] == (one["content"]["outcome"] != "ok") for one in found)
-    return contents
-
-
-@pytest.mark.full("tests of the pages make the same calls")
-@pytest.mark.parametrize("way", WAYS)
-def test_good_calls_of_an_assistant_are_carried_out(way: str, image: Image, state: Path) -> None:
-    """The agent's tool runs every language with input and extra files, and reports output, status and signal."""
-    assert image.digest
-    text = "import sys, words\nprint(words.HELLO, sys.stdin.read())\n"
-    contents = by_id(
-        answers(
-            way,
-            call("python", source=text, files={"words.py": "HELLO = 'grüezi'"}, stdin="Zoë", timeout_s=29.5)
-            + call("c", "c", '#include "n.h"\nint main(void) { return N; }', files={"n.h": "#define N 7\n"})
-            + call("cpp", "cpp", '#include <cstdio>\nint main() { std::printf("%d", 6 * 7); }')
-            + call(
-                "shell",
-                "shell",
-                '. "$(dirname "$0")/it.sh"; kill -TERM $$',
-                stdin="loud",
-                files={"it.sh": "tr a-z A-Z\n"},
-            )
-            + call("unbuilt", "c", "int main(void) { return nothing; }")
-            + call(8, source="import os; os.write(1, bytes(range(128, 256)))"),
-        )
-    )
-    assert contents["python"] == {
-        "outcome": "ok",
-        "reason": "the program exited with status 0",
-        "stdout": "grüezi Zoë\n",
-        "stderr": "",
-        "exit_code": 0,
-    }
-    assert (contents["c"]["outcome"], contents["c"]["exit_code"]) == ("failed", 7)
-    assert contents["cpp"]["stdout"] == "42"
-    assert (contents["shell"]["outcome"], contents["shell"]["signal"], contents["shell"]["stdout"]) == (
-        "signalled",
-        15,
-        "LOUD",
-    )
-    assert contents["unbuilt"]["outcome"] == "build-failed"
-    assert "nothing" in contents["unbuilt"]["stderr"]
-    assert "Correct the program" in contents["unbuilt"]["advice"]
-    assert contents[8]["stdout"] == "\N{REPLACEMENT CHARACTER}" * 128
-    assert left_behind(state) == []
-
-
-@pytest.mark.parametrize("way", sample(WAYS, 1))
-def test_hostile_calls_of_an_assistant_end_at_their_limits(way: str, image: Image, state: Path) -> None:
-    """Programs that flood, hang, connect or crash each get a verdict, and the next call runs."""
+def test_hostile_calls_of_an_agent_end_at_their_limits(image: Image, state: Path) -> None:
+    """Commands that flood, hang, crash or use up memory, and servers that never answer, each get an answer."""
     assert image.digest
     lines = (
-        call("floods", source=FLOODS)
-        + call("never ends", source="import time\ntime.sleep(600)", timeout_s=1)
-        + call("crashes", "c", "int main(void) { return *(volatile int *)0; }")
-        + call("connects", source="import socket\nsocket.create_connection(('example.org', 80), 5)")
+        run("floods", "yes | head -c 10000000")
+        + run("hangs", "sleep 600", timeout_s=1)
+        + run("fills", "python3 -c 'x = bytearray(300 << 20)'")
+        + run("crashes", "kill -SEGV $$")
+        + run("kills all", "kill -9 -1")
+        + call("writes", "write_file", path="slow.py", content=SLOW_SERVER)
+        + call("writes too", "write_file", path="redirect.py", content=REDIRECT)
+        + run("serves", "python3 slow.py > log 2>&1 & python3 redirect.py > log2 2>&1 &")
+        + call("fetches", "fetch", port=8000, path="/")
+        + call("waits", "fetch", port=8001, path="/")
+        + call("leads out", "read_file", path="../../etc/shadow")
+        + call("is a folder", "read_file", path=".")
+        + run("next", "echo well")
     )
-    expected = {"floods": "output-limit", "never ends": "timeout", "crashes": "signalled", "connects": "failed"}
-    if FULL:  # tests/vm/test_hostile_programs.py runs such programs too
-        lines += call("forks", source=FORKS, timeout_s=3)
-        lines += call("fills", source="kept = []\nwhile True: kept.append(b'x' * (1 << 20))")
-        lines += call("looks", "shell", "cat /etc/shadow /root/.ssh/id_rsa /x07/in/policy.json > /etc/passwd")
-        expected |= {"fills": "oom", "looks": "failed"}
-    contents = by_id(answers(way, lines + call("next")))
-    outcomes = {name: content["outcome"] for name, content in contents.items()}
-    assert outcomes.pop("forks", "timeout") in {"cpu-limit", "timeout"}  # either may come first
-    assert outcomes == expected | {"next": "ok"}
-    assert 4000 < len(contents["floods"]["stdout"]) < 4100
-    assert "omitted" in contents["floods"]["stdout"]
-    assert "sandbox" in contents["never ends"]["advice"]
-    assert contents["crashes"]["signal"] == 11
-    assert "gaierror" in contents["connects"]["stderr"]
+    found = answers(lines)
+    contents = {one["id"]: one["content"] for one in found}
+    assert [one["id"] for one in found] == [json.loads(line)["id"] for line in lines.splitlines()]
+    outcomes = {name: content["outcome"] for name, content in contents.items() if "outcome" in content}
+    assert outcomes | {"kills all": ""} == {
+        "floods": "ok",
+        "hangs": "timeout",
+        "fills": "oom",
+        "crashes": "signalled",
+        "kills all": "",
+        "serves": "ok",
+        "next": "ok",
+    }
+    assert len(contents["floods"]["stdout"]) < 11_000
+    assert "left out" in contents["floods"]["stdout"]
+    assert contents["fetches"] == {"status": 302, "text": ""}
+    assert "within 20 s" in contents["waits"]["error"]
+    assert contents["leads out"]["error"] == "No such file or directory"  # as the image has none
+    assert contents["is a folder"]["error"] == "Is a directory"
     assert contents["next"]["stdout"] == "well\n"
     assert left_behind(state) == []
 
 
 MALFORMED: Final = {
-    "no language": (b'{"id": "1", "name": "run_code", "input": {"source": "1"}}\n', "language"),
-    "no source": (b'{"id": "1", "name": "run_code", "input": {"language": "c"}}\n', "source"),
-    "nothing but an id": (b'{"id": "1"}\n', "required"),
-    "no input": (b'{"id": "1", "name": "run_code"}\n', "input"),
-    "another tool": (b'{"id": "1", "name": "rm", "input": {}}\n', "$.name"),
-    "unknown language": (call("1", "cobol"), 'enum ["python"'),
-    "language is a number": (call("1", 3), "$.input.language"),
-    "source is a list": (call("1", source=["1"]), "$.input.source"),
-    "huge source": (call("1", source="#" * 200_000), "maxLength 100000"),
-    "unknown field": (call("1", policy="/etc/passwd"), "additionalProperties false"),
-    "a file leads out": (call("1", files={"../x": ""}), "pattern"),
-    "a file's name has a line end": (call("1", files={"x\n": ""}), "ends with a newline"),
-    "a file's name is odd": (call("1", files={"x\0\x1b": 1}), r"$.input.files['x\u0000\u001b']"),
-    "a file is hidden": (call("1", files={".bashrc": ""}), "pattern"),
-    "a file is the program": (call("1", files={"main.py": "print(1)"}), "main.py is reserved"),
-    "a file is the manifest": (call("1", files={"x07-sandbox.toml": ""}), "x07-sandbox.toml is reserved"),
-    "a file is a number": (call("1", files={"x": 1}), "$.input.files.x"),
-    "too many files": (call("1", files={f"f{n}": "" for n in range(21)}), "maxProperties 20"),
-    "input is a number": (call("1", stdin=5), "$.input.stdin"),
-    "no time": (call("1", timeout_s=0), "exclusiveMinimum 0"),
-    "too much time": (call("1", timeout_s=1e9), "maximum 30"),
-    "time is true": (call("1", timeout_s=True), "type"),
-    "half a character": (call("1", source="print('\ud800')"), "surrogate"),
+    "no command": (call("1", "run_command"), "required"),
+    "no input": (b'{"id": "1", "name": "run_command"}\n', "required"),
+    "input is a list": (b'{"id": "1", "name": "run_command", "input": []}\n', "type"),
+    "unknown tool": (call("1", "rm"), "$.name violates enum"),
+    "tool is a list": (call("1", ["rm"]), "$.name violates enum"),
+    "command is a number": (run("1", 3), "$.input.command violates type"),
+    "a NUL byte": (run("1", "a\0b"), "NUL byte"),
+    "huge command": (run("1", "#" * 200_000), "maxLength 100000"),
+    "unknown field": (run("1", "true", policy="/etc/passwd"), "additionalProperties false"),
+    "no time": (run("1", "true", timeout_s=0), "exclusiveMinimum 0"),
+    "too much time": (run("1", "true", timeout_s=1e9), "maximum 60"),
+    "time is true": (run("1", "true", timeout_s=True), "type"),
+    "a port of another service": (call("1", "fetch", port=22, path="/"), "minimum 8000"),
+    "a path with a space": (call("1", "fetch", port=8000, path="/ HTTP/1.1"), "pattern"),
+    "a path without a slash": (call("1", "fetch", port=8000, path="x"), "pattern"),
+    "a path with a line end": (call("1", "fetch", port=8000, path="/x\n"), "control characters"),
+    "an empty path": (call("1", "read_file", path=""), "minLength 1"),
 }
 NO_ID: Final = {
-    "time is no number": (call("1", timeout_s=float("nan")), "NaN is not allowed"),
+    "half a character": (run("1", "\ud800"), "surrogates"),
+    "time is no number": (run("1", "true", timeout_s=float("nan")), "NaN is not allowed"),
     "no JSON": (b"run this please\n", "not valid JSON"),
     "an empty line": (b"\n", "not valid JSON"),
     "no UTF-8": (b'{"id": "\xff"}\n', "not valid JSON"),
     "no object": (b"[1]\n", "type"),
-    "no id": (b'{"name": "run_code", "input": {"language": "c", "source": ""}}\n', "id"),
+    "no id": (b'{"name": "fetch", "input": {}}\n', "required"),
     "deep": (b"[" * 100_000 + b"\n", "not valid JSON"),
-    "an id is a fraction": (call(1.5), "$.id"),
-    "an id is too long": (call("1" * 201), "$.id"),
-    "an id is true": (call(number=True), "$.id"),
-    "a key twice": (
-        b'{"id": "1", "id": "2", "name": "run_code", "input": {"language": "c", "source": ""}}\n',
-        "duplicate key",
-    ),
-    "a huge number": (b'{"id": ' + b"9" * 5000 + b"}\n", "not valid JSON"),
-    "a huge line": (call("1", source="#" * (LINE_MAX * 3)), "longer than"),
+    "an id is a fraction": (run(1.5, "true"), "$.id"),
+    "an id is too long": (run("1" * 201, "true"), "$.id"),
+    "a key twice": (b'{"id": "1", "id": "2", "name": "fetch", "input": {}}\n', "a key occurs twice"),
+    "a huge line": (run("1", "#" * (LINE_MAX * 3)), "longer than"),
 }
 
 
-def test_malformed_calls_of_an_assistant_get_an_error(image: Image, state: Path) -> None:
+def test_malformed_calls_of_an_agent_get_an_error(image: Image, state: Path) -> None:
     """Missing fields, wrong types, unknown names and huge texts each get a short error, and nothing runs."""
     assert image.digest
-    for number, (line, _) in enumerate(MALFORMED.values()):
-        assert line.startswith(b'{"id": "1"'), number
-    lines = [line.replace(b'"1"', f'"{number}"'.encode(), 1) for number, (line, _) in enumerate(MALFORMED.values())]
-    lines += [line for line, _ in NO_ID.values()]
-    found = answers("command", b"".join(lines) + call("next"))
-    contents = by_id([one for one in found if one["id"] is not None])
-    assert contents["next"].get("stdout") == "well\n", contents["next"]
-    del contents["next"]
-    for number, (name, (_, part)) in enumerate(MALFORMED.items()):
-        content = contents.pop(str(number))
-        assert content["outcome"] == "usage-error", name
-        assert len(content["reason"]) < 1600, name
-        rules = content["reason"].split("; ")
-        assert sorted({*rules}) == sorted(rules), name  # no message is repeated
-        assert part in content["reason"], name
-    assert contents == {}
-    reasons = [one["content"]["reason"] for one in found if one["id"] is None]
-    assert len(reasons) == len(NO_ID)
-    assert all(any(part in reason for reason in reasons) for _, part in NO_ID.values())
-    assert len(list(state.glob("*/job.json"))) <= 2  # of the next one: its build, its run
+    cases = MALFORMED | NO_ID
+    found = answers(b"".join(line for line, _ in cases.values()) + run("next", "echo well"))
+    assert found.pop()["content"]["stdout"] == "well\n"
+    assert len(found) == len(cases)
+    for one, (name, (_, part)) in zip(found, cases.items(), strict=True):
+        assert one["id"] == (None if name in NO_ID else "1"), name
+        assert one["is_error"], name
+        assert part in one["content"]["error"], name
+        assert len(one["content"]["error"]) < 1600, name
+    assert left_behind(state) == []
 
 
-def test_the_example_calls_match_the_definition() -> None:
-    """`--definition` prints the tool's name, a description and a JSON Schema that the example's calls match."""
-    done = subprocess.run([sys.executable, str(TOOL), "--definition"], capture_output=True, check=True, timeout=60)
-    definition = json.loads(done.stdout)
-    assert definition["name"] == "run_code"
-    schema = definition["input_schema"]
-    Draft202012Validator.check_schema(schema)
+def test_the_recorded_calls_match_the_definitions() -> None:
+    """`--definitions` prints names, descriptions and JSON Schemas, and all recorded calls but the last two match."""
+    done = subprocess.run([sys.executable, str(TOOL), "--definitions"], capture_output=True, check=True, timeout=60)
+    schemas = {one["name"]: one["input_schema"] for one in json.loads(done.stdout)}
+    for schema in schemas.values():
+        Draft202012Validator.check_schema(schema)
     calls = [json.loads(line) for line in (EXAMPLES / "agent_calls.jsonl").read_bytes().splitlines()]
-    keeping = [Draft202012Validator(schema).is_valid(one["input"]) for one in calls]
-    assert keeping == [True, True, True, False, True]
+    matching = [Draft202012Validator(schemas.get(one["name"], False)).is_valid(one["input"]) for one in calls]
+    assert matching == [True] * 18 + [False, False]
 
 
-def test_the_tool_ends_when_its_reader_goes_away() -> None:
-    """If its reader goes away, the tool reports that and ends without a traceback."""
+def test_the_tool_ends_when_its_reader_goes_away(image: Image, state: Path) -> None:
+    """If its reader goes away, the tool reports that, closes its sandbox and ends without a traceback."""
+    assert image.digest
     reader, writer = os.pipe()
     os.close(reader)
-    argv = [sys.executable, str(TOOL), "--command"]
+    argv = [sys.executable, str(TOOL)]
     try:
         done = subprocess.run(argv, input=b"{}\n" * 9, stdout=writer, stderr=subprocess.PIPE, check=False, timeout=60)
     finally:
         os.close(writer)
     assert (done.returncode, done.stderr) == (1, b"agent_tool: the reader of the results closed the pipe\n")
+    assert left_behind(state) == []
