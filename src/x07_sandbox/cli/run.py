@@ -74,11 +74,24 @@ def _exec_epilog(_level: str) -> str:
 
 
 def _exec(options: argparse.Namespace) -> int:
+    options.command = options.command or _command_of(options.image)
     if not options.command:
         raise UsageError("wrong usage", "no command given", _example("x07 exec --workdir . -- make test"))
     if options.read and options.workdir is None:
         raise UsageError("wrong usage", "--read requires --workdir", "Add --workdir DIR, or omit --read")
     return run_command(options)
+
+
+def _command_of(image: str | None) -> list[str]:
+    """Return the entrypoint and the command of an imported image; [] for any other."""
+    if image is None:
+        return []
+    from x07_sandbox.images.store import find_image
+
+    with contextlib.suppress(ImageError, UsageError):  # the run itself reports an image that is missing
+        program = find_image(image).manifest.program
+        return [] if program is None else [*program.entrypoint, *program.cmd]
+    return []
 
 
 def run_command(options: argparse.Namespace) -> int:

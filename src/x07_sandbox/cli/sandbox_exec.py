@@ -50,7 +50,7 @@ def add_shell(parser: Any) -> None:  # noqa: ANN401 - as argparse has it
     """Add the arguments of `x07 sandbox shell`."""
     parser.add_argument("sandbox", metavar="SANDBOX", type=nonempty, help="id, start of an id, or name")
     _add_common(parser)
-    shell = {"interactive": True, "tty": True, "detach": False, "raw": True}
+    shell: dict[str, Any] = {"interactive": True, "tty": True, "detach": False, "raw": True}
     shell |= {"json": False, "report_out": None, "quiet_json": False}
     parser.set_defaults(carry_out=_exec, command=["sh", "-c", _SHELL], **shell)
 
