@@ -3,9 +3,10 @@
     .venv/bin/python -m bench [--rounds 15] [--only TEXT] [--json FILE] [--short]
 
 Each round runs every case once, so that other load on the host affects all cases alike. A case that fails is recorded
-with its error, the others go on, and the exit status is 1. Needs root for podman; install podman and runc with apt. 15
-rounds take about half an hour, most of it for cases that boot VMs. --short runs every case once, in half a minute: it
-shows that the benchmark works, but its figures mean nothing.
+with its error, the others go on, and the exit status is 1. Needs root for podman and docker; install podman, runc and
+docker.io with apt. If no Docker daemon runs, one is started, on a socket of its own. 15 rounds take about an hour, most
+of it for cases that boot VMs and for sandboxes. --short runs every case once, in a minute: it shows that the benchmark
+works, but its figures mean nothing.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bench import peers, programs, scale
-from bench.figures import Figures
+from bench import peers, programs, sandboxes, scale
+from bench.figures import Figures, WrongRunError
 from bench.ours import X07, Command, Floor, Pooled, next_command_seconds, not_hot
 from x07_sandbox.images.store import find_image
 
@@ -45,7 +46,9 @@ class Suite:
         self._stack = stack
         self._pool_stack = stack.enter_context(contextlib.ExitStack())
         self._short = short
-        groups = {"x07 run": self._x07, "pools": self._pooled, "raw clones": self._raw, "other tools": self._peers}
+        self._sizes = sandboxes.SHORT if short else sandboxes.FULL
+        groups = {"x07 run": self._x07, "pools": self._pooled, "raw clones": self._raw}
+        groups |= {"sandboxes": self._sandboxes, "other tools": self._peers}  # side by side, to be compared
         for name, group in groups.items():
             with figures.recording(name):
                 group()
@@ -99,21 +102,41 @@ class Suite:
         next_command_seconds(box)  # the first takes the process that waits
         self.cases["next command in a VM, C"] = partial(next_command_seconds, box)
 
+    def _sandboxes(self) -> None:
+        if self.pools is None:
+            raise WrongRunError("there is no pool to open sandboxes from")
+        found = sandboxes.Sandboxes(self._pool_stack, self.pools.pool, self._sizes)
+        self.cases |= found.cases() | sandboxes.Transfers(found.held, self.work, self._sizes.mib).cases()
+        self.pools.settle()
+
     def _peers(self) -> None:
         root = peers.unpacked_root(find_image(None).folder / "root.erofs", self.work)
         shutil.copy(self.work / "c", root / "prog/c")
         shutil.copy(self.sources["Python"], root / "prog/prog.py")
         engines = {"podman+runc": peers.podman(root, self.work)}
-        if (podman := engines["podman+runc"]) is not None:
+        skipped = {"podman+runc": "needs root, podman and runc"}
+        if engines["podman+runc"] is not None:
             self._stack.callback(peers.forget_podman, self.work)
-            self.cases["podman exec, C"] = peers.podman_exec(podman, ["/prog/c"], self._stack).seconds
-        engines |= {f"docker+{runtime}": peers.docker(root, self.work, runtime) for runtime in ("runc", "runsc")}
+        client, reason = peers.docker_client(self.work, self._stack)
+        for runtime in ("runc", "runsc"):
+            skipped[f"docker+{runtime}"] = reason or f"the daemon does not have {runtime}"
+            engines[f"docker+{runtime}"] = peers.docker(client, root, self.work, runtime) if client else None
+        for name in ("podman", "docker"):
+            if (argv := engines[f"{name}+runc"]) is not None:
+                self._in_container(name, peers.container(argv, self._stack))
         for name, command in {"C": ["/prog/c"], "Python": ["/usr/bin/python3", "/prog/prog.py"]}.items():
             self.cases[f"bwrap, {name}"] = peers.bwrap(root, command).seconds
             for engine, argv in engines.items():
                 if argv is not None:
                     self.cases[f"{engine}, {name}"] = peers.Peer(argv=(*argv, *command)).seconds
-        print(f"not timed: {', '.join(name for name, argv in engines.items() if argv is None) or 'nothing'}")
+        for engine in (name for name, argv in engines.items() if argv is None):
+            print(f"not timed: {engine}: {skipped[engine]}")
+
+    def _in_container(self, name: str, container: peers.Container) -> None:
+        count = self._sizes.at_once
+        self.cases[f"{name} exec, C"] = container.peer(["/prog/c"]).seconds
+        self.cases[f"{name} exec true"] = container.true_seconds
+        self.cases[f"{name} exec true, {count} at once"] = partial(sandboxes.at_once_seconds, container.true, count)
 
 
 def measure(figures: Figures, options: argparse.Namespace, stack: contextlib.ExitStack) -> None:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-RATIOS = (
+# Title, one median, the other: limit and goal of the first divided by the second, if there are any.
+RATIOS: tuple[tuple[str, str, str, float | None, float | None], ...] = (
     ("clone ready / QEMU started and stopped", "clone, until it answers", "QEMU, started and stopped", 3.4, 2.2),
     ("x07 run, cached C / podman", "x07 C, cached", "podman+runc, C", 1.3, 0.9),
     ("x07 run, cached Python / podman", "x07 Python, cached", "podman+runc, Python", 1.5, 1.0),
@@ -21,6 +22,27 @@ RATIOS = (
     ("x07 run, cached Python, hot / saved VM", "x07 Python, cached", "x07 Python, saved VM", 0.45, 0.35),
     ("x07 run, C from the pool / podman", "x07 C, from the pool", "podman+runc, C", 1.0, 0.5),
     ("x07 run, Python from the pool / podman", "x07 Python, from the pool", "podman+runc, Python", 1.0, 0.5),
+    ("exec true, first, sandbox / podman", "sandbox exec true, first", "podman exec true", None, None),
+    ("exec true, first, sandbox / docker", "sandbox exec true, first", "docker exec true", None, None),
+    ("exec true, 100th, sandbox / podman", "sandbox exec true, 100th", "podman exec true", None, None),
+    ("exec true, 100th, sandbox / docker", "sandbox exec true, 100th", "docker exec true", None, None),
+    ("x07 sandbox exec true / podman", "x07 sandbox exec true", "podman exec true", None, None),
+    ("x07 sandbox exec true / docker", "x07 sandbox exec true", "docker exec true", None, None),
+    ("8 at once, sandbox / podman", "sandbox exec true, 8 at once", "podman exec true, 8 at once", None, None),
+    ("8 at once, sandbox / docker", "sandbox exec true, 8 at once", "docker exec true, 8 at once", None, None),
+    (
+        "1,000 commands, last 100 / first 100",
+        "sandbox, the last tenth of them",
+        "sandbox, the first tenth of them",
+        None,
+        None,
+    ),
+    ("sandbox opened / pooled run", "sandbox, opened from the pool", "library C, warm", None, None),
+    ("sandbox with a command / pooled run", "sandbox, opened, used, closed", "library C, warm", None, None),
+    ("in, write / tar, by time", "64 MiB in, write", "64 MiB in, tar", None, None),
+    ("in, upload / tar, by time", "64 MiB in, upload", "64 MiB in, tar", None, None),
+    ("out, read / tar, by time", "64 MiB out, read", "64 MiB out, tar", None, None),
+    ("out, download / tar, by time", "64 MiB out, download", "64 MiB out, tar", None, None),
 )
 # One median minus the other, in ms.
 DIFFERENCES = (
@@ -85,10 +107,13 @@ class Figures:
         medians = {name: statistics.median(values) for name, values in self.times_s.items()}
         for name, median in medians.items():
             values = self.times_s[name]
-            print(f"{name:28} {median * 1000:9.1f} {min(values) * 1000:9.1f} {max(values) * 1000:9.1f}")
+            size, _, is_transfer = name.partition(" MiB ")
+            rate = f"   {int(size) / median:.1f} MiB/s" if is_transfer else ""
+            print(f"{name:28} {median * 1000:9.1f} {min(values) * 1000:9.1f} {max(values) * 1000:9.1f}{rate}")
         for title, over, under, limit, goal in RATIOS:
             if over in medians and under in medians:
-                print(f"{title:42} {medians[over] / medians[under]:6.2f}   limit {limit}, goal {goal}")
+                bounds = "" if limit is None else f"   limit {limit}, goal {goal}"
+                print(f"{title:42} {medians[over] / medians[under]:6.2f}{bounds}")
         for title, whole, part, limit, goal in DIFFERENCES:
             if whole in medians and part in medians:
                 left = (medians[whole] - medians[part]) * 1000

@@ -80,10 +80,11 @@ def not_hot(command: Command) -> Command:
     return replace(command, start="clone", env={VARIABLE: "1"})
 
 
-def check(document: bytes, output: bytes, *, start: str, built: str) -> None:
+def check(document: bytes, output: bytes, *, start: str, built: str | None) -> None:
     """Raise WrongRunError unless a result, as JSON, is that of a run that kept every promise.
 
-    output: the expected output. start: the expected start mode of each VM. built: the expected origin of the artifact.
+    output: the expected output. start: the expected start mode of each VM. built: the expected origin of the artifact;
+    None for no artifact.
     """
     result = json.loads(document)
     phases = result["phases"]

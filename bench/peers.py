@@ -6,12 +6,14 @@ import contextlib
 import os
 import shutil
 import subprocess
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from bench import programs
 from bench.figures import WrongRunError
+from tests import engines
 
 PODMAN_ENV = {"PODMAN_IGNORE_CGROUPSV1_WARNING": "1"}
 
@@ -59,28 +61,68 @@ def podman(root: Path, work: Path) -> list[str] | None:
     return [*store, *_RUN, _IMAGE]
 
 
-def podman_exec(argv: list[str], command: list[str], stack: contextlib.ExitStack) -> Peer:
-    """Return `podman exec` of a command in a container that runs until *stack* ends. argv: from `podman`."""
-    store, name = argv[: argv.index("run")], "bench-exec"
-    env = os.environ | PODMAN_ENV
-    run = [*argv[:-1], "--name", name, argv[-1], "cat"]  # until its input ends: then podman has cleaned up when it ends
-    container = stack.enter_context(subprocess.Popen(run, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=env))
-    while subprocess.run([*store, "exec", name, "true"], check=False, capture_output=True, env=env).returncode:
-        if container.poll() is not None:
-            raise WrongRunError("podman did not start a container")
-    return Peer(argv=(*store, "exec", "-i", name, *command))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Container:
+    """A running container. enter: `exec` of its engine, up to the name of the container, without options of `exec`."""
+
+    enter: tuple[str, ...]
+    name: str
+
+    def peer(self, command: list[str]) -> Peer:
+        """Return a command in the container that reads input."""
+        return Peer(argv=(*self.enter, "-i", self.name, *command))
+
+    def true_seconds(self) -> float:
+        """Time `true`."""
+        started = time.monotonic()
+        self.true()
+        return time.monotonic() - started
+
+    def true(self) -> None:
+        """Run `true`."""
+        argv = (*self.enter, self.name, "true")
+        subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, check=True, env=os.environ | PODMAN_ENV)
 
 
-def docker(root: Path, work: Path, runtime: str) -> list[str] | None:
-    """Do the same for docker with *runtime*, runc or gVisor's runsc. Return None without docker or the runtime."""
-    listing = ["docker", "info", "--format", "{{range $name, $_ := .Runtimes}}{{println $name}}{{end}}"]
-    if not shutil.which("docker"):
+def container(argv: list[str], stack: contextlib.ExitStack) -> Container:
+    """Return a container that runs until *stack* ends. argv: from `podman` or `docker`."""
+    started = Container(enter=(*argv[: argv.index("run")], "exec"), name="bench-exec")
+    # `cat` ends with its input. Then the engine has cleaned up when it ends.
+    run = [*argv[:-1], "--name", started.name, argv[-1], "cat"]
+    process = stack.enter_context(
+        subprocess.Popen(run, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=os.environ | PODMAN_ENV)
+    )
+    while True:
+        try:
+            started.true()
+        except subprocess.CalledProcessError as exc:
+            if process.poll() is not None:
+                raise WrongRunError(f"{argv[0]} did not start a container") from exc
+        else:
+            return started
+
+
+def docker_client(work: Path, stack: contextlib.ExitStack) -> tuple[list[str], str]:
+    """Return a docker command that reaches a daemon, or nothing and the reason. Start a daemon if none runs."""
+    client = ["docker"]
+    if shutil.which("docker") and not subprocess.run([*client, "info"], check=False, capture_output=True).returncode:
+        return client, ""
+    if reason := engines.missing("docker"):
+        return [], reason
+    try:
+        env = stack.enter_context(engines.dockerd(Path(tempfile.mkdtemp(prefix="x07-docker-", dir=work))))
+    except AssertionError as exc:  # with the daemon's log
+        return [], f"dockerd does not start: {str(exc).strip().rpartition(chr(10))[2]}"
+    return [*client, "--host", env["DOCKER_HOST"]], ""
+
+
+def docker(client: list[str], root: Path, work: Path, runtime: str) -> list[str] | None:
+    """Do as `podman`, with *runtime*: runc, or runsc of gVisor. Return None if the daemon does not have it."""
+    listing = [*client, "info", "--format", "{{range $name, $_ := .Runtimes}}{{println $name}}{{end}}"]
+    if runtime not in subprocess.run(listing, capture_output=True, text=True, check=True).stdout.split():
         return None
-    done = subprocess.run(listing, capture_output=True, text=True, check=False)
-    if done.returncode or runtime not in done.stdout.split():
-        return None
-    _import(["docker", "import"], root, work)
-    return ["docker", *_RUN, "--runtime", runtime, _IMAGE]
+    _import([*client, "import"], root, work)
+    return [*client, *_RUN, "--runtime", runtime, _IMAGE]
 
 
 _IMAGE = "localhost/bench:1"

@@ -63,7 +63,7 @@ def running(name: Name) -> Iterator[EngineUnderTest]:
     """Start the engine and load our image; remove all of it on exit."""
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=f"x07-{name}-", dir="/var/tmp")))
-        env = stack.enter_context((_podman if name == "podman" else _dockerd)(folder))
+        env = stack.enter_context((_podman if name == "podman" else dockerd)(folder))
         with _variables(env):
             image = build_image(progress=lambda _text: None)
             digest, _ = load(image, REFERENCE, [name], lambda _text: None)
@@ -99,7 +99,8 @@ def _podman(folder: Path) -> Iterator[dict[str, str]]:
 
 
 @contextlib.contextmanager
-def _dockerd(folder: Path) -> Iterator[dict[str, str]]:
+def dockerd(folder: Path) -> Iterator[dict[str, str]]:
+    """Run a Docker daemon below *folder*; yield the variables by which clients find it."""
     (folder / "daemon.json").write_text("{}", encoding="ascii")
     host = f"unix://{folder}/docker.sock"
     argv = ["dockerd", "--config-file", f"{folder}/daemon.json", "--host", host, "--data-root", f"{folder}/data"]

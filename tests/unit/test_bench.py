@@ -112,4 +112,10 @@ def test_the_bench_reports_what_it_could_not_set_up(tmp_path: Path) -> None:
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run(words, cwd=root, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
-    assert list(json.loads(file.read_bytes())["errors"]) == ["x07 run", "pools", "raw clones", "other tools"]
+    assert list(json.loads(file.read_bytes())["errors"]) == [
+        "x07 run",
+        "pools",
+        "raw clones",
+        "sandboxes",
+        "other tools",
+    ]

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(900), pytest.mark.usefixtures("image")]
 
 
-@pytest.mark.full("boots or clones a VM for each of 20 cases")
+@pytest.mark.full("boots or clones a VM for each of 20 cases, and starts containers")
 def test_every_case_of_the_benchmark_runs(tmp_path: Path) -> None:
     """The short form of the benchmark runs every case once, and each yields a figure."""
     copy_cache(tmp_path / "cache")
@@ -31,11 +31,18 @@ def test_every_case_of_the_benchmark_runs(tmp_path: Path) -> None:
     expected |= {
         "QEMU, started and stopped",
         "clone, until it answers",
-        "clone that runs C",
+        "hot clone that runs C",
         "next command in a VM, C",
+        "sandbox, opened from the pool",
+        "sandbox, 10 commands",
+        "sandbox exec true, first",
+        "sandbox exec true, 8 at once",
+        "x07 sandbox exec true",
+        "1 MiB in, write",
+        "1 MiB out, tar",
         "bwrap, C",
         "bare exec, C",
     }
     assert expected <= found["times_s"].keys()
     assert all(len(times) == 1 for times in found["times_s"].values())
-    assert len(found["rows"]) == 8
+    assert len(found["rows"]) == 10
