@@ -23,6 +23,7 @@ from x07_sandbox.programs.toolchains import ARTIFACT
 from x07_sandbox.runs.phase import CWD, PhaseSpec, needs_of, run_phase
 from x07_sandbox.runs.phase_specs import opening, run_environment
 from x07_sandbox.runs.request import in_memory
+from x07_sandbox.sandboxes.execution import FILES
 from x07_sandbox.sandboxes.transfers import CommandStreams, Receivers, Sink, memory_file
 
 if TYPE_CHECKING:
@@ -54,7 +55,8 @@ def warm_up(instance: Instance, kind: MachineKind, cloning: Cloning, cancel: Can
 
     Raises BackendError.
     """
-    commands = () if kind.has_program_root else _COMMANDS[kind.runtime]  # which an imported image may lack
+    # An imported image may lack these programs. The agent's file server ends at once, since it gets no request.
+    commands = ([],) if kind.has_program_root else _COMMANDS[kind.runtime]
     plain = replace(kind, network=False)
     for number, argv in enumerate(commands, 1):
         _run(instance, plain, argv, cancel)
@@ -77,10 +79,10 @@ def _run(instance: Instance, kind: MachineKind, argv: list[str], cancel: Cancel)
             Sink(name, keep_fd=memory_file(b"", stack), live_fd=None, max_bytes=settings.MIB)
             for name in ("stdout", "stderr")
         )
-        streams = CommandStreams(stdin_fd=memory_file(_INPUT, stack), stdout=out, stderr=err)
+        streams = CommandStreams(stdin_fd=memory_file(_INPUT if argv else b"", stack), stdout=out, stderr=err)
         ending = classify(run_phase(spec, instance, streams, cancel).evidence)
     if ending.outcome != "ok":
-        raise BackendError("cannot warm up a VM", f"{argv[0]}: {ending.reason}", "Run x07 doctor")
+        raise BackendError("cannot warm up a VM", f"{''.join(argv[:1])}: {ending.reason}", "Run x07 doctor")
 
 
 def _spec(kind: MachineKind, argv: list[str], stack: contextlib.ExitStack) -> PhaseSpec:
@@ -92,7 +94,7 @@ def _spec(kind: MachineKind, argv: list[str], stack: contextlib.ExitStack) -> Ph
     return PhaseSpec(
         name="run" if running else "build",
         opening=opening(confine, limits, files, out_writable=not running),
-        order=Exec(1, argv, run_environment(policy, {}, {}), CWD, limits),
+        order=Exec(1, argv, run_environment(policy, {}, {}), CWD, limits, "" if argv else FILES),
         closing=Close(1, None, Left(0, 0) if running else None),
         files=tuple(files),
         receivers=Receivers(),
