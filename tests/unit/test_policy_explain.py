@@ -20,6 +20,7 @@ from x07_sandbox.policy.model import leaf_values
 from x07_sandbox.policy.schema import fields
 from x07_sandbox.policy.templates import TEMPLATES
 from x07_sandbox.programs.toolchains import TOOLCHAINS
+from x07_sandbox.reports.policies import IN_SANDBOX
 from x07_sandbox.x07.project import X07
 
 if TYPE_CHECKING:
@@ -148,3 +149,10 @@ def test_unreachable_hosts_are_listed(tmp_path: Path) -> None:
     assert reasons["net.allow_hosts[3]"].startswith(f'{why}; to allow it, set allow_local = ["ADDRESS:80"]')
     assert "the program's own" in reasons["net.allow_hosts[4]"]
     assert "  net.allow_hosts[1]  " in policy(tmp_path, "explain", "p.json")[1]
+
+
+def test_explain_says_what_fields_mean_in_a_sandbox() -> None:
+    """With --sandbox, each field that means something else in a sandbox says so, and without it none does."""
+    plain, found = (as_json("explain", *words) for words in ((), ("--sandbox",)))
+    assert {row["in_sandbox"] for row in plain["controls"]} == {""}
+    assert {row["field"]: row["in_sandbox"] for row in found["controls"] if row["in_sandbox"]} == IN_SANDBOX

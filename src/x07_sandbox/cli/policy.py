@@ -267,7 +267,9 @@ def _explain(options: argparse.Namespace) -> int:
         filters=confinement(policy, "").filters if "confinement" in features.can_enforce else (),
         controls=tuple(
             policies.ExplainedControl(
-                **msgspec.structs.asdict(control), value=msgspec.to_builtins(values[control.field])
+                **msgspec.structs.asdict(control),
+                value=msgspec.to_builtins(values[control.field]),
+                in_sandbox=policies.IN_SANDBOX.get(control.field, "") if options.sandbox else "",
             )
             for control in plan.controls
         ),
@@ -334,6 +336,7 @@ examples:
   x07 policy explain                      explain the built-in default policy
   x07 policy explain strict.json --json | jq '.refusals'
   x07 policy explain built-in:cli
+  x07 policy explain --sandbox strict.json
 """
 
 
@@ -350,6 +353,7 @@ def _add_explain(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     toolchains = tuple(toolchain.name for toolchain in (*TOOLCHAINS, X07))
     doc = f"toolchain of the program: one of {', '.join(toolchains)}; the policy fields language.* apply to x07 only"
     parser.add_argument("--toolchain", choices=toolchains, metavar="T", help=doc)
+    switch(parser, "--sandbox", "also say which fields mean something else in a sandbox")
 
 
 def _explanation_lines(found: ExplainReport) -> list[str]:
@@ -362,7 +366,10 @@ def _explanation_lines(found: ExplainReport) -> list[str]:
         if group:
             text += ["", f"{title}:"]
         for control in group:
-            text.append(f"  {control.field:{width}}  {_json_text(control.value):12}  {control.by}: {control.why}")
+            where = f" ({control.in_sandbox})" if control.in_sandbox else ""
+            text.append(
+                f"  {control.field:{width}}  {_json_text(control.value):12}  {control.by}: {control.why}{where}"
+            )
     if found.never_reached:
         text += ["", "allowed by the policy but blocked unless your settings allow it (docs/explanation/network.md):"]
     text += [f"  {row.field}  {_json_text(row.host)}: {row.why}" for row in found.never_reached]

@@ -1,6 +1,6 @@
 """The documents of `x07 policy check`, `check --host`, `digest`, `explain` and `diff`."""
 
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -67,9 +67,26 @@ class DigestReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class ExplainedControl(Control, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One field of the policy, its value, and what enforces it."""
+    """One field of the policy, its value, and what enforces it.
+
+    in_sandbox: with --sandbox, what the field means in a sandbox, if that differs from a run; else empty.
+    """
 
     value: Any
+    in_sandbox: str = ""
+
+
+IN_SANDBOX: Final = {
+    "limits.wall_ms": "of each command, if you name the policy",
+    "limits.cpu_ms": "of each command, if you name the policy",
+    "limits.mem_bytes": "of all commands together",
+    "limits.procs": "of all commands together",
+    "limits.fds": "of each process of each command",
+    "fs.read_roots": "copied in when the sandbox is opened",
+    "fs.write_roots": "copied in when the sandbox is opened, and changes come back when it is closed",
+    "net.allow_hosts": "for all commands, until the sandbox ends",
+}
+"""What policy fields mean in a sandbox, where that differs from a run."""
 
 
 class NeverReached(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
