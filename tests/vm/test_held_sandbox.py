@@ -269,6 +269,24 @@ print(connection.recv(1))
     assert text(held.exec(["echo", "on"])) == "on\n"
 
 
+def test_clients_that_leave_take_nothing_with_them(held: Sandbox) -> None:
+    """Clients that come and go, also without a word, leave no descriptor and no thread in the holder."""
+
+    def load() -> tuple[int, int]:
+        place = Path(f"/proc/{holder_of(held.id)}")
+        return len(list((place / "fd").iterdir())), len(list((place / "task").iterdir()))
+
+    assert held.exec(["true"]).ok
+    before = load()
+    for number in range(20):
+        client = Sandbox.connect(held.id)
+        assert client.exec(["true"]).ok
+        if number % 2:
+            client.disconnect()
+        del client
+    wait_until(lambda: load() <= before)
+
+
 # the command line
 
 

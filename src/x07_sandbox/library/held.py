@@ -70,6 +70,7 @@ _PIECE: Final = 64 * 1024
 _UNREAD_MAX: Final = 512 * 1024  # of a command; further output waits in the holder and in the VM
 _ANSWER_S: Final = 60.0
 _ENDED_S: Final = 5.0
+_CONNECT_S: Final = 10.0
 _NO_LIMITS: Final = CommandLimits(0, 0, 0, 0, 0)  # the holder has them
 _STREAMS: Final = {"stdout": Stream.STDOUT, "stderr": Stream.STDERR}
 _BAD: Final = (msgspec.MsgspecError, ValueError)
@@ -403,6 +404,7 @@ def connect(run: str) -> socket.socket:
     """Connect to the holder of a sandbox. Raises BackendError."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
+        connection.settimeout(_CONNECT_S)
         with socket_address(all_runs() / run, SOCKET) as address:
             connection.connect(address)
         if peer_of(connection)[1] != os.geteuid():

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import resource
 import signal
 import socket
 import sys
@@ -107,8 +108,6 @@ class Holder:
         self._listener = listener
         self._end = Event()
         self._watchers: list[_Client] = []
-        self._attached: set[int] = set()
-        self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
         opened.at_end(self.end)
 
@@ -128,9 +127,10 @@ class Holder:
                     self._accept()
         self._listener.close()
         result = self._opened.finish("keep")
-        for watcher in self._watchers:
-            with contextlib.suppress(OSError):
+        for watcher in list(self._watchers):
+            with contextlib.suppress(OSError):  # it has gone away
                 watcher.send(Finished(result=result))
+                watcher.connection.shutdown(socket.SHUT_RDWR)  # ends its thread
         until = time.monotonic() + _ENDED_S
         for thread in self._threads:
             thread.join(max(0.0, until - time.monotonic()))
@@ -149,14 +149,12 @@ class Holder:
 
     def _serve_one(self, connection: socket.socket) -> None:
         client = _Client(connection)
-        with contextlib.suppress(OSError, msgspec.MsgspecError, ValueError):  # the client is gone, or malformed
+        with connection, contextlib.suppress(OSError, msgspec.MsgspecError, ValueError):  # the client is gone, or wrong
             if peer_of(connection)[1] == os.geteuid() and (request := client.request()) is not None:
                 try:
                     self._carry_out(client, request)
                 except SandboxError as exc:
                     client.send(Problem.of(exc))
-        if client not in self._watchers:
-            connection.close()
 
     def _carry_out(self, client: _Client, request: ClientMessage) -> None:
         opened = self._opened
@@ -192,6 +190,10 @@ class Holder:
             case Watch():
                 opened.require_open()
                 self._watchers.append(client)
+                try:
+                    next(client.messages, None)  # until the client goes away, or the sandbox has ended
+                finally:
+                    self._watchers.remove(client)
             case _:
                 raise ValueError("no request")
 
@@ -262,6 +264,8 @@ def _listening(run: str) -> Iterator[socket.socket]:
 def main(words: list[str]) -> int:
     """Run the holder, and return its exit status."""
     ready_fd = int(words[0])
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each client takes one or two descriptors
 
     def report(message: Opening) -> bool:
         """Tell the creator. Return whether it still exists."""
