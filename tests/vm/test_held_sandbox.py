@@ -172,7 +172,7 @@ def test_the_end_of_a_sandbox_reaches_all_its_clients(tmp_path: Path, state: Pat
     """After a close, every client has the result, running commands raise, and the changes are applied."""
     (tmp_path / "work").mkdir()
     first = Sandbox.create(workdir=tmp_path / "work")
-    second = Sandbox.connect(first.id)
+    second, third = Sandbox.connect(first.id), Sandbox.connect(first.id)
     process = second.start(["sleep", "600"])
     first.shell("echo 1 > new.txt")
     assert [one.name for one in second.changes().changes.names] == ["new.txt"]
@@ -181,6 +181,8 @@ def test_the_end_of_a_sandbox_reaches_all_its_clients(tmp_path: Path, state: Pat
     with pytest.raises(SandboxError, match="closed"):
         process.wait(60)
     assert (second.alive, second.result) == (False, result)
+    third.disconnect()
+    assert third.close() == result
     assert second.close() == result
     with pytest.raises(SandboxError, match="it was closed"):
         second.exec(["true"])
@@ -207,6 +209,9 @@ def test_a_holder_that_ends_leaves_nothing_and_applies_nothing(number: int, tmp_
     assert x07("sweep").returncode == 0
     assert left_behind(state) == []
     assert list((tmp_path / "work").iterdir()) == []
+    if number == signal.SIGTERM:
+        ended = opened.close()
+        assert (ended.outcome, ended.changes.state, "SIGTERM" in ended.reason) == ("cancelled", "kept", True)
     patch = x07("diff", opened.id)
     assert (b"+1" in patch.stdout) == (number == signal.SIGTERM), patch.stderr
 

@@ -22,6 +22,7 @@ from x07_sandbox.channel.link import Stream
 from x07_sandbox.channel.messages import CommandLimits, Exec
 from x07_sandbox.errors import BackendError, Cancelled, HostError, SandboxError, UsageError
 from x07_sandbox.host import close_on_fork
+from x07_sandbox.host.decoding import prepared
 from x07_sandbox.host.linux import peer_of
 from x07_sandbox.host.variables import inherited_environment
 from x07_sandbox.library.held_messages import (
@@ -53,6 +54,7 @@ from x07_sandbox.library.held_messages import (
 )
 from x07_sandbox.runs.command import AnySandbox, Command, CommandEnd, CommandStart
 from x07_sandbox.runs.folder import all_runs
+from x07_sandbox.runs.result import Result
 from x07_sandbox.sandboxes.execution import Execution
 from x07_sandbox.sandboxes.files import FileServer
 from x07_sandbox.sandboxes.shared import SharedSession
@@ -63,7 +65,7 @@ if TYPE_CHECKING:
 
     from x07_sandbox.library.held_messages import Create
     from x07_sandbox.runs.request import ChangesChoice
-    from x07_sandbox.runs.result import Diff, Result
+    from x07_sandbox.runs.result import Diff
 
 _READ: Final = 256 * 1024
 _PIECE: Final = 64 * 1024
@@ -387,12 +389,20 @@ class HeldSandbox(AnySandbox):
     def finish(self, choice: ChangesChoice) -> Result:
         """See `AnySandbox.finish`."""
         if self.result is None:
-            answer = ask(self.run, Finish(changes=choice), within_s=None)
-            if not isinstance(answer, Finished):
-                raise _bad_answer()
-            self.result = answer.result
+            self.result = self._finished(choice)
             self.session.until(lambda: self.session.over, _ANSWER_S)
         return self.result
+
+    def _finished(self, choice: ChangesChoice) -> Result:
+        try:
+            answer = ask(self.run, Finish(changes=choice), within_s=None)
+        except BackendError:
+            if (stored := stored_result(self.run)) is not None:  # somebody else has closed it
+                return stored
+            raise
+        if not isinstance(answer, Finished):
+            raise _bad_answer()
+        return answer.result
 
 
 def _leave(shared: SharedSession, session: HeldSession) -> None:
@@ -436,6 +446,14 @@ def ask(run: str, request: Request, within_s: float | None = _ANSWER_S) -> Answe
     if isinstance(found[0], Problem):
         raise found[0].error()
     return found[0]
+
+
+def stored_result(run: str) -> Result | None:
+    """Return the result of a sandbox that has ended, from the folder of its run, or None."""
+    try:
+        return msgspec.json.decode((all_runs() / run / "result.json").read_bytes(), type=prepared(Result))
+    except (OSError, msgspec.MsgspecError):
+        return None
 
 
 def status_of(run: str) -> Status | None:

@@ -107,12 +107,14 @@ class Holder:
         self._opened = opened
         self._listener = listener
         self._end = Event()
+        self._signal: int | None = None
         self._watchers: list[_Client] = []
         self._threads: list[threading.Thread] = []
         opened.at_end(self.end)
 
-    def end(self, *_: object) -> None:
+    def end(self, number: int | None = None, _frame: object = None) -> None:
         """Stop serving. A signal handler may call this."""
+        self._signal = number
         self._end.set()
 
     def serve(self) -> None:
@@ -126,7 +128,7 @@ class Holder:
                 else:
                     self._accept()
         self._listener.close()
-        result = self._opened.finish("keep")
+        result = self._opened.finish("keep", self._signal)
         for watcher in list(self._watchers):
             with contextlib.suppress(OSError):  # it has gone away
                 watcher.send(Finished(result=result))

@@ -29,7 +29,7 @@ from x07_sandbox.host.clocks import unix_ms
 from x07_sandbox.host.paths import open_private_file, replace_file
 from x07_sandbox.jobs.admission import SANDBOXES, admitted
 from x07_sandbox.jobs.record import new_run_id
-from x07_sandbox.plan.outcomes import Verdict, classify, limit_set_by, verdict
+from x07_sandbox.plan.outcomes import Verdict, cancelled_verdict, classify, limit_set_by, verdict
 from x07_sandbox.programs.toolchains import COMMAND, OUTPUT, SOURCE_FOLDER, Source
 from x07_sandbox.runs.command import AnySandbox, Command, CommandEnd
 from x07_sandbox.runs.job import gate_for, started, without_account
@@ -108,6 +108,7 @@ class OpenSandbox(AnySandbox):
         self._warnings: list[str] = []
         self._numbers = itertools.count(1)
         self._log_fd = -1
+        self._cancelled_by: int | None = None
         self._logging = threading.Lock()
         self._starting = threading.Lock()
         self._finishing = threading.Lock()
@@ -333,11 +334,12 @@ class OpenSandbox(AnySandbox):
 
     # the end
 
-    def finish(self, choice: ChangesChoice) -> Result:
-        """See `AnySandbox.finish`."""
+    def finish(self, choice: ChangesChoice, cancelled_by: int | None = None) -> Result:
+        """See `AnySandbox.finish`. cancelled_by: the signal that ends it, if nobody has closed it."""
         with self._finishing:
             if self.result is None:
                 self.session.end()
+                self._cancelled_by = cancelled_by
                 self._finish(self.session.why or "closed", choice)
             assert self.result is not None  # noqa: S101 - for the type checker
             return self.result
@@ -421,6 +423,8 @@ class OpenSandbox(AnySandbox):
             return verdict_of(self.session.problem)
         if why == "lost" or evidence.gate_lost or evidence.cancelled_by is not None or evidence.channel_error:
             return classify(evidence, features=self.prepared.availability.features)
+        if why == "closed" and self._cancelled_by is not None:
+            return cancelled_verdict(self._cancelled_by)
         if why == "closed":
             return replace(verdict("ok", "closed"), exit_code=0)
         seconds = self._life.idle_s if why == "idle" else self._life.lifetime_s
