@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(400), pytest.mark.usefixtures("image", "state")]
 
+X07 = [sys.executable, "-m", "x07_sandbox.cli.main"]
 BUSYBOX = "/usr/bin/busybox"
 HELLO = """
 #include <stdio.h>
@@ -29,6 +31,11 @@ HELLO = """
 #include <unistd.h>
 int main(void) { char here[99]; printf("%d %s %s\\n", getuid(), getenv("GREETING"), getcwd(here, 99)); return 3; }
 """
+
+
+def x07(*words: str) -> subprocess.CompletedProcess[bytes]:
+    """Run a command of x07."""
+    return subprocess.run([*X07, *words], capture_output=True, check=False, timeout=300)
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +59,9 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Image:
     source = layout(
         folder / "image", low, high, Env=["PATH=/bin", "GREETING=hi"], WorkingDir="/app", User="root", Cmd=["hello"]
     )
-    return import_image(str(source), "small-import", lambda _text: None)[0]
+    image = import_image(str(source), "small-import", lambda _text: None)[0]
+    shutil.copytree(source, folder.parent / "small-layout", dirs_exist_ok=True)
+    return image
 
 
 def test_a_program_sees_only_the_imported_root(small: Image, state: Path) -> None:
@@ -74,6 +83,18 @@ def test_a_program_sees_only_the_imported_root(small: Image, state: Path) -> Non
         sandbox.files.write("/opt/x07/new", b"1")
         assert sandbox.exec(["hello"], cwd="/opt/x07").stdout == f"{UID} hi /opt/x07\n".encode()
     assert left_behind(state) == []
+
+
+def test_the_commands_for_imported_images(small: Image, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Import, list and exec by the command line: the image's own command runs if none is named."""
+    source = tmp_path_factory.getbasetemp() / "small-layout"
+    done = x07("image", "import", str(source), "--name", "small-import")
+    assert (done.returncode, b"root only with --guest-root" in done.stderr) == (0, True), done.stderr
+    assert small.digest.encode() in done.stderr
+    assert b"imported: sha256:" in x07("image", "list").stdout
+    assert x07("exec", "--image", "small-import").stdout == f"{UID} hi /app\n".encode()
+    assert x07("image", "load", "--image", "small-import").returncode == 2
+    assert x07("image", "import", "none").returncode == 2
 
 
 def test_root_inside_may_change_an_imported_root(small: Image) -> None:

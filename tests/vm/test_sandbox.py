@@ -780,6 +780,14 @@ def test_a_sandbox_survives_a_program_that_takes_all_terminals(shared: Sandbox) 
     assert text(shared.exec(["python3", "-c", bind])) == "80\n"
 
 
+def test_a_command_starts_although_programs_have_killed_what_waited_for_it(shared: Sandbox) -> None:
+    """The process that waits for the next command may be killed by a program; the command then gets another one."""
+    assert shared.shell("(sleep 1; kill -9 -1) > /dev/null 2>&1 &").ok
+    time.sleep(2)
+    for word in ("one", "two"):
+        assert text(shared.exec(["echo", word])) == f"{word}\n"
+
+
 def test_discarded_changes_are_no_violation(tmp_path: Path) -> None:
     """A sandbox with changes to a folder that are not wanted ends well."""
     work = tmp_path / "work"

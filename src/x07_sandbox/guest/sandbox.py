@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.channel import streams
 from x07_sandbox.channel.link import Link, State, Stream
-from x07_sandbox.channel.messages import Changes, Close, Closed, Denied, Exec, Exited, Resize, Stop, Terminal
+from x07_sandbox.channel.messages import (
+    Changes,
+    Close,
+    Closed,
+    Denied,
+    Exec,
+    Exited,
+    Resize,
+    Stop,
+    Terminal,
+)
 from x07_sandbox.channel.streams import Event
 from x07_sandbox.channel.trees import Entry
 from x07_sandbox.channel.trees import Kind as Record
@@ -22,13 +32,14 @@ from x07_sandbox.guest.exec import READ, Command
 from x07_sandbox.guest.execution import ExecutionRules
 from x07_sandbox.guest.files import SYSTEM_CA, IncomingFiles
 from x07_sandbox.guest.mounts import ProgramPaths
+from x07_sandbox.guest.spare import Spare
 from x07_sandbox.guest.trees import Left, Room, changes, left_files, stream_of
 
 if TYPE_CHECKING:
     from x07_sandbox.channel.carrier import Carrier
     from x07_sandbox.channel.messages import CommandLimits, Message, Mount, Open, Output
     from x07_sandbox.guest.audit import Audit, NoAudit
-    from x07_sandbox.guest.environment import Environment
+    from x07_sandbox.guest.environment import Environment, Process
 
 _PROJECT: Final = "/x07/in/project"
 _OUT: Final = "/x07/out"
@@ -59,6 +70,8 @@ class Sandbox:
         self._waiting: list[Exec] = []  # until all files have arrived
         self._early_input: list[tuple[int, Event]] = []  # of the waiting commands, by their ids
         self._commands: dict[int, Command] = {}
+        self._spare = Spare(environment, self._added)
+        self._next_limits: CommandLimits | None = None  # for the spare process
         self._prepared = self._begun = False
         self._was_killed = False
         self._closing: Close | None = None
@@ -188,12 +201,8 @@ class Sandbox:
             order = order._replace(argv=self._found(order))
         if not self._begun:
             environment.prepare(self._settings(limits, self._execution(order)))
-        if not is_first or not order.is_plain:
-            limited = environment.platform.resource_limits(self._settings(limits))
-            process = environment.add(order, limited, self._opening.confine)
-            process.group.limit(mem_bytes=limits.mem_bytes, tasks=limits.tasks)
-        else:
-            process = environment.first()
+        spare = self._spare.take(order)
+        process = environment.first() if is_first and order.is_plain else spare or self._added(order)
         if not self._begun:
             self._begun = True
             for tree in self._files.trees.values():
@@ -204,6 +213,14 @@ class Sandbox:
         if (closes := self._closes_after(order.id)) or self._closing is None or process.key == init.FIRST:
             environment.end_with(process.key if closes else None)
         environment.start(process, order, self._opening.confine)
+
+    def _added(self, order: Exec) -> Process:
+        """Start a process that waits for its start message. Raises JobError, OSError."""
+        environment, limits = self._environment, order.limits
+        limited = environment.platform.resource_limits(self._settings(limits))
+        process = environment.add(order, limited, self._opening.confine)
+        process.group.limit(mem_bytes=limits.mem_bytes, tasks=limits.tasks)
+        return process
 
     def _prepare(self, order: Exec) -> None:
         """Mount the folders and set the limits of all commands. Raises JobError, OSError."""
@@ -291,7 +308,8 @@ class Sandbox:
 
     def register(self, poll: select.poll) -> None:
         """Register the descriptors to wait for."""
-        if self._commands or self._ending:
+        self._prepare_spare()
+        if self._commands or self._ending or self._spare:
             poll.register(self._environment.report_fd, select.POLLIN)
         for command in self._commands.values():
             command.register(poll)
@@ -301,6 +319,13 @@ class Sandbox:
                 poll.register(relay.status_fd, select.POLLIN)
         if self._carrier is not None:
             self._carrier.register(poll)
+
+    def _prepare_spare(self) -> None:
+        """Prepare for the next command once all have ended, and the messages of the last turn are sent."""
+        limits, self._next_limits = self._next_limits, None
+        idle = self._closing is None and not self._ending and not self._commands and not self._waiting
+        if limits is not None and idle and self._opening.confine.programs is None:
+            self._spare.prepare(limits)
 
     def is_running(self) -> bool:
         """Return whether a command runs, whose CPU time must be checked."""
@@ -345,6 +370,7 @@ class Sandbox:
         for command in self._commands.values():
             if command.process.key == words[0]:
                 command.wait_status, command.was_last = words[1:]
+        self._spare.ended(words[0])
 
     def tick(self) -> None:
         """Do whatever is due after events, or because time has passed. Raises JobError, OSError."""
@@ -389,6 +415,7 @@ class Sandbox:
         elif closes:  # CLOSE has crossed its end
             self._end_all()
         self._close_if_empty()
+        self._next_limits = command.order.limits
 
     def _memory_full(self) -> bool:
         """Return whether one of the program's tmpfs folders has run out of space or inodes."""
