@@ -232,10 +232,19 @@ def test_a_sandbox_that_expires_tells_its_clients(tmp_path: Path, state: Path) -
 def test_a_killed_creator_leaves_no_sandbox(state: Path) -> None:
     """If the creator is killed before it knows the id, the holder ends too."""
     creator = subprocess.Popen([*X07, "sandbox", "create"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_until(lambda: list(state.glob("*-run")))
-    creator.kill()
-    creator.wait()
-    wait_until(lambda: Sandbox.list() == [] and not left_behind(state))
+    children = Path(f"/proc/{creator.pid}/task/{creator.pid}/children")
+    wait_until(children.read_text)
+    holder = int(children.read_text())
+    wait_until(lambda: b"x07_sandbox.library.holder" in Path(f"/proc/{holder}/cmdline").read_bytes())
+    os.kill(holder, signal.SIGSTOP)  # it cannot report its id before the creator is gone
+    try:
+        creator.kill()
+        creator.wait()
+    finally:
+        os.kill(holder, signal.SIGCONT)
+    wait_until(lambda: not Path(f"/proc/{holder}").exists())
+    assert Sandbox.list() == []
+    assert not left_behind(state)
 
 
 @pytest.mark.parametrize("data", [b"", b"\xff" * 64, b"\0\0\0\1\xc0", b"\0\0\0\4\x91\xa5Watch"[:8], os.urandom(4096)])

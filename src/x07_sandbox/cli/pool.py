@@ -4,8 +4,6 @@ import argparse
 import contextlib
 import json
 import os
-import subprocess
-import sys
 from typing import IO, Any, Final
 
 import msgspec
@@ -16,9 +14,9 @@ from x07_sandbox.cli.json_output import document_wanted, print_document
 from x07_sandbox.cli.parser import add_document_flags, inner_verb, whole_number
 from x07_sandbox.errors import Command, HostError, UsageError
 from x07_sandbox.host import settings
+from x07_sandbox.host.background import start_in_background
 from x07_sandbox.host.decoding import prepared
 from x07_sandbox.host.linux import peer_of
-from x07_sandbox.host.variables import inherited_environment
 from x07_sandbox.reports.verbs import PoolReport, PoolStatus
 
 _EPILOG: Final = """x07 run takes a waiting VM if there is one, and the pool then starts another one. Each VM runs only
@@ -56,20 +54,10 @@ def _start(options: argparse.Namespace) -> int:
     progress("starting")
     log = pool_dir() / "log"
     ready_r, ready_w = os.pipe2(os.O_CLOEXEC)
-    argv = [sys.executable, "-I", "-m", "x07_sandbox.pool.server"]
-    argv += [str(options.size), str(options.idle), options.image, str(ready_w)]
+    words = str(options.size), str(options.idle), options.image
     with os.fdopen(ready_r, "rb") as ready, log.open("ab") as errors:
         log.chmod(0o600)
-        child = subprocess.Popen(
-            argv,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=errors,
-            pass_fds=(ready_w,),
-            start_new_session=True,
-            cwd="/",
-            env=inherited_environment(),
-        )
+        child = start_in_background("x07_sandbox.pool.server", *words, ready_fd=ready_w, errors=errors, cwd="/")
         os.close(ready_w)
         try:
             answer = _read_startup(ready, progress)
@@ -85,9 +73,9 @@ def _start(options: argparse.Namespace) -> int:
         return 0
     child.terminate()
     child.wait()
-    words = {"what": "cannot start the pool", "why": f"its process ended; see {log}", "fix": "Run x07 doctor"}
+    unsaid = {"what": "cannot start the pool", "why": f"its process ended; see {log}", "fix": "Run x07 doctor"}
     kind = UsageError if answer.get("usage") else HostError
-    raise kind(*(str(answer.get(key, word)) for key, word in words.items()))
+    raise kind(*(str(answer.get(key, word)) for key, word in unsaid.items()))
 
 
 def _read_startup(ready: IO[bytes], progress: Progress) -> dict[str, Any]:

@@ -33,6 +33,10 @@ class Cancel:
         readable = self._signal is None and wait_readable(self.fd, 0)
         return BY_KILL if readable and self._signal is None else self._signal
 
+    def set_by_signals(self) -> None:
+        """Wake a wait of the main thread for every signal that has a Python handler, which requests cancellation."""
+        self._event.set_by_signals()
+
     def listen(self, path: Path) -> None:
         """Let `x07 kill` request cancellation by writing to a named pipe at *path*. Raises OSError."""
         os.mkfifo(path, 0o600)

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import select
+import signal
 
 
 class Event:
@@ -17,6 +18,13 @@ class Event:
         """Set the flag. A signal handler may call this."""
         with contextlib.suppress(BlockingIOError):  # it is set already
             os.write(self._write_fd, b"\1")
+
+    def set_by_signals(self) -> None:
+        """Let every signal that has a Python handler set the flag, for a main thread that waits for it.
+
+        The kernel may run the C part of a handler in another thread. Then nothing would interrupt the wait (signal(7)).
+        """
+        signal.set_wakeup_fd(self._write_fd, warn_on_full_buffer=False)
 
     def clear(self) -> None:
         """Clear the flag."""

@@ -9,7 +9,6 @@ import pickle
 import select
 import socket
 import subprocess
-import sys
 import threading
 import weakref
 from typing import IO, TYPE_CHECKING, Final
@@ -22,9 +21,9 @@ from x07_sandbox.channel.link import Stream
 from x07_sandbox.channel.messages import CommandLimits, Exec
 from x07_sandbox.errors import BackendError, Cancelled, HostError, SandboxError, UsageError
 from x07_sandbox.host import close_on_fork
+from x07_sandbox.host.background import start_in_background
 from x07_sandbox.host.decoding import prepared
 from x07_sandbox.host.linux import peer_of
-from x07_sandbox.host.variables import inherited_environment
 from x07_sandbox.library.held_messages import (
     SOCKET,
     Answer,
@@ -309,7 +308,7 @@ class HeldSandbox(AnySandbox):
     def disconnect(self) -> None:
         """See `AnySandbox.disconnect`."""
         self._left = True
-        _leave(self.session, self._session)
+        self.session.end()
         self._on_end()
 
     def start(self, given: CommandStart, *, service: str = "") -> Command:
@@ -472,22 +471,14 @@ def _bad_answer() -> BackendError:
 def create(asked: Create, cancel_fd: int, progress: Callable[[str], None] = lambda _text: None) -> str:
     """Start a holder, which opens a sandbox. Return the sandbox's id. Raises SandboxError.
 
-    cancel_fd: readable once the caller no longer wants the sandbox; BackendError is raised then.
+    cancel_fd: readable once the caller no longer wants the sandbox; Cancelled is raised then.
     """
     ready_r, ready_w = os.pipe2(os.O_CLOEXEC)
-    argv = [sys.executable, "-I", "-m", "x07_sandbox.library.holder", str(ready_w)]
     log = os.memfd_create("x07-holder")
     with os.fdopen(ready_r, "rb", buffering=0) as ready, os.fdopen(log, "r+b") as errors:
-        with close_on_fork.no_fork():
-            child = subprocess.Popen(
-                argv,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                stderr=errors,
-                pass_fds=(ready_w,),
-                start_new_session=True,
-                env=inherited_environment(),
-            )
+        child = start_in_background(
+            "x07_sandbox.library.holder", ready_fd=ready_w, errors=errors, stdin=subprocess.PIPE
+        )
         os.close(ready_w)
         assert child.stdin is not None  # noqa: S101 - it is a pipe
         try:

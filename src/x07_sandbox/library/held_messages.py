@@ -301,8 +301,9 @@ class Reader(Generic[_T]):
                 raise ValueError("a message is too long")
             if len(self._data) < end:
                 break
-            found.append(self._decoder.decode(memoryview(self._data)[_HEAD:end]))
-            self._data = self._data[end:]
+            body = bytes(self._data[_HEAD:end])
+            del self._data[:end]  # cheap for a bytearray
+            found.append(self._decoder.decode(body))
         return found
 
 

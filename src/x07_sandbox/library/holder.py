@@ -117,6 +117,12 @@ class Holder:
         self._signal = number
         self._end.set()
 
+    def end_on_signals(self) -> None:
+        """Let SIGTERM and SIGINT end the service. For the main thread."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.end)
+        self._end.set_by_signals()
+
     def serve(self) -> None:
         """Serve until the sandbox ends, or `end` is called. Then close it, keep its changes, and tell the clients."""
         poll = input_poll(self._listener.fileno(), self._end.fd)
@@ -282,6 +288,7 @@ def main(words: list[str]) -> int:
         with contextlib.closing(Cancel()) as cancel:
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda got, _frame: cancel(got))
+            cancel.set_by_signals()
             signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
             def progress(text: str) -> None:
@@ -298,8 +305,7 @@ def main(words: list[str]) -> int:
             with _listening(opened.run) as listener:
                 os.chdir("/")
                 holder = Holder(opened, listener)
-                for number in (signal.SIGTERM, signal.SIGINT):
-                    signal.signal(number, holder.end)
+                holder.end_on_signals()
                 if not report(Opened(run=opened.run)):
                     holder.end()  # nobody knows its id
                 os.close(ready_fd)

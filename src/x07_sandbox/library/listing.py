@@ -52,14 +52,13 @@ def find_sandbox(word: str) -> str:
     what, list_them = f"cannot find sandbox {word}", ("To list all sandboxes: ", Command("x07 sandbox list"))
     if not isinstance(word, str) or not word:
         raise UsageError("cannot find the sandbox", "its id is empty, or not a str", "Pass the id of a sandbox")
-    named = [run for run in runs_with(RECORD) if is_named(run, word) or _name(run) == word]
-    open_ones = [run for run in named if is_locked(all_runs() / run)]
-    held = [run for run in open_ones if os.path.lexists(all_runs() / run / SOCKET)]
+    held = _held(word)
     if len(held) > 1:
         raise UsageError(what, f"{len(held)} sandboxes fit, such as {held[0]}", list_them)
     if held:
         return held[0]
-    if open_ones:
+    named = [run for run in runs_with(RECORD) if _fits(run, word)]
+    if any(is_locked(all_runs() / run) for run in named):
         why = "it belongs to the process that opened it, and ends with it"
         raise UsageError(what, why, ("To open one that outlives its creator: ", Command("x07 sandbox create")))
     why = "it has ended" if named else f"none has {described(word)}, or this name"
@@ -73,10 +72,16 @@ def connect_to(word: str) -> HeldSandbox:
 
 def require_new_name(name: str) -> None:
     """Raise UsageError if an open sandbox has this name."""
-    for one in list_sandboxes() if name else ():
-        if one.name == name:
-            fix = ("Use another name, or close that sandbox: ", Command(f"x07 sandbox close {name}"))
-            raise UsageError("cannot open the sandbox", f"sandbox {one.id} has the name {name}", fix)
+    for run in _held(name) if name else ():
+        fix = ("Use another name, or close that sandbox: ", Command(f"x07 sandbox close {name}"))
+        raise UsageError("cannot open the sandbox", f"sandbox {run} has the name {name}", fix)
+
+
+def _held(word: str) -> list[str]:
+    """Return the held sandboxes that *word* names. Few runs have a socket, so few records are read."""
+    places = {run: all_runs() / run for run in runs_with(RECORD)}
+    held = (run for run, place in places.items() if os.path.lexists(place / SOCKET))
+    return [run for run in held if _fits(run, word) and is_locked(places[run])]
 
 
 def _record(run: str) -> SandboxRecord | None:
@@ -86,6 +91,9 @@ def _record(run: str) -> SandboxRecord | None:
         return None
 
 
-def _name(run: str) -> str:
+def _fits(run: str, word: str) -> bool:
+    """Whether *word* is the id of a run, the start of it, or the name of its sandbox."""
+    if is_named(run, word):
+        return True
     record = _record(run)
-    return "" if record is None else record.name
+    return record is not None and record.name == word

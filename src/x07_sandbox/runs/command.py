@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 import msgspec
@@ -65,7 +66,7 @@ class CommandEnd(msgspec.Struct, frozen=True, kw_only=True):
     memory_peak_bytes: int = 0
 
 
-class AnySandbox:
+class AnySandbox(ABC):
     """A sandbox of this process, or of another one (`library/held`). Thread-safe. run: its id.
 
     session: carries its commands. result: its result, once it has ended.
@@ -79,40 +80,40 @@ class AnySandbox:
         self.result: Result | None = None
         self._pid = os.getpid()
 
+    @abstractmethod
     def start(self, given: CommandStart, *, service: str = "") -> Command:
         """Start a command. Raises SandboxError if it cannot be started, the sandbox is closed or the call is wrong."""
-        raise NotImplementedError
 
+    @abstractmethod
     def file_server(self) -> FileServer:
         """Start a file server. Raises SandboxError if the sandbox is closed."""
-        raise NotImplementedError
 
+    @abstractmethod
     def command(self, number: int) -> Command | None:
         """Return a command that has not been waited for, or None."""
-        raise NotImplementedError
 
-    def forget(self, command: Command) -> None:
+    def forget(self, command: Command) -> None:  # noqa: B027 - most sandboxes have nothing to drop
         """Drop a service of the agent that has ended: it is no command of the caller."""
 
+    @abstractmethod
     def ending(self, command: Command) -> CommandEnd:
         """Return how a command ended. `Command.ending` calls this once."""
-        raise NotImplementedError
 
+    @abstractmethod
     def at_end(self, call: Callable[[], object]) -> None:
         """Call *call* when the sandbox ends. Raises BackendError if it has ended."""
-        raise NotImplementedError
 
+    @abstractmethod
     def changes(self) -> Diff:
         """Return what has changed in folders of the host so far. Raises SandboxError."""
-        raise NotImplementedError
 
+    @abstractmethod
     def extend(self, lifetime_s: float) -> None:
         """Let the sandbox last for lifetime_s seconds from now. Raises BackendError."""
-        raise NotImplementedError
 
+    @abstractmethod
     def finish(self, choice: ChangesChoice) -> Result:
         """End all commands, close the sandbox, and apply, keep or discard its changes. A second call does nothing."""
-        raise NotImplementedError
 
     def disconnect(self) -> None:
         """Leave a sandbox that outlives this process. Its commands are killed, except detached ones."""
