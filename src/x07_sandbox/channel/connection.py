@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from x07_sandbox.channel.messages import Message
     from x07_sandbox.channel.streams import Event, Role
 
-READ_SIZE: Final = 128 * 1024
+READ_SIZE: Final = 512 * 1024
 _PART: Final = 4096
+_FEW: Final = 8  # parts: passing many takes longer than reading a short message
 
 
 class ReadBuffer:
@@ -25,11 +26,14 @@ class ReadBuffer:
 
     def __init__(self) -> None:
         self._view = memoryview(bytearray(READ_SIZE))
-        self._parts = [self._view[at : at + _PART] for at in range(0, READ_SIZE, _PART)]
+        self._all = [self._view[at : at + _PART] for at in range(0, READ_SIZE, _PART)]
+        self._few = self._parts = self._all[:_FEW]
 
     def read(self, fd: int) -> memoryview:
         """Read what has arrived, at most READ_SIZE bytes, which the next call replaces. Raises OSError."""
-        return self._view[: os.readv(fd, self._parts)]
+        size = os.readv(fd, self._parts)
+        self._parts = self._all if size >= _FEW * _PART else self._few
+        return self._view[:size]
 
 
 class Connection:

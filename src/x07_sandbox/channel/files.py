@@ -101,7 +101,8 @@ class Buffer:
 
     def piece(self, most: int) -> bytes:
         """Remove and return at most *most* bytes."""
-        data = bytes(self.data[:most])
+        with memoryview(self.data) as view:
+            data = bytes(view[:most])
         del self.data[: len(data)]
         return data
 

@@ -39,7 +39,7 @@ from x07_sandbox.channel.streams import Event, Kind, Role, Streams, Table
 from x07_sandbox.errors import ChannelUsageError, PeerError
 
 DATA_MAX: Final = 128 * 1024  # emulated guests move 42 MiB/s so, and 15 MiB/s in frames of 32 KiB
-WINDOW: Final = 512 * 1024
+WINDOW: Final = 1024 * 1024
 COMMANDS_MAX: Final = 64  # at the same time
 FILES_MAX: Final = 256  # of OPEN
 _SUBJECT: Final = struct.Struct(">I")

@@ -153,7 +153,8 @@ class Command:
         """
         while self._held and self._stdin_fd >= 0 and not broken:
             try:
-                count = os.write(self._stdin_fd, self._held[:READ])
+                with memoryview(self._held) as held:
+                    count = os.write(self._stdin_fd, held)
             except BlockingIOError:
                 return
             except BrokenPipeError:
@@ -178,21 +179,28 @@ class Command:
         return self._link.streams.window(output.number) if output.number else WINDOW
 
     def _carry(self, output: _Output) -> None:
-        try:
-            data = os.read(output.fd, min(READ, self._window(output)))
-        except BlockingIOError:
-            return
-        except OSError:  # no process has the terminal open
-            data = b""
-        if not data:
-            self._end_output(output)
-            return
-        if not output.number:
-            output.number = self._link.open(output.stream, self.order.id)
-        self._link.streams.send(output.number, data)
-        if self.wait_status is not None:
-            output.left -= len(data)
-        self._count_read(len(data))
+        """Pass on what the pipe holds, as far as the window allows.
+
+        More at a time means fewer changes between program and agent, which are expensive under emulation.
+        """
+        while most := min(READ, self._window(output)):
+            try:
+                data = os.read(output.fd, most)
+            except BlockingIOError:
+                return
+            except OSError:  # no process has the terminal open
+                data = b""
+            if not data:
+                self._end_output(output)
+                return
+            if not output.number:
+                output.number = self._link.open(output.stream, self.order.id)
+            self._link.streams.send(output.number, data)
+            if self.wait_status is not None:
+                output.left -= len(data)
+            self._count_read(len(data))
+            if len(data) < most:
+                return
 
     def _count_read(self, size: int) -> None:
         now = time.monotonic()

@@ -105,25 +105,47 @@ class FileServer:
                 size = len(first)
             yield Answer(0, size)
             yield first.ljust(min(size, _READ), b"\0")  # it may have become shorter meanwhile
-            for at in range(_READ, size, _READ):
-                most = min(_READ, size - at)
-                yield os.pread(fd, most, request.offset + at).ljust(most, b"\0")
+            if size > _READ:
+                for at in range(self._sent(fd, request.offset, _READ, size), size, _READ):
+                    most = min(_READ, size - at)
+                    yield os.pread(fd, most, request.offset + at).ljust(most, b"\0")
         finally:
             os.close(fd)
 
+    def _sent(self, fd: int, offset: int, at: int, size: int) -> int:
+        """Send the content from *at* on without copying it to this process. Return the size of what was then sent."""
+        with contextlib.suppress(OSError):  # then the caller reads it, or gets the error
+            while at < size and (count := os.sendfile(self._out_fd, fd, offset + at, size - at)):
+                at += count
+        return at
+
     def _write(self, request: Request) -> Iterator[Answer | bytes]:
-        fd = -1
-
-        def begin() -> None:
-            nonlocal fd
+        left, failed = request.size, 0
+        try:
             fd = os.open(request.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
-            if request.mode >= 0:
-                os.fchmod(fd, request.mode)
-
-        failed = self._consume(request.size, begin, lambda piece: write_all(fd, piece))
-        if fd >= 0:
-            os.close(fd)
+            with os.fdopen(fd, "wb", buffering=0):
+                if request.mode >= 0:
+                    os.fchmod(fd, request.mode)
+                ahead = self._buffer.piece(left)  # it came with the request
+                left -= len(ahead)
+                write_all(fd, ahead)
+                left -= self._received(fd, left)
+                for piece in self._content(left):
+                    left -= len(piece)
+                    write_all(fd, piece)
+        except OSError as exc:
+            failed = exc.errno or errno.EIO
+        for _ in self._content(left):
+            pass  # all of it is read, or the next request could not be found
         yield Answer(failed)
+
+    def _received(self, fd: int, size: int) -> int:
+        """Move content to a file without copying it to this process, and return the size of what was moved."""
+        moved = 0
+        with contextlib.suppress(OSError):  # then the caller writes it, or gets the error
+            while moved < size and (count := os.splice(self._in_fd, fd, size - moved)):
+                moved += count
+        return moved
 
     def _stat(self, request: Request) -> Iterator[Answer | bytes]:
         info = os.stat(request.path, follow_symlinks=not request.whole)

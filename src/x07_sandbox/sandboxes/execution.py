@@ -18,7 +18,7 @@ from x07_sandbox.plan.outcomes import Evidence, Stage
 if TYPE_CHECKING:
     from x07_sandbox.sandboxes.transfers import CommandStreams
 
-FILL: Final = 512 * 1024  # limit for bytes queued for the guest
+FILL: Final = 1024 * 1024  # limit for bytes queued for the guest
 FILES: Final = "files"  # the service of the file server (sandboxes/files)
 
 
