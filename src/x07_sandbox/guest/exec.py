@@ -7,6 +7,7 @@ import select
 import signal
 import termios
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
@@ -85,7 +86,7 @@ class Command:
         self._read_at = self._paused_until = 0.0  # for output
         self._short_reads = 0
         self._stdin = 0  # the number of the input's stream, once it is open
-        self._held = bytearray()  # input not yet written to the program; at most one window
+        self._held: deque[memoryview] = deque()  # input not yet written to the program; at most one window
         self._input_ended = False
 
     # waiting
@@ -142,7 +143,8 @@ class Command:
     def take_input(self, data: bytes, *, ended: bool = False) -> None:
         """Take bytes for standard input, or its end."""
         self._short_reads = 0
-        self._held += data
+        if data:
+            self._held.append(memoryview(data))
         self._input_ended |= ended
         self._feed()
 
@@ -153,24 +155,24 @@ class Command:
         """
         while self._held and self._stdin_fd >= 0 and not broken:
             try:
-                with memoryview(self._held) as held:
-                    count = os.write(self._stdin_fd, held)
+                count = os.write(self._stdin_fd, self._held[0])
             except BlockingIOError:
                 return
             except BrokenPipeError:
                 broken = True
             else:
-                del self._held[:count]
                 self._link.streams.consumed(self._stdin, count)
+                if rest := self._held.popleft()[count:]:
+                    self._held.appendleft(rest)
         if (broken or self._input_ended) and self._stdin_fd >= 0 and self.order.terminal is None:
             os.close(self._stdin_fd)
             self._stdin_fd = -1
         if self.order.terminal is not None and self._input_ended:
             self._input_ended = False
-            self._held += _END_OF_INPUT
+            self._held.append(memoryview(_END_OF_INPUT))
             self._feed()
         if self._stdin_fd < 0 and self._held:
-            self._link.streams.consumed(self._stdin, len(self._held))
+            self._link.streams.consumed(self._stdin, sum(map(len, self._held)))
             self._held.clear()
 
     # output
