@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 MIB = 1 << 20
 IMAGE = "sha256:" + "ab" * 32
 WANTED = ContainerSpec(
-    engine="docker",
+    runtime="docker",
     image=IMAGE,
     name="x07-1-2-3-run",
     mark="c0ffee",
@@ -59,7 +59,7 @@ def after(argv: list[str], flag: str) -> list[str]:
 @pytest.mark.parametrize("engine_name", ["podman", "docker"])
 def test_a_container_is_created_hardened(engine_name: str) -> None:
     """A container has no network, a read-only root, four capabilities, limits and no log on disk."""
-    argv = list(create_argv(replace(WANTED, engine=engine_name)))
+    argv = list(create_argv(replace(WANTED, runtime=engine_name)))
     assert argv[0] == "create"
     assert argv[-3:] == [IMAGE, "container", "c0ffee"]
     assert after(argv, "--network") == ["none"]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from x07_sandbox.backends.container.backend import ContainerBackend
+from x07_sandbox.backends.container.backend import EngineBackend
 from x07_sandbox.backends.prerequisites import Found, Looks, Need, check, require, unmet
 from x07_sandbox.backends.qemu.start import needs_of
 from x07_sandbox.backends.registry import BY_NAME, Platform, built, create
@@ -115,7 +115,7 @@ def test_a_variable_overrides_where_a_program_is(tmp_path: Path, monkeypatch: py
     program = tmp_path / "podman"
     program.write_text("#!/bin/sh\n")
     monkeypatch.setenv("X07_VM_PODMAN_BIN", str(program))
-    (need,) = ContainerBackend("podman").needs
+    (need,) = EngineBackend("podman").needs
     assert need.place == str(program)
     program.chmod(0o700)
     assert [found.text for _, found in check([need])] == ["found"]

@@ -9,7 +9,7 @@ import pytest
 from msgspec.structs import replace
 
 from tests.published import document
-from x07_sandbox.backends.container.backend import ContainerBackend
+from x07_sandbox.backends.container.backend import EngineBackend
 from x07_sandbox.cli import main
 from x07_sandbox.cli.parser import parser_for
 from x07_sandbox.plan.controls import make_plan
@@ -26,7 +26,7 @@ def _with_controls(*, isolation: Isolation = "vm-emulated", spawn: bool = True) 
     policy = default_policy()
     policy = replace(policy, process=replace(policy.process, allow_spawn=spawn))
     plan = make_plan(
-        policy, ContainerBackend("podman").least_features() if isolation == "container" else vm_features(isolation)
+        policy, EngineBackend("podman").least_features() if isolation == "container" else vm_features(isolation)
     )
     controls = [ControlReport(field=c.field, state=c.state, by=c.by, why=c.why) for c in plan.controls]
     return replace(draft_result("1-1-0"), outcome="ok", controls=controls)

@@ -87,9 +87,9 @@ def _process(name: str) -> Backend:
 
 
 def _container(name: str) -> Backend:
-    from x07_sandbox.backends.container.backend import ContainerBackend
+    from x07_sandbox.backends.container.backend import EngineBackend
 
-    return ContainerBackend("podman" if name == "podman" else "docker")
+    return EngineBackend("podman" if name == "podman" else "docker")
 
 
 _ROWS: Final = (

@@ -1,10 +1,11 @@
-"""The `podman` and `docker` backends."""
+"""Backends whose jobs run in containers; `podman` and `docker` are `EngineBackend`."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -14,14 +15,16 @@ import msgspec
 from x07_sandbox.backends.base import Availability, Job, Orphan
 from x07_sandbox.backends.container import instance as containers
 from x07_sandbox.backends.container.create import engine_gaps, is_roots_podman
-from x07_sandbox.backends.engines import CLIENTS, DEFAULT_REFERENCE, Engine, Name, engine, is_id
+from x07_sandbox.backends.container.engine import EngineRuntime
+from x07_sandbox.backends.container.runtime import Runtime
+from x07_sandbox.backends.engines import CLIENTS, DEFAULT_REFERENCE, Engine, Name, engine
 from x07_sandbox.backends.handshake import greet
 from x07_sandbox.errors import BackendError, HostError, ImageError
 from x07_sandbox.host.paths import find_program
 from x07_sandbox.host.variables import text
 from x07_sandbox.host.verdicts import Verdict, file_state
 from x07_sandbox.images import manifest
-from x07_sandbox.images.archive import MANIFEST_LABEL
+from x07_sandbox.images.archive import manifest_in
 from x07_sandbox.images.guestcode import read_guest_code
 from x07_sandbox.images.verify import OpenImage
 from x07_sandbox.jobs.record import JobRecord
@@ -29,55 +32,131 @@ from x07_sandbox.jobs.stopping import stop_recorded
 from x07_sandbox.plan.features import LEAVES_TREE, NO_ROOT, VM_CAPABILITIES, Features
 
 _REFERENCE_MAX: Final = 512
-_ORPHANS_MAX: Final = 1000
-_GAPS: Final = {
+GAPS: Final = {
     "connect-fails": "the relay accepts a connection before the gate decides, and resets it if the gate refuses",
     "whole-command": LEAVES_TREE,
     "root-inside": NO_ROOT,
     "damaged-image": "the engine stores the image, and only its id is checked",
 }
+WARNING: Final = "the program's system calls reach this host's kernel"
 
 
-class ContainerBackend:
-    """The backend for one container engine of this host."""
+class ContainerBackend(ABC):
+    """The common part of the backends that run a job in a container.
 
+    other: what to do if a job was started with another runtime of this host.
+    """
+
+    name: str
     uses_image = True
     cloning = None
-    known_gaps: Mapping[str, str] = _GAPS
+    other: str
 
-    def __init__(self, name: Name) -> None:
-        self.name: str = name
-        self._kind = name
-        self.needs = (CLIENTS[name],)
+    @abstractmethod
+    def _runtime(self) -> Runtime:
+        """Return the runtime of this host. Raises HostError."""
+
+    @abstractmethod
+    def _image(self, wanted: str) -> tuple[str, object]:
+        """Return the id and the labels of an image. Raises HostError, BackendError, and ImageError with `fix_image`."""
+
+    @property
+    def fix_image(self) -> str:
+        """What to do if there is no suitable image."""
+        return f"Run x07 image load {self.name}, or scripts/build_guest_runner_image.sh; x07 never pulls an image"
 
     @property
     def engine_images(self) -> ContainerBackend:
-        """The engine's image store."""
+        """The runtime's image store."""
         return self
 
     def find(self, ref: str | None) -> OpenImage:
-        """Return the engine's image *ref* (None: the image in X07_VM_GUEST_IMAGE). Raises ImageError, HostError."""
+        """Return the image *ref* (None: the image in X07_VM_GUEST_IMAGE). Raises ImageError, HostError."""
         wanted = ref or text("X07_VM_GUEST_IMAGE") or DEFAULT_REFERENCE
         if len(wanted) > _REFERENCE_MAX or wanted.startswith("-"):
             raise ImageError(f"there is no guest image {wanted[:80]!r}", "this is not an image name", "Use NAME:TAG")
-        client = self._engine()
-        answer = client.call("image", "inspect", wanted)
-        fix = f"Run x07 image load {self.name}, or scripts/build_guest_runner_image.sh; x07 never pulls an image"
-        if answer.status:
-            raise ImageError(f"there is no guest image {wanted}", answer.error or f"{self.name} does not have it", fix)
-        image = answer.single_object(self.name)
-        if not image.get("Id"):
-            raise ImageError(f"cannot use the image {wanted}", f"{self.name} reports no id for it", fix)
-        digest = f"sha256:{str(image['Id']).removeprefix('sha256:')}"
-        labels = (image.get("Config") or {}).get("Labels") or image.get("Labels")
-        label = labels.get(MANIFEST_LABEL) if isinstance(labels, dict) else None
-        if not isinstance(label, str):
-            raise ImageError(f"cannot use the image {wanted}", "it lacks x07's label, so x07's agent is not in it", fix)
-        found = manifest.decode(label.encode(), f"the guest image {wanted}")
+        identity, labels = self._image(wanted)
+        if not (data := manifest_in(labels)):
+            why = "it lacks x07's labels, so x07's agent is not in it"
+            raise ImageError(f"cannot use the image {wanted}", why, self.fix_image)
+        found = manifest.decode(data, f"the guest image {wanted}")
         if found.guest_code != read_guest_code().digest:
             why = "another version of x07-sandbox made it, so its agent may not be compatible"
-            raise ImageError(f"cannot use the image {wanted}", why, fix)
+            raise ImageError(f"cannot use the image {wanted}", why, self.fix_image)
+        digest = f"sha256:{identity.removeprefix('sha256:')}"
         return OpenImage(fds={}, manifest=msgspec.structs.replace(found, digest=digest))
+
+    @contextlib.contextmanager
+    def start(self, job: Job) -> Iterator[containers.ContainerInstance]:
+        """Start a job and wait until its agent has answered. Raises NoAnswerError, BackendError, HostError."""
+        assert job.kind.image is not None  # noqa: S101 - for the type checker
+        with containers.started(self._runtime(), job, job.kind.image) as instance:
+            greet(instance, cancel_fd=job.caller.cancel.fd, meanwhile=job.meanwhile)
+            yield instance
+
+    def stop(self, record: JobRecord) -> bool:
+        """Remove a recorded job's container and files. Return whether the container is proven gone."""
+        return stop_recorded(
+            record, lambda _stored: self._removed(record) and containers.remove_files(record.folder), signals=False
+        )
+
+    def _removed(self, record: JobRecord) -> bool:
+        runtime = self._runtime()
+        if (other := containers.recorded_runtime(record.folder)) not in {"", runtime.place}:
+            why = f"it was started with another {self.name}: {other}"
+            raise BackendError("cannot stop the container", why, self.other)
+        found = runtime.find(containers.container_name(record))
+        if found is None:
+            return True
+        # Anyone with access to the runtime can use that name.
+        return found.labels.get("io.x07.run_id") == record.job_id and runtime.remove(found.id)
+
+    def orphans(self) -> Sequence[Orphan]:
+        """Return the containers with x07's label, or none if there is no working runtime, as on most hosts."""
+        try:
+            runtime = self._runtime()
+        except HostError:
+            return ()
+        # One by one: a container that just went would fail a call for all.
+        found = (self._found(runtime, one) for one in runtime.listed())
+        return [orphan for orphan in found if orphan is not None]
+
+    def _found(self, runtime: Runtime, container: str) -> Orphan | None:
+        with contextlib.suppress(BackendError):
+            return runtime.find(container)
+        return None
+
+    def remove(self, orphan: Orphan) -> bool:
+        """Remove a container that `orphans` returned, and return whether it is proven gone."""
+        runtime = self._runtime()
+        return runtime.is_id(orphan.id) and runtime.remove(orphan.id)
+
+
+class EngineBackend(ContainerBackend):
+    """The backend for one container engine of this host."""
+
+    known_gaps: Mapping[str, str] = GAPS
+
+    def __init__(self, name: Name) -> None:
+        self.name = name
+        self._kind = name
+        self.needs = (CLIENTS[name],)
+        self.other = f"Set X07_VM_{name.upper()}_BIN and DOCKER_HOST to the values that they had when it was started"
+
+    def _image(self, wanted: str) -> tuple[str, object]:
+        """Return the id and the labels of an image. Raises ImageError, HostError."""
+        client = self._engine()
+        answer = client.call("image", "inspect", wanted)
+        if answer.status:
+            why = answer.error or f"{self.name} does not have it"
+            raise ImageError(f"there is no guest image {wanted}", why, self.fix_image)
+        image = answer.single_object(self.name)
+        if not image.get("Id"):
+            raise ImageError(f"cannot use the image {wanted}", f"{self.name} reports no id for it", self.fix_image)
+        return str(image["Id"]), (image.get("Config") or {}).get("Labels") or image.get("Labels")
+
+    def _runtime(self) -> EngineRuntime:
+        return EngineRuntime(self._engine())
 
     def least_features(self) -> Features:
         """Return the features of a container that runs x07's agent."""
@@ -99,9 +178,8 @@ class ContainerBackend:
                 raise HostError(f"cannot use {self.name}", why, "Use control groups of version 2, or run as root")
             if verdict is not None and is_roots_podman(info):
                 verdict.write({"limits": True})
-        warning = "the program's system calls reach this host's kernel"
         proof = f"{self.name} answers and enforces limits on memory and tasks"
-        return Availability(features=self.least_features(), proof=proof, warnings=(warning,))
+        return Availability(features=self.least_features(), proof=proof, warnings=(WARNING,))
 
     def _info(self, client: Engine) -> dict[str, Any]:
         answer = client.call("info", "--format", "json" if client.name == "podman" else "{{json .}}")
@@ -121,51 +199,3 @@ class ContainerBackend:
         if client.name == "podman" and mixed and (find_program("/usr/sbin/runc") or find_program("/usr/bin/runc")):
             return msgspec.structs.replace(client, options=("--runtime", "runc"))
         return client
-
-    @contextlib.contextmanager
-    def start(self, job: Job) -> Iterator[containers.ContainerInstance]:
-        """Start a job and wait until its agent has answered. Raises NoAnswerError, BackendError, HostError."""
-        assert job.kind.image is not None  # noqa: S101 - for the type checker
-        with containers.started(self._engine(), job, job.kind.image) as instance:
-            greet(instance, cancel_fd=job.caller.cancel.fd, meanwhile=job.meanwhile)
-            yield instance
-
-    def stop(self, record: JobRecord) -> bool:
-        """Remove a recorded job's container and files. Return whether the container is proven gone."""
-        return stop_recorded(
-            record, lambda _stored: self._removed(record) and containers.remove_files(record.folder), signals=False
-        )
-
-    def _removed(self, record: JobRecord) -> bool:
-        client = self._engine()
-        if (other := containers.recorded_engine(record.folder)) not in {"", client.place}:
-            fix = f"Set X07_VM_{self.name.upper()}_BIN and DOCKER_HOST to the values that they had when it was started"
-            raise BackendError("cannot stop the container", f"it was started with another {self.name}: {other}", fix)
-        answer = client.call("inspect", "--type", "container", containers.container_name(record))
-        if answer.absent:
-            return True
-        made = answer.single_object(self.name)
-        # Anyone with access to the engine can use that name.
-        ours = containers.labels_of(made).get("io.x07.run_id") == record.job_id
-        return ours and containers.remove(client, str(made.get("Id", "")))
-
-    def orphans(self) -> Sequence[Orphan]:
-        """Return the containers with x07's label, or none if there is no working engine, as on most hosts."""
-        try:
-            client = self._engine()
-        except HostError:
-            return ()
-        listed = client.call("ps", "--all", "--no-trunc", "--quiet", "--filter", "label=io.x07.schema=1")
-        ids = [word for word in listed.text.split() if is_id(word)][:_ORPHANS_MAX]
-        if listed.status or not ids:
-            return ()
-        found = []
-        for one in ids:  # one by one: a container that just went would fail a call for all
-            answer = client.call("inspect", "--type", "container", one)
-            if not answer.status:
-                found.append(Orphan(id=one, labels=containers.labels_of(answer.single_object(self.name))))
-        return found
-
-    def remove(self, orphan: Orphan) -> bool:
-        """Remove a container that `orphans` returned, and return whether it is proven gone."""
-        return is_id(orphan.id) and containers.remove(self._engine(), orphan.id)

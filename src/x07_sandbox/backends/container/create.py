@@ -26,7 +26,7 @@ class ContainerSpec(msgspec.Struct, frozen=True, kw_only=True):
     mount as /etc/resolv.conf. network: whether the agent starts a relay.
     """
 
-    engine: str
+    runtime: str
     image: str
     name: str
     mark: str
@@ -70,7 +70,7 @@ class ContainerSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 def create_argv(spec: ContainerSpec) -> Iterator[str]:
     """Yield the words of the command line after the engine's name."""
-    podman, needs = spec.engine == "podman", spec.needs
+    podman, needs = spec.runtime == "podman", spec.needs
     yield from ("create", "--interactive", "--pull", "never", "--name", spec.name, "--network", "none")
     yield from ("--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--user", "0:0")
     for capability in spec.capabilities:

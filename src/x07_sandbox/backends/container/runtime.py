@@ -1,0 +1,47 @@
+"""What makes the containers of jobs: podman and docker (container/engine), or containerd (containerd/ctr)."""
+
+from collections.abc import Sequence
+from typing import Final, Protocol
+
+from x07_sandbox.backends.base import Orphan
+from x07_sandbox.backends.container.create import ContainerSpec
+
+CONTAINERS_MAX: Final = 1000
+CREATE: Final = "cannot create the container"
+
+
+class Runtime(Protocol):
+    """A container runtime of this host. A container is named by its name or its full id."""
+
+    @property
+    def name(self) -> str:
+        """The name of the backend that uses it."""
+
+    @property
+    def place(self) -> str:
+        """Text that identifies the runtime among several on one host, such as its client and its socket."""
+
+    @property
+    def env(self) -> dict[str, str]:
+        """The environment of its client."""
+
+    def create(self, spec: ContainerSpec) -> str:
+        """Create a container, check it against *spec*, and return its id. Raises BackendError."""
+
+    def attach_argv(self, container: str) -> list[str]:
+        """Return the command that starts a container and carries its standard streams."""
+
+    def removing_argv(self, container: str) -> list[str]:
+        """Return a command that removes a container, and fails if the container may still exist."""
+
+    def remove(self, container: str) -> bool:
+        """Kill and remove a container, and return whether it is proven gone. Raises BackendError."""
+
+    def find(self, container: str) -> Orphan | None:
+        """Return a container, or None if there is none of this name. Raises BackendError."""
+
+    def listed(self) -> Sequence[str]:
+        """Return the ids of the containers with x07's label, at most CONTAINERS_MAX. Raises BackendError."""
+
+    def is_id(self, word: str) -> bool:
+        """Return whether *word* can be the id of one of our containers."""
