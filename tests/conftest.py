@@ -123,6 +123,17 @@ def docker(need: Need) -> Iterator[EngineUnderTest]:
     yield from _engine("docker", need)
 
 
+@pytest.fixture(scope="session")
+def containerd(need: Need) -> Iterator[EngineUnderTest]:
+    """A real containerd on its own socket, with our image."""
+    from tests.engines import missing, running_containerd
+
+    reason = missing("containerd")
+    need(not reason, reason, installable=os.geteuid() == 0)
+    with running_containerd() as found:
+        yield found
+
+
 def _engine(name: Name, need: Need) -> Iterator[EngineUnderTest]:
     from tests.engines import missing, running
 

@@ -1,20 +1,23 @@
-"""Real container engines for tests, loaded with our image: podman with its own store, dockerd on its own socket.
+"""Real container runtimes for tests, loaded with our image: podman with its own store, dockerd and containerd.
 
-The host's own engines, firewall and networks are not touched.
+The daemons have their own sockets. The host's own runtimes, firewall and networks are not touched.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
+import socket
 import subprocess
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from x07_sandbox.backends.engines import engine, load
+from x07_sandbox.images.archive import write_archive
 from x07_sandbox.images.build import build_image
 
 if TYPE_CHECKING:
@@ -25,6 +28,11 @@ if TYPE_CHECKING:
 REFERENCE = "x07-guest-runner:test"
 _START_S = 30.0
 _ENV = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C", "PODMAN_IGNORE_CGROUPSV1_WARNING": "1"}
+_TOOLS = {
+    "podman": ("podman", "runc"),
+    "docker": ("docker", "dockerd", "containerd", "runc"),
+    "containerd": ("ctr", "containerd", "runc"),
+}
 _DOCKERD = (
     *("--iptables=false", "--ip6tables=false", "--ip-forward=false", "--ip-masq=false"),
     *("--bridge=none", "--userland-proxy=false", "--log-level=warn", "--shutdown-timeout=2"),
@@ -34,27 +42,43 @@ _DOCKERD = (
 class EngineUnderTest(NamedTuple):
     """A running engine. env: variables by which a backend finds it and our image. digest: the image's id."""
 
-    name: Name
+    name: Name | Literal["containerd"]
     env: Mapping[str, str]
     digest: str
 
     def call(self, *words: str) -> str:
         """Return the client's output. Raises CalledProcessError if it fails."""
         argv = [self.env.get("X07_VM_PODMAN_BIN", f"/usr/bin/{self.name}"), *words]
+        if self.name == "containerd":
+            argv = [*ctr(self.env["X07_VM_CONTAINERD_SOCK"]), *words]
         done = subprocess.run(argv, capture_output=True, timeout=60, check=True, env=_ENV | dict(self.env))
         return done.stdout.decode()
 
+    def labels(self, container: str) -> dict[str, str]:
+        """Return the labels of a container."""
+        if self.name == "containerd":
+            found: dict[str, str] = json.loads(self.call("containers", "info", container))["Labels"]
+        else:
+            found = json.loads(self.call("inspect", container))[0]["Config"]["Labels"]
+        return found
+
     def containers(self) -> list[str]:
         """Return the names of all its containers."""
+        if self.name == "containerd":
+            return self.call("containers", "ls", "--quiet").split()
         return self.call("ps", "--all", "--format", "{{.Names}}").split()
 
 
-def missing(name: Name) -> str:
+def ctr(address: str) -> list[str]:
+    """Return the start of a command for a containerd."""
+    return ["/usr/bin/ctr", "--address", address, "--namespace", "x07"]
+
+
+def missing(name: str) -> str:
     """Return why this engine cannot be tested here, or ""."""
     if os.geteuid() != 0:
         return f"{name} with a store of its own needs root"
-    tools = ("podman", "runc") if name == "podman" else ("docker", "dockerd", "containerd", "runc")
-    absent = [tool for tool in tools if shutil.which(tool, path=_ENV["PATH"]) is None]
+    absent = [tool for tool in _TOOLS[name] if shutil.which(tool, path=_ENV["PATH"]) is None]
     return f"missing: {', '.join(absent)}" if absent else ""
 
 
@@ -69,6 +93,64 @@ def running(name: Name) -> Iterator[EngineUnderTest]:
             digest, _ = load(image, REFERENCE, [name], lambda _text: None)
             assert engine(name).call("info").status == 0
         yield EngineUnderTest(name, env | {"X07_VM_GUEST_IMAGE": REFERENCE}, digest)
+
+
+@contextlib.contextmanager
+def running_containerd() -> Iterator[EngineUnderTest]:
+    """Start a containerd and import our image; remove all of it on exit."""
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="x07-ctr-", dir="/var/tmp")))
+        address = stack.enter_context(containerd(folder))
+        archive = folder / "image.tar"
+        with archive.open("wb") as target:
+            work = folder / "work"
+            work.mkdir()
+            write_archive(build_image(progress=lambda _text: None), REFERENCE, target, work, lambda _text: None)
+        found = EngineUnderTest("containerd", {"X07_VM_CONTAINERD_SOCK": address, "X07_VM_GUEST_IMAGE": REFERENCE}, "")
+        found.call("images", "import", "--snapshotter", "overlayfs", str(archive))
+        listed = found.call("images", "ls").splitlines()[1].split()
+        yield found._replace(digest=listed[2])
+
+
+@contextlib.contextmanager
+def containerd(folder: Path) -> Iterator[str]:
+    """Run a containerd below *folder*, and yield its socket."""
+    address = f"{folder}/c.sock"
+    lines = ["version = 2", f'root = "{folder}/root"', f'state = "{folder}/state"']
+    lines += ['disabled_plugins = ["io.containerd.grpc.v1.cri"]', "[grpc]", f'address = "{address}"']
+    (folder / "config.toml").write_text("\n".join(lines), encoding="ascii")
+    argv = ["containerd", "--config", f"{folder}/config.toml"]
+    with (folder / "log").open("wb") as log:
+        daemon = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=_ENV)
+    try:
+        deadline = time.monotonic() + _START_S
+        while not _accepts(address):
+            said = (folder / "log").read_text(encoding="utf-8", errors="replace")[-2000:]
+            assert daemon.poll() is None, said
+            assert time.monotonic() < deadline, said
+            time.sleep(0.02)
+        yield address
+    finally:
+        listed = subprocess.run(
+            [*ctr(address), "containers", "ls", "--quiet"], capture_output=True, check=False, env=_ENV, timeout=60
+        )
+        for name in listed.stdout.decode().split():
+            _quietly(*ctr(address), "tasks", "delete", "--force", name)
+            _quietly(*ctr(address), "containers", "delete", name)
+        daemon.terminate()
+        try:
+            daemon.wait(30)
+        except subprocess.TimeoutExpired:
+            daemon.kill()
+            daemon.wait()
+        _unmounted(folder)
+
+
+def _accepts(address: str) -> bool:
+    with socket.socket(socket.AF_UNIX) as sock, contextlib.suppress(OSError):
+        sock.connect(address)
+        return True
+    return False
 
 
 @contextlib.contextmanager

@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.root, pytest.mark.vm, pytest.mark.timeout(900)]
 RUNNER = str(Path(__file__).with_name("runner.py"))
 X07 = str(Path(sys.executable).with_name("x07"))
-BACKENDS = ("qemu", "os", "podman", "docker") if FULL else ("qemu", "os", "podman")
-CLASSES = {"qemu": "vm", "podman": "vm", "docker": "vm", "os": "os", "none": "none"}
+BACKENDS = ("qemu", "os", "podman", "docker", "containerd") if FULL else ("qemu", "os", "podman")
+CLASSES = {"qemu": "vm", "podman": "vm", "docker": "vm", "containerd": "vm", "os": "os", "none": "none"}
 POINTS = 1000 if FULL else 6
 _ENGINE = ("reaper", "gate", "client", "agent", "monitor")
 _JAIL = ("gate", "supervisor", "inner")
-ROLES = {"qemu": _JAIL, "os": _JAIL, "podman": _ENGINE, "docker": _ENGINE}
+ROLES = {"qemu": _JAIL, "os": _JAIL, "podman": _ENGINE, "docker": _ENGINE, "containerd": _ENGINE}
 """The processes of a job besides its runner."""
 PROGRAM = """
 import os, sys
@@ -144,7 +144,7 @@ class Stage:
 @pytest.fixture(scope="module", params=BACKENDS)
 def stage(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     """Yield each backend, with a warm image and no job."""
-    engine = request.getfixturevalue(request.param) if request.param in {"podman", "docker"} else None
+    engine = request.getfixturevalue(request.param) if ROLES[request.param] is _ENGINE else None
     if request.param == "qemu":
         request.getfixturevalue("image")
     found = Stage(request.param, tmp_path_factory.mktemp(f"chaos-{request.param}"), engine)

@@ -58,10 +58,11 @@ print(json.dumps(shown))
 
 
 DOCKER = pytest.param("docker", marks=pytest.mark.full("podman runs the same code"))
-BOTH = pytest.mark.parametrize("engine", ["podman", "docker"], indirect=True)
+ALL = pytest.mark.parametrize("engine", ["podman", "docker", "containerd"], indirect=True)
+ENGINES = pytest.mark.parametrize("engine", ["podman", DOCKER], indirect=True)
 
 
-@pytest.fixture(params=["podman", DOCKER])
+@pytest.fixture(params=["podman", DOCKER, "containerd"])
 def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, state: Path) -> EngineUnderTest:  # noqa: ARG001 - records of its own
     """Each engine, with its own state folder."""
     found: EngineUnderTest = request.getfixturevalue(request.param)
@@ -90,7 +91,7 @@ def result_of(engine: EngineUnderTest, tmp_path: Path, source: str, *words: str)
     return found
 
 
-@BOTH
+@ALL
 def test_the_program_has_no_rights_of_the_agent(engine: EngineUnderTest, tmp_path: Path) -> None:
     """The program can gain no capability, is the OOM killer's first victim, and cannot reach the agent or its files."""
     result = result_of(engine, tmp_path, LOOK)
@@ -137,7 +138,11 @@ def waiting_run(engine: EngineUnderTest, folder: Path) -> Iterator[tuple[subproc
         assert runner.stdout is not None
         assert runner.stdout.readline() == b"here\n"
         (record,) = live_records(engine.name)
-        yield runner, record
+        try:
+            yield runner, record
+        finally:
+            runner.send_signal(signal.SIGCONT)  # a failed test may leave it stopped
+            runner.send_signal(signal.SIGINT)
 
 
 VIEW = """
@@ -170,7 +175,7 @@ def test_a_container_shows_memory_limit_terminals_and_mtimes(engine: EngineUnder
 def test_a_container_carries_the_labels_of_its_record(engine: EngineUnderTest, tmp_path: Path) -> None:
     """A container's labels for schema, run, runner, deadline and image match the job's record."""
     with waiting_run(engine, tmp_path) as (runner, record):
-        labels = json.loads(engine.call("inspect", f"x07-{record.job_id}"))[0]["Config"]["Labels"]
+        labels = engine.labels(f"x07-{record.job_id}")
         runner.send_signal(signal.SIGINT)
         assert runner.wait(30) == 130
     assert {name: labels[name] for name in record.labels()} == record.labels()
@@ -184,7 +189,7 @@ def job_of(folder: Path) -> str:
     return (folder / "job.json").read_text(encoding="utf-8")
 
 
-@BOTH
+@ALL
 def test_a_container_ends_with_its_runner(engine: EngineUnderTest, tmp_path: Path) -> None:
     """A killed runner's container is removed at once, without a sweep, and its record says so."""
     with waiting_run(engine, tmp_path) as (runner, record):
@@ -193,6 +198,7 @@ def test_a_container_ends_with_its_runner(engine: EngineUnderTest, tmp_path: Pat
     assert (record.folder / "reaped").read_text(encoding="ascii") == "reaped\n"
 
 
+@ENGINES
 def test_a_container_ends_at_its_deadline(engine: EngineUnderTest, tmp_path: Path) -> None:
     """The reaper removes a container at its deadline even if the runner is stopped and still holds it."""
     container = engine.call("create", "--network", "none", engine.digest, "container", "mark").strip()
@@ -211,6 +217,7 @@ def test_a_container_ends_at_its_deadline(engine: EngineUnderTest, tmp_path: Pat
 
 def client(engine: EngineUnderTest) -> Engine:
     """Return the engine's client as the backend uses it."""
+    assert engine.name != "containerd"
     return the_engine(engine.name)
 
 
@@ -234,6 +241,7 @@ def test_only_the_pinned_image_runs(engine: EngineUnderTest, tmp_path: Path) -> 
     assert (result["outcome"], "X07_VM_GUEST_IMAGE_DIGEST" in result["reason"]) == ("refused", True)
 
 
+@ENGINES
 def test_an_absent_or_unsuitable_image_is_named(engine: EngineUnderTest, tmp_path: Path) -> None:
     """An absent or unsuitable image is named in the error, with the command that builds the right one."""
     with (tmp_path / "empty.tar").open("wb") as file:
@@ -411,7 +419,8 @@ def test_ps_and_kill_work_for_containers_of_their_engine_only(engine: EngineUnde
     with waiting_run(engine, tmp_path) as (runner, record):
         shown = json.loads(subprocess.run([X07, "ps", "--json"], capture_output=True, check=True).stdout)
         assert [job["state"] for job in shown["jobs"]] == ["running"]
-        other = {**os.environ, f"X07_VM_{engine.name.upper()}_BIN": "/bin/true"}
+        client = {"podman": "PODMAN", "docker": "DOCKER", "containerd": "CTR"}[engine.name]
+        other = {**os.environ, f"X07_VM_{client}_BIN": "/bin/true"}
         runner.send_signal(signal.SIGSTOP)  # else the runner itself ends its container
         done = subprocess.run([X07, "kill", record.run_id], env=other, capture_output=True, check=False, timeout=60)
         assert (done.returncode, b"another" in done.stderr) == (125, True), done.stderr

@@ -38,7 +38,7 @@ def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
             patch.setattr(commands, "IN_A_ROW", 100)  # a thousand take minutes in an emulated VM
         if request.param == "qemu":
             build_image(progress=lambda _text: None)
-        if request.param in CLIENTS:
+        if request.param in {*CLIENTS, "containerd"}:
             for name, value in request.getfixturevalue(request.param).env.items():
                 patch.setenv(name, value)
         try:

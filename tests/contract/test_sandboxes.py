@@ -20,13 +20,13 @@ pytestmark = [pytest.mark.root, pytest.mark.timeout(300)]
 LEFT = "sleep 600 & echo $! > pid; echo left"
 
 
-@pytest.fixture(params=["podman", "os", "none"])
+@pytest.fixture(params=["podman", "containerd", "os", "none"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, state: Path) -> str:
     """A backend that is not a VM, with the consent to use it. state: the test's own folder."""
     monkeypatch.setenv("X07_I_ACCEPT_WEAKER_ISOLATION", "1")
     name: str = request.param
-    if name == "podman":
-        for variable, value in request.getfixturevalue("podman").env.items():
+    if name in {"podman", "containerd"}:
+        for variable, value in request.getfixturevalue(name).env.items():
             monkeypatch.setenv(variable, value)
     assert not state.exists()
     return name

@@ -439,6 +439,8 @@ def test_no_request_ends_the_file_server(sandbox: Sandbox) -> None:
     names = sandbox.exec("python3", "-c", "for i in range(6000): open(b'%05d' % i + 245 * b'\\xff', 'x').close()")
     assert sandbox.code(names) == 0, sandbox.text(names)
     assert files.ask("stat", f"{here}/\0").errno == errno.EINVAL
+    assert files.ask("write", f"{here}/\0", encode(Request("make", "forged"))).errno == errno.EINVAL
+    assert files.ask("put", f"{here}/\0", b"no tree").errno == errno.EINVAL
     assert files.ask("list", here).errno == errno.E2BIG
     assert files.ask("write", f"{here}/a", b"abc") == Answer(0)
     assert files.ask("read", f"{here}/a", offset=1, size=2**62) == Answer(0, 2)
@@ -446,6 +448,7 @@ def test_no_request_ends_the_file_server(sandbox: Sandbox) -> None:
     assert files.ask("read", f"{here}/a", offset=2**62, size=1) == Answer(0)
     assert files.ask("read", f"{here}/a", offset=-1, size=1).errno == errno.EINVAL
     assert files.rest(files.ask("read", "/proc/self/stat", size=9).size) != b""
+    assert files.ask("read", "/proc/self/smaps", size=1 << 20).size > 1 << 14  # much more than one read returns
 
 
 def test_the_file_server_reaches_what_a_program_reaches(confined: OsBackend) -> None:

@@ -21,8 +21,7 @@ import pytest
 
 from tests.vm.conftest import left_behind, marked, owners
 from x07_sandbox import AsyncSandbox, Ended, Sandbox, SandboxError
-from x07_sandbox.library.held_messages import SOCKET
-from x07_sandbox.runs.folder import all_runs
+from x07_sandbox.runs.folder import SOCKET, all_runs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -402,3 +401,10 @@ def test_a_terminal_has_size_job_control_and_an_end(held: Sandbox) -> None:
             pass
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 5
     os.close(master)
+
+
+def test_a_command_may_end_before_it_has_read_its_input(held: Sandbox) -> None:
+    """A command that leaves most of its input unread ends with its own status and output."""
+    for number in range(8):
+        found = held.exec(["sh", "-c", f"head -c 5; echo err >&2; exit {number}"], input=b"12345" + bytes(5 << 20))
+        assert (found.exit_code, found.stdout, found.stderr) == (number, b"12345", b"err\n")

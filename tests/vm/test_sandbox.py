@@ -22,6 +22,7 @@ import pytest
 
 from tests.vm.conftest import left_behind, marked, owners, usual_start
 from x07_sandbox import AsyncSandbox, Ended, Pool, Process, Sandbox, SandboxError
+from x07_sandbox.library import forwarding
 from x07_sandbox.runs.folder import all_runs
 from x07_sandbox.sandboxes.session import Session
 
@@ -32,6 +33,21 @@ pytestmark = [pytest.mark.vm, pytest.mark.timeout(300), pytest.mark.usefixtures(
 
 TMP = "/tmp"  # noqa: S108 - the guest's
 SLEEPING = "cat /proc/[0-9]*/comm 2>/dev/null | grep -c '^sleep$' || true"
+SILENT = """
+import select, socket
+server = socket.create_server(("127.0.0.1", 8000), backlog=200)
+print("here", flush=True)
+watched, kept = [server], []
+while True:
+    for one in select.select(watched, [], [])[0]:
+        if one is server:
+            watched.append(server.accept()[0])
+        else:
+            watched.remove(one)
+            kept.append(one)
+            if one.recv(3):
+                one.sendall(b"hello")
+"""
 SLEEPER = ["sh", "-c", "echo begun; sleep 600 & sleep 600"]
 
 
@@ -183,6 +199,20 @@ def test_several_threads_use_one_sandbox(shared: Sandbox) -> None:
         assert list(pool.map(use, range(8))) == [f"{str(number) * 1000}end" for number in range(8)]
 
 
+def test_a_command_opens_its_standard_streams_by_name(shared: Sandbox) -> None:
+    """The files /dev/stdin, /dev/stdout and /dev/stderr can be opened."""
+    found = shared.exec(["sh", "-c", "cat /dev/stdin > /dev/stdout; echo err > /dev/stderr"], input=b"in")
+    assert (found.exit_code, found.stdout, found.stderr) == (0, b"in", b"err\n")
+
+
+def test_input_for_a_command_that_has_ended_is_an_error(shared: Sandbox) -> None:
+    """Writing to a command that has ended raises BrokenPipeError, and queues nothing."""
+    process = shared.start(["true"])
+    process.wait()
+    with pytest.raises(BrokenPipeError):
+        process.write(b"x")
+
+
 def test_a_live_process_is_written_read_and_ended(shared: Sandbox) -> None:
     """A process takes input and gives output while it runs; polling and waiting do not lose output."""
     process = shared.start(["python3", "-u", "-c", "for line in iter(input, 'end'): print(eval(line))"])
@@ -316,6 +346,32 @@ def test_file_errors_have_errno_and_name(shared: Sandbox, name: str, wanted: int
     assert (raised.value.errno, raised.value.filename) == (wanted, name)
 
 
+def test_a_file_that_shrinks_is_an_error(shared: Sandbox) -> None:
+    """Reading a file that becomes shorter meanwhile raises OSError, and later requests work."""
+    shared.files.write(f"{TMP}/shrinks", bytes(80 << 20))
+    cut = shared.start(["sh", "-c", f"read go; truncate -s 300000 {TMP}/shrinks"])
+    later = threading.Timer(0.2, cut.write, args=(b"\n",))
+    later.start()
+    with pytest.raises(OSError, match="shorter"):
+        shared.files.read(f"{TMP}/shrinks", max_bytes=80 << 20)
+    later.join()
+    assert cut.wait().ok
+    assert len(shared.files.read(f"{TMP}/shrinks")) == 300_000
+
+
+def test_files_without_a_size_are_copied_whole(shared: Sandbox, tmp_path: Path) -> None:
+    """Local pipes, and files of /proc on either side, are read to their end."""
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(b"from a pipe",))
+    writer.start()
+    shared.upload(tmp_path / "pipe", f"{TMP}/pipe")
+    writer.join()
+    assert shared.files.read(f"{TMP}/pipe") == b"from a pipe"
+    shared.upload("/proc/self/smaps", f"{TMP}/maps")
+    assert len(shared.files.read(f"{TMP}/maps")) > 1 << 14
+    assert len(shared.files.read("/proc/kallsyms")) > 1 << 20
+
+
 def test_trees_go_in_and_out(shared: Sandbox, tmp_path: Path) -> None:
     """A folder is copied with modes, links and empty folders, in and out; a file with its mode."""
     tree = tmp_path / "tree"
@@ -420,6 +476,33 @@ def test_a_port_of_the_sandbox_is_reached_from_the_host(tmp_path: Path, state: P
 
 
 # the end
+
+
+@pytest.mark.usefixtures("state")
+def test_connections_leave_room_for_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that never answers takes at most half of the commands, and its connections end once nobody waits."""
+    monkeypatch.setattr(forwarding, "_SILENT_S", 1.0)
+    with Sandbox() as opened:
+        server = opened.start(["python3", "-c", SILENT], detach=False)
+        assert until(server, b"here\n") == b"here\n"
+        place, _ = opened.forward(8000, unix=str(tmp_path / "port"))
+        sockets = [socket.socket(socket.AF_UNIX) for _ in range(80)]
+        for one in sockets[:-1]:
+            one.connect(place)
+        assert opened.exec(["true"]).ok
+        assert opened.files.list("/")
+        for one in sockets[:-1]:
+            one.close()
+        deadline = time.monotonic() + 30
+        data = b""
+        while data != b"hello":  # until a connection has ended
+            assert time.monotonic() < deadline
+            with socket.socket(socket.AF_UNIX) as last, contextlib.suppress(ConnectionError, TimeoutError):
+                last.settimeout(5)
+                last.connect(place)
+                last.sendall(b"say")
+                data = last.recv(5)
+        sockets[-1].close()
 
 
 def test_closing_applies_changes_and_reports_each_command(state: Path, tmp_path: Path) -> None:

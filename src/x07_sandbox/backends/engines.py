@@ -29,6 +29,7 @@ _ANSWER_MAX: Final = 8 << 20
 _CALL_S: Final = 30.0
 _GONE: Final = ("no such", "not found", "does not exist", "no container")  # podman's and docker's words
 _ID: Final = re.compile(r"[0-9a-f]{64}")
+CLIENT_ENV: Final = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin:/usr/local/bin", "LC_ALL": "C"}
 # The client sees only these of the caller's variables: others could lead it to another engine.
 _KEPT: Final = ("HOME", "XDG_RUNTIME_DIR", "DBUS_SESSION_BUS_ADDRESS")
 
@@ -54,18 +55,13 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
         return made
 
 
-class Engine(msgspec.Struct, frozen=True, kw_only=True):
-    """podman or docker. binary: its client program. env: for the client. options: words that precede the command."""
+class Client(msgspec.Struct, frozen=True, kw_only=True):
+    """The client of a container runtime. binary: its program. env: for it. options: words that precede the command."""
 
-    name: Name
+    name: str
     binary: str
     env: dict[str, str]
     options: tuple[str, ...] = ()
-
-    @property
-    def place(self) -> str:
-        """Text that identifies the engine among several on one host: its client, and its socket if one was chosen."""
-        return f"{self.binary} {self.env.get('DOCKER_HOST', '')}".rstrip()
 
     def argv(self, *words: str) -> list[str]:
         """Return the command line of a call."""
@@ -89,15 +85,22 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
+class Engine(Client, frozen=True, kw_only=True):
+    """podman or docker."""
+
+    name: Name
+
+    @property
+    def place(self) -> str:
+        """Text that identifies the engine among several on one host: its client, and its socket if one was chosen."""
+        return f"{self.binary} {self.env.get('DOCKER_HOST', '')}".rstrip()
+
+
 def engine(name: Name) -> Engine:
     """Return the engine of this host. Raises HostError if there is none, or if DOCKER_HOST is another machine."""
     require([CLIENTS[name]], f"cannot use {name}")
-    env = {key: os.environ[key] for key in _KEPT if key in os.environ}
-    env |= {
-        "PATH": "/usr/sbin:/usr/bin:/sbin:/bin:/usr/local/bin",
-        "LC_ALL": "C",
-        "PODMAN_IGNORE_CGROUPSV1_WARNING": "1",
-    }
+    env = {key: os.environ[key] for key in _KEPT if key in os.environ} | CLIENT_ENV
+    env["PODMAN_IGNORE_CGROUPSV1_WARNING"] = "1"
     if name == "docker":
         if host := os.environ.get("DOCKER_HOST", ""):
             if not host.startswith("unix://"):

@@ -92,6 +92,12 @@ def _container(name: str) -> Backend:
     return EngineBackend("podman" if name == "podman" else "docker")
 
 
+def _containerd(_name: str) -> Backend:
+    from x07_sandbox.backends.containerd.backend import ContainerdBackend
+
+    return ContainerdBackend()
+
+
 _ROWS: Final = (
     BackendRow("firecracker-ctr", "vm", ("vm-hardware",), auto=True),
     BackendRow("apple-container", "vm", ("vm-hardware",), linux=False, macos_from=26, auto=True),
@@ -99,6 +105,7 @@ _ROWS: Final = (
     BackendRow("vz", "vm", ("vm-hardware",), linux=False, macos_from=12, auto=True),
     BackendRow("podman", "vm", ("container",), factory=_container),
     BackendRow("docker", "vm", ("container",), factory=_container),
+    BackendRow("containerd", "vm", ("container",), factory=_containerd),
     BackendRow("os", "os", ("process",), factory=_process),
     BackendRow("none", "none", ("none",), factory=_process),
 )

@@ -172,6 +172,8 @@ def _by_caller(request: BackendRequest, flags: tuple[str, ...]) -> str:
     given = [(request.sandbox_variable, "X07_SANDBOX_BACKEND", "--sandbox-backend")]
     given.append((request.backend_variable, "X07_VM_BACKEND", "--backend"))
     words = [f"{variable}={found[flag]}" for word, variable, flag in given if word]
+    if not words:  # an argument of a library call
+        return "another backend"
     return f"{' and '.join(words)}, or unset {'it' if len(words) == 1 else 'them'}"
 
 

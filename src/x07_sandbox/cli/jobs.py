@@ -32,6 +32,7 @@ examples:
   x07 ps --json | jq -r '.jobs[].labels["io.x07.run_id"]'
   x07 ps --all
 """
+_RUN: Final = "the run's id, its first characters, or the name of its sandbox"
 _HEAD: Final = ("RUN", "PHASE", "BACKEND", "STATE", "STARTED", "KILLED IN", "PROGRAM")
 _INSPECT_EPILOG: Final = """The JSON object contains the run's jobs (record, labels, owner and state), its result,
 and the paths of its files.
@@ -87,26 +88,37 @@ def span(seconds: float) -> str:
 def add_inspect(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `x07 inspect`."""
     parser.epilog = _INSPECT_EPILOG
-    parser.add_argument("run", type=nonempty, metavar="RUN", help="the run's id, or its first characters")
+    parser.add_argument(
+        "run", type=nonempty, metavar="RUN", help="the run's id, its first characters, or a sandbox's name"
+    )
     add_document_flags(parser, "no effect: the output is always JSON")
     parser.set_defaults(carry_out=_inspect)
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    print_document(inspect_run(known_run(options.run)), options, always=True)
+    print_document(inspect_run(named_run(options.run)), options, always=True)
     return 0
+
+
+def named_run(word: str) -> str:
+    """Return the id of the run with this id, start of an id, or name of its sandbox. Raises UsageError."""
+    from x07_sandbox.library.listing import run_of
+
+    return known_run(run_of(word))
 
 
 def add_kill(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `x07 kill`."""
     parser.epilog = _KILL_EPILOG
-    parser.add_argument("run", type=nonempty, metavar="RUN", help="the run's id, or its first characters (see x07 ps)")
+    parser.add_argument(
+        "run", type=nonempty, metavar="RUN", help="the run's id, its first characters, or a sandbox's name"
+    )
     add_document_flags(parser)
     parser.set_defaults(carry_out=_kill)
 
 
 def _kill(options: argparse.Namespace) -> int:
-    run = known_run(options.run)
+    run = named_run(options.run)
     was_live, ended = kill_run(run)
     if not print_document(KillReport(run=run, jobs_ended=ended), options):
         say(f"run {run} ended" if was_live else f"run {run} had already ended")

@@ -11,10 +11,11 @@ from typing import Final
 
 from x07_sandbox.cli.changes_text import print_bytes
 from x07_sandbox.cli.console import say, write_stdout
+from x07_sandbox.cli.jobs import named_run
 from x07_sandbox.cli.parser import nonempty, switch
 from x07_sandbox.errors import Command, UsageError
 from x07_sandbox.host.locks import is_locked
-from x07_sandbox.housekeeping.listing import known_run, run_folder
+from x07_sandbox.housekeeping.listing import run_folder
 from x07_sandbox.runs.folder import NET_LOG, find_run
 from x07_sandbox.sandboxes.transfers import TerminalFilter
 
@@ -71,7 +72,7 @@ def _folder(options: argparse.Namespace, holds: str) -> Path:
     """Return the folder of the run RUN, or of the latest run that has the file *holds*. Raises UsageError."""
     if options.run is None:
         return find_run(None, holds, "output to print", "First run a program", action="any output")
-    folder = run_folder(known_run(options.run))
+    folder = run_folder(named_run(options.run))
     if not folder.is_dir() or not (options.follow or (folder / holds).is_file()):
         why = f"run {folder.name} has no such output"
         raise UsageError("cannot print the output", why, ("See what it has: ", Command(f"x07 inspect {folder.name}")))

@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def platform_from_args(args: list[str]) -> Platform:
-    """Return the platform for arguments `os FD`, `none FD FOLDER` or `container [network]`. Raises JobError."""
+    """Return the platform for arguments `os FD`, `none FD FOLDER` or `container [network] [tasks]`. Raises JobError."""
     # A further last argument, which is not used here, marks the process's owner.
     from x07_sandbox.guest.process import Confined, Unconfined
 
@@ -52,10 +52,10 @@ def platform_from_args(args: list[str]) -> Platform:
             return Confined(int(fd))
         case ["none", fd, folder, _]:
             return Unconfined(int(fd), folder)
-        case ["container", *network, _]:
+        case ["container", *words, _]:
             from x07_sandbox.guest.container import Contained
 
-            return Contained(network=network == ["network"])
+            return Contained(network="network" in words, limits_tasks="tasks" in words)
         case _:
             raise JobError("agent", 0, f"unknown platform: {' '.join(args)}")
 

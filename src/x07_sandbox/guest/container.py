@@ -7,7 +7,9 @@ and reaches neither agent nor channel. Folders that the program may not write be
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
+import resource
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -46,9 +48,9 @@ def _program_user() -> Iterator[None]:
         os.setresgid(0, 0, 0)
 
 
-def _resource_limits(settings: confine.JobSettings) -> None:
+def _resource_limits(settings: confine.JobSettings, *, tasks: bool = False) -> None:
     with _program_user():  # another user's process would need CAP_SYS_RESOURCE (prlimit(2))
-        limits_of_child(settings)
+        limits_of_child(settings, tasks=tasks)
 
 
 _MACHINE_STEPS: Final = {step.name: step for step in confine.MACHINE.rights}
@@ -64,6 +66,20 @@ CONTAINED: Final = confine.Confinement(
     job=(
         *(step for step in confine.VIEW if step.name == "programs"),
         confine.Step("resource limits", "CAP_SETUID, CAP_SETGID", _resource_limits, confine.RESOURCES),
+    ),
+)
+# For runtimes that cannot limit tasks.
+CONTAINED_TASKS: Final = confine.Confinement(
+    world=CONTAINED.world,
+    rights=CONTAINED.rights,
+    job=(
+        *CONTAINED.job[:-1],
+        confine.Step(
+            "resource limits",
+            "CAP_SETUID, CAP_SETGID",
+            functools.partial(_resource_limits, tasks=True),
+            (*confine.RESOURCES, "tasks"),
+        ),
     ),
 )
 
@@ -126,7 +142,10 @@ class ContainerTree(Tree):
 
 
 class Contained(OnSharedKernel):
-    """A container. network: whether there is a relay."""
+    """A container.
+
+    network: whether there is a relay. limits_tasks: whether the agent must limit tasks, because the runtime does not.
+    """
 
     confinement = CONTAINED
     program_uid = confine.UID
@@ -136,9 +155,12 @@ class Contained(OnSharedKernel):
     filtered = True
     namespaces = False
 
-    def __init__(self, *, network: bool) -> None:
+    def __init__(self, *, network: bool, limits_tasks: bool) -> None:
         super().__init__(0)
+        if limits_tasks:
+            self.confinement = CONTAINED_TASKS
         self._network = network
+        self._limits_tasks = limits_tasks
         self._work = confine.CWD
         self._trees: dict[int, tuple[str, dict[bytes, bool]]] = {}
 
@@ -148,6 +170,11 @@ class Contained(OnSharedKernel):
         if self._network:
             system.loopback_up()
         return super().open_channel()
+
+    def resource_limits(self, settings: confine.JobSettings) -> tuple[tuple[int, int], ...]:
+        """Return the limits of each process of a command, with that of tasks if the runtime has none."""
+        tasks = ((resource.RLIMIT_NPROC, settings.tasks),) if self._limits_tasks else ()
+        return (*super().resource_limits(settings), *tasks)
 
     def make_folders(self) -> None:
         """Make the folder of the machine id. The engine has mounted all other folders."""

@@ -22,6 +22,7 @@ from x07_sandbox.guest.system import write_all
 from x07_sandbox.guest.trees import Tree, content, walk
 
 _READ: Final = 128 * 1024
+_UNSIZED_MAX: Final = 64 << 20
 _PERMISSIONS: Final = 0o7777
 
 
@@ -55,8 +56,7 @@ class FileServer:
             except (OSError, ValueError, OverflowError) as exc:
                 if answered:  # the host learns from the end of the output that the content is incomplete
                     raise
-                number = exc.errno if isinstance(exc, OSError) else errno.EINVAL  # such as a NUL in a path
-                write_all(self._out_fd, files.encode(Answer(number or errno.EIO)))
+                write_all(self._out_fd, files.encode(Answer(_number_of(exc))))
 
     def _next(self) -> list[Any] | None:
         while (values := self._buffer.take()) is None:
@@ -100,15 +100,19 @@ class FileServer:
             elif info.st_size:
                 size = max(0, min(request.size, info.st_size - request.offset))
                 first = os.pread(fd, min(size, _READ), request.offset)
+                if len(first) < _READ:  # the size of a file in /sys is wrong
+                    size = len(first)
             else:  # such as a file in /proc
-                first = os.pread(fd, min(request.size, _READ), request.offset)
+                first = _whole(fd, request.offset, request.size)
                 size = len(first)
             yield Answer(0, size)
-            yield first.ljust(min(size, _READ), b"\0")  # it may have become shorter meanwhile
-            if size > _READ:
-                for at in range(self._sent(fd, request.offset, _READ, size), size, _READ):
-                    most = min(_READ, size - at)
-                    yield os.pread(fd, most, request.offset + at).ljust(most, b"\0")
+            yield first
+            at = self._sent(fd, request.offset, len(first), size)
+            while at < size:
+                if not (piece := os.pread(fd, min(_READ, size - at), request.offset + at)):
+                    raise OSError(errno.EIO, "it has become shorter")
+                at += len(piece)
+                yield piece
         finally:
             os.close(fd)
 
@@ -133,8 +137,8 @@ class FileServer:
                 for piece in self._content(left):
                     left -= len(piece)
                     write_all(fd, piece)
-        except OSError as exc:
-            failed = exc.errno or errno.EIO
+        except (OSError, ValueError) as exc:
+            failed = _number_of(exc)
         for _ in self._content(left):
             pass  # all of it is read, or the next request could not be found
         yield Answer(failed)
@@ -213,14 +217,27 @@ class FileServer:
         yield Entry(Kind.END, b"").encoded()
 
 
+def _whole(fd: int, offset: int, most: int) -> bytes:
+    """Return the content of a file whose size is unknown, from *offset* on. Raises OSError if it is very large."""
+    data = bytearray()
+    while len(data) < most and (piece := os.pread(fd, min(_READ, most - len(data)), offset + len(data))):
+        data += piece
+        if len(data) > _UNSIZED_MAX:
+            raise OSError(errno.EFBIG, "")
+    return bytes(data)
+
+
 def _errno_of(call: Callable[[], None]) -> int:
     try:
         call()
-    except OSError as exc:
-        return exc.errno or errno.EIO
-    except (JobError, PeerError):  # a malformed tree
-        return errno.EINVAL
+    except (OSError, ValueError, JobError, PeerError) as exc:
+        return _number_of(exc)
     return 0
+
+
+def _number_of(exc: Exception) -> int:
+    """Return the errno of a failure. Other errors are about a malformed tree, or a path with a NUL."""
+    return (exc.errno or errno.EIO) if isinstance(exc, OSError) else errno.EINVAL
 
 
 def _info(name: str, path: str, info: os.stat_result) -> FileInfo:

@@ -170,10 +170,11 @@ def _end_with_parent(_world: confine.World) -> None:
     kernel.prctl(kernel.PR_SET_PDEATHSIG, 9)
 
 
-def limits_of_child(settings: confine.JobSettings) -> None:
-    """Set the resource limits of the program, which is the first child of this process."""
+def limits_of_child(settings: confine.JobSettings, *, tasks: bool = False) -> None:
+    """Set the resource limits of the program, which is the first child of this process. tasks: also that of tasks."""
+    more = ((resource.RLIMIT_NPROC, settings.tasks),) if tasks else ()
     for pid in children_of(os.getpid())[:1]:
-        _limit(pid, confine.resource_limits(settings))
+        _limit(pid, (*confine.resource_limits(settings), *more))
 
 
 FREE_INIT: Final = confine.Step[confine.World]("reaper", "", _own_init)

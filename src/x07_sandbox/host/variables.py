@@ -35,6 +35,7 @@ BACKENDS: Final[dict[str, str]] = {
     "vz": "vz",
     "podman": "podman",
     "docker": "docker",
+    "containerd": "containerd",
     "os": "os",
     "none": "none",
 }
@@ -56,6 +57,7 @@ class Variable(msgspec.Struct, frozen=True):
 
 
 _OF_FIRECRACKER: Final = "with the firecracker-ctr backend"
+_OF_CONTAINERD: Final = "with the containerd backend"
 _OF_VZ: Final = "with the vz backend"
 _NO_EFFECT: Final = "never: a VM does not get the host's variables, and builds have no network"
 
@@ -147,7 +149,15 @@ _ROWS: Final = (
         _OF_FIRECRACKER,
     ),
     _text("X07_VM_FIRECRACKER_SNAPSHOTTER", "Snapshotter of firecracker-containerd.", "`devmapper`", _OF_FIRECRACKER),
-    _text("X07_VM_CONTAINERD_NAMESPACE", "Containerd namespace for the containers of x07.", "`x07`", _OF_FIRECRACKER),
+    _text("X07_VM_CTR_BIN", "Path of containerd's client.", "`ctr` in a system folder", _OF_CONTAINERD),
+    _text("X07_VM_CONTAINERD_SOCK", "Socket of containerd.", "`/run/containerd/containerd.sock`", _OF_CONTAINERD),
+    _text("X07_VM_CONTAINERD_SNAPSHOTTER", "Snapshotter of containerd.", "`overlayfs`", _OF_CONTAINERD),
+    _text(
+        "X07_VM_CONTAINERD_NAMESPACE",
+        "Namespace of containerd or firecracker-containerd for the containers of x07.",
+        "`x07`",
+        "with the containerd and firecracker-ctr backends",
+    ),
     _text(
         "X07_WORKSPACE_ROOT", "Folder of the X07 language's library.", "`/usr/local/lib/x07` in the guest", _NO_EFFECT
     ),

@@ -31,7 +31,7 @@ from x07_sandbox.jobs.active import JOB_NAME, unfinished_jobs
 from x07_sandbox.jobs.reader import StoredJob, locked_stored
 from x07_sandbox.jobs.record import runner_instance
 from x07_sandbox.jobs.stop_rules import Now, here_and_now, judge
-from x07_sandbox.runs.folder import APPLYING, RUN_NAME, runs_dir
+from x07_sandbox.runs.folder import APPLYING, KILL, RUN_NAME, SOCKET, runs_dir
 
 # job: a job that was ended, cleaned up and recorded as reaped. unstarted: the folder of a job that never started.
 # instance: a container without a job's record. changes: incomplete file changes. record, run: folders past their
@@ -249,7 +249,7 @@ def _sweep_changes(pruner: Pruner) -> None:
 
 
 def _sweep_leftovers(pruner: Pruner) -> None:
-    """Remove expired folders, saved VMs without an image, and control groups of dead x07 processes."""
+    """Remove expired folders, saved VMs without an image, and what dead x07 processes left beside their jobs."""
     from x07_sandbox.housekeeping.images import prune_saved
     from x07_sandbox.jail.cgroups import remove_abandoned_groups
 
@@ -257,3 +257,7 @@ def _sweep_leftovers(pruner: Pruner) -> None:
     prune_saved(pruner, set())
     if not pruner.dry_run:
         remove_abandoned_groups()
+        for run in entries(runs_dir(state_dir())):  # pipes and sockets of dead x07 processes
+            if RUN_NAME.fullmatch(run.name) and not is_locked(run):
+                for name in (KILL, SOCKET):
+                    (run / name).unlink(missing_ok=True)

@@ -12,6 +12,7 @@ from typing import IO, Any, Final
 
 import msgspec
 
+from x07_sandbox.channel.egress import RESOLV_CONF
 from x07_sandbox.errors import ImageError
 from x07_sandbox.host.arch import ARCHES
 from x07_sandbox.images import tar
@@ -93,6 +94,7 @@ def _agent_layer(path: Path, image: Image) -> tuple[str, Path]:
         for name, link in sorted(_LINKS.items()):
             archive.addfile(tar.entry(name, tarfile.SYMTYPE, 0o777, link=link))
         tar.add_bytes(archive, AGENT.removeprefix("/"), agent_of(image))
+        tar.add_bytes(archive, "etc/resolv.conf", RESOLV_CONF.encode())  # for runtimes that cannot mount one
     return _digest_of(path), path
 
 

@@ -6,12 +6,13 @@ import contextlib
 import errno
 import os
 import posixpath
+import shutil
 import stat
 import tempfile
 import threading
 from collections.abc import Iterable
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Final, Literal, TypeVar
+from typing import IO, TYPE_CHECKING, Final, Literal, TypeVar, cast
 
 from x07_sandbox.channel import files as calls
 from x07_sandbox.channel.files import Request
@@ -72,7 +73,7 @@ class Files:
         try:
             self.stat(path)
         except OSError as exc:
-            if exc.errno in {errno.ENOENT, errno.ENOTDIR}:
+            if exc.errno in {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}:
                 return False
             raise
         return True
@@ -96,10 +97,13 @@ class Files:
                 size = packed.tell()
                 self._ask(Request(calls.PUT, path, size=size), lambda: _from_file(packed, size))
                 return
-        with source.open("rb") as file:
+        with source.open("rb") as file, tempfile.TemporaryFile() as copy:
             info = os.fstat(file.fileno())
-            mode = stat.S_IMODE(info.st_mode) & 0o777
-            self._write(path, info.st_size, lambda: _from_file(file, info.st_size), mode)
+            size, content = info.st_size, cast("IO[bytes]", file)
+            if not size:  # such as a pipe, or a file in /proc
+                shutil.copyfileobj(file, copy)
+                size, content = copy.tell(), copy
+            self._write(path, size, lambda: _from_file(content, size), stat.S_IMODE(info.st_mode) & 0o777)
 
     def download(self, path: str, local: str | os.PathLike[str]) -> None:
         """See `Sandbox.download`."""
@@ -150,7 +154,7 @@ class Files:
         content: Callable[[], Iterable[bytes]] = tuple,
         take: Callable[[FileServer, Answer], _T] | None = None,
     ) -> _T:
-        asked = request._replace(path=os.fspath(request.path))
+        asked = request._replace(path=_checked(request.path))
         given_up: threading.Event | None = getattr(self._caller, "given_up", None)
         with self._lock:
             self._sandbox.require_open()
@@ -172,6 +176,17 @@ class Files:
         if answer.errno:
             raise OSError(answer.errno, os.strerror(answer.errno), os.fspath(request.path))
         return found  # type: ignore[return-value]  # of the type of `take`
+
+
+def _checked(path: str) -> str:
+    """Return a path that the kernel can accept. Raises OSError."""
+    text = os.fspath(path)
+    try:
+        if b"\0" not in os.fsencode(text):
+            return text
+    except UnicodeEncodeError:  # a lone surrogate that stands for no byte
+        pass
+    raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), text)
 
 
 def _infos(_server: FileServer, answer: Answer) -> list[FileInfo]:

@@ -11,13 +11,16 @@ from typing import TYPE_CHECKING, Final
 from x07_sandbox.errors import SandboxError
 from x07_sandbox.host.threads import start_thread
 from x07_sandbox.runs.command import CommandStart
+from x07_sandbox.sandboxes.execution import CONNECT
 
 if TYPE_CHECKING:
     from x07_sandbox.runs.command import AnySandbox, Command
 
 _READ: Final = 64 * 1024
 _WAITING: Final = 32  # connections that nobody has accepted yet
-_CONNECT: Final = "connect"  # the agent's service
+# If the client sends no more, and the server has sent nothing for this time, the client counts as gone: closing a
+# connection looks like ending one direction of it.
+_SILENT_S: Final = 60.0
 
 
 class Forwarder:
@@ -85,17 +88,21 @@ class Forwarder:
 
     def _carry(self, connection: socket.socket) -> None:
         try:
-            command = self._sandbox.start(CommandStart([str(self._port)]), service=_CONNECT)
-        except SandboxError:  # it has ended, or runs too many commands
+            command = self._sandbox.start(CommandStart([str(self._port)]), service=CONNECT)
+        except SandboxError:  # it has ended, or has too many connections
             return
-        reader = start_thread(threading.Thread(target=_send, args=(connection, command), daemon=True))
+        sent_all = threading.Event()
+        reader = start_thread(threading.Thread(target=_send, args=(connection, command, sent_all), daemon=True))
         try:
             ended = False
             while not ended:
-                ended, pieces = command.next_pieces()
+                silent = sent_all.is_set()
+                ended, pieces = command.next_pieces(within_s=_SILENT_S)
                 for stream, data in pieces:
                     if stream == "stdout":
                         connection.sendall(data)
+                if silent and not pieces and not ended:
+                    raise TimeoutError
         except (OSError, SandboxError):
             command.stop()
         with contextlib.suppress(OSError):
@@ -104,8 +111,9 @@ class Forwarder:
         self._sandbox.forget(command)
 
 
-def _send(connection: socket.socket, command: Command) -> None:
+def _send(connection: socket.socket, command: Command, sent_all: threading.Event) -> None:
     with contextlib.suppress(OSError, SandboxError):
         while data := connection.recv(_READ):
             command.write(data)
     command.end_input()
+    sent_all.set()

@@ -25,7 +25,6 @@ from x07_sandbox.host.background import start_in_background
 from x07_sandbox.host.decoding import prepared
 from x07_sandbox.host.linux import peer_of
 from x07_sandbox.library.held_messages import (
-    SOCKET,
     Answer,
     AskChanges,
     AskStatus,
@@ -52,7 +51,7 @@ from x07_sandbox.library.held_messages import (
     start_message,
 )
 from x07_sandbox.runs.command import AnySandbox, Command, CommandEnd, CommandStart
-from x07_sandbox.runs.folder import all_runs
+from x07_sandbox.runs.folder import SOCKET, all_runs
 from x07_sandbox.runs.result import Result
 from x07_sandbox.sandboxes.execution import Execution
 from x07_sandbox.sandboxes.files import FileServer
@@ -127,9 +126,14 @@ class _Connection:
         return wanted | (select.POLLIN if unread < _UNREAD_MAX else 0)
 
     def write(self) -> None:
-        """Send some of what is queued. Raises OSError."""
-        with contextlib.suppress(BlockingIOError):
+        """Send some of what is queued, or nothing more if the holder has closed the connection. Raises OSError."""
+        try:
             del self.out[: self.socket.send(self.out)]
+        except BlockingIOError:
+            pass
+        except BrokenPipeError:  # the command has ended: its end has arrived, and is still to be read
+            self.out.clear()
+            self.input_ended = True
 
     def read(self) -> list[Answer] | None:
         """Return the answers that have arrived, or None at the end of the connection. Raises OSError, ValueError."""
@@ -229,7 +233,7 @@ class HeldSession:
         try:
             if mask & select.POLLOUT:
                 connection.write()
-            elif mask:
+            if mask & ~select.POLLOUT:
                 answers = connection.read()
                 for answer in answers or ():
                     self._take(connection.execution, answer)

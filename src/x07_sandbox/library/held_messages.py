@@ -23,7 +23,6 @@ from x07_sandbox.runs.command import CommandEnd, CommandStart, StreamName
 from x07_sandbox.runs.request import ChangesChoice
 from x07_sandbox.runs.result import CommandReport, Diff, Result
 
-SOCKET: Final = "socket"  # in the folder of the run
 _FRAME_MAX: Final = 1 << 30  # for patches
 _HEAD: Final = 4
 _MARKS: Final[dict[str, type[str]]] = {"flag": Flag, "command": Command, "": str}

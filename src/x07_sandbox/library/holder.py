@@ -30,7 +30,6 @@ from x07_sandbox.host.os_errors import host_error
 from x07_sandbox.host.poll import Event, wait_readable, write_all
 from x07_sandbox.host.threads import start_thread
 from x07_sandbox.library.held_messages import (
-    SOCKET,
     AskChanges,
     AskStatus,
     Attach,
@@ -58,7 +57,7 @@ from x07_sandbox.library.held_messages import (
 )
 from x07_sandbox.library.keyword_names import keyword
 from x07_sandbox.library.opening import open_sandbox
-from x07_sandbox.runs.folder import all_runs
+from x07_sandbox.runs.folder import SOCKET, all_runs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -247,7 +246,8 @@ def _receive(client: _Client, command: Command, gone: threading.Event) -> None:
     with contextlib.suppress(OSError, SandboxError, msgspec.MsgspecError, ValueError):
         for message in client.messages:
             if isinstance(message, Input):
-                command.write(message.data)
+                with contextlib.suppress(BrokenPipeError):  # it has ended
+                    command.write(message.data)
             elif isinstance(message, EndInput):
                 command.end_input()
     gone.set()

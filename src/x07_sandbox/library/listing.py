@@ -10,10 +10,10 @@ import msgspec
 from x07_sandbox.errors import Command, UsageError
 from x07_sandbox.host.clocks import unix_ms
 from x07_sandbox.host.locks import is_locked
+from x07_sandbox.host.paths import state_dir
 from x07_sandbox.library.held import HeldSandbox, status_of
-from x07_sandbox.library.held_messages import SOCKET
 from x07_sandbox.reports.sandboxes import SandboxInfo
-from x07_sandbox.runs.folder import all_runs, described, is_named, runs_with
+from x07_sandbox.runs.folder import SOCKET, all_runs, described, is_named, runs_with
 from x07_sandbox.runs.sandbox import RECORD, SandboxRecord
 
 if TYPE_CHECKING:
@@ -63,6 +63,14 @@ def find_sandbox(word: str) -> str:
         raise UsageError(what, why, ("To open one that outlives its creator: ", Command("x07 sandbox create")))
     why = "it has ended" if named else f"none has {described(word)}, or this name"
     raise UsageError(what, why, list_them)
+
+
+def run_of(word: str) -> str:
+    """Return the id of the newest run whose sandbox has the name *word*, or *word* if there is none."""
+    if not os.path.lexists(state_dir()):
+        return word
+    named = [run for run in runs_with(RECORD) if (record := _record(run)) is not None and record.name == word]
+    return named[-1] if named else word
 
 
 def connect_to(word: str) -> HeldSandbox:

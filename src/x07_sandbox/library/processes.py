@@ -115,7 +115,7 @@ class Kept:
 class Process:
     """A command that runs in a sandbox. Thread-safe, except that one thread at a time may read a stream.
 
-    While its output is not read, a command that writes more than 256 KiB waits. A process may also be iterated: that
+    While its output is not read, a command that writes more than 2 MiB waits. A process may also be iterated: that
     yields ("stdout" or "stderr", bytes) as output arrives, until the command has ended.
     """
 
@@ -133,7 +133,10 @@ class Process:
         self._command.feed(data)
 
     def write(self, data: bytes) -> None:
-        """Send bytes to the standard input. Raises SandboxError if the sandbox has ended."""
+        """Send bytes to the standard input, and wait while much of it is on its way.
+
+        Raises BrokenPipeError if the command has ended, and SandboxError if the sandbox has.
+        """
         self._command.write(data)
 
     def close_stdin(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import threading
@@ -220,11 +221,17 @@ class Command:
         self._session.write(self.execution, data)
 
     def write(self, data: bytes) -> None:
-        """Send input, and wait while much of it is on its way. Raises BackendError if the sandbox ends first."""
+        """Send input, and wait while much of it is on its way.
+
+        Raises BrokenPipeError if the command has ended, and BackendError if the sandbox has.
+        """
         self._sandbox.require_open()
-        self.feed(data)
-        if not self._session.until(lambda: self.execution.has_room() or self.ended):
-            raise self._sandbox.gone()
+        if not self.ended:
+            self.feed(data)
+            if not self._session.until(lambda: self.execution.has_room() or self.ended):
+                raise self._sandbox.gone()
+        if self.ended:
+            raise BrokenPipeError(errno.EPIPE, "the command has ended")
 
     def end_input(self) -> None:
         """End the input."""

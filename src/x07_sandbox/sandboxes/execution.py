@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from x07_sandbox.backends.handshake import input_poll, read_deadline
-from x07_sandbox.channel.link import DATA_MAX, Stream
+from x07_sandbox.channel.link import COMMANDS_MAX, DATA_MAX, Stream
 from x07_sandbox.channel.messages import DENIED_MAX, Closed, Denied, Exec, Exited, Failed
 from x07_sandbox.errors import PeerError
 from x07_sandbox.host.clocks import Deadline
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 FILL: Final = 1024 * 1024  # limit for bytes queued for the guest
 FILES: Final = "files"  # the service of the file server (sandboxes/files)
+CONNECT: Final = "connect"  # the service that connects to a port of the guest
+CONNECTIONS_MAX: Final = COMMANDS_MAX // 2  # at the same time, so that commands always find room
 
 
 class Facts(msgspec.Struct, frozen=True, kw_only=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from typing import TYPE_CHECKING, Any
 
 from x07_sandbox.channel.files import Answer, Buffer, Request, answer_of, encode
@@ -52,10 +53,12 @@ class FileServer:
         return answer_of(found[0])
 
     def piece(self, most: int) -> bytes:
-        """Wait for content after an answer, and return 1 to *most* bytes of it."""
+        """Wait for content after an answer, and return 1 to *most* bytes of it. Raises OSError if there is no more."""
         if not self._buffer.data:  # else more would be read than is taken
             self._session.until(lambda: bool(self._buffer.data) or self._fill() > 0 or self._execution.ended)
         if not self._buffer.data:
+            if self._execution.ended and not self._session.over:
+                raise OSError(errno.EIO, "the file became shorter, or could not be read to its end")
             raise self._lost()
         return self._buffer.piece(most)
 

@@ -33,7 +33,7 @@ from x07_sandbox.channel.streams import Event
 from x07_sandbox.errors import PeerError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.plan.outcomes import Evidence, Stage
-from x07_sandbox.sandboxes.execution import FILES, FILL, Execution, Facts, Limit
+from x07_sandbox.sandboxes.execution import CONNECT, CONNECTIONS_MAX, FILES, FILL, Execution, Facts, Limit
 
 if TYPE_CHECKING:
     from x07_sandbox.backends.base import Instance
@@ -109,7 +109,11 @@ class Session:
 
     def execute(self, order: Exec, given: CommandStreams, wall_ms: int | None) -> Execution:
         """Start a command once all files have arrived. wall_ms: see `Execution`. Raises UsageError."""
-        if sum(not one.ended for one in self._executions.values()) >= COMMANDS_MAX:
+        running = [one.order.service for one in self._executions.values() if not one.ended]
+        if order.service == CONNECT and running.count(CONNECT) >= CONNECTIONS_MAX:
+            why = f"{CONNECTIONS_MAX} connections to this sandbox are open already"
+            raise UsageError("cannot connect", why, "Close one of them")
+        if len(running) >= COMMANDS_MAX:
             why = f"{COMMANDS_MAX} commands run in this sandbox already"
             raise UsageError("cannot start the command", why, "Wait until one of them has ended")
         self._link.send(order)

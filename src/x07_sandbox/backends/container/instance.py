@@ -35,6 +35,7 @@ class ContainerInstance(RunningAgent):
     """A started container. reaper_fd: readable once the reaper has ended; None until it is known."""
 
     reaper_fd: int | None = None
+    spec: ContainerSpec
     channel_fd: int
     net_fd: int | None = None
     notes: tuple[str, ...] = ()
@@ -111,7 +112,7 @@ def started(runtime: Runtime, job: Job, image: OpenImage) -> Iterator[ContainerI
             argv = runtime.attach_argv(container)
             client = launch(Launch(argv=argv, pass_fds=(), stderr_fd=stderr_fd, stdio_fd=far_fd, env=runtime.env))
             instance = ContainerInstance(runtime, record, container, client, errors)
-            instance.channel_fd = channel_fd
+            instance.spec, instance.channel_fd = spec, channel_fd
             instance.reaper_fd = open_pidfd(reaper_process.pid)
             stack.callback(os.close, instance.reaper_fd)
             given.close()

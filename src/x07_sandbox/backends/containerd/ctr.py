@@ -1,0 +1,141 @@
+"""Containers of containerd, by its client `ctr`. What its commands print was seen with version 1.7."""
+
+import os
+import re
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any, Final
+
+import msgspec
+
+from x07_sandbox.backends.base import Orphan
+from x07_sandbox.backends.container.create import ContainerSpec
+from x07_sandbox.backends.container.engine import bounded_labels
+from x07_sandbox.backends.container.runtime import CONTAINERS_MAX, CREATE
+from x07_sandbox.backends.containerd.create import FDS_MAX, create_argv, differences
+from x07_sandbox.backends.engines import Answer, Client
+from x07_sandbox.errors import BackendError, Flag, HostError
+from x07_sandbox.host.clocks import Deadline
+
+_GONE_S: Final = 20.0
+_LOOK_AGAIN_S: Final = 0.05
+_STEP_S: Final = 5.0
+_ID: Final = re.compile(r"x07-[a-z0-9-]{1,72}")
+_IMAGE: Final = re.compile(r"(\S{1,512}) +\S+ +(sha256:[0-9a-f]{64}) ")  # REF TYPE DIGEST SIZE ...
+_IMPORT: Final = "Import the guest image again"
+_REMOVE: Final = "import sys; from x07_sandbox.backends.containerd.ctr import remove_main; remove_main(sys.argv[1:])"
+
+
+class Ctr(msgspec.Struct, frozen=True, kw_only=True):
+    """A containerd and the way to use it. See `Runtime`. oci_runtime: such as "io.containerd.runc.v2"."""
+
+    client: Client
+    snapshotter: str
+    oci_runtime: str
+
+    @property
+    def name(self) -> str:
+        """The backend's name."""
+        return self.client.name
+
+    @property
+    def place(self) -> str:
+        """The client, the socket and the namespace."""
+        return " ".join((self.client.binary, *self.client.options))
+
+    @property
+    def env(self) -> dict[str, str]:
+        """The environment of the client."""
+        return self.client.env
+
+    def images(self) -> dict[str, str]:
+        """Return the digests of the manifests of all images, by name. Raises BackendError."""
+        answer = self.client.call("images", "ls")
+        if answer.status:
+            raise BackendError(f"cannot use {self.name}", answer.error or "it lists no images", "Run x07 doctor")
+        rows = map(_IMAGE.match, answer.text.splitlines())
+        return {row[1]: row[2] for row in rows if row is not None}
+
+    def content(self, digest: str) -> dict[str, Any]:
+        """Return a JSON document from containerd's content store. Raises BackendError."""
+        return self._document(self.client.call("content", "get", digest), _IMPORT)
+
+    def create(self, spec: ContainerSpec) -> str:
+        """Create a container, check it against *spec*, and return its name. Raises BackendError, HostError."""
+        if spec.needs.fds > FDS_MAX:
+            why = f"containerd gives a container at most {FDS_MAX} open files, not {spec.needs.fds}"
+            raise HostError(CREATE, why, ("Lower the limit with ", Flag("--fds"), ", or use another backend"))
+        reference = self._reference(spec.image)
+        words = create_argv(spec, reference, snapshotter=self.snapshotter, runtime=self.oci_runtime)
+        answer = self.client.call(*words)
+        if answer.status:
+            raise BackendError(CREATE, answer.error or f"status {answer.status}", "Run x07 doctor")
+        made = self._info(spec.name)
+        found = ["its name"] if made is None else differences(spec, made, self.oci_runtime)
+        if self._reference(spec.image) != reference:
+            found.append("its image")
+        if found:
+            fix = "Check the configuration of containerd, which applies to every container"
+            raise BackendError("cannot use the container", f"{self.name} changed {', '.join(found)}", fix)
+        return spec.name
+
+    def _reference(self, digest: str) -> str:
+        """Return the name of the image with this digest: `ctr` takes only names. Raises BackendError."""
+        names = sorted(name for name, found in self.images().items() if found == digest)
+        if not names:
+            raise BackendError(CREATE, f"{self.name} does not have the image {digest} any more", _IMPORT)
+        return names[0]
+
+    def _info(self, container: str) -> dict[str, Any] | None:
+        answer = self.client.call("containers", "info", container)
+        return None if answer.absent else self._document(answer, "Run x07 doctor")
+
+    def _document(self, answer: Answer, fix: str) -> dict[str, Any]:
+        try:
+            return msgspec.json.decode(answer.text, type=dict[str, Any])
+        except msgspec.DecodeError as exc:
+            raise BackendError(f"cannot use {self.name}", answer.error or str(exc), fix) from exc
+
+    def attach_argv(self, container: str) -> list[str]:
+        """Return the command that starts a container and carries its standard streams."""
+        return self.client.argv("tasks", "start", container)
+
+    def removing_argv(self, container: str) -> list[str]:
+        """Return a command that removes a container."""
+        words = (self.name, self.client.binary, self.snapshotter, self.oci_runtime, container, *self.client.options)
+        return [sys.executable, "-I", "-c", _REMOVE, *words]
+
+    def remove(self, container: str) -> bool:
+        """Kill and remove a container, and return whether it is proven gone. Raises BackendError."""
+        deadline = Deadline.after(_GONE_S)
+        while not deadline.passed():
+            # A container can be deleted once it has no task. Each step fails if there is nothing to do.
+            self.client.call("tasks", "kill", "--signal", "SIGKILL", container, timeout_s=_STEP_S)
+            self.client.call("tasks", "delete", "--force", container, timeout_s=_STEP_S)
+            self.client.call("containers", "delete", container, timeout_s=_STEP_S)
+            if self.find(container) is None:
+                return True
+            time.sleep(_LOOK_AGAIN_S)
+        return False
+
+    def find(self, container: str) -> Orphan | None:
+        """Return a container, or None if there is none of this name. Raises BackendError."""
+        made = self._info(container)
+        return None if made is None else Orphan(id=container, labels=bounded_labels(made.get("Labels") or {}))
+
+    def listed(self) -> Sequence[str]:
+        """Return the names of the containers with x07's label. Raises BackendError."""
+        answer = self.client.call("containers", "ls", "--quiet", 'labels."io.x07.schema"==1')
+        return [] if answer.status else [word for word in answer.text.split() if self.is_id(word)][:CONTAINERS_MAX]
+
+    def is_id(self, word: str) -> bool:
+        """Return whether *word* can be the name of one of our containers."""
+        return _ID.fullmatch(word) is not None
+
+
+def remove_main(words: Sequence[str]) -> None:
+    """Run the program of `removing_argv`. Its status is 0 if the container is gone."""
+    name, binary, snapshotter, oci_runtime, container, *options = words
+    client = Client(name=name, binary=binary, env=dict(os.environ), options=tuple(options))
+    sys.exit(not Ctr(client=client, snapshotter=snapshotter, oci_runtime=oci_runtime).remove(container))
