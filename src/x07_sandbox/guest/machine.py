@@ -132,7 +132,8 @@ def open_port(name: str) -> int:
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
         for port in os.listdir(base) if os.path.isdir(base) else []:
-            with open(f"{base}/{port}/name", encoding="ascii") as file:
+            # A console's port has no name, and any port gets its name after its folder.
+            with contextlib.suppress(FileNotFoundError), open(f"{base}/{port}/name", encoding="ascii") as file:
                 if file.read().strip() == name:
                     return _connected(f"/dev/{port}", deadline)
         time.sleep(0.002)  # without udev, there is no event for the driver's probe

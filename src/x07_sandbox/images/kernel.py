@@ -1,6 +1,7 @@
 """Extracting Debian's kernel package: the ELF kernel inside bzImage, and the modules in loading order.
 
-The bzImage header is defined in the kernel's Documentation/arch/x86/boot.rst, protocol 2.08 and newer.
+The bzImage header is defined in the kernel's Documentation/arch/x86/boot.rst, protocol 2.08 and newer; that of an arm64
+Image in Documentation/arch/arm64/booting.rst.
 """
 
 import lzma
@@ -13,6 +14,7 @@ from x07_sandbox.errors import ImageError
 
 SIZE_BYTES = 4  # of the unpacked size, which follows the zstd stream
 MAX_KERNEL_BYTES = 512 * 1024 * 1024
+_ARM64, _X86 = slice(56, 60), slice(0x202, 0x206)  # where the magic numbers are
 # For init to reach the root file system, and for the mounts of every job.
 # fmt: off
 BOOT_MODULES = (
@@ -38,11 +40,13 @@ class Kernel:
 
 
 def vmlinux(image: bytes, unzstd: Callable[[bytes], bytes]) -> bytes:
-    """Return the ELF kernel inside a bzImage. Raises ImageError."""
+    """Return the ELF kernel inside a bzImage, or an arm64 Image as it is. Raises ImageError."""
+    if image[_ARM64] == b"ARMd":
+        return image
     if image[4:8] == b"zimg":
         why = "it is an EFI zboot image (aarch64), which this version does not support"
         raise ImageError("cannot use the kernel package", why, "Build the image on x86-64")
-    if image[0x202:0x206] != b"HdrS":
+    if image[_X86] != b"HdrS":
         raise _bad("it is not a bzImage")
     offset, length = (int.from_bytes(image[at : at + 4], "little") for at in (0x248, 0x24C))
     start = ((image[0x1F1] or 4) + 1) * 512 + offset  # behind the setup sectors
@@ -50,6 +54,17 @@ def vmlinux(image: bytes, unzstd: Callable[[bytes], bytes]) -> bytes:
     if elf[:4] != b"\x7fELF":
         raise _bad("its payload is not an ELF file")
     return elf
+
+
+def bootable_release(image: bytes, arch: str) -> str:
+    """Return the release of a bzImage (x86_64) or a raw Image (aarch64), or "" if *image* is something else."""
+    found = None
+    if arch == "aarch64" and image[_ARM64] == b"ARMd":
+        found = re.search(rb"Linux version ([!-~]{1,200}) ", image)
+    elif arch == "x86_64" and image[_X86] == b"HdrS":
+        version = 0x200 + int.from_bytes(image[0x20E:0x210], "little")
+        found = re.match(rb"([!-~]{1,200}) ", image[version : version + 256])
+    return found[1].decode() if found else ""
 
 
 def needed_modules(module: bytes) -> list[str]:

@@ -1,0 +1,200 @@
+"""Guest bundles of the vz backend, and the scripts that make them and the helper."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+import pytest
+
+from tests.conftest import overwrite
+from x07_sandbox.channel.messages import PROTOCOL
+from x07_sandbox.errors import ImageError
+from x07_sandbox.images import kernel, manifest, store, vz_bundle
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Make = Callable[..., store.Image]
+
+SCRIPTS: Final = Path(__file__).resolve().parents[2] / "scripts"
+RELEASE: Final = "6.12.1-cloud"
+
+
+def bzimage(release: str = RELEASE) -> bytes:
+    """The head of a bzImage of this release."""
+    text = release.encode() + b" (builder) #1\0"
+    return bytes(0x202) + b"HdrS" + bytes(8) + (0x100).to_bytes(2, "little") + bytes(0xF0) + text
+
+
+def raw_image(release: str = RELEASE) -> bytes:
+    """An arm64 Image of this release."""
+    return b"MZ" + bytes(54) + b"ARMd" + bytes(500) + f"Linux version {release} (builder) #1".encode()
+
+
+@pytest.fixture
+def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
+    """Puts an image named default into a store of its own."""
+    monkeypatch.setenv("X07_VM_CACHE_DIR", str(tmp_path / "cache"))
+
+    def made(arch: str, kernel_bytes: bytes, root: bytes = b"r" * 4096) -> store.Image:
+        folder = store.images_dir() / "made"
+        folder.mkdir(mode=0o700)
+        files = {"vmlinux": kernel_bytes, "initrd.cpio": b"initrd", "root.erofs": root, "scratch.head": b"s" * 4096}
+        parts = []
+        for name, data in files.items():
+            (folder / name).write_bytes(data)
+            (folder / name).chmod(0o444)
+            parts.append(manifest.Part(file=name, sha256=hashlib.sha256(data).hexdigest(), bytes=len(data)))
+        sealed = manifest.sealed(
+            manifest.Manifest(
+                schema_version=manifest.SCHEMA,
+                digest=manifest.NO_DIGEST,
+                recipe=1,
+                arch=arch,
+                suite="trixie",
+                include=[],
+                base="0" * 64,
+                guest_code="0" * 64,
+                kernel_release=RELEASE,
+                parts=manifest.Parts(kernel=parts[0], initrd=parts[1], root=parts[2], scratch=parts[3]),
+                scratch_disk=manifest.ScratchDisk(bytes=1 << 20, pieces=[manifest.Piece(offset=8192, bytes=4096)]),
+                packages=[],
+                filters={},
+            )
+        )
+        (folder / "manifest.json").write_bytes(manifest.encode(sealed))
+        (folder / "manifest.json").chmod(0o444)
+        digest = sealed.digest.removeprefix("sha256:")
+        folder.rename(store.images_dir() / digest)
+        store.set_name("default", digest)
+        return store.find_image(None)
+
+    return made
+
+
+def script(name: str, *argv: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run a script of the project."""
+    path = {"PATH": "/usr/bin:/bin"} | env
+    argv = (str(SCRIPTS / name), *argv)
+    return subprocess.run(argv, env=path, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+
+
+def test_a_bundle_of_an_arm64_image_needs_no_other_kernel(make: Make, tmp_path: Path) -> None:
+    """An arm64 bundle has the image's files; its manifest has their digests, sizes and the agent's protocol."""
+    image = make("aarch64", raw_image())
+    out = tmp_path / "guest.bundle"
+    made = vz_bundle.make_bundle(image, out)
+    assert msgspec.json.decode((out / "manifest.json").read_bytes(), type=vz_bundle.Bundle) == made
+    assert (made.arch, made.image, made.agent_protocol) == ("aarch64", image.digest, PROTOCOL)
+    parts = {part.file: part for part in (made.kernel, made.initrd, made.rootfs, made.cmdline, made.scratch)}
+    assert {path.name for path in out.iterdir()} == {*parts, "manifest.json"}
+    for name, part in parts.items():
+        data = (out / name).read_bytes()
+        assert (part.sha256, part.bytes) == (hashlib.sha256(data).hexdigest(), len(data))
+        assert (out / name).stat().st_mode & 0o777 == 0o444
+    assert (out / "rootfs").read_bytes() == b"r" * 4096
+    assert out.stat().st_mode & 0o777 == 0o700
+    assert [path.name for path in tmp_path.iterdir() if path.name != "cache"] == ["guest.bundle"]
+
+
+def test_a_bundle_of_an_x86_image_gets_the_kernel_that_is_named(make: Make, tmp_path: Path) -> None:
+    """The script makes a bundle with the bzImage of --kernel, and its last line names the bundle."""
+    make("x86_64", b"\x7fELF")
+    (tmp_path / "vmlinuz").write_bytes(bzimage())
+    out, kernel_file = str(tmp_path / "bundle"), str(tmp_path / "vmlinuz")
+    argv = ("--image", "default", "--out", out)
+    cache = str(tmp_path / "cache")
+    refused = script("build_vz_guest_bundle.sh", *argv, X07_VM_CACHE_DIR=cache)
+    assert refused.returncode == 1
+    assert f"it is not a bzImage. Add --kernel FILE, with boot/vmlinuz-{RELEASE} of" in refused.stderr
+    done = script("build_vz_guest_bundle.sh", *argv, "--kernel", kernel_file, X07_VM_CACHE_DIR=cache)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, f"ok: built {out}"), done.stderr
+    assert (tmp_path / "bundle" / "kernel").read_bytes() == bzimage()
+    again = script("build_vz_guest_bundle.sh", *argv, "--kernel", kernel_file, X07_VM_CACHE_DIR=cache)
+    assert again.returncode == 1
+    assert "it exists. Remove it" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("arch", "data", "root", "why"),
+    [
+        ("aarch64", raw_image("6.12.2-cloud"), b"r" * 4096, "its release is 6.12.2-cloud"),
+        ("aarch64", b"MZ\0\0zimg" + bytes(4096), b"r" * 4096, "not a raw Image"),
+        ("x86_64", bzimage("6.1"), b"r" * 4096, "its release is 6.1"),
+        ("x86_64", raw_image(), b"r" * 4096, "not a bzImage"),
+        ("aarch64", raw_image(), b"r" * 4097, "no multiple of 512"),
+    ],
+)
+def test_what_the_framework_cannot_start_is_refused(
+    make: Make, tmp_path: Path, arch: str, data: bytes, root: bytes, why: str
+) -> None:
+    """A kernel of another form or release than the image's modules, or a disk of an odd size, gives no bundle."""
+    with pytest.raises(ImageError, match=why):
+        vz_bundle.make_bundle(make(arch, data, root), tmp_path / "bundle")
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+
+
+def test_a_damaged_image_gives_no_bundle(make: Make, tmp_path: Path) -> None:
+    """A bundle is made only of verified files."""
+    image = make("aarch64", raw_image())
+    overwrite(image.folder / "initrd.cpio")
+    with pytest.raises(ImageError, match=r"initrd\.cpio has changed"):
+        vz_bundle.make_bundle(image, tmp_path / "bundle")
+
+
+def test_an_arm64_kernel_package_has_the_image_itself() -> None:
+    """The raw Image of Debian's arm64 kernel is used as it is."""
+    assert kernel.vmlinux(raw_image(), lambda data: data) == raw_image()
+
+
+@pytest.mark.parametrize(
+    ("name", "argv", "code", "said"),
+    [
+        ("build_vz_helper.sh", ["/tmp/helper"], 1, "not a Mac"),  # noqa: S108 - never written
+        ("build_vz_helper.sh", [], 2, "usage: build_vz_helper.sh FILE"),
+        ("build_vz_helper.sh", ["--help"], 2, "usage: "),
+        ("build_vz_guest_bundle.sh", ["--image", "default"], 2, "usage: "),
+        ("build_vz_guest_bundle.sh", ["--image", "a/b:c", "--out", "x"], 1, "name of a container image"),
+        ("check_vz_helper.sh", ["--sources"], 2, "usage: "),
+    ],
+)
+def test_scripts_refuse_what_they_cannot_do(tmp_path: Path, name: str, argv: list[str], code: int, said: str) -> None:
+    """Each script says what it needs: exit code 2 for its usage, 1 for the rest."""
+    done = script(name, *argv, X07_VM_CACHE_DIR=str(tmp_path / "cache"))
+    assert done.returncode == code
+    assert said in done.stderr
+    assert done.stdout == ""
+
+
+STAND_IN_MAC: Final = {
+    "uname": '[ "$1" = -s ] && echo Darwin || echo arm64',
+    "swiftc": 'echo "swiftc $*" >> "$LOG"; while [ "$1" != -o ]; do shift; done; echo new > "$2"',
+    "codesign": 'echo "codesign $*" >> "$LOG"; [ "$1" = -d ] || exit 0; echo "$ENTITLEMENT"',
+}
+
+
+@pytest.mark.parametrize("entitlement", ["com.apple.security.virtualization", "none"])
+def test_the_helper_is_signed_before_it_is_put_in_place(tmp_path: Path, entitlement: str) -> None:
+    """With stand-ins for a Mac's tools: the new helper replaces the old one only if its signature is as needed."""
+    tools = tmp_path / "stand-ins"
+    tools.mkdir()
+    for name, text in STAND_IN_MAC.items():
+        (tools / name).write_text(f"#!/bin/sh\n{text}\n", encoding="utf-8")
+        (tools / name).chmod(0o755)
+    out = tmp_path / "x07-vz-helper"
+    out.write_text("old\n", encoding="utf-8")
+    before = out.stat().st_ino
+    env = {"PATH": f"{tools}:/usr/bin:/bin", "LOG": str(tmp_path / "log"), "ENTITLEMENT": entitlement}
+    done = script("build_vz_helper.sh", str(out), **env)
+    signed = entitlement != "none"
+    assert done.returncode == (0 if signed else 1), done.stderr
+    assert out.read_text(encoding="utf-8") == ("new\n" if signed else "old\n")
+    assert (out.stat().st_ino != before) == signed
+    assert {path.name for path in tmp_path.iterdir()} == {"stand-ins", "log", "x07-vz-helper"}
+    log = (tmp_path / "log").read_text(encoding="utf-8")
+    assert "-target arm64-apple-macosx13.0" in log
+    assert "--force --sign - --timestamp=none --entitlements" in log
