@@ -8,11 +8,12 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import socket
 import subprocess
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from x07_sandbox.backends.engines import engine, load
 from x07_sandbox.images.build import build_image
@@ -25,6 +26,11 @@ if TYPE_CHECKING:
 REFERENCE = "x07-guest-runner:test"
 _START_S = 30.0
 _ENV = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C", "PODMAN_IGNORE_CGROUPSV1_WARNING": "1"}
+_TOOLS = {
+    "podman": ("podman", "runc"),
+    "docker": ("docker", "dockerd", "containerd", "runc"),
+    "containerd": ("containerd", "ctr"),
+}
 _DOCKERD = (
     *("--iptables=false", "--ip6tables=false", "--ip-forward=false", "--ip-masq=false"),
     *("--bridge=none", "--userland-proxy=false", "--log-level=warn", "--shutdown-timeout=2"),
@@ -49,12 +55,11 @@ class EngineUnderTest(NamedTuple):
         return self.call("ps", "--all", "--format", "{{.Names}}").split()
 
 
-def missing(name: Name) -> str:
+def missing(name: Name | Literal["containerd"]) -> str:
     """Return why this engine cannot be tested here, or ""."""
     if os.geteuid() != 0:
         return f"{name} with a store of its own needs root"
-    tools = ("podman", "runc") if name == "podman" else ("docker", "dockerd", "containerd", "runc")
-    absent = [tool for tool in tools if shutil.which(tool, path=_ENV["PATH"]) is None]
+    absent = [tool for tool in _TOOLS[name] if shutil.which(tool, path=_ENV["PATH"]) is None]
     return f"missing: {', '.join(absent)}" if absent else ""
 
 
@@ -125,16 +130,49 @@ def dockerd(folder: Path) -> Iterator[dict[str, str]]:
         )
         if ids := listed.stdout.decode().split():
             _quietly("docker", "--host", host, "rm", "--force", *ids)
-        daemon.terminate()
-        try:
-            daemon.wait(30)
-        except subprocess.TimeoutExpired:
-            daemon.kill()
-            daemon.wait()
+        _ended(daemon)
         _unmounted(folder)
         for group in Path("/sys/fs/cgroup").glob(f"*/{folder.name}"):
             with contextlib.suppress(OSError):
                 group.rmdir()
+
+
+@contextlib.contextmanager
+def containerd(folder: Path) -> Iterator[str]:
+    """Run containerd below *folder*, for calls only; yield its socket. The folder's path must be short (unix(7))."""
+    address = f"{folder}/c.sock"
+    # These three plugins would make files outside of the folder.
+    disabled = ", ".join(f'"io.containerd.{name}"' for name in ("grpc.v1.cri", "internal.v1.opt", "nri.v1.nri"))
+    lines = f'version = 2\nroot = "{folder}/root"\nstate = "{folder}/state"\ndisabled_plugins = [{disabled}]\n'
+    (folder / "config.toml").write_text(f'{lines}[grpc]\naddress = "{address}"\n', encoding="ascii")
+    with (folder / "log").open("wb") as log:
+        argv = ["containerd", "--config", f"{folder}/config.toml"]
+        daemon = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=_ENV)
+    try:
+        deadline = time.monotonic() + _START_S
+        while not _connects(f"{address}.ttrpc"):
+            said = (folder / "log").read_text(encoding="utf-8", errors="replace")[-2000:]
+            assert daemon.poll() is None, said
+            assert time.monotonic() < deadline, said
+            time.sleep(0.02)
+        yield address
+    finally:
+        _ended(daemon)
+        _unmounted(folder)
+
+
+def _connects(address: str) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        return not connection.connect_ex(address)
+
+
+def _ended(daemon: subprocess.Popen[bytes]) -> None:
+    daemon.terminate()
+    try:
+        daemon.wait(30)
+    except subprocess.TimeoutExpired:
+        daemon.kill()
+        daemon.wait()
 
 
 def _quietly(*argv: str) -> int:
