@@ -113,47 +113,6 @@ def running_containerd() -> Iterator[EngineUnderTest]:
 
 
 @contextlib.contextmanager
-def containerd(folder: Path) -> Iterator[str]:
-    """Run a containerd below *folder*, and yield its socket."""
-    address = f"{folder}/c.sock"
-    lines = ["version = 2", f'root = "{folder}/root"', f'state = "{folder}/state"']
-    lines += ['disabled_plugins = ["io.containerd.grpc.v1.cri"]', "[grpc]", f'address = "{address}"']
-    (folder / "config.toml").write_text("\n".join(lines), encoding="ascii")
-    argv = ["containerd", "--config", f"{folder}/config.toml"]
-    with (folder / "log").open("wb") as log:
-        daemon = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=_ENV)
-    try:
-        deadline = time.monotonic() + _START_S
-        while not _accepts(address):
-            said = (folder / "log").read_text(encoding="utf-8", errors="replace")[-2000:]
-            assert daemon.poll() is None, said
-            assert time.monotonic() < deadline, said
-            time.sleep(0.02)
-        yield address
-    finally:
-        listed = subprocess.run(
-            [*ctr(address), "containers", "ls", "--quiet"], capture_output=True, check=False, env=_ENV, timeout=60
-        )
-        for name in listed.stdout.decode().split():
-            _quietly(*ctr(address), "tasks", "delete", "--force", name)
-            _quietly(*ctr(address), "containers", "delete", name)
-        daemon.terminate()
-        try:
-            daemon.wait(30)
-        except subprocess.TimeoutExpired:
-            daemon.kill()
-            daemon.wait()
-        _unmounted(folder)
-
-
-def _accepts(address: str) -> bool:
-    with socket.socket(socket.AF_UNIX) as sock, contextlib.suppress(OSError):
-        sock.connect(address)
-        return True
-    return False
-
-
-@contextlib.contextmanager
 def _variables(env: Mapping[str, str]) -> Iterator[None]:
     before = {name: os.environ.get(name) for name in env}
     os.environ.update(env)
@@ -207,16 +166,55 @@ def dockerd(folder: Path) -> Iterator[dict[str, str]]:
         )
         if ids := listed.stdout.decode().split():
             _quietly("docker", "--host", host, "rm", "--force", *ids)
-        daemon.terminate()
-        try:
-            daemon.wait(30)
-        except subprocess.TimeoutExpired:
-            daemon.kill()
-            daemon.wait()
+        _ended(daemon)
         _unmounted(folder)
         for group in Path("/sys/fs/cgroup").glob(f"*/{folder.name}"):
             with contextlib.suppress(OSError):
                 group.rmdir()
+
+
+@contextlib.contextmanager
+def containerd(folder: Path) -> Iterator[str]:
+    """Run containerd below *folder*, and yield its socket. The folder's path must be short (unix(7))."""
+    address = f"{folder}/c.sock"
+    # These three plugins would make files outside of the folder.
+    disabled = ", ".join(f'"io.containerd.{name}"' for name in ("grpc.v1.cri", "internal.v1.opt", "nri.v1.nri"))
+    lines = f'version = 2\nroot = "{folder}/root"\nstate = "{folder}/state"\ndisabled_plugins = [{disabled}]\n'
+    (folder / "config.toml").write_text(f'{lines}[grpc]\naddress = "{address}"\n', encoding="ascii")
+    with (folder / "log").open("wb") as log:
+        argv = ["containerd", "--config", f"{folder}/config.toml"]
+        daemon = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=_ENV)
+    try:
+        deadline = time.monotonic() + _START_S
+        while not _connects(f"{address}.ttrpc"):
+            said = (folder / "log").read_text(encoding="utf-8", errors="replace")[-2000:]
+            assert daemon.poll() is None, said
+            assert time.monotonic() < deadline, said
+            time.sleep(0.02)
+        yield address
+    finally:
+        listed = subprocess.run(
+            [*ctr(address), "containers", "ls", "--quiet"], capture_output=True, check=False, env=_ENV, timeout=60
+        )
+        for name in listed.stdout.decode().split():
+            _quietly(*ctr(address), "tasks", "delete", "--force", name)
+            _quietly(*ctr(address), "containers", "delete", name)
+        _ended(daemon)
+        _unmounted(folder)
+
+
+def _connects(address: str) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        return not connection.connect_ex(address)
+
+
+def _ended(daemon: subprocess.Popen[bytes]) -> None:
+    daemon.terminate()
+    try:
+        daemon.wait(30)
+    except subprocess.TimeoutExpired:
+        daemon.kill()
+        daemon.wait()
 
 
 def _quietly(*argv: str) -> int:

@@ -19,6 +19,8 @@ from tests.fuzz.fuzz_channel import message as control
 from tests.fuzz.fuzz_client_hello import body, extension, hello, message, records, sni
 from tests.fuzz.fuzz_documents import BETWEEN, BUILT, result
 from tests.fuzz.fuzz_observed import POLICIES
+from tests.fuzz.fuzz_ttrpc import failed, field
+from tests.fuzz.fuzz_ttrpc import frame as response
 from tests.fuzz.fuzz_unpack import MOST_BYTES
 from tests.vm.programs.lies import EXITED
 from x07_sandbox.channel import egress, streams
@@ -422,6 +424,29 @@ def egress_seeds() -> dict[str, bytes]:
     }
 
 
+def ttrpc_seeds() -> dict[str, bytes]:
+    """Return answers of a daemon, valid and hostile."""
+    made = field(1, b"vm-1") + field(2, b"/run/x.sock")
+    return {
+        "empty": response(b""),
+        "made": response(field(2, made)),
+        "ok-status": response(field(1, field(1, 0)) + field(2, made)),
+        "unimplemented": failed(12, b"service Firecracker"),
+        "negative-status": failed(-1, b""),
+        "odd-text": failed(2, b"\x1b[2J\xff\n  x07: ok " + "\u202e".encode() * 200),
+        "details": response(field(1, field(1, 5) + field(3, b"\x0a\x01x")) + field(9, 1)),
+        "fixed": response(b"\x4d1234\x511234567" + b"8" + field(2, made)),
+        "two-answers": response(field(2, b"a") + field(2, b"b")),
+        "number-as-status": response(field(1, 12)),
+        "cut-off": response(field(2, made)[:-1]),
+        "long-integer": response(b"\x10" + b"\xff" * 10 + b"\x01"),
+        "group": response(b"\x0b\x0c"),
+        "other-stream": response(b"", stream=3),
+        "data": response(b"", kind=3, flags=1),
+        "too-large": (b"\xff" * 4) + response(b"")[4:],
+    }
+
+
 MADE: Final = {
     "changes": changes_seeds,
     "channel": channel_seeds,
@@ -434,6 +459,7 @@ MADE: Final = {
     "http_requests": http_requests_seeds,
     "observed": observed_seeds,
     "patch": patch_seeds,
+    "ttrpc": ttrpc_seeds,
     "unpack": unpack_seeds,
 }
 

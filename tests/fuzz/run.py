@@ -24,6 +24,7 @@ WATCHED: Final = {
     "names": ["idna", "x07_sandbox.network"],
     "observed": ["x07_sandbox.plan"],
     "patch": ["x07_sandbox.files.patch"],
+    "ttrpc": ["x07_sandbox.backends.firecracker", "x07_sandbox.host.protobuf"],
     "unpack": ["x07_sandbox.guest"],
 }
 

@@ -23,6 +23,7 @@ from tests.fuzz import (
     fuzz_names,
     fuzz_observed,
     fuzz_patch,
+    fuzz_ttrpc,
     fuzz_unpack,
 )
 from tests.fuzz.make_seeds import SEEDS, channel_seeds, seeds
@@ -42,6 +43,7 @@ TARGETS: Final = {
     "names": fuzz_names.one_input,
     "observed": fuzz_observed.one_input,
     "patch": fuzz_patch.one_input,
+    "ttrpc": fuzz_ttrpc.one_input,
     "unpack": fuzz_unpack.one_input,
 }
 RUNS: Final = 200_000 if FULL else 2_000

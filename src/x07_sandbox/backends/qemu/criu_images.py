@@ -18,14 +18,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from x07_sandbox.errors import BackendError
+from x07_sandbox.host.protobuf import Message
 
 PAGE: Final = 4096
 _WHAT: Final = "cannot use the dump of a VM"
 _LARGE_BYTES: Final = 512 * 1024
 _MAGIC_BYTES: Final = 8
 _MOST_BYTES: Final = 64 << 20  # of a file of messages
-_VARINT, _BYTES = 0, 2  # wire types; the two others have a fixed size
-_FIXED: Final = {1: 8, 5: 4}
 
 _MM_VMAS: Final = 14
 _VMA_START, _VMA_END, _VMA_PGOFF, _VMA_FILE, _VMA_FLAGS, _VMA_STATUS, _VMA_FDFLAGS = 1, 2, 3, 4, 6, 7, 10
@@ -39,65 +38,6 @@ _PRIVATE, _ANONYMOUS = 0x02, 0x20
 _REGULAR, _FILE_PRIVATE, _ANON_PRIVATE = 1 << 0, 1 << 6, 1 << 9
 
 
-class Message:
-    """One message: a list of [field number, wire type, value]. Unknown fields are kept."""
-
-    def __init__(self, data: bytes) -> None:
-        self.fields: list[list[Any]] = []
-        at = 0
-        while at < len(data):
-            key, at = _read_varint(data, at)
-            kind = key & 7
-            if kind == _VARINT:
-                value: int | bytes
-                value, at = _read_varint(data, at)
-            else:
-                size, at = _read_varint(data, at) if kind == _BYTES else (_FIXED[kind], at)
-                value, at = data[at : at + size], at + size
-            self.fields.append([key >> 3, kind, value])
-
-    def __getitem__(self, number: int) -> Any:  # noqa: ANN401 - an int or bytes, by the field
-        return next((value for field, _, value in self.fields if field == number), None)
-
-    def __setitem__(self, number: int, value: int | bytes) -> None:
-        for field in self.fields:
-            if field[0] == number:
-                field[2] = value
-                return
-        self.fields.append([number, _VARINT if isinstance(value, int) else _BYTES, value])
-
-    def encode(self) -> bytes:
-        """Return the message as bytes."""
-        parts = []
-        for number, kind, value in self.fields:
-            parts.append(_varint(number << 3 | kind))
-            if kind == _VARINT:
-                parts.append(_varint(value))
-            else:
-                parts += [_varint(len(value)), value] if kind == _BYTES else [value]
-        return b"".join(parts)
-
-
-def _read_varint(data: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = data[at]
-        at += 1
-        value |= (byte & 0x7F) << shift
-        shift += 7
-        if byte < 0x80:  # noqa: PLR2004 - the bit that says that another byte follows
-            return value, at
-
-
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 0x7F:  # noqa: PLR2004 - seven bits in each byte
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
-
-
 def read_messages(path: Path) -> tuple[bytes, list[Message]]:
     """Return the magic numbers and the messages of a file. Raises BackendError if the file is not understood."""
     data = path.read_bytes() if path.stat().st_size <= _MOST_BYTES else b""
@@ -107,7 +47,7 @@ def read_messages(path: Path) -> tuple[bytes, list[Message]]:
             (size,) = struct.unpack_from("<I", data, at)
             found.append(Message(data[at + 4 : at + 4 + size]))
             at += 4 + size
-    except (IndexError, KeyError, struct.error) as exc:
+    except (ValueError, struct.error) as exc:
         raise _not_understood(path) from exc
     if not found or at != len(data):
         raise _not_understood(path)

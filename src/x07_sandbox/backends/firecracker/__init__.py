@@ -1,0 +1,1 @@
+"""firecracker-containerd: jobs in microVMs of Firecracker, started through containerd."""
