@@ -12,6 +12,16 @@ from x07_sandbox.backends.registry import BY_NAME, built, create
 from x07_sandbox.conformance.behaviours import BEHAVIOURS
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "backends" / "README.md"
+# Where the contract was checked, for each backend.
+CHECKED = {
+    "firecracker-ctr": "containerd with runc, and a stand-in for the VMs",
+    "qemu": "emulated VMs",
+    "podman": "the engine",
+    "docker": "the engine",
+    "containerd": "the engine",
+    "os": "this system",
+    "none": "this system",
+}
 HEAD = """\
 # Backends and their behaviours
 
@@ -30,6 +40,7 @@ def render() -> str:
     lines.append(f"|---|---|---|{'---|' * len(names)}")
     isolation = (" or ".join(BY_NAME[name].isolation) for name in names)
     lines.append(f"| | | isolation | {' | '.join(isolation)} |")
+    lines.append(f"| | | checked with | {' | '.join(CHECKED[name] for name in names)} |")
     for one in BEHAVIOURS:
         cells = ["gap" if one.name in gaps[name] else "yes" for name in names]
         lines.append(f"| {one.group} | {one.name} | {one.promise} | {' | '.join(cells)} |")

@@ -23,12 +23,13 @@ QEMU = Choice(backend="qemu")
 # with it. "closed": refused without acceptance; "later": not built yet, on any platform; "elsewhere": not for this
 # platform.
 NAMED = {
-    "firecracker-ctr": ("later later later later", "later later later later"),
+    "firecracker-ctr": ("taken elsewhere elsewhere elsewhere", "taken elsewhere elsewhere elsewhere"),
     "apple-container": ("later later later later", "later later later later"),
     "qemu": ("taken elsewhere elsewhere elsewhere", "taken elsewhere elsewhere elsewhere"),
     "vz": ("later later later later", "later later later later"),
     "podman": ("closed closed closed closed", "taken elsewhere elsewhere elsewhere"),
     "docker": ("closed closed closed closed", "taken elsewhere elsewhere elsewhere"),
+    "containerd": ("closed closed closed closed", "taken elsewhere elsewhere elsewhere"),
     "os": ("closed closed closed closed", "taken elsewhere elsewhere elsewhere"),
     "none": ("closed closed closed closed", "taken elsewhere elsewhere elsewhere"),
 }
@@ -90,6 +91,13 @@ def test_a_named_backend_is_taken_or_refused_never_replaced(name: str, by: str) 
 def test_the_command_line_comes_before_the_environment(asked: BackendRequest, expected: object) -> None:
     """Flags override variables, variables override the default, and weaker isolation needs acceptance."""
     assert (select(LINUX, asked) if isinstance(expected, Choice) else answer(LINUX, asked)) == expected
+
+
+def test_firecracker_comes_first_where_it_is_installed() -> None:
+    """Without a request, firecracker-ctr is selected on a host that has it, and qemu elsewhere."""
+    installed = Platform(system="linux", installed=frozenset({"firecracker-ctr"}))
+    assert select(installed, BackendRequest()) == Choice(backend="firecracker-ctr")
+    assert select(LINUX, BackendRequest()) == QEMU
 
 
 @pytest.mark.parametrize("wanted", ["vm", "os", "none"])

@@ -89,7 +89,8 @@ def _program(need: Need) -> Found:
         why = f"{need.variable} is {need.place}, which is no executable program"
         fix = f"Set {need.variable} to an absolute path"
     elif need.variable:
-        why, fix = f"missing: {need.name}", f"Run: {_INSTALL} {need.package}, or set {need.variable}"
+        install = f"Run: {_INSTALL} {need.package}" if need.package else "Install it (Debian has no package)"
+        why, fix = f"missing: {need.name}", f"{install}, or set {need.variable}"
     return Found("not found", why, fix)
 
 

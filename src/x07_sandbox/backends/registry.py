@@ -22,10 +22,15 @@ _WEAKER: Final = frozenset({"container", "process", "none"})
 
 
 class Platform(msgspec.Struct, frozen=True, kw_only=True):
-    """The system that x07 runs on. macos_major: the major version of macOS; 0 on other systems."""
+    """The system that x07 runs on.
+
+    macos_major: the major version of macOS; 0 on other systems. installed: the backends with `if_installed` whose
+    program, daemon and devices are there.
+    """
 
     system: System
     macos_major: int = 0
+    installed: frozenset[str] = frozenset()
 
     def __str__(self) -> str:
         if self.system == "macos":
@@ -37,8 +42,9 @@ class BackendRow(msgspec.Struct, frozen=True):
     """One backend.
 
     sandbox_class: its class for --sandbox-backend. isolation: the isolation classes that it can provide, best first.
-    macos_from: the first version of macOS that it supports, or 0 for none. auto: whether `auto` may select it. factory:
-    makes the backend from its name; None if this version lacks it.
+    macos_from: the first version of macOS that it supports, or 0 for none. auto: whether `auto` may select it.
+    if_installed: whether it needs a daemon that few hosts have, so that `auto` passes over it elsewhere. factory: makes
+    the backend from its name; None if this version lacks it.
     """
 
     name: str
@@ -47,6 +53,7 @@ class BackendRow(msgspec.Struct, frozen=True):
     linux: bool = True
     macos_from: int = 0
     auto: bool = False
+    if_installed: bool = False
     factory: Factory | None = None
 
     @property
@@ -98,8 +105,14 @@ def _containerd(_name: str) -> Backend:
     return ContainerdBackend()
 
 
+def _firecracker(_name: str) -> Backend:
+    from x07_sandbox.backends.firecracker.backend import FirecrackerBackend
+
+    return FirecrackerBackend()
+
+
 _ROWS: Final = (
-    BackendRow("firecracker-ctr", "vm", ("vm-hardware",), auto=True),
+    BackendRow("firecracker-ctr", "vm", ("vm-hardware",), auto=True, if_installed=True, factory=_firecracker),
     BackendRow("apple-container", "vm", ("vm-hardware",), linux=False, macos_from=26, auto=True),
     BackendRow("qemu", "vm", ("vm-hardware", "vm-emulated"), auto=True, factory=_qemu),
     BackendRow("vz", "vm", ("vm-hardware",), linux=False, macos_from=12, auto=True),

@@ -5,6 +5,7 @@ the user's consent.
 """
 
 import os
+from pathlib import Path
 from typing import Final
 
 import msgspec
@@ -12,7 +13,15 @@ from msgspec.structs import replace
 
 from x07_sandbox.backends.registry import BY_NAME, BackendRow, Class, Platform
 from x07_sandbox.errors import RefusedError, UsageError
-from x07_sandbox.host.variables import BACKENDS, SANDBOX_BACKENDS, check_environment, flag, text
+from x07_sandbox.host.paths import find_program
+from x07_sandbox.host.variables import (
+    BACKENDS,
+    FIRECRACKER_SOCKET,
+    SANDBOX_BACKENDS,
+    check_environment,
+    flag,
+    text,
+)
 
 ACCEPT_FLAG: Final = "--i-accept-weaker-isolation"
 ACCEPT_VARIABLE: Final = "X07_I_ACCEPT_WEAKER_ISOLATION"
@@ -108,7 +117,7 @@ def backend_named(word: str) -> BackendRow:
 def usable_flags(platform: Platform) -> tuple[str, ...]:
     """Return flags that select a backend on *platform* without consent to weaker isolation, or () if no flags do."""
     for row in BY_NAME.values():
-        if not row.unsupported(platform) and not row.weaker:
+        if not row.unsupported(platform) and not row.weaker and not row.if_installed:
             return "--sandbox-backend", row.sandbox_class, "--backend", row.name
     return ()
 
@@ -136,7 +145,8 @@ def _contradict(wanted: str | None, name: str | None) -> bool:
 
 
 def _automatic(platform: Platform, request: BackendRequest) -> Choice:
-    candidates = [row for row in BY_NAME.values() if row.auto and row.runs_on(platform)]
+    rows = (row for row in BY_NAME.values() if not row.if_installed or row.name in platform.installed)
+    candidates = [row for row in rows if row.auto and row.runs_on(platform)]
     if found := next((row.name for row in candidates if row.built), None):
         return Choice(backend=found)
     names = " and ".join(row.name for row in candidates)
@@ -177,11 +187,19 @@ def _by_caller(request: BackendRequest, flags: tuple[str, ...]) -> str:
     return f"{' and '.join(words)}, or unset {'it' if len(words) == 1 else 'them'}"
 
 
+def _installed() -> frozenset[str]:
+    """Return the backends whose program, socket and devices exist. Whether they work is for their probe to find."""
+    binary = find_program(text("X07_VM_FIRECRACKER_CTR_BIN") or "firecracker-ctr")
+    socket = text("X07_VM_FIRECRACKER_CONTAINERD_SOCK") or FIRECRACKER_SOCKET
+    found = binary is not None and Path(socket).exists() and Path("/dev/kvm").exists()
+    return frozenset({"firecracker-ctr"} if found else ())
+
+
 def this_platform() -> Platform:
     """Return the platform of this process."""
     system = os.uname()
     if system.sysname == "Linux":
-        return Platform(system="linux")
+        return Platform(system="linux", installed=_installed())
     if system.sysname == "Darwin":
         import platform
 

@@ -96,7 +96,8 @@ def _doctor(options: argparse.Namespace) -> int:
 def _print_backend(state: BackendState) -> None:
     isolation = " or ".join(state.isolation) + (", only if accepted" if state.needs_acceptance else "")
     # It is no error if a backend that is used only on request is missing.
-    mark = "note" if state.state == "failed" and state.needs_acceptance else _MARKS[state.state]
+    on_request = state.needs_acceptance or BY_NAME[state.name].if_installed
+    mark = "note" if state.state == "failed" and on_request else _MARKS[state.state]
     show(f"{state.name} ({isolation}): {state.text}", mark)
     for look in state.looks:
         show(f"      {look.what}: {look.text}")
@@ -117,7 +118,9 @@ def _examine() -> DoctorReport:
         findings += [_image_tools(), _cgroups(), *_checked("runs at once", _capacity)]
         findings += [*_checked("jail", partial(_jail, name)), *machine]
         proofs[name] = proof_among(machine)
-        proofs |= {row.name: _weaker(row.name) for row in BY_NAME.values() if row.built and row.weaker}
+        proofs |= {
+            row.name: _unstarted(row.name) for row in BY_NAME.values() if row.built and (row.weaker or row.if_installed)
+        }
     return DoctorReport(
         good=all(finding.good is not False for finding in findings),
         findings=tuple(findings),
@@ -169,8 +172,8 @@ def alternatives(platform: Platform) -> tuple[str, str]:
     return instead(platform, BackendRequest()), other
 
 
-def _weaker(name: str) -> Finding:
-    """Return whether the prerequisites of a weaker backend are met. Starts nothing, since no flag accepted it."""
+def _unstarted(name: str) -> Finding:
+    """Return whether the prerequisites of a backend that is used only on request are met. Starts nothing."""
     try:
         availability = create(name).probe(None, boot=False)
     except (SandboxError, OSError) as exc:

@@ -56,6 +56,7 @@ class Variable(msgspec.Struct, frozen=True):
     hi: int = 0
 
 
+FIRECRACKER_SOCKET: Final = "/run/firecracker-containerd/containerd.sock"
 _OF_FIRECRACKER: Final = "with the firecracker-ctr backend"
 _OF_CONTAINERD: Final = "with the containerd backend"
 _OF_VZ: Final = "with the vz backend"
@@ -145,7 +146,7 @@ _ROWS: Final = (
     _text(
         "X07_VM_FIRECRACKER_CONTAINERD_SOCK",
         "Socket of firecracker-containerd.",
-        "`/run/firecracker-containerd/containerd.sock`",
+        f"`{FIRECRACKER_SOCKET}`",
         _OF_FIRECRACKER,
     ),
     _text("X07_VM_FIRECRACKER_SNAPSHOTTER", "Snapshotter of firecracker-containerd.", "`devmapper`", _OF_FIRECRACKER),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -39,7 +39,7 @@ class ContainerdBackend(ContainerBackend):
         self._socket = text("X07_VM_CONTAINERD_SOCK") or _SOCKET
         self._snapshotter = text("X07_VM_CONTAINERD_SNAPSHOTTER") or "overlayfs"
         self._namespace = text("X07_VM_CONTAINERD_NAMESPACE") or _NAMESPACE
-        self.needs = (self._client,)
+        self.needs: Sequence[Need] = (self._client,)
 
     @property
     def fix_image(self) -> str:
@@ -52,7 +52,9 @@ class ContainerdBackend(ContainerBackend):
         self._connect()  # the client itself would wait for ten seconds
         options = ("--address", self._socket, "--namespace", self._namespace)
         binary = find_program(self._client.place) or self._client.name
-        client = Client(name=self.name, binary=binary, env=dict(CLIENT_ENV), options=options)
+        return self._made(Client(name=self.name, binary=binary, env=dict(CLIENT_ENV), options=options))
+
+    def _made(self, client: Client) -> Ctr:
         return Ctr(client=client, snapshotter=self._snapshotter, oci_runtime=self.oci_runtime)
 
     def _connect(self) -> None:

@@ -27,10 +27,13 @@ FDS_MAX: Final = 1024  # containerd's default limit, which `ctr` cannot change
 _PERIOD_US: Final = 100_000
 
 
-def create_argv(spec: ContainerSpec, reference: str, *, snapshotter: str, runtime: str) -> Iterator[str]:
+def create_argv(
+    spec: ContainerSpec, reference: str, *, snapshotter: str, runtime: str, in_machine: bool
+) -> Iterator[str]:
     """Yield the words of the command line after the options of `ctr`. reference: the image's name.
 
-    `ctr` has no limit on tasks, so that is set later.
+    in_machine: whether the container runs in a VM of the same name. `ctr` has no limit on tasks: in a VM the agent
+    limits them, and else the backend does.
     """
     ours = capabilities(spec)
     yield from ("containers", "create", "--snapshotter", snapshotter, "--runtime", runtime, "--read-only", "--seccomp")
@@ -46,7 +49,9 @@ def create_argv(spec: ContainerSpec, reference: str, *, snapshotter: str, runtim
         yield from ("--mount", f"type=tmpfs,src=tmpfs,dst={place},options={options.replace(',', ':')}")
     for label, value in spec.labels.items():
         yield from ("--label", f"{label}={value}")
-    yield from (reference, spec.name, *_arguments(spec))
+    if in_machine:
+        yield from ("--annotation", f"aws.firecracker.vm.id={spec.name}")
+    yield from (reference, spec.name, *_arguments(spec, in_machine=in_machine))
 
 
 def capabilities(spec: ContainerSpec) -> tuple[str, ...]:
@@ -54,11 +59,11 @@ def capabilities(spec: ContainerSpec) -> tuple[str, ...]:
     return (*spec.capabilities, _LISTEN) if spec.network else spec.capabilities
 
 
-def _arguments(spec: ContainerSpec) -> list[str]:
-    return [*_ENTRY, *(["network"] if spec.network else []), spec.mark]
+def _arguments(spec: ContainerSpec, *, in_machine: bool) -> list[str]:
+    return [*_ENTRY, *["network"] * spec.network, *["tasks"] * in_machine, spec.mark]
 
 
-def differences(spec: ContainerSpec, made: Mapping[str, Any], runtime: str) -> list[str]:
+def differences(spec: ContainerSpec, made: Mapping[str, Any], runtime: str, *, in_machine: bool) -> list[str]:
     """Return how a created container differs from *spec*. made: containerd's description of it (`containers info`)."""
     oci = made.get("Spec") or {}
     process, linux, labels = oci.get("process") or {}, oci.get("linux") or {}, made.get("Labels") or {}
@@ -69,7 +74,7 @@ def differences(spec: ContainerSpec, made: Mapping[str, Any], runtime: str) -> l
     namespaces = linux.get("namespaces") or ()
     seen = {
         "its runtime": (made.get("Runtime") or {}).get("Name") == runtime,
-        "its command": process.get("args") == _arguments(spec),
+        "its command": process.get("args") == _arguments(spec, in_machine=in_machine),
         "its user": (user.get("uid"), user.get("gid")) == (0, 0),
         "its rights": process.get("noNewPrivileges") is True and bool(linux.get("seccomp")),
         "its capabilities": held == {f"CAP_{name}" for name in capabilities(spec)},

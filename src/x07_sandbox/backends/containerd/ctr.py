@@ -24,15 +24,19 @@ _STEP_S: Final = 5.0
 _ID: Final = re.compile(r"x07-[a-z0-9-]{1,72}")
 _IMAGE: Final = re.compile(r"(\S{1,512}) +\S+ +(sha256:[0-9a-f]{64}) ")  # REF TYPE DIGEST SIZE ...
 _IMPORT: Final = "Import the guest image again"
-_REMOVE: Final = "import sys; from x07_sandbox.backends.containerd.ctr import remove_main; remove_main(sys.argv[1:])"
+_REMOVE: Final = "import sys; from {} import {} as kind; from {} import remove_main; remove_main(kind, sys.argv[1:])"
 
 
 class Ctr(msgspec.Struct, frozen=True, kw_only=True):
-    """A containerd and the way to use it. See `Runtime`. oci_runtime: such as "io.containerd.runc.v2"."""
+    """A containerd and the way to use it. See `Runtime`.
+
+    oci_runtime: such as "io.containerd.runc.v2". in_machine: whether each container runs in a VM of its own.
+    """
 
     client: Client
     snapshotter: str
     oci_runtime: str
+    in_machine: bool = False
 
     @property
     def name(self) -> str:
@@ -67,12 +71,16 @@ class Ctr(msgspec.Struct, frozen=True, kw_only=True):
             why = f"containerd gives a container at most {FDS_MAX} open files, not {spec.needs.fds}"
             raise HostError(CREATE, why, ("Lower the limit with ", Flag("--fds"), ", or use another backend"))
         reference = self._reference(spec.image)
-        words = create_argv(spec, reference, snapshotter=self.snapshotter, runtime=self.oci_runtime)
+        words = create_argv(
+            spec, reference, snapshotter=self.snapshotter, runtime=self.oci_runtime, in_machine=self.in_machine
+        )
         answer = self.client.call(*words)
         if answer.status:
             raise BackendError(CREATE, answer.error or f"status {answer.status}", "Run x07 doctor")
         made = self._info(spec.name)
-        found = ["its name"] if made is None else differences(spec, made, self.oci_runtime)
+        found = ["its name"]
+        if made is not None:
+            found = differences(spec, made, self.oci_runtime, in_machine=self.in_machine)
         if self._reference(spec.image) != reference:
             found.append("its image")
         if found:
@@ -104,7 +112,8 @@ class Ctr(msgspec.Struct, frozen=True, kw_only=True):
     def removing_argv(self, container: str) -> list[str]:
         """Return a command that removes a container."""
         words = (self.name, self.client.binary, self.snapshotter, self.oci_runtime, container, *self.client.options)
-        return [sys.executable, "-I", "-c", _REMOVE, *words]
+        program = _REMOVE.format(type(self).__module__, type(self).__name__, __name__)
+        return [sys.executable, "-I", "-c", program, *words]
 
     def remove(self, container: str) -> bool:
         """Kill and remove a container, and return whether it is proven gone. Raises BackendError."""
@@ -113,11 +122,16 @@ class Ctr(msgspec.Struct, frozen=True, kw_only=True):
             # A container can be deleted once it has no task. Each step fails if there is nothing to do.
             self.client.call("tasks", "kill", "--signal", "SIGKILL", container, timeout_s=_STEP_S)
             self.client.call("tasks", "delete", "--force", container, timeout_s=_STEP_S)
+            machine_gone = self.end_machine(container)
             self.client.call("containers", "delete", container, timeout_s=_STEP_S)
-            if self.find(container) is None:
+            if machine_gone and self.find(container) is None:
                 return True
             time.sleep(_LOOK_AGAIN_S)
         return False
+
+    def end_machine(self, container: str) -> bool:  # noqa: ARG002 - there is none
+        """End the VM of a container, and return whether it is proven gone. Raises BackendError."""
+        return True
 
     def find(self, container: str) -> Orphan | None:
         """Return a container, or None if there is none of this name. Raises BackendError."""
@@ -134,8 +148,8 @@ class Ctr(msgspec.Struct, frozen=True, kw_only=True):
         return _ID.fullmatch(word) is not None
 
 
-def remove_main(words: Sequence[str]) -> None:
+def remove_main(kind: type[Ctr], words: Sequence[str]) -> None:
     """Run the program of `removing_argv`. Its status is 0 if the container is gone."""
     name, binary, snapshotter, oci_runtime, container, *options = words
     client = Client(name=name, binary=binary, env=dict(os.environ), options=tuple(options))
-    sys.exit(not Ctr(client=client, snapshotter=snapshotter, oci_runtime=oci_runtime).remove(container))
+    sys.exit(not kind(client=client, snapshotter=snapshotter, oci_runtime=oci_runtime).remove(container))
