@@ -21,6 +21,7 @@ import pytest
 
 from tests.vm.conftest import left_behind, marked, owners
 from x07_sandbox import AsyncSandbox, Ended, Sandbox, SandboxError
+from x07_sandbox.host.linux import process_ids
 from x07_sandbox.runs.folder import SOCKET, all_runs
 
 if TYPE_CHECKING:
@@ -213,6 +214,35 @@ def test_a_holder_that_ends_leaves_nothing_and_applies_nothing(number: int, tmp_
         assert (ended.outcome, ended.changes.state, "SIGTERM" in ended.reason) == ("cancelled", "kept", True)
     patch = x07("diff", opened.id)
     assert (b"+1" in patch.stdout) == (number == signal.SIGTERM), patch.stderr
+
+
+def gates_of(holder: int) -> list[int]:
+    """The gate processes below a holder."""
+
+    def parent(pid: int) -> int:
+        return int(Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[1])
+
+    found = []
+    for pid in process_ids():
+        with contextlib.suppress(OSError):
+            if b"gate_process" in Path(f"/proc/{pid}/cmdline").read_bytes() and holder in {parent(pid), pid}:
+                found.append(pid)
+    return found
+
+
+def test_a_sandbox_that_loses_its_gate_tells_its_clients(tmp_path: Path, state: Path) -> None:
+    """If the gate is killed, the next command ends the sandbox. Nothing is applied, and nothing is left."""
+    (tmp_path / "work").mkdir()
+    opened = Sandbox.create(workdir=tmp_path / "work", allow_hosts=["example.org:443"])
+    opened.shell("echo 1 > new.txt")
+    (gate,) = gates_of(holder_of(opened.id))
+    os.kill(gate, signal.SIGKILL)
+    with pytest.raises(SandboxError, match="cannot use the sandbox"):
+        opened.exec(["sleep", "60"])
+    assert opened.result is not None
+    assert (opened.result.outcome, opened.result.changes.state) == ("gate-lost", "discarded")
+    wait_until(lambda: not left_behind(state))
+    assert list((tmp_path / "work").iterdir()) == []
 
 
 def test_a_sandbox_that_expires_tells_its_clients(tmp_path: Path, state: Path) -> None:
