@@ -45,7 +45,7 @@ optional_packages() { [[ $(uname -m) != x86_64 ]] || echo criu; }
 # For the tests only: tools to switch users, a compiler for the hostile QEMU stand-in, a linter, a file system without
 # modes, network tools, container engines, and servers and proxies.
 test_packages() { printf '%s\n' sudo passwd git gcc libc6-dev shellcheck bindfs iproute2 nftables redis-tools \
-    podman crun runc conmon docker.io docker-cli nginx apache2-bin squid tinyproxy-bin haproxy nodejs; }
+    podman crun runc conmon docker.io docker-cli runsc nginx apache2-bin squid tinyproxy-bin haproxy nodejs; }
 
 # missing_packages NAME...: print those that are not installed.
 missing_packages() {

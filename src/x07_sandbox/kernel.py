@@ -7,6 +7,7 @@ module behind, so it imports few.
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import struct
 import sys
@@ -134,7 +135,13 @@ def load_filter(code: bytes, *, audited: bool = False) -> None:
         ctypes.c_char_p(len(code) // 8), code
     )  # struct sock_fprog: number of instructions, and their address
     flags = _ALL_THREADS | (_AUDITED if audited else 0)
-    if check(libc.syscall(_SECCOMP, _SET_FILTER, flags, program), "seccomp"):
+    try:
+        other = check(libc.syscall(_SECCOMP, _SET_FILTER, flags, program), "seccomp")
+    except OSError as exc:
+        if exc.errno != errno.EINVAL or not audited:
+            raise
+        other = check(libc.syscall(_SECCOMP, _SET_FILTER, _ALL_THREADS, program), "seccomp")  # gVisor has no audit
+    if other:
         raise OSError(0, "a thread has another seccomp filter", "seccomp")
 
 

@@ -29,6 +29,7 @@ NAMED = {
     "vz": ("later later later later", "later later later later"),
     "podman": ("closed closed closed closed", "taken elsewhere elsewhere elsewhere"),
     "docker": ("closed closed closed closed", "taken elsewhere elsewhere elsewhere"),
+    "gvisor": ("closed closed closed closed", "taken elsewhere elsewhere elsewhere"),
     "containerd": ("closed closed closed closed", "taken elsewhere elsewhere elsewhere"),
     "os": ("closed closed closed closed", "taken elsewhere elsewhere elsewhere"),
     "none": ("closed closed closed closed", "taken elsewhere elsewhere elsewhere"),

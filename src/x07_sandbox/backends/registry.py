@@ -18,7 +18,7 @@ else:
 
 Class = Literal["vm", "os", "none"]
 System = Literal["linux", "macos", "other"]
-_WEAKER: Final = frozenset({"container", "process", "none"})
+_WEAKER: Final = frozenset({"user-kernel", "container", "process", "none"})
 
 
 class Platform(msgspec.Struct, frozen=True, kw_only=True):
@@ -105,6 +105,12 @@ def _containerd(_name: str) -> Backend:
     return ContainerdBackend()
 
 
+def _gvisor(_name: str) -> Backend:
+    from x07_sandbox.backends.gvisor.backend import GvisorBackend
+
+    return GvisorBackend()
+
+
 def _firecracker(_name: str) -> Backend:
     from x07_sandbox.backends.firecracker.backend import FirecrackerBackend
 
@@ -116,6 +122,7 @@ _ROWS: Final = (
     BackendRow("apple-container", "vm", ("vm-hardware",), linux=False, macos_from=26, auto=True),
     BackendRow("qemu", "vm", ("vm-hardware", "vm-emulated"), auto=True, factory=_qemu),
     BackendRow("vz", "vm", ("vm-hardware",), linux=False, macos_from=12, auto=True),
+    BackendRow("gvisor", "vm", ("user-kernel",), factory=_gvisor),
     BackendRow("podman", "vm", ("container",), factory=_container),
     BackendRow("docker", "vm", ("container",), factory=_container),
     BackendRow("containerd", "vm", ("container",), factory=_containerd),

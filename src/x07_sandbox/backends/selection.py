@@ -67,7 +67,11 @@ def select(platform: Platform, request: BackendRequest) -> Choice:
         row.sandbox_class in {"vm", request.sandbox_flag or request.sandbox_variable} or name == request.backend_flag
     )
     if row.weaker and not (named and request.accepted):
-        walls = {"container": "a container", "process": "a confined process on this system"}
+        walls = {
+            "user-kernel": "gVisor, a kernel that is a process",
+            "container": "a container",
+            "process": "a confined process on this system",
+        }
         wall = walls.get(row.isolation[0], "no sandbox at all")
         why = f"it runs programs in {wall}; that is weaker isolation than a virtual machine and needs your consent"
         fix = instead(platform, request, row, named=named)

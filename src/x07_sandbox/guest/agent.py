@@ -14,9 +14,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from x07_sandbox.channel.connection import Connection
-from x07_sandbox.channel.link import NEXT
+from x07_sandbox.channel.link import NEXT, State
 from x07_sandbox.channel.messages import PROTOCOL, Failed, Hello, Open, Seed, Seeded, Warm, Warmed
 from x07_sandbox.channel.streams import Event, Role
+from x07_sandbox.errors import PeerError
 from x07_sandbox.guest.environment import Environment, job_settings
 from x07_sandbox.guest.errors import JobError
 from x07_sandbox.guest.exec import TICK_S
@@ -96,8 +97,12 @@ class Agent:
             events = self.connection.read() if mask & (select.POLLIN | select.POLLHUP) else []
             if events is None:
                 return False
-            for event in events:
-                self._attempt(self._take, event)
+            try:
+                for event in events:
+                    self._attempt(self._take, event)
+            except PeerError:
+                if self.link.state is not State.FAILED:  # else the host does not know of the failure yet
+                    raise
         if self.sandbox is not None:
             self._attempt(self.sandbox.tick)
         return self.connection.flush()

@@ -183,7 +183,8 @@ class Environment:
             merged = order is not None and order.merge
             stderr_fd, stderr_w = (-1, os.dup(stdout_w)) if merged else os.pipe2(os.O_CLOEXEC)
             for fd in (stdin_r, stdout_w, stderr_w):
-                os.fchmod(fd, 0o666)  # the program, another user, may open /dev/stderr, which is this pipe
+                with contextlib.suppress(OSError):  # gVisor cannot do it
+                    os.fchmod(fd, 0o666)  # the program, another user, may open /dev/stderr, which is this pipe
             for fd in (stdin_fd, stdout_w):  # so that a program and the agent take turns less often
                 with contextlib.suppress(OSError):  # over a limit of this system
                     fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)

@@ -67,8 +67,12 @@ def _limit(pid: int, limits: tuple[tuple[int, int], ...]) -> None:
 
 
 def _possible(limits: tuple[tuple[int, int], ...], pid: int = 0) -> Iterator[tuple[int, int]]:
-    """Yield *limits*, each lowered to the present hard limit of a process (0: this one)."""
+    """Yield *limits* that the kernel has, each lowered to the present hard limit of a process (0: this one)."""
     for which, wanted in limits:
+        try:
+            resource.setrlimit(which, resource.getrlimit(which))
+        except (PermissionError, ValueError):  # gVisor has neither message queues nor priorities
+            continue
         value = max(wanted, _CORE_NONE) if which == resource.RLIMIT_CORE else wanted
         _, hard = resource.prlimit(pid, which)
         yield which, value if hard == resource.RLIM_INFINITY else min(value, hard)

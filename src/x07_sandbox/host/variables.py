@@ -33,6 +33,7 @@ BACKENDS: Final[dict[str, str]] = {
     "apple-container": "apple-container",
     "container": "apple-container",
     "vz": "vz",
+    "gvisor": "gvisor",
     "podman": "podman",
     "docker": "docker",
     "containerd": "containerd",
@@ -139,6 +140,7 @@ _ROWS: Final = (
         "X07_VM_VZ_HELPER_BIN", "Helper program that uses macOS's Virtualization framework.", "`x07-vz-helper`", _OF_VZ
     ),
     _text("X07_VM_PODMAN_BIN", "Path of the podman client.", "`podman` in a system folder"),
+    _text("X07_VM_RUNSC_BIN", "Path of gVisor's runtime.", "`runsc` in a system folder", "with the gvisor backend"),
     _text("X07_VM_DOCKER_BIN", "Path of the docker client.", "`docker` in a system folder"),
     _text(
         "X07_VM_FIRECRACKER_CTR_BIN", "Path of firecracker-containerd's client.", "`firecracker-ctr`", _OF_FIRECRACKER

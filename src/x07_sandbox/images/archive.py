@@ -6,6 +6,7 @@ archive is reproducible, and so is the image id (the config's digest).
 
 import hashlib
 import tarfile
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, Final
@@ -58,6 +59,17 @@ def write_archive(image: Image, reference: str, target: IO[bytes], work: Path, p
     return f"sha256:{config_digest}"
 
 
+def add_agent(image: Image, root: Path) -> None:
+    """Add what the second layer contains to the unpacked files of an image. Raises ImageError, OSError."""
+    with tempfile.TemporaryFile() as layer:
+        _write_agent_layer(layer, image)
+        layer.seek(0)
+        with tarfile.open(fileobj=layer) as archive:
+            for name in _LINKS:
+                (root / name).unlink(missing_ok=True)
+            archive.extractall(root, filter="tar")
+
+
 def agent_of(image: Image) -> bytes:
     """Return the agent's zip from the image's initramfs. Raises ImageError."""
     data = (image.folder / image.manifest.parts.initrd.file).read_bytes()
@@ -88,14 +100,19 @@ def _layer(path: Path, root: Path) -> tuple[str, Path]:
 
 
 def _agent_layer(path: Path, image: Image) -> tuple[str, Path]:
-    with path.open("wb") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as archive:
+    with path.open("wb") as file:
+        _write_agent_layer(file, image)
+    return _digest_of(path), path
+
+
+def _write_agent_layer(file: IO[bytes], image: Image) -> None:
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as archive:
         for name in sorted(_FOLDERS):
             archive.addfile(tar.entry(name, tarfile.DIRTYPE, 0o755))
         for name, link in sorted(_LINKS.items()):
             archive.addfile(tar.entry(name, tarfile.SYMTYPE, 0o777, link=link))
         tar.add_bytes(archive, AGENT.removeprefix("/"), agent_of(image))
         tar.add_bytes(archive, "etc/resolv.conf", RESOLV_CONF.encode())  # for runtimes that cannot mount one
-    return _digest_of(path), path
 
 
 def _config(image: Image, layers: list[str]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from typing import Final, Literal
 import msgspec
 
 # Strongest first.
-Isolation = Literal["vm-hardware", "vm-emulated", "container", "process", "none"]
+Isolation = Literal["vm-hardware", "vm-emulated", "user-kernel", "container", "process", "none"]
 
 # What a virtual machine with our agent can enforce; a limit is named after its policy field.
 VM_CAPABILITIES: Final = frozenset(
@@ -49,6 +49,7 @@ _PROCESS: Final = Words(
 WORDS: Final[dict[Isolation, Words]] = {
     "vm-hardware": _VM,
     "vm-emulated": _VM,
+    "user-kernel": msgspec.structs.replace(_PROCESS, boundary="gVisor's kernel"),
     "container": msgspec.structs.replace(_PROCESS, boundary="the container"),
     "process": _PROCESS,
     "none": msgspec.structs.replace(_PROCESS, boundary="nobody", inside="the process's"),
@@ -87,7 +88,7 @@ class Features(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def weaker_isolation_accepted(self) -> bool:
         """Whether the user accepted weaker isolation. Values that the backend cannot enforce are then advisory."""
-        return self.isolation in {"process", "none"}
+        return self.isolation in {"user-kernel", "process", "none"}
 
 
 def vm_features(isolation: Isolation) -> Features:

@@ -56,36 +56,6 @@ class ContainerBackend(ABC):
     def _runtime(self) -> Runtime:
         """Return the runtime of this host. Raises HostError."""
 
-    @abstractmethod
-    def _image(self, wanted: str) -> tuple[str, object]:
-        """Return the id and the labels of an image. Raises HostError, BackendError, and ImageError with `fix_image`."""
-
-    @property
-    def fix_image(self) -> str:
-        """What to do if there is no suitable image."""
-        return f"Run x07 image load {self.name}, or scripts/build_guest_runner_image.sh; x07 never pulls an image"
-
-    @property
-    def engine_images(self) -> ContainerBackend:
-        """The runtime's image store."""
-        return self
-
-    def find(self, ref: str | None) -> OpenImage:
-        """Return the image *ref* (None: the image in X07_VM_GUEST_IMAGE). Raises ImageError, HostError."""
-        wanted = ref or text("X07_VM_GUEST_IMAGE") or DEFAULT_REFERENCE
-        if len(wanted) > _REFERENCE_MAX or wanted.startswith("-"):
-            raise ImageError(f"there is no guest image {wanted[:80]!r}", "this is not an image name", "Use NAME:TAG")
-        identity, labels = self._image(wanted)
-        if not (data := manifest_in(labels)):
-            why = "it lacks x07's labels, so x07's agent is not in it"
-            raise ImageError(f"cannot use the image {wanted}", why, self.fix_image)
-        found = manifest.decode(data, f"the guest image {wanted}")
-        if found.guest_code != read_guest_code().digest:
-            why = "another version of x07-sandbox made it, so its agent may not be compatible"
-            raise ImageError(f"cannot use the image {wanted}", why, self.fix_image)
-        digest = f"sha256:{identity.removeprefix('sha256:')}"
-        return OpenImage(fds={}, manifest=msgspec.structs.replace(found, digest=digest))
-
     @contextlib.contextmanager
     def start(self, job: Job) -> Iterator[containers.ContainerInstance]:
         """Start a job and wait until its agent has answered. Raises NoAnswerError, BackendError, HostError."""
@@ -132,7 +102,41 @@ class ContainerBackend(ABC):
         return runtime.is_id(orphan.id) and runtime.remove(orphan.id)
 
 
-class EngineBackend(ContainerBackend):
+class WithImages(ContainerBackend):
+    """The common part of the backends whose runtime stores the images."""
+
+    @abstractmethod
+    def _image(self, wanted: str) -> tuple[str, object]:
+        """Return the id and the labels of an image. Raises HostError, BackendError, and ImageError with `fix_image`."""
+
+    @property
+    def fix_image(self) -> str:
+        """What to do if there is no suitable image."""
+        return f"Run x07 image load {self.name}, or scripts/build_guest_runner_image.sh; x07 never pulls an image"
+
+    @property
+    def engine_images(self) -> WithImages:
+        """The runtime's image store."""
+        return self
+
+    def find(self, ref: str | None) -> OpenImage:
+        """Return the image *ref* (None: the image in X07_VM_GUEST_IMAGE). Raises ImageError, HostError."""
+        wanted = ref or text("X07_VM_GUEST_IMAGE") or DEFAULT_REFERENCE
+        if len(wanted) > _REFERENCE_MAX or wanted.startswith("-"):
+            raise ImageError(f"there is no guest image {wanted[:80]!r}", "this is not an image name", "Use NAME:TAG")
+        identity, labels = self._image(wanted)
+        if not (data := manifest_in(labels)):
+            why = "it lacks x07's labels, so x07's agent is not in it"
+            raise ImageError(f"cannot use the image {wanted}", why, self.fix_image)
+        found = manifest.decode(data, f"the guest image {wanted}")
+        if found.guest_code != read_guest_code().digest:
+            why = "another version of x07-sandbox made it, so its agent may not be compatible"
+            raise ImageError(f"cannot use the image {wanted}", why, self.fix_image)
+        digest = f"sha256:{identity.removeprefix('sha256:')}"
+        return OpenImage(fds={}, manifest=msgspec.structs.replace(found, digest=digest))
+
+
+class EngineBackend(WithImages):
     """The backend for one container engine of this host."""
 
     known_gaps: Mapping[str, str] = GAPS

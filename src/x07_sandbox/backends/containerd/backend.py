@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from x07_sandbox.backends.base import Availability, Job
-from x07_sandbox.backends.container.backend import GAPS, WARNING, ContainerBackend
+from x07_sandbox.backends.container.backend import GAPS, WARNING, WithImages
 from x07_sandbox.backends.container.instance import ContainerInstance
 from x07_sandbox.backends.containerd.ctr import Ctr
 from x07_sandbox.backends.engines import CLIENT_ENV, Client
@@ -26,7 +26,7 @@ _GROUPS: Final = ("/sys/fs/cgroup/pids", "/sys/fs/cgroup")  # of versions 1 and 
 _SOCKET: Final = "/run/containerd/containerd.sock"
 
 
-class ContainerdBackend(ContainerBackend):
+class ContainerdBackend(WithImages):
     """The backend for a containerd of this host."""
 
     known_gaps: Mapping[str, str] = GAPS

@@ -1,0 +1,1 @@
+"""The `gvisor` backend: gVisor's runtime `runsc`, without a container engine."""

@@ -1,0 +1,115 @@
+"""Containers of gVisor's `runsc` (release 20240729), each described by a folder of ours, its bundle."""
+
+import json
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from x07_sandbox.backends.base import Orphan
+from x07_sandbox.backends.container.create import ContainerSpec
+from x07_sandbox.backends.container.engine import bounded_labels
+from x07_sandbox.backends.container.runtime import CONTAINERS_MAX, CREATE
+from x07_sandbox.backends.engines import Client
+from x07_sandbox.backends.gvisor.bundle import config
+from x07_sandbox.errors import BackendError, UsageError
+from x07_sandbox.host.clocks import Deadline
+from x07_sandbox.host.os_errors import raised_as
+from x07_sandbox.host.paths import read_bounded
+
+_GONE_S: Final = 20.0
+_LOOK_AGAIN_S: Final = 0.05
+_CONFIG_MAX: Final = 1 << 20
+_ID: Final = re.compile(r"x07-[a-z0-9-]{1,72}")
+_REMOVE: Final = "import sys; from x07_sandbox.backends.gvisor.runsc import remove_main; remove_main(sys.argv[1:])"
+
+
+class Runsc(msgspec.Struct, frozen=True, kw_only=True):
+    """`runsc`, and the folder of its containers. See `Runtime`.
+
+    roots: the folder with the unpacked files of images, by their digests.
+    """
+
+    client: Client
+    folder: Path
+    roots: Path
+
+    @property
+    def name(self) -> str:
+        """The backend's name."""
+        return self.client.name
+
+    @property
+    def place(self) -> str:
+        """The program and the folder."""
+        return f"{self.client.binary} {self.folder}"
+
+    @property
+    def env(self) -> dict[str, str]:
+        """The environment of the program."""
+        return self.client.env
+
+    def create(self, spec: ContainerSpec) -> str:
+        """Write the bundle of a container, and return its name. Nothing is started. Raises BackendError."""
+        bundle = self.folder / "bundles" / spec.name
+        described = config(spec, str(self.roots / spec.image.removeprefix("sha256:")))
+        with raised_as(BackendError, CREATE, "Free disk space"):
+            bundle.mkdir(mode=0o700, parents=True)
+            (bundle / "config.json").write_text(json.dumps(described), encoding="utf-8")
+        return spec.name
+
+    def attach_argv(self, container: str) -> list[str]:
+        """Return the command that starts a container and carries its standard streams."""
+        return self.client.argv("run", "--bundle", str(self.folder / "bundles" / container), container)
+
+    def removing_argv(self, container: str) -> list[str]:
+        """Return a command that removes a container."""
+        words = (self.name, self.client.binary, str(self.folder), container, *self.client.options)
+        return [sys.executable, "-I", "-c", _REMOVE, *words]
+
+    def remove(self, container: str) -> bool:
+        """Kill and remove a container, and return whether it is proven gone. Raises BackendError."""
+        deadline = Deadline.after(_GONE_S)
+        while not deadline.passed():
+            self.client.call("delete", "--force", container)
+            if self.client.call("state", container).absent:
+                shutil.rmtree(self.folder / "bundles" / container, ignore_errors=True)
+                return True
+            time.sleep(_LOOK_AGAIN_S)
+        return False
+
+    def find(self, container: str) -> Orphan | None:
+        """Return a container, or None if there is none of this name. Raises BackendError."""
+        try:
+            data = read_bounded(self.folder / "bundles" / container / "config.json", "configuration", _CONFIG_MAX)
+            labels = json.loads(data).get("annotations") or {}
+        except FileNotFoundError:
+            return None
+        except (OSError, UsageError, ValueError, AttributeError):
+            labels = {}  # a damaged bundle
+        return Orphan(id=container, labels=bounded_labels(labels))
+
+    def listed(self) -> Sequence[str]:
+        """Return the names of the containers, at most CONTAINERS_MAX."""
+        try:
+            names = sorted(path.name for path in (self.folder / "bundles").iterdir())
+        except OSError:
+            return []
+        return [name for name in names if self.is_id(name)][:CONTAINERS_MAX]
+
+    def is_id(self, word: str) -> bool:
+        """Return whether *word* can be the name of one of our containers."""
+        return _ID.fullmatch(word) is not None
+
+
+def remove_main(words: Sequence[str]) -> None:
+    """Run the program of `removing_argv`. Its status is 0 if the container is gone."""
+    name, binary, folder, container, *options = words
+    client = Client(name=name, binary=binary, env=dict(os.environ), options=tuple(options))
+    sys.exit(not Runsc(client=client, folder=Path(folder), roots=Path(folder)).remove(container))
