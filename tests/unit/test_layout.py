@@ -100,10 +100,13 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
 def test_every_backend_is_behind_the_registry() -> None:
     """Only the registry may import a backend."""
     match project():
-        case {"tool": {"importlinter": {"contracts": [_, _, {"protected_modules": list(protected), **rest}, *_]}}}:
+        case {
+            "tool": {"importlinter": {"contracts": [_, _, {"protected_modules": list(protected), **rest}, shared, *_]}}
+        }:
             packages = {f"x07_sandbox.backends.{path.parent.name}" for path in SOURCE.glob("backends/*/__init__.py")}
-            assert set(protected) == packages
+            assert {*protected, *shared["protected_modules"]} == packages
             assert rest["allowed_importers"] == ["x07_sandbox.backends.registry"]
+            assert set(shared["allowed_importers"]) <= {*packages, "x07_sandbox.backends.registry"}
         case _:
             pytest.fail("pyproject.toml: the third contract lists the backends")
 

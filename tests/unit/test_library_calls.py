@@ -338,7 +338,7 @@ def test_importing_the_library_costs_only_what_is_on_the_list(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("name", "value", "why"),
     [
-        ("X07_VM_BACKEND", "firecracker-ctr", "not supported.* Use X07_VM_BACKEND=qemu, or unset it[.]$"),
+        ("X07_VM_BACKEND", "vz", "not supported.* Use X07_VM_BACKEND=qemu, or unset it[.]$"),
         ("X07_VM_BACKEND", "podman", "weaker isolation.* unset it, or set X07_I_ACCEPT_WEAKER_ISOLATION=1[.]$"),
         ("X07_VM_BACKEND", "xen", "X07_VM_BACKEND"),
         (

@@ -114,7 +114,7 @@ def test_weaker_isolation_fails_closed(
     assert "--world run-os-sandboxed --policy FILE --sandbox-backend vm" in output
 
 
-@pytest.mark.parametrize("variables", [("os", None), ("os", "os"), (None, "docker"), ("vm", "firecracker-ctr")])
+@pytest.mark.parametrize("variables", [("os", None), ("os", "os"), (None, "docker"), ("vm", "vz")])
 def test_suggested_flags_work_with_any_variable(
     refused: Refused,
     monkeypatch: pytest.MonkeyPatch,

@@ -73,7 +73,7 @@ def test_a_policys_own_text_is_escaped(tmp_path: Path) -> None:
         assert out.replace("\n", "").isprintable()
 
 
-@pytest.mark.parametrize("name", ["vz", "firecracker", "Apple-Container"])
+@pytest.mark.parametrize("name", ["vz", "Apple-Container"])
 def test_an_unusable_backend_is_refused(tmp_path: Path, name: str) -> None:
     """An unusable backend is refused by name, as in a run."""
     code, out, err = policy(tmp_path, "explain", "--backend", name)

@@ -231,7 +231,7 @@ def gates_of(holder: int) -> list[int]:
 
 
 def test_a_sandbox_that_loses_its_gate_tells_its_clients(tmp_path: Path, state: Path) -> None:
-    """If the gate is killed, the next command ends the sandbox. Nothing is applied, and nothing is left."""
+    """If the gate is killed, the next command ends the sandbox, nothing is applied, and nothing is left."""
     (tmp_path / "work").mkdir()
     opened = Sandbox.create(workdir=tmp_path / "work", allow_hosts=["example.org:443"])
     opened.shell("echo 1 > new.txt")
