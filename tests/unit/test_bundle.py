@@ -15,6 +15,7 @@ from tests.command import x07
 from x07_sandbox.cli.bundle import publish
 from x07_sandbox.errors import RefusedError
 from x07_sandbox.policy import default_policy, render_policy
+from x07_sandbox.programs.toolchains import Source
 from x07_sandbox.reports.schemas import schemas
 from x07_sandbox.x07.bundle import (
     FACTS,
@@ -46,12 +47,11 @@ MANIFEST: Final = VmManifest(
 FACTS_OF_A_PROGRAM: Final = BundleFacts(
     pinned=False,
     toolchain="shell",
-    name="prog.sh",
-    head=b"#!/bin/sh\n\xff",
+    source=Source(name="prog.sh", head=b"#!/bin/sh\n\xff"),
     project=False,
     args=("one",),
     env={"LEVEL": "3"},
-    denied={"example.org": None, "example.net": (80, 443)},
+    denied={"example.org": None, "example.net": {80, 443}},
     cpu_ms=None,
     max_output_bytes=None,
 )
@@ -76,7 +76,7 @@ def test_a_bundle_is_read_as_it_was_written(tmp_path: Path) -> None:
     found = read_bundle(launcher, digest)
     assert (found.manifest, found.policy, found.payload) == (MANIFEST, POLICY, PAYLOAD)
     assert found.facts.denied == FACTS_OF_A_PROGRAM.denied
-    assert found.facts.head == FACTS_OF_A_PROGRAM.head
+    assert found.facts.source == FACTS_OF_A_PROGRAM.source
     assert {"prog", "prog.vm"} <= {*names(tmp_path)}
     assert names(folder_of(launcher)) == sorted(FILES)
     assert os.access(launcher, os.X_OK)

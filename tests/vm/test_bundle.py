@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -130,6 +133,27 @@ def test_a_program_that_cannot_be_built_leaves_no_bundle(tmp_path: Path) -> None
     assert "bad.c:1:11: error:" in done.err
     assert "x07: cannot bundle bad.c: the compiler exited with status 1" in done.err
     assert not [path for path in tmp_path.iterdir() if path not in before and path.name.startswith(("prog", ".x07"))]
+
+
+def test_a_cancelled_bundle_leaves_nothing(tmp_path: Path, state: Path) -> None:
+    """Ctrl-C during the build ends `x07 bundle` with exit code 130, and leaves no file and no job."""
+    place = tmp_path / "place"
+    (place / "project").mkdir(parents=True)
+    (place / "project" / "Makefile").write_text("prog:\n\tsleep 100\n")
+    manifest = (
+        'schema_version = "x07.sandbox.project@0.1.0"\ntoolchain = "make"\nartifact = "prog"\nfiles = ["Makefile"]\n'
+    )
+    (place / "project" / "x07-sandbox.toml").write_text(manifest)
+    argv = [sys.executable, "-m", "x07_sandbox.cli.main", "bundle", "--no-cache", "--out", "prog", "project"]
+    with subprocess.Popen(argv, cwd=place, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE) as command:
+        deadline = time.monotonic() + 60
+        while not list(state.glob("*-build/job.json")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        command.send_signal(signal.SIGINT)
+        _, err = command.communicate(timeout=60)
+    assert command.returncode == 130, err
+    assert [path.name for path in place.iterdir()] == ["project"]
+    assert left_behind(state) == []
 
 
 @pytest.mark.full("an image with the stand-in for X07's toolchain")

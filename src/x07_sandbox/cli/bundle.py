@@ -136,7 +136,6 @@ def _bundle(options: argparse.Namespace) -> int:
         report = _report(options, made)
         launcher, files = _render(made, pinned=options.pin_image)
         caller.progress("")
-        caller.cancel.check()
         if options.emit_dir is not None:
             with raised_as(UsageError, f"cannot write to {options.emit_dir}", "Name another folder"):
                 options.emit_dir.mkdir(parents=True, exist_ok=True)
@@ -160,6 +159,7 @@ def _build(options: argparse.Namespace, caller: RunCaller, path: Path, stack: co
     caller = replace(caller, program=program, policy=policy, artifact=artifact)
     sweep_before_start()
     result, error = attempt(request, caller, build_steps)
+    caller.cancel.check()
     if error is not None:
         raise error
     mode, name = mode_of(program), program.toolchain.name
@@ -169,7 +169,8 @@ def _build(options: argparse.Namespace, caller: RunCaller, path: Path, stack: co
         for output in (result.stdout.data, result.stderr.data):
             sys.stderr.write(plain(output.decode("utf-8", "replace")))
         what = f"cannot bundle {program.source.name or path}"
-        raise RefusedError(what, report.compile.compile_error or result.reason, "Correct it", code="not-bundled")
+        fix = "Try again" if result.outcome not in {"ok", "build-failed"} else "Correct the program"
+        raise RefusedError(what, report.compile.compile_error or result.reason, fix, code="not-bundled")
     payload = os.pread(artifact.fd, artifact.size, 0)
     return _Made(request, program, policy, result, replace(report, solve=None, exit_code=0), payload)
 
@@ -219,16 +220,14 @@ def _render(made: _Made, *, pinned: bool) -> tuple[bytes, bundle.Files]:
         workdir="/x07/work",
         policy="policy.json",
     )
-    denied = made.policy.denied.items()
     facts = bundle.BundleFacts(
         pinned=pinned,
         toolchain=program.toolchain.name,
-        name=program.source.name,
-        head=program.source.head,
+        source=program.source,
         project=program.project,
         args=request.args,
         env=dict(request.env),
-        denied={host: None if ports is None else tuple(sorted(ports)) for host, ports in denied},
+        denied=dict(made.policy.denied),
         cpu_ms=program.cpu_ms,
         max_output_bytes=request.max_output_bytes,
     )

@@ -19,7 +19,7 @@ from x07_sandbox.host.variables import text
 from x07_sandbox.images.store import DEFAULT
 from x07_sandbox.library.requests import carry_out
 from x07_sandbox.policy import decode_policy
-from x07_sandbox.programs.toolchains import PROJECT_FOLDER, SOURCE_FOLDER, Source, toolchain_named
+from x07_sandbox.programs.toolchains import SOURCE_FOLDER, toolchain_named
 from x07_sandbox.runs.request import EffectivePolicy, Program, RunRequest, in_memory, sha256_text
 from x07_sandbox.x07.bundle import POLICY, Bundle, folder_of, read_bundle
 from x07_sandbox.x07.project import X07_ARTIFACT, arguments_as_input
@@ -55,11 +55,10 @@ def _start(options: argparse.Namespace) -> int:
         framed = program.toolchain.protocol is not None
         policy_path = folder_of(launcher) / POLICY
         policy = decode_policy(bundle.policy, source=str(policy_path))
-        denied = {host: None if ports is None else set(ports) for host, ports in bundle.facts.denied.items()}
         caller = replace(
             make_caller(options, stack, choice, for_x07=False),
             program=program,
-            policy=EffectivePolicy(policy, bundle.policy, str(policy_path), denied),
+            policy=EffectivePolicy(policy, bundle.policy, str(policy_path), bundle.facts.denied),
             artifact=artifact,
             image_digest=bundle.manifest.guest_digest if bundle.facts.pinned else None,
         )
@@ -117,7 +116,7 @@ def _program(bundle: Bundle, stack: contextlib.ExitStack) -> Program:
     facts = bundle.facts
     return Program(
         toolchain=X07_ARTIFACT if facts.toolchain == X07_ARTIFACT.name else toolchain_named(facts.toolchain),
-        source=Source(name=facts.name, folder=PROJECT_FOLDER if facts.project else SOURCE_FOLDER, head=facts.head),
+        source=facts.source,
         data=b"",
         file=in_memory(b"", f"{SOURCE_FOLDER}/none", 0o644, stack),  # for a build VM, which no start has
         sha256=sha256_text(bundle.payload),

@@ -20,6 +20,7 @@ from x07_sandbox.host.decoding import prepared, why_invalid
 from x07_sandbox.host.paths import read_bounded
 from x07_sandbox.host.version import __version__
 from x07_sandbox.policy.decode import MAX_BYTES as POLICY_MAX_BYTES
+from x07_sandbox.programs.toolchains import Source
 from x07_sandbox.reports.document import render_json
 from x07_sandbox.runs.request import sha256_text
 from x07_sandbox.x07.runner_report import CompileRunReport, Target
@@ -56,7 +57,7 @@ class BundleFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     launcher: digest of the launcher, with zeros in place of the digest of this document. files: digests by name.
     pinned: whether only the image of the manifest may be used.
-    toolchain, name, head, project: of the program (`Program`, `Source`). args: used if the caller gives none.
+    toolchain, source, project: of the program (`Program`). args: used if the caller gives none.
     denied: ports by host that --deny-host denies; null stands for all ports.
     """
 
@@ -65,12 +66,11 @@ class BundleFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     files: dict[str, Digest] = {}
     pinned: bool
     toolchain: str
-    name: str
-    head: bytes
+    source: Source
     project: bool
     args: tuple[str, ...]
     env: dict[str, str]
-    denied: dict[str, tuple[int, ...] | None]
+    denied: dict[str, set[int] | None]
     cpu_ms: int | None
     max_output_bytes: int | None
 
