@@ -13,19 +13,12 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from msgspec.structs import replace
 
-from x07_sandbox.backends.registry import create
 from x07_sandbox.cli.atomic_output import artifact_file, check_outputs, files_read, write_bytes
+from x07_sandbox.cli.bundled import require_images
 from x07_sandbox.cli.console import plain, show
 from x07_sandbox.cli.json_output import print_document, shell_path
 from x07_sandbox.cli.parser import add_document_flags, add_row, file_path, folder_path, option, switch
-from x07_sandbox.cli.run import (
-    choose_backend,
-    is_x07_program,
-    make_caller,
-    named_program,
-    need_image,
-    request_of,
-)
+from x07_sandbox.cli.run import choose_backend, is_x07_program, make_caller, named_program, need_image, request_of
 from x07_sandbox.cli.run_report import from_project
 from x07_sandbox.errors import Command, RefusedError, UsageError
 from x07_sandbox.host.arch import host_arch
@@ -79,9 +72,8 @@ def add_bundle(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EPILOG
     parser.usage = "x07 bundle [OPTIONS] --out PATH PROGRAM"
     parser.add_argument("program", metavar="PROGRAM", nargs="?", help="source file, executable or project folder")
-    option(
-        parser, "--out", "PATH", "the executable to write, beside the folder PATH.vm", type=file_path, dest="launcher"
-    )
+    out_help = "the executable to write, beside the folder PATH.vm"
+    option(parser, "--out", "PATH", out_help, type=file_path, dest="launcher")
     switch(parser, "--force", "replace an existing bundle")
     switch(parser, "--pin-image", "let the program run only in the guest image that it is bundled with")
     emit_help = "also write the report and the policy to this folder"
@@ -126,9 +118,7 @@ def _bundle(options: argparse.Namespace) -> int:
         from_project(options, Path(named))
     _check_place(out, force=options.force)
     choice = choose_backend(options)
-    if not create(choice.backend).uses_image:
-        why = f"a bundle runs in a guest image, and the backend {choice.backend} uses none"
-        raise RefusedError("cannot make a bundle", why, "Use --sandbox-backend vm", code="no-image-used")
+    require_images(choice, "cannot make a bundle", "Use --sandbox-backend vm")
     with contextlib.ExitStack() as stack:
         need_image(choice, options.image or text("X07_VM_GUEST_IMAGE"))
         caller = make_caller(options, stack, choice, for_x07=for_x07)

@@ -84,11 +84,16 @@ def _choice(bundle: Bundle) -> Choice:
     by_variable = text("X07_VM_BACKEND") or text("X07_SANDBOX_BACKEND") not in {None, "auto"}
     named = None if by_variable else bundle.manifest.backend
     choice = select(this_platform(), backend_request(backend=named, flags=()))
+    fix = "Unset X07_SANDBOX_BACKEND and X07_VM_BACKEND, or select a virtual machine"
+    require_images(choice, "cannot start the bundle", fix)
+    return choice
+
+
+def require_images(choice: Choice, what: str, fix: str) -> None:
+    """Raise RefusedError if the backend uses no guest image. what, fix: for the message."""
     if not create(choice.backend).uses_image:
         why = f"a bundle runs in a guest image, and the backend {choice.backend} uses none"
-        fix = "Unset X07_SANDBOX_BACKEND and X07_VM_BACKEND, or select a virtual machine"
-        raise RefusedError("cannot start the bundle", why, fix, code="no-image-used")
-    return choice
+        raise RefusedError(what, why, fix, code="no-image-used")
 
 
 def _request(launcher: Path, bundle: Bundle, args: tuple[str, ...]) -> RunRequest:
