@@ -65,7 +65,7 @@ PAGES = (
                 "vm/odd_hosts",
                 "vm/proof",
             ),
-            *("vm/refusals", "vm/without_namespaces"),
+            *("vm/refusals", "vm/without_namespaces", "unit/bundle", "vm/bundle"),
         ),
     ),
     Page(

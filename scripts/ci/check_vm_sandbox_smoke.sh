@@ -318,18 +318,43 @@ check_x07_program() {
     say "a project with profile sandbox printed ok"
 }
 
+# make_bundle ARGUMENTS...: make a bundle. Sets $code, and $result to the file with its report.
+make_bundle() {
+    result=$work/result-bundle.json code=0
+    "$timeout" --kill-after=20 300 "$x07" bundle --json --out "$work/bundled" --emit-dir "$work/emitted" "$@" \
+        >"$result" 2>"$result.err" </dev/null || code=$?
+}
+
+# start_bundle ARGUMENTS...: start the bundle. Sets $code, and $result to the file with its output.
+start_bundle() {
+    result=$work/bundled.out code=0
+    "$timeout" --kill-after=20 300 "$work/bundled" "$@" >"$result" 2>"$result.err" </dev/null || code=$?
+}
+
 check_bundle() {
     has bundle || skip "this version has no command x07 bundle"
-    x07_project bundle
-    result=$work/bundle-made code=0
-    "$timeout" --kill-after=20 300 "$x07" bundle --project x07.json --profile sandbox --out "$work/bundled" \
-        --emit-dir "$work/emitted" >"$result" 2>"$result.err" </dev/null || code=$?
+    needs_run
+    make_bundle "$programs/probe.py"
     want "the exit code of x07 bundle" "$code" 0
-    code=0
-    "$timeout" --kill-after=20 300 "$work/bundled" >"$work/bundled.out" 2>"$work/bundled.err" </dev/null || code=$?
-    want "the bundle's output" "$(<"$work/bundled.out")" ok
+    want "the version of its report" "$(value schema_version)" x07.bundle.report@0.4.0
+    cmp -s -- "$work/emitted/policy.used.json" "$work/bundled.vm/policy.json" || wrong "the policies differ"
+    # shellcheck disable=SC2086 # one word for each target
+    start_bundle $targets
     want "the bundle's exit code" "$code" 0
-    say "a bundled program printed ok"
+    want "the bundle's network access" "$(<"$work/bundled.out")" "interfaces: none; reached: none"
+    printf ' ' >>"$work/bundled.vm/policy.json"
+    start_bundle
+    want "the exit code after a change of the policy" "$code" 125
+    want "the output after a change of the policy" "$(<"$work/bundled.out")" ""
+    x07_project bundle
+    make_bundle --force --project x07.json --profile sandbox
+    if [[ $code -eq 0 ]] || ! grep -q 'no X07 toolchain' "$result.err" "$result"; then
+        want "the exit code of x07 bundle for an X07 project" "$code" 0
+        start_bundle
+        want "the X07 project's output" "$(<"$work/bundled.out")" ok
+        want "its exit code" "$code" 0
+    fi
+    say "a bundle ran its program without network, and was refused after a change of one byte"
 }
 
 # ------------------------------------------------------------------------------------------------------------ gate

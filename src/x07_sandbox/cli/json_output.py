@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from x07_sandbox.host.project import Status
 
 # The options that name a file, of all verbs except `run`. None of these files may be the file of --report-out.
-_FILES: Final = ("file", "files", "first", "second", "policy", "project", "out")
+_FILES: Final = ("file", "files", "first", "second", "policy", "project", "out", "program", "program_flag", "launcher")
 
 
 def document_wanted(options: argparse.Namespace) -> bool:
@@ -80,7 +80,7 @@ def deliver(document: bytes, options: argparse.Namespace, *, always: bool = Fals
 
 def carry_out_with_report(options: argparse.Namespace) -> int:
     """Carry out a verb with --report-out, and write an error to that file, too. Raises the error, or UsageError."""
-    from x07_sandbox.cli.atomic_output import check_outputs, write_bytes
+    from x07_sandbox.cli.atomic_output import UnwritableError, check_outputs, write_bytes
 
     others = [getattr(options, name, None) for name in _FILES]
     paths = [Path(one) for value in others for one in (value if isinstance(value, list) else [value]) if one]
@@ -88,6 +88,8 @@ def carry_out_with_report(options: argparse.Namespace) -> int:
     try:
         code: int = options.carry_out(options)
     except SandboxError as exc:
+        if isinstance(exc, UnwritableError) and exc.path == options.report_out:
+            raise
         try:
             write_bytes(options.report_out, render_json(failure_report(exc)))
         except RefusedError as unwritten:  # must not hide the first error

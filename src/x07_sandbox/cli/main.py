@@ -15,7 +15,8 @@ from x07_sandbox.errors import UsageError
 
 # X07's global flags that our verbs have, and whether they take a value.
 _GLOBAL = {"--json": False, "--quiet-json": False, "--report-out": True, "--out": True}
-_RUNS = ("run", "exec")  # verbs whose JSON document is the result of a run
+_BUNDLED = "start-bundle"  # the command of a bundle's launcher; not a verb for users
+_RUNS = ("run", "exec", _BUNDLED)  # verbs that end as a run does, and whose JSON document is the result of a run
 _HELP = {"help": "--help", "version": "--version"}  # verbs that stand for an option
 _JSON = {"--json=canon": "--json", "--json=pretty": "--json"}  # each of our documents has only one layout
 
@@ -99,6 +100,10 @@ def _parse(words: list[str]) -> argparse.Namespace:
     from x07_sandbox.cli.parser import VERBS, parser_for
     from x07_sandbox.errors import UsageError
 
+    if words[:1] == [_BUNDLED]:
+        from x07_sandbox.cli.bundled import start_options
+
+        return start_options(words[1:])
     if words and words[0] not in VERBS and not words[0].startswith("-"):
         raise _unknown_verb(words[0], VERBS)
     options, unknown = parser_for(words).parse_known_args(words)

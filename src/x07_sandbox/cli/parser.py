@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 VERBS: Final = {
     "run": "run a program in a throw-away virtual machine (VM)",
     "exec": "run a command from the guest image in a throw-away VM, in a copy of a folder",
+    "bundle": "make an executable that runs a program in a throw-away VM under one policy",
     "diff": "show what a run changed",
     "apply": "apply a run's saved changes",
     "undo": "revert a run's applied changes",

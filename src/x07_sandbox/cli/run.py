@@ -107,12 +107,12 @@ def run_command(options: argparse.Namespace) -> int:
 
 def _dispatch(options: argparse.Namespace) -> int:
     """Run the program. Programs in the X07 language run by the rules of X07's own command. Raises SandboxError."""
-    program, _ = _named(options)
+    program, _ = named_program(options)
     if _is_x07_artifact(options):
         from x07_sandbox.cli.run_report import with_x07_exits
 
         return with_x07_exits(options, lambda: _carry_out(options, for_x07=False))
-    if program is None or options.code is not None or not _is_x07(Path(program)):
+    if program is None or options.code is not None or not is_x07_program(Path(program)):
         return _carry_out(options, for_x07=False)
     from x07_sandbox.cli.run_report import from_project, with_x07_exits
 
@@ -126,9 +126,9 @@ def _carry_out(options: argparse.Namespace, *, for_x07: bool) -> int:
     with contextlib.ExitStack() as stack:
         if not options.dry_run:
             need_image(choice, options.image or text("X07_VM_GUEST_IMAGE"))
-        caller = _caller(options, stack, choice, for_x07=for_x07)
-        request = _request(options, caller.cancel)
-        caller = replace(caller, stdin_fd=_stdin(options, request, for_x07=for_x07))
+        caller = make_caller(options, stack, choice, for_x07=for_x07)
+        request = request_of(options, caller.cancel)
+        caller = replace(caller, stdin_fd=stdin_of(options, request, for_x07=for_x07))
         if options.dry_run:
             from x07_sandbox.cli.dry_run import show_plan
 
@@ -161,10 +161,10 @@ def _carry_out(options: argparse.Namespace, *, for_x07: bool) -> int:
         from x07_sandbox.cli.run_failure import print_result
 
         return print_result(result, full=options.json == "full")
-    return _report(result, error, write_errors)
+    return report_run(result, error, write_errors)
 
 
-def _report(result: Result, error: SandboxError | None, write_errors: list[str]) -> int:
+def report_run(result: Result, error: SandboxError | None, write_errors: list[str]) -> int:
     """Print messages about a run; return the exit code. write_errors: a line for each file that was not written."""
     _explain(result, error)
     for line in write_errors:
@@ -224,14 +224,14 @@ def _checked_outputs(options: argparse.Namespace) -> dict[str, Path | None]:
 
     if options.dry_run:
         raise UsageError("wrong usage", "--dry-run writes nothing", "Omit the flags that name output files")
-    program = _named(options)[0] if options.code is None else None
+    program = named_program(options)[0] if options.code is None else None
     named = ["/dev/stdin" if program == "-" else program, options.policy]
     named += [*options.allow_host_file, *options.deny_host_file]
     check_outputs(outputs, [options.input, *(Path(name) for name in named if name)])
     return outputs
 
 
-def _is_x07(path: Path) -> bool:
+def is_x07_program(path: Path) -> bool:
     """Whether the program is in the X07 language. Callers of X07's command then expect X07's report."""
     if not (path.name.endswith("x07.json") or is_folder(path)):  # saves the import
         return False
@@ -266,7 +266,9 @@ def choose_backend(options: argparse.Namespace) -> Choice:
     return choice
 
 
-def _caller(options: argparse.Namespace, stack: contextlib.ExitStack, choice: Choice, *, for_x07: bool) -> RunCaller:
+def make_caller(
+    options: argparse.Namespace, stack: contextlib.ExitStack, choice: Choice, *, for_x07: bool
+) -> RunCaller:
     """Return the caller of the run, whose cancellation and progress *stack* ends."""
     cancel = stack.enter_context(cancelled_by_signals())
     progress = LiveLine()
@@ -282,9 +284,9 @@ def _caller(options: argparse.Namespace, stack: contextlib.ExitStack, choice: Ch
     )
 
 
-def _request(options: argparse.Namespace, cancel: Cancel) -> RunRequest:
+def request_of(options: argparse.Namespace, cancel: Cancel) -> RunRequest:
     """Return the request for the run. Raises UsageError."""
-    program, words = _named(options)
+    program, words = named_program(options)
     source: bytes | None = None
     toolchain = options.toolchain
     if options.artifact:
@@ -319,7 +321,7 @@ def _request(options: argparse.Namespace, cancel: Cancel) -> RunRequest:
     )
 
 
-def _stdin(options: argparse.Namespace, request: RunRequest, *, for_x07: bool) -> int | None:
+def stdin_of(options: argparse.Namespace, request: RunRequest, *, for_x07: bool) -> int | None:
     """Return the descriptor of the program's standard input, unless the input is given in another way."""
     if options.code is None and request.source is not None:  # it was the source
         return None
@@ -335,7 +337,7 @@ def _stdin(options: argparse.Namespace, request: RunRequest, *, for_x07: bool) -
     return stdin_fd
 
 
-def _named(options: argparse.Namespace) -> tuple[str | None, list[str]]:
+def named_program(options: argparse.Namespace) -> tuple[str | None, list[str]]:
     """Return the program, or None for -c and `x07 exec`, and its arguments. Raises UsageError.
 
     PROGRAM or one of X07's flags names the program. Otherwise it is the X07 project around the current folder.

@@ -30,6 +30,7 @@ REASONS: Final = {
     "command-not-in-image": "the command {name} is not in the image {image}. {advice}: {command}",
     "command-not-in-vm": "{name} or its interpreter does not exist in the VM",
     "command-not-on-host": "the command {name} is not installed on this host",
+    "built": "the program was built",
     "not-built": "the build succeeded, but its output {problem}",
     "cancelled": "the run was cancelled[ by {by}][ while the guest was {doing}]",
     "cancelled-before-apply": "the run was cancelled[ by {by}] before its changes were applied",

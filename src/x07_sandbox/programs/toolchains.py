@@ -65,7 +65,7 @@ _NAME_MAX: Final = 200  # bytes; byte code has a longer name, and the file syste
 _ELF: Final = b"\x7fELF"
 
 
-class Source(msgspec.Struct, frozen=True, kw_only=True):
+class Source(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A source in the build VM. Names are relative to the folder."""
 
     name: str  # the file to start; "" if there is none (make)

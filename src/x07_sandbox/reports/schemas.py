@@ -17,7 +17,7 @@ from x07_sandbox.policy.schema import render_schema
 from x07_sandbox.reports import conform, doctor, document, policies, sandboxes, verbs
 from x07_sandbox.reports import result as short_result
 from x07_sandbox.runs import preview, result
-from x07_sandbox.x07 import attestation, runner_report
+from x07_sandbox.x07 import attestation, bundle, runner_report
 
 _REF: Final = "#/$defs/{name}"
 _RUNNER: Final = (runner_report.CompileRunReport, runner_report.RunOsReport)
@@ -29,9 +29,15 @@ _ALONE: Final[tuple[type[msgspec.Struct], ...]] = (
     *(verbs.RemoveReport, verbs.VerifyReport, verbs.PoolReport, listing.PsReport, listing.InspectReport),
     *(sandboxes.SandboxesReport, sandboxes.CommandDocument, sandboxes.FilesReport, sandboxes.ForwardReport),
     *(pruner.PruneReport, sweep.SweepReport, kill.KillReport, prune.DfReport),
+    *(bundle.BundleReport, bundle.BundleFacts, bundle.VmManifest),
 )
 # Documents of X07's own tools, whose files have X07's names.
-_NAMES: Final = {"runtime.attest": "x07-runtime.attest", "policy.init.report": "x07-policy-init.report"}
+_NAMES: Final = {
+    "runtime.attest": "x07-runtime.attest",
+    "policy.init.report": "x07-policy-init.report",
+    "bundle.report": "x07-bundle.report",
+    "vm.bundle.manifest": "x07-vm.bundle.manifest",
+}
 
 
 def schemas() -> dict[str, str]:

@@ -124,6 +124,7 @@ def prepare(
         yield draft
         require_packages(program.toolchain, image.manifest.holds(), lambda: image_in_use(image, _image_name(request)))
         check_pinned(image.manifest.digest)
+        check_own_image(image.manifest.digest, caller.image_digest)
     else:
         _refuse_image(request, choice)
         _require_programs(program, choice)
@@ -309,6 +310,14 @@ def check_pinned(digest: str) -> None:
     if pinned not in {None, digest}:
         why = f"X07_VM_GUEST_IMAGE_DIGEST is {pinned}, but the image's digest is {digest}"
         fix = "Choose another image, or set the variable to the digest that you trust"
+        raise RefusedError("this guest image is not allowed to run", why, fix, code="image-not-pinned")
+
+
+def check_own_image(digest: str, wanted: str | None) -> None:
+    """Raise RefusedError if *wanted* is the only image that may be used, and *digest* is another one."""
+    if wanted not in {None, digest}:
+        why = f"the program may use only the image {wanted}, but the image's digest is {digest}"
+        fix = "Install that image, or make the bundle again with this image"
         raise RefusedError("this guest image is not allowed to run", why, fix, code="image-not-pinned")
 
 

@@ -160,6 +160,7 @@ class RunCaller(Caller, frozen=True, kw_only=True):
     stdin_fd: the standard input for programs without another input.
     live_stdout, live_stderr: where the program's output goes while it runs.
     artifact: the file for the built program; a complete file is not built again.
+    image_digest: the only guest image that may be used; None for any.
     program, policy: those of the request, if the caller has read them.
     word: returns the name of an option, for the reader of the result (`errors.worded`).
     """
@@ -171,6 +172,7 @@ class RunCaller(Caller, frozen=True, kw_only=True):
     live_stdout: int | None = None
     live_stderr: int | None = None
     artifact: OutFile | None = None
+    image_digest: str | None = None
     program: Program | None = None
     policy: EffectivePolicy | None = None
     word: Callable[[Flag], str] = str

@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from x07_sandbox.runs.request import ChangesChoice, RunCaller, RunRequest
     from x07_sandbox.sandboxes.transfers import OutFile
 
+    Steps = Callable[[RunRequest, RunCaller, Result, RunFolder, contextlib.ExitStack], Iterator[Result]]
+
 _TAIL_BYTES = 32 * 1024  # of each output stream of a failed program, for hints
 
 SCALING_HINT = "the VM is emulated; --scale-limits multiplies the time limits by its slowdown"
@@ -54,13 +56,16 @@ _KNOWN_OUTCOMES: tuple[tuple[tuple[type[SandboxError], ...], Outcome], ...] = (
 )
 
 
-def attempt(request: RunRequest, caller: RunCaller) -> tuple[Result, SandboxError | None]:
-    """Carry out one run; return the result and the error that caused it, if any. Only a bug raises an exception."""
+def attempt(request: RunRequest, caller: RunCaller, steps: Steps | None = None) -> tuple[Result, SandboxError | None]:
+    """Carry out one run; return the result and the error that caused it, if any. Only a bug raises an exception.
+
+    steps: `build_steps` to only build the program; None for a whole run.
+    """
     draft = draft_result(new_run_id())
     try:
         with contextlib.ExitStack() as stack:
             folder = make_folder(request, caller, draft.run, stack)
-            for known in _steps(request, caller, draft, folder, stack):
+            for known in (steps or _steps)(request, caller, draft, folder, stack):
                 draft = known
             store_result(folder, draft)
             return draft, None
@@ -128,6 +133,22 @@ def _steps(
     yield draft
     why_kept = "" if ending.outcome in {"ok", "failed"} else "the program did not end by itself"
     yield settled(draft, host_files, request.changes, why_kept, ending, caller.word)
+
+
+def build_steps(
+    request: RunRequest, caller: RunCaller, draft: Result, folder: RunFolder, stack: contextlib.ExitStack
+) -> Iterator[Result]:
+    """Carry out the steps of a run until the program is in the caller's file for it, and yield results like a run."""
+    from x07_sandbox.plan.outcomes import verdict
+
+    prepared, draft = yield from prepare(request, caller, draft, stack)
+    prepared.plan.require(() if request.overrides is None else request.overrides.given)
+    assert caller.artifact is not None  # noqa: S101 - for the type checker
+    ending, draft = yield from obtain_artifact(prepared, draft, folder, caller.artifact)
+    if ending is None:
+        draft = replace(draft, digests=replace(draft.digests, artifact=f"sha256:{caller.artifact.sha256()}"))
+        ending = replace(verdict("ok", "built"), exit_code=0)
+    yield ended(draft, ending, caller.word)
 
 
 def planned(

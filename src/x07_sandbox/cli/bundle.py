@@ -1,0 +1,258 @@
+"""`x07 bundle`: make an executable that runs a program in a throw-away VM, under a policy that is part of it."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from msgspec.structs import replace
+
+from x07_sandbox.cli.atomic_output import artifact_file, check_outputs, files_read, write_bytes
+from x07_sandbox.cli.bundled import require_images
+from x07_sandbox.cli.console import plain, show
+from x07_sandbox.cli.json_output import print_document, shell_path
+from x07_sandbox.cli.parser import add_document_flags, add_row, file_path, folder_path, option, switch
+from x07_sandbox.cli.run import choose_backend, is_x07_program, make_caller, named_program, need_image, request_of
+from x07_sandbox.cli.run_report import from_project
+from x07_sandbox.errors import Command, RefusedError, UsageError
+from x07_sandbox.host.arch import host_arch
+from x07_sandbox.host.os_errors import raised_as
+from x07_sandbox.host.paths import closing_fd
+from x07_sandbox.host.poll import write_all
+from x07_sandbox.host.variables import text
+from x07_sandbox.images.store import DEFAULT
+from x07_sandbox.library.requests import sweep_before_start
+from x07_sandbox.options import COPIED, FILE_SIZE, GRANTS, GROUPS, LIMITS, OF_X07
+from x07_sandbox.programs.toolchains import OUTPUT
+from x07_sandbox.reports.document import render_json
+from x07_sandbox.runs.program import load_program
+from x07_sandbox.runs.request import EffectivePolicy, Program, RunRequest, effective_policy_of
+from x07_sandbox.runs.run import attempt, build_steps
+from x07_sandbox.x07 import bundle
+from x07_sandbox.x07.runner_report import Built, mode_of, report_of, target_of
+
+if TYPE_CHECKING:
+    from x07_sandbox.runs.request import RunCaller
+    from x07_sandbox.runs.result import Result
+    from x07_sandbox.x07.runner_report import CompileRunReport
+
+_FLAGS: Final = frozenset(
+    {
+        *("--toolchain", "--policy", "--build-timeout", "--env", "--image", "--backend", "--sandbox-backend"),
+        *("--i-accept-weaker-isolation", "--queue-timeout", "--no-cache", "--max-output-bytes", "--program"),
+        *("--project", "--world", "--profile"),
+        *(row.flag for row in (*LIMITS, FILE_SIZE, *GRANTS, *COPIED, *OF_X07)),
+    }
+)
+"""The flags of `x07 run` that this command has, too."""
+_EPILOG: Final = """\
+x07 bundle builds PROGRAM once. PATH runs it in a new VM each time, under the policy of the bundle, with
+the arguments, streams and exit codes of x07 run. Each start needs x07-sandbox and a guest image on its host, and is
+refused if a file of the bundle was changed. Relative folders of the policy are below the folder in which PATH is
+started. See docs/how-to/bundle-a-program.md.
+
+examples:
+  x07 bundle --out dist/report report.py
+  dist/report --verbose < data.txt
+  x07 bundle --policy strict.json --pin-image --out prog prog.c
+  x07 bundle --force --json --out dist/tool project/
+
+exit code: 0 the bundle was written; 2 wrong usage; 125 refused, or the program could not be built
+"""
+
+
+def add_bundle(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `x07 bundle`."""
+    parser.epilog = _EPILOG
+    parser.usage = "x07 bundle [OPTIONS] --out PATH PROGRAM"
+    parser.add_argument("program", metavar="PROGRAM", nargs="?", help="source file, executable or project folder")
+    out_help = "the executable to write, beside the folder PATH.vm"
+    option(parser, "--out", "PATH", out_help, type=file_path, dest="launcher")
+    switch(parser, "--force", "replace an existing bundle")
+    switch(parser, "--pin-image", "let the program run only in the guest image that it is bundled with")
+    emit_help = "also write the report and the policy to this folder"
+    option(parser, "--emit-dir", "DIR", emit_help, type=folder_path)
+    add_document_flags(parser)
+    for title, rows in GROUPS.items():
+        mine = [row for row in rows if row.flag in _FLAGS]
+        group = parser.add_argument_group(title) if mine else parser
+        for row in mine:
+            add_row(group, row)
+        others = {row.name: row.default for row in rows if row not in mine}
+        known = {action.dest for action in parser._actions}  # noqa: SLF001 - argparse has no other way
+        parser.set_defaults(**{name: value for name, value in others.items() if name not in known})
+    parser.set_defaults(command=[], args=[], carry_out=_bundle)
+
+
+class _Made(NamedTuple):
+    """What a bundle consists of. report: X07's report of the build."""
+
+    request: RunRequest
+    program: Program
+    policy: EffectivePolicy
+    result: Result
+    report: CompileRunReport
+    payload: bytes
+
+    @property
+    def image(self) -> tuple[str, str]:
+        """The name and the digest of the guest image."""
+        return self.request.image or text("X07_VM_GUEST_IMAGE") or DEFAULT, str(self.result.digests.image)
+
+
+def _bundle(options: argparse.Namespace) -> int:
+    """Build the program and write the bundle. Raises SandboxError."""
+    out: Path | None = options.launcher
+    named, _ = named_program(options)
+    if out is None or named is None or named == "-":
+        why = "--out is missing" if out is None else "PROGRAM must be a file or a folder"
+        raise UsageError("wrong usage", why, ("For example: ", Command("x07 bundle --out dist/prog prog.py")))
+    for_x07 = is_x07_program(Path(named))
+    if for_x07:
+        from_project(options, Path(named))
+    _check_place(out, force=options.force)
+    choice = choose_backend(options)
+    require_images(choice, "cannot make a bundle", "Use --sandbox-backend vm")
+    with contextlib.ExitStack() as stack:
+        need_image(choice, options.image or text("X07_VM_GUEST_IMAGE"))
+        caller = make_caller(options, stack, choice, for_x07=for_x07)
+        made = _build(options, caller, Path(named), stack)
+        report = _report(options, made)
+        launcher, files = _render(made, pinned=options.pin_image)
+        caller.progress("")
+        if options.emit_dir is not None:
+            with raised_as(UsageError, f"cannot write to {options.emit_dir}", "Name another folder"):
+                options.emit_dir.mkdir(parents=True, exist_ok=True)
+            write_bytes(options.emit_dir / "report.json", render_json(report))
+            write_bytes(options.emit_dir / "policy.used.json", made.policy.data)
+        publish(out, launcher, files, force=options.force)
+    if not print_document(report, options, always=for_x07):
+        show(f"created {out} and {bundle.folder_of(out)}")
+        show(f"next: {shell_path(out) if out.is_absolute() else f'./{shell_path(out)}'}")
+    return 0
+
+
+def _build(options: argparse.Namespace, caller: RunCaller, path: Path, stack: contextlib.ExitStack) -> _Made:
+    """Read and build the program at *path*. Raises SandboxError; if the build failed, after the compiler's output."""
+    # An empty input: that of a bundle comes from its start.
+    request, program = load_program(replace(request_of(options, caller.cancel), input=b""), caller, stack)
+    read = [path, *(Path(name) for name in [options.policy] if name), *files_read(request, program)]
+    outputs = {"--out": options.launcher, "--report-out": options.report_out}
+    check_outputs(outputs, read, why="the bundle is made from it")
+    policy, artifact = effective_policy_of(request), artifact_file(stack)
+    caller = replace(caller, program=program, policy=policy, artifact=artifact)
+    sweep_before_start()
+    result, error = attempt(request, caller, build_steps)
+    caller.cancel.check()
+    if error is not None:
+        raise error
+    mode, name = mode_of(program), program.toolchain.name
+    built = Built(mode=mode, world="run-os-sandboxed", lang_id=name, path=OUTPUT, size=artifact.size)
+    report = report_of(result, built, program)
+    if result.outcome != "ok" or not report.compile.ok:
+        for output in (result.stdout.data, result.stderr.data):
+            sys.stderr.write(plain(output.decode("utf-8", "replace")))
+        what = f"cannot bundle {program.source.name or path}"
+        fix = "Try again" if result.outcome not in {"ok", "build-failed"} else "Correct the program"
+        raise RefusedError(what, report.compile.compile_error or result.reason, fix, code="not-bundled")
+    payload = os.pread(artifact.fd, artifact.size, 0)
+    return _Made(request, program, policy, result, replace(report, solve=None, exit_code=0), payload)
+
+
+def _check_place(out: Path, *, force: bool) -> None:
+    """Raise UsageError if PATH or PATH.vm exists, unless *force* is true and these are a bundle."""
+    check_outputs({"--out": out}, [])
+    folder = bundle.folder_of(out)
+    there = [path for path in (out, folder) if os.path.lexists(path)]
+    if there and not force:
+        raise UsageError(f"cannot write {out}", f"{there[0]} exists", "Name another file, or add --force to replace it")
+    with raised_as(UsageError, f"cannot replace {folder}", "Name another file"):
+        if os.path.lexists(folder) and (folder.is_symlink() or not {*os.listdir(folder)} <= {*bundle.FILES}):  # noqa: PTH208 - names
+            raise UsageError(f"cannot replace {folder}", "it is not the folder of a bundle", "Name another file")
+
+
+def _report(options: argparse.Namespace, made: _Made) -> bundle.BundleReport:
+    out, (name, digest) = options.launcher, made.image
+    section = bundle.BundleSection(
+        out=str(out),
+        name=out.name,
+        abi={"kind": "argv_v1"},
+        policy=bundle.BundledPolicy(
+            base_policy=made.policy.base,
+            effective_policy=str(bundle.folder_of(out) / bundle.POLICY),
+            embedded_env_keys=tuple(sorted(made.request.env)),
+        ),
+        emit_dir=None if options.emit_dir is None else str(options.emit_dir),
+        guest=bundle.Guest(
+            platform={"os": "linux", "arch": host_arch().deb},
+            image={"digest": digest, "ref": name},
+            mounts={"job_in": "/x07/in", "job_out": "/x07/out"},
+        ),
+    )
+    target = target_of(made.program, made.request.program, made.report)
+    return bundle.BundleReport(target=target, bundle=section, report=made.report)
+
+
+def _render(made: _Made, *, pinned: bool) -> tuple[bytes, bundle.Files]:
+    """Return the launcher, and the files of the folder by name. Raises UsageError."""
+    request, program, (image, digest) = made.request, made.program, made.image
+    manifest = bundle.VmManifest(
+        backend=str(made.result.backend),
+        guest_image=image,
+        guest_digest=digest,
+        payload="payload",
+        workdir="/x07/work",
+        policy="policy.json",
+    )
+    facts = bundle.BundleFacts(
+        pinned=pinned,
+        toolchain=program.toolchain.name,
+        source=program.source,
+        project=program.project,
+        args=request.args,
+        env=dict(request.env),
+        denied=dict(made.policy.denied),
+        cpu_ms=program.cpu_ms,
+        max_output_bytes=request.max_output_bytes,
+    )
+    return bundle.render_bundle(manifest, facts, made.policy.data, made.payload)
+
+
+def publish(out: Path, launcher: bytes, files: Mapping[str, bytes], *, force: bool) -> None:
+    """Write the bundle under a temporary name, then rename it, so that an error leaves nothing. Raises RefusedError.
+
+    Between the two renames, a start finds digests that do not match, and is refused.
+    """
+    folder, temporary = bundle.folder_of(out), out.with_name(f".x07-{os.urandom(8).hex()}")
+    old, new, start = (temporary / name for name in ("old", "new", "launcher"))
+    try:
+        new.mkdir(parents=True)
+        for path, data in ((start, launcher), *((new / name, data) for name, data in files.items())):
+            mode = 0o777 if path == start else 0o666
+            with closing_fd(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)) as fd:
+                write_all(fd, data)
+        if force and os.path.lexists(folder):
+            folder.rename(old)
+        try:
+            new.rename(folder)
+            if force:
+                start.replace(out)
+            else:
+                out.hardlink_to(start)  # does not replace a file that appeared meanwhile
+        except OSError:
+            if not new.exists():
+                folder.rename(new)
+            if old.exists():
+                old.rename(folder)
+            raise
+    except OSError as exc:
+        why, fix = exc.strerror or str(exc), "Name another file, or free space there"
+        raise RefusedError(f"cannot write {out}", why, fix, code="output-not-written") from exc
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
