@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# Functions shared by setup.sh, quickstart.sh, test.sh and fresh_root_check.sh, which source this file from the project's
-# folder. Everything is installed by name, with apt and pip. git is not needed.
+# Functions shared by setup.sh, quickstart.sh, test.sh and others, which source this file from the project's folder.
+# Everything is installed by name, with apt and pip. git is not needed.
 
 # Nothing of the current folder is executed, wherever a script is called: bash -p ignores BASH_ENV and exported functions,
 # Python gets -I, and PATH loses its empty and relative entries.

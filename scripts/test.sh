@@ -2,8 +2,8 @@
 # Install everything that the tests need, and run them: ruff, mypy, import-linter, shellcheck, check-jsonschema and
 # zizmor (for the CI files), the build of the documentation and of the guest image, and pytest.
 #   scripts/test.sh [--full] [-- PYTEST ARGUMENTS]
-# --full: full sizes, long property tests, and the quick start in a clean Debian root. Environment: CI=1 makes a
-# missing tool an error instead of a skip; X07_PYTHON is the Python for .venv.
+# --full: full sizes, long property tests, the quick start in a clean Debian root, and runs under KVM in an emulated
+# computer. Environment: CI=1 makes a missing tool an error instead of a skip; X07_PYTHON is the Python for .venv.
 set -euo pipefail
 unset CDPATH # cd would print where it went
 
@@ -31,6 +31,8 @@ check() {
     step "$*"
     "$@" || broken+=("$*")
 }
+# Status 77: it cannot run here, and has said why.
+under_kvm() { as_root scripts/nested_kvm_check.sh || [[ $? -eq 77 ]]; }
 static_checks() {
     check ruff format --check
     check ruff check
@@ -62,7 +64,8 @@ if [[ $full == yes ]]; then
     export X07_TEST_FULL=1
     check as_root scripts/fresh_root_check.sh
     check as_root scripts/fresh_root_check.sh --user
-    [[ ${#broken[@]} -eq 0 ]] || fail "the quick start failed in a clean root" "See its messages above."
+    check under_kvm
+    [[ ${#broken[@]} -eq 0 ]] || fail "these checks failed; the tests were not started" "${broken[@]}"
 fi
 
 # -rs lists every skip with its reason, --durations the slowest tests. There are more workers than processors, because

@@ -10,7 +10,8 @@ import pytest
 
 from x07_sandbox.backends.base import HandshakeFailure
 from x07_sandbox.backends.qemu import backend
-from x07_sandbox.backends.qemu.backend import known_verdict
+from x07_sandbox.backends.qemu.backend import boot_limit_s, known_verdict, proof_limit_s
+from x07_sandbox.host import settings
 from x07_sandbox.host.linux import boot_id, boot_ms
 from x07_sandbox.host.verdicts import Verdict
 
@@ -66,6 +67,20 @@ def test_a_guest_that_ended_is_evidence_until_the_host_reboots(record: Path) -> 
 def test_only_a_failure_of_the_guest_itself_is_evidence(failure: HandshakeFailure, *, transient: bool) -> None:
     """If QEMU was late, killed or failed, the state of the host may be the cause; not if the guest powered off."""
     assert failure.transient is transient
+
+
+@pytest.mark.parametrize(("jail_s", "limit_s"), [(0.0, 5.0), (0.03, 5.0), (0.2, 20.0), (2.0, 30.0)])
+def test_the_limit_of_the_proof_grows_with_the_measured_start_of_the_jail(jail_s: float, limit_s: float) -> None:
+    """A slow host gets more time to prove that KVM works, at most as much as for any boot."""
+    assert proof_limit_s(jail_s, settings.KVM_PROOF_S, settings.BOOT_S) == limit_s
+
+
+def test_the_timeout_of_a_boot_grows_with_the_measured_boot(record: Path) -> None:
+    """On a host where the test of KVM took long, other VMs get more time to boot."""
+    record.write_text(json.dumps({"boot_id": boot_id(), "works": True, "reason": "our agent answered", "boot_s": 20.0}))
+    known = known_verdict()
+    assert known is not None
+    assert (boot_limit_s(known.boot_s), boot_limit_s(0.5)) == (80.0, settings.BOOT_S)
 
 
 @pytest.mark.usefixtures("record")

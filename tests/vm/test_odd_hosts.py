@@ -368,7 +368,9 @@ def test_setup_rejects_a_folder_name_that_breaks_venv(tmp_path: Path, name: str)
     assert "Move the project to another folder." in done.stderr
 
 
-@pytest.mark.parametrize("script", ["quickstart.sh", "setup.sh", "test.sh", "fresh_root_check.sh"])
+@pytest.mark.parametrize(
+    "script", ["quickstart.sh", "setup.sh", "test.sh", "fresh_root_check.sh", "nested_kvm_check.sh"]
+)
 def test_scripts_ignore_cdpath(script: str) -> None:
     """The scripts find their folder whatever CDPATH is set to."""
     bash = shutil.which("bash")

@@ -29,16 +29,17 @@ def test_an_agent_that_answers_is_the_proof(image: Image, tmp_path: Path, monkey
     """The proof succeeds if the guest's agent answers in time."""
     monkeypatch.setenv("X07_VM_STATE_DIR", str(tmp_path / "jobs"))
     with open_image(image) as opened:
-        found = prove(opened, settings.BOOT_S, kvm=False)
+        found = prove(opened, settings.BOOT_S, settings.BOOT_S, kvm=False)
     assert found.works, found.reason
     assert "agent answered" in found.reason
+    assert 0.1 < found.boot_s < settings.BOOT_S
 
 
 def test_a_late_guest_is_reported_as_late(image: Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A guest that does not answer in time is no evidence that guests do not work."""
     monkeypatch.setenv("X07_VM_STATE_DIR", str(tmp_path / "jobs"))
     with open_image(image) as opened:
-        found = prove(opened, 0.2, kvm=False)
+        found = prove(opened, 0.2, 0.2, kvm=False)
     assert (found.works, found.transient) == (False, True), found.reason
 
 
@@ -53,7 +54,7 @@ def test_a_killed_guest_proves_nothing(image: Image, tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(QemuInstance, "release", killed)
     with open_image(image) as opened:
-        found = prove(opened, settings.BOOT_S, kvm=False)
+        found = prove(opened, settings.BOOT_S, settings.BOOT_S, kvm=False)
     assert (found.works, found.transient) == (False, True), found.reason
     assert "if this host ran out of memory" in found.reason
 
@@ -67,7 +68,7 @@ import resource
 resource.setrlimit(resource.RLIMIT_CPU, (1, 2))
 with open_image(find_image(None)) as opened:
     try:
-        print(prove(opened, 60, kvm=False))
+        print(prove(opened, 60, 60, kvm=False))
     except HostError as exc:
         print(exc)
 """

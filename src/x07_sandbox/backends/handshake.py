@@ -30,15 +30,21 @@ def read_deadline(deadline: Deadline) -> Deadline:
     return Deadline.after(settings.STOPPED_S if deadline.missed_while_stopped() else _LATE_S)
 
 
-def greet(instance: Instance, *, cancel_fd: int | None = None, meanwhile: Callable[[], object] = lambda: None) -> None:
+def greet(
+    instance: Instance,
+    *,
+    cancel_fd: int | None = None,
+    meanwhile: Callable[[], object] = lambda: None,
+    boot_s: float = settings.BOOT_S,
+) -> None:
     """Release the instance, wait for its agent, send clock and entropy, and set `Instance.greeting`.
 
-    cancel_fd: the wait ends once it is readable. meanwhile: called while the instance starts.
-    Raises NoAnswerError; the caller stops the instance.
+    cancel_fd: the wait ends once it is readable. meanwhile: called while the instance starts. boot_s: timeout
+    of a boot, in seconds. Raises NoAnswerError; the caller stops the instance.
     """
     cold = instance.start_mode == "cold"  # the agent of any other start has sent HELLO already
     released_at = time.monotonic()
-    deadline = Deadline.after(settings.BOOT_S if cold else settings.CLONE_S)
+    deadline = Deadline.after(boot_s if cold else settings.CLONE_S)
     instance.release()
     talk = Handshake(instance, State.WAITING if cold else State.WARM, cancel_fd)
     if not cold:

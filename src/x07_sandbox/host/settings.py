@@ -14,7 +14,8 @@ CONSOLE_MAX_BYTES: Final = 64 * KIB
 STDERR_MAX_BYTES: Final = 64 * KIB  # of the VMM
 
 QUEUE_S: Final = 600.0
-BOOT_S: Final = 30.0
+BOOT_S: Final = 30.0  # timeout of a boot
+BOOTS_SLOWER: Final = 4  # or this many times the boot that proved KVM, if that is more
 BOOTS_MAX: Final = 4  # boot attempts per job, if a kernel miscalibrates its timers
 CLONE_S: Final = 10.0  # timeout of a clone; then the job starts cold
 WARM_BYTES: Final = 256 * MIB  # upper bound for an idle warm machine
@@ -26,7 +27,8 @@ PRELOAD_S: Final = 200.0
 HOT_S: Final = 43_200.0  # how long a saved process of a VM is used (12 hours)
 COPY_IN_S: Final = 60.0  # without progress of the copy
 CHANGES_OUT_S: Final = 60.0
-KVM_PROOF_S: Final = 5.0
+KVM_PROOF_S: Final = 5.0  # least time for the test of KVM; the most is BOOT_S
+KVM_PROOF_JAILS: Final = 100  # in between: this many times the measured start of the jail
 RETRY_S: Final = 300.0  # before KVM or a template is tried again after a failure that the host may have caused
 # How long a guest may take to report the state of its program at the deadline. Equals the longest grace, because a
 # tenth of a short wall time is too short for an emulated machine.

@@ -66,6 +66,7 @@ class QemuBackend:
 
     def __init__(self) -> None:
         self._kvm = False
+        self._boot_s = settings.BOOT_S
 
     @property
     def cloning(self) -> QemuBackend:
@@ -91,7 +92,7 @@ class QemuBackend:
         verdict = known_verdict() if image is None or not boot else kvm_verdict(image)
         if verdict is None:
             return Availability(features=self.least_features(), proof="no VM has used KVM yet", known=False)
-        self._kvm = verdict.works
+        self._kvm, self._boot_s = verdict.works, boot_limit_s(verdict.boot_s)
         if self._kvm:
             return Availability(features=vm_features("vm-hardware"), proof=verdict.reason)
         return Availability(
@@ -129,7 +130,8 @@ class QemuBackend:
             with contextlib.ExitStack() as one:
                 instance = one.enter_context(self._started(replace(job, claim=claim, cold=cold), notes, any_timer=last))
                 try:
-                    greet(instance, cancel_fd=job.caller.cancel.fd, meanwhile=job.meanwhile)
+                    cancel_fd = job.caller.cancel.fd
+                    greet(instance, cancel_fd=cancel_fd, meanwhile=job.meanwhile, boot_s=self._boot_s)
                     if last and instance.start_mode == "cold":
                         notes["timer"] = _ANY_TIMER.format(_phase(job))
                 except NoAnswerError as exc:
@@ -253,7 +255,7 @@ class QemuBackend:
     def _make(self, template: Template, kind: MachineKind, caller: Caller) -> None:
         """Save a VM. Raises SandboxError."""
         with caller.cancel.waiting():
-            templates.ensure_template(template, kind, caller.progress, kvm=self._kvm)
+            templates.ensure_template(template, kind, caller.progress, kvm=self._kvm, boot_s=self._boot_s)
 
     def _make_process(
         self, process: Template, kind: MachineKind, caller: Caller, warm_up: WarmUp, *, wait: bool
@@ -348,12 +350,14 @@ class Proof(NamedTuple):
     """Whether a guest works, and the evidence.
 
     transient: whether the state of the host may be the cause of a failure. fix: what to do after a failure.
+    boot_s: how long the guest took to answer, in seconds.
     """
 
     works: bool
     reason: str
     transient: bool = False
     fix: str = NO_KVM
+    boot_s: float = 0.0
 
 
 def kvm_verdict(image: OpenImage) -> Proof:
@@ -364,11 +368,12 @@ def kvm_verdict(image: OpenImage) -> Proof:
     lock = verdict.path.with_name(".lock")
     not_tried = "a VM under KVM could not be tested"  # proves nothing, so it is not stored
     try:
-        with file_lock(lock, most_s=settings.BOOTS_MAX * (settings.KVM_PROOF_S + 1)):
+        with file_lock(lock, most_s=settings.BOOTS_MAX * (settings.BOOT_S + 1)):
             if (known := known_verdict()) is not None:  # stored while we waited
                 return known
-            found = prove(image, settings.KVM_PROOF_S, kvm=True)
-            verdict.write({"works": found.works, "reason": found.reason}, transient=found.transient)
+            found = prove(image, settings.KVM_PROOF_S, settings.BOOT_S, kvm=True)
+            values = {"works": found.works, "reason": found.reason, "boot_s": found.boot_s}
+            verdict.write(values, transient=found.transient)
     except SandboxError as exc:
         return Proof(works=False, reason=f"{not_tried} ({exc.why})", fix=exc.fix)
     except TimeoutError as exc:  # the other process may be stopped
@@ -385,7 +390,7 @@ def known_verdict() -> Proof | None:
     if not {"works", "reason"} <= stored.keys():
         return None
     if stored["works"]:
-        return Proof(works=True, reason=str(stored["reason"]))
+        return Proof(works=True, reason=str(stored["reason"]), boot_s=float(stored.get("boot_s", 0)))
     reason = f"{stored['reason']}. KVM is not tried again {validity(stored)}"
     transient = "retry_at_ms" in stored
     return Proof(works=False, reason=reason, transient=transient, fix="Try again later" if transient else NO_KVM)
@@ -396,17 +401,34 @@ def _verdict() -> Verdict:
     return Verdict("kvm", file_state(host_arch().qemu_binary), jail_form().name)
 
 
-def prove(image: OpenImage, limit_s: float, *, kvm: bool) -> Proof:
-    """Return whether an agent answers within *limit_s* seconds. Raises SandboxError if no guest could be booted."""
+def proof_limit_s(jail_s: float, least_s: float, most_s: float) -> float:
+    """Return how long a guest may take to answer on a host that took *jail_s* to start its jail, in seconds.
+
+    A guest that hangs costs each host this time, and a slow or busy host starts both the jail and the guest slowly.
+    """
+    return min(most_s, max(least_s, settings.KVM_PROOF_JAILS * jail_s))
+
+
+def boot_limit_s(measured_s: float) -> float:
+    """Return how long a guest may take to boot, in seconds. measured_s: how long the guest of the proof took."""
+    return max(settings.BOOT_S, settings.BOOTS_SLOWER * measured_s)
+
+
+def prove(image: OpenImage, least_s: float, most_s: float, *, kvm: bool) -> Proof:
+    """Return whether an agent answers in time (`proof_limit_s`). Raises SandboxError if no guest could be booted."""
     from x07_sandbox.plan.outcomes import classify  # not imported by runs that know the result
 
     under = " under KVM" if kvm else " under emulation"
     kind = MachineKind(image=image, ram_bytes=RAM_CLASSES[0])
     for last in starts.boot_attempts():
-        with starts.own_vm(kind, "probe", limit_s, kvm=kvm, any_timer=last) as instance:
-            failure = Handshake(instance, State.WAITING).until(State.GREETED, Deadline.after(limit_s))
+        began = time.monotonic()
+        with starts.own_vm(kind, "probe", most_s, kvm=kvm, any_timer=last) as instance:
+            released = time.monotonic()
+            deadline = Deadline.after(proof_limit_s(released - began, least_s, most_s))
+            failure = Handshake(instance, State.WAITING).until(State.GREETED, deadline)
             if failure is None:
-                return Proof(works=True, reason=f"x07's agent answered from a VM{under}")
+                boot_s = round(time.monotonic() - released, 1)
+                return Proof(works=True, reason=f"x07's agent answered from a VM{under}", boot_s=boot_s)
             starts.require_cpu_time(instance, "cannot test a VM")
             if not starts.miscalibrated(failure):
                 why = classify(evidence_of(failure)).reason.rstrip(".")

@@ -266,13 +266,15 @@ def sparse_sha256(fd: int, size: int) -> str:
     return digest.hexdigest()
 
 
-def ensure_template(template: Template, kind: MachineKind, progress: Callable[[str], None], *, kvm: bool) -> None:
-    """Save a VM unless there is one. Raises SandboxError."""
+def ensure_template(
+    template: Template, kind: MachineKind, progress: Callable[[str], None], *, kvm: bool, boot_s: float
+) -> None:
+    """Save a VM unless there is one. boot_s: timeout of its boot. Raises SandboxError."""
 
     def make(work: Path) -> TemplateManifest:
         if short := lack_of_space(kind.ram_bytes):
             raise HostError(_WHAT, short, "Free disk space")
-        return make_template(template, kind, work, kvm=kvm)
+        return make_template(template, kind, work, kvm=kvm, boot_s=boot_s)
 
     ensure(template, make, f"saving a VM for {template.title} with this image; later VMs start in 0.1 s", progress)
 
@@ -334,7 +336,9 @@ def _make_alone(
         remove_template(old)
 
 
-def make_template(template: Template, kind: MachineKind, work: Path, *, kvm: bool) -> TemplateManifest:
+def make_template(
+    template: Template, kind: MachineKind, work: Path, *, kvm: bool, boot_s: float = settings.BOOT_S
+) -> TemplateManifest:
     """Make the template in the folder *work*. Raises SandboxError."""
     with contextlib.ExitStack() as stack:
         files = {name: new_file(work / name, stack) for name in ("ram", "state")}
@@ -344,7 +348,7 @@ def make_template(template: Template, kind: MachineKind, work: Path, *, kvm: boo
         for last in starts.boot_attempts():
             os.ftruncate(saving.ram_fd, 0)
             os.ftruncate(saving.ram_fd, kind.ram_bytes)
-            if _booted_and_saved(kind, saving, kvm=kvm, last=last):
+            if _booted_and_saved(kind, saving, kvm=kvm, last=last, boot_s=boot_s):
                 break
         files["scratch.head"] = new_file(work / "scratch.head", stack)
         disk = keep_disk(scratch_fd, files["scratch.head"])
@@ -362,9 +366,9 @@ def keep_disk(disk_fd: int, scratch_fd: int) -> ScratchDisk:
     return disk
 
 
-def _booted_and_saved(kind: MachineKind, saving: Saving, *, kvm: bool, last: bool) -> bool:
+def _booted_and_saved(kind: MachineKind, saving: Saving, *, kvm: bool, last: bool, boot_s: float) -> bool:
     """Boot and save one VM. Return False if another attempt may succeed. Raises SandboxError."""
-    order, limit_s = warm_message(kind), _limit_s(kind)
+    order, limit_s = warm_message(kind), _limit_s(kind) + boot_s - settings.BOOT_S
     with starts.own_vm(kind, "template", limit_s, kvm=kvm, any_timer=last, memory=saving) as instance:
         say = {State.GREETED: order}
         if failure := Handshake(instance, State.WAITING).until(State.WARM, Deadline.after(limit_s), say):
