@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -97,5 +98,6 @@ def _unpack(image: OpenImage) -> None:
         with tempfile.TemporaryDirectory(prefix=".new-", dir=cache_folder("gvisor")) as folder:
             root = unpack_root(Path(folder), Path(f"/proc/{os.getpid()}/fd/{image.fds['root']}"))
             with raised_as(HostError, "cannot unpack the image", "Free disk space"):
+                shutil.rmtree(root / "dev")  # its devices would be those of the host
                 add_agent(stored, root)
                 root.rename(target)
