@@ -31,6 +31,8 @@ def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     """Each backend that can run here, with its own state folder."""
     if request.param == "docker" and not FULL:
         pytest.skip("full sizes only: podman runs the same code; tests/containers runs both")
+    if request.param == "gvisor" and not FULL:
+        pytest.skip("full sizes only: gVisor is slow beside other tests")
     if request.param == "firecracker-ctr":
         pytest.skip("no package brings firecracker-containerd; tests/containers/test_firecracker.py uses a stand-in")
     with contextlib.ExitStack() as stack:

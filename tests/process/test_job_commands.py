@@ -270,7 +270,10 @@ def test_a_queued_run_is_listed_and_killed(state: Path) -> None:
             waiting = [job["run"] for job in found("ps", "--json")["jobs"] if job["state"] == "waiting"]
         assert waiting
         assert run not in waiting
-        assert b"ended" in x07("kill", waiting[0]).stderr
+        killed = b""
+        while b"ended" not in killed and time.monotonic() < deadline:  # it is listed before it can be killed
+            killed = x07("kill", waiting[0]).stderr
+        assert b"ended" in killed
         assert second.wait(WAIT_S) == 143
         assert second.stderr is not None
         assert b"cancelled: the run was cancelled by x07 kill." in second.stderr.read()

@@ -165,7 +165,7 @@ def test_a_program_cannot_change_the_saved_machine(sandbox: Sandbox) -> None:
 def own_cache(image: Image, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A cache beside the user's, with the same packages and no saved machine."""
     cache = tmp_path_factory.mktemp("clones") / "cache"
-    unused = shutil.ignore_patterns("templates", "verdicts", "pool", "gvisor", "*.lock")
+    unused = shutil.ignore_patterns("templates", "verdicts", "pool", "gvisor", "tmp", "*.lock")
 
     def ignored(folder: str, names: list[str]) -> set[str]:
         others = {name for name in names if len(name) == 64 and name != image.folder.name}
