@@ -236,7 +236,8 @@ class Side:
             self._send(Started(value.id))
             self.stdout[value.id] = self._open(Stream.STDOUT, value.id)
         elif isinstance(value, Stop) and self.commands[value.id] is CommandState.RUNNING:
-            self._end_command(value.id)
+            if self.state is not State.CLOSED:  # a session that closes after no command leaves it running
+                self._end_command(value.id)
         elif isinstance(value, Changes):
             self._send_changes()
         elif isinstance(value, Close):
