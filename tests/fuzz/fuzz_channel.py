@@ -236,8 +236,7 @@ class Side:
             self._send(Started(value.id))
             self.stdout[value.id] = self._open(Stream.STDOUT, value.id)
         elif isinstance(value, Stop) and self.commands[value.id] is CommandState.RUNNING:
-            if self.state is not State.CLOSED:  # a session that closes after no command leaves it running
-                self._end_command(value.id)
+            self._end_command(value.id)
         elif isinstance(value, Changes):
             self._send_changes()
         elif isinstance(value, Close):
@@ -258,6 +257,8 @@ class Side:
         self._send(MESSAGES[Close])
 
     def _end_command(self, command: int) -> None:
+        if self.state is State.CLOSED:  # a session that closes after no command leaves it running
+            return
         self.link.streams.finish(self.stdout[command])
         self.allowed += HEADER.size
         self._send(EXITED._replace(id=command))
