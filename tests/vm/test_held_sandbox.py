@@ -188,7 +188,7 @@ def test_the_end_of_a_sandbox_reaches_all_its_clients(tmp_path: Path, state: Pat
         second.exec(["true"])
     assert (tmp_path / "work/new.txt").read_text() == "1\n"
     wait_until(lambda: not left_behind(state))
-    assert not (all_runs() / first.id / SOCKET).exists()
+    wait_until(lambda: not (all_runs() / first.id / SOCKET).exists())
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
@@ -239,6 +239,7 @@ def test_a_sandbox_that_loses_its_gate_tells_its_clients(tmp_path: Path, state: 
     os.kill(gate, signal.SIGKILL)
     with pytest.raises(SandboxError, match="cannot use the sandbox"):
         opened.exec(["sleep", "60"])
+    wait_until(lambda: not opened.alive)
     assert opened.result is not None
     assert (opened.result.outcome, opened.result.changes.state) == ("gate-lost", "discarded")
     wait_until(lambda: not left_behind(state))
