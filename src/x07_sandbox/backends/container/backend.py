@@ -38,6 +38,7 @@ GAPS: Final = {
     "root-inside": NO_ROOT,
     "damaged-image": "the engine stores the image, and only its id is checked",
 }
+HELD: Final = VM_CAPABILITIES - {"held-connections", "command-groups"}  # what a container with our agent can enforce
 WARNING: Final = "the program's system calls reach this host's kernel"
 
 
@@ -164,8 +165,7 @@ class EngineBackend(WithImages):
 
     def least_features(self) -> Features:
         """Return the features of a container that runs x07's agent."""
-        held = VM_CAPABILITIES - {"held-connections", "command-groups"}
-        return Features(isolation="container", own_kernel=False, can_enforce=held)
+        return Features(isolation="container", own_kernel=False, can_enforce=HELD)
 
     def probe(self, image: OpenImage | None = None, *, boot: bool = True) -> Availability:  # noqa: ARG002 - needs no image
         """Return what the engine can limit here. Raises HostError if the engine fails or would ignore a limit."""

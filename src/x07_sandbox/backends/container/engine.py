@@ -1,20 +1,14 @@
 """Containers of podman and docker."""
 
-import time
 from collections.abc import Sequence
-from typing import Final
 
 import msgspec
 
 from x07_sandbox.backends.base import Orphan
 from x07_sandbox.backends.container.create import ContainerSpec, create_argv, differences
-from x07_sandbox.backends.container.runtime import CONTAINERS_MAX, CREATE
+from x07_sandbox.backends.container.runtime import CONTAINERS_MAX, CREATE, until_gone
 from x07_sandbox.backends.engines import Engine, container_id, is_id
 from x07_sandbox.errors import BackendError
-from x07_sandbox.host.clocks import Deadline
-
-_GONE_S: Final = 20.0
-_LOOK_AGAIN_S: Final = 0.05
 
 
 class EngineRuntime(msgspec.Struct, frozen=True):
@@ -60,13 +54,12 @@ class EngineRuntime(msgspec.Struct, frozen=True):
 
     def remove(self, container: str) -> bool:
         """Kill and remove a container, and return whether it is proven gone. Raises BackendError."""
-        deadline = Deadline.after(_GONE_S)
-        while not deadline.passed():
+
+        def remove() -> bool:  # docker may answer "removal is already in progress"
             done = self.engine.call(*self._removing(container))
-            if not done.status or self.engine.call("inspect", "--type", "container", container).absent:
-                return True
-            time.sleep(_LOOK_AGAIN_S)  # docker: "removal is already in progress"
-        return False
+            return not done.status or self.engine.call("inspect", "--type", "container", container).absent
+
+        return until_gone(remove)
 
     def find(self, container: str) -> Orphan | None:
         """Return a container, or None if there is none of this name. Raises BackendError."""

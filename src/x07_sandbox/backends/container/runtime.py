@@ -1,13 +1,34 @@
 """What makes the containers of jobs: podman and docker (container/engine), or containerd (containerd/ctr)."""
 
-from collections.abc import Sequence
+import re
+import time
+from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
 from x07_sandbox.backends.base import Orphan
 from x07_sandbox.backends.container.create import ContainerSpec
+from x07_sandbox.host.clocks import Deadline
 
 CONTAINERS_MAX: Final = 1000
 CREATE: Final = "cannot create the container"
+_GONE_S: Final = 20.0
+_LOOK_AGAIN_S: Final = 0.05
+_NAME: Final = re.compile(r"x07-[a-z0-9-]{1,72}")
+
+
+def is_name(word: str) -> bool:
+    """Return whether *word* can be the name of one of our containers (instance.container_name)."""
+    return _NAME.fullmatch(word) is not None
+
+
+def until_gone(remove: Callable[[], bool]) -> bool:
+    """Call *remove* until it returns that the container is gone, for a limited time. Return whether it did."""
+    deadline = Deadline.after(_GONE_S)
+    while not deadline.passed():
+        if remove():
+            return True
+        time.sleep(_LOOK_AGAIN_S)
+    return False
 
 
 class Runtime(Protocol):

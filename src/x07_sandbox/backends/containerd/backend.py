@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from x07_sandbox.backends.base import Availability, Job
-from x07_sandbox.backends.container.backend import GAPS, WARNING, WithImages
+from x07_sandbox.backends.container.backend import GAPS, HELD, WARNING, WithImages
 from x07_sandbox.backends.container.instance import ContainerInstance
 from x07_sandbox.backends.containerd.ctr import Ctr
 from x07_sandbox.backends.engines import CLIENT_ENV, Client
@@ -18,7 +18,7 @@ from x07_sandbox.errors import BackendError, HostError, ImageError
 from x07_sandbox.host.paths import find_program
 from x07_sandbox.host.variables import text
 from x07_sandbox.images.verify import OpenImage
-from x07_sandbox.plan.features import VM_CAPABILITIES, Features
+from x07_sandbox.plan.features import Features
 
 _CONNECT_S: Final = 2.0
 _NAMESPACE: Final = "x07"
@@ -98,8 +98,7 @@ class ContainerdBackend(WithImages):
 
     def least_features(self) -> Features:
         """Return the features of a container that runs x07's agent."""
-        held = VM_CAPABILITIES - {"held-connections", "command-groups"}
-        return Features(isolation="container", own_kernel=False, can_enforce=held)
+        return Features(isolation="container", own_kernel=False, can_enforce=HELD)
 
     def probe(self, image: OpenImage | None = None, *, boot: bool = True) -> Availability:  # noqa: ARG002 - needs no image
         """Return what containers can limit here. Raises HostError, BackendError if containerd does not answer."""

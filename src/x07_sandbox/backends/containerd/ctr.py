@@ -3,7 +3,6 @@
 import os
 import re
 import sys
-import time
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -12,16 +11,12 @@ import msgspec
 from x07_sandbox.backends.base import Orphan
 from x07_sandbox.backends.container.create import ContainerSpec
 from x07_sandbox.backends.container.engine import bounded_labels
-from x07_sandbox.backends.container.runtime import CONTAINERS_MAX, CREATE
+from x07_sandbox.backends.container.runtime import CONTAINERS_MAX, CREATE, is_name, until_gone
 from x07_sandbox.backends.containerd.create import FDS_MAX, create_argv, differences
 from x07_sandbox.backends.engines import Answer, Client
 from x07_sandbox.errors import BackendError, Flag, HostError
-from x07_sandbox.host.clocks import Deadline
 
-_GONE_S: Final = 20.0
-_LOOK_AGAIN_S: Final = 0.05
 _STEP_S: Final = 5.0
-_ID: Final = re.compile(r"x07-[a-z0-9-]{1,72}")
 _IMAGE: Final = re.compile(r"(\S{1,512}) +\S+ +(sha256:[0-9a-f]{64}) ")  # REF TYPE DIGEST SIZE ...
 _IMPORT: Final = "Import the guest image again"
 _REMOVE: Final = "import sys; from {} import {} as kind; from {} import remove_main; remove_main(kind, sys.argv[1:])"
@@ -117,17 +112,15 @@ class Ctr(msgspec.Struct, frozen=True, kw_only=True):
 
     def remove(self, container: str) -> bool:
         """Kill and remove a container, and return whether it is proven gone. Raises BackendError."""
-        deadline = Deadline.after(_GONE_S)
-        while not deadline.passed():
-            # A container can be deleted once it has no task. Each step fails if there is nothing to do.
+
+        def remove() -> bool:  # a container can be deleted once it has no task; a step fails if there is nothing to do
             self.client.call("tasks", "kill", "--signal", "SIGKILL", container, timeout_s=_STEP_S)
             self.client.call("tasks", "delete", "--force", container, timeout_s=_STEP_S)
             machine_gone = self.end_machine(container)
             self.client.call("containers", "delete", container, timeout_s=_STEP_S)
-            if machine_gone and self.find(container) is None:
-                return True
-            time.sleep(_LOOK_AGAIN_S)
-        return False
+            return machine_gone and self.find(container) is None
+
+        return until_gone(remove)
 
     def end_machine(self, container: str) -> bool:  # noqa: ARG002 - there is none
         """End the VM of a container, and return whether it is proven gone. Raises BackendError."""
@@ -145,7 +138,7 @@ class Ctr(msgspec.Struct, frozen=True, kw_only=True):
 
     def is_id(self, word: str) -> bool:
         """Return whether *word* can be the name of one of our containers."""
-        return _ID.fullmatch(word) is not None
+        return is_name(word)
 
 
 def remove_main(kind: type[Ctr], words: Sequence[str]) -> None:

@@ -12,7 +12,7 @@ from typing import Final
 import msgspec
 
 from x07_sandbox.backends.base import Availability
-from x07_sandbox.backends.container.backend import GAPS
+from x07_sandbox.backends.container.backend import GAPS, HELD
 from x07_sandbox.backends.container.create import ContainerSpec
 from x07_sandbox.backends.container.instance import ContainerInstance
 from x07_sandbox.backends.containerd.backend import ContainerdBackend
@@ -28,7 +28,7 @@ from x07_sandbox.host.paths import read_bounded
 from x07_sandbox.host.settings import MIB
 from x07_sandbox.host.variables import FIRECRACKER_SOCKET, text
 from x07_sandbox.images.verify import OpenImage
-from x07_sandbox.plan.features import VM_CAPABILITIES, Features
+from x07_sandbox.plan.features import Features
 
 _CONFIG: Final = "/etc/containerd/firecracker-runtime.json"
 _MACHINES: Final = "/var/lib/firecracker-containerd/shim-base"  # the working folders of VMs
@@ -113,8 +113,7 @@ class FirecrackerBackend(ContainerdBackend):
 
     def least_features(self) -> Features:
         """Return the features of a container in a VM."""
-        held = VM_CAPABILITIES - {"held-connections", "command-groups"}
-        return Features(isolation="vm-hardware", own_kernel=True, can_enforce=held)
+        return Features(isolation="vm-hardware", own_kernel=True, can_enforce=HELD)
 
     def probe(self, image: OpenImage | None = None, *, boot: bool = True) -> Availability:  # noqa: ARG002 - needs no image
         """Return what VMs can limit here. Raises HostError, BackendError if they cannot be used."""

@@ -27,7 +27,7 @@ from x07_sandbox.images.verify import OpenImage
 from x07_sandbox.jobs.record import state_home
 from x07_sandbox.plan.features import VM_CAPABILITIES, Features
 
-_FLAGS: Final = ("--platform=systrap", "--network=none", "--host-uds=none", "--overlay2=none", "--oci-seccomp")
+_FLAGS: Final = ("--platform=systrap", "--network=none", "--host-uds=none", "--overlay2=none")
 _NO_FILTER: Final = "gVisor has no nftables, which the relay needs, so a policy that lists hosts is refused"
 _MEMORY: Final = "a program over its limit is ended with an error of gVisor, which does not say that memory ran out"
 _GAPS: Final = GAPS | {

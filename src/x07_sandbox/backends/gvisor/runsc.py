@@ -2,10 +2,8 @@
 
 import json
 import os
-import re
 import shutil
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
@@ -15,18 +13,14 @@ import msgspec
 from x07_sandbox.backends.base import Orphan
 from x07_sandbox.backends.container.create import ContainerSpec
 from x07_sandbox.backends.container.engine import bounded_labels
-from x07_sandbox.backends.container.runtime import CONTAINERS_MAX, CREATE
+from x07_sandbox.backends.container.runtime import CONTAINERS_MAX, CREATE, is_name, until_gone
 from x07_sandbox.backends.engines import Client
 from x07_sandbox.backends.gvisor.bundle import config
 from x07_sandbox.errors import BackendError, UsageError
-from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.os_errors import raised_as
 from x07_sandbox.host.paths import read_bounded
 
-_GONE_S: Final = 20.0
-_LOOK_AGAIN_S: Final = 0.05
 _CONFIG_MAX: Final = 1 << 20
-_ID: Final = re.compile(r"x07-[a-z0-9-]{1,72}")
 _REMOVE: Final = "import sys; from x07_sandbox.backends.gvisor.runsc import remove_main; remove_main(sys.argv[1:])"
 
 
@@ -75,14 +69,14 @@ class Runsc(msgspec.Struct, frozen=True, kw_only=True):
 
     def remove(self, container: str) -> bool:
         """Kill and remove a container, and return whether it is proven gone. Raises BackendError."""
-        deadline = Deadline.after(_GONE_S)
-        while not deadline.passed():
+
+        def remove() -> bool:
             self.client.call("delete", "--force", container)
-            if self.client.call("state", container).absent:
-                shutil.rmtree(self.folder / "bundles" / container, ignore_errors=True)
-                return True
-            time.sleep(_LOOK_AGAIN_S)
-        return False
+            return self.client.call("state", container).absent
+
+        if gone := until_gone(remove):
+            shutil.rmtree(self.folder / "bundles" / container, ignore_errors=True)
+        return gone
 
     def find(self, container: str) -> Orphan | None:
         """Return a container, or None if there is none of this name. Raises BackendError."""
@@ -105,7 +99,7 @@ class Runsc(msgspec.Struct, frozen=True, kw_only=True):
 
     def is_id(self, word: str) -> bool:
         """Return whether *word* can be the name of one of our containers."""
-        return _ID.fullmatch(word) is not None
+        return is_name(word)
 
 
 def remove_main(words: Sequence[str]) -> None:
