@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from typing import Any
 
 import pytest
 from msgspec.structs import replace
 
-from tests.unit.test_container_commands import WANTED
+from tests.unit.test_container_commands import WANTED, after
 from x07_sandbox.backends.containerd.create import capabilities, create_argv, differences
 
 RUNC = "io.containerd.runc.v2"
@@ -19,11 +18,6 @@ def argv_of(*, network: bool = False, in_machine: bool = False) -> list[str]:
     """The words for the container of the other engines' tests."""
     spec = replace(WANTED, network=network)
     return list(create_argv(spec, "guest:1", snapshotter="overlayfs", runtime=RUNC, in_machine=in_machine))
-
-
-def after(argv: list[str], flag: str) -> list[str]:
-    """All values of a flag."""
-    return [value for word, value in itertools.pairwise(argv) if word == flag]
 
 
 def made() -> dict[str, Any]:

@@ -97,13 +97,13 @@ class Files:
                 size = packed.tell()
                 self._ask(Request(calls.PUT, path, size=size), lambda: _from_file(packed, size))
                 return
-        with source.open("rb") as file, tempfile.TemporaryFile() as copy:
-            info = os.fstat(file.fileno())
-            size, content = info.st_size, cast("IO[bytes]", file)
-            if not size:  # such as a pipe, or a file in /proc
-                shutil.copyfileobj(file, copy)
-                size, content = copy.tell(), copy
-            self._write(path, size, lambda: _from_file(content, size), stat.S_IMODE(info.st_mode) & 0o777)
+            with source.open("rb") as file:
+                info = os.fstat(file.fileno())
+                size, content = info.st_size, cast("IO[bytes]", file)
+                if not size:  # such as a pipe, or a file in /proc
+                    shutil.copyfileobj(file, packed)
+                    size, content = packed.tell(), packed
+                self._write(path, size, lambda: _from_file(content, size), stat.S_IMODE(info.st_mode) & 0o777)
 
     def download(self, path: str, local: str | os.PathLike[str]) -> None:
         """See `Sandbox.download`."""
