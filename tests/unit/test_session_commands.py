@@ -137,7 +137,7 @@ def test_a_guest_that_does_not_stop_a_command_loses_the_session(pair: Pair) -> N
     """If the guest does not end a command after STOP, the session ends."""
     command = pair.start(1)
     pair.session.stop(command)
-    pair.clock.now += settings.STOPPED_S + 1
+    pair.clock.now += settings.SANDBOX_STOPPED_S + 1
     pair.turn()
     assert pair.session.over
 

@@ -478,7 +478,6 @@ def test_a_port_of_the_sandbox_is_reached_from_the_host(tmp_path: Path, state: P
 # the end
 
 
-@pytest.mark.full("it fails on a busy host: see docs/reference/known-limits.md, Sandboxes")
 @pytest.mark.usefixtures("state")
 def test_connections_leave_room_for_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A server that never answers takes at most half of the commands, and its connections end once nobody waits."""

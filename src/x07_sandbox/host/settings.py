@@ -33,6 +33,8 @@ RETRY_S: Final = 300.0  # before KVM or a template is tried again after a failur
 # How long a guest may take to report the state of its program at the deadline. Equals the longest grace, because a
 # tenth of a short wall time is too short for an emulated machine.
 STOPPED_S: Final = 1.0
+# The same in a sandbox that stays open: a guest that has many commands to end may be slow, and would be lost.
+SANDBOX_STOPPED_S: Final = 30.0
 CLEANUP_MS: Final = 30_000
 SETTLE_S: Final = 1.0  # how long an obstacle to an undo may persist before it is reported
 

@@ -461,7 +461,7 @@ class Session:
         execution.seen.update(seen)
         execution.asked_to_stop = True
         self._link.send(Stop(execution.order.id, signal.SIGKILL))
-        execution.limit = Limit(settings.STOPPED_S)
+        execution.limit = Limit(settings.SANDBOX_STOPPED_S if self._last is None else settings.STOPPED_S)
         self._take_no_more(execution)
 
     def _take_no_more(self, *executions: Execution) -> None:
