@@ -15,6 +15,7 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "backends" / "README.md
 # Where the contract was checked, for each backend.
 CHECKED = {
     "firecracker-ctr": "containerd with runc, and a stand-in for the VMs",
+    "apple-container": "a stand-in for `container` over podman, in three versions",
     "qemu": "emulated VMs",
     "gvisor": "runsc",
     "podman": "the engine",

@@ -72,4 +72,4 @@ fi
 # VM tests wait a third of their time. Each file has one worker, so that its images and templates are made once.
 step "pytest"
 workers=$(($(nproc) * 5 / 2))
-exec .venv/bin/pytest -rs --durations=30 -n "$workers" --maxprocesses 6 --dist loadfile --no-loadscope-reorder "$@"
+exec .venv/bin/pytest -rsfE --durations=30 -n "$workers" --maxprocesses 6 --dist loadfile --no-loadscope-reorder "$@"

@@ -11,6 +11,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -42,7 +43,7 @@ _DOCKERD = (
 class EngineUnderTest(NamedTuple):
     """A running engine. env: variables by which a backend finds it and our image. digest: the image's id."""
 
-    name: Name | Literal["containerd"]
+    name: Name | Literal["containerd", "apple-container"]
     env: Mapping[str, str]
     digest: str
 
@@ -51,6 +52,8 @@ class EngineUnderTest(NamedTuple):
         argv = [self.env.get("X07_VM_PODMAN_BIN", f"/usr/bin/{self.name}"), *words]
         if self.name == "containerd":
             argv = [*ctr(self.env["X07_VM_CONTAINERD_SOCK"]), *words]
+        elif self.name == "apple-container":
+            argv = [self.env["X07_VM_APPLE_CONTAINER_BIN"], *words]
         done = subprocess.run(argv, capture_output=True, timeout=60, check=True, env=_ENV | dict(self.env))
         return done.stdout.decode()
 
@@ -66,6 +69,9 @@ class EngineUnderTest(NamedTuple):
         """Return the names of all its containers."""
         if self.name == "containerd":
             return self.call("containers", "ls", "--quiet").split()
+        if self.name == "apple-container":
+            listed = json.loads(self.call("list", "--all", "--format", "json"))
+            return [one["configuration"]["id"] for one in listed]
         return self.call("ps", "--all", "--format", "{{.Names}}").split()
 
 
@@ -110,6 +116,19 @@ def running_containerd() -> Iterator[EngineUnderTest]:
         found.call("images", "import", "--snapshotter", "overlayfs", str(archive))
         listed = found.call("images", "ls").splitlines()[1].split()
         yield found._replace(digest=listed[2])
+
+
+def apple_container(podman: EngineUnderTest, folder: Path, version: str) -> EngineUnderTest:
+    """Return a stand-in for this version of Apple's `container`, which runs containers of *podman*."""
+    kept = folder / "containers"
+    kept.mkdir()
+    client = folder / "container"
+    script = Path(__file__).with_name("apple_container.py")
+    words = f"{sys.executable} {script} {version} {kept} {podman.env['X07_VM_PODMAN_BIN']}"
+    client.write_text(f'#!/bin/sh\nexec {words} "$@"\n', encoding="ascii")
+    client.chmod(0o755)
+    env = {"X07_VM_APPLE_CONTAINER_BIN": str(client), "X07_VM_GUEST_IMAGE": podman.env["X07_VM_GUEST_IMAGE"]}
+    return EngineUnderTest("apple-container", env, podman.digest)
 
 
 @contextlib.contextmanager

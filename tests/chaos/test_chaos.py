@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING
 import msgspec
 import pytest
 
+from tests.apple_container import VERSIONS
 from tests.conftest import FULL
+from tests.engines import apple_container
 from x07_sandbox.cli.main import main
 from x07_sandbox.conformance.harness import policy_with, remaining
 
@@ -26,13 +28,22 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.root, pytest.mark.vm, pytest.mark.timeout(900)]
 RUNNER = str(Path(__file__).with_name("runner.py"))
-X07 = str(Path(sys.executable).with_name("x07"))
-BACKENDS = ("qemu", "os", "podman", "docker", "containerd") if FULL else ("qemu", "os", "podman")
-CLASSES = {"qemu": "vm", "podman": "vm", "docker": "vm", "containerd": "vm", "os": "os", "none": "none"}
+MORE = ("docker", "containerd", "apple-container", "gvisor") if FULL else ()
+BACKENDS = ("qemu", "os", "podman", *MORE)
+CLASSES = {"os": "os", "none": "none"}
 POINTS = 1000 if FULL else 6
 _ENGINE = ("reaper", "gate", "client", "agent", "monitor")
 _JAIL = ("gate", "supervisor", "inner")
-ROLES = {"qemu": _JAIL, "os": _JAIL, "podman": _ENGINE, "docker": _ENGINE, "containerd": _ENGINE}
+_SERVED = ("reaper", "gate", "client")
+ROLES = {
+    "qemu": _JAIL,
+    "os": _JAIL,
+    "podman": _ENGINE,
+    "docker": _ENGINE,
+    "containerd": _SERVED,
+    "apple-container": _SERVED,
+    "gvisor": ("reaper", "client"),  # it has no relay, so no gate either
+}
 """The processes of a job besides its runner."""
 PROGRAM = """
 import os, sys
@@ -58,12 +69,13 @@ class Stage:
         self.state.parent.mkdir(mode=0o700)
         self.env = {**os.environ, "X07_VM_STATE_DIR": str(self.state), "X07_I_ACCEPT_WEAKER_ISOLATION": "1"}
         self.env |= dict(engine.env) if engine else {}
+        self.env |= {"X07_TEST_MACOS": "26"} if backend == "apple-container" else {}
         self.tree = folder / "tree"
         self.tree.mkdir()
         for name, text in (("prog.py", PROGRAM), ("sleep.py", SLEEPER)):
             (folder / name).write_text(text, encoding="utf-8")
-        self.words = ["--sandbox-backend", CLASSES[backend]]
-        self.words += ["--backend", backend] if CLASSES[backend] == "vm" else []
+        self.words = ["--sandbox-backend", CLASSES.get(backend, "vm")]
+        self.words += [] if backend in CLASSES else ["--backend", backend]
         self.words += ["--no-pool"] if backend == "qemu" else []
         self.jobs: set[str] = set()
         long = policy_with(limits={"wall_ms": 600_000})  # outlives every run that is tried beside it
@@ -126,6 +138,8 @@ class Stage:
         if self.engine is not None:
             spared_names = {f"x07-{name}" for name in spared}
             found += [f"container {name}" for name in self.engine.containers() if name not in spared_names]
+        bundles = {path.name.removeprefix("x07-") for path in self.state.parent.glob("**/gvisor/bundles/*")}
+        found += [f"bundle {name}" for name in sorted(bundles - spared)]
         jobs = self.jobs - spared
         found += [f"group {path}" for path in Path("/sys/fs/cgroup").glob("*/x07-sandbox/*/") if path.name in jobs]
         mounts = Path("/proc/self/mounts").read_text(encoding="utf-8")
@@ -144,8 +158,11 @@ class Stage:
 @pytest.fixture(scope="module", params=BACKENDS)
 def stage(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     """Yield each backend, with a warm image and no job."""
-    engine = request.getfixturevalue(request.param) if ROLES[request.param] is _ENGINE else None
-    if request.param == "qemu":
+    engine = request.getfixturevalue(request.param) if request.param in {"podman", "docker", "containerd"} else None
+    if request.param == "apple-container":
+        podman = request.getfixturevalue("podman")
+        engine = apple_container(podman, tmp_path_factory.mktemp("apple"), VERSIONS[-1])
+    if request.param in {"qemu", "gvisor"}:
         request.getfixturevalue("image")
     found = Stage(request.param, tmp_path_factory.mktemp(f"chaos-{request.param}"), engine)
     found.reset()
@@ -161,7 +178,8 @@ def stage(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def live_job(stage: Stage, *words: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """Yield a running job."""
     before = {path.name for path in stage.state.glob("*-run")}
-    argv = [X07, "run", *stage.words, *words, str(stage.folder / "sleep.py")]
+    argv = [sys.executable, RUNNER, "kill", "0", os.devnull, "run", *stage.words, *words]
+    argv += [str(stage.folder / "sleep.py")]
     with subprocess.Popen(argv, env=stage.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         try:
             assert process.stdout is not None
@@ -208,16 +226,16 @@ def victims(stage: Stage, job: str) -> dict[str, list[int]]:
             words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
             parent = int(Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[1])
             line = " ".join(words)
-            for kind, sign in (("reaper", "reaper.py"), ("client", "--attach"), ("gate", "gate_process")):
-                if sign in line and parent == runner:
-                    found.setdefault(kind, []).append(pid)
-    if stage.engine is not None:
+            if "gate_process" in line and parent == runner:
+                found.setdefault("gate", []).append(pid)
+    if "agent" in ROLES[stage.backend]:
+        assert stage.engine is not None
         (container,) = json.loads(stage.engine.call("inspect", f"x07-{job}"))
         found["agent"] = [container["State"]["Pid"]]
         parent = int(
             Path(f"/proc/{container['State']['Pid']}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[1]
         )
-        found["monitor"] = [parent]  # conmon, or containerd's shim
+        found["monitor"] = [parent]  # conmon, or docker's shim
     found["runner"] = [runner]
     return found
 
@@ -227,7 +245,7 @@ def test_a_sweep_cleans_up_after_any_killed_process_of_a_job(stage: Stage) -> No
     roles = ROLES[stage.backend]
     with live_job(stage, "--policy", str(stage.long)) as (other, spared):
         for killed in (*((role,) for role in roles), *((role, "runner") for role in roles)):
-            with live_job(stage, "--allow-host", "a.example:443") as (process, job):
+            with live_job(stage, *["--allow-host", "a.example:443"] * ("gate" in roles)) as (process, job):
                 known = victims(stage, job)
                 assert known.keys() == {*roles, "runner"}
                 for pid in (pid for role in killed for pid in known[role]):

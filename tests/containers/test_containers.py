@@ -218,6 +218,7 @@ def test_a_container_ends_at_its_deadline(engine: EngineUnderTest, tmp_path: Pat
 def client(engine: EngineUnderTest) -> Engine:
     """Return the engine's client as the backend uses it."""
     assert engine.name != "containerd"
+    assert engine.name != "apple-container"
     return the_engine(engine.name)
 
 

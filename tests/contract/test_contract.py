@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.apple_container import VERSIONS
 from tests.conftest import FULL
+from tests.engines import apple_container
 from x07_sandbox.backends.engines import CLIENTS
 from x07_sandbox.backends.registry import built
 from x07_sandbox.conformance import commands
@@ -18,37 +20,59 @@ from x07_sandbox.errors import SandboxError
 from x07_sandbox.images.build import build_image
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from tests.conftest import Need
+    from tests.engines import EngineUnderTest
     from x07_sandbox.conformance.harness import Bench
 
 pytestmark = [pytest.mark.vm, pytest.mark.user]
 
 
-@pytest.fixture(scope="module", params=built())
+STAND_INS = {f"apple-container {version}": "apple-container" for version in VERSIONS}
+"""Stand-ins for programs that run only on a Mac, and their backends."""
+BENCHES = [*(name for name in built() if name not in STAND_INS.values()), *STAND_INS]
+
+
+REASONS = {
+    "firecracker-ctr": "no package brings firecracker-containerd; tests/containers/test_firecracker.py uses a stand-in"
+}
+REASONS_OF_CI = {
+    "docker": "full sizes only: podman runs the same code; tests/containers runs both",
+    "gvisor": "full sizes only: gVisor is slow beside other tests",
+    **dict.fromkeys(STAND_INS, "full sizes only: podman runs the same code; tests/containers/test_apple.py is shorter"),
+}
+
+
+@pytest.fixture(scope="module", params=BENCHES)
 def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, need: Need) -> Iterator[Bench]:
     """Each backend that can run here, with its own state folder."""
-    if request.param == "docker" and not FULL:
-        pytest.skip("full sizes only: podman runs the same code; tests/containers runs both")
-    if request.param == "gvisor" and not FULL:
-        pytest.skip("full sizes only: gVisor is slow beside other tests")
-    if request.param == "firecracker-ctr":
-        pytest.skip("no package brings firecracker-containerd; tests/containers/test_firecracker.py uses a stand-in")
+    if reason := (REASONS if FULL else REASONS | REASONS_OF_CI).get(request.param):
+        pytest.skip(reason)
     with contextlib.ExitStack() as stack:
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         patch.setenv("X07_VM_STATE_DIR", str(tmp_path_factory.mktemp("contract") / "jobs"))
         if not FULL:
             patch.setattr(commands, "IN_A_ROW", 100)  # a thousand take minutes in an emulated VM
-        if request.param == "qemu":
-            build_image(progress=lambda _text: None)
-        if request.param in {*CLIENTS, "containerd"}:
-            for name, value in request.getfixturevalue(request.param).env.items():
-                patch.setenv(name, value)
+        for name, value in variables(request, tmp_path_factory).items():
+            patch.setenv(name, value)
         try:
-            yield stack.enter_context(open_bench(request.param))
+            yield stack.enter_context(open_bench(STAND_INS.get(request.param, request.param)))
         except SandboxError as exc:
             need(condition=False, reason=f"{exc.what}: {exc.why}", installable="missing" in exc.why)
+
+
+def variables(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, str]:
+    """Make what the backend needs, and return the variables by which it finds that."""
+    name, _, version = request.param.partition(" ")
+    if name == "qemu":
+        build_image(progress=lambda _text: None)
+    engine: EngineUnderTest | None = None
+    if name in {*CLIENTS, "containerd"}:
+        engine = request.getfixturevalue(name)
+    elif version:
+        engine = apple_container(request.getfixturevalue("podman"), tmp_path_factory.mktemp("apple"), version)
+    return {} if engine is None else engine.env
 
 
 @pytest.mark.parametrize("behaviour", BEHAVIOURS, ids=lambda behaviour: behaviour.name)

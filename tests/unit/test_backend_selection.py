@@ -24,7 +24,7 @@ QEMU = Choice(backend="qemu")
 # platform.
 NAMED = {
     "firecracker-ctr": ("taken elsewhere elsewhere elsewhere", "taken elsewhere elsewhere elsewhere"),
-    "apple-container": ("later later later later", "later later later later"),
+    "apple-container": ("elsewhere taken elsewhere elsewhere", "elsewhere taken elsewhere elsewhere"),
     "qemu": ("taken elsewhere elsewhere elsewhere", "taken elsewhere elsewhere elsewhere"),
     "vz": ("later later later later", "later later later later"),
     "podman": ("closed closed closed closed", "taken elsewhere elsewhere elsewhere"),

@@ -117,9 +117,15 @@ def _firecracker(_name: str) -> Backend:
     return FirecrackerBackend()
 
 
+def _apple(_name: str) -> Backend:
+    from x07_sandbox.backends.apple.backend import AppleBackend
+
+    return AppleBackend()
+
+
 _ROWS: Final = (
     BackendRow("firecracker-ctr", "vm", ("vm-hardware",), auto=True, if_installed=True, factory=_firecracker),
-    BackendRow("apple-container", "vm", ("vm-hardware",), linux=False, macos_from=26, auto=True),
+    BackendRow("apple-container", "vm", ("vm-hardware",), linux=False, macos_from=26, auto=True, factory=_apple),
     BackendRow("qemu", "vm", ("vm-hardware", "vm-emulated"), auto=True, factory=_qemu),
     BackendRow("vz", "vm", ("vm-hardware",), linux=False, macos_from=12, auto=True),
     BackendRow("gvisor", "vm", ("user-kernel",), factory=_gvisor),

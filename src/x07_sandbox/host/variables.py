@@ -139,6 +139,12 @@ _ROWS: Final = (
     _text(
         "X07_VM_VZ_HELPER_BIN", "Helper program that uses macOS's Virtualization framework.", "`x07-vz-helper`", _OF_VZ
     ),
+    _text(
+        "X07_VM_APPLE_CONTAINER_BIN",
+        "Path of Apple's container.",
+        "`container` in a system folder",
+        "with the apple-container backend",
+    ),
     _text("X07_VM_PODMAN_BIN", "Path of the podman client.", "`podman` in a system folder"),
     _text("X07_VM_RUNSC_BIN", "Path of gVisor's runtime.", "`runsc` in a system folder", "with the gvisor backend"),
     _text("X07_VM_DOCKER_BIN", "Path of the docker client.", "`docker` in a system folder"),

@@ -1,9 +1,12 @@
-"""What makes the containers of jobs: podman and docker (container/engine), or containerd (containerd/ctr)."""
+"""What makes the containers of jobs: podman and docker (container/engine), containerd (containerd/ctr) and others."""
 
 import re
+import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
+
+import msgspec
 
 from x07_sandbox.backends.base import Orphan
 from x07_sandbox.backends.container.create import ContainerSpec
@@ -14,6 +17,7 @@ CREATE: Final = "cannot create the container"
 _GONE_S: Final = 20.0
 _LOOK_AGAIN_S: Final = 0.05
 _NAME: Final = re.compile(r"x07-[a-z0-9-]{1,72}")
+_REMOVE: Final = "import sys; from {} import {} as kind; from {} import remove_main; remove_main(kind, *sys.argv[1:])"
 
 
 def is_name(word: str) -> bool:
@@ -29,6 +33,19 @@ def until_gone(remove: Callable[[], bool]) -> bool:
             return True
         time.sleep(_LOOK_AGAIN_S)
     return False
+
+
+def removing_program(runtime: msgspec.Struct, container: str) -> list[str]:
+    """Return a command that removes a container as *runtime* does, and fails if the container may still exist."""
+    kind = type(runtime)
+    program = _REMOVE.format(kind.__module__, kind.__name__, __name__)
+    return [sys.executable, "-I", "-c", program, msgspec.json.encode(runtime, enc_hook=str).decode(), container]
+
+
+def remove_main(kind: type[Any], described: str, container: str) -> None:
+    """Run the program of `removing_program`."""
+    runtime = msgspec.json.decode(described, type=kind, dec_hook=lambda wanted, text: wanted(text))
+    sys.exit(not runtime.remove(container))
 
 
 class Runtime(Protocol):

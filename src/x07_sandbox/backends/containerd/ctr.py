@@ -1,8 +1,6 @@
 """Containers of containerd, by its client `ctr`. What its commands print was seen with version 1.7."""
 
-import os
 import re
-import sys
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -11,7 +9,7 @@ import msgspec
 from x07_sandbox.backends.base import Orphan
 from x07_sandbox.backends.container.create import ContainerSpec
 from x07_sandbox.backends.container.engine import bounded_labels
-from x07_sandbox.backends.container.runtime import CONTAINERS_MAX, CREATE, is_name, until_gone
+from x07_sandbox.backends.container.runtime import CONTAINERS_MAX, CREATE, is_name, removing_program, until_gone
 from x07_sandbox.backends.containerd.create import FDS_MAX, create_argv, differences
 from x07_sandbox.backends.engines import Answer, Client
 from x07_sandbox.errors import BackendError, Flag, HostError
@@ -19,7 +17,6 @@ from x07_sandbox.errors import BackendError, Flag, HostError
 _STEP_S: Final = 5.0
 _IMAGE: Final = re.compile(r"(\S{1,512}) +\S+ +(sha256:[0-9a-f]{64}) ")  # REF TYPE DIGEST SIZE ...
 _IMPORT: Final = "Import the guest image again"
-_REMOVE: Final = "import sys; from {} import {} as kind; from {} import remove_main; remove_main(kind, sys.argv[1:])"
 
 
 class Ctr(msgspec.Struct, frozen=True, kw_only=True):
@@ -106,9 +103,7 @@ class Ctr(msgspec.Struct, frozen=True, kw_only=True):
 
     def removing_argv(self, container: str) -> list[str]:
         """Return a command that removes a container."""
-        words = (self.name, self.client.binary, self.snapshotter, self.oci_runtime, container, *self.client.options)
-        program = _REMOVE.format(type(self).__module__, type(self).__name__, __name__)
-        return [sys.executable, "-I", "-c", program, *words]
+        return removing_program(self, container)
 
     def remove(self, container: str) -> bool:
         """Kill and remove a container, and return whether it is proven gone. Raises BackendError."""
@@ -139,10 +134,3 @@ class Ctr(msgspec.Struct, frozen=True, kw_only=True):
     def is_id(self, word: str) -> bool:
         """Return whether *word* can be the name of one of our containers."""
         return is_name(word)
-
-
-def remove_main(kind: type[Ctr], words: Sequence[str]) -> None:
-    """Run the program of `removing_argv`. Its status is 0 if the container is gone."""
-    name, binary, snapshotter, oci_runtime, container, *options = words
-    client = Client(name=name, binary=binary, env=dict(os.environ), options=tuple(options))
-    sys.exit(not kind(client=client, snapshotter=snapshotter, oci_runtime=oci_runtime).remove(container))

@@ -1,9 +1,7 @@
 """Containers of gVisor's `runsc` (release 20240729), each described by a folder of ours, its bundle."""
 
 import json
-import os
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
@@ -13,7 +11,7 @@ import msgspec
 from x07_sandbox.backends.base import Orphan
 from x07_sandbox.backends.container.create import ContainerSpec
 from x07_sandbox.backends.container.engine import bounded_labels
-from x07_sandbox.backends.container.runtime import CONTAINERS_MAX, CREATE, is_name, until_gone
+from x07_sandbox.backends.container.runtime import CONTAINERS_MAX, CREATE, is_name, removing_program, until_gone
 from x07_sandbox.backends.engines import Client
 from x07_sandbox.backends.gvisor.bundle import config
 from x07_sandbox.errors import BackendError, UsageError
@@ -21,7 +19,6 @@ from x07_sandbox.host.os_errors import raised_as
 from x07_sandbox.host.paths import read_bounded
 
 _CONFIG_MAX: Final = 1 << 20
-_REMOVE: Final = "import sys; from x07_sandbox.backends.gvisor.runsc import remove_main; remove_main(sys.argv[1:])"
 
 
 class Runsc(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,8 +61,7 @@ class Runsc(msgspec.Struct, frozen=True, kw_only=True):
 
     def removing_argv(self, container: str) -> list[str]:
         """Return a command that removes a container."""
-        words = (self.name, self.client.binary, str(self.folder), container, *self.client.options)
-        return [sys.executable, "-I", "-c", _REMOVE, *words]
+        return removing_program(self, container)
 
     def remove(self, container: str) -> bool:
         """Kill and remove a container, and return whether it is proven gone. Raises BackendError."""
@@ -100,10 +96,3 @@ class Runsc(msgspec.Struct, frozen=True, kw_only=True):
     def is_id(self, word: str) -> bool:
         """Return whether *word* can be the name of one of our containers."""
         return is_name(word)
-
-
-def remove_main(words: Sequence[str]) -> None:
-    """Run the program of `removing_argv`. Its status is 0 if the container is gone."""
-    name, binary, folder, container, *options = words
-    client = Client(name=name, binary=binary, env=dict(os.environ), options=tuple(options))
-    sys.exit(not Runsc(client=client, folder=Path(folder), roots=Path(folder)).remove(container))

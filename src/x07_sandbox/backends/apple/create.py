@@ -1,0 +1,133 @@
+"""The command line that creates a container of Apple's `container`, and the check of the created one. No I/O.
+
+The options and the JSON are those of versions 0.6 to 1.2 (github.com/apple/container, Sources/Services/
+ContainerAPIService/Client: Flags.swift, Parser.swift, Utility.swift). Which options a version has is read from its help
+text.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from collections.abc import Set as AbstractSet
+from typing import Any, Final
+
+from x07_sandbox.backends.container.create import ContainerSpec
+from x07_sandbox.errors import HostError
+from x07_sandbox.host.settings import MIB
+
+_OPTION: Final = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
+_NEEDED: Final = frozenset({"--name", "--network", "--no-dns", "--mount", "--label", "--memory", "--cpus", "--uid"})
+_MEMORY_LEAST_MIB: Final = 200  # version 0.10 and newer refuse less
+_AGENT_FDS: Final = 64
+_LISTEN: Final = "NET_BIND_SERVICE"  # for the relay's ports below 1024
+
+
+def options_in(help_text: str) -> frozenset[str]:
+    """Return the options that the help text of `container create` names. Raises HostError if one is missing."""
+    found = frozenset(_OPTION.findall(help_text))
+    if absent := sorted(_NEEDED - found):
+        why = f"its container create lacks {', '.join(absent)}"
+        raise HostError("cannot use apple-container", why, "Install Apple's container 0.6 or newer")
+    return found
+
+
+def memory_mib(spec: ContainerSpec) -> int:
+    """Return the memory of the VM in MiB. Raises HostError if the limit is lower than a VM can have."""
+    if (found := -(-spec.memory_bytes // MIB)) < _MEMORY_LEAST_MIB:
+        why = f"a VM has at least {_MEMORY_LEAST_MIB} MiB, and this limit needs one of {found} MiB"
+        raise HostError("cannot create the container", why, "Raise limits.mem_bytes, or use another backend")
+    return found
+
+
+def create_argv(spec: ContainerSpec, reference: str, options: AbstractSet[str]) -> Iterator[str]:
+    """Yield the words of the command line. reference: the image's name. options: those of this version."""
+    yield from ("create", "--interactive", "--name", spec.name, "--network", "none", "--no-dns")
+    yield from ("--cpus", "1", "--memory", f"{memory_mib(spec)}M", "--uid", "0", "--gid", "0", "--workdir", "/")
+    if "--progress" in options:
+        yield from ("--progress", "none")
+    elif "--disable-progress-updates" in options:
+        yield "--disable-progress-updates"
+    if "--read-only" in options:
+        yield "--read-only"
+    if "--ulimit" in options:
+        fds = spec.needs.fds + _AGENT_FDS
+        yield from ("--ulimit", f"nofile={fds}:{fds}")
+    if "--cap-drop" in options:
+        yield from ("--cap-drop", "ALL")
+        for name in _capabilities(spec):
+            yield from ("--cap-add", name)
+    for place, words in spec.tmpfs().items():
+        given = dict(word.partition("=")[::2] for word in words.split(","))
+        size = -(-int(given["size"]) // MIB)
+        yield from ("--mount", f"type=tmpfs,target={place},size={size}M,mode={given['mode']}")
+    for label, value in spec.labels.items():
+        yield from ("--label", f"{label}={value}")
+    yield from (reference, *_arguments(spec))
+
+
+def _capabilities(spec: ContainerSpec) -> tuple[str, ...]:
+    names = (*spec.capabilities, _LISTEN) if spec.network else spec.capabilities
+    return tuple(f"CAP_{name}" for name in names)
+
+
+def _arguments(spec: ContainerSpec) -> list[str]:
+    """Return the agent's arguments. `container` cannot limit tasks, so the agent does."""
+    return ["container", *["network"] * spec.network, "tasks", spec.mark]
+
+
+def differences(spec: ContainerSpec, made: Mapping[str, Any], options: AbstractSet[str]) -> list[str]:
+    """Return how a created container differs from *spec*. made: its `configuration` (container inspect)."""
+    image, process = made.get("image") or {}, made.get("initProcess") or {}
+    resources, labels = made.get("resources") or {}, made.get("labels") or {}
+    words = process.get("arguments") or []
+    mounts = {(str(one.get("destination")), *(one.get("type") or {})) for one in made.get("mounts") or ()}
+    seen = {
+        "its image": (image.get("descriptor") or {}).get("digest") == spec.image,
+        "its network": made.get("networks") == [] and not made.get("publishedPorts"),
+        "its name servers": not made.get("dns"),
+        "its sockets": not made.get("publishedSockets") and not made.get("ssh"),
+        "its runtime": not any(made.get(name) for name in ("rosetta", "virtualization", "useInit")),
+        "its command": words[-len(_arguments(spec)) :] == _arguments(spec) and process.get("terminal") is False,
+        "its user": process.get("user") == {"id": {"uid": 0, "gid": 0}},
+        "its writable root": "--read-only" not in options or made.get("readOnly") is True,
+        "its capabilities": "--cap-drop" not in options
+        or (made.get("capDrop") == ["ALL"] and set(made.get("capAdd") or ()) == set(_capabilities(spec))),
+        "its limit on memory": resources.get("memoryInBytes") == memory_mib(spec) * MIB and resources.get("cpus") == 1,
+        "its mounts": mounts == {(place, "tmpfs") for place in spec.tmpfs()},
+        "its labels": all(labels.get(label) == value for label, value in spec.labels.items()),
+    }
+    return [name for name, right in seen.items() if not right]
+
+
+def described(printed: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """Return the id and the `configuration` of a container that `list` or `inspect` printed.
+
+    Before version 1.0 the id was only in the configuration.
+    """
+    configuration = printed.get("configuration") or {}
+    return str(configuration.get("id", "")), configuration
+
+
+def image_names(printed: list[dict[str, Any]]) -> dict[str, str]:
+    """Return the digests of the images that `image list` printed, by name.
+
+    Before version 1.0 name and descriptor were at the top.
+    """
+    found = {}
+    for one in printed:
+        at = one.get("configuration") or one
+        digest = (at.get("descriptor") or {}).get("digest")
+        if isinstance(digest, str):
+            found[str(at.get("name") or at.get("reference"))] = digest
+    return found
+
+
+def image_labels(printed: Mapping[str, Any], architecture: str) -> tuple[str, object]:
+    """Return the digest and the labels of an image that `image inspect` printed.
+
+    architecture: that of the variant to read, as OCI names it.
+    """
+    at = (printed.get("configuration") or {}).get("descriptor") or printed.get("index") or {}
+    for variant in printed.get("variants") or ():
+        if (variant.get("platform") or {}).get("architecture") == architecture:
+            return str(at.get("digest", "")), ((variant.get("config") or {}).get("config") or {}).get("Labels")
+    return str(at.get("digest", "")), None
