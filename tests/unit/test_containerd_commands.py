@@ -9,7 +9,7 @@ import pytest
 from msgspec.structs import replace
 
 from tests.unit.test_container_commands import WANTED, after
-from x07_sandbox.backends.containerd.create import capabilities, create_argv, differences
+from x07_sandbox.backends.containerd.create import create_argv, differences
 
 RUNC = "io.containerd.runc.v2"
 
@@ -22,7 +22,7 @@ def argv_of(*, network: bool = False, in_machine: bool = False) -> list[str]:
 
 def made() -> dict[str, Any]:
     """Containerd's description of the wanted container."""
-    held = [f"CAP_{name}" for name in capabilities(WANTED)]
+    held = [*WANTED.listening_capabilities]
     mounts = [
         ("/proc", "proc"),
         ("/dev", "tmpfs"),

@@ -21,7 +21,8 @@ from x07_sandbox.images.base import remove_tree, unpack_root
 from x07_sandbox.images.store import Image
 from x07_sandbox.policy.default import canonical_json
 
-AGENT: Final = "/usr/lib/x07/agent.zip"
+_AGENT: Final = "/usr/lib/x07/agent.zip"
+ENTRY: Final = ("/usr/bin/python3", "-I", "-S", "-B", _AGENT)  # what a container starts
 _LABEL: Final = "io.x07.guest."  # and a number: parts of the guest image's manifest as JSON
 _LABEL_MAX: Final = 4000  # containerd refuses a label of more than 4096 bytes with its name
 _CREATED: Final = "2025-01-01T00:00:00Z"  # commands.EPOCH
@@ -111,7 +112,7 @@ def _write_agent_layer(file: IO[bytes], image: Image) -> None:
             archive.addfile(tar.entry(name, tarfile.DIRTYPE, 0o755))
         for name, link in sorted(_LINKS.items()):
             archive.addfile(tar.entry(name, tarfile.SYMTYPE, 0o777, link=link))
-        tar.add_bytes(archive, AGENT.removeprefix("/"), agent_of(image))
+        tar.add_bytes(archive, _AGENT.removeprefix("/"), agent_of(image))
         tar.add_bytes(archive, "etc/resolv.conf", RESOLV_CONF.encode())  # for runtimes that cannot mount one
 
 
@@ -119,12 +120,11 @@ def _config(image: Image, layers: list[str]) -> dict[str, Any]:
     text = canonical_json(msgspec.to_builtins(image.manifest)).decode()
     parts = [text[at : at + _LABEL_MAX] for at in range(0, len(text), _LABEL_MAX)]
     labels = {f"{_LABEL}{number}": part for number, part in enumerate(parts)}
-    entry = ["/usr/bin/python3", "-I", "-S", "-B", AGENT]
     return {
         "architecture": _DOCKER_ARCH[ARCHES[image.manifest.arch].name],
         "os": "linux",
         "created": _CREATED,
-        "config": {"Entrypoint": entry, "Env": ["PATH=/usr/bin:/bin"], "Labels": labels, "WorkingDir": "/"},
+        "config": {"Entrypoint": ENTRY, "Env": ["PATH=/usr/bin:/bin"], "Labels": labels, "WorkingDir": "/"},
         "rootfs": {"type": "layers", "diff_ids": [f"sha256:{digest}" for digest in layers]},
         "history": [{"created": _CREATED, "created_by": "x07-sandbox"} for _ in layers],
     }

@@ -18,7 +18,6 @@ _OPTION: Final = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 _NEEDED: Final = frozenset({"--name", "--network", "--no-dns", "--mount", "--label", "--memory", "--cpus", "--uid"})
 _MEMORY_LEAST_MIB: Final = 200  # version 0.10 and newer refuse less
 _AGENT_FDS: Final = 64
-_LISTEN: Final = "NET_BIND_SERVICE"  # for the relay's ports below 1024
 
 
 def options_in(help_text: str) -> frozenset[str]:
@@ -53,7 +52,7 @@ def create_argv(spec: ContainerSpec, reference: str, options: AbstractSet[str]) 
         yield from ("--ulimit", f"nofile={fds}:{fds}")
     if "--cap-drop" in options:
         yield from ("--cap-drop", "ALL")
-        for name in _capabilities(spec):
+        for name in spec.listening_capabilities:
             yield from ("--cap-add", name)
     for place, words in spec.tmpfs().items():
         given = dict(word.partition("=")[::2] for word in words.split(","))
@@ -61,24 +60,15 @@ def create_argv(spec: ContainerSpec, reference: str, options: AbstractSet[str]) 
         yield from ("--mount", f"type=tmpfs,target={place},size={size}M,mode={given['mode']}")
     for label, value in spec.labels.items():
         yield from ("--label", f"{label}={value}")
-    yield from (reference, *_arguments(spec))
-
-
-def _capabilities(spec: ContainerSpec) -> tuple[str, ...]:
-    names = (*spec.capabilities, _LISTEN) if spec.network else spec.capabilities
-    return tuple(f"CAP_{name}" for name in names)
-
-
-def _arguments(spec: ContainerSpec) -> list[str]:
-    """Return the agent's arguments. `container` cannot limit tasks, so the agent does."""
-    return ["container", *["network"] * spec.network, "tasks", spec.mark]
+    yield from (reference, *spec.agent_words(limits_tasks=True))
 
 
 def differences(spec: ContainerSpec, made: Mapping[str, Any], options: AbstractSet[str]) -> list[str]:
     """Return how a created container differs from *spec*. made: its `configuration` (container inspect)."""
     image, process = made.get("image") or {}, made.get("initProcess") or {}
     resources, labels = made.get("resources") or {}, made.get("labels") or {}
-    words = process.get("arguments") or []
+    words = spec.agent_words(limits_tasks=True)
+    given = (process.get("arguments") or [])[-len(words) :]
     mounts = {(str(one.get("destination")), *(one.get("type") or {})) for one in made.get("mounts") or ()}
     seen = {
         "its image": (image.get("descriptor") or {}).get("digest") == spec.image,
@@ -86,11 +76,11 @@ def differences(spec: ContainerSpec, made: Mapping[str, Any], options: AbstractS
         "its name servers": not made.get("dns"),
         "its sockets": not made.get("publishedSockets") and not made.get("ssh"),
         "its runtime": not any(made.get(name) for name in ("rosetta", "virtualization", "useInit")),
-        "its command": words[-len(_arguments(spec)) :] == _arguments(spec) and process.get("terminal") is False,
+        "its command": given == words and process.get("terminal") is False,
         "its user": process.get("user") == {"id": {"uid": 0, "gid": 0}},
         "its writable root": "--read-only" not in options or made.get("readOnly") is True,
         "its capabilities": "--cap-drop" not in options
-        or (made.get("capDrop") == ["ALL"] and set(made.get("capAdd") or ()) == set(_capabilities(spec))),
+        or (made.get("capDrop") == ["ALL"] and set(made.get("capAdd") or ()) == set(spec.listening_capabilities)),
         "its limit on memory": resources.get("memoryInBytes") == memory_mib(spec) * MIB and resources.get("cpus") == 1,
         "its mounts": mounts == {(place, "tmpfs") for place in spec.tmpfs()},
         "its labels": all(labels.get(label) == value for label, value in spec.labels.items()),

@@ -76,9 +76,9 @@ class ContainerBackend(ABC):
         if (other := containers.recorded_runtime(record.folder)) not in {"", runtime.place}:
             why = f"it was started with another {self.name}: {other}"
             raise BackendError("cannot stop the container", why, self.other)
-        found = runtime.find(containers.container_name(record))
-        if found is None:
-            return True
+        name = containers.container_name(record)
+        if (found := runtime.find(name)) is None:
+            return runtime.remove(name)  # of a container that was never created there may be a VM
         # Anyone with access to the runtime can use that name.
         return found.labels.get("io.x07.run_id") == record.job_id and runtime.remove(found.id)
 

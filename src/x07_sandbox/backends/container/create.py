@@ -13,6 +13,7 @@ from x07_sandbox.host.settings import MIB
 # The agent needs these to become another user and to end its processes. The program gets none of them.
 CAPABILITIES: Final = ("KILL", "SETGID", "SETPCAP", "SETUID")
 NETWORK_CAPABILITY: Final = "NET_ADMIN"  # for the relay's rules in the container's network namespace
+_LISTEN_CAPABILITY: Final = "NET_BIND_SERVICE"  # for the relay's ports below 1024
 AGENT_BYTES: Final = 64 * MIB
 AGENT_TASKS: Final = 2  # agent and init; the relay is added
 _AGENT_FDS: Final = 64
@@ -39,6 +40,16 @@ class ContainerSpec(msgspec.Struct, frozen=True, kw_only=True):
     def capabilities(self) -> tuple[str, ...]:
         """The capabilities of the container's first process."""
         return (*CAPABILITIES, NETWORK_CAPABILITY) if self.network else CAPABILITIES
+
+    @property
+    def listening_capabilities(self) -> tuple[str, ...]:
+        """The same by their full names, and one more for a relay whose runtime cannot set a sysctl."""
+        names = (*self.capabilities, _LISTEN_CAPABILITY) if self.network else self.capabilities
+        return tuple(f"CAP_{name}" for name in names)
+
+    def agent_words(self, *, limits_tasks: bool) -> list[str]:
+        """Return the agent's arguments. limits_tasks: whether it must limit tasks, because the runtime does not."""
+        return ["container", *["network"] * self.network, *["tasks"] * limits_tasks, self.mark]
 
     @property
     def memory_bytes(self) -> int:
@@ -92,7 +103,7 @@ def create_argv(spec: ContainerSpec) -> Iterator[str]:
         yield from ("--label", f"{label}={value}")
         if podman:
             yield from ("--annotation", f"{label}={value}")
-    yield from (spec.image, "container", *(["network"] if spec.network else []), spec.mark)
+    yield from (spec.image, *spec.agent_words(limits_tasks=False))
 
 
 def _binds(spec: ContainerSpec) -> dict[str, str]:

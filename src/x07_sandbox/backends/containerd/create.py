@@ -4,14 +4,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from x07_sandbox.backends.container.create import ContainerSpec
+from x07_sandbox.images.archive import ENTRY
 
 # Those of containerd's default, which `ctr` adds unless each is dropped.
 _DEFAULT: Final = (
     *("AUDIT_WRITE", "CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "KILL", "MKNOD", "NET_BIND_SERVICE", "NET_RAW"),
     *("SETFCAP", "SETGID", "SETPCAP", "SETUID", "SYS_CHROOT"),
 )
-_LISTEN: Final = "NET_BIND_SERVICE"  # for the relay: `ctr` cannot set a sysctl
-_ENTRY: Final = ("/usr/bin/python3", "-I", "-S", "-B", "/usr/lib/x07/agent.zip", "container")
 _CGROUP: Final = "/sys/fs/cgroup"
 _NAMESPACES: Final = {"cgroup", "ipc", "mount", "network", "pid", "uts"}
 # The mounts of containerd's default, and the control group. They belong to root, and hold nothing of the host.
@@ -35,13 +34,13 @@ def create_argv(
     in_machine: whether the container runs in a VM of the same name. `ctr` has no limit on tasks: in a VM the agent
     limits them, and else the backend does.
     """
-    ours = capabilities(spec)
+    ours = spec.listening_capabilities
     yield from ("containers", "create", "--snapshotter", snapshotter, "--runtime", runtime, "--read-only", "--seccomp")
     for name in _DEFAULT:
-        if name not in ours:
+        if f"CAP_{name}" not in ours:
             yield from ("--cap-drop", f"CAP_{name}")
     for name in ours:
-        yield from ("--cap-add", f"CAP_{name}")
+        yield from ("--cap-add", name)
     yield from ("--memory-limit", str(spec.memory_bytes), "--hostname", "x07", "--user", "0:0", "--cwd", "/")
     yield from ("--cpu-quota", str(_PERIOD_US), "--cpu-period", str(_PERIOD_US), "--with-ns", "cgroup:")
     yield from ("--mount", f"type=cgroup,src=cgroup,dst={_CGROUP},options=ro:nosuid:noexec:nodev")
@@ -54,13 +53,8 @@ def create_argv(
     yield from (reference, spec.name, *_arguments(spec, in_machine=in_machine))
 
 
-def capabilities(spec: ContainerSpec) -> tuple[str, ...]:
-    """Return the capabilities of the container's first process."""
-    return (*spec.capabilities, _LISTEN) if spec.network else spec.capabilities
-
-
 def _arguments(spec: ContainerSpec, *, in_machine: bool) -> list[str]:
-    return [*_ENTRY, *["network"] * spec.network, *["tasks"] * in_machine, spec.mark]
+    return [*ENTRY, *spec.agent_words(limits_tasks=in_machine)]
 
 
 def differences(spec: ContainerSpec, made: Mapping[str, Any], runtime: str, *, in_machine: bool) -> list[str]:
@@ -77,7 +71,7 @@ def differences(spec: ContainerSpec, made: Mapping[str, Any], runtime: str, *, i
         "its command": process.get("args") == _arguments(spec, in_machine=in_machine),
         "its user": (user.get("uid"), user.get("gid")) == (0, 0),
         "its rights": process.get("noNewPrivileges") is True and bool(linux.get("seccomp")),
-        "its capabilities": held == {f"CAP_{name}" for name in capabilities(spec)},
+        "its capabilities": held == set(spec.listening_capabilities),
         "its writable root": (oci.get("root") or {}).get("readonly") is True,
         "its namespaces": {one.get("type") for one in namespaces} == _NAMESPACES,
         "the owner of its namespaces": not any(one.get("path") for one in namespaces),

@@ -3,16 +3,14 @@
 from typing import Any, Final
 
 from x07_sandbox.backends.container.create import ContainerSpec
+from x07_sandbox.images.archive import ENTRY
 
-_ENTRY: Final = ("/usr/bin/python3", "-I", "-S", "-B", "/usr/lib/x07/agent.zip", "container")
-_LISTEN: Final = "NET_BIND_SERVICE"
 _NAMESPACES: Final = ("ipc", "mount", "network", "pid", "uts")
 _AGENT_FDS: Final = 64
 
 
 def config(spec: ContainerSpec, root: str) -> dict[str, Any]:
     """Return the description. root: the folder with the image's files."""
-    held = [f"CAP_{name}" for name in (*spec.capabilities, *([_LISTEN] if spec.network else []))]
     fds = spec.needs.fds + _AGENT_FDS
     mounts = [{"destination": "/proc", "type": "proc", "source": "proc"}]
     mounts += [{"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": ["ro"]}]  # type: ignore[dict-item]
@@ -22,10 +20,10 @@ def config(spec: ContainerSpec, root: str) -> dict[str, Any]:
         "ociVersion": "1.0.2",
         "process": {
             "user": {"uid": 0, "gid": 0},
-            "args": [*_ENTRY, *["network"] * spec.network, "tasks", spec.mark],
+            "args": [*ENTRY, *spec.agent_words(limits_tasks=True)],
             "env": ["PATH=/usr/bin:/bin"],
             "cwd": "/",
-            "capabilities": dict.fromkeys(("bounding", "effective", "permitted"), held),
+            "capabilities": dict.fromkeys(("bounding", "effective", "permitted"), spec.listening_capabilities),
             "noNewPrivileges": True,
             "rlimits": [{"type": "RLIMIT_NOFILE", "hard": fds, "soft": fds}],
         },
