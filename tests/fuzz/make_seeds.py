@@ -123,6 +123,11 @@ def channel_seeds() -> dict[str, bytes]:
         "found/no-credit": AS_HOST + running + frame(streams.CREDIT, 4, bytes(4)),
         # The guest raised ValueError, TypeError, or (for the id) TypeError in its table of commands.
         "found/short-open": AS_GUEST + seeded + frame(streams.MESSAGE, 0, b"[]", encode(OPEN)[0]),
+        # The target's guest ended a command after it had closed the session.
+        "found/stop-after-closed": AS_GUEST
+        + started
+        + control(Close(0, Output("/x07/out/a", 9), None))
+        + control(Stop(1, 9)),
         "found/no-limits": AS_GUEST
         + opened
         + frame(streams.MESSAGE, 0, b'[1,[],{},"",0,"",false,null,false]', encode(MESSAGES[Exec])[0]),
