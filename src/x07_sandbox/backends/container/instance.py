@@ -122,6 +122,10 @@ def started(runtime: Runtime, job: Job, image: OpenImage) -> Iterator[ContainerI
             write_owner(record, runner=own_identity(), processes=processes, cgroups=())
             yield instance
         finally:
+            if instance is not None:
+                stack.callback(os.close, instance.pidfd)
+            if reaper_process is not None:
+                stack.callback(_leave, reaper_process)
             gone = runtime.remove(container_name(record)) if instance is None else instance.stop()
             remove_files(record.folder)
             if gone:
@@ -129,10 +133,14 @@ def started(runtime: Runtime, job: Job, image: OpenImage) -> Iterator[ContainerI
                     os.write(runner_w, b"g")
                 with contextlib.suppress(HostError):  # on a full disk the sweep records it later
                     mark_done(record)
-            if gone and reaper_process is not None:
-                reaper_process.wait()
-            if instance is not None:
-                os.close(instance.pidfd)
+                if reaper_process is not None:
+                    reaper_process.wait()
+
+
+def _leave(reaper_process: subprocess.Popen[bytes]) -> None:
+    """Let the reaper go on if the container could not be removed. Its object would warn about that."""
+    if reaper_process.poll() is None:
+        reaper_process.returncode = 0
 
 
 class _Files:
