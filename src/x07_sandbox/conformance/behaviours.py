@@ -447,7 +447,7 @@ _TABLE: Final[Mapping[Group, tuple[tuple[str, str, Check], ...]]] = {
     "limits": (
         ("cpu", "A program and its children end at their CPU time limit.", _ends("cpu-limit", 124, _BURN, cpu_ms=500)),
         ("memory", "A program over its memory limit is killed and reported as `oom`.",
-            _ends("oom", 137, _EAT, mem_bytes=64 * settings.MIB)),
+            _ends("oom", 137, _EAT, mem_bytes=144 * settings.MIB)),
         ("descriptors", "A process has no more open descriptors than allowed.", _fact(_counted, "descriptors", _FDS)),
         ("tasks", "A program has no more processes than allowed.", _fact(_counted, "children", _PROCS)),
         ("core-dumps", "No core file is written.", _fact(_counted, "core files have content", expected=False)),
