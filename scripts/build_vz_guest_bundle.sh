@@ -1,6 +1,7 @@
 #!/bin/bash -p
 # Make a guest bundle for the vz backend from an image that `x07 image build` has made (docs/backends/vz.md).
-#   scripts/build_vz_guest_bundle.sh --image NAME|DIGEST --out DIR [--kernel FILE]
+#   scripts/build_vz_guest_bundle.sh --image NAME|DIGEST|NAME:TAG --out DIR [--kernel FILE]
+# NAME:TAG: an image that build_guest_runner_image.sh has loaded into podman or docker.
 # --kernel: the kernel to start, from Debian's package. Images for x86_64 need it. The last line of the output is:
 # ok: built DIR. On the Mac, set X07_VM_VZ_GUEST_BUNDLE=DIR.
 set -euo pipefail
@@ -11,7 +12,7 @@ root=$(cd -- "$(/usr/bin/dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 source "$root/scripts/lib.sh"
 
 usage() {
-    printf 'usage: %s --image NAME|DIGEST --out DIR [--kernel FILE]\n' "${0##*/}" >&2
+    printf 'usage: %s --image NAME|DIGEST|NAME:TAG --out DIR [--kernel FILE]\n' "${0##*/}" >&2
     exit 2
 }
 
@@ -31,13 +32,27 @@ done
 
 "$root/.venv/bin/python" -I -c '
 import sys
+from contextlib import suppress
 from pathlib import Path
 
+from x07_sandbox.backends.engines import CLIENTS, engine
 from x07_sandbox.errors import SandboxError
+from x07_sandbox.images.archive import manifest_in
+from x07_sandbox.images.manifest import decode
 from x07_sandbox.images.store import find_image
 from x07_sandbox.images.vz_bundle import make_bundle
 
+def of_engine(reference):  # the digest of the guest image in an image of an engine, else the reference itself
+    for name in CLIENTS:
+        with suppress(SandboxError):
+            found = engine(name).call("image", "inspect", "--", reference).single_object(name)
+            if data := manifest_in((found.get("Config") or {}).get("Labels")):
+                return decode(data, reference).digest
+    return reference
+
 image, out, kernel = sys.argv[1:]
+if ("/" in image or ":" in image) and not image.startswith("sha256:"):
+    image = of_engine(image)
 try:
     bundle = make_bundle(find_image(image), Path(out).absolute(), Path(kernel) if kernel else None)
 except (SandboxError, OSError) as exc:

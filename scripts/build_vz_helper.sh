@@ -22,6 +22,7 @@ for tool in swiftc codesign; do
         fail "cannot build x07-vz-helper: $tool was not found" "Run: xcode-select --install"
 done
 
+mkdir -p -- "$(dirname -- "$out")"
 # A new file, renamed: macOS may kill a program that was written over one whose signature it has seen.
 new=$(mktemp "$out.XXXXXX") || fail "cannot write beside $out" "Name a file in an existing folder."
 trap 'rm -f -- "$new"' EXIT

@@ -235,8 +235,12 @@ def main(version: str, folder: str, podman: str, *words: str) -> None:
             images(service, rest)
         case ["inspect", name]:
             show(service, [name], missing_is_error=True)
-        case ["list", "--all", "--format", "json"]:
-            show(service, sorted(path.name for path in service.folder.iterdir()), missing_is_error=False)
+        case ["list", "--all", *rest]:
+            names = sorted(path.name for path in service.folder.iterdir())
+            if rest == ["--quiet"]:
+                say("\n".join(names))
+            else:
+                show(service, names, missing_is_error=False)
         case ["start", "--attach", "--interactive", name]:
             os.execv(service.podman, service.argv(*words))  # noqa: S606
         case ["delete", "--force", name]:

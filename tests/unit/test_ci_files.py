@@ -14,6 +14,8 @@ from ruamel.yaml import YAML
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from tests.conftest import Need
+
 ROOT: Final = Path(__file__).resolve().parents[2]
 WORKFLOW: Final = ROOT / ".github" / "workflows" / "ci-vm.yml"
 ACTION: Final = ROOT / "action.yml"
@@ -62,6 +64,66 @@ def test_the_workflow_has_the_self_hosted_runners_of_x07() -> None:
     assert labels == {("self-hosted", "x07-vm-linux-firecracker"), ("self-hosted", "x07-vm-macos")}
     hosted = [job for job in jobs.values() if isinstance(job["runs-on"], str)]
     assert sorted(job.get("env", {}).get("X07_VM_REQUIRE_HARDWARE", "0") for job in hosted) == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    ("job", "variables", "commands"),
+    [
+        (
+            "linux-vm",
+            {"X07_VM_BACKEND": "firecracker-ctr", "X07_VM_GUEST_IMAGE": "x07-guest-runner:vm-smoke"},
+            [
+                "scripts/setup.sh",
+                "build_guest_runner_image.sh --image x07-guest-runner --tag vm-smoke --archive build/guest.tar",
+                "images import --snapshotter",
+            ],
+        ),
+        (
+            "macos-vm",
+            {
+                "X07_VM_BACKEND": "vz",
+                "X07_VM_VZ_GUEST_BUNDLE": "${{ github.workspace }}/build/guest.bundle",
+                "X07_VM_VZ_HELPER_BIN": "${{ github.workspace }}/build/x07-vz-helper",
+            },
+            [
+                "build_vz_helper.sh build/x07-vz-helper",
+                "build_vz_guest_bundle.sh --image default --out /source/build/guest.bundle",
+                "pip install",
+            ],
+        ),
+    ],
+)
+def test_self_hosted_jobs_make_what_their_backend_needs(
+    job: str, variables: dict[str, str], commands: list[str]
+) -> None:
+    """Each self-hosted job installs x07, makes what its backend starts from, and then runs the smoke gate."""
+    made = load(WORKFLOW)["jobs"][job]
+    assert made["env"] == variables
+    lines = [step.get("run", "") for step in made["steps"]]
+    places = [next(at for at, line in enumerate(lines) if command in line) for command in commands]
+    assert places == sorted(places)
+    assert lines[-1] == "scripts/ci/check_vm_sandbox_smoke.sh"
+
+
+def test_shell_steps_are_valid(tmp_path: Path, need: Need) -> None:
+    """Shellcheck finds nothing in the shell steps of the workflow and the action."""
+    need(Path("/usr/bin/shellcheck").exists(), "shellcheck", installable=True)
+    texts = [step["run"] for path in FILES for step in steps(load(path)) if "run" in step]
+    files = [str(tmp_path / f"{number}.sh") for number in range(len(texts))]
+    for file, text in zip(files, texts, strict=True):
+        Path(file).write_text(text, encoding="utf-8")
+    # SC1091: files of the system are not read.
+    argv = ["/usr/bin/shellcheck", "--shell=bash", "--exclude=SC1091", *files]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_gate_runs_in_the_bash_of_macos() -> None:
+    """The scripts that run on a Mac use nothing newer than bash 3.2."""
+    newer = re.compile(r"mapfile|readarray|declare -[An]|local -n|wait -n|\|&|&>>|\$\{\w+(?:\^|,,|@)|[@?+*!]\([a-z]")
+    for name in ("ci/check_vm_sandbox_smoke.sh", "build_vz_helper.sh"):
+        lines = (ROOT / "scripts" / name).read_text(encoding="utf-8").splitlines()
+        assert [line for line in lines if newer.search(line) and not line.lstrip().startswith("#")] == []
 
 
 def test_the_workflow_has_few_rights_and_ends() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from msgspec.structs import replace
 
 from tests.unit.test_container_commands import WANTED, after
 from x07_sandbox.backends.containerd.create import create_argv, differences
+from x07_sandbox.backends.firecracker.backend import FirecrackerBackend
 
 RUNC = "io.containerd.runc.v2"
 
@@ -98,6 +100,24 @@ def test_a_container_that_differs_is_refused(path: tuple[Any, ...], value: objec
         place = place[word]
     place[path[-1]] = value
     assert differences(WANTED, changed, RUNC, in_machine=False) == [name]
+
+
+def test_the_variables_of_firecracker_and_their_defaults_are_x07s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four variables name client, socket, namespace and snapshotter of firecracker-containerd, by default X07's."""
+    for name in [name for name in os.environ if name.startswith("X07_VM_")]:
+        monkeypatch.delenv(name)
+    words = "firecracker-ctr --address /run/firecracker-containerd/containerd.sock --namespace x07 images import"
+    backend = FirecrackerBackend()
+    assert f"{words} --snapshotter devmapper FILE" in backend.fix_image
+    assert backend.needs[0].place == "firecracker-ctr"
+    monkeypatch.setenv("X07_VM_FIRECRACKER_CTR_BIN", "/opt/ctr")
+    monkeypatch.setenv("X07_VM_FIRECRACKER_CONTAINERD_SOCK", "/run/other.sock")
+    monkeypatch.setenv("X07_VM_FIRECRACKER_SNAPSHOTTER", "other-snapshotter")
+    monkeypatch.setenv("X07_VM_CONTAINERD_NAMESPACE", "other-namespace")
+    backend = FirecrackerBackend()
+    words = "--address /run/other.sock --namespace other-namespace images import --snapshotter other-snapshotter"
+    assert words in backend.fix_image
+    assert backend.needs[0].place == "/opt/ctr"
 
 
 def test_an_empty_description_is_refused() -> None:

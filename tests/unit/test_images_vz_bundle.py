@@ -170,6 +170,25 @@ def test_scripts_refuse_what_they_cannot_do(tmp_path: Path, name: str, argv: lis
     assert done.stdout == ""
 
 
+def test_an_image_of_an_engine_names_the_guest_image_that_is_in_it(make: Make, tmp_path: Path) -> None:
+    """NAME:TAG of an image that an engine has selects the guest image from which it was made."""
+    image = make("aarch64", raw_image())
+    label = msgspec.json.encode(msgspec.to_builtins(image.manifest)).decode()
+    answer = msgspec.json.encode([{"Config": {"Labels": {"io.x07.guest.0": label}}}])
+    (tmp_path / "answer.json").write_bytes(answer)
+    client = tmp_path / "podman"
+    client.write_text(f'#!/bin/sh\n[ "$*" = "image inspect -- x07-guest-runner:dev" ] && cat {tmp_path}/answer.json\n')
+    client.chmod(0o755)
+    out = tmp_path / "guest.bundle"
+    argv = ["--image", "x07-guest-runner:dev", "--out", str(out)]
+    env = {"X07_VM_CACHE_DIR": str(tmp_path / "cache"), "X07_VM_PODMAN_BIN": str(client)}
+    done = script("build_vz_guest_bundle.sh", *argv, **env)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == f"ok: built {out}"
+    made = msgspec.json.decode((out / "manifest.json").read_bytes(), type=vz_bundle.Bundle)
+    assert made.image == image.digest
+
+
 STAND_IN_MAC: Final = {
     "uname": '[ "$1" = -s ] && echo Darwin || echo arm64',
     "swiftc": 'echo "swiftc $*" >> "$LOG"; while [ "$1" != -o ]; do shift; done; echo new > "$2"',
@@ -192,6 +211,8 @@ def test_the_helper_is_signed_before_it_is_put_in_place(tmp_path: Path, entitlem
     done = script("build_vz_helper.sh", str(out), **env)
     signed = entitlement != "none"
     assert done.returncode == (0 if signed else 1), done.stderr
+    in_new_folder = script("build_vz_helper.sh", str(tools / "target" / "debug" / "x07-vz-helper"), **env)
+    assert in_new_folder.returncode == done.returncode
     assert out.read_text(encoding="utf-8") == ("new\n" if signed else "old\n")
     assert (out.stat().st_ino != before) == signed
     assert {path.name for path in tmp_path.iterdir()} == {"stand-ins", "log", "x07-vz-helper"}

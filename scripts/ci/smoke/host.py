@@ -3,7 +3,7 @@
     host.py listen PORT_FILE HITS_FILE SECONDS    accept loopback connections; write a line to HITS_FILE for each
     host.py connect PORT                          make one connection to the listener
     host.py policy FILE OUT [FIELD=JSON...]       write FILE to OUT with some fields changed
-    host.py value FILE KEY...                     print one value of a JSON document
+    host.py value FILE KEY...                     print one value of a JSON document; a list has numbers as keys
     host.py labels STATE JOB...                   print the errors in the labels of these jobs, one per line
     host.py remains STATE JOB                     print what a job left on this host, one per line
     host.py removed FILE JOB                      exit with 0 if `x07 sweep --json` lists the job as removed
@@ -13,6 +13,7 @@ Needs Python 3.11 or newer and no packages.
 
 import json
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -66,7 +67,10 @@ def value(path: str, *keys: str) -> None:
     """Print one value of a document, or nothing if it is absent."""
     found = read(path)
     for key in keys:
-        found = found.get(key) if isinstance(found, dict) else None
+        if isinstance(found, list):
+            found = dict(enumerate(found)).get(int(key))
+        else:
+            found = found.get(key) if isinstance(found, dict) else None
     print(found if isinstance(found, str) else "" if found is None else json.dumps(found))
 
 
@@ -118,12 +122,23 @@ def _lives(pid: int, start_ticks: int) -> bool:
 
 
 def _marked(mark: str) -> Iterator[int]:
+    if not Path("/proc/self").exists():
+        yield from _marked_by_ps(mark)
     for process in Path("/proc").glob("[0-9]*"):
         try:
             if mark.encode() in (process / "cmdline").read_bytes():
                 yield int(process.name)
         except OSError:
             continue
+
+
+def _marked_by_ps(mark: str) -> Iterator[int]:
+    """As `_marked`, where there is no /proc, as on macOS."""
+    listed = subprocess.run(["/bin/ps", "-axwwo", "pid=,command="], capture_output=True, check=True, timeout=30).stdout
+    for line in listed.decode(errors="replace").splitlines():
+        pid, _, command = line.strip().partition(" ")
+        if mark in command:
+            yield int(pid)
 
 
 def removed(path: str, job: str) -> None:

@@ -129,8 +129,9 @@ _ROWS: Final = (
     ),
     _text(
         "X07_VM_GUEST_IMAGE",
-        "Guest image: for the qemu backend, the name or digest of a local image. The flag --image overrides it.",
-        "`default`",
+        "Guest image: its name or digest, or with podman, docker, containerd and firecracker-ctr the name of an image "
+        "in the engine. The flag --image overrides it.",
+        "`default`, or in an engine `ghcr.io/x07lang/x07-guest-runner:VERSION`",
     ),
     Variable(
         "X07_VM_GUEST_IMAGE_DIGEST", "digest", "Digest of the only guest image that may be used. No flag overrides it."
