@@ -16,6 +16,7 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "backends" / "README.md
 CHECKED = {
     "firecracker-ctr": "containerd with runc, and a stand-in for the VMs",
     "qemu": "emulated VMs",
+    "vz": "QEMU in place of a Mac",
     "gvisor": "runsc",
     "podman": "the engine",
     "docker": "the engine",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.conftest import FULL
+from tests.conftest import FULL, vz_on_linux
 from x07_sandbox.backends.engines import CLIENTS
 from x07_sandbox.backends.registry import built
 from x07_sandbox.conformance import commands
@@ -25,14 +25,18 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.vm, pytest.mark.user]
 
+ONLY_FULL = {
+    "docker": "podman runs the same code; tests/containers runs both",
+    "gvisor": "gVisor is slow beside other tests",
+    "vz": "each VM boots, in emulation; the rest is the code of other backends (tests/vm/test_vz.py)",
+}
+
 
 @pytest.fixture(scope="module", params=built())
 def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, need: Need) -> Iterator[Bench]:
     """Each backend that can run here, with its own state folder."""
-    if request.param == "docker" and not FULL:
-        pytest.skip("full sizes only: podman runs the same code; tests/containers runs both")
-    if request.param == "gvisor" and not FULL:
-        pytest.skip("full sizes only: gVisor is slow beside other tests")
+    if request.param in ONLY_FULL and not FULL:
+        pytest.skip(f"full sizes only: {ONLY_FULL[request.param]}")
     if request.param == "firecracker-ctr":
         pytest.skip("no package brings firecracker-containerd; tests/containers/test_firecracker.py uses a stand-in")
     with contextlib.ExitStack() as stack:
@@ -45,6 +49,8 @@ def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         if request.param in {*CLIENTS, "containerd"}:
             for name, value in request.getfixturevalue(request.param).env.items():
                 patch.setenv(name, value)
+        if request.param == "vz":  # QEMU stands in for Apple's framework: this proves nothing about a Mac
+            stack.enter_context(vz_on_linux(request.getfixturevalue("vz_stand_in")))
         try:
             yield stack.enter_context(open_bench(request.param))
         except SandboxError as exc:

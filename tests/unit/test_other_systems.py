@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from tests.conftest import sample
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 SOURCE: Final = ROOT / "src" / "x07_sandbox"
+HELPER: Final = ROOT / "tests" / "vz_helper.py"
 # Not the tests of commands: these start processes that have all calls. Not a test of a run: it needs unnamed files.
 TESTS: Final = (
     *("plan_*", "channel_*", "egress_frames", "policy_decode", "policy_differences", "policy_environment"),
@@ -119,6 +121,17 @@ def test_on_a_mac_a_run_is_refused_with_the_call_that_is_missing(tmp_path: Path,
     assert done.returncode not in {0, 70}
     assert done.stderr.count("\n") == 1
     assert "cannot run programs on this system: it lacks " in done.stderr
+
+
+def test_on_a_mac_the_doctor_says_why_vz_cannot_run(tmp_path: Path) -> None:
+    """On a Mac, `x07 doctor` finds the helper, and reports the call that x07's runner lacks."""
+    variables = {"X07_VM_STATE_DIR": str(tmp_path / "jobs"), "X07_VM_VZ_HELPER_BIN": str(HELPER)}
+    done = run(ON_A_MAC, "doctor", "--json", **variables)
+    report = json.loads(done.stdout)
+    assert (done.returncode, done.stderr, report["good"]) == (1, "", False)
+    (vz,) = (state for state in report["backends"] if state["name"] == "vz")
+    assert (vz["state"], vz["looks"][0]["good"]) == ("failed", True)
+    assert "it lacks pidfd_open, which Linux has" in vz["text"]
 
 
 @pytest.mark.slow

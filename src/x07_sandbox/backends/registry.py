@@ -117,11 +117,17 @@ def _firecracker(_name: str) -> Backend:
     return FirecrackerBackend()
 
 
+def _vz(_name: str) -> Backend:
+    from x07_sandbox.backends.vz.backend import VzBackend
+
+    return VzBackend()
+
+
 _ROWS: Final = (
     BackendRow("firecracker-ctr", "vm", ("vm-hardware",), auto=True, if_installed=True, factory=_firecracker),
     BackendRow("apple-container", "vm", ("vm-hardware",), linux=False, macos_from=26, auto=True),
     BackendRow("qemu", "vm", ("vm-hardware", "vm-emulated"), auto=True, factory=_qemu),
-    BackendRow("vz", "vm", ("vm-hardware",), linux=False, macos_from=12, auto=True),
+    BackendRow("vz", "vm", ("vm-hardware",), linux=False, macos_from=13, auto=True, factory=_vz),
     BackendRow("gvisor", "vm", ("user-kernel",), factory=_gvisor),
     BackendRow("podman", "vm", ("container",), factory=_container),
     BackendRow("docker", "vm", ("container",), factory=_container),

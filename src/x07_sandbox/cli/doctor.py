@@ -27,6 +27,7 @@ from x07_sandbox.cli.json_output import print_document
 from x07_sandbox.cli.parser import add_document_flags
 from x07_sandbox.errors import SandboxError, worded
 from x07_sandbox.host.arch import ARCHES, host_arch
+from x07_sandbox.host.linux import require_linux
 from x07_sandbox.host.paths import cache_dir, private_dir, state_dir
 from x07_sandbox.host.variables import PREFIXES, SANDBOX_BACKENDS, VARIABLES
 from x07_sandbox.reports.doctor import BackendState, DoctorReport, Finding, Look, State
@@ -62,6 +63,11 @@ _NO_ARCHITECTURE: Final = (
 _MISSING: Final = (
     "Run scripts/setup.sh in a checkout of x07-sandbox, which installs what is missing",
     "Run x07 in a Debian 13 VM or container that has them",
+)
+_ON_MACOS: Final = (
+    "See docs/backends/vz.md for what x07 lacks on macOS",
+    "Run x07 in a Linux virtual machine here",
+    "Run x07 on a Linux host with --sandbox-backend vm --backend qemu",
 )
 _NO_NAMESPACES: Final = (
     "Allow user and mount namespaces: sysctl kernel.unprivileged_userns_clone=1, or run x07 as root",
@@ -109,7 +115,8 @@ def _print_backend(state: BackendState) -> None:
 def _examine() -> DoctorReport:
     platform = this_platform()
     findings = [platform_finding(platform), _architecture(), _first_on_path(os.environ), _variables(os.environ)]
-    findings += [*_checked("requested backend", _requested_backend), *_checked("folders", _folders)]
+    findings += [*_checked("system calls", require_linux), *_checked("requested backend", _requested_backend)]
+    findings += _checked("folders", _folders)
     proofs: dict[str, Finding] = {}
     looks = gather(platform)
     if platform.system == "linux" and os.uname().machine in ARCHES:
@@ -121,6 +128,8 @@ def _examine() -> DoctorReport:
         proofs |= {
             row.name: _unstarted(row.name) for row in BY_NAME.values() if row.built and (row.weaker or row.if_installed)
         }
+    elif platform.system == "macos":
+        proofs |= {name: _unstarted(name) for name in looks}
     return DoctorReport(
         good=all(finding.good is not False for finding in findings),
         findings=tuple(findings),
@@ -157,9 +166,10 @@ def _failure(row: BackendRow, looks: Looks, proof: Finding | None) -> tuple[str,
     if failed := unmet(looks):
         why, fix = advice(failed)
         return why, (worded(fix), *_MISSING)
+    advised = _NO_NAMESPACES if row.linux else _ON_MACOS
     if proof is None:
-        return "nothing was started", _NO_NAMESPACES
-    more = () if row.isolation == ("container",) else _NO_NAMESPACES  # an engine's own error says what it needs
+        return "nothing was started", advised
+    more = () if row.isolation == ("container",) else advised  # an engine's own error says what it needs
     return proof.text, (*filter(None, [proof.fix]), *more)[:3]
 
 
@@ -173,7 +183,7 @@ def alternatives(platform: Platform) -> tuple[str, str]:
 
 
 def _unstarted(name: str) -> Finding:
-    """Return whether the prerequisites of a backend that is used only on request are met. Starts nothing."""
+    """Return whether the prerequisites of a backend are met. Starts no instance."""
     try:
         availability = create(name).probe(None, boot=False)
     except (SandboxError, OSError) as exc:
@@ -186,7 +196,10 @@ def _unstarted(name: str) -> Finding:
 def platform_finding(platform: Platform) -> Finding:
     """Return whether this version has a backend for the platform."""
     if words := " ".join(usable_flags(platform)):
-        return Finding(code="platform", subject="platform", good=True, text=f"{platform}, supported by {words}")
+        good = platform.system == "linux" or None
+        text = f"{platform}, supported by {words}{'' if good else ', but x07 has never run there'}"
+        fix = "" if good else _ON_MACOS[1]
+        return Finding(code="platform", subject="platform", good=good, text=text, fix=fix)
     text, fix = f"this version has no backend for {platform}", ". ".join(alternatives(platform))
     return Finding(code="no-backend", subject="platform", good=False, text=text, fix=fix)
 
