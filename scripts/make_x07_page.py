@@ -17,13 +17,13 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "reference" / "x07.md"
 
 def backends_table() -> str:
     """Return the table of backends."""
-    lines = ["| backend | `--sandbox-backend` | isolation | Linux | macOS | needs acceptance | here |"]
-    lines.append("|---|---|---|---|---|---|---|")
+    lines = ["| backend | `--sandbox-backend` | isolation | Linux | macOS | needs acceptance |"]
+    lines.append("|---|---|---|---|---|---|")
     for row in BY_NAME.values():
         macos = f"{row.macos_from}+" if row.macos_from else ""
         isolation = " or ".join(f"`{one}`" for one in row.isolation)
-        linux, weaker, here = "yes" * row.linux, "yes" * row.weaker, "yes" if row.built else "later"
-        cells = (f"`{row.name}`", row.sandbox_class, isolation, linux, macos, weaker, here)
+        linux, weaker = "yes" * row.linux, "yes" * row.weaker
+        cells = (f"`{row.name}`", row.sandbox_class, isolation, linux, macos, weaker)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

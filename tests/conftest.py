@@ -7,14 +7,15 @@ import gc
 import os
 import signal
 import stat
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import pytest
 from hypothesis import settings
+from msgspec.structs import replace
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-    from pathlib import Path
+    from collections.abc import Iterator, Mapping, Sequence
 
     from tests.engines import EngineUnderTest
     from x07_sandbox.backends.engines import Name
@@ -132,6 +133,34 @@ def containerd(need: Need) -> Iterator[EngineUnderTest]:
     need(not reason, reason, installable=os.geteuid() == 0)
     with running_containerd() as found:
         yield found
+
+
+@pytest.fixture(scope="session")
+def vz_stand_in(image: Image, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, str]:
+    """The variables for the vz backend with a stand-in for its helper (tests/vz_helper.py), and a bundle of the image.
+
+    The bundle has the image's own kernel: an ELF file on x86_64, which QEMU starts and no Mac.
+    """
+    from x07_sandbox.images import vz_bundle
+
+    bundle = tmp_path_factory.mktemp("vz") / "guest.bundle"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vz_bundle, "check_kernel", lambda *_words: None)
+        vz_bundle.make_bundle(image, bundle)
+    helper = str(Path(__file__).with_name("vz_helper.py"))
+    return {"X07_VM_VZ_HELPER_BIN": helper, "X07_VM_VZ_GUEST_BUNDLE": str(bundle)}
+
+
+@contextlib.contextmanager
+def vz_on_linux(variables: Mapping[str, str]) -> Iterator[None]:
+    """Let flags and variables select the vz backend in this process, with the stand-in for its helper."""
+    from x07_sandbox.backends.registry import BY_NAME
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(BY_NAME, "vz", replace(BY_NAME["vz"], linux=True))
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        yield
 
 
 def _engine(name: Name, need: Need) -> Iterator[EngineUnderTest]:

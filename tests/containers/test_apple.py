@@ -6,13 +6,14 @@ import json
 from typing import TYPE_CHECKING
 
 import pytest
+from msgspec.structs import replace
 
-from tests import macos
 from tests.apple_container import VERSIONS
 from tests.conftest import FULL
 from tests.engines import apple_container
 from x07_sandbox import Sandbox, exec_command
 from x07_sandbox.backends.apple.backend import AppleBackend
+from x07_sandbox.backends.registry import BY_NAME
 from x07_sandbox.errors import BackendError, HostError, ImageError
 
 if TYPE_CHECKING:
@@ -32,12 +33,12 @@ def apple(
     monkeypatch: pytest.MonkeyPatch,
     state: Path,
 ) -> Iterator[EngineUnderTest]:
-    """The stand-in in each version, on what looks like a Mac."""
+    """The stand-in in each version, selectable on Linux."""
     assert not state.exists()
     found = apple_container(podman, tmp_path, request.param)
     for name, value in {**found.env, "X07_VM_BACKEND": "apple-container"}.items():
         monkeypatch.setenv(name, value)
-    macos.pretend(monkeypatch.setattr, 26)
+    monkeypatch.setitem(BY_NAME, "apple-container", replace(BY_NAME["apple-container"], linux=True))
     yield found
     assert found.containers() == []
 

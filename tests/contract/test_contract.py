@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.apple_container import VERSIONS
-from tests.conftest import FULL
+from tests.conftest import FULL, vz_on_linux
 from tests.engines import apple_container
 from x07_sandbox.backends.engines import CLIENTS
-from x07_sandbox.backends.registry import built
+from x07_sandbox.backends.registry import BY_NAME
 from x07_sandbox.conformance import commands
 from x07_sandbox.conformance.behaviours import BEHAVIOURS, Behaviour
 from x07_sandbox.conformance.harness import open_bench
@@ -28,10 +28,9 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.vm, pytest.mark.user]
 
-
 STAND_INS = {f"apple-container {version}": "apple-container" for version in VERSIONS}
 """Stand-ins for programs that run only on a Mac, and their backends."""
-BENCHES = [*(name for name in built() if name not in STAND_INS.values()), *STAND_INS]
+BENCHES = [*(name for name in BY_NAME if name not in STAND_INS.values()), *STAND_INS]
 
 
 REASONS = {
@@ -40,6 +39,7 @@ REASONS = {
 REASONS_OF_CI = {
     "docker": "full sizes only: podman runs the same code; tests/containers runs both",
     "gvisor": "full sizes only: gVisor is slow beside other tests",
+    "vz": "full sizes only: each VM boots, in emulation; the rest is the code of other backends (tests/vm/test_vz.py)",
     **dict.fromkeys(STAND_INS, "full sizes only: podman runs the same code; tests/containers/test_apple.py is shorter"),
 }
 
@@ -56,6 +56,8 @@ def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
             patch.setattr(commands, "IN_A_ROW", 100)  # a thousand take minutes in an emulated VM
         for name, value in variables(request, tmp_path_factory).items():
             patch.setenv(name, value)
+        if request.param == "vz":  # QEMU stands in for Apple's framework: this proves nothing about a Mac
+            stack.enter_context(vz_on_linux(request.getfixturevalue("vz_stand_in")))
         try:
             yield stack.enter_context(open_bench(STAND_INS.get(request.param, request.param)))
         except SandboxError as exc:

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.vm, pytest.mark.user]
 
 NAME: Final = "one-file"
-ROW: Final = BackendRow(name=NAME, sandbox_class="none", isolation=("none",))
+ROW: Final = BackendRow(NAME, "none", ("none",), registry.create)  # `registered` replaces the factory
 BY_NAME: Final = {behaviour.name: behaviour for behaviour in BEHAVIOURS}
 RUNNER: Final = (sys.executable, __file__)
 

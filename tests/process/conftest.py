@@ -20,7 +20,7 @@ from x07_sandbox.host.processes import has_mark
 from x07_sandbox.jobs.record import Claim, JobRecord, create_record, new_run_id
 
 if TYPE_CHECKING:
-    from x07_sandbox.backends.process.start import ProcessInstance
+    from x07_sandbox.backends.jailed import StreamInstance
 
 Backend = OsBackend | NoneBackend
 Run = Callable[..., Ended]
@@ -73,7 +73,7 @@ def left(mark: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def started(backend: Backend, deadline_s: int = 60) -> Iterator[ProcessInstance]:
+def started(backend: Backend, deadline_s: int = 60) -> Iterator[StreamInstance]:
     """A started agent; the exit checks that it left no process."""
     record = new_record(backend)
     start = start_confined if backend.name == "os" else start_unconfined

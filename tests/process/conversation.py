@@ -33,7 +33,7 @@ from x07_sandbox.channel.streams import Event, Role
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from x07_sandbox.backends.process.start import ProcessInstance
+    from x07_sandbox.backends.jailed import StreamInstance
 
 LIMITS = CommandLimits(mem_bytes=256 << 20, tasks=64, cpu_ms=20_000, fds=128, core_bytes=0)
 TMP_BYTES = 16 << 20
@@ -115,7 +115,7 @@ def python(source: str, *words: str, **how: Any) -> Program:  # noqa: ANN401 - f
 class Conversation:
     """The host's side, from HELLO on."""
 
-    def __init__(self, instance: ProcessInstance) -> None:
+    def __init__(self, instance: StreamInstance) -> None:
         self.instance = instance
         self.connection = Connection(instance.channel_fd, Role.HOST)
         self.link = self.connection.link

@@ -44,8 +44,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from tests.process.conftest import Backend
+    from x07_sandbox.backends.jailed import StreamInstance
     from x07_sandbox.backends.process.backend import NoneBackend, OsBackend
-    from x07_sandbox.backends.process.start import ProcessInstance
 
 pytestmark = pytest.mark.timeout(120)
 MOST_S = 30.0
@@ -54,9 +54,7 @@ MOST_S = 30.0
 class Sandbox:
     """The host's side of a session with several commands."""
 
-    def __init__(
-        self, instance: ProcessInstance, files: list[InputFile] | None = None, confine: Confine = FREE
-    ) -> None:
+    def __init__(self, instance: StreamInstance, files: list[InputFile] | None = None, confine: Confine = FREE) -> None:
         self.instance = instance
         self.connection = Connection(instance.channel_fd, Role.HOST)
         self.link = self.connection.link

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -14,6 +16,7 @@ from tests.conftest import overwrite
 from x07_sandbox.channel.messages import PROTOCOL
 from x07_sandbox.errors import ImageError
 from x07_sandbox.images import kernel, manifest, store, vz_bundle
+from x07_sandbox.images.guestcode import read_guest_code
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,7 +43,7 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
     """Puts an image named default into a store of its own."""
     monkeypatch.setenv("X07_VM_CACHE_DIR", str(tmp_path / "cache"))
 
-    def made(arch: str, kernel_bytes: bytes, root: bytes = b"r" * 4096) -> store.Image:
+    def made(arch: str, kernel_bytes: bytes, root: bytes = b"r" * 4096, guest_code: str = "0" * 64) -> store.Image:
         folder = store.images_dir() / "made"
         folder.mkdir(mode=0o700)
         files = {"vmlinux": kernel_bytes, "initrd.cpio": b"initrd", "root.erofs": root, "scratch.head": b"s" * 4096}
@@ -58,7 +61,7 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
                 suite="trixie",
                 include=[],
                 base="0" * 64,
-                guest_code="0" * 64,
+                guest_code=guest_code,
                 kernel_release=RELEASE,
                 parts=manifest.Parts(kernel=parts[0], initrd=parts[1], root=parts[2], scratch=parts[3]),
                 scratch_disk=manifest.ScratchDisk(bytes=1 << 20, pieces=[manifest.Piece(offset=8192, bytes=4096)]),
@@ -90,7 +93,7 @@ def test_a_bundle_of_an_arm64_image_needs_no_other_kernel(make: Make, tmp_path: 
     made = vz_bundle.make_bundle(image, out)
     assert msgspec.json.decode((out / "manifest.json").read_bytes(), type=vz_bundle.Bundle) == made
     assert (made.arch, made.image, made.agent_protocol) == ("aarch64", image.digest, PROTOCOL)
-    parts = {part.file: part for part in (made.kernel, made.initrd, made.rootfs, made.cmdline, made.scratch)}
+    parts = {part.file: part for part in made.parts().values()}
     assert {path.name for path in out.iterdir()} == {*parts, "manifest.json"}
     for name, part in parts.items():
         data = (out / name).read_bytes()
@@ -136,6 +139,114 @@ def test_what_the_framework_cannot_start_is_refused(
     with pytest.raises(ImageError, match=why):
         vz_bundle.make_bundle(make(arch, data, root), tmp_path / "bundle")
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+
+
+@pytest.fixture
+def bundle(make: Make, tmp_path: Path) -> Path:
+    """A bundle of this version for an arm64 machine."""
+    image = make("aarch64", raw_image(), guest_code=read_guest_code().digest)
+    vz_bundle.make_bundle(image, tmp_path / "guest.bundle")
+    return tmp_path / "guest.bundle"
+
+
+def rewritten(bundle: Path, **fields: object) -> None:
+    """Change fields of a bundle's manifest."""
+    path = bundle / "manifest.json"
+    document = {**json.loads(path.read_bytes()), **fields}
+    path.chmod(0o644)
+    path.write_text(json.dumps({key: value for key, value in document.items() if value is not None}), encoding="utf-8")
+    path.chmod(0o444)
+
+
+def why_refused(bundle: Path, arch: str = "aarch64") -> str:
+    """Return why a bundle is refused."""
+    with pytest.raises(ImageError) as caught, vz_bundle.open_bundle(bundle, arch):
+        pass
+    assert caught.value.fix
+    return caught.value.why
+
+
+def test_a_bundle_is_opened_as_it_was_made(bundle: Path) -> None:
+    """An opened bundle has the digest of its manifest, which covers all files, and the manifest of its image."""
+    hexes = hashlib.sha256((bundle / "manifest.json").read_bytes()).hexdigest()
+    with vz_bundle.open_bundle(bundle, "aarch64") as opened:
+        assert opened.digest == opened.image.digest == f"sha256:{hexes}"
+        assert (opened.command_line, opened.image.kernel_release) == (vz_bundle.COMMAND_LINE, RELEASE)
+        assert opened.fds.keys() == opened.bundle.parts().keys()
+        assert opened.path(opened.bundle.rootfs) == str(bundle / "rootfs")
+
+
+@pytest.mark.parametrize("name", ["kernel", "rootfs", "cmdline", "image.json", "scratch.head"])
+def test_a_changed_file_is_refused(bundle: Path, name: str) -> None:
+    """A bundle with one changed bit in any file is refused."""
+    overwrite(bundle / name)
+    assert f"the content of {name} has changed" in why_refused(bundle)
+
+
+def test_a_link_in_place_of_a_file_is_refused(bundle: Path, tmp_path: Path) -> None:
+    """A link is never followed: neither to a file, nor to the bundle or a folder above it."""
+    (tmp_path / "link").symlink_to(tmp_path)
+    assert "is a link" in why_refused(tmp_path / "link" / "guest.bundle")
+    (tmp_path / "other").symlink_to(bundle)
+    assert "is a link" in why_refused(tmp_path / "other")
+    (bundle / "rootfs").rename(tmp_path / "rootfs")
+    (bundle / "rootfs").symlink_to(tmp_path / "rootfs")
+    assert "rootfs cannot be opened, or is a link" in why_refused(bundle)
+
+
+def test_a_bundle_that_others_can_change_is_refused(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bundle, its files and the folders above it must be this user's, and closed to changes by others."""
+    (bundle / "initrd").chmod(0o644)
+    assert "initrd has mode 0644" in why_refused(bundle)
+    (bundle / "initrd").chmod(0o444)
+    bundle.chmod(0o755)
+    assert "mode 0755" in why_refused(bundle)
+    bundle.chmod(0o700)
+    tmp_path.chmod(0o777)
+    assert "other users can change it" in why_refused(bundle)
+    tmp_path.chmod(0o700)
+    uid = os.geteuid() + 1
+    monkeypatch.setattr("os.geteuid", lambda: uid)
+    assert f"uid {uid - 1}" in why_refused(bundle)
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ({"schema_version": "x07.vz.guest.bundle@0.1.0"}, "its format is 'x07.vz.guest.bundle@0.1.0'"),
+        ({"arch": "x86_64"}, "it is for 'x86_64', but this machine is aarch64"),
+        ({"agent_protocol": PROTOCOL - 1}, f"its agent uses protocol {PROTOCOL - 1}"),
+        ({"agent_protocol": str(PROTOCOL)}, "damaged"),
+        ({"more": 1}, "damaged"),
+        ({"kernel": None}, "damaged"),
+        ({"rootfs": {"file": "../rootfs", "sha256": "0" * 64, "bytes": 1}}, "damaged"),
+        ({"kernel_release": "6.1"}, "its files belong to several images"),
+        ({"scratch_disk": {"bytes": 512, "pieces": []}}, "its files belong to several images"),
+    ],
+)
+def test_a_bundle_that_does_not_fit_is_refused(bundle: Path, fields: dict[str, object], why: str) -> None:
+    """A bundle of another format, architecture or protocol is refused, and so is a damaged manifest."""
+    rewritten(bundle, **fields)
+    assert why in why_refused(bundle)
+
+
+def test_a_truncated_or_missing_bundle_is_refused(bundle: Path, tmp_path: Path) -> None:
+    """A truncated manifest and a missing folder are errors with a reason; nothing is created."""
+    data = (bundle / "manifest.json").read_bytes()
+    (bundle / "manifest.json").chmod(0o600)
+    (bundle / "manifest.json").write_bytes(data[: len(data) // 2])
+    (bundle / "manifest.json").chmod(0o444)
+    assert "damaged" in why_refused(bundle)
+    assert "does not exist" in why_refused(tmp_path / "nothing")
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_a_bundle_of_another_version_is_refused(make: Make, tmp_path: Path) -> None:
+    """A bundle whose agent comes from another version of x07-sandbox is refused."""
+    vz_bundle.make_bundle(make("aarch64", raw_image()), tmp_path / "old")
+    assert "another version of x07-sandbox" in why_refused(tmp_path / "old")
 
 
 def test_a_damaged_image_gives_no_bundle(make: Make, tmp_path: Path) -> None:

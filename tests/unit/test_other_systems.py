@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from tests.conftest import sample
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 SOURCE: Final = ROOT / "src" / "x07_sandbox"
+HELPER: Final = ROOT / "tests" / "vz_helper.py"
 # Not the tests of commands: these start processes that have all calls. Not a test of a run: it needs unnamed files.
 TESTS: Final = (
     *("plan_*", "channel_*", "egress_frames", "policy_decode", "policy_differences", "policy_environment"),
@@ -23,7 +25,8 @@ A_RUN: Final = "tests/unit/test_result_document.py::test_a_usage_error_is_a_resu
 WITHOUT: Final = """
 import builtins, ctypes, os, select, signal, socket, sys, time
 absent = {
-    os: ("eventfd", "eventfd_read", "eventfd_write", "memfd_create", "O_TMPFILE", "pidfd_open", "sched_getaffinity"),
+    os: ("eventfd", "eventfd_read", "eventfd_write", "memfd_create", "O_PATH", "O_TMPFILE", "pidfd_open", "pipe2",
+         "sched_getaffinity"),
     select: ("epoll",),
     signal: ("pidfd_send_signal",),
     socket: ("SO_PEERCRED",),
@@ -61,6 +64,7 @@ from x07_sandbox.host import linux
 from x07_sandbox.host.processes import Identity, identify, is_alive
 near, _far = socket.socketpair()
 for call, words in (
+    (linux.require_linux, ()), (linux.path_flag, ()),
     (linux.new_memory_file, ()), (linux.new_unnamed_file, (Path("/tmp"),)), (linux.boot_ms, ()),
     (linux.allowed_cores, ()), (linux.peer_of, (near,)), (linux.open_pidfd, (1,)), (linux.send_signal, (0, 0)),
     (linux.boot_id, ()), (linux.require_own_proc, ()), (linux.of_process, (1, "stat")), (linux.sync, (0,)),
@@ -74,9 +78,20 @@ for call, words in (
 """
 
 
-def run(code: str, *words: str) -> subprocess.CompletedProcess[str]:
+ON_A_MAC: Final = """
+import platform
+from types import SimpleNamespace
+machine = os.uname().machine
+os.uname = lambda: SimpleNamespace(sysname="Darwin", machine=machine)
+platform.mac_ver = lambda: ("13.6", ("", "", ""), machine)
+from x07_sandbox.cli.main import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def run(code: str, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run Python code without what only Linux has."""
-    env = {name: value for name, value in os.environ.items() if name != "CI"}
+    env = {name: value for name, value in os.environ.items() if name != "CI"} | variables
     argv = [sys.executable, "-c", WITHOUT + code, *words]
     return subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
 
@@ -93,6 +108,30 @@ def test_a_call_that_only_linux_has_is_an_error_with_a_reason() -> None:
     """On another system, each call that only Linux has raises an error with a reason and advice."""
     done = run(CALL)
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
+
+
+@pytest.mark.parametrize(
+    "words", [("run", "prog.py"), ("exec", "--", "true"), ("run", "--dry-run", "prog.py"), ("image", "list")]
+)
+def test_on_a_mac_a_run_is_refused_with_the_call_that_is_missing(tmp_path: Path, words: tuple[str, ...]) -> None:
+    """On a Mac, the runner names a call that only Linux has, instead of failing with a traceback."""
+    (tmp_path / "prog.py").write_text("print(1)\n", encoding="ascii")
+    words = tuple(str(tmp_path / word) if word == "prog.py" else word for word in words)
+    done = run(ON_A_MAC, *words, X07_VM_STATE_DIR=str(tmp_path / "jobs"))
+    assert done.returncode not in {0, 70}
+    assert done.stderr.count("\n") == 1
+    assert "cannot run programs on this system: it lacks " in done.stderr
+
+
+def test_on_a_mac_the_doctor_says_why_vz_cannot_run(tmp_path: Path) -> None:
+    """On a Mac, `x07 doctor` finds the helper, and reports the call that x07's runner lacks."""
+    variables = {"X07_VM_STATE_DIR": str(tmp_path / "jobs"), "X07_VM_VZ_HELPER_BIN": str(HELPER)}
+    done = run(ON_A_MAC, "doctor", "--json", **variables)
+    report = json.loads(done.stdout)
+    assert (done.returncode, done.stderr, report["good"]) == (1, "", False)
+    (vz,) = (state for state in report["backends"] if state["name"] == "vz")
+    assert (vz["state"], vz["looks"][0]["good"]) == ("failed", True)
+    assert "it lacks pidfd_open, which Linux has" in vz["text"]
 
 
 @pytest.mark.slow

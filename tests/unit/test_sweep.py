@@ -17,7 +17,7 @@ from tests.contract.test_one_file_backend import registered
 from tests.unit.test_stop_rules import GONE, edit, recorded
 from x07_sandbox.backends.base import Orphan
 from x07_sandbox.backends.process.backend import NoneBackend
-from x07_sandbox.backends.registry import BackendRow
+from x07_sandbox.backends.registry import BackendRow, create
 from x07_sandbox.host import clocks
 from x07_sandbox.host.processes import Identity, identify, own_identity
 from x07_sandbox.housekeeping.sweep import SweepReport, sweep, why_kept
@@ -327,7 +327,7 @@ def test_unrecorded_instances_are_found(state: Path) -> None:
     Engine.held = {"orphan": ours | expired, "young": ours, "other": LABELS, "live": live.labels() | expired}
     Engine.held |= {"elsewhere": elsewhere}  # its runner lives, and its record lies in another folder
     Engine.held |= {"odd": ours | expired | {"io.x07.job_id": "y", "io.x07.run_id": "1-\N{SUPERSCRIPT TWO}-3"}}
-    with registered(BackendRow("an-engine", "vm", ("container",)), Engine):
+    with registered(BackendRow("an-engine", "vm", ("container",), create), Engine):
         dry = swept(dry_run=True)
         assert len(Engine.held) == 6
         report = swept()

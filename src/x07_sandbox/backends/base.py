@@ -263,7 +263,12 @@ class Cloning(Protocol):
 
 
 class EngineImages(Protocol):
-    """The guest images of a container engine."""
+    """The guest images of a backend that does not use x07's store.
+
+    image_variable: the environment variable that names the folder of the only image; "" if an engine stores images.
+    """
+
+    image_variable: str
 
     def find(self, ref: str | None) -> OpenImage:
         """Return the image *ref*; for None, the image that X07_VM_GUEST_IMAGE names. Raises ImageError, HostError."""
@@ -292,7 +297,7 @@ class Backend(Protocol):
 
     @property
     def engine_images(self) -> EngineImages | None:
-        """The image store of the backend's engine, or None if the backend uses x07's store."""
+        """The backend's own images, such as those of its engine, or None if the backend uses x07's store."""
 
     @property
     def cloning(self) -> Cloning | None:

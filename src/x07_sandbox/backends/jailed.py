@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Final, NamedTuple, TypeVar
 
-from x07_sandbox.backends.base import StartMode
+from x07_sandbox.backends.base import Greeting, StartMode
 from x07_sandbox.errors import BackendError, HostError
 from x07_sandbox.host import settings
 from x07_sandbox.host.clocks import Deadline
@@ -46,6 +46,23 @@ def error_stream(stack: contextlib.ExitStack, given: FdGroup) -> tuple[BoundedSt
     stack.callback(os.close, fd)
     os.set_blocking(fd, False)
     return BoundedStream(fd, keep_bytes=settings.STDERR_MAX_BYTES), given.add(theirs)
+
+
+class Ends:
+    """The streams of one agent: x07's ends, which *stack* closes, and the child's ends, which `given` closes.
+
+    network: whether the relay has a stream of its own.
+    """
+
+    def __init__(self, stack: contextlib.ExitStack, *, network: bool = False) -> None:
+        self.given = FdGroup()
+        stack.callback(self.given.close)
+        self.channel_fd, self.far_fd = socket_ends(stack, self.given)
+        self.net_fd: int | None = None
+        self.far_net_fd: int | None = None
+        if network:
+            self.net_fd, self.far_net_fd = socket_ends(stack, self.given)
+        self.errors, self.stderr_fd = error_stream(stack, self.given)
 
 
 class BoundedStream:
@@ -116,8 +133,9 @@ class Start(NamedTuple):
     """The description of a job to start.
 
     jail: the confinement, as text for the record. given: descriptors to close once the child has them. depth: see
-    `inner_process`. remove: removes what outlives the processes (control groups, folders), and returns whether all is
-    gone. bound: sets limits on the first process, by pid, while that process is blocked. name, error: for messages.
+    `inner_process`; 0 if the child is the whole job. remove: removes what outlives the processes (control groups,
+    folders), and returns whether all is gone. bound: sets limits on the first process, by pid, while that process is
+    blocked. name, error: for messages.
     """
 
     record: JobRecord
@@ -230,7 +248,9 @@ class Jailed:
         """Record the job's processes, and *runner* as the job's x07 process. Raises BackendError, HostError."""
         if self.supervisor is None:
             raise BackendError("cannot record the job", "its processes exited immediately", "Run x07 doctor")
-        processes = {"supervisor": self.supervisor, "inner": self.inner}
+        processes = (
+            {"supervisor": self.supervisor, "inner": self.inner} if self._start.depth else {"helper": self.inner}
+        )
         write_owner(self.record, runner=runner, processes=processes, cgroups=self._start.cgroups)
 
     def exit_status(self) -> int | None:
@@ -265,3 +285,16 @@ class Jailed:
         self._closed = True
         os.close(self.pidfd)
         os.close(self.inner_pidfd)
+
+
+class StreamInstance(RunningAgent, Jailed):
+    """A job whose agent is reached through streams of its process, and whose console is that process's stderr."""
+
+    notes: tuple[str, ...] = ()
+    greeting: Greeting
+
+    def __init__(self, start: Start, ends: Ends, child: subprocess.Popen[bytes], inner: Identity) -> None:
+        super().__init__(start, child, inner)
+        self.channel_fd = ends.channel_fd
+        self.net_fd = ends.net_fd
+        self.shown = (ends.errors,)

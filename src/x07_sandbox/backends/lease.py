@@ -18,7 +18,7 @@ from x07_sandbox.backends.base import Backend, Instance, Job
 from x07_sandbox.backends.handshake import greet
 from x07_sandbox.errors import BackendError
 from x07_sandbox.host import close_on_fork
-from x07_sandbox.host.linux import fd_path, peer_of
+from x07_sandbox.host.linux import fd_path, path_flag, peer_of
 from x07_sandbox.host.paths import cache_folder, closing_fd, state_dir
 from x07_sandbox.host.poll import wait_readable
 from x07_sandbox.jobs.record import record_from, record_values
@@ -39,7 +39,7 @@ def pool_dir() -> Path:
 @contextlib.contextmanager
 def socket_address(folder: Path, name: str = SOCKET) -> Iterator[str]:
     """Yield an address of a socket in *folder*, via /proc/self/fd to stay within the limit of 107 bytes."""
-    with closing_fd(os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)) as fd:
+    with closing_fd(os.open(folder, path_flag() | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)) as fd:
         yield f"{fd_path(fd)}/{name}"
 
 

@@ -44,22 +44,17 @@ class BackendRow(msgspec.Struct, frozen=True):
     sandbox_class: its class for --sandbox-backend. isolation: the isolation classes that it can provide, best first.
     macos_from: the first version of macOS that it supports, or 0 for none. auto: whether `auto` may select it.
     if_installed: whether it needs a daemon that few hosts have, so that `auto` passes over it elsewhere. factory: makes
-    the backend from its name; None if this version lacks it.
+    the backend from its name.
     """
 
     name: str
     sandbox_class: Class
     isolation: tuple[Isolation, ...]
+    factory: Factory
     linux: bool = True
     macos_from: int = 0
     auto: bool = False
     if_installed: bool = False
-    factory: Factory | None = None
-
-    @property
-    def built(self) -> bool:
-        """Whether this version contains the backend."""
-        return self.factory is not None
 
     @property
     def weaker(self) -> bool:
@@ -73,12 +68,9 @@ class BackendRow(msgspec.Struct, frozen=True):
         return platform.system == "macos" and 0 < self.macos_from <= platform.macos_major
 
     def unsupported(self, platform: Platform) -> str:
-        """Return why this version cannot use the backend on this platform, or "" if it can."""
+        """Return why the backend cannot be used on this platform, or "" if it can."""
         places = ["Linux"] * self.linux + [f"macOS {self.macos_from} or newer"] * bool(self.macos_from)
-        here, only = self.runs_on(platform), f"only on {' and '.join(places)}"
-        if not self.built:
-            return "not supported in this version" + ("" if here else f", and {only}")
-        return "" if here else f"not supported on {platform}, {only}"
+        return "" if self.runs_on(platform) else f"not supported on {platform}, only on {' and '.join(places)}"
 
 
 def _qemu(_name: str) -> Backend:
@@ -123,17 +115,23 @@ def _apple(_name: str) -> Backend:
     return AppleBackend()
 
 
+def _vz(_name: str) -> Backend:
+    from x07_sandbox.backends.vz.backend import VzBackend
+
+    return VzBackend()
+
+
 _ROWS: Final = (
-    BackendRow("firecracker-ctr", "vm", ("vm-hardware",), auto=True, if_installed=True, factory=_firecracker),
-    BackendRow("apple-container", "vm", ("vm-hardware",), linux=False, macos_from=26, auto=True, factory=_apple),
-    BackendRow("qemu", "vm", ("vm-hardware", "vm-emulated"), auto=True, factory=_qemu),
-    BackendRow("vz", "vm", ("vm-hardware",), linux=False, macos_from=12, auto=True),
-    BackendRow("gvisor", "vm", ("user-kernel",), factory=_gvisor),
-    BackendRow("podman", "vm", ("container",), factory=_container),
-    BackendRow("docker", "vm", ("container",), factory=_container),
-    BackendRow("containerd", "vm", ("container",), factory=_containerd),
-    BackendRow("os", "os", ("process",), factory=_process),
-    BackendRow("none", "none", ("none",), factory=_process),
+    BackendRow("firecracker-ctr", "vm", ("vm-hardware",), _firecracker, auto=True, if_installed=True),
+    BackendRow("apple-container", "vm", ("vm-hardware",), _apple, linux=False, macos_from=26, auto=True),
+    BackendRow("qemu", "vm", ("vm-hardware", "vm-emulated"), _qemu, auto=True),
+    BackendRow("vz", "vm", ("vm-hardware",), _vz, linux=False, macos_from=13, auto=True),
+    BackendRow("gvisor", "vm", ("user-kernel",), _gvisor),
+    BackendRow("podman", "vm", ("container",), _container),
+    BackendRow("docker", "vm", ("container",), _container),
+    BackendRow("containerd", "vm", ("container",), _containerd),
+    BackendRow("os", "os", ("process",), _process),
+    BackendRow("none", "none", ("none",), _process),
 )
 # In order of preference.
 BY_NAME: Final = {row.name: row for row in _ROWS}
@@ -141,11 +139,4 @@ BY_NAME: Final = {row.name: row for row in _ROWS}
 
 def create(name: str) -> Backend:
     """Return a new instance of the backend *name*, without probing it."""
-    factory = BY_NAME[name].factory
-    assert factory is not None  # noqa: S101 - only built backends are selected
-    return factory(name)
-
-
-def built() -> tuple[str, ...]:
-    """Return the names of the backends in this version."""
-    return tuple(row.name for row in BY_NAME.values() if row.built)
+    return BY_NAME[name].factory(name)

@@ -151,10 +151,9 @@ def _contradict(wanted: str | None, name: str | None) -> bool:
 def _automatic(platform: Platform, request: BackendRequest) -> Choice:
     rows = (row for row in BY_NAME.values() if not row.if_installed or row.name in platform.installed)
     candidates = [row for row in rows if row.auto and row.runs_on(platform)]
-    if found := next((row.name for row in candidates if row.built), None):
-        return Choice(backend=found)
-    names = " and ".join(row.name for row in candidates)
-    why = f"the backends for {platform} are not in this version ({names})" if names else f"none supports {platform}"
+    if candidates:
+        return Choice(backend=candidates[0].name)
+    why = f"none supports {platform}"
     raise RefusedError("there is no virtual machine backend", why, instead(platform, request), code="no-backend")
 
 

@@ -75,4 +75,4 @@ def _named(options: argparse.Namespace) -> list[str]:
     words = (wanted.sandbox_flag, wanted.sandbox_variable)
     if wanted.backend_flag or wanted.backend_variable or any(word not in {None, "auto"} for word in words):
         return [chosen]
-    return [row.name for row in BY_NAME.values() if row.built and row.runs_on(platform) and not row.weaker]
+    return [row.name for row in BY_NAME.values() if row.runs_on(platform) and not row.weaker]

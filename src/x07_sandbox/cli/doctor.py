@@ -27,6 +27,7 @@ from x07_sandbox.cli.json_output import print_document
 from x07_sandbox.cli.parser import add_document_flags
 from x07_sandbox.errors import SandboxError, worded
 from x07_sandbox.host.arch import ARCHES, host_arch
+from x07_sandbox.host.linux import require_linux
 from x07_sandbox.host.paths import cache_dir, private_dir, state_dir
 from x07_sandbox.host.variables import PREFIXES, SANDBOX_BACKENDS, VARIABLES
 from x07_sandbox.reports.doctor import BackendState, DoctorReport, Finding, Look, State
@@ -45,7 +46,7 @@ _NO_UIDS: Final = f"{_NO_START}: allow changing uids (in a container: --privileg
 _TOO_SLOW: Final = "This host is slow or busy: run x07 doctor again when it is less busy"
 _HEAD_BYTES: Final = 4096
 _PROGRAM: Final = b"#!/bin/sh\n"
-_MARKS: Final = {"proven": "good", "untried": "note", "failed": "BAD", "later": "note", "not-here": "note"}
+_MARKS: Final = {"proven": "good", "untried": "note", "failed": "BAD", "not-here": "note"}
 _EXAMPLES: Final = """examples:
   x07 doctor                                     print all findings
   x07 doctor --json | jq '.backends[] | {name, state}'
@@ -62,6 +63,11 @@ _NO_ARCHITECTURE: Final = (
 _MISSING: Final = (
     "Run scripts/setup.sh in a checkout of x07-sandbox, which installs what is missing",
     "Run x07 in a Debian 13 VM or container that has them",
+)
+_ON_MACOS: Final = (
+    "See docs/backends/vz.md for what x07 lacks on macOS",
+    "Run x07 in a Linux virtual machine here",
+    "Run x07 on a Linux host with --sandbox-backend vm --backend qemu",
 )
 _NO_NAMESPACES: Final = (
     "Allow user and mount namespaces: sysctl kernel.unprivileged_userns_clone=1, or run x07 as root",
@@ -109,7 +115,8 @@ def _print_backend(state: BackendState) -> None:
 def _examine() -> DoctorReport:
     platform = this_platform()
     findings = [platform_finding(platform), _architecture(), _first_on_path(os.environ), _variables(os.environ)]
-    findings += [*_checked("requested backend", _requested_backend), *_checked("folders", _folders)]
+    findings += [*_checked("system calls", require_linux), *_checked("requested backend", _requested_backend)]
+    findings += _checked("folders", _folders)
     proofs: dict[str, Finding] = {}
     looks = gather(platform)
     if platform.system == "linux" and os.uname().machine in ARCHES:
@@ -118,9 +125,9 @@ def _examine() -> DoctorReport:
         findings += [_image_tools(), _cgroups(), *_checked("runs at once", _capacity)]
         findings += [*_checked("jail", partial(_jail, name)), *machine]
         proofs[name] = proof_among(machine)
-        proofs |= {
-            row.name: _unstarted(row.name) for row in BY_NAME.values() if row.built and (row.weaker or row.if_installed)
-        }
+        proofs |= {row.name: _unstarted(row.name) for row in BY_NAME.values() if row.weaker or row.if_installed}
+    elif platform.system == "macos":
+        proofs |= {name: _unstarted(name) for name in looks}
     return DoctorReport(
         good=all(finding.good is not False for finding in findings),
         findings=tuple(findings),
@@ -140,7 +147,7 @@ def backend_state(row: BackendRow, platform: Platform, looks: Looks, proof: Find
     state: State
     remedies: tuple[str, ...] = ()
     if text := row.unsupported(platform):
-        state, remedies = "later" if row.runs_on(platform) else "not-here", alternatives(platform)
+        state, remedies = "not-here", alternatives(platform)
     elif proof is not None and proof.good is not False:
         state, text = "proven" if proof.good else "untried", proof.text
     else:
@@ -157,9 +164,10 @@ def _failure(row: BackendRow, looks: Looks, proof: Finding | None) -> tuple[str,
     if failed := unmet(looks):
         why, fix = advice(failed)
         return why, (worded(fix), *_MISSING)
+    advised = _NO_NAMESPACES if row.linux else _ON_MACOS
     if proof is None:
-        return "nothing was started", _NO_NAMESPACES
-    more = () if row.isolation == ("container",) else _NO_NAMESPACES  # an engine's own error says what it needs
+        return "nothing was started", advised
+    more = () if row.isolation == ("container",) else advised  # an engine's own error says what it needs
     return proof.text, (*filter(None, [proof.fix]), *more)[:3]
 
 
@@ -173,7 +181,7 @@ def alternatives(platform: Platform) -> tuple[str, str]:
 
 
 def _unstarted(name: str) -> Finding:
-    """Return whether the prerequisites of a backend that is used only on request are met. Starts nothing."""
+    """Return whether the prerequisites of a backend are met. Starts no instance."""
     try:
         availability = create(name).probe(None, boot=False)
     except (SandboxError, OSError) as exc:
@@ -186,7 +194,10 @@ def _unstarted(name: str) -> Finding:
 def platform_finding(platform: Platform) -> Finding:
     """Return whether this version has a backend for the platform."""
     if words := " ".join(usable_flags(platform)):
-        return Finding(code="platform", subject="platform", good=True, text=f"{platform}, supported by {words}")
+        good = platform.system == "linux" or None
+        text = f"{platform}, supported by {words}{'' if good else ', but x07 has never run there'}"
+        fix = "" if good else _ON_MACOS[1]
+        return Finding(code="platform", subject="platform", good=good, text=text, fix=fix)
     text, fix = f"this version has no backend for {platform}", ". ".join(alternatives(platform))
     return Finding(code="no-backend", subject="platform", good=False, text=text, fix=fix)
 

@@ -250,7 +250,7 @@ def _digest(options: argparse.Namespace) -> int:
 def _explain(options: argparse.Namespace) -> int:
     policy, _ = read_policy(options.policy)
     backend = None if options.backend is None else backend_named(options.backend)
-    if backend is None or not (backend.built and backend.runs_on(this_platform())):
+    if backend is None or not backend.runs_on(this_platform()):
         request = backend_request(backend=options.backend, flags=("--backend",))
         backend = BY_NAME[select(this_platform(), request).backend]
     features = create(backend.name).least_features()

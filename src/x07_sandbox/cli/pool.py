@@ -53,7 +53,7 @@ def _start(options: argparse.Namespace) -> int:
     progress = Progress("pool")
     progress("starting")
     log = pool_dir() / "log"
-    ready_r, ready_w = os.pipe2(os.O_CLOEXEC)
+    ready_r, ready_w = os.pipe()
     words = str(options.size), str(options.idle), options.image
     with os.fdopen(ready_r, "rb") as ready, log.open("ab") as errors:
         log.chmod(0o600)

@@ -7,7 +7,7 @@ import stat
 from collections.abc import Iterator
 from typing import Final
 
-from x07_sandbox.host.linux import openat2, renameat2
+from x07_sandbox.host.linux import openat2, path_flag, renameat2
 from x07_sandbox.host.paths import closing_fd
 
 _NO_XDEV, _NO_SYMLINKS, _BENEATH = 0x01, 0x04, 0x08  # openat2(2)
@@ -20,7 +20,7 @@ _NO_LINKS: Final = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 def open_root(path: str) -> int:
     """Open a folder by its absolute path. Raises OSError: ELOOP or ENOTDIR if the path contains a link."""
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-    with closing_fd(os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)) as top:
+    with closing_fd(os.open("/", path_flag() | os.O_DIRECTORY | os.O_CLOEXEC)) as top:
         return openat2(top, path.lstrip("/") or ".", flags, _NO_SYMLINKS)
 
 
@@ -29,7 +29,7 @@ def look(dir_fd: int, name: str) -> int:
 
     Raises OSError: ELOOP or ENOTDIR if a parent is not a folder, EXDEV at a mount point.
     """
-    flags = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+    flags = path_flag() | os.O_NOFOLLOW | os.O_CLOEXEC
     return openat2(dir_fd, name, flags, _NO_SYMLINKS | _NO_XDEV | _BENEATH)
 
 

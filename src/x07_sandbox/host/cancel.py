@@ -119,7 +119,7 @@ def _forwarded(wanted: Collection[int], cancel: Cancel) -> Iterator[None]:
     Python calls handlers in the main thread only. If the kernel delivers the signal to another thread, a blocking
     system call of the main thread is not interrupted (signal(7)).
     """
-    read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
+    read_fd, write_fd = os.pipe()
     os.set_blocking(write_fd, False)
 
     def forward() -> None:

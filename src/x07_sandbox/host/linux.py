@@ -33,6 +33,11 @@ def _only_here(place: object, name: str) -> Any:  # noqa: ANN401 - functions and
     return found
 
 
+def require_linux() -> None:
+    """Raise HostError on a system without pidfds, with which x07 watches and ends every job."""
+    _only_here(os, "pidfd_open")
+
+
 def new_memory_file() -> int:
     """Return an owned descriptor of an empty file in memory (memfd_create(2))."""
     fd: int = _only_here(os, "memfd_create")("x07", os.MFD_CLOEXEC)
@@ -42,6 +47,12 @@ def new_memory_file() -> int:
 def new_unnamed_file(folder: Path) -> int:
     """Return an owned descriptor of an empty file without a name on the disk of *folder*. Raises OSError, HostError."""
     return os.open(folder, _only_here(os, "O_TMPFILE") | os.O_RDWR | os.O_CLOEXEC, 0o600)
+
+
+def path_flag() -> int:
+    """Return the flag for a descriptor that only names a file or folder (open(2): O_PATH)."""
+    flag: int = _only_here(os, "O_PATH")
+    return flag
 
 
 def boot_ms() -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from x07_sandbox.errors import Command, HostError, Text, UsageError
-from x07_sandbox.host.linux import new_unnamed_file
+from x07_sandbox.host.linux import new_unnamed_file, path_flag
 from x07_sandbox.host.os_errors import fix_for
 
 SYSTEM: Final = ("/usr/sbin", "/usr/bin", "/sbin", "/bin")
@@ -62,7 +62,7 @@ def private_dir(path: Path) -> Path:
     if not path.is_absolute() or ".." in path.parts or len(path.parts) == 1:
         why = "it is not an absolute path without '..'"
         raise HostError(f"cannot use folder {path}", why, "Use an absolute path without '..'")
-    fd = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    fd = os.open("/", path_flag() | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         for depth, part in enumerate(path.parts[1:], start=1):
             here = Path(*path.parts[: depth + 1])
@@ -208,7 +208,7 @@ def _mkdir(dir_fd: int, part: str, here: Path) -> bool:
 
 def _open_folder(dir_fd: int, part: str, here: Path) -> int:
     try:
-        return os.open(part, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
+        return os.open(part, path_flag() | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
     except OSError as exc:
         if exc.errno not in {errno.ELOOP, errno.ENOTDIR}:
             raise

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from x07_sandbox.errors import UsageError
-from x07_sandbox.host.linux import fd_path
+from x07_sandbox.host.linux import fd_path, path_flag
 from x07_sandbox.host.paths import closing_fd, is_file, real_path
 
 
@@ -34,7 +34,7 @@ class ProjectFolder:
         """Yield an O_PATH descriptor of *name*, and its stat. Raises UsageError if it is missing or outside *root*."""
         shown = shown or name
         with self._readable(shown):
-            fd = os.open(f"{self.base}/{name}", os.O_PATH | os.O_CLOEXEC)
+            fd = os.open(f"{self.base}/{name}", path_flag() | os.O_CLOEXEC)
         with closing_fd(fd):
             with self._readable(shown):
                 # The path of the descriptor, since the name may change meanwhile.
@@ -133,12 +133,12 @@ def write_document(
 @contextlib.contextmanager
 def _folder(root: Path, folders: list[str]) -> Iterator[int]:
     """Yield a descriptor of the folder *folders* (parts of a path) below *root*, created if missing. Raises OSError."""
-    fd = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    fd = os.open(root, path_flag() | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         for name in folders:
             with contextlib.suppress(FileExistsError):
                 os.mkdir(name, dir_fd=fd)
-            child = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
+            child = os.open(name, path_flag() | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
             os.close(fd)
             fd = child
         yield fd

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 
-from x07_sandbox.backends.registry import built, create
+from x07_sandbox.backends.registry import BY_NAME, create
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.paths import cache_dir
@@ -48,7 +48,7 @@ def prune_saved(pruner: Pruner, gone: set[str]) -> None:
     if not os.path.lexists(cache_dir()):
         return
     images = {image.digest for image in list_images()} - gone
-    for backend in map(create, built()):
+    for backend in map(create, BY_NAME):
         if backend.cloning is None:
             continue
         on_wait = partial(pruner.progress, "waiting until another process has saved a VM")

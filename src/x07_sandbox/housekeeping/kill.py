@@ -8,7 +8,7 @@ from typing import Final, Literal
 import msgspec
 
 from x07_sandbox.backends.base import HoldsInstances
-from x07_sandbox.backends.registry import built, create
+from x07_sandbox.backends.registry import BY_NAME, create
 from x07_sandbox.errors import Command, HostError
 from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.locks import is_locked
@@ -81,7 +81,7 @@ def _open_jobs(run: str) -> list[StoredJob]:
 def _stopped(stored: StoredJob) -> bool:
     """Stop one job, unless it is about to start. Return whether its machine is proven gone."""
     record = stored.record
-    if record is None or record.backend not in built():
+    if record is None or record.backend not in BY_NAME:
         return False
     backend = create(record.backend)
     if not isinstance(backend, HoldsInstances) and state_of(stored, here_and_now()) == "starting":

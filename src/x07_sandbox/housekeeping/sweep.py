@@ -18,7 +18,7 @@ from typing import Final, Literal, cast
 import msgspec
 
 from x07_sandbox.backends.base import HoldsInstances
-from x07_sandbox.backends.registry import built, create
+from x07_sandbox.backends.registry import BY_NAME, create
 from x07_sandbox.errors import SandboxError
 from x07_sandbox.host import settings
 from x07_sandbox.host.clocks import Deadline, unix_ms
@@ -133,7 +133,7 @@ def _settled(pruner: Pruner, stored: StoredJob, now: Now) -> bool:
 def _not_stopped(stored: StoredJob) -> str:
     """Stop a job by its record. Return why the job is not proven gone, or "" if it is."""
     assert stored.record is not None  # noqa: S101 - the job is ours
-    if stored.record.backend not in built():
+    if stored.record.backend not in BY_NAME:
         return f"this version has no backend {stored.record.backend!a}"
     try:
         return "" if create(stored.record.backend).stop(stored.record) else "nothing proves that its processes are gone"
@@ -211,7 +211,7 @@ def why_kept(labels: Mapping[str, str], *, instance: str, live: Collection[str],
 def _sweep_orphans(pruner: Pruner, live: Collection[str]) -> None:
     """Remove this tool's containers without a live job from every container engine. live: names of the live jobs."""
     instance = runner_instance(state_dir())
-    for name in built():
+    for name in BY_NAME:
         backend: object = create(name)
         if not isinstance(backend, HoldsInstances):
             continue

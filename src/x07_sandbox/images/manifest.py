@@ -152,7 +152,7 @@ def decode(data: bytes, where: str) -> Manifest:
     if len(data) > MAX_BYTES:
         raise _bad(where, f"it has more than {MAX_BYTES} bytes")
     try:
-        version = msgspec.json.decode(data, type=prepared(_Version)).schema_version
+        version = msgspec.json.decode(data, type=prepared(Version)).schema_version
     except msgspec.MsgspecError as exc:
         raise _bad(where, str(exc)) from exc
     if version != SCHEMA:
@@ -172,7 +172,9 @@ def decode(data: bytes, where: str) -> Manifest:
     return manifest
 
 
-class _Version(msgspec.Struct):
+class Version(msgspec.Struct):
+    """The format of a document, to read before the rest of it."""
+
     schema_version: str
 
 

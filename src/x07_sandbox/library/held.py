@@ -477,7 +477,7 @@ def create(asked: Create, cancel_fd: int, progress: Callable[[str], None] = lamb
 
     cancel_fd: readable once the caller no longer wants the sandbox; Cancelled is raised then.
     """
-    ready_r, ready_w = os.pipe2(os.O_CLOEXEC)
+    ready_r, ready_w = os.pipe()
     log = os.memfd_create("x07-holder")
     with os.fdopen(ready_r, "rb", buffering=0) as ready, os.fdopen(log, "r+b") as errors:
         child = start_in_background(

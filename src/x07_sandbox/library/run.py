@@ -314,7 +314,7 @@ class _Output:
         self.problem: BaseException | None = None
         self._on_output = on_output
         self._cancel = cancel
-        self._ends = {name: os.pipe2(os.O_CLOEXEC) for name in ("stdout", "stderr")}
+        self._ends = {name: os.pipe() for name in ("stdout", "stderr")}
         self._threads = [
             threading.Thread(target=self._read, args=(name, ends[0]), name=f"x07-{name}", daemon=True)
             for name, ends in self._ends.items()

@@ -4,7 +4,7 @@ from typing import Literal
 
 import msgspec
 
-State = Literal["proven", "untried", "failed", "later", "not-here"]
+State = Literal["proven", "untried", "failed", "not-here"]
 
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -35,8 +35,8 @@ class Look(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class BackendState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One backend on this host.
 
-    state: "proven" (it has started a VM here), "untried" (its prerequisites are met), "failed", "later" (not in this
-    version) or "not-here" (not for this platform).
+    state: "proven" (it has started a VM here), "untried" (its prerequisites are met), "failed" or
+    "not-here" (not for this platform).
     needs_acceptance: whether its isolation is weaker than that of a virtual machine.
     looks: its prerequisites.
     remedies: what to do; empty if the state is "proven" or "untried".

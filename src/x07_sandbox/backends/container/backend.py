@@ -106,6 +106,8 @@ class ContainerBackend(ABC):
 class WithImages(ContainerBackend):
     """The common part of the backends whose runtime stores the images."""
 
+    image_variable = ""
+
     @abstractmethod
     def _image(self, wanted: str) -> tuple[str, object]:
         """Return the id and the labels of an image. Raises HostError, BackendError, and ImageError with `fix_image`."""

@@ -9,15 +9,10 @@ from typing import Final
 
 from x07_sandbox.backends.base import Availability, Job
 from x07_sandbox.backends.handshake import Handshake, greet
+from x07_sandbox.backends.jailed import StreamInstance
 from x07_sandbox.backends.prerequisites import Need, require, version_in
 from x07_sandbox.backends.process.agentcode import PYTHON, agent_code
-from x07_sandbox.backends.process.start import (
-    ProcessInstance,
-    files_folder,
-    remove_folder,
-    start_confined,
-    start_unconfined,
-)
+from x07_sandbox.backends.process.start import files_folder, remove_folder, start_confined, start_unconfined
 from x07_sandbox.channel.link import State
 from x07_sandbox.errors import HostError
 from x07_sandbox.host.clocks import Deadline
@@ -94,11 +89,11 @@ class _Backend(ABC):
         return self.probe(boot=False).features
 
     @abstractmethod
-    def _started(self, record: JobRecord, deadline_s: int) -> AbstractContextManager[ProcessInstance]:
+    def _started(self, record: JobRecord, deadline_s: int) -> AbstractContextManager[StreamInstance]:
         """Start an agent, without the handshake. Raises BackendError, HostError."""
 
     @contextlib.contextmanager
-    def start(self, job: Job) -> Iterator[ProcessInstance]:
+    def start(self, job: Job) -> Iterator[StreamInstance]:
         """Start a job and wait until its agent has answered. Raises NoAnswerError, BackendError, HostError."""
         record = create_record(job.claim, backend=self.name, image_digest="")
         with self._started(record, job.claim.deadline_s) as instance:
@@ -154,7 +149,7 @@ class OsBackend(_Backend):
         proof = proof if known else "not tested on this host yet"
         return Availability(features=features, proof=proof, known=known, warnings=tuple(warnings))
 
-    def _started(self, record: JobRecord, deadline_s: int) -> AbstractContextManager[ProcessInstance]:
+    def _started(self, record: JobRecord, deadline_s: int) -> AbstractContextManager[StreamInstance]:
         return start_confined(record, deadline_s, self._controllers)
 
 
@@ -175,7 +170,7 @@ class NoneBackend(_Backend):
         warning = f"nothing protects {whose} files, processes and network from the program"
         return Availability(features=features, proof=proof, warnings=(warning,))
 
-    def _started(self, record: JobRecord, deadline_s: int) -> AbstractContextManager[ProcessInstance]:
+    def _started(self, record: JobRecord, deadline_s: int) -> AbstractContextManager[StreamInstance]:
         return start_unconfined(record, deadline_s)
 
 

@@ -9,13 +9,12 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
-from x07_sandbox.backends.jailed import Jailed, RunningAgent, Start, error_stream, running, socket_ends
+from x07_sandbox.backends.jailed import Ends, Start, StreamInstance, running
 from x07_sandbox.backends.process.agentcode import FILES, Sandbox, agent_argv, agent_code, sandbox_argv, this_system
 from x07_sandbox.errors import BackendError, HostError
 from x07_sandbox.host import settings
-from x07_sandbox.host.close_on_fork import FdGroup
 from x07_sandbox.host.linux import require_own_proc
 from x07_sandbox.host.memory import memory_file
 from x07_sandbox.jail.bwrap import may_nest, supervisor_argv
@@ -24,41 +23,12 @@ from x07_sandbox.jail.uids import lease_uid
 from x07_sandbox.jobs.launcher import Launch
 from x07_sandbox.jobs.record import JobRecord, drop_unstarted
 
-if TYPE_CHECKING:
-    import subprocess
-
-    from x07_sandbox.backends.base import Greeting
-    from x07_sandbox.host.processes import Identity
-
 _CONFINED_DEPTH: Final = 2  # below the supervisor: bubblewrap, then the agent
 _FREE_DEPTH: Final = 1
 
 
-class _Ends:
-    """The streams of one agent: x07's ends, which *stack* closes, and the child's ends, which `given` closes."""
-
-    def __init__(self, stack: contextlib.ExitStack) -> None:
-        self.given = FdGroup()
-        stack.callback(self.given.close)
-        self.channel_fd, self.far_fd = socket_ends(stack, self.given)
-        self.errors, self.stderr_fd = error_stream(stack, self.given)
-
-
-class ProcessInstance(RunningAgent, Jailed):
-    """An agent on this host. `start_confined` and `start_unconfined` start and end it."""
-
-    notes: tuple[str, ...] = ()
-    net_fd: int | None = None
-    greeting: Greeting
-
-    def __init__(self, start: Start, ends: _Ends, child: subprocess.Popen[bytes], inner: Identity) -> None:
-        super().__init__(start, child, inner)
-        self.channel_fd = ends.channel_fd
-        self.shown = (ends.errors,)
-
-
 @contextlib.contextmanager
-def start_confined(record: JobRecord, deadline_s: int, controllers: tuple[str, ...] = ()) -> Iterator[ProcessInstance]:
+def start_confined(record: JobRecord, deadline_s: int, controllers: tuple[str, ...] = ()) -> Iterator[StreamInstance]:
     """Start a confined agent. When the context ends, it is gone and recorded as gone. Raises BackendError, HostError.
 
     The agent runs as this user, or under a uid of its own if this user is root. controllers: of the control groups that
@@ -69,7 +39,7 @@ def start_confined(record: JobRecord, deadline_s: int, controllers: tuple[str, .
         require_own_proc()
         code = agent_code(confined=True)
         uid, lock_fd = stack.enter_context(lease_uid()) if os.geteuid() == 0 else (None, None)
-        ends = _Ends(stack)
+        ends = Ends(stack)
         given = ends.given
         groups = program_groups(record.job_id, uid=os.geteuid() if uid is None else uid)
         stack.callback(groups.remove)
@@ -103,7 +73,7 @@ def start_confined(record: JobRecord, deadline_s: int, controllers: tuple[str, .
 
 
 @contextlib.contextmanager
-def start_unconfined(record: JobRecord, deadline_s: int) -> Iterator[ProcessInstance]:
+def start_unconfined(record: JobRecord, deadline_s: int) -> Iterator[StreamInstance]:
     """Start an unconfined agent, with a folder of its own in the record's folder. Raises BackendError, HostError."""
     with contextlib.ExitStack() as stack:
         stack.callback(drop_unstarted, record)
@@ -115,7 +85,7 @@ def start_unconfined(record: JobRecord, deadline_s: int) -> Iterator[ProcessInst
         except OSError as exc:
             why = f"{exc.strerror} ({folder})"
             raise HostError("cannot make the job's folder", why, "Free disk space") from exc
-        ends = _Ends(stack)
+        ends = Ends(stack)
         argv = supervisor_argv(
             agent_argv(str(code), "none", str(ends.far_fd), str(folder), record.mark),
             deadline_s=deadline_s,
@@ -127,8 +97,8 @@ def start_unconfined(record: JobRecord, deadline_s: int) -> Iterator[ProcessInst
 
 
 def _running(
-    start: Start, ends: _Ends, argv: list[str], pass_fds: tuple[int, ...]
-) -> AbstractContextManager[ProcessInstance]:
+    start: Start, ends: Ends, argv: list[str], pass_fds: tuple[int, ...]
+) -> AbstractContextManager[StreamInstance]:
     def not_built(status: int | None) -> BackendError:
         ends.errors.read()
         said = " ".join(ends.errors.text().split()) or f"it exited with status {status}"
@@ -136,7 +106,7 @@ def _running(
         return BackendError("cannot start the process", said[:500], fix)
 
     request = Launch(argv=argv, pass_fds=pass_fds, stderr_fd=ends.stderr_fd)
-    return running(start, request, partial(ProcessInstance, start, ends), not_built)
+    return running(start, request, partial(StreamInstance, start, ends), not_built)
 
 
 def files_folder(record: JobRecord) -> Path:
