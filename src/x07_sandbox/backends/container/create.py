@@ -1,7 +1,7 @@
 """The command line that creates a job's container, and the check of the created container. No I/O."""
 
 import posixpath
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -132,6 +132,21 @@ def is_roots_podman(info: Mapping[str, Any]) -> bool:
     """Return whether *info* is from a podman that runs as the host's root."""
     security = (info.get("host") or {}).get("security") or {}
     return security.get("rootless") is False
+
+
+def names_file(info: Mapping[str, Any], settings: Sequence[str]) -> str:
+    """Return the file that root's podman replaces when an image gets or loses a name, or "" if that is not certain.
+
+    info: the output of its `info` command. settings: the files that may name its store.
+    """
+    store = info.get("store") or {}
+    root, driver, options = store.get("graphRoot"), store.get("graphDriverName"), store.get("graphOptions") or {}
+    # A further store has names of its own, and a remote podman's files are not on this host.
+    further = any("store" in str(option) for option in options)
+    remote = (info.get("host") or {}).get("serviceIsRemote")
+    if not root or not driver or further or remote or store.get("configFile") not in settings:
+        return ""
+    return f"{root}/{driver}-images/images.json"
 
 
 def engine_gaps(name: Name, info: Mapping[str, Any]) -> list[str]:
