@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -122,6 +123,8 @@ def started(runtime: Runtime, job: Job, image: OpenImage) -> Iterator[ContainerI
             write_owner(record, runner=own_identity(), processes=processes, cgroups=())
             yield instance
         finally:
+            if instance is not None:
+                _hang_up(instance.channel_fd)
             gone = runtime.remove(container_name(record)) if instance is None else instance.stop()
             remove_files(record.folder)
             if gone:
@@ -133,6 +136,12 @@ def started(runtime: Runtime, job: Job, image: OpenImage) -> Iterator[ContainerI
                 reaper_process.wait()
             if instance is not None:
                 os.close(instance.pidfd)
+
+
+def _hang_up(channel_fd: int) -> None:
+    """End the input of the agent, which then exits. The runtime removes an ended container sooner than it kills one."""
+    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(channel_fd)) as channel:
+        channel.shutdown(socket.SHUT_WR)
 
 
 class _Files:
