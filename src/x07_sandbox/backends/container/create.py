@@ -83,7 +83,8 @@ def create_argv(spec: ContainerSpec) -> Iterator[str]:
     if spec.network:  # the relay listens on ports below 1024 without a capability; docker's default
         yield from ("--sysctl", "net.ipv4.ip_unprivileged_port_start=0")
     if podman:
-        yield from ("--read-only-tmpfs=false", "--no-hosts", "--http-proxy=false", "--uts", "private")
+        # For --rm, podman mounts the root so that unmounting it does not wait for the disk. We remove it all the same.
+        yield from ("--rm", "--read-only-tmpfs=false", "--no-hosts", "--http-proxy=false", "--uts", "private")
     for place, options in spec.tmpfs().items():
         yield from ("--tmpfs", f"{place}:{options}{',notmpcopyup' if podman else ''}")
     for source, place in _binds(spec).items():
