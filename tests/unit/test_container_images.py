@@ -50,11 +50,12 @@ class Podman:
         """Set what `info` says of the store."""
         (self.folder / "info").write_text(json.dumps({"host": HOST, "store": STORE | store}), encoding="ascii")
 
-    def tag(self, image: str) -> None:
-        """Give the name to an image, as podman does: with a new file."""
+    def tag(self, image: str, store: str = "") -> None:
+        """Give the name to an image, as podman does: with a new file. store: another place of the image."""
         current = manifest.sealed(replace(MANIFEST, guest_code=read_guest_code().digest))
-        labels = {f"{manifest.LABEL}0": manifest.encode(current).decode()}
-        (self.folder / "image").write_text(json.dumps([{"Id": image, "Labels": labels}]), encoding="ascii")
+        made = {"Id": image, "Labels": {f"{manifest.LABEL}0": manifest.encode(current).decode()}}
+        made["GraphDriver"] = {"Data": {"UpperDir": f"{store or self.folder}/overlay/layer/diff"}}
+        (self.folder / "image").write_text(json.dumps([made]), encoding="ascii")
         (new := self.folder / "new").write_text(image, encoding="ascii")
         new.rename(self.names)
 
@@ -99,6 +100,11 @@ def test_the_id_of_an_image_is_stored_until_a_name_changes(podman: Podman) -> No
 def test_the_id_of_an_image_is_not_stored_without_the_file_of_names(podman: Podman) -> None:
     """An image is looked up for each run if it is unknown which file changes with the names of images."""
     podman.answer({"graphOptions": {"overlay.imagestore": "/further"}})
+    assert (digest(), podman.calls()) == (FIRST, ["info", "image"])
+    assert (digest(), podman.calls()) == (FIRST, ["image"])
+    podman.answer({"graphRoot": str(podman.folder)})
+    podman.client.touch()
+    podman.tag(FIRST, "/images")
     assert (digest(), podman.calls()) == (FIRST, ["info", "image"])
     assert (digest(), podman.calls()) == (FIRST, ["image"])
 

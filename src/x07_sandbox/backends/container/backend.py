@@ -14,7 +14,7 @@ import msgspec
 
 from x07_sandbox.backends.base import Availability, Job, Orphan
 from x07_sandbox.backends.container import instance as containers
-from x07_sandbox.backends.container.create import engine_gaps, is_roots_podman, names_file
+from x07_sandbox.backends.container.create import engine_gaps, is_beside, is_roots_podman, names_file
 from x07_sandbox.backends.container.engine import IMAGE_IDS, EngineRuntime
 from x07_sandbox.backends.container.runtime import Runtime
 from x07_sandbox.backends.engines import CLIENTS, DEFAULT_REFERENCE, Engine, Name, engine
@@ -152,7 +152,7 @@ class EngineBackend(WithImages):
     def _image(self, wanted: str) -> tuple[str, object]:
         """Return the id and the labels of an image. Raises ImageError, HostError."""
         client = self._engine()
-        kept = self._image_ids(client, wanted)
+        kept, names = self._image_ids(client, wanted)
         if kept is not None and (known := kept.read()):
             return str(known["id"]), known["labels"]
         answer = client.call("image", "inspect", wanted)
@@ -163,22 +163,22 @@ class EngineBackend(WithImages):
         if not image.get("Id"):
             raise ImageError(f"cannot use the image {wanted}", f"{self.name} reports no id for it", self.fix_image)
         identity, labels = str(image["Id"]), (image.get("Config") or {}).get("Labels") or image.get("Labels")
-        if kept is not None:
+        if kept is not None and is_beside(names, image):
             kept.write({"id": identity, "labels": labels})
         return identity, labels
 
-    def _image_ids(self, client: Engine, wanted: str) -> Verdict | None:
-        """Return the stored id and labels of an image of root's podman, valid until a name of an image changes.
+    def _image_ids(self, client: Engine, wanted: str) -> tuple[Verdict | None, str]:
+        """Return the stored id and labels of an image of root's podman, valid until a name changes, and `names_file`.
 
         None: nothing shows whether names have changed. Labels are part of what the id is a digest of.
         """
         limits = self._limits(client)
         if limits is None or not (names := self._checked(client, limits)):
-            return None
+            return None, ""
         try:
-            return Verdict(IMAGE_IDS, limits.path.name, wanted, key=file_state(names))
+            return Verdict(IMAGE_IDS, limits.path.name, wanted, key=file_state(names)), names
         except OSError:
-            return None
+            return None, ""
 
     def _limits(self, client: Engine) -> Verdict | None:
         """Return the stored check of root's podman, valid until the host reboots, or None for other engines."""

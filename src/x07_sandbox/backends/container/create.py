@@ -143,11 +143,20 @@ def names_file(info: Mapping[str, Any], settings: Sequence[str]) -> str:
     store = info.get("store") or {}
     root, driver, options = store.get("graphRoot"), store.get("graphDriverName"), store.get("graphOptions") or {}
     # A further store has names of its own, and a remote podman's files are not on this host.
-    further = any("store" in str(option) for option in options)
+    further = any("store" in str(option).lower() for option in options)
     remote = (info.get("host") or {}).get("serviceIsRemote")
     if not root or not driver or further or remote or store.get("configFile") not in settings:
         return ""
     return f"{root}/{driver}-images/images.json"
+
+
+def is_beside(names: str, image: Mapping[str, Any]) -> bool:
+    """Return whether an image is in the store of this `names_file`: `info` does not show a store for images only.
+
+    image: podman's description of it (image inspect).
+    """
+    layer = ((image.get("GraphDriver") or {}).get("Data") or {}).get("UpperDir")
+    return str(layer).startswith(f"{posixpath.dirname(posixpath.dirname(names))}/")
 
 
 def engine_gaps(name: Name, info: Mapping[str, Any]) -> list[str]:
