@@ -306,7 +306,7 @@ def test_rootless_podman_that_would_ignore_the_limits_is_refused() -> None:
 def test_a_run_makes_few_calls_of_podman(
     podman: EngineUnderTest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run calls podman six times, and five times once the limits of root's podman were checked since the boot."""
+    """A run calls podman six times, and four times once its limits and the image were looked up since the boot."""
     client, log, program = tmp_path / "logging-podman", tmp_path / "calls", tmp_path / "prog.sh"
     program.write_text("#!/bin/sh\necho hello\n", encoding="ascii")
     program.chmod(0o755)
@@ -321,10 +321,30 @@ def test_a_run_makes_few_calls_of_podman(
         assert x07(podman, "--toolchain", "executable", str(program)) == "hello\n"
         calls.append([line.removeprefix("--runtime runc ").split()[0] for line in log.read_text().splitlines()])
     assert calls == [
-        ["image", "info", "create", "inspect", "start", "rm"],
-        ["image", "create", "inspect", "start", "rm"],
+        ["info", "image", "create", "inspect", "start", "rm"],
+        ["create", "inspect", "start", "rm"],
     ]
     assert podman.containers() == []
+
+
+@ENGINES
+def test_a_name_that_moves_to_another_image_is_noticed(engine: EngineUnderTest, tmp_path: Path) -> None:
+    """A run uses the image that has the name now, even if an earlier run of this boot has looked the name up."""
+    name = "localhost/moving:1"
+    with (tmp_path / "empty.tar").open("wb") as file:
+        file.write(bytes(10240))
+    program = tmp_path / "prog.sh"
+    program.write_text("echo hello\n", encoding="ascii")
+    for _ in range(2):
+        engine.call("tag", engine.digest, name)
+        for _ in range(2):
+            assert x07(engine, "--image", name, str(program)) == "hello\n"
+        engine.call("import", str(tmp_path / "empty.tar"), "localhost/empty:1")
+        engine.call("tag", "localhost/empty:1", name)
+        assert "it lacks x07's labels" in x07(engine, "--image", name, str(program), code=125)
+        engine.call("rmi", name)
+        assert "there is no guest image" in x07(engine, "--image", name, str(program), code=125)
+    assert engine.containers() == []
 
 
 @pytest.mark.usefixtures("state")

@@ -71,7 +71,7 @@ def test_a_container_is_created_hardened(engine_name: str) -> None:
     assert after(argv, "--memory") == after(argv, "--memory-swap") == [str(WANTED.memory_bytes)]
     assert after(argv, "--pids-limit") == ["10"]
     assert "--read-only" in argv
-    assert ("--http-proxy=false" in argv) == (engine_name == "podman")
+    assert ("--http-proxy=false" in argv) == ("--rm" in argv) == (engine_name == "podman")
     assert "--privileged" not in argv
     assert after(argv, "--label") == ["io.x07.schema=1", "io.x07.run_id=1-2-3-run"]
 

@@ -1,13 +1,14 @@
 """The client of a container engine: its program and environment, the meaning of its output, loading of images."""
 
+from __future__ import annotations
+
 import contextlib
 import os
 import re
 import subprocess
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import msgspec
 
@@ -17,8 +18,9 @@ from x07_sandbox.host.os_errors import raised_as
 from x07_sandbox.host.paths import cache_folder, find_program
 from x07_sandbox.host.processes import output_of
 from x07_sandbox.host.version import __version__
-from x07_sandbox.images.archive import write_archive
-from x07_sandbox.images.store import Image
+
+if TYPE_CHECKING:
+    from x07_sandbox.images.store import Image
 
 Name = Literal["podman", "docker"]
 CLIENTS: Final[dict[Name, Need]] = {
@@ -101,6 +103,8 @@ def engine(name: Name) -> Engine:
     require([CLIENTS[name]], f"cannot use {name}")
     env = {key: os.environ[key] for key in _KEPT if key in os.environ} | CLIENT_ENV
     env["PODMAN_IGNORE_CGROUPSV1_WARNING"] = "1"
+    # The clients are Go programs that live for milliseconds. By default a quarter of that is garbage collection.
+    env["GOGC"] = "400"
     if name == "docker":
         if host := os.environ.get("DOCKER_HOST", ""):
             if not host.startswith("unix://"):
@@ -147,6 +151,10 @@ def load(
 
     names: the engines; () for all of this host. archive: a file to write the image to as well. Raises SandboxError.
     """
+    import tempfile  # loaded here like the archive, which imports much: a run loads no image
+
+    from x07_sandbox.images.archive import write_archive
+
     engines = [engine(name) for name in names]
     for name in () if names else CLIENTS:
         with contextlib.suppress(HostError, BackendError):

@@ -18,12 +18,10 @@ from x07_sandbox.errors import ImageError
 from x07_sandbox.host.arch import ARCHES
 from x07_sandbox.images import tar
 from x07_sandbox.images.base import remove_tree, unpack_root
+from x07_sandbox.images.manifest import AGENT, ENTRY, LABEL
 from x07_sandbox.images.store import Image
 from x07_sandbox.policy.default import canonical_json
 
-_AGENT: Final = "/usr/lib/x07/agent.zip"
-ENTRY: Final = ("/usr/bin/python3", "-I", "-S", "-B", _AGENT)  # what a container starts
-_LABEL: Final = "io.x07.guest."  # and a number: parts of the guest image's manifest as JSON
 _LABEL_MAX: Final = 4000  # containerd refuses a label of more than 4096 bytes with its name
 _CREATED: Final = "2025-01-01T00:00:00Z"  # commands.EPOCH
 _HEADER: Final = 110
@@ -86,14 +84,6 @@ def agent_of(image: Image) -> bytes:
     raise ImageError("cannot use the guest image", "its initramfs contains no agent", "Run x07 image build")
 
 
-def manifest_in(labels: object) -> bytes:
-    """Return the guest image's manifest from the labels of an image as JSON, or nothing if they lack it."""
-    found, parts = labels if isinstance(labels, dict) else {}, list[str]()
-    while isinstance(part := found.get(f"{_LABEL}{len(parts)}"), str):
-        parts.append(part)
-    return "".join(parts).encode()
-
-
 def _layer(path: Path, root: Path) -> tuple[str, Path]:
     with path.open("wb") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as archive:
         tar.add_tree(archive, root, exact_modes=True)
@@ -112,14 +102,14 @@ def _write_agent_layer(file: IO[bytes], image: Image) -> None:
             archive.addfile(tar.entry(name, tarfile.DIRTYPE, 0o755))
         for name, link in sorted(_LINKS.items()):
             archive.addfile(tar.entry(name, tarfile.SYMTYPE, 0o777, link=link))
-        tar.add_bytes(archive, _AGENT.removeprefix("/"), agent_of(image))
+        tar.add_bytes(archive, AGENT.removeprefix("/"), agent_of(image))
         tar.add_bytes(archive, "etc/resolv.conf", RESOLV_CONF.encode())  # for runtimes that cannot mount one
 
 
 def _config(image: Image, layers: list[str]) -> dict[str, Any]:
     text = canonical_json(msgspec.to_builtins(image.manifest)).decode()
     parts = [text[at : at + _LABEL_MAX] for at in range(0, len(text), _LABEL_MAX)]
-    labels = {f"{_LABEL}{number}": part for number, part in enumerate(parts)}
+    labels = {f"{LABEL}{number}": part for number, part in enumerate(parts)}
     return {
         "architecture": _DOCKER_ARCH[ARCHES[image.manifest.arch].name],
         "os": "linux",

@@ -17,6 +17,9 @@ from x07_sandbox.policy.default import canonical_json
 SCHEMA = "x07.sandbox.image@0.1.0"
 NO_DIGEST = "sha256:" + "0" * 64  # placeholder until sealed()
 MAX_BYTES = 4 * 1024 * 1024
+LABEL = "io.x07.guest."  # of a container image, and a number: parts of its manifest as JSON
+AGENT = "/usr/lib/x07/agent.zip"  # in a container image
+ENTRY = ("/usr/bin/python3", "-I", "-S", "-B", AGENT)  # what a container starts
 
 # Python's $ also matches before a final newline; JSON Schema has no \Z.
 _END = r"(?!\n)$"
@@ -145,6 +148,14 @@ def sealed(manifest: Manifest) -> Manifest:
 def encode(manifest: Manifest) -> bytes:
     """Return the content of manifest.json: sorted keys, indented by two spaces."""
     return json.dumps(msgspec.to_builtins(manifest), sort_keys=True, indent=2, ensure_ascii=False).encode() + b"\n"
+
+
+def manifest_in(labels: object) -> bytes:
+    """Return the guest image's manifest from the labels of an image as JSON, or nothing if they lack it."""
+    found, parts = labels if isinstance(labels, dict) else {}, list[str]()
+    while isinstance(part := found.get(f"{LABEL}{len(parts)}"), str):
+        parts.append(part)
+    return "".join(parts).encode()
 
 
 def decode(data: bytes, where: str) -> Manifest:

@@ -14,8 +14,8 @@ import msgspec
 
 from x07_sandbox.backends.base import Availability, Job, Orphan
 from x07_sandbox.backends.container import instance as containers
-from x07_sandbox.backends.container.create import engine_gaps, is_roots_podman
-from x07_sandbox.backends.container.engine import EngineRuntime
+from x07_sandbox.backends.container.create import engine_gaps, is_beside, is_roots_podman, names_file
+from x07_sandbox.backends.container.engine import IMAGE_IDS, EngineRuntime
 from x07_sandbox.backends.container.runtime import Runtime
 from x07_sandbox.backends.engines import CLIENTS, DEFAULT_REFERENCE, Engine, Name, engine
 from x07_sandbox.backends.handshake import greet
@@ -24,7 +24,6 @@ from x07_sandbox.host.paths import find_program
 from x07_sandbox.host.variables import text
 from x07_sandbox.host.verdicts import Verdict, file_state
 from x07_sandbox.images import manifest
-from x07_sandbox.images.archive import manifest_in
 from x07_sandbox.images.guestcode import read_guest_code
 from x07_sandbox.images.verify import OpenImage
 from x07_sandbox.jobs.record import JobRecord
@@ -32,6 +31,8 @@ from x07_sandbox.jobs.stopping import stop_recorded
 from x07_sandbox.plan.features import LEAVES_TREE, NO_ROOT, VM_CAPABILITIES, Features
 
 _REFERENCE_MAX: Final = 512
+# Where root's podman finds its store. A podman that reads another file is asked for its images each time.
+_STORAGE_CONF: Final = ("/etc/containers/storage.conf", "/usr/share/containers/storage.conf")
 GAPS: Final = {
     "connect-fails": "the relay accepts a connection before the gate decides, and resets it if the gate refuses",
     "whole-command": LEAVES_TREE,
@@ -128,7 +129,7 @@ class WithImages(ContainerBackend):
         if len(wanted) > _REFERENCE_MAX or wanted.startswith("-"):
             raise ImageError(f"there is no guest image {wanted[:80]!r}", "this is not an image name", "Use NAME:TAG")
         identity, labels = self._image(wanted)
-        if not (data := manifest_in(labels)):
+        if not (data := manifest.manifest_in(labels)):
             why = "it lacks x07's labels, so x07's agent is not in it"
             raise ImageError(f"cannot use the image {wanted}", why, self.fix_image)
         found = manifest.decode(data, f"the guest image {wanted}")
@@ -153,6 +154,9 @@ class EngineBackend(WithImages):
     def _image(self, wanted: str) -> tuple[str, object]:
         """Return the id and the labels of an image. Raises ImageError, HostError."""
         client = self._engine()
+        kept, names = self._image_ids(client, wanted)
+        if kept is not None and (known := kept.read()):
+            return str(known["id"]), known["labels"]
         answer = client.call("image", "inspect", wanted)
         if answer.status:
             why = answer.error or f"{self.name} does not have it"
@@ -160,7 +164,50 @@ class EngineBackend(WithImages):
         image = answer.single_object(self.name)
         if not image.get("Id"):
             raise ImageError(f"cannot use the image {wanted}", f"{self.name} reports no id for it", self.fix_image)
-        return str(image["Id"]), (image.get("Config") or {}).get("Labels") or image.get("Labels")
+        identity, labels = str(image["Id"]), (image.get("Config") or {}).get("Labels") or image.get("Labels")
+        if kept is not None and is_beside(names, image):
+            kept.write({"id": identity, "labels": labels})
+        return identity, labels
+
+    def _image_ids(self, client: Engine, wanted: str) -> tuple[Verdict | None, str]:
+        """Return the stored id and labels of an image of root's podman, valid until a name changes, and `names_file`.
+
+        None: nothing shows whether names have changed. Labels are part of what the id is a digest of.
+        """
+        limits = self._limits(client)
+        if limits is None or not (names := self._checked(client, limits)):
+            return None, ""
+        try:
+            return Verdict(IMAGE_IDS, limits.path.name, wanted, key=file_state(names)), names
+        except OSError:
+            return None, ""
+
+    def _limits(self, client: Engine) -> Verdict | None:
+        """Return the stored check of root's podman, valid until the host reboots, or None for other engines."""
+        # A rootless podman depends on the session that calls it, docker on its daemon.
+        if self._kind != "podman" or os.geteuid() != 0:
+            return None
+        settings = [file_state(path) if Path(path).exists() else path for path in _STORAGE_CONF]
+        return Verdict(self.name, file_state(client.binary), *client.options, key=settings)
+
+    def _checked(self, client: Engine, limits: Verdict | None, *, again: bool = False) -> str:
+        """Check that the engine enforces limits, unless that is stored in *limits*. Return its `names_file`, or "".
+
+        Raises HostError if the engine fails or would ignore a limit.
+        """
+        # `podman info` takes longer than creating a container.
+        if limits is not None and not again and "names" in (known := limits.read()):
+            return str(known["names"])
+        info = self._info(client)
+        if gaps := engine_gaps(self._kind, info):
+            ignored = f"{self.name} would ignore the limit on {' and '.join(gaps)} here"
+            why = f"{ignored} (rootless, or without control groups)"
+            raise HostError(f"cannot use {self.name}", why, "Use control groups of version 2, or run as root")
+        if limits is None or not is_roots_podman(info):
+            return ""
+        names = names_file(info, _STORAGE_CONF)
+        limits.write({"names": names})
+        return names
 
     def _runtime(self) -> EngineRuntime:
         return EngineRuntime(self._engine())
@@ -172,18 +219,7 @@ class EngineBackend(WithImages):
     def probe(self, image: OpenImage | None = None, *, boot: bool = True) -> Availability:  # noqa: ARG002 - needs no image
         """Return what the engine can limit here. Raises HostError if the engine fails or would ignore a limit."""
         client = self._engine()
-        # `podman info` takes longer than creating a container. Root's podman has all limits until the host reboots.
-        # Others are asked each time: a rootless podman depends on the session that calls it, docker on its daemon.
-        state = file_state(client.binary)
-        verdict = Verdict(self.name, state, *client.options) if os.geteuid() == 0 else None
-        if verdict is None or not boot or not verdict.read():
-            info = self._info(client)
-            if gaps := engine_gaps(self._kind, info):
-                ignored = f"{self.name} would ignore the limit on {' and '.join(gaps)} here"
-                why = f"{ignored} (rootless, or without control groups)"
-                raise HostError(f"cannot use {self.name}", why, "Use control groups of version 2, or run as root")
-            if verdict is not None and is_roots_podman(info):
-                verdict.write({"limits": True})
+        self._checked(client, self._limits(client), again=not boot)
         proof = f"{self.name} answers and enforces limits on memory and tasks"
         return Availability(features=self.least_features(), proof=proof, warnings=(WARNING,))
 

@@ -1,7 +1,7 @@
 """The command line that creates a job's container, and the check of the created container. No I/O."""
 
 import posixpath
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -94,7 +94,8 @@ def create_argv(spec: ContainerSpec) -> Iterator[str]:
     if spec.network:  # the relay listens on ports below 1024 without a capability; docker's default
         yield from ("--sysctl", "net.ipv4.ip_unprivileged_port_start=0")
     if podman:
-        yield from ("--read-only-tmpfs=false", "--no-hosts", "--http-proxy=false", "--uts", "private")
+        # For --rm, podman mounts the root so that unmounting it does not wait for the disk. We remove it all the same.
+        yield from ("--rm", "--read-only-tmpfs=false", "--no-hosts", "--http-proxy=false", "--uts", "private")
     for place, options in spec.tmpfs().items():
         yield from ("--tmpfs", f"{place}:{options}{',notmpcopyup' if podman else ''}")
     for source, place in _binds(spec).items():
@@ -143,6 +144,30 @@ def is_roots_podman(info: Mapping[str, Any]) -> bool:
     """Return whether *info* is from a podman that runs as the host's root."""
     security = (info.get("host") or {}).get("security") or {}
     return security.get("rootless") is False
+
+
+def names_file(info: Mapping[str, Any], settings: Sequence[str]) -> str:
+    """Return the file that root's podman replaces when an image gets or loses a name, or "" if that is not certain.
+
+    info: the output of its `info` command. settings: the files that may name its store.
+    """
+    store = info.get("store") or {}
+    root, driver, options = store.get("graphRoot"), store.get("graphDriverName"), store.get("graphOptions") or {}
+    # A further store has names of its own, and a remote podman's files are not on this host.
+    further = any("store" in str(option).lower() for option in options)
+    remote = (info.get("host") or {}).get("serviceIsRemote")
+    if not root or not driver or further or remote or store.get("configFile") not in settings:
+        return ""
+    return f"{root}/{driver}-images/images.json"
+
+
+def is_beside(names: str, image: Mapping[str, Any]) -> bool:
+    """Return whether an image is in the store of this `names_file`: `info` does not show a store for images only.
+
+    image: podman's description of it (image inspect).
+    """
+    layer = ((image.get("GraphDriver") or {}).get("Data") or {}).get("UpperDir")
+    return str(layer).startswith(f"{posixpath.dirname(posixpath.dirname(names))}/")
 
 
 def engine_gaps(name: Name, info: Mapping[str, Any]) -> list[str]:

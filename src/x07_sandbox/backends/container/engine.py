@@ -1,6 +1,7 @@
 """Containers of podman and docker."""
 
 from collections.abc import Sequence
+from typing import Final
 
 import msgspec
 
@@ -9,6 +10,9 @@ from x07_sandbox.backends.container.create import ContainerSpec, create_argv, di
 from x07_sandbox.backends.container.runtime import CONTAINERS_MAX, CREATE, until_gone
 from x07_sandbox.backends.engines import Engine, container_id, is_id
 from x07_sandbox.errors import BackendError
+from x07_sandbox.host.verdicts import forget
+
+IMAGE_IDS: Final = "podman-image"  # the kind of verdict that holds an image's id (backend)
 
 
 class EngineRuntime(msgspec.Struct, frozen=True):
@@ -36,6 +40,7 @@ class EngineRuntime(msgspec.Struct, frozen=True):
         answer = self.engine.call(*create_argv(spec))
         container = container_id(answer)
         if not container:
+            forget(IMAGE_IDS)  # the cause may be that the image is gone
             raise BackendError(CREATE, answer.error or f"status {answer.status}", "Run x07 doctor")
         made = self.engine.call("inspect", "--type", "container", container).single_object(self.name)
         if found := differences(spec, made):

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from x07_sandbox.backends.container.create import ContainerSpec
-from x07_sandbox.images.archive import ENTRY
+from x07_sandbox.images.manifest import ENTRY
 
 # Those of containerd's default, which `ctr` adds unless each is dropped.
 _DEFAULT: Final = (

@@ -3,7 +3,7 @@
 from typing import Any, Final
 
 from x07_sandbox.backends.container.create import ContainerSpec
-from x07_sandbox.images.archive import ENTRY
+from x07_sandbox.images.manifest import ENTRY
 
 _NAMESPACES: Final = ("ipc", "mount", "network", "pid", "uts")
 _AGENT_FDS: Final = 64
