@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import base64
+import os
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from typing import TYPE_CHECKING, Any, Final
 
@@ -327,6 +330,21 @@ def test_report_says_why_there_is_no_page(finished: Path, tmp_path: Path) -> Non
     assert "no run has ended" in x07(tmp_path, "report").err
 
 
+def test_report_opens_the_page_if_asked(finished: Path, tmp_path: Path) -> None:
+    """`x07 report --open` opens the page in the user's browser, or says that there is none."""
+    script, opened = tmp_path / "browser", tmp_path / "opened"
+    script.write_text(f'#!/bin/sh\nprintf %s "$1" > {opened}\n', encoding="utf-8")
+    script.chmod(0o700)
+    argv = [sys.executable, "-m", "x07_sandbox.cli.main", "report", "--open"]
+    usual = {name: value for name, value in os.environ.items() if name not in {"BROWSER", "DISPLAY"}}
+    done = subprocess.run(argv, env=usual | {"BROWSER": f"{script} %s"}, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert opened.read_text(encoding="utf-8") == (finished / "report.html").as_uri()
+    done = subprocess.run(argv, env=usual | {"PATH": str(tmp_path)}, capture_output=True, text=True, check=False)
+    assert done.returncode == 125
+    assert "no browser was found" in done.stderr
+
+
 def test_a_browser_shows_a_hostile_page_as_text(need: Need, tmp_path: Path) -> None:
     """In Chromium a hostile page runs no script, loads nothing, keeps its title, and does not scroll sideways."""
     reason = missing()
@@ -347,3 +365,11 @@ def test_a_browser_shows_a_hostile_page_as_text(need: Need, tmp_path: Path) -> N
                 assert browser.value(wide) == 0
                 background = browser.value("getComputedStyle(document.body).backgroundColor")
                 assert background == ("rgb(20, 24, 28)" if dark else "rgba(0, 0, 0, 0)")
+        # The policy in the page holds even if escaping had failed.
+        script = "<script>document.title = 'owned'</script><img src='https://192.0.2.1/' onerror='document.title = 1'>"
+        file.write_text(hostile_page().replace("<body>", f"<body>{script}"), encoding="utf-8")
+        browser.open(file, 1200)
+        assert browser.value("document.scripts.length") == 1
+        assert browser.value("document.title") == f"x07 run {RUN}: ok"
+        failed = [event["params"] for event in browser.events if event.get("method") == "Network.loadingFailed"]
+        assert [one.get("blockedReason") for one in failed] == ["csp"]

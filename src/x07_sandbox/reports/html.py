@@ -14,6 +14,8 @@ from datetime import UTC, datetime
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Final
 
+from x07_sandbox.errors import printable
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
@@ -157,14 +159,10 @@ def _named(text: str) -> str:
 def _tag(name: str, *parts: object, **attributes: str) -> Markup:
     """Return an element. A part that is no `Markup` is escaped. class_ and data_of stand for class and data-of."""
     words = "".join(
-        f' {key.rstrip("_").replace("_", "-")}="{html.escape(_named_all(value))}"' for key, value in attributes.items()
+        f' {key.rstrip("_").replace("_", "-")}="{html.escape(printable(value))}"' for key, value in attributes.items()
     )
     inner = "".join(part if isinstance(part, Markup) else visible(str(part)) for part in parts)
     return Markup(f"<{name}{words}>{inner}</{name}>")
-
-
-def _named_all(text: str) -> str:
-    return "".join(char if char.isprintable() else _named(char) for char in text)
 
 
 def _framed(sections: Iterable[Markup]) -> str:
@@ -395,11 +393,12 @@ def _text(output: Document) -> str:
 
 def _stream(name: str, text: str, notes: str) -> Markup:
     left_out = len(text) - 2 * _TEXT_MAX
-    inner = visible(text, lines=True)
+    parts = [visible(text[: 2 * _TEXT_MAX], lines=True)]
     if left_out > 0:
-        gap = _tag("p", f"... {left_out} characters are left out ...", class_="warn")
-        inner = Markup(visible(text[:_TEXT_MAX], lines=True) + gap + visible(text[-_TEXT_MAX:], lines=True))
-    return Markup(_tag("h3", name, " ", _tag("small", notes)) + _tag("pre", inner))
+        gap = _tag("strong", f"... {left_out} characters are left out ...", class_="warn")
+        ends = visible(text[:_TEXT_MAX], lines=True), visible(text[-_TEXT_MAX:], lines=True)
+        parts = [Markup(f"{ends[0]}\n{gap}\n{ends[1]}")]
+    return Markup(_tag("h3", name, " ", _tag("small", notes)) + _tag("pre", *parts))
 
 
 def _changes(document: Document, patch: bytes, more_patch: str) -> Iterator[Markup]:
