@@ -1,4 +1,7 @@
-"""Sphinx: the documentation as a site. `scripts/build_docs.sh` builds it; warnings are errors."""
+"""Sphinx: the documentation as a site. `scripts/build_docs.sh` builds it.
+
+Warnings are errors.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +23,20 @@ smartquotes = False
 html_theme = "furo"
 html_title = "x07-sandbox"
 html_show_copyright = False
+html_static_path = ["_static"]
+html_css_files = ["narrow.css"]
 myst_heading_anchors = 4
 
-# These lie outside the site: the text of the link stays, with the path in the repository.
-_OUTSIDE: Final = re.compile(r"\[([^\]]+)\]\((?:\.\./)+(examples/README\.md|\.github/[^)#]+)(?:#[^)]*)?\)")
+# These lie outside the site: the text of the link stays, with the path in the
+# repository.
+_OUTSIDE: Final = re.compile(
+    r"\[([^\]]+)\]\((?:\.\./)+(examples/README\.md|\.github/[^)#]+)(?:#[^)]*)?\)"
+)
 
 
-def _name_what_lies_outside(_app: Sphinx, _page: str, source: list[str]) -> None:
+def _name_what_lies_outside(
+    _app: Sphinx, _page: str, source: list[str]
+) -> None:
     source[0] = _OUTSIDE.sub(r"\1 (`\2`)", source[0])
 
 
@@ -34,7 +44,10 @@ _FIELD: Final = re.compile(r"(\w+(?:, \w+)*): ")
 
 
 def _as_rst(lines: list[str]) -> Iterator[str]:
-    """Our docstrings as reStructuredText: `name: meaning` is an item of a list, and an indented block an example."""
+    """Our docstrings as reStructuredText.
+
+    `name: meaning` is an item of a list, and an indented block an example.
+    """
     before, example, listed = "", False, False
     for line in lines:
         indented = line.startswith(" ")
@@ -54,7 +67,14 @@ def _as_rst(lines: list[str]) -> Iterator[str]:
         before = line
 
 
-def _rewrite(_app: Sphinx, _what: str, _name: str, _object: object, _options: object, lines: list[str]) -> None:
+def _rewrite(
+    _app: Sphinx,
+    _what: str,
+    _name: str,
+    _object: object,
+    _options: object,
+    lines: list[str],
+) -> None:
     lines[:] = _as_rst(lines)
 
 
@@ -62,4 +82,5 @@ def setup(app: Sphinx) -> None:
     """Called by Sphinx. Diagrams are shown as their text."""
     app.connect("autodoc-process-docstring", _rewrite)
     app.add_lexer("mermaid", TextLexer)
+    app.add_lexer("diagram", TextLexer)  # text whose lines must not be wrapped
     app.connect("source-read", _name_what_lies_outside)

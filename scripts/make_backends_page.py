@@ -32,6 +32,14 @@ HEAD = """\
 (`src/x07_sandbox/conformance/behaviours.py`) and the gaps that each backend declares. `tests/contract` checks the list
 on every backend that the test host can run; `x07 conform` checks it on your host. If a behaviour needs a host feature
 that is missing, such as control groups, the check is skipped.
+
+Each backend has a page with its prerequisites and guarantees:
+
+```{toctree}
+:maxdepth: 1
+
+PAGES
+```
 """
 
 
@@ -39,7 +47,11 @@ def render() -> str:
     """Return the current page."""
     names = [*BY_NAME]
     gaps = {name: create(name).known_gaps for name in names}
-    lines = [HEAD, f"| group | behaviour | promise | {' | '.join(f'`{name}`' for name in names)} |"]
+    pages = sorted(path.stem for path in PAGE.parent.glob("*.md") if path != PAGE)
+    lines = [
+        HEAD.replace("PAGES", "\n".join(pages)),
+        f"| group | behaviour | promise | {' | '.join(f'`{name}`' for name in names)} |",
+    ]
     lines.append(f"|---|---|---|{'---|' * len(names)}")
     isolation = (" or ".join(BY_NAME[name].isolation) for name in names)
     lines.append(f"| | | isolation | {' | '.join(isolation)} |")

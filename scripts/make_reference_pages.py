@@ -7,8 +7,10 @@ python -m scripts.make_reference_pages        in an environment that has x07-san
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -25,6 +27,10 @@ if TYPE_CHECKING:
 
 FOLDER: Final = Path(__file__).resolve().parent.parent / "docs" / "reference"
 _DESCRIBED_ONCE: Final = frozenset({"-h", "--version", "--report-out", "--quiet-json"})  # above the commands
+_COLUMNS: Final = 80
+_MEANING_AT: Final = 48  # the last column at which a meaning begins beside its name
+_ITEM: Final = re.compile(r"( +)(.*?)(?:(  +)(\S.*))?")
+_BREAK: Final = re.compile(r" (?=--|[|>] )")
 _FIELD: Final = re.compile(r"(\w+(?:, \w+)*): (.*)")
 
 
@@ -50,9 +56,42 @@ def _sections(parser: Parser, command: str) -> Iterator[str]:
         yield f"{title}{_table('argument | meaning', rows)}\n"
     below = parser.epilog if parser.late_epilog is None else parser.late_epilog("")
     if below:
-        yield f"```text\n{below.strip()}\n```\n\n"
+        yield f"```text\n{_narrow(below.strip())}\n```\n\n"
     for name, one in inner.items():
         yield from _sections(one, f"{command} {name}")
+
+
+def _narrow(text: str) -> str:
+    """Return help in lines of at most 80 columns, so that the page does not scroll. A terminal shows up to 110."""
+    found: list[str] = []
+    for kind, lines in itertools.groupby(text.splitlines(), lambda line: line[:1].isspace() if line else None):
+        for part in lines if kind is not False else re.split(r"\n(?=exit code:)", "\n".join(lines)):
+            if max(map(len, part.split("\n"))) <= _COLUMNS:
+                found.append(part)
+            else:
+                found += _narrow_line(part) if kind else _wrapped(part)
+    return "\n".join(found)
+
+
+def _narrow_line(line: str) -> list[str]:
+    """Return an indented line, which is words, a name with its meaning, or a command with or without its meaning."""
+    lead, name, gap, meaning = cast("re.Match[str]", _ITEM.fullmatch(line)).groups()
+    if meaning:
+        column = len(lead + name + gap)
+        if column <= _MEANING_AT:
+            return _wrapped(meaning, f"{lead}{name}{gap}", " " * column)
+        return [lead + name, *_wrapped(meaning, f"{lead}    ", f"{lead}    ")]
+    if not name.startswith("x07 "):
+        return _wrapped(name, lead, lead)
+    ends = [match.start() for match in _BREAK.finditer(name) if name.count("'", 0, match.start()) % 2 == 0]
+    end = max(end for end in ends if end < _COLUMNS - len(lead) - 1)
+    return [f"{lead}{name[:end]} \\", f"{lead}    {name[end + 1 :]}"]
+
+
+def _wrapped(text: str, first: str = "", others: str = "") -> list[str]:
+    return textwrap.wrap(
+        text, _COLUMNS, initial_indent=first, subsequent_indent=others, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def _groups(parser: Parser) -> dict[str, list[str]]:

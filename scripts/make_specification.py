@@ -215,6 +215,7 @@ def render(root: Path = ROOT) -> dict[Path, str]:
         found = TARGET.with_suffix("") / f"{page.name}.md"
         pages[found] = _page(root, f"# {number}. {page.title}\n\n{page.text}\n", proved)
         lines.append(f"{number}. **{page.title}.** {page.text} [{len(proved)} tests](specification/{page.name}.md)")
+    lines += ["", "```{toctree}", ":hidden:", "", *(f"specification/{page.name}" for page in PAGES), "```"]
     return {TARGET: "\n".join(lines) + "\n", **pages}
 
 

@@ -6,11 +6,15 @@ import ast
 import re
 import subprocess
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from scripts.make_specification import PAGES, TARGET, render
 from x07_sandbox.backends.base import SLOWDOWN
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -64,6 +68,30 @@ def test_readme_links_lead_somewhere() -> None:
         if "://" not in target and not target.startswith("mailto:") and not (path.parent / target).exists()
     ]
     assert not dead, dead
+
+
+def code_lines(text: str) -> Iterator[str]:
+    """Yield the lines of the fenced and indented blocks of a page, without those for Sphinx."""
+    fence, before = "", ""
+    for line in text.splitlines():
+        if line.lstrip().startswith("```"):
+            fence = "" if fence else line.strip()
+        indented = line.startswith("    ") and (not before or before.startswith("    "))
+        if (fence or indented) and not fence.startswith("```{"):
+            yield line
+        before = line.strip() and line
+
+
+def test_code_fits_into_80_columns() -> None:
+    """No block of code on a page is wider than 80 columns, so that none scrolls sideways."""
+    generated = '  "notes": "Built-in policy: '  # a text of a JSON document, which cannot be wrapped
+    wide = [
+        f"{path.name}: {line}"
+        for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+        for line in code_lines(path.read_text(encoding="utf-8"))
+        if len(line) > 80 and not line.startswith(generated)
+    ]
+    assert not wide, "\n".join(wide)
 
 
 def test_all_pages_state_the_same_slowdown_of_emulation() -> None:

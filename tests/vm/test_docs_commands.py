@@ -26,6 +26,7 @@ ROOT: Final = Path(__file__).resolve().parents[2]
 README: Final = ROOT / "README.md"
 PAGES: Final = [
     README,
+    ROOT / "docs" / "index.md",
     ROOT / "examples" / "README.md",
     ROOT / "docs" / "tutorial.md",
     *sorted((ROOT / "docs" / "how-to").glob("*.md")),

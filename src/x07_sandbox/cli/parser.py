@@ -27,6 +27,7 @@ VERBS: Final = {
     "ps": "list runs in progress",
     "inspect": "print everything about one run as JSON",
     "logs": "print a run's output, or the log of its connections",
+    "report": "write a page about a run, to be read in a browser",
     "kill": "end a run",
     "init": "create a project file (x07-sandbox.toml or x07.json)",
     "policy": "write, check, explain and compare policies",

@@ -3,7 +3,7 @@
 import contextlib
 import os
 from pathlib import Path
-from typing import Final, Literal, TypeVar
+from typing import Final, Literal, NamedTuple, TypeVar
 
 import msgspec
 
@@ -115,6 +115,27 @@ class _Request(msgspec.Struct, frozen=True):
     program: str | None = None
 
 
+class _Phase(msgspec.Struct, frozen=True):
+    times_ms: dict[str, float]
+
+
+class _Timed(msgspec.Struct, frozen=True):
+    """The fields of result.json that `RecentRun` needs."""
+
+    outcome: str
+    phases: dict[str, _Phase]
+
+
+class RecentRun(NamedTuple):
+    """A run of the past. outcome: empty if there is no result. took_ms: the times of its phases together, or None."""
+
+    run: str
+    outcome: str
+    live: bool
+    took_ms: float | None
+    program: str | None
+
+
 def list_jobs(*, everything: bool = False) -> PsReport:
     """Return this user's live jobs. everything: also finished jobs, and records of other users or machines."""
     now = here_and_now()
@@ -137,10 +158,10 @@ def _line(stored: StoredJob, now: Now) -> JobLine:
         backend=job.backend if job is not None else "",
         state=state_of(stored, now),
         why=judge(stored, now).why,
-        created_unix_ms=job.created_unix_ms if job is not None else int(stored.run.partition("-")[0]),
+        created_unix_ms=job.created_unix_ms if job is not None else started_ms(stored.run),
         deadline_unix_ms=job.deadline_unix_ms if job is not None else 0,
         left_s=-overdue_ms(stored, now) / 1000 if open_end else None,
-        program=_program(stored.run),
+        program=program_of(stored.run),
         labels={} if stored.record is None else stored.record.labels(),
     )
 
@@ -154,15 +175,16 @@ def _waiting(run: str) -> JobLine:
         backend="",
         state="waiting",
         why="it has no job now, because it is preparing one, waiting for a free slot, or applying changes to files",
-        created_unix_ms=int(run.partition("-")[0]),
+        created_unix_ms=started_ms(run),
         deadline_unix_ms=0,
         left_s=None,
-        program=_program(run),
+        program=program_of(run),
         labels={},
     )
 
 
-def _program(run: str) -> str | None:
+def program_of(run: str) -> str | None:
+    """Return the program as it was given to a run, or None if it was given as text or is not known."""
     request = _read(run_folder(run) / REQUEST, _REQUEST_MAX, _Request)
     return None if request is None else request.program
 
@@ -176,7 +198,7 @@ def inspect_run(run: str) -> InspectReport:
     return InspectReport(
         run=run,
         live=is_locked(folder),
-        program=_program(run),
+        program=program_of(run),
         jobs=tuple(_job(stored, now) for stored in jobs),
         result=None if ending is None else ResultSummary(**msgspec.structs.asdict(ending)),
         paths={"folder": str(folder)} | {name: str(folder / name) for name in names},
@@ -194,6 +216,31 @@ def _job(stored: StoredJob, now: Now) -> JobReport:
         labels={} if stored.record is None else stored.record.labels(),
         # The job's random mark is left out: any process with the mark among its arguments would count as the job's.
         owner=None if owner is None else OwnerReport(**{name: getattr(owner, name) for name in names}),
+    )
+
+
+def recent_runs(most: int) -> list[RecentRun]:
+    """Return the last *most* runs and sandboxes of this user, newest first."""
+    runs = [path.name for path in entries(runs_dir(state_dir())) if RUN_NAME.fullmatch(path.name)]
+    runs.sort(key=started_ms, reverse=True)
+    return [_recent(run) for run in runs[:most]]
+
+
+def started_ms(run: str) -> int:
+    """Return when a run started, in milliseconds since 1970."""
+    return int(run.partition("-")[0])
+
+
+def _recent(run: str) -> RecentRun:
+    folder = run_folder(run)
+    result = _read(folder / "result.json", _RESULT_MAX, _Timed)
+    ends = [] if result is None else [max(one.times_ms.values(), default=0) for one in result.phases.values()]
+    return RecentRun(
+        run=run,
+        outcome="" if result is None else result.outcome,
+        live=is_locked(folder),
+        took_ms=sum(ends) if ends else None,
+        program=program_of(run),
     )
 
 

@@ -91,7 +91,8 @@ class Pool(Executor):
 
         with Pool(size=4) as pool:
             future = pool.submit("grade.py", b"input", args=["--strict"])
-            results = list(pool.map("grade.py", [b"first input", b"second input"], memory="256M", timeout_s=10))
+            inputs = [b"first input", b"second input"]
+            results = list(pool.map("grade.py", inputs, memory="256M"))
 
     This `concurrent.futures.Executor` takes paths of programs instead of callables, and its futures return `Result`s.
     It also works with `asyncio.wrap_future(pool.submit(...))`. It is thread-safe, but a forked child cannot use it.

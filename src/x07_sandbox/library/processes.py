@@ -77,6 +77,12 @@ class Ended(msgspec.Struct, frozen=True, kw_only=True):
         """Whether the command exited with status 0."""
         return self.outcome == "ok"
 
+    def _repr_html_(self) -> str:
+        """Return the same as HTML, which notebooks show."""
+        from x07_sandbox.reports.html import command_fragment
+
+        return command_fragment(msgspec.structs.asdict(self) | {"denials": msgspec.to_builtins(self.denials)})
+
 
 class Kept:
     """What is kept of one output stream: at most *most* bytes of its beginning, its end, or half of each."""

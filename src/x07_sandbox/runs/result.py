@@ -333,6 +333,12 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         del document["files"]
         return document
 
+    def _repr_html_(self) -> str:
+        """Return the result as HTML, which notebooks show."""
+        from x07_sandbox.reports.html import fragment
+
+        return fragment(self.document())
+
 
 EMPTY_OUTPUT = Output(bytes=0, truncated=False, text="")
 
