@@ -5,6 +5,7 @@ Inspect finds it by the entry point `inspect_ai` of this package. Each sample ge
 
 from __future__ import annotations
 
+import errno
 from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn, overload
 
 from inspect_ai.util import (
@@ -117,6 +118,10 @@ class X07SandboxEnvironment(SandboxEnvironment):
         data = contents.encode() if isinstance(contents, str) else contents
         try:
             await self._sandbox.files.write(file, data)
+        except OSError as exc:
+            if exc.errno == errno.EROFS:  # the system is read-only
+                raise PermissionError(errno.EACCES, exc.strerror, file) from exc
+            raise
         except SandboxError as exc:
             self._raise(exc)
 

@@ -108,6 +108,8 @@ async def test_commands_run_as_root_only_if_the_configuration_says_so() -> None:
             with pytest.raises(SandboxUserUnsupportedError):
                 await sandbox.exec(["id", "-u"], user="root")
             assert (await sandbox.exec(["id", "-un"])).stdout == "x07\n"
+            with pytest.raises(PermissionError, match="/etc/new"):
+                await sandbox.write_file("/etc/new", "")
         finally:
             await X07SandboxEnvironment.sample_cleanup("root", config, environments, interrupted=False)
 

@@ -28,7 +28,7 @@ async def test_a_caller_that_is_cancelled_leaves_the_sandbox_with_its_ref() -> N
     first.cancel()
     with pytest.raises(asyncio.CancelledError):
         await first
-    result = await workspace.run("echo here", shell=True)
+    result = await workspace.run(["echo", "here"])
     assert result.stdout == "here\n"
     await (await AsyncSandbox.connect(workspace.ref.id)).kill()
 
