@@ -1,16 +1,10 @@
 """The environment of mini-swe-agent, and an agent that uses it."""
 
 import importlib.util
-import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-_SETTINGS = tempfile.TemporaryDirectory()  # mini-swe-agent makes this folder when it is imported
-os.environ |= {"MSWEA_SILENT_STARTUP": "1", "MSWEA_GLOBAL_CONFIG_DIR": _SETTINGS.name}
-
 from minisweagent.environments import get_environment
 from minisweagent.exceptions import Submitted
 
