@@ -19,7 +19,7 @@ from inspect_ai.util import (
 )
 from pydantic import BaseModel, ConfigDict
 
-from x07_sandbox import AsyncSandbox, SandboxError
+from x07_sandbox import AsyncSandbox, Sandbox, SandboxError
 
 if TYPE_CHECKING:
     from x07_sandbox import Ended
@@ -85,6 +85,11 @@ class X07SandboxEnvironment(SandboxEnvironment):
     def config_deserialize(cls, config: dict[str, Any]) -> BaseModel:
         """Return a configuration that a log contains."""
         return X07Config(**config)
+
+    @classmethod
+    def default_concurrency(cls) -> int | None:
+        """Return how many sandboxes to open at once, since one that waits too long is refused."""
+        return Sandbox.max_open()
 
     def default_polling_interval(self) -> float:
         """Return the seconds between two looks for requests of the sandbox."""

@@ -1,6 +1,7 @@
 """Evaluations in Inspect whose tools work in a sandbox."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,20 @@ def test_a_sample_may_set_its_policy(tmp_path: Path) -> None:
     spec = SandboxEnvironmentSpec("x07", X07Config(memory="300M", env={"GREETING": "hello"}))
     calls = [("bash", {"command": "echo $GREETING; cat /sys/fs/cgroup/memory.max"})]
     assert answers_of(sample_after(calls, [bash(timeout=60)], tmp_path, sandbox=spec)) == [f"hello\n{300 << 20}\n"]
+
+
+def test_a_policy_may_be_named_by_its_file(tmp_path: Path) -> None:
+    """The short form of a configuration is the path of a policy."""
+    policy = EXAMPLES / "policies" / "agent.json"
+    calls = [("bash", {"command": "cat /sys/fs/cgroup/memory.max"})]
+    [answer] = answers_of(sample_after(calls, [bash(timeout=60)], tmp_path, sandbox=("x07", str(policy))))
+    assert int(answer) == json.loads(policy.read_bytes())["limits"]["mem_bytes"]
+
+
+def test_no_more_sandboxes_are_opened_than_the_host_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inspect opens as many sandboxes at once as X07_VM_MAX_SANDBOXES says."""
+    monkeypatch.setenv("X07_VM_MAX_SANDBOXES", "3")
+    assert X07SandboxEnvironment.default_concurrency() == 3
 
 
 def test_a_configuration_survives_a_log() -> None:
