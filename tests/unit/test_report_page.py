@@ -267,6 +267,8 @@ def test_notebooks_show_results_and_commands() -> None:
         id=3,
         outcome="timeout",
         reason="it ran too long",
+        reason_code="wall-time",
+        x07_exit_code=124,
         exit_code=None,
         signal=9,
         stdout=HOSTILE.encode("utf-8", "replace"),
