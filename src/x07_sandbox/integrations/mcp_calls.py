@@ -9,7 +9,7 @@ import secrets
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import msgspec
-from msgspec import Meta
+from msgspec import UNSET, Meta, UnsetType
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -42,7 +42,7 @@ class CallError(Exception):
 class Long(msgspec.Struct, frozen=True, kw_only=True):
     """The arguments of the tools whose calls may take long."""
 
-    timeout_s: Seconds | None = None
+    timeout_s: Seconds | UnsetType = UNSET
     running: Again = ""
 
 

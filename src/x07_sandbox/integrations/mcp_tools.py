@@ -209,7 +209,7 @@ class Tools:
         return Answer(self._facts(ended), own.output(("denied", _denied(ended.denials))))
 
     async def _run(self, asked: RunCode, timeout_s: float, own: Running) -> Answer:
-        from_policy = self.settings.options.get("policy") is not None and asked.timeout_s is None
+        from_policy = self.settings.options.get("policy") is not None and not asked.timeout_s
         with _errors("cannot run the program"):
             result = await run_program_async(
                 source=asked.code,
