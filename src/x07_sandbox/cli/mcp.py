@@ -51,7 +51,7 @@ def _serve(options: argparse.Namespace) -> int:
     try:
         from x07_sandbox.integrations.mcp import serve
     except ModuleNotFoundError as exc:
-        if (exc.name or "").partition(".")[0] not in {"mcp", "mcp_types"}:
+        if (exc.name or "").partition(".")[0] not in {"anyio", "mcp", "mcp_types"}:
             raise
         fix = ("Run ", Command("pip install 'x07-sandbox[mcp]'"))
         raise UsageError("cannot start the MCP server", "the package mcp is not installed", fix) from exc

@@ -19,7 +19,7 @@ ERRORS_MAX: Final = 10_000  # bytes of standard error
 CONTENT_MAX: Final = 1_000_000  # characters of a file or program that a model sends
 _PATH_MAX: Final = 1000
 _TEXT_MAX: Final = 100_000
-_VALUE_SHOWN: Final = 100
+_NAME_SHOWN: Final = 200
 
 Handle = Annotated[str, Meta(description="The handle that sandbox_open returned.", max_length=64)]
 Path = Annotated[
@@ -121,9 +121,9 @@ def arguments_of(tool: str, given: Mapping[str, Any]) -> Any:  # noqa: ANN401 - 
     wanted = ARGUMENTS[tool]
     known = wanted.__struct_fields__
     if unknown := sorted(given.keys() - set(known)):
-        named = ", ".join(visible(name[:_VALUE_SHOWN]) for name in unknown[:5])
+        listed = ", ".join(named(name) for name in unknown[:5])
         raise CallError(
-            f"{tool} has no argument {named}; it has {', '.join(known) or 'none'}. The policy, image, folders, hosts "
+            f"{tool} has no argument {listed}; it has {', '.join(known) or 'none'}. The policy, image, folders, hosts "
             "and limits are fixed by the person who started this server. Leave the argument out, and ask that person "
             "if you need more."
         )
@@ -133,7 +133,7 @@ def arguments_of(tool: str, given: Mapping[str, Any]) -> Any:  # noqa: ANN401 - 
     try:
         found = msgspec.convert(dict(given), wanted)
     except msgspec.ValidationError as exc:
-        raise CallError(f"wrong arguments for {tool}: {visible(str(exc)[:500])}") from None
+        raise CallError(f"wrong arguments for {tool}: {named(str(exc))}") from None
     needed = ("language", "code") if tool == "run_code" else ("command",)
     if isinstance(found, Long) and bool(found.running) == all(getattr(found, name) for name in needed):
         raise CallError(f"pass either {' and '.join(needed)}, or running to wait for an earlier call again.")
@@ -150,13 +150,19 @@ def visible(text: str) -> str:
     )
 
 
+def named(text: str) -> str:
+    """Return an untrusted name for a sentence: its beginning, on one line."""
+    return visible(text[:_NAME_SHOWN]).replace("\n", r"\n").replace("\t", r"\t")
+
+
 def bounded(text: str, most: int) -> str:
     """Return the beginning and the end of a text of more than *most* bytes, and between them how much was left out."""
     data = text.encode()
     if len(data) <= most:
         return text
-    head, tail = (part.decode(errors="ignore") for part in (data[: most // 2], data[-(most // 2) :]))
-    return f"{head}\n[... {len(data) - 2 * (most // 2)} bytes left out ...]\n{tail}"
+    half = most // 2
+    head, tail = (part.decode(errors="ignore") for part in (data[:half], data[len(data) - half :]))
+    return f"{head}\n[... {len(data) - 2 * half} bytes left out ...]\n{tail}"
 
 
 def shown(data: bytes, most: int) -> str:

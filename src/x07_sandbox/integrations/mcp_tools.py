@@ -25,6 +25,7 @@ from x07_sandbox.integrations.mcp_calls import (
     arguments_of,
     bounded,
     marked,
+    named,
     shown,
     visible,
 )
@@ -156,7 +157,7 @@ class Tools:
     def find(self, number: str) -> Running:
         """Return a command by its id. Raises CallError."""
         if (found := self._calls.get(number)) is None:
-            raise CallError(f"there is no command with the id {visible(number)}. Start it again.")
+            raise CallError(f"there is no command with the id {named(number)}. Start it again.")
         return found
 
     async def close_all(self) -> None:
@@ -300,7 +301,7 @@ class Tools:
     async def _sandbox_read(self, asked: Read) -> Answer:
         sandbox = await self._sandbox(asked.sandbox)
         most = _READ_MAX if asked.base64 else OUTPUT_MAX
-        with _errors(f"cannot read {visible(asked.path)}", sandbox):
+        with _errors(f"cannot read {named(asked.path)}", sandbox):
             async with asyncio.timeout(self.settings.answer_s):
                 size = (await sandbox.files.stat(asked.path)).size
                 data = await sandbox.files.read(asked.path, offset=asked.offset, max_bytes=most)
@@ -316,14 +317,14 @@ class Tools:
             data = base64.b64decode(asked.content, validate=True) if asked.base64 else asked.content.encode()
         except binascii.Error as exc:
             raise CallError(f"the content is not base64: {exc}. Encode it, or leave base64 out.") from None
-        with _errors(f"cannot write {visible(asked.path)}", sandbox):
+        with _errors(f"cannot write {named(asked.path)}", sandbox):
             async with asyncio.timeout(self.settings.answer_s):
                 await sandbox.files.write(asked.path, data)
         return Answer({"bytes": len(data)})
 
     async def _sandbox_list(self, asked: List) -> Answer:
         sandbox = await self._sandbox(asked.sandbox)
-        with _errors(f"cannot list {visible(asked.path)}", sandbox):
+        with _errors(f"cannot list {named(asked.path)}", sandbox):
             async with asyncio.timeout(self.settings.answer_s):
                 found = await sandbox.files.list(asked.path)
         lines = [json.dumps({"name": one.name, "kind": one.kind, "size": one.size}) for one in found[:_ENTRIES_MAX]]

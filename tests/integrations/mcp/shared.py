@@ -51,7 +51,7 @@ def text_of(answer: CallToolResult) -> str:
 def runs() -> list[dict[str, Any]]:
     """Return the runs in progress, as `x07 ps` lists them."""
     done = subprocess.run([X07, "ps", "--json"], check=True, capture_output=True)
-    return json.loads(done.stdout)["runs"]
+    return json.loads(done.stdout)["jobs"]
 
 
 def descendants(pid: int) -> set[int]:
