@@ -25,6 +25,7 @@ examples:
   claude mcp add x07 -- x07 mcp                                      add it to Claude Code
   claude mcp add x07 -- x07 mcp --allow-read-root . --memory 1G      let programs read this folder
 """
+_OPEN_MAX: Final = 8
 _OPEN_MOST: Final = 256
 _ANSWER_MOST: Final = 3600
 
@@ -37,7 +38,7 @@ def add_mcp(parser: argparse.ArgumentParser) -> None:
     most = seconds(LIFETIME_MAX_S)
     switch(group, "--apply", "apply changes to folders of this host, instead of keeping them for x07 apply")
     count = whole_number(1, _OPEN_MOST, "VMs")
-    option(group, "--max-open", "N", "limit of VMs at once (default: 8)", type=count)
+    option(group, "--max-open", "N", "limit of VMs at once (default: 8, or what this host has room for)", type=count)
     option(group, "--idle", "S", "end a sandbox after this many seconds without a command (default: 600)", type=most)
     option(group, "--lifetime", "S", "end a sandbox after this many seconds (default: 3600)", type=most)
     option(group, "--timeout", "S", "limit of elapsed time of each command or program (default: 300)", type=most)
@@ -58,13 +59,14 @@ def _serve(options: argparse.Namespace) -> int:
     from x07_sandbox.cli.run import choose_backend
     from x07_sandbox.cli.std_streams import exit_with
     from x07_sandbox.integrations.mcp_tools import Settings
+    from x07_sandbox.jobs.admission import SANDBOXES
 
     given = given_keywords(options)
     choice = choose_backend(options)
     preview = _checked(given, choice)
     _select(choice, accepted=options.i_accept_weaker_isolation)
     asked = {
-        "open_max": options.max_open,
+        "open_max": min(options.max_open or _OPEN_MAX, SANDBOXES.count()),
         "idle_s": options.idle,
         "lifetime_s": options.lifetime,
         "timeout_s": options.timeout,

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 
 X07 = str(Path(sys.executable).parent / "x07")
 ERAS = ("legacy", "2026-07-28")
+# Commands of a sandbox: one that runs until it is killed, and others that wait until it runs, and until it is gone.
+ENDLESS = "echo $$ > pid; exec sleep 999"
+UNTIL_IT_RUNS = "while [ ! -s pid ]; do sleep 0.1; done; kill -0 $(cat pid)"
+UNTIL_IT_IS_GONE = "while kill -0 $(cat pid); do sleep 0.1; done; echo gone"
 
 
 @asynccontextmanager

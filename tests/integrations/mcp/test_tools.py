@@ -13,7 +13,18 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from mcp import Client, MCPError
 
-from tests.integrations.mcp.shared import ERAS, X07, call, over_stdio, refused, runs, text_of
+from tests.integrations.mcp.shared import (
+    ENDLESS,
+    ERAS,
+    UNTIL_IT_IS_GONE,
+    UNTIL_IT_RUNS,
+    X07,
+    call,
+    over_stdio,
+    refused,
+    runs,
+    text_of,
+)
 from x07_sandbox.integrations.mcp import make_server
 from x07_sandbox.integrations.mcp_tools import Settings
 
@@ -122,14 +133,13 @@ def test_a_cancelled_call_kills_its_command(mode: str) -> None:
     async def main() -> None:
         async with over_stdio(mode) as client:
             sandbox = await opened(client)
-            looking = "while ! pgrep -f 'sleep 999' > /dev/null; do sleep 0.1; done"
-            long = asyncio.create_task(client.call_tool("sandbox_exec", {"sandbox": sandbox, "command": "sleep 999"}))
-            await call(client, "sandbox_exec", sandbox=sandbox, command=looking.replace("999'", "[9]99'"))
+            long = asyncio.create_task(client.call_tool("sandbox_exec", {"sandbox": sandbox, "command": ENDLESS}))
+            facts, _ = await call(client, "sandbox_exec", sandbox=sandbox, command=UNTIL_IT_RUNS)
+            assert facts["outcome"] == "ok"
             long.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await long
-            gone = "while pgrep -f 'sleep [9]99'; do sleep 0.1; done; echo gone"
-            facts, output = await call(client, "sandbox_exec", sandbox=sandbox, command=gone, timeout_s=30)
+            facts, output = await call(client, "sandbox_exec", sandbox=sandbox, command=UNTIL_IT_IS_GONE)
             assert (facts["outcome"], "gone" in output) == ("ok", True)
 
     asyncio.run(main())
