@@ -58,7 +58,7 @@ def _serve(options: argparse.Namespace) -> int:
         raise UsageError("cannot start the MCP server", "the package mcp is not installed", fix) from exc
     from x07_sandbox.cli.run import choose_backend
     from x07_sandbox.cli.std_streams import exit_with
-    from x07_sandbox.integrations.mcp_tools import Settings
+    from x07_sandbox.integrations.mcp_answers import Settings
     from x07_sandbox.jobs.admission import SANDBOXES
 
     given = given_keywords(options)

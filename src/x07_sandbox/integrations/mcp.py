@@ -1,6 +1,7 @@
 """The MCP server of `x07 mcp`, for the handshake protocols and for 2026-07-28, with the Tasks extension of the latter.
 
-Its tools are in `mcp_tools`, and their arguments in `mcp_calls`. This module needs the package `mcp`.
+Its tools are in `mcp_tools`, their arguments in `mcp_calls`, and their answers in `mcp_answers`. Only this module needs
+the package `mcp`.
 """
 
 from __future__ import annotations
@@ -20,14 +21,15 @@ from mcp.server.stdio import stdio_server
 from mcp_types.version import MODERN_PROTOCOL_VERSIONS
 
 from x07_sandbox.host.version import __version__
+from x07_sandbox.integrations.mcp_answers import Running
 from x07_sandbox.integrations.mcp_calls import ARGUMENTS, CallError, schema_of
-from x07_sandbox.integrations.mcp_tools import Answer, Running, Tools
+from x07_sandbox.integrations.mcp_tools import Tools
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
     from typing import NoReturn
 
-    from x07_sandbox.integrations.mcp_tools import Settings
+    from x07_sandbox.integrations.mcp_answers import Answer, Settings
 
 TASKS: Final = "io.modelcontextprotocol/tasks"
 _TASK_AFTER_S: Final = 5.0  # a command that takes longer becomes a task, if the client knows tasks

@@ -1,4 +1,4 @@
-"""What the tools of `x07 mcp` do: sandboxes behind handles, and commands that may take longer than a call."""
+"""What the tools of `x07 mcp` do: sandboxes behind handles, commands in them, and their files."""
 
 from __future__ import annotations
 
@@ -6,19 +6,15 @@ import asyncio
 import base64
 import binascii
 import contextlib
-import datetime as dt
-import errno
 import json
 import secrets
 import time
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
-
-import msgspec
+from typing import TYPE_CHECKING, Any, Final
 
 from x07_sandbox.errors import SandboxError
+from x07_sandbox.integrations.mcp_answers import Answer, Running, changes_of, denied, errors, names
 from x07_sandbox.integrations.mcp_calls import (
-    ERRORS_MAX,
     OUTPUT_MAX,
     CallError,
     Exec,
@@ -27,20 +23,17 @@ from x07_sandbox.integrations.mcp_calls import (
     marked,
     named,
     shown,
-    visible,
 )
 from x07_sandbox.library.async_sandbox import AsyncSandbox
-from x07_sandbox.library.processes import Kept
 from x07_sandbox.library.run import run_program_async
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
+    from collections.abc import Awaitable, Callable, Mapping
 
+    from x07_sandbox.integrations.mcp_answers import Settings
     from x07_sandbox.integrations.mcp_calls import Close, List, Open, Read, RunCode, Write
     from x07_sandbox.library.processes import Ended
-    from x07_sandbox.plan.denials import Denial
-    from x07_sandbox.runs.command import StreamName
-    from x07_sandbox.runs.result import Changes, Result
+    from x07_sandbox.runs.result import Result
 
     Progress = Callable[[float, str], Awaitable[None]]
 
@@ -48,91 +41,8 @@ _PROGRESS_S: Final = 2.0
 _CALLS_KEPT: Final = 64
 _ENDED_KEPT: Final = 256
 _ENTRIES_MAX: Final = 500
-_NAMES_MAX: Final = 100
-_DENIALS_MAX: Final = 10
 _PROGRAM_S: Final = 600.0  # the longest time limit of a run
 _READ_MAX: Final = OUTPUT_MAX * 3 // 4  # bytes of which base64 has as many as text may have
-_ADVICE: Final = {
-    errno.ENOENT: "Paths are those of the sandbox, not of the host.",
-    errno.EROFS: "Write below the working folder, or in /tmp.",
-    errno.EACCES: "Use files below the working folder, or in /tmp.",
-    errno.EISDIR: "Use sandbox_list for a folder.",
-}
-
-
-class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """What whoever starts the server has fixed.
-
-    options: keywords of `Sandbox`, without those of its life. about: sentences for the model about what they grant.
-    open_max: VMs at once. idle_s, lifetime_s: see `Sandbox`. timeout_s: limit of each command or program. answer_s:
-    after this time a call answers that its command still runs. apply: whether changes to folders are applied. network:
-    whether programs can connect to any server.
-    """
-
-    options: dict[str, Any] = {}
-    about: str = ""
-    open_max: int = 8
-    idle_s: float = 600.0
-    lifetime_s: float = 3600.0
-    timeout_s: float = 300.0
-    answer_s: float = 45.0
-    apply: bool = False
-    network: bool = False
-
-
-class Answer(NamedTuple):
-    """The answer to a call. untrusted: marked text from the sandbox, or ""."""
-
-    facts: dict[str, Any]
-    untrusted: str = ""
-
-
-class Running:
-    """A command or program that goes on if its call does not wait for its end."""
-
-    def __init__(self, sandbox: str, work: Callable[[Running], Coroutine[Any, Any, Answer]]) -> None:
-        self.id = secrets.token_urlsafe(16)
-        self.sandbox = sandbox
-        self.began = dt.datetime.now(dt.UTC)
-        self.kept: dict[StreamName, Kept] = {"stdout": Kept(OUTPUT_MAX, "both"), "stderr": Kept(ERRORS_MAX, "both")}
-        self._began_s = time.monotonic()
-        self.cancelled = False
-        self.task = asyncio.create_task(self._outcome(work))
-
-    def cancel(self) -> None:
-        """Kill the command, unless it has ended."""
-        self.cancelled = self.task.cancel() or self.cancelled
-
-    async def _outcome(self, work: Callable[[Running], Coroutine[Any, Any, Answer]]) -> Answer | CallError:
-        try:
-            return await work(self)
-        except CallError as exc:
-            return exc
-
-    def take(self, name: StreamName, data: bytes) -> None:
-        """Keep output as it arrives."""
-        self.kept[name].take(data)
-
-    @property
-    def elapsed_s(self) -> float:
-        """For how long it has been running."""
-        return time.monotonic() - self._began_s
-
-    def answer(self) -> Answer:
-        """Return the answer to a call at this moment. Raises CallError."""
-        if not self.task.done():
-            facts = {"state": "running", "running": self.id, "elapsed_s": round(self.elapsed_s, 1)}
-            return Answer(facts | {"next": "Call the tool again with running, to wait for the end."}, self.output())
-        if self.cancelled:
-            raise CallError("it was killed, because a call that waited for it was cancelled. Start it again if needed.")
-        if isinstance(found := self.task.result(), CallError):
-            raise found
-        return found
-
-    def output(self, *more: tuple[str, str]) -> str:
-        """Return the marked output, with more untrusted texts and their titles."""
-        limits = {"stdout": OUTPUT_MAX, "stderr": ERRORS_MAX}
-        return marked([*((name, shown(one.data(), limits[name])) for name, one in self.kept.items()), *more])
 
 
 class Tools:
@@ -205,13 +115,13 @@ class Tools:
             raise
 
     async def _exec(self, sandbox: AsyncSandbox, command: str, timeout_s: float, own: Running) -> Answer:
-        with _errors("cannot run the command", sandbox):
+        with errors("cannot run the command", sandbox):
             ended = await sandbox.shell(command, timeout_s=timeout_s, max_output_bytes=0, on_output=own.take)
-        return Answer(self._facts(ended), own.output(("denied", _denied(ended.denials))))
+        return Answer(self._facts(ended), own.output(("denied", denied(ended.denials))))
 
     async def _run(self, asked: RunCode, timeout_s: float, own: Running) -> Answer:
         from_policy = self.settings.options.get("policy") is not None and not asked.timeout_s
-        with _errors("cannot run the program"):
+        with errors("cannot run the program"):
             result = await run_program_async(
                 source=asked.code,
                 toolchain=asked.language,
@@ -224,9 +134,9 @@ class Tools:
             )
         if result.outcome == "build-failed":
             own.take("stderr", result.stderr.data)
-        names = ("changed files", _names(result.changes))
-        facts = self._facts(result) | _changes(result)
-        return Answer(facts, own.output(("denied", _denied(result.denials)), names))
+        changed = ("changed files", names(result.changes))
+        facts = self._facts(result) | changes_of(result)
+        return Answer(facts, own.output(("denied", denied(result.denials)), changed))
 
     def _facts(self, ended: Ended | Result) -> dict[str, Any]:
         facts: dict[str, Any] = {"state": "ended", "outcome": ended.outcome, "exit_code": ended.exit_code}
@@ -281,7 +191,7 @@ class Tools:
         handle = secrets.token_urlsafe(16)
         self._open[handle] = None
         try:
-            with _errors("cannot open a sandbox"):
+            with errors("cannot open a sandbox"):
                 async with asyncio.timeout(settings.answer_s):
                     sandbox = AsyncSandbox(lifetime_s=settings.lifetime_s, idle_s=settings.idle_s, **settings.options)
                     self._open[handle] = await sandbox.open()
@@ -293,15 +203,15 @@ class Tools:
 
     async def _sandbox_close(self, asked: Close) -> Answer:
         sandbox = await self._sandbox(asked.sandbox)
-        with _errors("cannot close the sandbox", sandbox):
+        with errors("cannot close the sandbox", sandbox):
             result = await self._closed(asked.sandbox)
-        facts = {"state": "closed"} | _changes(result)
-        return Answer(facts, marked([("changed files", _names(result.changes))]))
+        facts = {"state": "closed"} | changes_of(result)
+        return Answer(facts, marked([("changed files", names(result.changes))]))
 
     async def _sandbox_read(self, asked: Read) -> Answer:
         sandbox = await self._sandbox(asked.sandbox)
         most = _READ_MAX if asked.base64 else OUTPUT_MAX
-        with _errors(f"cannot read {named(asked.path)}", sandbox):
+        with errors(f"cannot read {named(asked.path)}", sandbox):
             async with asyncio.timeout(self.settings.answer_s):
                 size = (await sandbox.files.stat(asked.path)).size
                 data = await sandbox.files.read(asked.path, offset=asked.offset, max_bytes=most)
@@ -317,56 +227,16 @@ class Tools:
             data = base64.b64decode(asked.content, validate=True) if asked.base64 else asked.content.encode()
         except binascii.Error as exc:
             raise CallError(f"the content is not base64: {exc}. Encode it, or leave base64 out.") from None
-        with _errors(f"cannot write {named(asked.path)}", sandbox):
+        with errors(f"cannot write {named(asked.path)}", sandbox):
             async with asyncio.timeout(self.settings.answer_s):
                 await sandbox.files.write(asked.path, data)
         return Answer({"bytes": len(data)})
 
     async def _sandbox_list(self, asked: List) -> Answer:
         sandbox = await self._sandbox(asked.sandbox)
-        with _errors(f"cannot list {named(asked.path)}", sandbox):
+        with errors(f"cannot list {named(asked.path)}", sandbox):
             async with asyncio.timeout(self.settings.answer_s):
                 found = await sandbox.files.list(asked.path)
         lines = [json.dumps({"name": one.name, "kind": one.kind, "size": one.size}) for one in found[:_ENTRIES_MAX]]
         facts = {"entries": len(found), "left_out": len(found) - len(lines)}
         return Answer(facts, marked([("entries", bounded("\n".join(lines), OUTPUT_MAX))]))
-
-
-@contextlib.contextmanager
-def _errors(what: str, sandbox: AsyncSandbox | None = None) -> Iterator[None]:
-    """Turn errors of the library into CallError. The advice of a SandboxError is for people who set the options."""
-    try:
-        yield
-    except TimeoutError:
-        raise CallError(f"{what}: there was no answer in time. Try again later.") from None
-    except OSError as exc:
-        why = visible(exc.strerror or str(exc))
-        raise CallError(f"{what}: {why}. {_ADVICE.get(exc.errno or 0, 'Check the path.')}") from exc
-    except SandboxError as exc:
-        if sandbox is not None and not sandbox.alive:
-            raise CallError(f"{what}: the sandbox has ended ({exc.why}). Open a new one with sandbox_open.") from exc
-        fix = f"{exc.fix}{exc.stop}" if exc.code == "usage" else f"The person who started this server can: {exc.fix}."
-        raise CallError(f"{what}: {exc.what}: {exc.why}. {fix}") from exc
-
-
-def _denied(denials: tuple[Denial, ...] | list[Denial]) -> str:
-    lines = [f"{one.action} {one.subject[:200]} ({one.field})" for one in denials[:_DENIALS_MAX]]
-    return visible("\n".join(line.replace("\n", " ") for line in lines))
-
-
-def _names(changes: Changes) -> str:
-    return visible("\n".join(json.dumps(one.name)[:300] for one in changes.names[:_NAMES_MAX]))
-
-
-def _changes(result: Result) -> dict[str, Any]:
-    """Return what became of changes to folders of the host."""
-    found = result.changes
-    if found.state == "none":
-        return {}
-    counts = {"added": found.added, "changed": found.changed, "deleted": found.deleted, "left_out": found.left_out}
-    facts: dict[str, Any] = {"changes": {"state": found.state, **counts}}
-    if found.state == "kept":
-        facts["review"] = (
-            f"The host's folders are unchanged. A person can use: x07 diff {result.run}; x07 apply {result.run}"
-        )
-    return facts

@@ -7,8 +7,10 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
-from typing import TYPE_CHECKING, Any, Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import mcp_types as types
 import pytest
@@ -17,9 +19,6 @@ from mcp.client.extension import ClaimContext, ClientExtension, ResultClaim
 
 from tests.integrations.mcp.shared import ENDLESS, UNTIL_IT_IS_GONE, X07, call, descendants, over_stdio, runs, text_of
 from x07_sandbox.integrations.mcp import TASKS
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 class Wire:
@@ -125,6 +124,17 @@ def test_a_server_that_could_not_serve_refuses_to_start(tmp_path: Path) -> None:
     assert (code, "nowhere" in text) == (2, True)
     code, text = refusal("--backend", "none")
     assert (code, "weaker" in text) == (125, True)
+
+
+def test_the_example_works() -> None:
+    """The example opens a sandbox, works in it and closes it."""
+    example = Path(__file__).parents[3] / "examples" / "mcp_client.py"
+    path = f"{Path(X07).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        [sys.executable, example], check=True, env=os.environ | {"PATH": path}, capture_output=True, text=True
+    )
+    assert "stdout]\n42\n" in done.stdout
+    assert done.stdout.endswith('{"state": "closed"}\n')
 
 
 class Created(types.Result):
