@@ -197,7 +197,10 @@ def serve(settings: Settings, ended_by: Callable[[int], NoReturn]) -> None:
     ended_by: called with the number of the signal, after all sandboxes are closed. It must end the process, since the
     thread that reads standard input cannot be interrupted.
     """
-    asyncio.run(_serve(settings, ended_by))
+    try:
+        asyncio.run(_serve(settings, ended_by))
+    except* BrokenPipeError:  # the client has gone without a word
+        pass
 
 
 async def _serve(settings: Settings, ended_by: Callable[[int], NoReturn]) -> None:

@@ -107,6 +107,18 @@ def test_a_server_that_is_asked_to_end_keeps_changes(tmp_path: Path, number: int
     assert b"made.txt" in diff.stdout
 
 
+def test_a_server_whose_client_is_gone_ends() -> None:
+    """If the client dies, the server and its sandboxes end, and it reports no error."""
+    wire = Wire()
+    wire.in_mid_command()
+    started = descendants(wire.process.pid)
+    wire.process.stdout.close()
+    wire.send("ping", id=3)
+    wire.process.stdin.close()
+    assert wire.process.wait(60) == 0, wire.process.stderr.read()
+    wait_for_the_end_of(started, 10)
+
+
 def refusal(*flags: str, **env: str) -> tuple[int, str]:
     """Start the server, which must end by itself. Return its exit code and its message."""
     command, env = [X07, "mcp", *flags], os.environ | env
