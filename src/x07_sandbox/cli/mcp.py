@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from x07_sandbox.cli.parser import add_help_levels, help_level, option, seconds, switch, whole_number
 from x07_sandbox.cli.sandbox import add_shared_options, given_keywords, shared_rows
-from x07_sandbox.errors import Command, RefusedError, UsageError
+from x07_sandbox.errors import Command, UsageError
 from x07_sandbox.host.settings import LIFETIME_MAX_S
 from x07_sandbox.plan.outcomes import SIGNAL_BASE
 
@@ -97,8 +97,7 @@ def _checked(given: dict[str, Any], choice: Choice) -> Preview:
         current_image(find_image(given.get("image")))
     request = make_request(((row, given.get(row.keyword)) for row in shared_rows()), command=("true",))
     found = preview(request, RunCaller(cancel=Cancel(), choice=choice))
-    for refusal in found.plan.refusals:
-        raise RefusedError("cannot start the MCP server", refusal.why, "Change the options or the policy")
+    found.plan.require(() if request.overrides is None else request.overrides.given)
     return found
 
 
