@@ -53,6 +53,8 @@ def class_codes() -> Iterator[str]:
     """The codes of the classes of errors."""
     for tree in TREES.values():
         for node in (node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)):
+            if not any(ast.unparse(base).endswith(("Error", "Exception")) for base in node.bases):
+                continue
             for line in node.body:
                 match line:
                     case (

@@ -33,6 +33,7 @@ VERBS: Final = {
     "policy": "write, check, explain and compare policies",
     "image": "build, list, load, remove and verify guest images",
     "sandbox": "open a VM that stays, and run commands in it",
+    "mcp": "serve sandboxes to an AI assistant, by the Model Context Protocol (MCP)",
     "pool": "keep VMs ready, so that runs start immediately",
     "sweep": "clean up after x07 processes that were killed",
     "df": "show disk usage of images, caches and records",

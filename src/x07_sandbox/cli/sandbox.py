@@ -130,22 +130,33 @@ def _add_create(inner: Any) -> None:  # noqa: ANN401 - as above
     most = seconds(LIFETIME_MAX_S)
     option(life, "--lifetime", "S", "end the sandbox after this many seconds (default: 3600)", type=most)
     option(life, "--idle", "S", "end it after this many seconds without a command (default: no limit)", type=most)
-    of_runs = _rows()
+    add_shared_options(parser)
+    add_document_flags(parser)
+    parser.set_defaults(carry_out=_create)
+
+
+def add_shared_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that a sandbox shares with runs, and those that select the backend."""
+    of_runs = shared_rows()
     for title, rows in GROUPS.items():
         mine = [row for row in rows if row in of_runs or row.flag in _OF_BACKENDS]
         if mine:
             group = parser.add_argument_group(title)
             for row in mine:
                 add_row(group, row)
-    add_document_flags(parser)
-    parser.set_defaults(carry_out=_create)
 
 
-def _rows() -> list[Option]:
+def shared_rows() -> list[Option]:
     """Return the options that a sandbox shares with runs."""
     from x07_sandbox.library.sandbox import SandboxOptions
 
     return [row for row in BY_FLAG.values() if row.keyword in SandboxOptions.__annotations__]
+
+
+def given_keywords(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the given options that a sandbox shares with runs, by keyword. Raises UsageError."""
+    given = {row.keyword: value for row, value in given_rows(options, shared_rows()) if value is not None}
+    return given | ({"env": dict(map(variable, options.env))} if options.env else {})
 
 
 def _name(text: str) -> str:
@@ -175,8 +186,7 @@ def _create(options: argparse.Namespace) -> int:
     from x07_sandbox.library.opening import checked_life
     from x07_sandbox.reports.sandboxes import SandboxesReport
 
-    given: dict[str, Any] = {row.keyword: value for row, value in given_rows(options, _rows()) if value is not None}
-    given |= {"env": dict(map(variable, options.env))} if options.env else {}
+    given = given_keywords(options)
     life = {"name": options.name, "tags": dict(options.tag), "lifetime_s": options.lifetime, "idle_s": options.idle}
     given |= {name: value for name, value in life.items() if value}
     checked_life(given)

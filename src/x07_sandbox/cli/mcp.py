@@ -1,0 +1,118 @@
+"""`x07 mcp`: an MCP server on standard input and output, whose tools run code in sandboxes."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import TYPE_CHECKING, Any, Final, NoReturn
+
+from x07_sandbox.cli.parser import add_help_levels, help_level, option, seconds, switch, whole_number
+from x07_sandbox.cli.sandbox import add_shared_options, given_keywords, shared_rows
+from x07_sandbox.errors import Command, UsageError
+from x07_sandbox.host.settings import LIFETIME_MAX_S
+from x07_sandbox.plan.outcomes import SIGNAL_BASE
+
+if TYPE_CHECKING:
+    from x07_sandbox.backends.selection import Choice
+    from x07_sandbox.runs.preview import Preview
+
+_EPILOG: Final = """An assistant starts this command and talks to it on standard input and output. Its tools are
+run_code, sandbox_open, sandbox_exec, sandbox_read, sandbox_write, sandbox_list and sandbox_close. The options of this
+command apply to all of them, and the assistant cannot change them. Changes to folders are kept for x07 apply, unless
+--apply is given. The guest image must exist (x07 image build).
+
+examples:
+  claude mcp add x07 -- x07 mcp                                      add it to Claude Code
+  claude mcp add x07 -- x07 mcp --allow-read-root . --memory 1G      let programs read this folder
+"""
+_OPEN_MAX: Final = 8
+_OPEN_MOST: Final = 256
+_ANSWER_MOST: Final = 3600
+
+
+def add_mcp(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `x07 mcp`."""
+    parser.epilog, parser.level_of = _EPILOG, help_level  # type: ignore[attr-defined]  # of our Parser
+    add_help_levels(parser, "all")
+    group = parser.add_argument_group("server")
+    most = seconds(LIFETIME_MAX_S)
+    switch(group, "--apply", "apply changes to folders of this host, instead of keeping them for x07 apply")
+    count = whole_number(1, _OPEN_MOST, "VMs")
+    option(group, "--max-open", "N", "limit of VMs at once (default: 8, or what this host has room for)", type=count)
+    option(group, "--idle", "S", "end a sandbox after this many seconds without a command (default: 600)", type=most)
+    option(group, "--lifetime", "S", "end a sandbox after this many seconds (default: 3600)", type=most)
+    option(group, "--timeout", "S", "limit of elapsed time of each command or program (default: 300)", type=most)
+    doc = "answer after this many seconds, even if a command still runs (default: 45)"
+    option(group, "--answer-after", "S", doc, type=seconds(_ANSWER_MOST))
+    add_shared_options(parser)
+    parser.set_defaults(carry_out=_serve)
+
+
+def _serve(options: argparse.Namespace) -> int:
+    try:
+        from x07_sandbox.integrations.mcp import serve
+    except ModuleNotFoundError as exc:
+        if (exc.name or "").partition(".")[0] not in {"anyio", "mcp", "mcp_types"}:
+            raise
+        fix = ("Run ", Command("pip install 'x07-sandbox[mcp]'"))
+        raise UsageError("cannot start the MCP server", "the package mcp is not installed", fix) from exc
+    from x07_sandbox.cli.run import choose_backend
+    from x07_sandbox.cli.std_streams import exit_with
+    from x07_sandbox.integrations.mcp_answers import Settings
+    from x07_sandbox.jobs.admission import SANDBOXES
+
+    given = given_keywords(options)
+    choice = choose_backend(options)
+    preview = _checked(given, choice)
+    _select(choice, accepted=options.i_accept_weaker_isolation)
+    asked = {
+        "open_max": min(options.max_open or _OPEN_MAX, SANDBOXES.count()),
+        "idle_s": options.idle,
+        "lifetime_s": options.lifetime,
+        "timeout_s": options.timeout,
+        "answer_s": options.answer_after,
+    }
+
+    def ended_by(number: int) -> NoReturn:
+        exit_with(SIGNAL_BASE + number)
+
+    life: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+    network = bool(preview.hosts)
+    serve(Settings(options=given, about=_about(preview), apply=options.apply, network=network, **life), ended_by)
+    return 0
+
+
+def _checked(given: dict[str, Any], choice: Choice) -> Preview:
+    """Check now what would make each call fail, and update the image if necessary. Raises SandboxError."""
+    from x07_sandbox.backends.registry import create
+    from x07_sandbox.host.cancel import Cancel
+    from x07_sandbox.images.store import find_image
+    from x07_sandbox.library.requests import make_request
+    from x07_sandbox.runs.prepare import current_image
+    from x07_sandbox.runs.preview import preview
+    from x07_sandbox.runs.request import RunCaller
+
+    backend = create(choice.backend)
+    if backend.uses_image and backend.engine_images is None:
+        current_image(find_image(given.get("image")))
+    request = make_request(((row, given.get(row.keyword)) for row in shared_rows()), command=("true",))
+    found = preview(request, RunCaller(cancel=Cancel(), choice=choice))
+    found.plan.require(() if request.overrides is None else request.overrides.given)
+    return found
+
+
+def _select(choice: Choice, *, accepted: bool) -> None:
+    """Have all runs and sandboxes of this process use the backend."""
+    os.environ |= {"X07_SANDBOX_BACKEND": choice.sandbox_backend, "X07_VM_BACKEND": choice.backend}
+    if accepted:
+        os.environ["X07_I_ACCEPT_WEAKER_ISOLATION"] = "1"
+
+
+def _about(found: Preview) -> str:
+    """Return sentences for the model about what was granted."""
+    folders = "; ".join(f"{root.guest} ({'writable' if root.write else 'read-only'})" for root in found.roots)
+    limits = found.plan.limits
+    return (
+        f"Network: {', '.join(found.hosts) or 'none'}. Folders of the host, as copies: {folders or 'none'}. "
+        f"Memory: {limits.mem_bytes >> 20} MiB. Only the person who started this server can change that."
+    )
