@@ -39,8 +39,8 @@ def test_elf_is_found_behind_the_header(sectors: int) -> None:
 @pytest.mark.parametrize(
     ("image", "why"),
     [
-        (b"", "not a bzImage"),
-        (b"MZ" * 5000, "not a bzImage"),
+        (b"", "neither a bzImage nor a raw Image"),
+        (b"MZ" * 5000, "neither a bzImage nor a raw Image"),
         (b"MZ\0\0zimg" + bytes(9000), "EFI zboot"),
         (_bzimage(b"text"), "not an ELF file"),
     ],

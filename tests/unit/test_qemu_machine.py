@@ -149,7 +149,7 @@ def test_the_image_cannot_be_written_and_the_scratch_disk_can(name: str, kvm: in
     assert "read-only=off" not in disks["root"]
     assert ",read-only=off," in disks["scratch"]
     assert all("driver=raw" in node for node in disks.values()), "a guest could write a header that names other files"
-    devices = values(argv, "-device")
+    devices = [re.sub(r",bus=[a-z0-9.-]+$", "", value) for value in values(argv, "-device")]
     on_error = "werror=report,rerror=report"  # a full disk of the host must not make the machine wait for ever
     assert f"virtio-blk-device,drive=root,serial=x07root,{on_error}" in devices
     assert f"virtio-blk-device,drive=scratch,serial={guest_machine.SCRATCH_SERIAL},{on_error}" in devices
@@ -202,3 +202,11 @@ def test_mitigations_are_off_only_under_emulation() -> None:
     assert "mitigations=off" not in kernel_command_line(machine(kvm_fd=106))
     for weaker in ("nokaslr", "nosmep", "nosmap", "init=", "x07."):
         assert weaker not in kernel_command_line(machine())
+
+
+def test_the_disks_of_a_virt_machine_are_in_order() -> None:
+    """Each virtio device of the "virt" machine is on a numbered bus, since init mounts the first disk, /dev/vda."""
+    devices = [word for word in values(qemu_argv(machine("aarch64")), "-device") if word.startswith("virtio-")]
+    assert [word.rpartition(",")[2] for word in devices] == [f"bus=virtio-mmio-bus.{at}" for at in range(len(devices))]
+    assert devices[0].startswith("virtio-blk-device,drive=root,")
+    assert not any("bus=" in word for word in qemu_argv(machine("x86_64")))

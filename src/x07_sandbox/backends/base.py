@@ -13,6 +13,7 @@ from x07_sandbox.backends.prerequisites import Need
 from x07_sandbox.channel.connection import Connection
 from x07_sandbox.errors import BackendError
 from x07_sandbox.host import settings
+from x07_sandbox.host.arch import Arch, host_arch
 from x07_sandbox.host.cancel import Caller, Cancel
 from x07_sandbox.host.processes import Identity
 from x07_sandbox.images.verify import OpenImage
@@ -57,6 +58,11 @@ class MachineKind(msgspec.Struct, frozen=True, kw_only=True):
     def image_digest(self) -> str:
         """The image's digest, or "" if there is no image."""
         return "" if self.image is None else self.image.manifest.digest
+
+    @property
+    def arch(self) -> Arch:
+        """The architecture of the guest: the image's, or this host's if there is no image."""
+        return host_arch() if self.image is None else self.image.arch
 
     @property
     def has_program_root(self) -> bool:

@@ -21,12 +21,11 @@ from x07_sandbox.cli.parser import add_document_flags, add_row, file_path, folde
 from x07_sandbox.cli.run import choose_backend, is_x07_program, make_caller, named_program, need_image, request_of
 from x07_sandbox.cli.run_report import from_project
 from x07_sandbox.errors import Command, RefusedError, UsageError
-from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.os_errors import raised_as
 from x07_sandbox.host.paths import closing_fd
 from x07_sandbox.host.poll import write_all
 from x07_sandbox.host.variables import text
-from x07_sandbox.images.store import DEFAULT
+from x07_sandbox.images.store import DEFAULT, arch_of
 from x07_sandbox.library.requests import sweep_before_start
 from x07_sandbox.options import COPIED, FILE_SIZE, GRANTS, GROUPS, LIMITS, OF_X07
 from x07_sandbox.programs.toolchains import OUTPUT
@@ -190,7 +189,7 @@ def _report(options: argparse.Namespace, made: _Made) -> bundle.BundleReport:
         ),
         emit_dir=None if options.emit_dir is None else str(options.emit_dir),
         guest=bundle.Guest(
-            platform={"os": "linux", "arch": host_arch().deb},
+            platform={"os": "linux", "arch": arch_of(digest).deb},
             image={"digest": digest, "ref": name},
             mounts={"job_in": "/x07/in", "job_out": "/x07/out"},
         ),

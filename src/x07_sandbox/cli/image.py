@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import re
 from pathlib import Path
 from shlex import join
@@ -14,8 +15,10 @@ from x07_sandbox.cli.console import Progress, plain, say, show, size
 from x07_sandbox.cli.json_output import deliver, print_document
 from x07_sandbox.cli.parser import add_document_flags, folder_path, inner_verb, nonempty, switch
 from x07_sandbox.errors import SandboxError, UsageError
+from x07_sandbox.host.arch import arch_named, is_foreign
 from x07_sandbox.images.build import build_image
 from x07_sandbox.images.store import (
+    DEFAULT,
     build_command,
     damaged_images,
     find_image,
@@ -53,6 +56,7 @@ _EXAMPLES: Final = """examples:
   x07 image build --name science --pip 'numpy,pandas>=2' --preload numpy,pandas
   x07 image build --name science                 update or repair it, with the same packages
   x07 image build --name x07 --x07-toolchain x07-linux
+  x07 image build --arch arm64                   build the image named arm64, for emulated ARM programs
   x07 image load                                 load an image into podman and docker
   x07 image rm science
   x07 image verify                               compare every byte of an image with its manifest
@@ -79,7 +83,9 @@ def add_image(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EXAMPLES
     inner = parser.add_subparsers(metavar="ACTION", required=True)
     build = inner_verb(inner, "build", "build, update or repair an image")
-    build.add_argument("--name", default="default", help="name of the image (default: default)")
+    build.add_argument("--name", help="name of the image (default: default, or the value of --arch)")
+    doc = "architecture, such as arm64 (default: that of the image, or of this host); another one than this host's is"
+    build.add_argument("--arch", metavar="ARCH", help=f"{doc} emulated, slowly, and only by the QEMU backend")
     for flag, metavar, what, none in (
         ("include", "PKG,...", "extra Debian packages to install", "remove the extra Debian packages from the image"),
         (
@@ -163,7 +169,7 @@ def _name_from(source: str) -> str:
     return name
 
 
-def build_with_progress(
+def build_with_progress(  # noqa: PLR0913 - one argument per ingredient
     name: str,
     include: list[str] | None,
     preload: list[str] | None = None,
@@ -171,13 +177,16 @@ def build_with_progress(
     pip: list[str] | None = None,
     x07: Path | None = None,
     fresh: bool = False,
+    arch: str | None = None,
 ) -> Image:
     """Build an image. include, preload, pip: None takes the list from the old image *name*. Raises SandboxError."""
     progress = Progress(f"image {name}")
     before = None
     with contextlib.suppress(SandboxError):  # no image with this name, or an unreadable one
         before = named(name)
-    image = build_image(name=name, include=include, preload=preload, pip=pip, x07=x07, progress=progress, fresh=fresh)
+    image = build_image(
+        name=name, include=include, preload=preload, pip=pip, x07=x07, progress=progress, fresh=fresh, arch=arch
+    )
     try:
         prepare_clones(image, progress)
     except SandboxError as exc:
@@ -200,7 +209,11 @@ def _build(options: argparse.Namespace) -> int:
     include = [] if options.no_include else _names(options.include)
     preload = [] if options.no_preload else _names(options.preload)
     pip = [] if options.no_pip else _requirements(options.pip)
-    image = build_with_progress(options.name, include, preload, pip=pip, x07=options.x07_toolchain, fresh=options.fresh)
+    arch = None if options.arch is None else arch_named(options.arch)
+    name = options.name or (arch.deb if arch is not None and is_foreign(arch) else DEFAULT)
+    image = build_with_progress(
+        name, include, preload, pip=pip, x07=options.x07_toolchain, fresh=options.fresh, arch=options.arch
+    )
     print_document(BuildReport(name=image.name, digest=image.digest), options)
     return 0
 
@@ -248,7 +261,8 @@ def _list(options: argparse.Namespace) -> int:
         say("no images yet. To build one: x07 image build")
     for row in rows:
         note = "" if row.problem is None else f"  ({row.problem}. {row.fix}.)"
-        packages = _some("include", row.include) + _some("pip", row.pip) + _about(row.program)
+        foreign = f"  {row.arch}" if row.arch not in {None, os.uname().machine} else ""
+        packages = foreign + _some("include", row.include) + _some("pip", row.pip) + _about(row.program)
         show(f"{row.name or '-':<16} {row.digest}  {row.suite or 'damaged'}{packages}{note}")
     return 0
 
@@ -281,6 +295,7 @@ def _row(image: Image) -> ImageRow:
         name=image.name,
         digest=image.digest,
         suite=made.suite,
+        arch=made.arch,
         include=tuple(made.include),
         pip=pip,
         program=made.program,
@@ -296,6 +311,7 @@ def _damaged_row(image: DamagedImage) -> ImageRow:
         name=image.name,
         digest=image.digest,
         suite=None,
+        arch=None,
         include=(),
         pip=(),
         program=None,

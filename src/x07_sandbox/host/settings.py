@@ -15,6 +15,7 @@ STDERR_MAX_BYTES: Final = 64 * KIB  # of the VMM
 
 QUEUE_S: Final = 600.0
 BOOT_S: Final = 30.0  # timeout of a boot
+FOREIGN_BOOT_S: Final = 120.0  # timeout of a boot of another architecture than the host's, which is emulated
 BOOTS_SLOWER: Final = 4  # or this many times the boot that proved KVM, if that is more
 BOOTS_MAX: Final = 4  # boot attempts per job, if a kernel miscalibrates its timers
 CLONE_S: Final = 10.0  # timeout of a clone; then the job starts cold

@@ -24,7 +24,7 @@ from x07_sandbox.host.decoding import prepared
 from x07_sandbox.host.linux import mounts
 from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.paths import cache_dir
-from x07_sandbox.images import commands, kernel, manifest, recipe, scratch, sources, verify
+from x07_sandbox.images import commands, foreign, kernel, manifest, recipe, scratch, sources, verify
 from x07_sandbox.policy.default import canonical_json
 
 BASE_SCHEMA = "x07.sandbox.image-base@0.1.0"
@@ -188,7 +188,7 @@ def _mmdebstrap(work: Path, spec: BaseSpec, progress: Callable[[str], None]) -> 
         commands.run(
             [*argv, spec.suite, "-", str(work / "build.sources")],
             cwd=tree,
-            timeout_s=1800,
+            timeout_s=1800 * foreign.slower(spec.arch),
             extra_env={"TMPDIR": str(tree)},
             stdout_fd=tar.fileno(),
             on_line=lambda line: progress(line[3:]) if line.startswith("I: ") else None,

@@ -7,8 +7,8 @@ Byte code of another Python would not load in the guest, and the host need not h
 from collections.abc import Callable
 from pathlib import Path
 
-from x07_sandbox.host.arch import host_arch
-from x07_sandbox.images import commands, cpio, guestcode
+from x07_sandbox.host.arch import Arch
+from x07_sandbox.images import commands, cpio, foreign, guestcode
 from x07_sandbox.images.base import Base, check_space, remove_tree, unpack_root
 from x07_sandbox.images.guestcode import GuestCode
 
@@ -24,9 +24,13 @@ FILTER_SUFFIX = ".bpf"
 
 
 def make_initrd(
-    work: Path, base_folder: Path, base: Base, code: GuestCode, progress: Callable[[str], None]
+    work: Path, base_folder: Path, base: Base, arch: Arch, code: GuestCode, progress: Callable[[str], None]
 ) -> tuple[bytes, dict[str, bytes]]:
-    """Return the initramfs with *code*, and its seccomp filters by name. work: an empty folder. Raises SandboxError."""
+    """Return the initramfs with *code*, and its seccomp filters by name.
+
+    work: an empty folder. arch: the image's architecture, whose programs this host must be able to execute. Raises
+    SandboxError.
+    """
     check_space(work.parent, UNPACKED_MAX * base.root.bytes)
     progress("unpacking the image's root file system, which contains the compiler")
     root = unpack_root(work, base_folder / base.root.file)
@@ -35,11 +39,11 @@ def make_initrd(
     (target / "data").mkdir(parents=True)
     progress("compiling the guest agent")
     for command in (COMPILE, FILTERS, PLACES, PACK):
-        commands.run(bwrap_argv(root, source, target, command), cwd=work, timeout_s=120)
+        commands.run(bwrap_argv(root, source, target, command), cwd=work, timeout_s=120 * foreign.slower(arch))
     init, agent = (target / "init").read_bytes(), (target / "agent.zip").read_bytes()
     filters = {path.name: path.read_bytes() for path in sorted((target / "data").glob(f"*{FILTER_SUFFIX}"))}
     remove_tree(root)
-    return pack(init, agent, base_folder, base), filters
+    return pack(init, agent, base_folder, base, arch), filters
 
 
 def bwrap_argv(root: Path, source: Path, target: Path, command: tuple[str, ...]) -> list[str]:
@@ -53,7 +57,7 @@ def bwrap_argv(root: Path, source: Path, target: Path, command: tuple[str, ...])
     return [*argv, "--chdir", "/", "--", *command]
 
 
-def pack(init: bytes, agent: bytes, base_folder: Path, base: Base) -> bytes:
+def pack(init: bytes, agent: bytes, base_folder: Path, base: Base, arch: Arch) -> bytes:
     """Return the initramfs. The file names of kernel modules are numbered in loading order."""
     entries = [
         cpio.file("init", init, 0o500),
@@ -67,6 +71,6 @@ def pack(init: bytes, agent: bytes, base_folder: Path, base: Base) -> bytes:
         cpio.file(f"modules/net/{part.file.removeprefix('net-')}", (base_folder / part.file).read_bytes())
         for part in base.net
     ]
-    archive, tail_bytes = cpio.pack(entries), host_arch().initrd_tail_bytes
+    archive, tail_bytes = cpio.pack(entries), arch.initrd_tail_bytes
     # The kernel ignores zeros behind the archive.
     return archive if tail_bytes is None else archive + b"\0" * ((tail_bytes - len(archive)) % _PAGE)

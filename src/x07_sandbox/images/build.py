@@ -12,12 +12,12 @@ from typing import Final
 
 import msgspec.structs
 
-from x07_sandbox.errors import HostError, ImageError, UsageError
-from x07_sandbox.host.arch import host_arch
+from x07_sandbox.errors import Flag, HostError, ImageError, UsageError
+from x07_sandbox.host.arch import ARCHES, Arch, arch_named, host_arch, is_foreign
 from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.paths import cache_folder
 from x07_sandbox.images import base as bases
-from x07_sandbox.images import boot, guestcode, manifest, recipe, sources, store, tar, verify
+from x07_sandbox.images import boot, foreign, guestcode, manifest, recipe, sources, store, tar, verify
 from x07_sandbox.images import pip as pips
 from x07_sandbox.images.store import Image
 
@@ -28,8 +28,9 @@ SOURCES = "pip-sources"
 
 
 class Extras(msgspec.Struct, frozen=True, kw_only=True):
-    """The optional contents of an image."""
+    """The architecture and the optional contents of an image."""
 
+    arch: Arch
     include: tuple[str, ...] = ()  # Debian packages
     preload: tuple[str, ...] = ()  # Python modules
     x07: str = ""  # digest of the X07 toolchain
@@ -38,10 +39,10 @@ class Extras(msgspec.Struct, frozen=True, kw_only=True):
     program_file: Path | None = None  # its root file system
 
     def base_spec(self) -> bases.BaseSpec:
-        """Return the inputs of the image's base on this host."""
+        """Return the inputs of the image's base."""
         wheels = tuple(wheel.sha256 for wheel in self.pip)
         suite = sources.release_codename()
-        return bases.BaseSpec(arch=host_arch(), suite=suite, include=self.include, x07=self.x07, pip=wheels)
+        return bases.BaseSpec(arch=self.arch, suite=suite, include=self.include, x07=self.x07, pip=wheels)
 
 
 def build_image(  # noqa: PLR0913 - one keyword per ingredient
@@ -54,15 +55,18 @@ def build_image(  # noqa: PLR0913 - one keyword per ingredient
     progress: Callable[[str], None],
     fresh: bool = False,
     code: guestcode.GuestCode | None = None,
+    arch: str | None = None,
 ) -> Image:
     """Build the image called *name*, or reuse an intact image with the same contents.
 
     include: further Debian packages. preload: Python modules to import in saved VMs. pip: Python packages (see
     pip.check_requirements). x07: folder of the X07 toolchain. None keeps the packages, modules or toolchain of the
     image that is called *name* now. fresh: download the packages again. code: the guest code, by default this
-    installation's. progress: called with lines of text. Raises SandboxError; no image or name is then changed.
+    installation's. progress: called with lines of text. arch: the architecture (`arch_named`), by default that of the
+    image called *name* now, or else this host's. Raises SandboxError; no image or name is then changed.
     """
     store.check_name(name)
+    wanted = None if arch is None else arch_named(arch)
     packages = None if include is None else recipe.check_packages(include)
     modules = None if preload is None else recipe.check_modules(preload)
     requirements = None if pip is None else pips.check_requirements(pip)
@@ -70,7 +74,7 @@ def build_image(  # noqa: PLR0913 - one keyword per ingredient
     with file_lock(images / ".lock", on_wait=lambda: progress("waiting for another image build")):
         for folder in leftovers():
             bases.remove_work(folder, progress)
-        extras = _extras(name, packages, modules, progress, keeps_pip=requirements is None)
+        extras = _extras(name, wanted, packages, modules, progress, keeps_pip=requirements is None)
         work = _new_work()
         builder = _Builder(work, images, progress, fresh=fresh, code=code or guestcode.read_guest_code())
         try:
@@ -107,7 +111,7 @@ def import_image(source: str, name: str, progress: Callable[[str], None]) -> tup
             file = work / PROGRAM_FILE
             bases.make_root(work, file, work / bases.TAR_FILE)
             (work / bases.TAR_FILE).unlink()
-            extras = Extras(include=(), preload=(), program=program, program_file=file)
+            extras = Extras(arch=host_arch(), program=program, program_file=file)
             digest = _Builder(work, images, progress, fresh=False, code=guestcode.read_guest_code()).build(extras)
         finally:
             bases.remove_work(work, progress)
@@ -117,6 +121,7 @@ def import_image(source: str, name: str, progress: Callable[[str], None]) -> tup
 
 def _extras(
     name: str,
+    arch: Arch | None,
     packages: tuple[str, ...] | None,
     modules: tuple[str, ...] | None,
     progress: Callable[[str], None],
@@ -133,7 +138,7 @@ def _extras(
             progress(f"{exc.why}: no modules will be preloaded")
         image = None
     if image is None:
-        return Extras(include=packages or (), preload=modules or ())
+        return Extras(arch=_architecture(name, arch), include=packages or (), preload=modules or ())
     old = image.manifest
     kept = {
         "packages": old.include if packages is None else [],
@@ -144,6 +149,7 @@ def _extras(
         if names:
             progress(f"keeping the {kind}: {', '.join(names)}")
     return Extras(
+        arch=_architecture(name, arch, arch_named(old.arch)),
         include=recipe.check_packages(old.include) if packages is None else packages,
         preload=recipe.check_modules(old.preload) if modules is None else modules,
         x07=old.x07,
@@ -151,6 +157,21 @@ def _extras(
         program=old.program,
         program_file=None if old.parts.program is None else image.folder / old.parts.program.file,
     )
+
+
+def _architecture(name: str, wanted: Arch | None, old: Arch | None = None) -> Arch:
+    """Return the architecture of the image called *name*. old: that of the present image. Raises UsageError.
+
+    The image named default is always for this host, so that no job gets an emulated processor by accident.
+    """
+    arch = wanted or old or next((each for each in ARCHES.values() if each.deb == name), host_arch())
+    what = f"cannot build the image {name!r} for {arch.deb}"
+    fix = ("Use another name, such as ", Flag(f"--name {arch.deb}"))
+    if old is not None and old.name != arch.name:
+        raise UsageError(what, f"the present image of this name is for {old.deb}", fix)
+    if name == store.DEFAULT and is_foreign(arch):
+        raise UsageError(what, f"this host is {host_arch().deb}, and jobs use this image unless told otherwise", fix)
+    return arch
 
 
 class _Builder:
@@ -170,6 +191,7 @@ class _Builder:
         base = None if self._fresh else bases.read_base(self._base_folder(extras))
         if base is not None and (digest := self._existing(base, extras)):
             return digest
+        foreign.require_execution(extras.arch)
         folder, base = self._base(extras)
         spec = extras.base_spec()
         draft = manifest.Manifest(
@@ -288,7 +310,7 @@ class _Builder:
         made.mkdir(mode=0o700)
         boot_work = made.with_name("boot")
         boot_work.mkdir(mode=0o700)
-        archive, filters = boot.make_initrd(boot_work, folder, base, self._code, self._progress)
+        archive, filters = boot.make_initrd(boot_work, folder, base, ARCHES[draft.arch], self._code, self._progress)
         initrd = bases.put(made, "initrd.cpio", archive)
         # Copies of the filters in the initramfs, for inspection.
         copies = {name.removesuffix(boot.FILTER_SUFFIX): bases.put(made, name, data) for name, data in filters.items()}

@@ -31,7 +31,10 @@ PACKAGES = {
     "unshare": "util-linux",
     "zstd": "zstd",
 }
-OPTIONAL = {"skopeo": "skopeo"}  # only for images from a registry
+OPTIONAL = {
+    "arch-test": "arch-test",  # only for images of another architecture
+    "skopeo": "skopeo",  # only for images from a registry
+}
 PROXIES = ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
 EPOCH = 1735689600  # the one date in every image: 1 January 2025
 LOG_BYTES = 64 * 1024

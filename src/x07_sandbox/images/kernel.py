@@ -44,10 +44,9 @@ def vmlinux(image: bytes, unzstd: Callable[[bytes], bytes]) -> bytes:
     if image[_ARM64] == b"ARMd":
         return image
     if image[4:8] == b"zimg":
-        why = "it is an EFI zboot image (aarch64), which this version does not support"
-        raise ImageError("cannot use the kernel package", why, "Build the image on x86-64")
+        raise _bad("it is an EFI zboot image, not a raw Image (arm64)")
     if image[_X86] != b"HdrS":
-        raise _bad("it is not a bzImage")
+        raise _bad("it is neither a bzImage nor a raw Image (arm64)")
     offset, length = (int.from_bytes(image[at : at + 4], "little") for at in (0x248, 0x24C))
     start = ((image[0x1F1] or 4) + 1) * 512 + offset  # behind the setup sectors
     elf = unzstd(image[start : start + length - SIZE_BYTES])

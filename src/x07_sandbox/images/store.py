@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 
 from x07_sandbox.errors import Flag, ImageError, UsageError
+from x07_sandbox.host.arch import Arch, arch_named, host_arch
 from x07_sandbox.host.paths import cache_folder, private_dir, read_bounded, replace_file
 from x07_sandbox.host.variables import text
 from x07_sandbox.images import guestcode, manifest
@@ -99,6 +100,15 @@ def find_image(ref: str | None) -> Image:
     if image is None:
         raise _missing(wanted, f"there is no guest image {wanted!r}" if ref else "there is no guest image")
     return image
+
+
+def arch_of(ref: str | None) -> Arch:
+    """Return the architecture of the image *ref* (see `find_image`), or this host's if the store has no such image."""
+    if ref is None and text("X07_VM_GUEST_IMAGE") is None:
+        return host_arch()  # the image named default is always for this host
+    with contextlib.suppress(ImageError, UsageError):  # the name of an engine's image; a missing one is reported later
+        return arch_named(find_image(ref).manifest.arch)
+    return host_arch()
 
 
 def _missing(name: str, what: str) -> ImageError:

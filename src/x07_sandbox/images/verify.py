@@ -19,6 +19,7 @@ from pathlib import Path
 import msgspec
 
 from x07_sandbox.errors import HostError, ImageError
+from x07_sandbox.host.arch import Arch, arch_named
 from x07_sandbox.host.linux import mounts
 from x07_sandbox.host.os_errors import host_error
 from x07_sandbox.host.paths import closing_fd
@@ -50,6 +51,11 @@ class OpenImage(msgspec.Struct, frozen=True, kw_only=True):
 
     fds: dict[str, int]  # read-only descriptors by name of the part (manifest.Parts)
     manifest: Manifest
+
+    @property
+    def arch(self) -> Arch:
+        """The architecture of the image's kernel and programs."""
+        return arch_named(self.manifest.arch)
 
 
 class Subject(msgspec.Struct, frozen=True):

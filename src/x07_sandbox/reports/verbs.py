@@ -67,6 +67,7 @@ class ImageRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     name: empty if the image has no name.
     suite: the Debian suite of its packages; null if its manifest cannot be read.
+    arch: its architecture, as uname -m prints it; null as above.
     include: Debian packages beyond the usual ones (`--include`).
     pip: Python packages that were installed from wheels, as "NAME==VERSION".
     program: what a container image says about its programs, if the image was imported; else null.
@@ -77,6 +78,7 @@ class ImageRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     name: str
     digest: str
     suite: str | None
+    arch: str | None
     include: tuple[str, ...]
     pip: tuple[str, ...]
     program: ProgramRoot | None

@@ -18,6 +18,7 @@ from x07_sandbox.backends.registry import create
 from x07_sandbox.backends.selection import Choice, choice_from_environment
 from x07_sandbox.errors import Flag, HostError, RefusedError, Text, UsageError, printable
 from x07_sandbox.host import settings
+from x07_sandbox.host.arch import Arch, host_arch, is_foreign
 from x07_sandbox.host.paths import settings_file
 from x07_sandbox.host.variables import flag, text
 from x07_sandbox.images.store import DEFAULT, Image, find_image, image_is_current
@@ -77,6 +78,11 @@ class Prepared(msgspec.Struct, frozen=True):
     ca: bytes = b""
 
     @property
+    def arch(self) -> Arch:
+        """The guest's architecture."""
+        return host_arch() if self.image is None else self.image.arch
+
+    @property
     def image_name(self) -> str:
         """The name by which the user selected the image."""
         return _image_name(self.request)
@@ -129,6 +135,7 @@ def prepare(
         _refuse_image(request, choice)
         _require_programs(program, choice)
     availability = backend.probe(image, boot=not dry)
+    _require_own_architecture(request, image, availability, backend)
     _require_hardware(request, availability)
     _require_host_files(request, availability, backend)
     _require_guest_root(request, availability, backend)
@@ -173,6 +180,17 @@ def _input(
     with caller.cancel.waiting():
         data = read_whole(stdin_fd, protocol.input_max_bytes)
     return memory_file(protocol.frame_input(data), stack), data
+
+
+def _require_own_architecture(
+    request: RunRequest, image: OpenImage | None, availability: Availability, backend: Backend
+) -> None:
+    """Raise RefusedError if the image is of another architecture and the guest's processor is not emulated."""
+    if image is None or not is_foreign(image.arch) or availability.features.emulated:
+        return
+    why = f"it is for {image.arch.deb}, and the backend {backend.name} runs only programs for this host's processor"
+    fix = (f"Use an image for {host_arch().deb}, or use ", _A_VM)
+    raise RefusedError(f"cannot use the image {_image_name(request)}", why, fix, code="foreign-image")
 
 
 def _require_host_files(request: RunRequest, availability: Availability, backend: Backend) -> None:

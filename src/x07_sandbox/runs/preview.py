@@ -86,7 +86,7 @@ def preview(request: RunRequest, caller: RunCaller) -> Preview:
 def _scaled(ready: Prepared) -> tuple[Prepared, Scaling | None]:
     from x07_sandbox.runs.scaling import known_factor, scale
 
-    factor = known_factor() if wants_scaling(ready) else None
+    factor = known_factor(ready.arch) if wants_scaling(ready) else None
     return (ready, None) if factor is None else scale(ready, factor)[:2]
 
 

@@ -11,7 +11,6 @@ from msgspec.structs import replace
 
 from x07_sandbox.errors import Flag, Text, UsageError, listed
 from x07_sandbox.host import settings
-from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.paths import is_folder, read_bounded
 from x07_sandbox.policy.decode import MAX_BYTES as POLICY_MAX_BYTES
 from x07_sandbox.programs.toolchains import (
@@ -126,7 +125,9 @@ def single_file(
         why = f"the toolchain {toolchain.name} needs a project"
         raise UsageError(f"cannot run {what}", why, "Use the path of a folder with a manifest")
     if toolchain.build is None:
-        arch = host_arch()
+        from x07_sandbox.images.store import arch_of  # only for executables
+
+        arch = arch_of(request.image)
         check_executable(name, data[:_HEAD_BYTES], arch.name, arch.elf_machine)
     source = Source(name=name, head=data[:_HEAD_BYTES])
     if request.files and toolchain.build is not None:

@@ -18,7 +18,7 @@ from msgspec.structs import replace
 
 from x07_sandbox.errors import BackendError, Command, HostError, SandboxError
 from x07_sandbox.host import settings
-from x07_sandbox.host.arch import host_arch
+from x07_sandbox.host.arch import Arch, host_arch
 from x07_sandbox.host.linux import processor
 from x07_sandbox.host.verdicts import Verdict, file_state
 from x07_sandbox.jobs.record import new_run_id
@@ -91,26 +91,29 @@ def scaled_limits(limits: RunLimits, factor: int) -> tuple[RunLimits, Scaling, t
 
 def measured_factor(prepared: Prepared) -> int:
     """Return the slowdown of the VM compared to this host. Measure it if it is unknown. Raises SandboxError."""
-    if (known := known_factor()) is not None:
+    if (known := known_factor(prepared.arch)) is not None:
         return known
     prepared.caller.progress("measuring how much slower the emulated VM is than this host")
     ratios = [guest / host for guest, host in zip(_guest_times(prepared), _host_times(), strict=True)]
     factor = min(_FACTOR_MAX, max(1, math.ceil(statistics.median(ratios))))
-    _verdict().write({"factor": factor})
+    _verdict(prepared.arch).write({"factor": factor})
     return factor
 
 
-def known_factor() -> int | None:
-    """Return the factor that was measured since this host booted, or None if there is none."""
+def known_factor(arch: Arch | None = None) -> int | None:
+    """Return the factor that was measured since this host booted, or None if there is none.
+
+    arch: the guest's architecture, by default this host's.
+    """
     with contextlib.suppress(OSError, SandboxError):
-        factor = _verdict().read().get("factor")
+        factor = _verdict(arch or host_arch()).read().get("factor")
         if type(factor) is int and 1 <= factor <= _FACTOR_MAX:
             return factor
     return None
 
 
-def _verdict() -> Verdict:
-    return Verdict("slowdown", file_state(host_arch().qemu_binary), processor("model name", "CPU part"))
+def _verdict(arch: Arch) -> Verdict:
+    return Verdict("slowdown", file_state(arch.qemu_binary), processor("model name", "CPU part"))
 
 
 def _guest_times(prepared: Prepared) -> list[float]:

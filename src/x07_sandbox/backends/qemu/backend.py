@@ -38,7 +38,7 @@ from x07_sandbox.backends.qemu.template import Template
 from x07_sandbox.channel.link import State
 from x07_sandbox.errors import BackendError, HostError, ImageError, SandboxError, worded
 from x07_sandbox.host import settings
-from x07_sandbox.host.arch import ARCHES, host_arch
+from x07_sandbox.host.arch import ARCHES, Arch, host_arch, is_foreign
 from x07_sandbox.host.cancel import Caller
 from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.locks import file_lock
@@ -84,11 +84,17 @@ class QemuBackend:
         return vm_features("vm-emulated")
 
     def probe(self, image: OpenImage | None, *, boot: bool = True) -> Availability:
-        """Return the features with KVM if x07's agent has answered under KVM, else the features with emulation."""
-        starts.check_needs(host_arch())  # first: verdicts and templates are stored by the state of QEMU's file
+        """Return the features with KVM if x07's agent has answered under KVM, else the features with emulation.
+
+        An image of another architecture is always emulated.
+        """
+        # First: verdicts and templates are stored by the state of QEMU's file.
+        starts.check_needs(host_arch() if image is None else image.arch)
         if flag("X07_VM_REQUIRE_NAMESPACES"):
             jail_form()  # raises RefusedError early
         assert image is not None or not boot  # noqa: S101 - `uses_image` is set
+        if image is not None and is_foreign(image.arch):
+            return self._foreign(image.arch)
         verdict = known_verdict() if image is None or not boot else kvm_verdict(image)
         if verdict is None:
             return Availability(features=self.least_features(), proof="no VM has used KVM yet", known=False)
@@ -97,6 +103,16 @@ class QemuBackend:
             return Availability(features=vm_features("vm-hardware"), proof=verdict.reason)
         return Availability(
             features=self.least_features(), proof=verdict.reason, warnings=(f"emulated: {EMULATED}",), fix=verdict.fix
+        )
+
+    def _foreign(self, arch: Arch) -> Availability:
+        """Return the features of guests of another architecture than this host's."""
+        self._kvm, self._boot_s = False, settings.FOREIGN_BOOT_S
+        return Availability(
+            features=self.least_features(),
+            proof=f"the image is for {arch.deb}, which this {host_arch().deb} host can only emulate",
+            warnings=(f"emulated: {EMULATED}",),
+            fix=f"Use an image for {host_arch().deb}",
         )
 
     def stop(self, record: JobRecord) -> bool:

@@ -133,7 +133,7 @@ def make_hot(
         memory_fd = new_file(work / "ram", stack)
         _copy(saved.ram_fd, memory_fd)
         paths = (Paths().ram, Paths().root, Paths().program, "/", "/dev/urandom", NULL)
-        move_pages(images, PID, memory_fd, Paths().ram, {*paths, *needed_files(host_arch().qemu_binary)})
+        move_pages(images, PID, memory_fd, Paths().ram, {*paths, *needed_files(kind.arch.qemu_binary)})
         scratch_fd = new_file(work / "scratch.head", stack)
         disk = keep_disk(disk_fd, scratch_fd)
         ram, scratch = seal("ram", memory_fd), seal("scratch.head", scratch_fd)

@@ -7,6 +7,7 @@ needs max_ports=3. An initramfs may overlap microvm's ACPI tables by up to a pag
 """
 
 import enum
+import itertools
 import json
 from collections.abc import Mapping
 from typing import Final
@@ -116,7 +117,14 @@ def qemu_argv(machine: Machine) -> list[str]:
     argv += ["-device", "virtserialport,chardev=net,nr=2,name=x07.net"]
     argv += ["-object", "rng-random,id=rng,filename=/dev/urandom", "-device", "virtio-rng-device,rng=rng"]
     argv += ["-chardev", f"socket,id=console,fd={machine.console_fd}", "-serial", "chardev:console"]
-    return [*argv, "-chardev", f"socket,id=qmp,fd={machine.qmp_fd}", "-mon", "chardev=qmp,mode=control"]
+    argv += ["-chardev", f"socket,id=qmp,fd={machine.qmp_fd}", "-mon", "chardev=qmp,mode=control"]
+    return _in_order(argv) if machine.arch.machine == "virt" else argv
+
+
+def _in_order(argv: list[str]) -> list[str]:
+    """Put the virtio devices on buses in order. By itself, "virt" gives Linux the last disk as the first, /dev/vda."""
+    buses = itertools.count()
+    return [f"{word},bus=virtio-mmio-bus.{next(buses)}" if word.startswith("virtio-") else word for word in argv]
 
 
 def _memory(machine: Machine, megabytes: int) -> str:

@@ -20,7 +20,7 @@ from x07_sandbox.backends.qemu.instance import HostSide, QemuInstance, ReleasePi
 from x07_sandbox.backends.qemu.machine import OVERCOMMIT, Machine, Origin, Paths, qemu_argv
 from x07_sandbox.errors import HostError
 from x07_sandbox.host import settings
-from x07_sandbox.host.arch import Arch, host_arch
+from x07_sandbox.host.arch import Arch, host_arch, is_foreign
 from x07_sandbox.host.close_on_fork import FdGroup
 from x07_sandbox.host.linux import fd_path, processor, require_own_proc
 from x07_sandbox.host.memory import memory_file
@@ -117,10 +117,10 @@ def start_qemu(
     """Start a QEMU process, blocked until it is released. When the context ends, it is gone and recorded as gone.
 
     kvm: whether KVM runs the guest's processor, instead of emulation. memory: where the VM comes from. None: boot in
-    anonymous memory. arch: the machine type and its needs, by default those of this host.
+    anonymous memory. arch: the machine type and its needs, by default those of the image.
     Raises BackendError (including NotStartedError), HostError.
     """
-    arch, record, image = arch or host_arch(), job.record, job.kind.image
+    arch, record, image = arch or job.kind.arch, job.record, job.kind.image
     assert image is not None  # noqa: S101 - each virtual machine has one
     with contextlib.ExitStack() as stack:
         stack.callback(drop_unstarted, record)
@@ -263,8 +263,8 @@ def _release_message(memory: Memory | None, form: Form, machine: Machine) -> Cal
         from x07_sandbox.jail.seccomp import restored_filter
 
         mark = machine.mark.encode("ascii")
-        return lambda _pid: struct.pack("=I", len(mark)) + mark + restored_filter(machine.arch, PID)
-    return form.release_message(machine.arch)
+        return lambda _pid: struct.pack("=I", len(mark)) + mark + restored_filter(host_arch(), PID)
+    return form.release_message(host_arch())
 
 
 @contextlib.contextmanager
@@ -380,6 +380,9 @@ def tsc_khz(arch: Arch) -> int | None:
     """Return the frequency in kHz of the host's time stamp counter, which an emulated guest cannot measure reliably."""
     if arch.machine != "microvm":
         return None
+    if is_foreign(arch):
+        why = f"the clock of an emulated {arch.name} guest is known only on {arch.name} hosts"
+        raise HostError("cannot start a virtual machine", why, f"Use an image for {host_arch().deb}")
     if lines := processor("bogomips"):
         return int(float(lines[0].partition(":")[2]) * 500)
     why = "/proc/cpuinfo has no bogomips line"

@@ -30,7 +30,6 @@ from x07_sandbox.channel.link import State
 from x07_sandbox.channel.messages import Warm
 from x07_sandbox.errors import BackendError, Command, HostError, ImageError
 from x07_sandbox.host import settings
-from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.cancel import Notice
 from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.decoding import prepared
@@ -192,7 +191,7 @@ def lack_of_space(ram_bytes: int) -> str:
 
 def template_for(kind: MachineKind, *, kvm: bool) -> Template:
     """Return the template for jobs of this kind. Raises HostError."""
-    arch, ram, kvm_fd = host_arch(), kind.ram_bytes, 0 if kvm else None
+    arch, ram, kvm_fd = kind.arch, kind.ram_bytes, 0 if kvm else None
     clock = starts.tsc_khz(arch)
     fds: dict[str, Any] = dict.fromkeys(("scratch_fd", "channel_fd", "net_fd", "qmp_fd", "console_fd"), 0)
     machine = Machine(arch=arch, ram_bytes=ram, kvm_fd=kvm_fd, tsc_khz=None, mark="", origin=Origin.SAVING, **fds)

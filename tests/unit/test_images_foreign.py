@@ -1,0 +1,119 @@
+"""Images of another architecture: their names, what a build of one needs, and which backends run one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from x07_sandbox.backends.base import Availability
+from x07_sandbox.backends.registry import BY_NAME, create
+from x07_sandbox.cli.main import main
+from x07_sandbox.errors import HostError, RefusedError, UsageError
+from x07_sandbox.host import paths
+from x07_sandbox.host.arch import ARCHES, host_arch
+from x07_sandbox.images import build, foreign, manifest, store
+from x07_sandbox.images.verify import OpenImage
+from x07_sandbox.plan.features import vm_features
+from x07_sandbox.runs import prepare
+from x07_sandbox.runs.request import RunRequest
+
+HOST = host_arch()
+OTHER = next(arch for arch in ARCHES.values() if arch is not HOST)
+
+
+@pytest.fixture(autouse=True)
+def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The only folder in which programs are found, and an empty cache."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setattr(paths, "PROGRAMS", (str(folder),))
+    monkeypatch.setenv("X07_VM_CACHE_DIR", str(tmp_path / "cache"))
+    return folder
+
+
+def arch_test(folder: Path, status: int) -> None:
+    """Make an arch-test that ends with *status*."""
+    program = folder / "arch-test"
+    program.write_text(f"#!/bin/sh\nexit {status}\n", encoding="ascii")
+    program.chmod(0o755)
+
+
+def open_image(arch: str) -> OpenImage:
+    """An image of an architecture, without files."""
+    part = manifest.Part(file="part", sha256="0" * 64, bytes=0)
+    made = manifest.Manifest(
+        schema_version=manifest.SCHEMA,
+        digest=manifest.NO_DIGEST,
+        recipe=1,
+        arch=arch,
+        suite="trixie",
+        include=[],
+        base="0" * 64,
+        guest_code="0" * 64,
+        kernel_release="6.12",
+        parts=manifest.Parts(kernel=part, initrd=part, root=part, scratch=part),
+        scratch_disk=manifest.ScratchDisk(bytes=0, pieces=[]),
+        packages=[],
+        filters={},
+    )
+    return OpenImage(fds={}, manifest=made)
+
+
+def test_a_missing_tool_is_named_with_all_packages(capsys: pytest.CaptureFixture[str]) -> None:
+    """Without arch-test, `x07 image build --arch` names the packages that a build for another architecture needs."""
+    assert main(["image", "build", "--arch", OTHER.deb]) == 125
+    said = capsys.readouterr().err
+    assert f"cannot build an image for {OTHER.deb}" in said
+    assert "apt-get install qemu-user-static arch-test" in said
+    assert store.all_names() == {}
+
+
+def test_programs_that_cannot_be_executed_are_explained(tools: Path) -> None:
+    """If the kernel does not know QEMU's user emulation, the error has the commands that register it."""
+    arch_test(tools, 1)
+    with pytest.raises(HostError, match=f"cannot execute {OTHER.deb} programs") as caught:
+        build.build_image(name="other", arch=OTHER.name, progress=print)
+    assert f"/usr/lib/binfmt.d/qemu-{OTHER.name}.conf" in str(caught.value.fix)
+    arch_test(tools, 0)
+    foreign.require_execution(OTHER)
+
+
+def test_this_hosts_programs_need_no_emulation(tools: Path) -> None:
+    """A build for this host's architecture needs no emulation, and its commands have the usual time limits."""
+    arch_test(tools, 1)
+    foreign.require_execution(HOST)
+    assert foreign.slower(HOST) == 1 < foreign.slower(OTHER)
+
+
+def test_the_default_image_is_for_this_host() -> None:
+    """The image named default cannot be built for another architecture, and the error proposes a name."""
+    with pytest.raises(UsageError, match="'default'") as caught:
+        build.build_image(arch=OTHER.deb, progress=print)
+    assert str(caught.value.fix) == f"Use another name, such as --name {OTHER.deb}"
+
+
+def test_a_name_keeps_its_architecture() -> None:
+    """An image keeps its architecture when it is rebuilt, and cannot get another one."""
+    assert build._architecture("science", None) is HOST  # noqa: SLF001 - pure, and a build takes minutes
+    assert build._architecture(OTHER.deb, None) is OTHER  # noqa: SLF001 - as above
+    assert build._architecture("science", None, OTHER) is OTHER  # noqa: SLF001 - as above
+    with pytest.raises(UsageError, match=f"the present image of this name is for {HOST.deb}"):
+        build._architecture("science", OTHER, HOST)  # noqa: SLF001 - as above
+
+
+@pytest.mark.parametrize("name", [*BY_NAME])
+def test_only_an_emulated_machine_runs_a_foreign_image(name: str) -> None:
+    """Each backend whose programs run on this host's processor refuses an image of another architecture."""
+    backend = create(name)
+    image, request = open_image(OTHER.name), RunRequest(image="other")
+    for features in (backend.least_features(), vm_features("vm-hardware")):
+        found = Availability(features=features, proof="")
+        if features.emulated:
+            prepare._require_own_architecture(request, image, found, backend)  # noqa: SLF001 - no engine is needed
+            continue
+        with pytest.raises(RefusedError, match="cannot use the image other") as caught:
+            prepare._require_own_architecture(request, image, found, backend)  # noqa: SLF001 - as above
+        assert f"it is for {OTHER.deb}, and the backend {name} runs only" in caught.value.why
+        assert caught.value.code == "foreign-image"
+        prepare._require_own_architecture(request, open_image(HOST.name), found, backend)  # noqa: SLF001 - as above
