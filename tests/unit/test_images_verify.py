@@ -28,7 +28,7 @@ FILES = {
 }
 
 
-def _write(folder: Path) -> str:
+def write_image(folder: Path) -> str:
     """Create a fake image in the store; return its digest in hex."""
     folder.mkdir(mode=0o700)
     parts = []
@@ -62,7 +62,7 @@ def _write(folder: Path) -> str:
 def image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> store.Image:
     """An image called "default" in a store of its own."""
     monkeypatch.setenv("X07_VM_CACHE_DIR", str(tmp_path / "cache"))
-    digest = _write(store.images_dir() / "made")
+    digest = write_image(store.images_dir() / "made")
     (store.images_dir() / "made").rename(store.images_dir() / digest)
     store.set_name("default", digest)
     return store.find_image(None)

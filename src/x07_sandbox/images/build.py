@@ -75,7 +75,7 @@ def build_image(  # noqa: PLR0913 - one keyword per ingredient
         for folder in leftovers():
             bases.remove_work(folder, progress)
         extras = _extras(name, wanted, packages, modules, progress, keeps_pip=requirements is None)
-        work = _new_work()
+        work = new_work()
         builder = _Builder(work, images, progress, fresh=fresh, code=code or guestcode.read_guest_code())
         try:
             if x07 is not None:
@@ -104,7 +104,7 @@ def import_image(source: str, name: str, progress: Callable[[str], None]) -> tup
     with file_lock(images / ".lock", on_wait=lambda: progress("waiting for another image build")):
         for folder in leftovers():
             bases.remove_work(folder, progress)
-        work = _new_work()
+        work = new_work()
         try:
             program, left_out = oci.make_root(source, work, work / bases.TAR_FILE, progress)
             progress("making the root file system")
@@ -334,13 +334,14 @@ def leftovers() -> list[Path]:
     return sorted(cache_folder("tmp").glob(f"{WORK_PREFIX}*"))
 
 
-def _new_work() -> Path:
+def new_work() -> Path:
+    """Make the folder of a build; the caller must hold the store's lock."""
     return Path(tempfile.mkdtemp(prefix=WORK_PREFIX, dir=cache_folder("tmp")))
 
 
 def remove_from_store(folder: Path, progress: Callable[[str], None]) -> None:
     """Remove an image or a base atomically; the caller must hold the store's lock. Raises OSError, SandboxError."""
-    work = _new_work()
+    work = new_work()
     try:
         folder.rename(work / "removed")
     finally:

@@ -73,7 +73,7 @@ def open_image(image: Image) -> Iterator[OpenImage]:
 
     Raises HostError if the host lacks descriptors, memory or space.
     """
-    subject = _subject(image)
+    subject = subject_of(image)
     with contextlib.ExitStack() as stack:
         folder_fd = stack.enter_context(opened_folder(image.folder, subject))
         _check_manifest(folder_fd, image, subject)
@@ -85,7 +85,8 @@ def open_image(image: Image) -> Iterator[OpenImage]:
         yield OpenImage(fds=fds, manifest=image.manifest)
 
 
-def _subject(image: Image) -> Subject:
+def subject_of(image: Image) -> Subject:
+    """Return what errors say about an image."""
     hexes = image.digest.removeprefix("sha256:")
     return Subject(f"guest image {hexes[:12]}", hexes, sha256_of, store.repair_hint(image))
 
@@ -104,7 +105,7 @@ def opened_parts(folder_fd: int, parts: Sequence[Part], subject: Subject, stack:
 def verify_image(image: Image, *, use_record: bool = False) -> list[str]:
     """Return a sentence for each problem of an image. use_record: hash only files that changed since the last time."""
     problems: list[str] = []
-    subject = _subject(image)
+    subject = subject_of(image)
     parts = [*image.manifest.parts.all(), *image.manifest.filters.values()]
     recorded = _recorded(subject) if use_record else {}
     verified: dict[str, Identity] = {}
