@@ -1,9 +1,10 @@
 #!/bin/bash -p
 # Install everything that the tests need, and run them: ruff, mypy, import-linter, shellcheck, check-jsonschema and
 # zizmor (for the CI files), the build of the documentation and of the guest image, and pytest.
-#   scripts/test.sh [--full] [-- PYTEST ARGUMENTS]
+#   scripts/test.sh [--full] [--integrations] [-- PYTEST ARGUMENTS]
 # --full: full sizes, long property tests, the quick start in a clean Debian root, and runs under KVM in an emulated
-# computer. Environment: CI=1 makes a missing tool an error instead of a skip; X07_PYTHON is the Python for .venv.
+# computer. --integrations: also the tests of all frameworks (scripts/test_integrations.sh).
+# Environment: CI=1 makes a missing tool an error instead of a skip; X07_PYTHON is the Python for .venv.
 set -euo pipefail
 unset CDPATH # cd would print where it went
 
@@ -12,12 +13,13 @@ cd -- "$root"
 # shellcheck source=scripts/lib.sh
 source "$root/scripts/lib.sh"
 
-full=no
+full=no integrations=no
 while [[ $# -gt 0 ]]; do
     case $1 in
         --full) full=yes ;;
+        --integrations) integrations=yes ;;
         --) shift && break ;;
-        *) fail "unknown argument: $1" "Usage: scripts/test.sh [--full] [-- PYTEST ARGUMENTS]" ;;
+        *) fail "unknown argument: $1" "Usage: scripts/test.sh [--full] [--integrations] [-- PYTEST ARGUMENTS]" ;;
     esac
     shift
 done
@@ -66,6 +68,11 @@ if [[ $full == yes ]]; then
     check as_root scripts/fresh_root_check.sh --user
     check under_kvm
     [[ ${#broken[@]} -eq 0 ]] || fail "these checks failed; the tests were not started" "${broken[@]}"
+fi
+
+if [[ $integrations == yes ]]; then
+    check scripts/test_integrations.sh
+    [[ ${#broken[@]} -eq 0 ]] || fail "the tests of integrations failed; the other tests were not started"
 fi
 
 # -rs lists every skip with its reason, --durations the slowest tests. There are more workers than processors, because
