@@ -1,7 +1,8 @@
 """A stand-in for Apple's `container`, which runs only on macOS: its commands and JSON of three versions, over podman.
 
-It runs the real guest image in a container of podman: it has the real one's grammar, and no virtual machine. Start it
-as `apple_container.py VERSION FOLDER PODMAN WORD...`. FOLDER holds what the real one's service would keep.
+It runs the real guest image in a container of podman: it has the real one's grammar, and no virtual machine. So limits
+by user, such as RLIMIT_NPROC, count the tasks of all containers of this host. Start it as
+`apple_container.py VERSION FOLDER PODMAN WORD...`. FOLDER holds what the real one's service would keep.
 """
 
 from __future__ import annotations
