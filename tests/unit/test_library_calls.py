@@ -17,7 +17,7 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
-from x07_sandbox import Policy, Pool, SandboxError, exec_command, exec_command_async, load_policy, run_program
+from x07_sandbox import Policy, Pool, Sandbox, SandboxError, exec_command, exec_command_async, load_policy, run_program
 from x07_sandbox.cli.parser import add_groups, given_rows
 from x07_sandbox.errors import Command, Flag, UsageError
 from x07_sandbox.host import paths
@@ -379,6 +379,16 @@ def test_errors_name_keywords_in_place_of_flags(flag: str, expected: str) -> Non
     assert error.what == f"cannot use {flag}"
     error.word_for(keyword)
     assert str(error) == f"cannot use {expected}: it is --timeout. To run it: x07 run {flag}"
+
+
+def test_callers_can_ask_how_many_sandboxes_may_be_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`Sandbox.max_open` is the number in X07_VM_MAX_SANDBOXES, else one that memory allows."""
+    assert Sandbox.max_open() >= 2
+    monkeypatch.setenv("X07_VM_MAX_SANDBOXES", "7")
+    assert Sandbox.max_open() == 7
+    monkeypatch.setenv("X07_VM_MAX_SANDBOXES", "many")
+    with pytest.raises(SandboxError, match="X07_VM_MAX_SANDBOXES"):
+        Sandbox.max_open()
 
 
 def test_allow_hidden_and_allow_symlinks_are_booleans() -> None:

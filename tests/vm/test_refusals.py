@@ -90,7 +90,7 @@ def test_the_derived_policy_is_saved_with_the_run(tmp_path: Path) -> None:
     ("args", "why"),
     [
         (["x" * 131_072], "one is over 131072 bytes"),
-        (["x" * 100_000] * 11, "all together are over 1048576"),
+        (["x" * 100_000] * 16, "all together are over 1572864"),
         (["a\0b"], "argument 1 contains a NUL byte"),
         (["a", 3], "argument 2 is not a string"),
     ],

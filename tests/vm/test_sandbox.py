@@ -91,6 +91,8 @@ def test_commands_share_the_sandbox_and_report_how_they_ended(shared: Sandbox) -
     assert (failed.outcome, failed.exit_code, failed.stdout, failed.stderr) == ("failed", 3, b"out\n", b"err\n")
     killed = shared.exec(["sh", "-c", "kill -SEGV $$"])
     assert (killed.outcome, killed.signal, killed.exit_code) == ("signalled", signal.SIGSEGV, None)
+    codes = [(ended.reason_code, ended.x07_exit_code) for ended in (failed, killed)]
+    assert codes == [("exited", 3), ("signal", 128 + signal.SIGSEGV)]
     slept = shared.exec(["sleep", "0.3"])
     assert 300 <= slept.wall_ms < 20_000
     assert slept.cpu_ms < slept.wall_ms
@@ -117,6 +119,18 @@ def test_shell_is_bash(shared: Sandbox) -> None:
     """`shell` runs bash where there is one, and merges streams in order if asked."""
     assert text(shared.shell("set -o pipefail; echo ${BASH_VERSION:+bash} | cat")) == "bash\n"
     assert text(shared.shell("echo 1; echo 2 >&2; echo 3", merge=True)) == "1\n2\n3\n"
+
+
+def test_a_mebibyte_of_arguments_arrives(shared: Sandbox) -> None:
+    """A command may have a mebibyte of arguments, and its environment fits too."""
+    words = ["x" * (1 << 16)] * 16
+    assert shared.exec(["printf", "%s", *words], env={"ONE": "1"}).stdout == b"".join(word.encode() for word in words)
+
+
+def test_var_tmp_is_writable(shared: Sandbox) -> None:
+    """Programs that keep files in /var/tmp find a folder in which they can create and execute files."""
+    words = ["sh", "-c", "printf '#!/bin/sh\\necho ran\\n' > /var/tmp/new; chmod +x /var/tmp/new; /var/tmp/new"]
+    assert text(shared.exec(words)) == "ran\n"
 
 
 def test_a_timeout_kills_the_tree_and_keeps_the_output(shared: Sandbox) -> None:

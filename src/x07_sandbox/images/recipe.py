@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host.arch import Arch
 
-RECIPE = 4
+RECIPE = 5
 PIP_LAYOUT = 2  # bump when a change in pip.py changes the contents of an image with Python packages
 PACKAGES = ("ca-certificates", "g++", "gcc", "iproute2", "libc6-dev", "libseccomp2", "make", "nftables", "python3")
 JOB_ID = 65532  # uid and gid of the program; guest/confine uses the same
@@ -65,8 +65,11 @@ Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg
 END
 fi
 """
-# Remove traces of the host and the build: names of mirrors, resolvers and this machine; times; logs.
+# Remove traces of the host and the build: names of mirrors, resolvers and this machine; times; logs. The root is
+# read-only, so /var/tmp leads to the program's own /tmp.
 CLEAN = """
+rm -rf "$1/var/tmp"
+ln -s ../tmp "$1/var/tmp"
 rm -rf "$1/x07-kernel" "$1/etc/apt" "$1/var/log" "$1/var/cache" "$1/var/lib/apt"
 rm -f "$1/etc/dpkg/dpkg.cfg.d/99mmdebstrap" "$1/usr/bin/"*lto-dump* "$1/usr/libexec/gcc/"*/*/lto1
 rm -f "$1/usr/lib/{multiarch}/"lib?san.so* "$1/usr/lib/{multiarch}/"libhwasan.so*

@@ -52,16 +52,19 @@ class StartOptions(TypedDict, total=False):
 class Ended(msgspec.Struct, frozen=True, kw_only=True):
     """How a command of a sandbox ended.
 
-    id: its number in the sandbox. outcome: how it ended, in the same words as `Result.outcome`. reason: the same in one
-    sentence. exit_code: its exit status, or None if it did not exit by itself. signal: the signal that ended it, or
-    None. stdout, stderr: its output, as far as it was kept. truncated: whether there was more output. wall_ms, cpu_ms:
-    elapsed time and CPU time in milliseconds. memory_peak_bytes: the peak memory use of all commands of the sandbox
-    while it ran. denials: what it was denied.
+    id: its number in the sandbox. outcome: how it ended, in the same words as `Result.outcome`. reason_code: the code
+    of the reason (docs/reference/codes.md). reason: the same in one sentence. x07_exit_code: the exit code of `x07
+    sandbox exec`, such as 124 after a timeout, or 128 and the number of a signal. exit_code: its exit status, or None
+    if it did not exit by itself. signal: the signal that ended it, or None. stdout, stderr: its output, as far as it
+    was kept. truncated: whether there was more output. wall_ms, cpu_ms: elapsed time and CPU time in milliseconds.
+    memory_peak_bytes: the peak memory use of all commands of the sandbox while it ran. denials: what it was denied.
     """
 
     id: int
     outcome: Outcome
+    reason_code: str
     reason: str
+    x07_exit_code: int
     exit_code: int | None
     signal: int | None
     stdout: bytes
@@ -222,7 +225,9 @@ class Process:
         return Ended(
             id=self.id,
             outcome=ending.outcome,
+            reason_code=ending.code,
             reason=ending.reason_for(keyword),
+            x07_exit_code=ending.x07_exit_code,
             exit_code=ending.exit_code,
             signal=ending.signal,
             stdout=kept["stdout"].data(),

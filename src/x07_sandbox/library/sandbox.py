@@ -182,6 +182,13 @@ class Sandbox:
 
         return list_sandboxes(tags)
 
+    @staticmethod
+    def max_open() -> int:
+        """Return how many sandboxes of this user may be open at once. Others wait to be opened. Raises SandboxError."""
+        from x07_sandbox.jobs.admission import SANDBOXES
+
+        return SANDBOXES.count()
+
     @property
     def id(self) -> str:
         """The id of the sandbox, to give to commands such as `x07 kill` and `x07 diff`."""

@@ -35,9 +35,9 @@ else:
     LimitChanges = Overrides = object  # msgspec reads annotations; their modules are loaded where needed
 
 # MAX_ARG_STRLEN is 32 pages, NUL included. All arguments and the environment, with their pointers, share a quarter of
-# the 8 MiB stack; we allow half of that.
+# the 8 MiB stack; we allow three quarters of that.
 _ARGUMENT_MAX_BYTES = 131_072
-ARGUMENTS_MAX_BYTES = 1 << 20
+ARGUMENTS_MAX_BYTES = 3 << 19
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,255}")
 
 
