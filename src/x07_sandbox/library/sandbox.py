@@ -189,6 +189,13 @@ class Sandbox:
 
         return SANDBOXES.count()
 
+    @staticmethod
+    def images() -> Sequence[str]:
+        """Return the names of this user's guest images, which *image* may be. Raises SandboxError."""
+        from x07_sandbox.images.store import all_names
+
+        return sorted(all_names())
+
     @property
     def id(self) -> str:
         """The id of the sandbox, to give to commands such as `x07 kill` and `x07 diff`."""
