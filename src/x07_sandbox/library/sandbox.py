@@ -155,7 +155,8 @@ class Sandbox:
 
         check_names("Sandbox.create", options, SandboxOptions.__annotations__)
         require_new_name(name)
-        asked = Create(dict(options, name=name), None, flags=False)
+        given = {key: value for key, value in options.items() if value is not _DEFAULTS.get(key, options)}
+        asked = Create(dict(given, name=name), None, flags=False)
         cancel = NewCancel()
         with contextlib.closing(cancel):
             run = run_uninterrupted(cancel, lambda: create(asked, cancel.fd))
