@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import secrets
 import time
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -23,7 +22,7 @@ TIMEOUT_S: Final = 60.0
 LOGS_MAX: Final = 50_000
 _ANSWER_MAX: Final = 16 << 20
 # Of the tool final_answer: smolagents copies these imports, which may fail, out of their try statements.
-_OPTIONAL: Final = re.compile(r"^(?:import numpy|import PIL|from PIL)\b.*$", re.MULTILINE)
+_OPTIONAL: Final = ("import numpy", "import PIL", "from PIL")
 # Reads code as JSON lines. Prints go to standard output, and what comes of the code to standard error.
 _PYTHON: Final = """
 import ast, json, os, sys, traceback
@@ -73,7 +72,7 @@ class X07Executor(RemotePythonExecutor):
 
     def run_code_raise_errors(self, code: str) -> CodeOutput:
         """Run code that defines the agent's tools or variables, now and in each process from now on."""
-        code = _OPTIONAL.sub(r"try:\n    \g<0>\nexcept ImportError:\n    pass", code)
+        code = "\n".join(_soft(line) if line.startswith(_OPTIONAL) else line for line in code.split("\n"))
         answer = self(code)
         self._setup = [*(each for each in self._setup if each != code), code]
         return answer
@@ -105,6 +104,10 @@ class X07Executor(RemotePythonExecutor):
         if "error" in answer:
             raise AgentError(f"{logs}\n{answer['error']}", self.logger)
         return CodeOutput(output=output, logs=logs, is_final_answer="final" in answer)
+
+
+def _soft(line: str) -> str:
+    return f"try:\n    {line}\nexcept ImportError:\n    pass"
 
 
 def _until(process: Process, stream: StreamName, end: bytes, most: int, deadline: float) -> bytes:

@@ -100,7 +100,7 @@ def test_a_process_without_a_terminal_can_be_followed(opened: Opened) -> None:
 
 
 def test_a_session_is_resumed_by_its_id(tmp_path: Path) -> None:
-    """A kept sandbox is found by the stored state. If it has ended, another gets the files of the snapshot."""
+    """A kept sandbox is found by the stored state; if it has ended, another gets the files of the snapshot."""
     client = X07SandboxClient()
 
     async def use() -> None:
