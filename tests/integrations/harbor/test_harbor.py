@@ -22,7 +22,7 @@ from x07_sandbox.jail.forms import needed_files
 
 TASK = Path(__file__).parents[3] / "examples/harbor_task"
 CLASS = "x07_sandbox.integrations.harbor:X07Environment"
-IMAGE = "docker.io/library/debian:trixie-slim"
+IMAGE = "localhost/x07-harbor-test:1"
 OFFLINE = NetworkPolicy(network_mode=NetworkMode.NO_NETWORK)
 PROGRAMS = ("bash", "cat", "chmod", "cp", "find", "ls", "mkdir", "pwd", "rm", "touch", "true")
 
@@ -35,7 +35,7 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def imported(tmp_path_factory: pytest.TempPathFactory) -> str:
+def imported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A guest image with the name for the task's container image, made of a few programs of the host."""
     folder = tmp_path_factory.mktemp("image")
     found = {name: shutil.which(name, path="/usr/bin:/bin") for name in PROGRAMS}
@@ -45,10 +45,10 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> str:
     dirs = [Entry(name, kind=b"5") for name in ("srv", "tmp", "root")]
     source = layout(folder / "layout", layer(*entries, *dirs), Env=["PATH=/bin"], WorkingDir="/srv")
     name = image_name(IMAGE)
-    subprocess.run(
-        [Path(sys.executable).with_name("x07"), "image", "import", source, "--name", name], check=True, timeout=300
-    )
-    return name
+    x07 = Path(sys.executable).with_name("x07")
+    subprocess.run([x07, "image", "import", source, "--name", name], check=True, timeout=300)
+    yield name
+    subprocess.run([x07, "image", "rm", name], check=True, timeout=60)
 
 
 def run(folder: Path, task: Path, *words: str) -> dict[str, Any]:
@@ -58,11 +58,22 @@ def run(folder: Path, task: Path, *words: str) -> dict[str, Any]:
     return json.loads(next(folder.glob("*/*/result.json")).read_text())
 
 
+def changed_task(tmp_path: Path, old: str, new: str) -> Path:
+    """Return a copy of the example's task with another setting."""
+    task = tmp_path / "task"
+    shutil.copytree(TASK, task)
+    text = (task / "task.toml").read_text()
+    assert old in text
+    (task / "task.toml").write_text(text.replace(old, new))
+    return task
+
+
 @pytest.mark.parametrize(("agent", "reward"), [("oracle", 1.0), ("nop", 0.0)])
 def test_a_task_with_a_prebuilt_image(tmp_path: Path, imported: str, agent: str, reward: float) -> None:
     """The solution earns the reward, and an agent that does nothing does not."""
     assert imported in Sandbox.images()
-    result = run(tmp_path, TASK, "-a", agent)
+    task = changed_task(tmp_path, "docker.io/library/debian:trixie-slim", IMAGE)
+    result = run(tmp_path / "jobs", task, "-a", agent)
     assert result["exception_info"] is None
     assert result["verifier_result"]["rewards"] == {"reward": reward}
 
@@ -70,10 +81,7 @@ def test_a_task_with_a_prebuilt_image(tmp_path: Path, imported: str, agent: str,
 def test_a_refusal_comes_before_the_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A task whose network is public starts no VM, and Harbor reports the reason."""
     monkeypatch.setenv("X07_VM_STATE_DIR", str(tmp_path / "state"))
-    task = tmp_path / "task"
-    shutil.copytree(TASK, task)
-    text = (task / "task.toml").read_text()
-    (task / "task.toml").write_text(text.replace("no-network", "public"))
+    task = changed_task(tmp_path, "no-network", "public")
     with pytest.raises(StopIteration):
         run(tmp_path / "jobs", task, "-a", "oracle", "--ek", "image=default")
     assert not (tmp_path / "state").exists()
