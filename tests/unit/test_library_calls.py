@@ -22,6 +22,7 @@ from x07_sandbox.cli.parser import add_groups, given_rows
 from x07_sandbox.errors import Command, Flag, UsageError
 from x07_sandbox.host import paths
 from x07_sandbox.host.cancel import Cancel
+from x07_sandbox.images.store import set_name
 from x07_sandbox.library.arguments import checked_options
 from x07_sandbox.library.keyword_names import keyword
 from x07_sandbox.library.options import CommandOptions, RunOptions
@@ -389,6 +390,15 @@ def test_callers_can_ask_how_many_sandboxes_may_be_open(monkeypatch: pytest.Monk
     monkeypatch.setenv("X07_VM_MAX_SANDBOXES", "many")
     with pytest.raises(SandboxError, match="X07_VM_MAX_SANDBOXES"):
         Sandbox.max_open()
+
+
+def test_callers_can_ask_for_the_names_of_images(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """`Sandbox.images` lists the names that `image` may be, and none before the first image is built."""
+    monkeypatch.setenv("X07_VM_CACHE_DIR", str(tmp_path))
+    assert Sandbox.images() == []
+    for name in ("tools", "default"):
+        set_name(name, "0" * 64)
+    assert Sandbox.images() == ["default", "tools"]
 
 
 def test_allow_hidden_and_allow_symlinks_are_booleans() -> None:

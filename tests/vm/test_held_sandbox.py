@@ -140,7 +140,7 @@ time.sleep(600)
 
 def test_the_name_tags_and_facts_of_a_sandbox(held: Sandbox) -> None:
     """Sandboxes are found by name, id, start of an id and tags; a name is used once; others cannot be connected to."""
-    with Sandbox.create(name="one", tags={"job": "17", "kind": "test"}) as named:
+    with Sandbox.create(name="one", tags={"job": "17", "kind": "test"}, image=None, memory=None) as named:
         assert [one.id for one in Sandbox.list({"job": "17"})] == [named.id]
         assert {held.id, named.id} <= {one.id for one in Sandbox.list()}
         assert Sandbox.list({"job": "18"}) == []

@@ -155,7 +155,8 @@ class Sandbox:
 
         check_names("Sandbox.create", options, SandboxOptions.__annotations__)
         require_new_name(name)
-        asked = Create(dict(options, name=name), None, flags=False)
+        given = {key: value for key, value in options.items() if value is not _DEFAULTS.get(key, options)}
+        asked = Create(dict(given, name=name), None, flags=False)
         cancel = NewCancel()
         with contextlib.closing(cancel):
             run = run_uninterrupted(cancel, lambda: create(asked, cancel.fd))
@@ -188,6 +189,13 @@ class Sandbox:
         from x07_sandbox.jobs.admission import SANDBOXES
 
         return SANDBOXES.count()
+
+    @staticmethod
+    def images() -> Sequence[str]:
+        """Return the names of this user's guest images, which *image* may be. Raises SandboxError."""
+        from x07_sandbox.images.store import all_names
+
+        return sorted(all_names())
 
     @property
     def id(self) -> str:
