@@ -144,7 +144,8 @@ class Stage:
         bundles = {path.name.removeprefix("x07-") for path in self.state.parent.glob("**/gvisor/bundles/*")}
         found += [f"bundle {name}" for name in sorted(bundles - spared)]
         jobs = self.jobs - spared
-        found += [f"group {path}" for path in Path("/sys/fs/cgroup").glob("*/x07-sandbox/*/") if path.name in jobs]
+        groups = Path("/sys/fs/cgroup").glob("*/x07-sandbox/*/")
+        found += [f"group {path}" for path in groups if path.name.removeprefix("x07-") in jobs]
         mounts = Path("/proc/self/mounts").read_text(encoding="utf-8")
         return found + [line for line in mounts.splitlines() if str(self.state) in line]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import socket
 import subprocess
@@ -71,10 +72,9 @@ def machines(
     place = tmp_path / "c.sock"
     place.symlink_to(containerd.env["X07_VM_CONTAINERD_SOCK"])
     config = tmp_path / "runtime.json"
-    config.write_text('{"kernel_image_path": "/k", "root_drive": "/r"}', encoding="ascii")
+    config.write_text(json.dumps({"kernel_image_path": "/k", "shim_base_dir": f"{found.folder}/"}), encoding="ascii")
     monkeypatch.setattr(firecracker.FirecrackerBackend, "oci_runtime", "io.containerd.runc.v2")
     monkeypatch.setattr(firecracker, "_CONFIG", str(config))
-    monkeypatch.setattr(firecracker, "_MACHINES", str(found.folder))
     variables = {
         "X07_VM_BACKEND": "firecracker-ctr",
         "X07_VM_FIRECRACKER_CTR_BIN": "/usr/bin/ctr",

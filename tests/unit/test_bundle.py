@@ -245,8 +245,14 @@ def test_an_existing_file_is_not_replaced(tmp_path: Path) -> None:
     (place / "beside.vm" / "mine").touch()
     assert "there exists. Name another file, or add --force" in refused(place, "--out", "there", "prog.py")
     assert "beside.vm exists" in refused(place, "--out", "beside", "prog.py")
-    assert "not the folder of a bundle" in refused(place, "--force", "--out", "beside", "prog.py")
-    assert "the bundle is made from it" in refused(place, "--force", "--out", "prog.py", "prog.py")
+    assert "are not a bundle" in refused(place, "--force", "--out", "beside", "prog.py")
+    assert "cannot replace there" in refused(place, "--force", "--out", "there", "prog.py")
+    (place / "part.vm").mkdir()
+    (place / "part.vm" / "policy.json").write_text("mine")
+    assert "are not a bundle" in refused(place, "--force", "--out", "part", "prog.py")
+    (place / "report.json").write_text("mine")
+    assert "report.json: it exists" in refused(place, "--emit-dir", ".", "--out", "new", "prog.py")
+    assert "are not a bundle" in refused(place, "--force", "--out", "prog.py", "prog.py")
     assert "names it for something else" in refused(place, "--out", "one", "--report-out", "one", "prog.py")
 
 

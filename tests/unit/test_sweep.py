@@ -21,7 +21,7 @@ from x07_sandbox.backends.registry import BackendRow, create
 from x07_sandbox.host import clocks
 from x07_sandbox.host.processes import Identity, identify, own_identity
 from x07_sandbox.housekeeping.sweep import SweepReport, sweep, why_kept
-from x07_sandbox.jobs.record import Claim, JobRecord, create_record, new_run_id, runner_instance
+from x07_sandbox.jobs.record import Claim, JobRecord, create_record, mark_done, new_run_id, runner_instance
 from x07_sandbox.runs.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -326,12 +326,20 @@ def test_unrecorded_instances_are_found(state: Path) -> None:
     elsewhere = ours | expired | {"io.x07.job_id": "x", "io.x07.run_id": f"1-{os.getpid()}-3-run"}
     Engine.held = {"orphan": ours | expired, "young": ours, "other": LABELS, "live": live.labels() | expired}
     Engine.held |= {"elsewhere": elsewhere}  # its runner lives, and its record lies in another folder
+    done = recorded(GONE)
+    mark_done(done)
+    # It was created by a client that outlived its runner.
+    Engine.held |= {"late": done.labels() | {"io.x07.run_id": f"1-{GONE.pid}-3-run"}}
     Engine.held |= {"odd": ours | expired | {"io.x07.job_id": "y", "io.x07.run_id": "1-\N{SUPERSCRIPT TWO}-3"}}
     with registered(BackendRow("an-engine", "vm", ("container",), create), Engine):
         dry = swept(dry_run=True)
-        assert len(Engine.held) == 6
+        assert len(Engine.held) == 7
         report = swept()
-    assert names(report, "instance") == names(dry, "instance") == ["an-engine:orphan", "an-engine:odd"]
+    assert (
+        names(report, "instance")
+        == names(dry, "instance")
+        == [*("an-engine:orphan", "an-engine:late", "an-engine:odd")]
+    )
     assert set(Engine.held) == {"young", "other", "live", "elsewhere"}
     assert {kept.id for kept in report.kept} == {f"an-engine:{name}" for name in Engine.held}
     assert state.is_dir()

@@ -29,7 +29,14 @@ CLIENTS: Final[dict[Name, Need]] = {
 }
 _ANSWER_MAX: Final = 8 << 20
 _CALL_S: Final = 30.0
-_GONE: Final = ("no such", "not found", "does not exist", "no container")  # podman's and docker's words
+# How podman and docker, ctr, Apple's container and runsc say that an object does not exist. Other errors have similar
+# words, such as "connect: no such file or directory" of a client without its daemon.
+_ABSENT: Final = re.compile(
+    r"no such (?:container|object)\b|no container with (?:name or ID|ID or name) |"
+    r'\bcontainer "[^"]*" in namespace "[^"]*": not found|\b(?:container|image) not found: |'
+    r"\bloading (?:container|sandbox): file does not exist",
+    re.IGNORECASE,
+)
 _ID: Final = re.compile(r"[0-9a-f]{64}")
 CLIENT_ENV: Final = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin:/usr/local/bin", "LC_ALL": "C"}
 # The client sees only these of the caller's variables: others could lead it to another engine.
@@ -46,7 +53,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def absent(self) -> bool:
         """Whether the call failed because the object does not exist."""
-        return self.status != 0 and any(word in self.error.lower() for word in _GONE)
+        return self.status != 0 and _ABSENT.search(self.error) is not None
 
     def single_object(self, engine: str) -> dict[str, Any]:
         """Return the one object that an `inspect` call printed. Raises BackendError."""

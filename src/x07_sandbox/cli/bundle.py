@@ -116,6 +116,10 @@ def _bundle(options: argparse.Namespace) -> int:
     if for_x07:
         from_project(options, Path(named))
     _check_place(out, force=options.force)
+    for path in _emitted(options.emit_dir):
+        if os.path.lexists(path) and not options.force:
+            fix = "Name another folder for --emit-dir, or add --force to replace it"
+            raise UsageError(f"cannot write {path}", "it exists", fix)
     choice = choose_backend(options)
     require_images(choice, "cannot make a bundle", "Use --sandbox-backend vm")
     with contextlib.ExitStack() as stack:
@@ -125,15 +129,16 @@ def _bundle(options: argparse.Namespace) -> int:
         report = _report(options, made)
         launcher, files = _render(made, pinned=options.pin_image)
         caller.progress("")
+        publish(out, launcher, files, force=options.force)
         if options.emit_dir is not None:
+            report_file, policy_file = _emitted(options.emit_dir)
             with raised_as(UsageError, f"cannot write to {options.emit_dir}", "Name another folder"):
                 options.emit_dir.mkdir(parents=True, exist_ok=True)
-            write_bytes(options.emit_dir / "report.json", render_json(report))
-            write_bytes(options.emit_dir / "policy.used.json", made.policy.data)
-        publish(out, launcher, files, force=options.force)
+            write_bytes(report_file, render_json(report))
+            write_bytes(policy_file, made.policy.data)
     if not print_document(report, options, always=for_x07):
         show(f"created {out} and {bundle.folder_of(out)}")
-        show(f"next: {shell_path(out) if out.is_absolute() else f'./{shell_path(out)}'}")
+        show(f"next: {shell_path(out) if '/' in shell_path(out) else f'./{shell_path(out)}'}")
     return 0
 
 
@@ -143,6 +148,7 @@ def _build(options: argparse.Namespace, caller: RunCaller, path: Path, stack: co
     request, program = load_program(replace(request_of(options, caller.cancel), input=b""), caller, stack)
     read = [path, *(Path(name) for name in [options.policy] if name), *files_read(request, program)]
     outputs = {"--out": options.launcher, "--report-out": options.report_out}
+    outputs |= {f"--emit-dir: {one.name}": one for one in _emitted(options.emit_dir)}
     check_outputs(outputs, read, why="the bundle is made from it")
     policy, artifact = effective_policy_of(request), artifact_file(stack)
     caller = replace(caller, program=program, policy=policy, artifact=artifact)
@@ -164,6 +170,11 @@ def _build(options: argparse.Namespace, caller: RunCaller, path: Path, stack: co
     return _Made(request, program, policy, result, replace(report, solve=None, exit_code=0), payload)
 
 
+def _emitted(folder: Path | None) -> tuple[Path, ...]:
+    """Return the files that --emit-dir asks for: the report and the policy."""
+    return () if folder is None else (folder / "report.json", folder / "policy.used.json")
+
+
 def _check_place(out: Path, *, force: bool) -> None:
     """Raise UsageError if PATH or PATH.vm exists, unless *force* is true and these are a bundle."""
     check_outputs({"--out": out}, [])
@@ -171,9 +182,10 @@ def _check_place(out: Path, *, force: bool) -> None:
     there = [path for path in (out, folder) if os.path.lexists(path)]
     if there and not force:
         raise UsageError(f"cannot write {out}", f"{there[0]} exists", "Name another file, or add --force to replace it")
-    with raised_as(UsageError, f"cannot replace {folder}", "Name another file"):
-        if os.path.lexists(folder) and (folder.is_symlink() or not {*os.listdir(folder)} <= {*bundle.FILES}):  # noqa: PTH208 - names
-            raise UsageError(f"cannot replace {folder}", "it is not the folder of a bundle", "Name another file")
+    with raised_as(UsageError, f"cannot replace {out}", "Remove it, or name another file"):
+        if there and not bundle.is_bundle(out):
+            fix = "Remove it, or name another file"
+            raise UsageError(f"cannot replace {out}", f"it and {folder} are not a bundle", fix)
 
 
 def _report(options: argparse.Namespace, made: _Made) -> bundle.BundleReport:

@@ -27,7 +27,7 @@ from x07_sandbox.host.paths import private_dir, state_dir
 from x07_sandbox.host.processes import identify
 from x07_sandbox.housekeeping.pruner import Pruner, Row, entries
 from x07_sandbox.housekeeping.records import doomed_name, prune_records
-from x07_sandbox.jobs.active import JOB_NAME, unfinished_jobs
+from x07_sandbox.jobs.active import ENDS, JOB_NAME, unfinished_jobs
 from x07_sandbox.jobs.reader import StoredJob, locked_stored
 from x07_sandbox.jobs.record import runner_instance
 from x07_sandbox.jobs.stop_rules import Now, here_and_now, judge
@@ -189,7 +189,7 @@ def _remove_unstarted(folder: Path) -> bool:
     return True
 
 
-def why_kept(labels: Mapping[str, str], *, instance: str, live: Collection[str], now_unix_ms: int) -> str:
+def why_kept(labels: Mapping[str, str], *, instance: str, live: Collection[str], now_unix_ms: float) -> str:
     """Return why a container must stay, or "" if it can be removed. live: the names of recorded jobs that are live.
 
     Anyone with access to the engine can set the labels, so they are not trusted.
@@ -208,6 +208,11 @@ def why_kept(labels: Mapping[str, str], *, instance: str, live: Collection[str],
     return ""
 
 
+def _is_over(job: str) -> bool:
+    """Return whether our own records say that this job is gone. Its container was then created while it was ended."""
+    return JOB_NAME.fullmatch(job) is not None and any(os.path.lexists(state_dir() / job / name) for name in ENDS)
+
+
 def _sweep_orphans(pruner: Pruner, live: Collection[str]) -> None:
     """Remove this tool's containers without a live job from every container engine. live: names of the live jobs."""
     instance = runner_instance(state_dir())
@@ -218,14 +223,17 @@ def _sweep_orphans(pruner: Pruner, live: Collection[str]) -> None:
         try:
             for orphan in list(backend.orphans())[:_ORPHANS_MAX]:
                 called = f"{name}:{orphan.id}"
-                if problem := why_kept(orphan.labels, instance=instance, live=live, now_unix_ms=unix_ms()):
+                over = _is_over(orphan.labels.get("io.x07.job_id", ""))
+                now = float("inf") if over else unix_ms()
+                if problem := why_kept(orphan.labels, instance=instance, live=live, now_unix_ms=now):
                     pruner.kept.append(Row("instance", called, problem))
                 # A process with the pid in the run's id may be the container's runner.
                 elif (run := _RUN_PID.match(orphan.labels.get("io.x07.run_id", ""))) and identify(int(run[1])):
                     why = "the x07 process that started it may be alive, with its record in another folder"
                     pruner.kept.append(Row("instance", called, why))
                 elif pruner.dry_run or backend.remove(orphan):
-                    pruner.removed.append(Row("instance", called, "it has no record, and its deadline has passed"))
+                    why = "its job has ended" if over else "it has no record, and its deadline has passed"
+                    pruner.removed.append(Row("instance", called, why))
                 else:
                     pruner.kept.append(Row("instance", called, "it was removed, but still exists", failed=True))
         except SandboxError as exc:

@@ -126,6 +126,7 @@ class BundleReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     report: CompileRunReport
 
 
+_MADE_BY: Final = b" Made by x07 bundle "
 # As launchers/x07: no PYTHON variable has an effect. PATH is searched only if the bundle was made on another host.
 _LAUNCHER: Final = """#!/bin/sh
 # Run the program in the folder of the same name with .vm in a throw-away VM. Made by x07 bundle {version}.
@@ -150,6 +151,18 @@ def launcher_text(digest: str = _NO_DIGEST, python: str = sys.executable) -> byt
     """Return the launcher of the bundle whose `bundle.json` has this digest. python: the interpreter of x07-sandbox."""
     made = _LAUNCHER.format(version=__version__, python=shlex.quote(python), start=START, digest=digest)
     return made.encode("utf-8", "surrogateescape")
+
+
+def is_bundle(launcher: Path) -> bool:
+    """Return whether *launcher* and its folder are those of a bundle, whole or changed. Raises OSError."""
+    folder = folder_of(launcher)
+    if any(path.is_symlink() or not path.exists() for path in (launcher, folder)):
+        return False
+    if {path.name for path in folder.iterdir()} != {*FILES}:
+        return False
+    with launcher.open("rb") as file:
+        head = file.read(settings.MIB)
+    return _MADE_BY in head and f" {START} ".encode() in head
 
 
 def folder_of(launcher: Path) -> Path:

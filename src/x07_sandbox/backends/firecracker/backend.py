@@ -18,7 +18,7 @@ from x07_sandbox.backends.container.instance import ContainerInstance
 from x07_sandbox.backends.containerd.backend import ContainerdBackend
 from x07_sandbox.backends.containerd.ctr import Ctr
 from x07_sandbox.backends.engines import Client
-from x07_sandbox.backends.firecracker.runtime_config import RUNTIME_CONFIG_MAX, runtime_config_problems
+from x07_sandbox.backends.firecracker.runtime_config import MACHINES, RUNTIME_CONFIG_MAX, RuntimeConfig, runtime_config
 from x07_sandbox.backends.firecracker.ttrpc import create_vm, stop_vm
 from x07_sandbox.backends.prerequisites import KVM, Need, require
 from x07_sandbox.errors import HostError, SandboxError
@@ -31,7 +31,6 @@ from x07_sandbox.images.verify import OpenImage
 from x07_sandbox.plan.features import Features
 
 _CONFIG: Final = "/etc/containerd/firecracker-runtime.json"
-_MACHINES: Final = "/var/lib/firecracker-containerd/shim-base"  # the working folders of VMs
 _GUEST_BYTES: Final = 96 * MIB  # for the VM's kernel and firecracker-containerd's agent
 _CREATE_S: Final = 60
 _STOP_S: Final = 5
@@ -41,6 +40,7 @@ class FirecrackerCtr(Ctr, frozen=True, kw_only=True):
     """Containers of firecracker-containerd, each in a VM of its own that has the container's name."""
 
     in_machine: bool = True
+    machines: str = MACHINES
 
     @property
     def _address(self) -> str:
@@ -59,12 +59,10 @@ class FirecrackerCtr(Ctr, frozen=True, kw_only=True):
 
     def end_machine(self, container: str) -> bool:
         """End the VM of a container, and return whether its processes are gone. Raises BackendError."""
-        if not (found := self._machine(container)):
-            return True
         # The daemon asks the guest first, and answers with an error also after it has killed the VM.
         with contextlib.suppress(SandboxError):
             stop_vm(self._address, self._namespace, container, _STOP_S)
-        for pid in found:
+        for pid in self._machine(container):
             self._kill(pid, container)
         return not self._machine(container)
 
@@ -74,7 +72,7 @@ class FirecrackerCtr(Ctr, frozen=True, kw_only=True):
 
     def _is_machine(self, pid: int, container: str) -> bool:
         with contextlib.suppress(OSError):
-            return str(Path(f"/proc/{pid}/cwd").readlink()) == f"{_MACHINES}/{self._namespace}#{container}"
+            return str(Path(f"/proc/{pid}/cwd").readlink()) == f"{self.machines}/{self._namespace}#{container}"
         return False
 
     def _kill(self, pid: int, container: str) -> None:
@@ -106,7 +104,19 @@ class FirecrackerBackend(ContainerdBackend):
         self.needs = (self._client, msgspec.structs.replace(KVM, optional=False))
 
     def _made(self, client: Client) -> Ctr:
-        return FirecrackerCtr(client=client, snapshotter=self._snapshotter, oci_runtime=self.oci_runtime)
+        machines = self._config().machines
+        return FirecrackerCtr(
+            client=client, snapshotter=self._snapshotter, oci_runtime=self.oci_runtime, machines=machines
+        )
+
+    def _config(self) -> RuntimeConfig:
+        """Return what x07 needs of the daemon's configuration. Raises HostError if it cannot be used."""
+        with raised_as(HostError, f"cannot read {_CONFIG}", "Check the installation of firecracker-containerd"):
+            found = runtime_config(read_bounded(Path(_CONFIG), "configuration", RUNTIME_CONFIG_MAX))
+        if found.problems:
+            why = f"in {_CONFIG}, {' and '.join(found.problems)}"
+            raise HostError(f"cannot use {self.name}", why, f"Correct {_CONFIG}")
+        return found
 
     def _limit_tasks(self, instance: ContainerInstance) -> None:
         """Do nothing, since the agent limits tasks: the container's control group is in the VM."""
@@ -118,9 +128,7 @@ class FirecrackerBackend(ContainerdBackend):
     def probe(self, image: OpenImage | None = None, *, boot: bool = True) -> Availability:  # noqa: ARG002 - needs no image
         """Return what VMs can limit here. Raises HostError, BackendError if they cannot be used."""
         require(self.needs, f"cannot use {self.name}")
-        with raised_as(HostError, f"cannot read {_CONFIG}", "Check the installation of firecracker-containerd"):
-            problems = runtime_config_problems(read_bounded(Path(_CONFIG), "configuration", RUNTIME_CONFIG_MAX))
-        if problems:
-            raise HostError(f"cannot use {self.name}", f"in {_CONFIG}, {' and '.join(problems)}", f"Correct {_CONFIG}")
+        if os.geteuid() != 0:  # nobody else can see that a VM is gone
+            raise HostError(f"cannot use {self.name}", "only root sees the processes of VMs", "Run x07 as root")
         self._runtime().images()
         return Availability(features=self.least_features(), proof=f"{self.name} answers, and /dev/kvm can be opened")

@@ -50,7 +50,7 @@ class CallError(BackendError):
 def create_vm(address: str, namespace: str, vm_id: str, *, memory_mib: int, vcpus: int, timeout_s: int) -> None:
     """Create a VM for one container and wait until its agent answers. It ends when its task is deleted.
 
-    The VM has a network card if the daemon's runtime configuration lists one: see `runtime_config_problems`.
+    The VM has a network card if the daemon's runtime configuration lists one: see `runtime_config`.
 
     address: containerd's socket. timeout_s: whole seconds, at least 1. Raises HostError, BackendError.
     """

@@ -31,6 +31,8 @@ _FLAGS: Final = ("--platform=systrap", "--network=none", "--host-uds=none", "--o
 _NO_FILTER: Final = "gVisor has no nftables, which the relay needs, so a policy that lists hosts is refused"
 _MEMORY: Final = "a program over its limit is ended with an error of gVisor, which does not say that memory ran out"
 _GAPS: Final = GAPS | {
+    "damaged-image": "the image's files are unpacked once, and are not checked again",
+    "root-inside": "the program is in a container with few rights",
     **dict.fromkeys(("unlisted-name", "gate-asked", "connect-fails"), _NO_FILTER),
     **dict.fromkeys(("memory", "memory-together"), _MEMORY),
     **dict.fromkeys(("tasks", "tasks-together"), "gVisor limits the processes of each command, and not exactly"),

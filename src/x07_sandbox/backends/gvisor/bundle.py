@@ -7,6 +7,7 @@ from x07_sandbox.images.manifest import ENTRY
 
 _NAMESPACES: Final = ("ipc", "mount", "network", "pid", "uts")
 _AGENT_FDS: Final = 64
+GROUPS: Final = "/x07-sandbox"  # the folder of our control groups
 
 
 def config(spec: ContainerSpec, root: str) -> dict[str, Any]:
@@ -34,7 +35,7 @@ def config(spec: ContainerSpec, root: str) -> dict[str, Any]:
         "linux": {
             "namespaces": [{"type": kind} for kind in _NAMESPACES],
             "resources": {"memory": {"limit": spec.memory_bytes + SENTRY_BYTES}},
-            "cgroupsPath": f"/x07-sandbox/{spec.name}",
+            "cgroupsPath": f"{GROUPS}/{spec.name}",
         },
     }
 

@@ -13,12 +13,13 @@ from x07_sandbox.backends.container.create import ContainerSpec
 from x07_sandbox.backends.container.engine import bounded_labels
 from x07_sandbox.backends.container.runtime import CONTAINERS_MAX, CREATE, is_name, removing_program, until_gone
 from x07_sandbox.backends.engines import Client
-from x07_sandbox.backends.gvisor.bundle import config
+from x07_sandbox.backends.gvisor.bundle import GROUPS, config
 from x07_sandbox.errors import BackendError, UsageError
 from x07_sandbox.host.os_errors import raised_as
 from x07_sandbox.host.paths import read_bounded
 
 _CONFIG_MAX: Final = 1 << 20
+_CGROUPS: Final = Path("/sys/fs/cgroup")
 
 
 class Runsc(msgspec.Struct, frozen=True, kw_only=True):
@@ -68,9 +69,11 @@ class Runsc(msgspec.Struct, frozen=True, kw_only=True):
 
         def remove() -> bool:
             self.client.call("delete", "--force", container)
-            return self.client.call("state", container).absent
+            return self.client.call("state", container).absent and _without_groups(container)
 
         if gone := until_gone(remove):
+            for path in (self.folder / "state").glob(f"*{container}*"):  # of a killed runsc: its locks and sockets
+                path.unlink(missing_ok=True)
             shutil.rmtree(self.folder / "bundles" / container, ignore_errors=True)
         return gone
 
@@ -96,3 +99,16 @@ class Runsc(msgspec.Struct, frozen=True, kw_only=True):
     def is_id(self, word: str) -> bool:
         """Return whether *word* can be the name of one of our containers."""
         return is_name(word)
+
+
+def _without_groups(container: str) -> bool:
+    """Remove the control groups that a killed runsc has left. Return whether none is left."""
+    below = f"{GROUPS[1:]}/{container}"
+    for group in (_CGROUPS / below, *_CGROUPS.glob(f"*/{below}")):  # of versions 2 and 1
+        try:
+            group.rmdir()
+        except FileNotFoundError:
+            continue
+        except OSError:  # a process of the container is ending
+            return False
+    return True
