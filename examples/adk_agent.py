@@ -2,7 +2,7 @@
 
     python examples/adk_agent.py
 
-Needs: pip install 'x07-sandbox[adk]'
+Needs: .venv/bin/pip install -e '.[adk]'
 """
 
 from __future__ import annotations

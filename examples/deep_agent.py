@@ -2,7 +2,7 @@
 
     python examples/deep_agent.py
 
-Needs: pip install 'x07-sandbox[deepagents]'
+Needs: .venv/bin/pip install -e '.[deepagents]'
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     python examples/inspect_eval.py                               with a scripted model, offline
     inspect eval examples/inspect_eval.py --model PROVIDER/MODEL  with a real one
 
-Needs: pip install 'x07-sandbox[inspect]'
+Needs: .venv/bin/pip install -e '.[inspect]'
 """
 
 from __future__ import annotations

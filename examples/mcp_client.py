@@ -1,6 +1,6 @@
 """Use `x07 mcp` from a program, with MCP's own client, as an assistant does.
 
-    pip install 'x07-sandbox[mcp]'
+    .venv/bin/pip install -e '.[mcp]'
     python examples/mcp_client.py
 
 Each answer has a block with facts, as JSON. If there is output, a second block has it, marked as untrusted.

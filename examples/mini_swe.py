@@ -2,7 +2,7 @@
 
     python examples/mini_swe.py FOLDER
 
-Needs: pip install 'x07-sandbox[mini-swe-agent]'
+Needs: .venv/bin/pip install -e '.[mini-swe-agent]'
 """
 
 from __future__ import annotations

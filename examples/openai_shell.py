@@ -2,7 +2,7 @@
 
     python examples/openai_shell.py
 
-Needs: pip install 'x07-sandbox[openai-agents]'
+Needs: .venv/bin/pip install -e '.[openai-agents]'
 """
 
 from __future__ import annotations

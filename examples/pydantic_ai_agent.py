@@ -2,7 +2,7 @@
 
     python examples/pydantic_ai_agent.py
 
-Needs: pip install 'x07-sandbox[pydantic-ai]'
+Needs: .venv/bin/pip install -e '.[pydantic-ai]'
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     python examples/smolagents_agent.py
 
-Needs: pip install 'x07-sandbox[smolagents]'
+Needs: .venv/bin/pip install -e '.[smolagents]'
 """
 
 from __future__ import annotations

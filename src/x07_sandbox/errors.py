@@ -5,7 +5,7 @@ Standard library only: the guest agent and the channel import this module too.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -39,13 +39,33 @@ def listed(parts: Sequence[str], between: str) -> tuple[str, ...]:
     return tuple(word for part in parts for word in (between, part))[1:]
 
 
+# Characters that str.isprintable() counts, and that show nothing: variation selectors, joiners and blank letters. Text
+# can be hidden in them.
+_BLANK: Final = frozenset(
+    map(
+        chr,
+        (
+            *(0x34F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x2800, 0x3164, 0xFFA0),
+            *range(0x180B, 0x1810),
+            *range(0xFE00, 0xFE10),
+            *range(0xE0100, 0xE01F0),
+        ),
+    )
+)
+
+
+def is_visible(text: str) -> bool:
+    """Return whether every character of the text can be seen, or is an ordinary blank."""
+    return text.isprintable() and _BLANK.isdisjoint(text)
+
+
 def printable(text: str) -> str:
     r"""Return the text with unprintable characters escaped, such as \x1b, since file names may contain any character.
 
     Only line breaks before two blanks are kept, so that no file name can imitate a message of this tool.
     """
     return "\n  ".join(
-        "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)
+        "".join(char if is_visible(char) else char.encode("unicode_escape").decode() for char in line)
         for line in text.split("\n  ")
     )
 

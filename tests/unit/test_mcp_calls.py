@@ -120,7 +120,7 @@ def test_the_server_says_which_package_it_needs(tmp_path: Path) -> None:
         pytest.skip("the package mcp is installed")
     done = x07(tmp_path, "mcp")
     assert done.code == 2
-    assert done.err.endswith("Run pip install 'x07-sandbox[mcp]'\n")
+    assert done.err.endswith(" -m pip install 'mcp>=2.3,<3'\n")
 
 
 def test_schemas_are_small() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
+import sys
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from x07_sandbox.cli.parser import add_help_levels, help_level, option, seconds, switch, whole_number
@@ -54,7 +56,7 @@ def _serve(options: argparse.Namespace) -> int:
     except ModuleNotFoundError as exc:
         if (exc.name or "").partition(".")[0] not in {"anyio", "mcp", "mcp_types"}:
             raise
-        fix = ("Run ", Command("pip install 'x07-sandbox[mcp]'"))
+        fix = ("Run ", Command(f"{shlex.quote(sys.executable)} -m pip install 'mcp>=2.3,<3'"))
         raise UsageError("cannot start the MCP server", "the package mcp is not installed", fix) from exc
     from x07_sandbox.cli.run import choose_backend
     from x07_sandbox.cli.std_streams import exit_with

@@ -234,12 +234,13 @@ def started_ms(run: str) -> int:
 def _recent(run: str) -> RecentRun:
     folder = run_folder(run)
     result = _read(folder / "result.json", _RESULT_MAX, _Timed)
-    ends = [] if result is None else [max(one.times_ms.values(), default=0) for one in result.phases.values()]
+    ends = [] if result is None else [one.times_ms.get("end") for one in result.phases.values()]
+    known = [end for end in ends if end is not None]
     return RecentRun(
         run=run,
         outcome="" if result is None else result.outcome,
         live=is_locked(folder),
-        took_ms=sum(ends) if ends else None,
+        took_ms=sum(known) if known and len(known) == len(ends) else None,  # a sandbox has no such time
         program=program_of(run),
     )
 

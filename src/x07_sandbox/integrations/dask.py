@@ -5,6 +5,7 @@ Dask decides where and when a program runs, and moves the programs of a lost wor
 
 from __future__ import annotations
 
+import itertools
 import threading
 import uuid
 from concurrent.futures import Executor, Future, wait
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Unpack
 from distributed import Client, KilledWorker
 
 from x07_sandbox import Result, load_policy
-from x07_sandbox.errors import HostError, UsageError
+from x07_sandbox.errors import HostError, UsageError, printable
 from x07_sandbox.integrations.dask_worker import Call, PoolPlugin, prepare_here, run_here, wait_ready_here
 from x07_sandbox.library.arguments import check_names
 from x07_sandbox.library.images import image_digest, image_pieces, image_store
@@ -66,6 +67,7 @@ class ClusterPool(Executor):
         self._progress = progress
         self._digest = image_digest(image)
         self._futures: dict[_ClusterFuture, None] = {}  # each operation on it is atomic
+        self._numbers = itertools.count()
         self._closed = False
         self._plugin = f"x07-{uuid.uuid4().hex}"
         self._prepare_nodes()
@@ -160,13 +162,14 @@ class ClusterPool(Executor):
     def _start(self, call: Call, data: bytes | None) -> Future[Result]:
         if self._closed:
             raise RuntimeError("cannot submit programs after shutdown")
-        future = _ClusterFuture(lambda avoided: self._task(call, data, avoided))
+        number = next(self._numbers)
+        future = _ClusterFuture(lambda avoided: self._task(call, data, avoided, number))
         self._futures[future] = None
         future.add_done_callback(lambda _done: self._futures.pop(future, None))
         future.start()
         return future
 
-    def _task(self, call: Call, data: bytes | None, avoided: set[str]) -> Task:
+    def _task(self, call: Call, data: bytes | None, avoided: set[str], number: int) -> Task:
         others = self._workers() - avoided if avoided else set()
         return self._client.submit(
             run_here,
@@ -176,6 +179,7 @@ class ClusterPool(Executor):
             key=f"x07-run-{uuid.uuid4().hex}",
             pure=False,
             resources={RESOURCE: 1},
+            priority=-number,  # first come, first served
             workers=list(others) or None,
             allow_other_workers=bool(others),
         )
@@ -207,7 +211,7 @@ class ClusterPool(Executor):
             placed = self._client.scatter(list(contents), workers=lacking, broadcast=True)
             pieces = list(zip(names, placed, strict=True))
         topic = f"{self._plugin}-progress"
-        self._client.subscribe_topic(topic, lambda event: self._progress(event[1]))
+        self._client.subscribe_topic(topic, lambda event: self._progress(printable(event[1])))
         try:
             preparing = [
                 self._on(worker, prepare_here, topic, self._digest, pieces if worker in lacking else [])

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
+from x07_sandbox.errors import is_visible
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
@@ -146,7 +148,7 @@ def visible(text: str) -> str:
     That includes control sequences, and characters that hide text or change its direction.
     """
     return "".join(
-        char if char.isprintable() or char in "\n\t" else char.encode("unicode_escape").decode("ascii") for char in text
+        char if is_visible(char) or char in "\n\t" else char.encode("unicode_escape").decode("ascii") for char in text
     )
 
 

@@ -51,6 +51,7 @@ class Tools:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self._open: dict[str, AsyncSandbox | None] = {}  # None while it opens
+        self._closing: dict[str, asyncio.Task[Result]] = {}  # these are open until they have closed
         self._ended: dict[str, str] = {}  # why
         self._calls: dict[str, Running] = {}
 
@@ -75,7 +76,7 @@ class Tools:
         for running in self._calls.values():
             running.cancel()
         waiting = [running.task for running in self._calls.values()]
-        closing = [self._closed(handle) for handle, sandbox in self._open.items() if sandbox is not None]
+        closing = [self._close(handle) for handle, sandbox in self._open.items() if sandbox is not None]
         await asyncio.gather(*closing, *waiting, return_exceptions=True)
 
     # commands
@@ -163,19 +164,36 @@ class Tools:
     async def _sandbox(self, handle: str) -> AsyncSandbox:
         """Return an open sandbox. Raises CallError."""
         sandbox = self._open.get(handle)
-        if sandbox is not None and not sandbox.alive:
+        if sandbox is not None and not sandbox.alive and handle not in self._closing:
             await self._closed(handle)
-            sandbox = None
-        if sandbox is None:
+        if handle in self._closing:
+            raise CallError("cannot use the sandbox: it is being closed. Call sandbox_close to wait for its end.")
+        if (sandbox := self._open.get(handle)) is None:
             why = self._ended.get(handle, "no open sandbox has this handle")
             raise CallError(f"cannot use the sandbox: {why}. Open a new one with sandbox_open.")
         return sandbox
 
-    async def _closed(self, handle: str) -> Result:
-        """Close a sandbox, or find how it has ended. Raises SandboxError."""
-        sandbox = self._open.pop(handle)
+    async def _closed(self, handle: str) -> Result | None:
+        """Close a sandbox, or find how it has ended. Return None if a call cannot wait for it. Raises SandboxError."""
+        task = self._close(handle)
+        done, _ = await asyncio.wait({task}, timeout=self.settings.answer_s)
+        return task.result() if done else None
+
+    def _close(self, handle: str) -> asyncio.Task[Result]:
+        """Return the task that closes a sandbox. It goes on if the call that started it is cancelled."""
+        if handle not in self._closing:
+            self._closing[handle] = asyncio.create_task(self._end(handle))
+            self._closing[handle].add_done_callback(lambda task: task.cancelled() or task.exception())
+        return self._closing[handle]
+
+    async def _end(self, handle: str) -> Result:
+        sandbox = self._open[handle]
         assert sandbox is not None  # noqa: S101 - for the type checker; _sandbox and close_all have looked
-        result = await sandbox.close(self._choice)
+        self._ended[handle] = "it could not be closed"
+        try:
+            result = await sandbox.close(self._choice)
+        finally:
+            del self._open[handle], self._closing[handle]
         kept = f"; changes to its folders were kept as {result.run}" if result.changes.state == "kept" else ""
         self._ended[handle] = f"it has ended ({result.reason or 'closed'}), and its processes are gone{kept}"
         while len(self._ended) > _ENDED_KEPT:
@@ -202,9 +220,12 @@ class Tools:
         return Answer({"sandbox": handle, "granted": settings.about, "ends": ends})
 
     async def _sandbox_close(self, asked: Close) -> Answer:
-        sandbox = await self._sandbox(asked.sandbox)
-        with errors("cannot close the sandbox", sandbox):
+        if asked.sandbox not in self._closing:
+            await self._sandbox(asked.sandbox)
+        with errors("cannot close the sandbox", self._open[asked.sandbox]):
             result = await self._closed(asked.sandbox)
+        if result is None:
+            return Answer({"state": "closing", "next": "Call sandbox_close again to wait for the end."})
         facts = {"state": "closed"} | changes_of(result)
         return Answer(facts, marked([("changed files", names(result.changes))]))
 

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Final
 
-from x07_sandbox.errors import printable
+from x07_sandbox.errors import is_visible, printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -137,10 +137,10 @@ def visible(text: str, *, lines: bool = False) -> Markup:
 
     lines: whether line feeds and tabs are kept.
     """
-    if text.isprintable():
+    if is_visible(text):
         return Markup(html.escape(text))
     kept = "\n\t" if lines else ""
-    parts = groupby(text, lambda char: char.isprintable() or char in kept)
+    parts = groupby(text, lambda char: is_visible(char) or char in kept)
     return Markup(
         "".join(
             html.escape(part) if shown else f'<i class="esc">{html.escape(_named(part))}</i>'

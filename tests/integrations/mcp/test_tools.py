@@ -294,3 +294,28 @@ def test_sandboxes_that_nobody_closes_end_by_their_idle_limit() -> None:
                 assert "1 s" in text
 
     asyncio.run(main())
+
+
+def test_a_slow_close_answers_early_and_counts_until_it_ends(tmp_path: Path) -> None:
+    """A sandbox that takes long to close keeps its place, and its end can be asked for again."""
+    place = tmp_path / "project"
+    place.mkdir()
+    many = "for i in $(seq 2000); do echo $i > f$i; done; head -c 60000000 /dev/urandom > big"
+
+    async def main() -> None:
+        options = {"workdir": str(place)}
+        async with in_process("2026-07-28", answer_s=1.5, open_max=1, options=options) as client:
+            sandbox = await opened(client)
+            facts, _ = await call(client, "sandbox_exec", sandbox=sandbox, command=many)
+            while facts["state"] == "running":
+                facts, _ = await call(client, "sandbox_exec", sandbox=sandbox, running=facts["running"])
+            facts, _ = await call(client, "sandbox_close", sandbox=sandbox)
+            assert facts["state"] == "closing"
+            assert "which is the most" in await refused(client, "sandbox_open")
+            assert "being closed" in await refused(client, "sandbox_list", sandbox=sandbox, path=".")
+            while facts["state"] == "closing":
+                facts, _ = await call(client, "sandbox_close", sandbox=sandbox)
+            assert facts["state"] == "closed"
+            assert await opened(client)
+
+    asyncio.run(main())
