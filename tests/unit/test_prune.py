@@ -342,6 +342,18 @@ def test_unused_artifacts_are_removed(tmp_path: Path) -> None:
     assert fresh.exists()
 
 
+def test_unpacked_files_are_removed_once_their_image_is_gone() -> None:
+    """Files unpacked for gVisor are removed if a process left them incomplete, or if their image is gone."""
+    store.images_dir().joinpath("b" * 64).mkdir(parents=True)
+    folder = store.images_dir().parent / "gvisor"
+    for name in (".new-1", "a" * 64, "b" * 64):
+        folder.joinpath(name, "etc").mkdir(parents=True)
+        os.utime(folder / name, (0, 0))
+    report = prune(["cache"], progress=lambda _text: None, dry_run=False)
+    assert {Path(one.path).name for one in report.removed} == {".new-1", "a" * 64}
+    assert {path.name for path in folder.iterdir()} == {"b" * 64}
+
+
 def test_templates_are_removed_with_their_image() -> None:
     """Templates are removed with their image, and results of tests once they have expired, also in a dry run."""
     named, old = image("default"), image(size=1000)

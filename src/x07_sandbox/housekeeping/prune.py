@@ -10,7 +10,7 @@ from typing import Final, Literal
 
 import msgspec
 
-from x07_sandbox.host import verdicts
+from x07_sandbox.host import settings, verdicts
 from x07_sandbox.host.paths import cache_dir, private_dir, state_dir, why_not_ours
 from x07_sandbox.housekeeping.images import prune_images, prune_saved
 from x07_sandbox.housekeeping.pruner import (
@@ -24,10 +24,12 @@ from x07_sandbox.housekeeping.pruner import (
     sweep_temporaries,
 )
 from x07_sandbox.housekeeping.records import prune_records
+from x07_sandbox.images.base import remove_tree
 from x07_sandbox.runs.folder import runs_dir
 
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 _VERDICT: Final = re.compile(r"[a-z-]+-[0-9a-f]{32}\.json")
+_UNPACKED: Final = "gvisor"  # unpacked files of images (backends/gvisor)
 _WITH_TEMPORARIES: Final = ("artifacts", verdicts.FOLDER)
 
 
@@ -45,7 +47,7 @@ def prune(parts: Collection[Part], *, progress: Callable[[str], None], dry_run: 
 
 
 def _prune_cache(pruner: Pruner) -> None:
-    """Remove unused artifacts, and results of tests that have expired."""
+    """Remove unused artifacts, unpacked files of removed images, and results of tests that have expired."""
     cache = cache_dir()
     if not os.path.lexists(cache):
         return
@@ -57,10 +59,20 @@ def _prune_cache(pruner: Pruner) -> None:
         info = path.lstat()
         if _DIGEST.fullmatch(path.name) and (pruner.old(info) or why_not_ours(info, stat.S_ISREG)):
             pruner.remove_own("artifact", path, "it was not used for 7 days", Path.unlink)
+    _prune_unpacked(pruner, cache)
     for path in entries(cache / verdicts.FOLDER):
         ours = _VERDICT.fullmatch(path.name) and not why_not_ours(path.lstat(), stat.S_ISREG)
         if ours and not verdicts.stored_in(path):
             pruner.remove("verification", path, "it has expired", Path.unlink)
+
+
+def _prune_unpacked(pruner: Pruner, cache: Path) -> None:
+    for path in entries(cache / _UNPACKED):
+        info = path.lstat()
+        if path.name.startswith(".new-") and pruner.old(info, settings.DAY_S):
+            pruner.remove_own("leftover", path, "a killed process left it incomplete", remove_tree)
+        elif _DIGEST.fullmatch(path.name) and pruner.old(info) and not os.path.lexists(cache / "images" / path.name):
+            pruner.remove_own("base", path, "its image was removed", remove_tree)
 
 
 Name = Literal["images", "templates", "cache", "runs", "records"]
