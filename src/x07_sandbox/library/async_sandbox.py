@@ -91,6 +91,10 @@ class AsyncSandbox:
         """See `Sandbox.list`."""
         return await in_thread(lambda: Sandbox.list(tags), _nothing)
 
+    # These two are quick.
+    max_open = staticmethod(Sandbox.max_open)
+    images = staticmethod(Sandbox.images)
+
     @property
     def id(self) -> str:
         """See `Sandbox.id`."""
