@@ -300,7 +300,7 @@ def test_a_slow_close_answers_early_and_counts_until_it_ends(tmp_path: Path) -> 
     """A sandbox that takes long to close keeps its place, and its end can be asked for again."""
     place = tmp_path / "project"
     place.mkdir()
-    many = "for i in $(seq 2000); do echo $i > f$i; done; head -c 60000000 /dev/urandom > big"
+    many = "for i in $(seq 5000); do echo $i > f$i; done; head -c 150000000 /dev/urandom > big"
 
     async def main() -> None:
         options = {"workdir": str(place)}
