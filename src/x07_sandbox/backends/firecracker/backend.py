@@ -110,13 +110,12 @@ class FirecrackerBackend(ContainerdBackend):
         )
 
     def _config(self) -> RuntimeConfig:
-        """Return what x07 needs of the daemon's configuration. Raises HostError if it cannot be used."""
+        """Return what x07 needs of the daemon's configuration. Raises HostError if it cannot be read.
+
+        Only `probe` refuses one with problems: VMs must be ended under any.
+        """
         with raised_as(HostError, f"cannot read {_CONFIG}", "Check the installation of firecracker-containerd"):
-            found = runtime_config(read_bounded(Path(_CONFIG), "configuration", RUNTIME_CONFIG_MAX))
-        if found.problems:
-            why = f"in {_CONFIG}, {' and '.join(found.problems)}"
-            raise HostError(f"cannot use {self.name}", why, f"Correct {_CONFIG}")
-        return found
+            return runtime_config(read_bounded(Path(_CONFIG), "configuration", RUNTIME_CONFIG_MAX))
 
     def _limit_tasks(self, instance: ContainerInstance) -> None:
         """Do nothing, since the agent limits tasks: the container's control group is in the VM."""
@@ -130,5 +129,7 @@ class FirecrackerBackend(ContainerdBackend):
         require(self.needs, f"cannot use {self.name}")
         if os.geteuid() != 0:  # nobody else can see that a VM is gone
             raise HostError(f"cannot use {self.name}", "only root sees the processes of VMs", "Run x07 as root")
+        if problems := self._config().problems:
+            raise HostError(f"cannot use {self.name}", f"in {_CONFIG}, {' and '.join(problems)}", f"Correct {_CONFIG}")
         self._runtime().images()
         return Availability(features=self.least_features(), proof=f"{self.name} answers, and /dev/kvm can be opened")
