@@ -59,15 +59,19 @@ def is_visible(text: str) -> bool:
     return text.isprintable() and _BLANK.isdisjoint(text)
 
 
+def escaped(text: str, kept: str = "") -> str:
+    r"""Return the text with characters that cannot be seen escaped, such as \x1b. kept: such characters that stay."""
+    return "".join(
+        char if is_visible(char) or char in kept else char.encode("unicode_escape").decode("ascii") for char in text
+    )
+
+
 def printable(text: str) -> str:
     r"""Return the text with unprintable characters escaped, such as \x1b, since file names may contain any character.
 
     Only line breaks before two blanks are kept, so that no file name can imitate a message of this tool.
     """
-    return "\n  ".join(
-        "".join(char if is_visible(char) else char.encode("unicode_escape").decode() for char in line)
-        for line in text.split("\n  ")
-    )
+    return "\n  ".join(map(escaped, text.split("\n  ")))
 
 
 class SandboxError(Exception):

@@ -10,6 +10,7 @@ from typing import Final, Literal
 
 import msgspec
 
+from x07_sandbox.errors import escaped
 from x07_sandbox.host.decoding import prepared
 
 SCHEMA: Final = "x07.sandbox.changes@0.1.0"
@@ -177,4 +178,4 @@ def parent_folders(names: Iterable[str]) -> set[str]:
 def printable(name: str) -> str:
     """Return a name as text that is safe to print anywhere. Unprintable characters, line ends too, become escapes."""
     text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    return escaped(text)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-from x07_sandbox.errors import is_visible
+from x07_sandbox.errors import escaped
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -147,9 +147,7 @@ def visible(text: str) -> str:
 
     That includes control sequences, and characters that hide text or change its direction.
     """
-    return "".join(
-        char if is_visible(char) or char in "\n\t" else char.encode("unicode_escape").decode("ascii") for char in text
-    )
+    return escaped(text, kept="\n\t")
 
 
 def named(text: str) -> str:
