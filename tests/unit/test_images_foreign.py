@@ -5,14 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
+from tests.unit.test_images_manifest import MANIFEST
 from x07_sandbox.backends.base import Availability
 from x07_sandbox.backends.registry import BY_NAME, create
 from x07_sandbox.cli.main import main
 from x07_sandbox.errors import HostError, RefusedError, UsageError
 from x07_sandbox.host import paths
 from x07_sandbox.host.arch import ARCHES, host_arch
-from x07_sandbox.images import build, foreign, manifest, store
+from x07_sandbox.images import build, foreign, store
 from x07_sandbox.images.verify import OpenImage
 from x07_sandbox.plan.features import vm_features
 from x07_sandbox.runs import prepare
@@ -41,23 +43,7 @@ def arch_test(folder: Path, status: int) -> None:
 
 def open_image(arch: str) -> OpenImage:
     """An image of an architecture, without files."""
-    part = manifest.Part(file="part", sha256="0" * 64, bytes=0)
-    made = manifest.Manifest(
-        schema_version=manifest.SCHEMA,
-        digest=manifest.NO_DIGEST,
-        recipe=1,
-        arch=arch,
-        suite="trixie",
-        include=[],
-        base="0" * 64,
-        guest_code="0" * 64,
-        kernel_release="6.12",
-        parts=manifest.Parts(kernel=part, initrd=part, root=part, scratch=part),
-        scratch_disk=manifest.ScratchDisk(bytes=0, pieces=[]),
-        packages=[],
-        filters={},
-    )
-    return OpenImage(fds={}, manifest=made)
+    return OpenImage(fds={}, manifest=replace(MANIFEST, arch=arch))
 
 
 def test_a_missing_tool_is_named_with_all_packages(capsys: pytest.CaptureFixture[str]) -> None:

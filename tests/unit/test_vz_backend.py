@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Final
 
 import pytest
+from msgspec.structs import replace
 
 from tests import vz_helper
+from tests.unit.test_images_manifest import MANIFEST
 from x07_sandbox.backends.base import Job, MachineKind
 from x07_sandbox.backends.vz.backend import VzBackend
 from x07_sandbox.backends.vz.start import helper_argv
@@ -43,22 +45,7 @@ def part(name: str) -> manifest.Part:
 def image_manifest(*, program: bool) -> manifest.Manifest:
     """The manifest of an image. program: whether it was imported."""
     oci = manifest.ProgramRoot(oci="", env={}, workdir="", user="", entrypoint=[], cmd=[])
-    return manifest.Manifest(
-        schema_version=manifest.SCHEMA,
-        digest=manifest.NO_DIGEST,
-        recipe=1,
-        arch="x86_64",
-        suite="trixie",
-        include=[],
-        base="0" * 64,
-        guest_code="0" * 64,
-        kernel_release="6",
-        parts=manifest.Parts(**{name: part(name) for name in ("kernel", "initrd", "root", "scratch")}),
-        scratch_disk=manifest.ScratchDisk(bytes=512, pieces=[]),
-        packages=[],
-        filters={},
-        program=oci if program else None,
-    )
+    return replace(MANIFEST, program=oci if program else None)
 
 
 @pytest.mark.parametrize("network", [False, True])
