@@ -38,6 +38,7 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, lambda _number, _frame: None)
 
 MORE_PACKAGES = ("nodejs", "python3-pip", "python3-requests", "redis-tools") if FULL else ()
+VZ_HELPER = str(Path(__file__).with_name("vz_helper.py"))
 PACKAGES = ("curl", "git", "lua5.4", *MORE_PACKAGES)
 LASTING_FDS: set[int] = set()
 """Descriptors that outlive a test on purpose, such as those of the launcher thread: a fixture adds them here."""
@@ -147,8 +148,7 @@ def vz_stand_in(image: Image, tmp_path_factory: pytest.TempPathFactory) -> Mappi
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(vz_bundle, "check_kernel", lambda *_words: None)
         vz_bundle.make_bundle(image, bundle)
-    helper = str(Path(__file__).with_name("vz_helper.py"))
-    return {"X07_VM_VZ_HELPER_BIN": helper, "X07_VM_VZ_GUEST_BUNDLE": str(bundle)}
+    return {"X07_VM_VZ_HELPER_BIN": VZ_HELPER, "X07_VM_VZ_GUEST_BUNDLE": str(bundle)}
 
 
 @contextlib.contextmanager

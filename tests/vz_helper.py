@@ -2,8 +2,9 @@
 """A STAND-IN for x07-vz-helper: it runs QEMU on Linux, and never Apple's Virtualization framework.
 
 It has the command line, streams and exit codes of docs/backends/vz.md, so it shows what x07's `vz` backend does with a
-helper, and nothing of what a Mac does. The CPU is emulated (QEMU's q35, with virtio devices on PCI), and QEMU also
-starts the ELF kernel of an image. Its `preflight` says that macOS is "stand-in".
+helper, and nothing of what a Mac does. The CPU is emulated, of the kernel's architecture (QEMU's q35 or virt, with
+virtio devices on PCI), and QEMU also starts the ELF kernel of an image for x86_64. Its `preflight` says that macOS is
+"stand-in".
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 
 ENDED, FAILED, REFUSED, DEADLINE = 0, 1, 2, 124
 MIB = 1024 * 1024
-QEMU = {"x86_64": ("q35", "max,-erms,-fsrm"), "aarch64": ("virt", "max")}
-MAGIC = ((0, b"\x7fELF"), (0x202, b"HdrS"), (56, b"ARMd"))
+QEMU = {"x86_64": ("q35", "max,-erms,-fsrm"), "aarch64": ("virt", "max,pauth-impdef=on")}
+MAGIC = ((0, b"\x7fELF", "x86_64"), (0x202, b"HdrS", "x86_64"), (56, b"ARMd", "aarch64"))  # of kernels
 NUMBERS = frozenset({"mem-bytes", "cpus", "wall-ms", "net-fd", "console-bytes"})
 REQUIRED = ("kernel", "command-line", "root", "scratch-from", "scratch", "mem-bytes", "wall-ms")
 KNOWN = frozenset({*REQUIRED, *NUMBERS, "initrd", "program"})
@@ -70,10 +71,10 @@ def copy(from_fd: int, to_fd: int, at_end: Callable[[], object], most: int | Non
     at_end()
 
 
-def qemu_argv(given: dict[str, str], channel_fd: int, net_fd: int | None) -> list[str]:
+def qemu_argv(arch: str, given: dict[str, str], channel_fd: int, net_fd: int | None) -> list[str]:
     """Return QEMU's command line, with the devices that the helper gives a machine on a Mac."""
-    machine, cpu = QEMU[os.uname().machine]
-    argv = [f"/usr/bin/qemu-system-{os.uname().machine}", "-nodefaults", "-no-user-config", "-display", "none"]
+    machine, cpu = QEMU[arch]
+    argv = [f"/usr/bin/qemu-system-{arch}", "-nodefaults", "-no-user-config", "-display", "none"]
     argv += ["-no-reboot", "-M", machine, "-cpu", cpu, "-accel", "tcg,thread=single", "-smp", given.get("cpus", "1")]
     argv += ["-m", f"{-(-int(given['mem-bytes']) // MIB)}M", "-kernel", given["kernel"]]
     argv += ["-initrd", given["initrd"]] if "initrd" in given else []
@@ -96,7 +97,7 @@ def qemu_argv(given: dict[str, str], channel_fd: int, net_fd: int | None) -> lis
 class Machine:
     """One virtual machine, which ends with this process. The first reason to end counts."""
 
-    def __init__(self, given: dict[str, str]) -> None:
+    def __init__(self, arch: str, given: dict[str, str]) -> None:
         self._given = given
         self._ending = threading.Lock()
         self._until = time.monotonic() + int(given["wall-ms"]) / 1000
@@ -108,7 +109,7 @@ class Machine:
         for fd in (0, 1, *(() if net_fd is None else (net_fd,))):
             os.set_blocking(fd, True)
         passed = [far.detach(), *(() if net is None else (net[1].detach(),))]
-        argv = ["/usr/bin/setpriv", "--pdeathsig", "KILL", "--", *qemu_argv(given, passed[0], (*passed, None)[1])]
+        argv = ["/usr/bin/setpriv", "--pdeathsig", "KILL", "--", *qemu_argv(arch, given, passed[0], (*passed, None)[1])]
         pipe, none = subprocess.PIPE, subprocess.DEVNULL
         self._qemu = subprocess.Popen(argv, stdin=none, stdout=pipe, stderr=subprocess.STDOUT, pass_fds=passed)
         for fd in passed:
@@ -162,14 +163,15 @@ def run(words: list[str]) -> NoReturn:
             head = kernel.read(1024)
     except OSError as exc:
         refuse(f"cannot read the kernel: {exc.strerror}")
-    if not any(head[at : at + len(magic)] == magic for at, magic in MAGIC):
+    arch = next((name for at, magic, name in MAGIC if head[at : at + len(magic)] == magic), None)
+    if arch is None:
         refuse(f"cannot start the kernel {given['kernel']}")
     if os.path.lexists(given["scratch"]):
         refuse(f"{given['scratch']} exists")
     clone = ["/usr/bin/cp", "--sparse=always", "--reflink=auto", "--", given["scratch-from"], given["scratch"]]
     if subprocess.run(clone, stdin=subprocess.DEVNULL, check=False).returncode:
         refuse("cannot clone the scratch disk")
-    Machine(given).watch()
+    Machine(arch, given).watch()
 
 
 def preflight() -> None:

@@ -108,7 +108,7 @@ def test_a_bundle_of_an_x86_image_gets_the_kernel_that_is_named(make: Make, tmp_
     """The script makes a bundle with the bzImage of --kernel, and its last line names the bundle."""
     make("x86_64", b"\x7fELF")
     (tmp_path / "vmlinuz").write_bytes(bzimage())
-    out, kernel_file = str(tmp_path / "bundle"), str(tmp_path / "vmlinuz")
+    out, kernel_file = str(tmp_path / "new" / "bundle"), str(tmp_path / "vmlinuz")
     argv = ("--image", "default", "--out", out)
     cache = str(tmp_path / "cache")
     refused = script("build_vz_guest_bundle.sh", *argv, X07_VM_CACHE_DIR=cache)
@@ -116,7 +116,7 @@ def test_a_bundle_of_an_x86_image_gets_the_kernel_that_is_named(make: Make, tmp_
     assert f"it is not a bzImage. Add --kernel FILE, with boot/vmlinuz-{RELEASE} of" in refused.stderr
     done = script("build_vz_guest_bundle.sh", *argv, "--kernel", kernel_file, X07_VM_CACHE_DIR=cache)
     assert (done.returncode, done.stdout.splitlines()[-1]) == (0, f"ok: built {out}"), done.stderr
-    assert (tmp_path / "bundle" / "kernel").read_bytes() == bzimage()
+    assert (tmp_path / "new" / "bundle" / "kernel").read_bytes() == bzimage()
     again = script("build_vz_guest_bundle.sh", *argv, "--kernel", kernel_file, X07_VM_CACHE_DIR=cache)
     assert again.returncode == 1
     assert "it exists. Remove it" in again.stderr

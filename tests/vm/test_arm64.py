@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.conftest import VZ_HELPER, vz_on_linux
+from x07_sandbox.backends.vz import backend as vz_backend
 from x07_sandbox.cli.main import main
 from x07_sandbox.conformance import commands
 from x07_sandbox.conformance.behaviours import BEHAVIOURS, Behaviour
@@ -17,7 +19,7 @@ from x07_sandbox.conformance.run import check_behaviour
 from x07_sandbox.errors import HostError, SandboxError
 from x07_sandbox.host.arch import arch_named, is_foreign
 from x07_sandbox.host.cancel import Cancel
-from x07_sandbox.images import foreign, kernel
+from x07_sandbox.images import foreign, kernel, vz_bundle
 from x07_sandbox.images.build import build_image
 from x07_sandbox.pool.prepare import prepare_clones
 from x07_sandbox.runs.request import RunCaller, RunRequest
@@ -115,6 +117,30 @@ def carried_out(**fields: Any) -> Result:  # noqa: ANN401 - fields of a request
     """Run a program with the image, and return the result."""
     with contextlib.closing(Cancel()) as cancel:
         return attempt(RunRequest(image=NAME, **fields), RunCaller(cancel=cancel))[0]
+
+
+@pytest.fixture(scope="module")
+def vz_bench(arm64: Image, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    """The vz backend with a bundle of that image, and a STAND-IN for its helper (tests/vz_helper.py)."""
+    bundle = tmp_path_factory.mktemp("vz") / "guest.bundle"
+    vz_bundle.make_bundle(arm64, bundle)
+    variables = {
+        "X07_VM_VZ_HELPER_BIN": VZ_HELPER,
+        "X07_VM_VZ_GUEST_BUNDLE": str(bundle),
+        "X07_VM_STATE_DIR": str(tmp_path_factory.mktemp("arm64-vz") / "jobs"),
+    }
+    with pytest.MonkeyPatch.context() as patch, vz_on_linux(variables):
+        patch.setattr(vz_backend, "host_arch", lambda: arch_named(NAME))
+        patch.setattr(commands, "IN_A_ROW", 100)
+        with open_bench("vz") as opened:
+            yield opened
+
+
+@pytest.mark.parametrize("behaviour", BEHAVIOURS, ids=lambda each: each.name)
+def test_a_machine_of_vz_has_the_behaviour(vz_bench: Bench, behaviour: Behaviour) -> None:
+    """With a stand-in for its helper, the vz backend has all behaviours of the contract on this architecture too."""
+    verdict = check_behaviour(behaviour, vz_bench)
+    assert verdict.verdict == "passed", verdict.reason
 
 
 @pytest.mark.usefixtures("arm64", "state")

@@ -88,6 +88,7 @@ def make_bundle(image: Image, out: Path, kernel_file: Path | None = None) -> Bun
     """
     if os.path.lexists(out):
         raise UsageError(f"cannot write the guest bundle {out}", "it exists", "Remove it, or name another folder")
+    out.parent.mkdir(parents=True, exist_ok=True)
     made = image.manifest
     with verify.open_image(image) as opened, tempfile.TemporaryDirectory(prefix=".x07-", dir=out.parent) as temporary:
         folder = Path(temporary, "bundle")
