@@ -98,7 +98,8 @@ class Stage:
         count = self.folder / "count"
         count.unlink(missing_ok=True)
         changed = ["--allow-write-root", str(self.tree)] if roots else []
-        words = ["run", *self.words, *changed, str(self.folder / "prog.py"), "--", str(self.tree if roots else "/tmp")]  # noqa: S108 - the guest's
+        place = str(self.tree) if roots or self.backend == "none" else "/tmp"  # noqa: S108 - the guest's
+        words = ["run", *self.words, *changed, str(self.folder / "prog.py"), "--", place]
         done = subprocess.run(
             [sys.executable, RUNNER, how, str(number), str(count), *words],
             env=self.env,
