@@ -257,6 +257,6 @@ timeout "$LIMIT_S" qemu-system-x86_64 -nodefaults -no-user-config -display none 
     -append "$words" -drive "file=$work/disk,if=virtio,format=raw,cache=unsafe" -serial stdio \
     </dev/null > >(sed -u 's|\r||g' | tee "$work/said") &
 machine=$!
-trap 'kill "$machine" 2>/dev/null; wait; rm -rf --one-file-system -- "$work"' EXIT
+trap 'kill "$machine" 2>/dev/null || true; wait; rm -rf --one-file-system -- "$work"' EXIT
 wait "$machine" || fail "the machine ended with exit status $?" "See its messages above. 124: it took over $LIMIT_S s."
 grep -q '^summary: .* 0 failed,' "$work/said" || fail "not all points passed" "See the messages above."
