@@ -1,6 +1,6 @@
 #!/bin/bash -p
 # Test x07-sandbox under KVM on any x86_64 host: boot Debian with its stock kernel on a processor that QEMU emulates, with
-# AMD's hardware virtualisation (SVM), and use x07 in it. /dev/kvm works there, slowly. Takes about 12 minutes.
+# AMD's hardware virtualisation (SVM), and use x07 in it. /dev/kvm works there, slowly. Takes about 8 minutes.
 #   scripts/nested_kvm_check.sh
 # Prints one line for each point, and then a summary. Exit status: 0 all points passed, 1 a failure, 77 cannot run here.
 # Needs root, the packages that scripts/setup.sh installs, 5 GB of memory, and 5 GB in ${TMPDIR:-/var/tmp}.

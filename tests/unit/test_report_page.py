@@ -365,6 +365,9 @@ def test_a_browser_shows_a_hostile_page_as_text(need: Need, tmp_path: Path) -> N
                 assert browser.value("document.documentElement.scrollWidth") <= width
                 wide = "[...document.querySelectorAll('.x07 *')].filter(one => one.scrollWidth > innerWidth).length"
                 assert browser.value(wide) == 0
+                # Piled-up accents of a name cover nothing around it.
+                over = "[...document.querySelectorAll('.guest')].map(one => one.closest('p, td, h1, pre, .row > div'))"
+                assert browser.value(f"{over}.every(one => getComputedStyle(one).overflow !== 'visible')")
                 background = browser.value("getComputedStyle(document.body).backgroundColor")
                 assert background == ("rgb(20, 24, 28)" if dark else "rgba(0, 0, 0, 0)")
         # The policy in the page holds even if escaping had failed.

@@ -44,6 +44,7 @@ padding:1rem;overflow-wrap:anywhere;color-scheme:light dark;text-align:left}
 .x07 h1{font-size:1.35rem;line-height:1.3;margin:.2rem 0 .6rem;font-weight:600}
 .x07 h2{font-size:1.05rem;margin:1.8rem 0 .5rem;padding-bottom:.2rem;border-bottom:1px solid var(--line)}
 .x07 h3{font-size:.95rem;margin:1rem 0 .3rem}
+.x07 p,.x07 td,.x07 h1,.x07 .row>div{overflow:clip}
 .x07 p{margin:.3rem 0}.x07 small,.x07 .soft{color:var(--soft)}.x07 small{font-size:.85em}
 .x07 .badge{border:1px solid;border-radius:.3rem;padding:.05rem .45rem;font-weight:600;white-space:nowrap}
 .x07 .good{color:var(--good)}.x07 .bad{color:var(--bad)}.x07 .warn{color:var(--warn)}
