@@ -21,7 +21,7 @@ def default_policy() -> Policy:
     return Policy(
         schema_version=model.SCHEMA_VERSION,
         policy_id="sandbox.default.base",
-        notes="Built-in policy: one minute, 512 MiB, no host files or network until a root or a host is added.",
+        notes="Built in: a minute, 512 MiB, no host files or network until added.",
         limits=model.Limits(cpu_ms=60_000, wall_ms=60_000, mem_bytes=512 * _MIB, fds=1024, procs=64, core_dumps=False),
         fs=model.Fs(
             enabled=True,
