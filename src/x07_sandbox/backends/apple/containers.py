@@ -106,8 +106,4 @@ class AppleContainers(msgspec.Struct, frozen=True, kw_only=True):
         """Return the names of the containers with x07's label. Raises BackendError."""
         listed = map(described, self._objects(self.client.call("list", "--all", "--format", "json")))
         ours = (name for name, made in listed if (made.get("labels") or {}).get("io.x07.schema") == "1")
-        return [name for name in ours if self.is_id(name)][:CONTAINERS_MAX]
-
-    def is_id(self, word: str) -> bool:
-        """Return whether *word* can be the name of one of our containers."""
-        return is_name(word)
+        return [name for name in ours if is_name(name)][:CONTAINERS_MAX]

@@ -16,8 +16,8 @@ from x07_sandbox.backends.base import Availability, Job, Orphan
 from x07_sandbox.backends.container import instance as containers
 from x07_sandbox.backends.container.create import engine_gaps, is_beside, is_roots_podman, names_file
 from x07_sandbox.backends.container.engine import IMAGE_IDS, EngineRuntime
-from x07_sandbox.backends.container.runtime import Runtime
-from x07_sandbox.backends.engines import CLIENTS, DEFAULT_REFERENCE, Engine, Name, engine
+from x07_sandbox.backends.container.runtime import Runtime, is_name
+from x07_sandbox.backends.engines import CLIENTS, DEFAULT_REFERENCE, Engine, Name, engine, is_id
 from x07_sandbox.backends.handshake import greet
 from x07_sandbox.errors import BackendError, HostError, ImageError
 from x07_sandbox.host.paths import find_program
@@ -100,8 +100,7 @@ class ContainerBackend(ABC):
 
     def remove(self, orphan: Orphan) -> bool:
         """Remove a container that `orphans` returned, and return whether it is proven gone."""
-        runtime = self._runtime()
-        return runtime.is_id(orphan.id) and runtime.remove(orphan.id)
+        return (is_id(orphan.id) or is_name(orphan.id)) and self._runtime().remove(orphan.id)
 
 
 class WithImages(ContainerBackend):

@@ -80,10 +80,6 @@ class EngineRuntime(msgspec.Struct, frozen=True):
         answer = self.engine.call("ps", "--all", "--no-trunc", "--quiet", "--filter", "label=io.x07.schema=1")
         return [] if answer.status else [word for word in answer.text.split() if is_id(word)][:CONTAINERS_MAX]
 
-    def is_id(self, word: str) -> bool:
-        """Return whether *word* is a full id."""
-        return is_id(word)
-
     def _removing(self, container: str) -> tuple[str, ...]:
         return ("rm", "--force", *(("--time", "0") if self.name == "podman" else ()), "--volumes", container)
 

@@ -80,6 +80,3 @@ class Runtime(Protocol):
 
     def listed(self) -> Sequence[str]:
         """Return the ids of the containers with x07's label, at most CONTAINERS_MAX. Raises BackendError."""
-
-    def is_id(self, word: str) -> bool:
-        """Return whether *word* can be the id of one of our containers."""

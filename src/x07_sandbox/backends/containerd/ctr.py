@@ -129,8 +129,4 @@ class Ctr(msgspec.Struct, frozen=True, kw_only=True):
     def listed(self) -> Sequence[str]:
         """Return the names of the containers with x07's label. Raises BackendError."""
         answer = self.client.call("containers", "ls", "--quiet", 'labels."io.x07.schema"==1')
-        return [] if answer.status else [word for word in answer.text.split() if self.is_id(word)][:CONTAINERS_MAX]
-
-    def is_id(self, word: str) -> bool:
-        """Return whether *word* can be the name of one of our containers."""
-        return is_name(word)
+        return [] if answer.status else [word for word in answer.text.split() if is_name(word)][:CONTAINERS_MAX]

@@ -94,11 +94,7 @@ class Runsc(msgspec.Struct, frozen=True, kw_only=True):
             names = sorted(path.name for path in (self.folder / "bundles").iterdir())
         except OSError:
             return []
-        return [name for name in names if self.is_id(name)][:CONTAINERS_MAX]
-
-    def is_id(self, word: str) -> bool:
-        """Return whether *word* can be the name of one of our containers."""
-        return is_name(word)
+        return [name for name in names if is_name(name)][:CONTAINERS_MAX]
 
 
 def _without_groups(container: str) -> bool:
