@@ -91,9 +91,9 @@ def running(profile: Path) -> Iterator[Browser]:
     # The browser reads commands from descriptor 3 and answers on descriptor 4.
     argv = ["bash", "-c", f'exec "$@" 3<&{read_fd} 4>&{write_fd}', "bash", "chromium", *_FLAGS.split()]
     argv.append(f"--user-data-dir={profile}")
-    null = subprocess.DEVNULL
+    null, env = subprocess.DEVNULL, {**os.environ, "TMPDIR": str(profile.parent)}  # it does not clean up when killed
     process = subprocess.Popen(
-        argv, stdin=null, stdout=null, stderr=null, pass_fds=(read_fd, write_fd), start_new_session=True
+        argv, stdin=null, stdout=null, stderr=null, pass_fds=(read_fd, write_fd), start_new_session=True, env=env
     )
     try:
         os.close(read_fd)

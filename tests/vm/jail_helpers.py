@@ -156,16 +156,20 @@ def copy_image(image: Image, cache: Path) -> Path:
 
 @contextlib.contextmanager
 def temporary_user() -> Iterator[pwd.struct_passwd]:
-    """Create an ordinary user, and remove the user and all their files on exit."""
+    """Create an ordinary user, and remove the user with all their processes and files on exit."""
     need(Path(USERADD).exists(), "useradd is not installed", installable=True)
     name = f"x07t{os.getpid()}n{next(_count)}"
     subprocess.run([USERADD, "--create-home", "--shell", "/bin/sh", name], check=True, capture_output=True)
+    found = pwd.getpwnam(name)
     try:
-        yield pwd.getpwnam(name)
+        yield found
     finally:
-        home = pwd.getpwnam(name).pw_dir
+        # podman leaves a process, with which the user would stay. As this user, kill -1 reaches no other process.
+        as_user = [SETPRIV, "--reuid", str(found.pw_uid), "--regid", str(found.pw_gid), "--clear-groups", "--"]
+        subprocess.run([*as_user, "/bin/sh", "-c", "kill -KILL -1"], check=False, capture_output=True)
         subprocess.run([USERDEL, "--remove", name], check=False, capture_output=True)
-        shutil.rmtree(home, ignore_errors=True)
+        for folder in (found.pw_dir, f"/tmp/storage-run-{found.pw_uid}"):  # noqa: S108 - podman's
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def own_tree(path: Path, uid: int) -> None:
