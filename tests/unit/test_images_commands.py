@@ -50,11 +50,29 @@ def test_command_past_its_time_is_ended_with_its_children(tmp_path: Path) -> Non
             commands.run(_sh("sleep 1000 & echo $! > new; mv new child; wait"), cwd=tmp_path, timeout_s=timeout_s)
         if (tmp_path / "child").exists():
             break
-    pid = int((tmp_path / "child").read_text())
+    assert _ends(int((tmp_path / "child").read_text()))
+
+
+def test_a_short_command_leaves_no_process(tmp_path: Path) -> None:
+    """A short command is over when its first process ends; its other processes are killed and delay nothing."""
+    child = tmp_path / "child"
+    for status, data in ((0, b"in"), (3, b"")):
+        script = f"cat; sleep 1000 & echo $! >{child}; echo why >&2; exit {status}"
+        if status:
+            with pytest.raises(ImageError, match="why"):
+                commands.capture(_sh(script))
+        else:
+            assert commands.capture(_sh(script), data=data) == data
+        assert _ends(int(child.read_text()))
+    with pytest.raises(ImageError, match="it printed nothing"):
+        commands.capture(_sh("echo 12345"), max_bytes=5)
+
+
+def _ends(pid: int) -> bool:
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline and _runs(pid):
         os.sched_yield()
-    assert not _runs(pid)
+    return not _runs(pid)
 
 
 def _runs(pid: int) -> bool:

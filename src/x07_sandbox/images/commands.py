@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from x07_sandbox.errors import HostError, ImageError
+from x07_sandbox.host.linux import new_memory_file, open_pidfd
 from x07_sandbox.host.paths import SYSTEM, find_program
 from x07_sandbox.host.poll import wait_readable
 
@@ -40,6 +41,7 @@ EPOCH = 1735689600  # the one date in every image: 1 January 2025
 LOG_BYTES = 64 * 1024
 ERROR_LINES = 12
 _ERROR = re.compile(r"\berror\b|^E: |returned error", re.IGNORECASE)
+_SHORT_S = 60
 GRACE_S = 10.0  # after SIGTERM, mmdebstrap unmounts and removes its tree
 
 
@@ -141,21 +143,31 @@ def _end(proc: subprocess.Popen[bytes]) -> None:
             proc.wait()
 
 
-def capture(argv: Sequence[str], *, data: bytes | None = None, max_bytes: int = 64 * 1024 * 1024) -> bytes:
-    """Return the standard output of a short command. Raises ImageError if it fails or prints more than *max_bytes*."""
+def capture(argv: Sequence[str], *, data: bytes = b"", max_bytes: int = 64 * 1024 * 1024) -> bytes:
+    """Return the standard output of a short command, and kill what it leaves behind.
+
+    data: its standard input. Raises ImageError if it fails, takes over a minute or prints more than *max_bytes*.
+    """
     what = f"cannot build the guest image with {Path(argv[0]).name}"
-    try:
-        done = subprocess.run(
-            argv,
-            input=data,
-            stdin=subprocess.DEVNULL if data is None else None,
-            env=environment(),
-            capture_output=True,
-            timeout=60,
-            check=False,
-        )
-    except subprocess.TimeoutExpired as exc:
-        raise ImageError(what, "it timed out after 60 s", "Try again") from exc
-    if done.returncode or len(done.stdout) > max_bytes:
-        raise ImageError(what, _tail(bytearray(done.stderr)), "Try again")
-    return done.stdout
+    with contextlib.ExitStack() as stack:
+        # No pipes: a failed `unshare --map-auto` leaves a process that waits forever, and would keep them open.
+        given, output, errors = (stack.enter_context(os.fdopen(new_memory_file(), "w+b")) for _ in range(3))
+        given.write(data)
+        given.seek(0)
+        proc = subprocess.Popen(argv, stdin=given, stdout=output, stderr=errors, env=environment(), process_group=0)
+        try:
+            with os.fdopen(open_pidfd(proc.pid), "rb") as pidfd:
+                in_time = wait_readable(pidfd.fileno(), _SHORT_S)
+        finally:
+            # Its number still belongs to it, since it has not been waited for.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(proc.pid, signal.SIGKILL)
+            proc.wait()
+        if not in_time:
+            raise ImageError(what, f"it timed out after {_SHORT_S} s", "Try again")
+        output.seek(0)
+        errors.seek(0)
+        found = output.read(max_bytes + 1)
+        if proc.returncode or len(found) > max_bytes:
+            raise ImageError(what, _tail(bytearray(errors.read(LOG_BYTES))), "Try again")
+    return found
