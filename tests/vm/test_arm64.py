@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from x07_sandbox.host.cancel import Cancel
 from x07_sandbox.images import foreign, kernel, vz_bundle
 from x07_sandbox.images.build import build_image
 from x07_sandbox.pool.prepare import prepare_clones
+from x07_sandbox.runs import prepare
 from x07_sandbox.runs.request import RunCaller, RunRequest
 from x07_sandbox.runs.run import attempt
 
@@ -64,6 +66,17 @@ int main(void)
 	printf("open %d\\n", fopen("/etc/passwd-", "w") == NULL ? errno : 0);
 	return 3;
 }
+"""
+# Runs a program as on a Mac with a processor of this architecture.
+RUNNER_ON_A_MAC = f"""
+import sys
+from x07_sandbox.backends.vz import backend
+from x07_sandbox.conformance.runner import main
+from x07_sandbox.host.arch import arch_named
+from x07_sandbox.runs import prepare
+backend.host_arch = lambda: arch_named({NAME!r})
+prepare.is_foreign = lambda _arch: False
+main(sys.argv[1:])
 """
 
 
@@ -131,8 +144,9 @@ def vz_bench(arm64: Image, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     }
     with pytest.MonkeyPatch.context() as patch, vz_on_linux(variables):
         patch.setattr(vz_backend, "host_arch", lambda: arch_named(NAME))
+        patch.setattr(prepare, "is_foreign", lambda _arch: False)
         patch.setattr(commands, "IN_A_ROW", 100)
-        with open_bench("vz") as opened:
+        with open_bench("vz", (sys.executable, "-I", "-c", RUNNER_ON_A_MAC)) as opened:
             yield opened
 
 
