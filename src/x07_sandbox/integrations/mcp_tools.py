@@ -157,7 +157,7 @@ class Tools:
         programs = sum(not one.task.done() for one in self._calls.values() if not one.sandbox)
         if len(self._open) + programs >= self.settings.open_max:
             raise CallError(
-                f"No more than {self.settings.open_max} sandboxes may be open. Close one with sandbox_close, or "
+                f"The limit of open sandboxes, {self.settings.open_max}, is reached. Close one with sandbox_close, or "
                 f"wait: a sandbox that is not used for {self.settings.idle_s:g} s ends by itself."
             )
 

@@ -279,7 +279,7 @@ def test_sandboxes_that_nobody_closes_end_by_their_idle_limit() -> None:
             while len(handles) < 50:
                 answer = await client.call_tool("sandbox_open", {})
                 if answer.is_error:
-                    assert "No more than 8 sandboxes may be open" in text_of(answer)
+                    assert "The limit of open sandboxes, 8, is reached" in text_of(answer)
                     full += 1
                     await asyncio.sleep(0.1)
                 else:
@@ -311,7 +311,7 @@ def test_a_slow_close_answers_early_and_counts_until_it_ends(tmp_path: Path) -> 
                 facts, _ = await call(client, "sandbox_exec", sandbox=sandbox, running=facts["running"])
             facts, _ = await call(client, "sandbox_close", sandbox=sandbox)
             assert facts["state"] == "closing"
-            assert "which is the most" in await refused(client, "sandbox_open")
+            assert "The limit of open sandboxes, 1, is reached" in await refused(client, "sandbox_open")
             assert "being closed" in await refused(client, "sandbox_list", sandbox=sandbox, path=".")
             while facts["state"] == "closing":
                 facts, _ = await call(client, "sandbox_close", sandbox=sandbox)
