@@ -17,7 +17,7 @@ CHECKED = {
     "firecracker-ctr": "containerd with runc, and a stand-in for the VMs",
     "apple-container": "a stand-in for `container` over podman, in three versions",
     "qemu": "emulated VMs, x86_64 and arm64; [KVM in an emulated computer](../explanation/kvm.md)",
-    "vz": "a stand-in for the helper over QEMU, x86_64",
+    "vz": "a stand-in for the helper over QEMU, x86_64 and arm64",
     "gvisor": "runsc",
     "podman": "the engine",
     "docker": "the engine",
