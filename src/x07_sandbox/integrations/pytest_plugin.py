@@ -132,8 +132,9 @@ def pytest_runtest_makereport(
 
 
 def _host_fault(error: BaseException, sandbox: Sandbox | None) -> bool:
-    result = None if sandbox is None else sandbox.result
-    return isinstance(error, HostFaultError) or (result is not None and result.fault == "host")
+    if isinstance(error, HostFaultError):
+        return True
+    return sandbox is not None and not sandbox.alive and sandbox.close("discard").fault == "host"
 
 
 def pytest_report_teststatus(report: pytest.CollectReport | pytest.TestReport) -> tuple[str, str, str] | None:
