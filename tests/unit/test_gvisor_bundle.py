@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from msgspec.structs import replace
 
 from tests.unit.test_container_commands import WANTED
+from x07_sandbox.backends.base import Orphan
+from x07_sandbox.backends.engines import Client
 from x07_sandbox.backends.gvisor.bundle import config
+from x07_sandbox.backends.gvisor.runsc import Runsc
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def test_a_container_on_gvisor_has_few_rights_and_no_file_of_the_host() -> None:
@@ -28,3 +36,16 @@ def test_each_network_namespace_is_new() -> None:
         made = config(replace(WANTED, network=network), "/cache/root")
         assert [one["type"] for one in made["linux"]["namespaces"]] == ["ipc", "mount", "network", "pid", "uts"]
         assert not any("path" in one for one in made["linux"]["namespaces"])
+
+
+def test_a_container_is_found_by_its_description(tmp_path: Path) -> None:
+    """A container has the labels of its description, none if that is damaged, and does not exist without one."""
+    runsc = Runsc(client=Client(name="gvisor", binary="runsc", env={}), folder=tmp_path, roots=tmp_path)
+    assert runsc.find(WANTED.name) is None
+    assert runsc.listed() == []
+    assert runsc.create(WANTED) == WANTED.name
+    assert runsc.find(WANTED.name) == Orphan(id=WANTED.name, labels=dict(WANTED.labels))
+    assert runsc.listed() == [WANTED.name]
+    (described,) = tmp_path.glob("bundles/*/*")
+    described.write_bytes(b"[")
+    assert runsc.find(WANTED.name) == Orphan(id=WANTED.name, labels={})

@@ -16,7 +16,7 @@ from x07_sandbox.backends.engines import Client
 from x07_sandbox.backends.gvisor.bundle import GROUPS, config
 from x07_sandbox.errors import BackendError, UsageError
 from x07_sandbox.host.os_errors import raised_as
-from x07_sandbox.host.paths import read_bounded
+from x07_sandbox.host.paths import read_bounded, replace_file
 
 _CONFIG_MAX: Final = 1 << 20
 _CGROUPS: Final = Path("/sys/fs/cgroup")
@@ -53,7 +53,7 @@ class Runsc(msgspec.Struct, frozen=True, kw_only=True):
         described = config(spec, str(self.roots / spec.image.removeprefix("sha256:")))
         with raised_as(BackendError, CREATE, "Free disk space"):
             bundle.mkdir(mode=0o700, parents=True)
-            (bundle / "config.json").write_text(json.dumps(described), encoding="utf-8")
+            replace_file(bundle / "config.json", json.dumps(described).encode())  # as a whole: it says whose it is
         return spec.name
 
     def attach_argv(self, container: str) -> list[str]:
@@ -79,12 +79,12 @@ class Runsc(msgspec.Struct, frozen=True, kw_only=True):
 
     def find(self, container: str) -> Orphan | None:
         """Return a container, or None if there is none of this name. Raises BackendError."""
-        try:
-            data = read_bounded(self.folder / "bundles" / container / "config.json", "configuration", _CONFIG_MAX)
-            labels = json.loads(data).get("annotations") or {}
-        except FileNotFoundError:
+        described = self.folder / "bundles" / container / "config.json"
+        if not described.exists():
             return None
-        except (OSError, UsageError, ValueError, AttributeError):
+        try:
+            labels = json.loads(read_bounded(described, "configuration", _CONFIG_MAX)).get("annotations") or {}
+        except (UsageError, ValueError, AttributeError):
             labels = {}  # a damaged bundle
         return Orphan(id=container, labels=bounded_labels(labels))
 
