@@ -73,6 +73,8 @@ def fetch(sandbox: Sandbox, port: int, path: str) -> dict[str, Any]:
     while True:
         try:
             return _get(address, path, until)
+        except http.client.InvalidURL as exc:
+            raise CallError(f"cannot fetch this path: {exc}") from exc
         except (OSError, http.client.HTTPException) as exc:
             if time.monotonic() > until - 0.2:
                 raise CallError(f"no answer from port {port} within {FETCH_S} s: {exc}") from exc
