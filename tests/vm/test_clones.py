@@ -427,10 +427,9 @@ def test_clones_share_no_openssl_generator(in_own_cache: Sandbox) -> None:
 def test_a_module_that_cannot_be_preloaded_is_named(
     own_cache: Path, sandbox: Sandbox, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A preload module that cannot be imported is named in the error, and the image name keeps its old image."""
+    """A preload module that cannot be imported costs a cold start, or, while an image is built, changes no image."""
     monkeypatch.setenv("X07_VM_CACHE_DIR", str(own_cache))
-    assert main(["image", "build", "--name", "wrong", "--preload", "no_such_module"]) == 125
-    assert "No module named 'no_such_module'" in capsys.readouterr().err
+    build_image(name="wrong", preload=["no_such_module"], progress=lambda _text: None)  # which saves no VM
     ran = sandbox.run_text("see.py", PRELOADED, image="wrong")
     assert (ran.outcome, starts(ran)["run"]) == ("ok", "cold")
     assert [text for text in ran.result.warnings if "no_such_module" in text]
