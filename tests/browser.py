@@ -9,6 +9,7 @@ import select
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from typing import TYPE_CHECKING, Any, Final
 
@@ -85,23 +86,25 @@ class Browser:
 
 
 @contextlib.contextmanager
-def running(profile: Path) -> Iterator[Browser]:
-    """Start a browser with a new profile, and end it."""
-    (read_fd, to_fd), (from_fd, write_fd) = os.pipe(), os.pipe()
-    # The browser reads commands from descriptor 3 and answers on descriptor 4.
-    argv = ["bash", "-c", f'exec "$@" 3<&{read_fd} 4>&{write_fd}', "bash", "chromium", *_FLAGS.split()]
-    argv.append(f"--user-data-dir={profile}")
-    null, env = subprocess.DEVNULL, {**os.environ, "TMPDIR": str(profile.parent)}  # it does not clean up when killed
-    process = subprocess.Popen(
-        argv, stdin=null, stdout=null, stderr=null, pass_fds=(read_fd, write_fd), start_new_session=True, env=env
-    )
-    try:
-        os.close(read_fd)
-        os.close(write_fd)
-        yield Browser(to_fd, from_fd)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        os.close(to_fd)
-        os.close(from_fd)
+def running() -> Iterator[Browser]:
+    """Start a browser with a new profile, and end it with its files."""
+    # A short path: the browser makes a socket there.
+    with tempfile.TemporaryDirectory(prefix="x07-browser-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        (read_fd, to_fd), (from_fd, write_fd) = os.pipe(), os.pipe()
+        # The browser reads commands from descriptor 3 and answers on descriptor 4.
+        argv = ["bash", "-c", f'exec "$@" 3<&{read_fd} 4>&{write_fd}', "bash", "chromium", *_FLAGS.split()]
+        argv.append(f"--user-data-dir={folder}/profile")
+        null, env = subprocess.DEVNULL, {**os.environ, "TMPDIR": folder}
+        process = subprocess.Popen(
+            argv, stdin=null, stdout=null, stderr=null, pass_fds=(read_fd, write_fd), start_new_session=True, env=env
+        )
+        try:
+            os.close(read_fd)
+            os.close(write_fd)
+            yield Browser(to_fd, from_fd)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            os.close(to_fd)
+            os.close(from_fd)

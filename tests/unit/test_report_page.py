@@ -353,7 +353,7 @@ def test_a_browser_shows_a_hostile_page_as_text(need: Need, tmp_path: Path) -> N
     need(not reason, reason, installable=False)
     file = tmp_path / "page.html"
     file.write_text(hostile_page(), encoding="utf-8")
-    with running(tmp_path / "profile") as browser:
+    with running() as browser:
         for width in (1200, 480):
             for dark in (False, True):
                 browser.open(file, width, dark=dark)
