@@ -142,6 +142,11 @@ class Stage:
         if self.engine is not None:
             spared_names = {f"x07-{name}" for name in spared}
             found += [f"container {name}" for name in self.engine.containers() if name not in spared_names]
+        for pid in [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]:
+            with contextlib.suppress(OSError):
+                words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+                if "-id" in words and words[words.index("-id") + 1].removeprefix("x07-") in self.jobs - spared:
+                    found.append(f"shim {pid}")
         bundles = {path.name.removeprefix("x07-") for path in self.state.parent.glob("**/gvisor/bundles/*")}
         found += [f"bundle {name}" for name in sorted(bundles - spared)]
         jobs = self.jobs - spared

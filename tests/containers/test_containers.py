@@ -22,8 +22,10 @@ from tests.conftest import need
 from tests.engines import REFERENCE
 from tests.vm.jail_helpers import temporary_user
 from x07_sandbox import exec_command
+from x07_sandbox.backends.base import Orphan
 from x07_sandbox.backends.container import reaper
 from x07_sandbox.backends.container.create import engine_gaps
+from x07_sandbox.backends.containerd.backend import ContainerdBackend
 from x07_sandbox.backends.engines import engine as the_engine
 from x07_sandbox.backends.engines import load
 from x07_sandbox.images.store import find_image
@@ -143,6 +145,20 @@ def waiting_run(engine: EngineUnderTest, folder: Path) -> Iterator[tuple[subproc
         finally:
             runner.send_signal(signal.SIGCONT)  # a failed test may leave it stopped
             runner.send_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("engine", ["containerd"], indirect=True)
+@pytest.mark.usefixtures("engine")
+def test_a_task_without_a_container_is_ended() -> None:
+    """A container is gone only once it has no shim, and the shim of a task whose container was deleted is killed."""
+    container = "x07-1764273600000-4711-0-run"
+    words = ["-namespace", "x07", "-id", container, "-address", "/no.sock"]  # of a shim; this one makes no task
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", *words]) as shim:
+        try:
+            assert ContainerdBackend().remove(Orphan(id=container, labels={}))
+            assert shim.wait(10) == -signal.SIGKILL
+        finally:
+            shim.kill()
 
 
 VIEW = """

@@ -1,5 +1,6 @@
 """Containers of containerd, by its client `ctr`. What its commands print was seen with version 1.7."""
 
+import contextlib
 import re
 from collections.abc import Sequence
 from typing import Any, Final
@@ -13,8 +14,11 @@ from x07_sandbox.backends.container.runtime import CONTAINERS_MAX, CREATE, is_na
 from x07_sandbox.backends.containerd.create import FDS_MAX, create_argv, differences
 from x07_sandbox.backends.engines import Answer, Client
 from x07_sandbox.errors import BackendError, Flag, HostError
+from x07_sandbox.host.clocks import Deadline
+from x07_sandbox.host.processes import kill_identity, processes_with_mark, wait_gone
 
 _STEP_S: Final = 5.0
+_SHIM_S: Final = 1.0
 _IMAGE: Final = re.compile(r"(\S{1,512}) +\S+ +(sha256:[0-9a-f]{64}) ")  # REF TYPE DIGEST SIZE ...
 _IMPORT: Final = "Import the guest image again"
 
@@ -108,12 +112,15 @@ class Ctr(msgspec.Struct, frozen=True, kw_only=True):
     def remove(self, container: str) -> bool:
         """Kill and remove a container, and return whether it is proven gone. Raises BackendError."""
 
-        def remove() -> bool:  # a container can be deleted once it has no task; a step fails if there is nothing to do
+        def remove() -> bool:  # a step fails if there is nothing to do
             self.client.call("tasks", "kill", "--signal", "SIGKILL", container, timeout_s=_STEP_S)
             self.client.call("tasks", "delete", "--force", container, timeout_s=_STEP_S)
             machine_gone = self.end_machine(container)
-            self.client.call("containers", "delete", container, timeout_s=_STEP_S)
-            return machine_gone and self.find(container) is None
+            if _without_shim(container):
+                self.client.call("containers", "delete", container, timeout_s=_STEP_S)
+            elif self.find(container) is None:
+                _kill_shim(container)
+            return machine_gone and self.find(container) is None and _without_shim(container)
 
         return until_gone(remove)
 
@@ -130,3 +137,26 @@ class Ctr(msgspec.Struct, frozen=True, kw_only=True):
         """Return the names of the containers with x07's label. Raises BackendError."""
         answer = self.client.call("containers", "ls", "--quiet", 'labels."io.x07.schema"==1')
         return [] if answer.status else [word for word in answer.text.split() if is_name(word)][:CONTAINERS_MAX]
+
+
+def _shim_words(container: str) -> str:
+    """Return a part of the arguments of a container's shim.
+
+    The shim is the process of a task, which containerd starts before it knows the task. So if `ctr` was killed while it
+    started a task, containerd may make that task after its container was deleted. `ctr` cannot name such a task, but
+    containerd removes a task whose shim has ended.
+    """
+    return f"-id\0{container}\0"
+
+
+def _without_shim(container: str) -> bool:
+    """Wait until a container has no shim, for a limited time. Return whether it has none."""
+    deadline = Deadline.after(_SHIM_S)
+    return all(wait_gone(shim, deadline.left_s()) for shim in processes_with_mark(_shim_words(container)))
+
+
+def _kill_shim(container: str) -> None:
+    words = _shim_words(container)
+    for shim in processes_with_mark(words):
+        with contextlib.suppress(PermissionError):  # an ordinary user's: the container is then not proven gone
+            kill_identity(shim, words)
