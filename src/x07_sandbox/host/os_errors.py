@@ -53,10 +53,14 @@ def out_of_cpu_time(status: int | None) -> str:
 
 @contextlib.contextmanager
 def raised_as(kind: type[SandboxError], what: str, fix: Text) -> Iterator[None]:
-    """Raise an OSError in the context as an error of this kind, with the system's words for why."""
+    """Raise an OSError in the context as an error of this kind, with the system's words for why.
+
+    fix: what to do, unless there are too many open files.
+    """
     try:
         yield
     except OSError as exc:
+        fix = _FIXES[exc.errno] if exc.errno in {errno.EMFILE, errno.ENFILE} else fix
         raise kind(what, exc.strerror or str(exc), fix) from exc
 
 

@@ -15,7 +15,7 @@ from typing import Final, NamedTuple
 
 from x07_sandbox.errors import HostError, RefusedError, printable
 from x07_sandbox.host.arch import Arch
-from x07_sandbox.host.os_errors import raised_as
+from x07_sandbox.host.os_errors import fix_for, raised_as
 from x07_sandbox.host.processes import output_of
 from x07_sandbox.host.variables import flag
 from x07_sandbox.host.verdicts import Verdict, file_state
@@ -137,7 +137,9 @@ def _try_namespaces() -> str:
     argv = probe_argv(needed_files(_PRINTF))
     try:
         done = output_of(argv, timeout_s=_PROBE_S)
-    except (OSError, subprocess.TimeoutExpired) as exc:
+    except OSError as exc:
+        raise HostError(what, f"{argv[0]} failed with {exc}", fix_for(exc, "Run x07 doctor")) from exc
+    except subprocess.TimeoutExpired as exc:
         raise HostError(what, f"{argv[0]} failed with {exc}", "Run x07 doctor") from exc
     if done.stdout == b"ok":
         return ""
