@@ -20,6 +20,7 @@ from tests.conftest import FULL
 from tests.engines import apple_container
 from x07_sandbox.cli.main import main
 from x07_sandbox.conformance.harness import policy_with, remaining
+from x07_sandbox.host.processes import processes_with_mark
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -142,14 +143,11 @@ class Stage:
         if self.engine is not None:
             spared_names = {f"x07-{name}" for name in spared}
             found += [f"container {name}" for name in self.engine.containers() if name not in spared_names]
-        for pid in [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]:
-            with contextlib.suppress(OSError):
-                words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
-                if "-id" in words and words[words.index("-id") + 1].removeprefix("x07-") in self.jobs - spared:
-                    found.append(f"shim {pid}")
         bundles = {path.name.removeprefix("x07-") for path in self.state.parent.glob("**/gvisor/bundles/*")}
         found += [f"bundle {name}" for name in sorted(bundles - spared)]
         jobs = self.jobs - spared
+        if self.backend == "containerd":
+            found += [f"shim {one.pid}" for job in jobs for one in processes_with_mark(f"-id\0x07-{job}\0")]
         groups = Path("/sys/fs/cgroup").glob("*/x07-sandbox/*/")
         found += [f"group {path}" for path in groups if path.name.removeprefix("x07-") in jobs]
         mounts = Path("/proc/self/mounts").read_text(encoding="utf-8")

@@ -165,8 +165,8 @@ def temporary_user() -> Iterator[pwd.struct_passwd]:
         yield found
     finally:
         # podman leaves a process, with which the user would stay. As this user, kill -1 reaches no other process.
-        as_user = [SETPRIV, "--reuid", str(found.pw_uid), "--regid", str(found.pw_gid), "--clear-groups", "--"]
-        subprocess.run([*as_user, "/bin/sh", "-c", "kill -KILL -1"], check=False, capture_output=True)
+        kill = ["/bin/sh", "-c", "kill -KILL -1"]
+        subprocess.run(kill, user=found.pw_uid, group=found.pw_gid, extra_groups=[], check=False, capture_output=True)
         subprocess.run([USERDEL, "--remove", name], check=False, capture_output=True)
         for folder in (found.pw_dir, f"/tmp/storage-run-{found.pw_uid}"):  # noqa: S108 - podman's
             shutil.rmtree(folder, ignore_errors=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from x07_sandbox.errors import HostError, ImageError
 from x07_sandbox.host.linux import new_memory_file, open_pidfd
-from x07_sandbox.host.paths import SYSTEM, find_program
+from x07_sandbox.host.paths import SYSTEM, closing_fd, find_program
 from x07_sandbox.host.poll import wait_readable
 
 PACKAGES = {
@@ -156,8 +156,8 @@ def capture(argv: Sequence[str], *, data: bytes = b"", max_bytes: int = 64 * 102
         given.seek(0)
         proc = subprocess.Popen(argv, stdin=given, stdout=output, stderr=errors, env=environment(), process_group=0)
         try:
-            with os.fdopen(open_pidfd(proc.pid), "rb") as pidfd:
-                in_time = wait_readable(pidfd.fileno(), _SHORT_S)
+            with closing_fd(open_pidfd(proc.pid)) as pidfd:
+                in_time = wait_readable(pidfd, _SHORT_S)
         finally:
             # Its number still belongs to it, since it has not been waited for.
             with contextlib.suppress(ProcessLookupError):
