@@ -154,10 +154,8 @@ def test_none_refuses_a_list_of_hosts(run: Run) -> None:
 
 
 def test_a_run_without_hosts_has_no_gate(run: Run) -> None:
-    """A run without a list of hosts has no resolver, no relay, no log, and no connections in its result."""
-    code = "print(open('/etc/resolv.conf').read(), end='')\nimport socket\nsocket.create_connection(('192.0.2.1', 1))\n"
-    result = run(code)
-    assert result["stdout"]["text"] == ""
+    """A run without a list of hosts has no gate, no relay, no log, and no connections in its result."""
+    result = run("import socket\nsocket.create_connection(('192.0.2.1', 1))\n")
     assert "Network is unreachable" in result["stderr"]["text"]
     assert result["net"] is None
     assert not list((run.place / "home").rglob("net.jsonl"))

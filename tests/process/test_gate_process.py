@@ -109,6 +109,24 @@ def test_a_gate_answers_and_reports(gate: GateProcess) -> None:
     assert [(row.host, row.port, row.rule) for row in account.denied] == [("example.org", 443, "net.allow_hosts")]
 
 
+def test_a_gate_reports_while_it_runs(gate: GateProcess) -> None:
+    """A gate counts what the guest has sent until the question, also what it had not read yet, and goes on."""
+    account = None
+    with guest_of(gate) as guest:
+        for number in range(1, 4):
+            link = Streams(Role.GUEST, egress.STREAMS)
+            if number == 1:
+                assert ask(guest, b"example.org", 443) == egress.POLICY
+            else:
+                link.message(egress.REFUSAL, Target(egress.TCP, b"example.org", 443).refusal())
+                guest.sendall(link.data_to_send())
+            account = gate.account_so_far()
+            assert account is not None
+            assert [row.count for row in account.denied] == [number]
+    assert gate.account() == account
+    assert gate.account_so_far() is None
+
+
 def test_the_gate_is_the_only_holder_of_the_stream(gate: GateProcess) -> None:
     """Only the gate holds the guest's stream: when the gate ends, the stream ends."""
     with guest_of(gate) as guest:

@@ -96,11 +96,12 @@ FIELD_MEANING: Final = {
     "RESIZE.rows": "Rows of characters.",
     "RESIZE.columns": "Columns of characters.",
     "DENIED.id": ID,
-    "DENIED.by": "`kernel` or `seccomp`.",
-    "DENIED.call": "Name of the system call.",
+    "DENIED.by": "`kernel` or `seccomp`; `network` for a connection or lookup in a session without connections.",
+    "DENIED.call": "Name of the system call. By `network`: `connect` or `lookup`.",
     "DENIED.errno": "The error that the call returned.",
     "DENIED.path": "The path that the call named, or empty. With a final slash it is a folder for a new entry. "
-    "For a call that raises a limit, it is `core`, `cpu` or `nofile`.",
+    "For a call that raises a limit, it is `core`, `cpu` or `nofile`. "
+    "By `network`: `ADDRESS:PORT`, or the name that was looked up.",
     "DENIED.write": "Whether the call would have changed something.",
     "DENIED.times": "How many times it was denied.",
     "EXITED.id": ID,

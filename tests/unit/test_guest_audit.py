@@ -34,8 +34,9 @@ CALLS: Final = {
     "fchmod": 91,
     "utimensat": 280,
     "prlimit64": 302,
+    "connect": 42,
 }
-SYSCALL, PATH, CWD, SECCOMP = 1300, 1302, 1307, 1326
+SYSCALL, PATH, SOCKADDR, CWD, SECCOMP = 1300, 1302, 1306, 1307, 1326
 WHO: Final = (
     "ppid=137 pid=138 auid=4294967295 uid=65532 gid=65532 euid=65532 suid=65532 fsuid=65532 egid=65532 sgid=65532 "
     'fsgid=65532 tty=(none) ses=4294967295 comm="python3" exe="/usr/bin/python3.13" key=(null)'
@@ -353,13 +354,45 @@ def test_a_flood_is_bounded() -> None:
     assert (refusals.found, refusals.uncounted) == ({}, 0)
 
 
+@pytest.mark.parametrize(
+    ("saddr", "wanted"),
+    [
+        ("020001BB01010101" + "0" * 16, "1.1.1.1:443"),
+        ("0A000016" + "0" * 8 + "20010DB8" + "0" * 22 + "01" + "0" * 8, "[2001:db8::1]:22"),
+    ],
+)
+def test_a_connection_without_a_network_is_reported_by_its_address(saddr: str, wanted: str) -> None:
+    """Where there is no network, a connection that a program tried is reported by address and port."""
+    found = read([called(42, 101, items=0), (SOCKADDR, f"saddr={saddr}")])
+    assert found == {Refusal("network", "connect", 101, wanted, write=False): 1}
+
+
+@pytest.mark.parametrize("saddr", ["01002F746D702F736F636B", "0200", "", "zz", "10000000000000000000", "FFFF" * 8])
+def test_only_internet_addresses_are_connections(saddr: str) -> None:
+    """A call with another or a broken address is no connection, and nothing fails."""
+    assert read([called(42, 101, items=0), (SOCKADDR, f"saddr={saddr}")]) == {}
+
+
+def test_services_answer_for_their_own_denials() -> None:
+    """A denied request about files is the answer to that request, and no denial of the next command."""
+    refusals = Refusals(CALLS)
+    refusals.reset(services=lambda: [138])
+    refusals.note(SYSCALL, f"audit(1.2:3): {called(257, 13, items=0)[1]}".encode())
+    refusals.note(SYSCALL, f"audit(1.2:4): {called(257, 13, items=0)[1]}".replace("pid=138", "pid=139").encode())
+    assert sum(refusals.found.values()) == 1
+
+
 def test_directory_arguments_of_audited_calls_are_known() -> None:
     """The directory arguments of every audited call are known."""
     named = {name for name in AUDITED if name.endswith(("at", "at2"))} - {"creat", "stat", "lstat"}
     assert set(_FOLDERS) == named | {"statx"}
 
 
-@given(st.lists(st.tuples(st.sampled_from([SYSCALL, PATH, CWD, SECCOMP, 0]), st.binary(max_size=80)), max_size=20))
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([SYSCALL, PATH, SOCKADDR, CWD, SECCOMP, 0]), st.binary(max_size=80)), max_size=20
+    )
+)
 def test_any_bytes_are_read_without_an_error(records: list[tuple[int, bytes]]) -> None:
     """Any bytes in a record are read without an error."""
     refusals = Refusals(CALLS)

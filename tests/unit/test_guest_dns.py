@@ -18,7 +18,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from x07_sandbox.guest.dns import TTL_S, NameTable, answer
+from x07_sandbox.guest.dns import REFUSED, TTL_S, NameTable, answer
 
 ADDRESS: Final = "198.18.0.16"
 ANSWER_MAX: Final = 512
@@ -46,6 +46,15 @@ def ask(query: dns.message.Message, names: NameTable | None = None) -> dns.messa
 def lookup(name: str, kind: str = "A", names: NameTable | None = None) -> dns.message.Message:
     """The answer to a query without EDNS."""
     return ask(dns.message.make_query(name, kind), names)
+
+
+def test_a_program_without_a_network_is_refused_every_name() -> None:
+    """Without a network, every name but localhost is refused, which programs report as a temporary failure."""
+    names, asked = NameTable({}, []), list[str]()
+    names.unlisted, names.on_unlisted = REFUSED, asked.append
+    assert {lookup("a.example", kind, names).rcode() for kind in ("A", "AAAA", "MX")} == {dns.rcode.REFUSED}
+    assert asked == ["a.example"]
+    assert addresses(lookup("localhost", "A", names)) == ["127.0.0.1"]
 
 
 def addresses(reply: dns.message.Message) -> list[str]:

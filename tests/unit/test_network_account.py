@@ -10,15 +10,19 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
+from x07_sandbox.channel.messages import Denied
 from x07_sandbox.network import ledger
 from x07_sandbox.network.ledger import LOG_MAX_BYTES, ROWS_MAX, Ledger
 from x07_sandbox.network.rules import make_allowlist
 from x07_sandbox.network.settings import parse_settings
 from x07_sandbox.network.summary import Contact, NetworkUse
-from x07_sandbox.plan.denials import HowToAllow
+from x07_sandbox.plan.denials import Denial, HowToAllow
 from x07_sandbox.policy.default import default_policy
-from x07_sandbox.runs.egress import denials
+from x07_sandbox.policy.model import HostPorts
+from x07_sandbox.runs.egress import denials, denials_without_gate, new_denials
+from x07_sandbox.runs.request import EffectivePolicy
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -217,6 +221,59 @@ def test_excess_denials_are_counted() -> None:
     log.ledger.denied(contact("real.example", rule="tls:other-name", reason="it names another host"))
     found, more = denials(log.ledger.use(), make_allowlist(default_policy()))
     assert (found[0].subject, len(found), len(found) + more) == ("real.example:443", 64, 301)
+
+
+def test_a_command_is_told_only_what_is_new() -> None:
+    """A command of a sandbox lists connections that were denied since it started, with their own count."""
+    log = Log()
+    log.ledger.denied(contact("old.example", rule="net.allow_hosts"))
+    log.ledger.denied(contact("again.example", rule="net.allow_hosts"))
+    before = log.ledger.use()
+    log.ledger.denied(contact("again.example", rule="net.allow_hosts"))
+    log.ledger.denied(contact("again.example", rule="net.allow_hosts"))
+    log.ledger.denied(contact("new.example", rule="net.allow_hosts"))
+    rows = new_denials(log.ledger.use(), before).denied
+    assert [(row.host, row.count) for row in rows] == [("again.example", 2), ("new.example", 1)]
+    assert new_denials(before, before).denied == []
+
+
+def unreachable(*reported: tuple[str, str]) -> list[Denial]:
+    """The denials of what a guest without a network reported."""
+    effective = EffectivePolicy(default_policy(), b"", "built-in:default")
+    refused = [Denied(1, "network", call, 0, path, write=False, times=2) for call, path in reported]
+    return denials_without_gate(refused, effective, "the virtual machine")
+
+
+def test_a_program_without_a_network_leaves_a_trace() -> None:
+    """What a program without a network looked up or connected to is listed, with the flag that would allow it."""
+    found = unreachable(("connect", "1.1.1.1:80"), ("connect", "[2606:4700::1]:443"), ("lookup", "pypi.org"))
+    assert [(one.action, one.subject, one.count, one.observed_by) for one in found] == [
+        ("connect", "1.1.1.1:80", 2, "guest"),
+        ("connect", "[2606:4700::1]:443", 2, "guest"),
+        ("look up", "pypi.org", 2, "guest"),
+    ]
+    assert {one.field for one in found} == {"net.allow_hosts"}
+    flags = [one.how_to_allow.flag for one in found if one.how_to_allow is not None]
+    assert flags == [f"--allow-host {words}" for words in ("1.1.1.1:80", "'[2606:4700::1]:443'", "pypi.org:443")]
+
+
+@pytest.mark.parametrize(
+    "path", ["", ":", "a b:1", "[:1", "1.1.1.1", "1.1.1.1:0", "1.1.1.1:99999", "x" * 2000 + ":1", "\x9b:1"]
+)
+def test_a_lying_guest_cannot_break_the_list(path: str) -> None:
+    """What is no address and port is left out, whatever a broken guest reports."""
+    assert unreachable(("connect", path)) == []
+
+
+def test_hosts_that_belong_together_are_named_together() -> None:
+    """If pypi.org is granted, the denial of the host with its files says that both belong together."""
+    log = Log()
+    log.ledger.denied(contact("files.pythonhosted.org", rule="net.allow_hosts"))
+    net = replace(default_policy().net, allow_hosts=(HostPorts(host="pypi.org", ports=(443,)),))
+    for policy, wanted in ((default_policy(), ""), (replace(default_policy(), net=net), "pypi.org, which is granted")):
+        found, _ = denials(log.ledger.use(), make_allowlist(policy))
+        assert found[0].reason.startswith(wanted)
+        assert bool(found[0].reason) == bool(wanted)
 
 
 def test_the_advice_for_a_resolved_name_is_about_its_address() -> None:

@@ -751,16 +751,59 @@ def test_policies_bound_each_command() -> None:
 
 
 def test_the_gate_decides_about_each_connection(state: Path) -> None:
-    """With allowed hosts, a sandbox has a gate, and the result lists what it denied."""
+    """With allowed hosts, a sandbox has a gate, and each command lists what it was denied, the result all of it."""
     script = "import socket\ntry: socket.create_connection(('other.example', 443))\nexcept OSError as exc: print(exc)"
     with Sandbox(allow_hosts=["example.org:443"]) as opened:
         for _ in range(2):
-            assert "not known" in text(opened.exec(["python3", "-c", script]))
+            ended = opened.exec(["python3", "-c", script])
+            assert "not known" in text(ended)
+            assert [(one.field, one.subject, one.count) for one in ended.denials] == [
+                ("net.allow_hosts", "other.example", 1)
+            ]
+        assert opened.exec(["true"]).denials == ()
     assert opened.result is not None
     assert [(one.field, one.subject, one.count) for one in opened.result.denials] == [
         ("net.allow_hosts", "other.example", 2)
     ]
     assert left_behind(state) == []
+
+
+def test_a_command_without_a_network_says_what_it_tried(shared: Sandbox) -> None:
+    """A command whose connections fail for want of a network names at most 64 of them, with the flag that helps."""
+    script = """
+import socket
+for host in ("192.0.2.7", "files.pythonhosted.org", *(f"h{n}.example" for n in range(100))):
+    try:
+        socket.create_connection((host, 80))
+    except OSError as exc:
+        print(exc)
+"""
+    ended = shared.exec(["python3", "-c", script])
+    assert text(ended).splitlines() == ["[Errno 101] Network is unreachable"] + 101 * [
+        "[Errno -3] Temporary failure in name resolution"
+    ]
+    assert [(one.action, one.subject) for one in ended.denials[:2]] == [
+        ("connect", "192.0.2.7:80"),
+        ("look up", "files.pythonhosted.org"),
+    ]
+    how = ended.denials[1].how_to_allow
+    assert how is not None
+    assert how.flag == "--allow-host files.pythonhosted.org:443"
+    assert len(ended.denials) == 64
+    assert shared.exec(["true"]).denials == ()
+
+
+def test_a_failed_command_has_hints(shared: Sandbox) -> None:
+    """A command that fails says what it seems to lack, as a program of its own does."""
+    ended = shared.exec(["python3", "-c", "import numpy"])
+    assert [(one.subject, one.kind) for one in ended.hints] == [("the Python module numpy", "missing")]
+
+
+def test_a_refused_request_about_files_is_no_denial_of_a_command(shared: Sandbox) -> None:
+    """A refused write by the caller is an error of that call, and the next command does not report it."""
+    with pytest.raises(OSError, match="Read-only"):
+        shared.files.write("/etc/passwd", b"")
+    assert shared.exec(["true"]).denials == ()
 
 
 # asyncio

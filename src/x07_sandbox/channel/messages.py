@@ -216,10 +216,11 @@ class Changes(NamedTuple):
 
 
 class Denied(NamedTuple):
-    """A system call that was denied to a command, and how many times. by: "kernel" or "seccomp".
+    """A system call that was denied to a command, and how many times. by: "kernel", "seccomp" or "network".
 
     path: the path in the call, with a final slash for a new entry in that folder; empty if there is none. If the call
-    raises a limit: `core`, `cpu` or `nofile`.
+    raises a limit: `core`, `cpu` or `nofile`. By "network" in a session without connections: ADDRESS:PORT of a
+    `connect`, or the name in a `lookup`, which is no system call.
     """
 
     id: int

@@ -31,7 +31,8 @@ _REACHED: Final = {
     ("fs.max_entries", "copy"): "limit of copied files and folders reached",
     ("fs.max_entries", "change"): "limit of changed files and folders reached",
 }
-_SIZES: Final = frozenset({"fs.max_read_bytes", "fs.max_depth"})
+_NOT_COPIED: Final = frozenset({("copy", "fs.max_read_bytes"), ("copy", "fs.max_depth")})
+_CONNECTS: Final = frozenset({"connect", "look up"})
 _FULL: Final = frozenset({"scratch", "limits.mem_bytes"})  # for these, the subject of a denied write is a sentence
 # The words for other actions, followed by the subject. Names of system calls are not listed.
 _ACTIONS: Final = {
@@ -81,7 +82,7 @@ def denial_lines(result: Result, command: str = "") -> list[str]:
 
     command: the words before --json in a message, such as "x07 run ", if the calling command has no --json.
     """
-    lines = _not_copied(result) if result.outcome == "ok" else _of_program(result, command)
+    lines = _unnoticed(result) if result.outcome == "ok" else _of_program(result, command)
     policy = result.policy or ""
     if policy.startswith(BUILT_IN) and _needs_policy_file(result):
         # --out is relative to the folder of an enclosing project, so the command contains an absolute path.
@@ -92,10 +93,12 @@ def denial_lines(result: Result, command: str = "") -> list[str]:
     return lines
 
 
-def _not_copied(result: Result) -> list[str]:
-    """Return the messages about files that were too large or too deep to be copied, which a program may not notice."""
-    found = [denial for denial in result.denials if denial.action == "copy" and denial.field in _SIZES]
-    return [_line(denial) for denial in found[:_SHOWN]]
+def _unnoticed(result: Result) -> list[str]:
+    """Return the messages that matter after success: files too large or too deep to be copied, and connections."""
+    found = [one for one in result.denials if one.action in _CONNECTS or (one.action, one.field) in _NOT_COPIED]
+    lines = [_line(denial) for denial in found[:_SHOWN]]
+    more = len(found) - len(lines)
+    return [*lines, f"and {more} more denials"] if more else lines
 
 
 def _with_processes(policy: str) -> list[str]:

@@ -50,7 +50,7 @@ _CREATE_EPILOG: Final = """The command prints the id of the sandbox. A policy's 
 If the sandbox ends in another way than by x07 sandbox close, changes to folders are kept for x07 apply.
 
 examples:
-  x07 sandbox create --name build --workdir . --allow-host pypi.org:443
+  x07 sandbox create --name build --workdir . --allow-host example.org:443
   id=$(x07 sandbox create --idle 600 --tag job=17)
 """
 _EXEC_EPILOG: Final = """The exit code is that of the command. Ctrl-C kills the command, and the sandbox stays open.

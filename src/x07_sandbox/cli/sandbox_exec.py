@@ -187,6 +187,7 @@ def _report(
             cpu_ms=end.report.cpu_ms,
             memory_peak_bytes=end.memory_peak_bytes,
             denials=end.denials,
+            hints=end.hints,
             stdout=stdout,
             stderr=stderr,
         )
@@ -197,11 +198,11 @@ def _report(
     sys.stdout.flush()
     if found.outcome not in {"ok", "failed"} or (found.outcome == "failed" and found.code != "exited"):
         say(ending_line(found.outcome, found.code, found.reason, found.error), bad=f"{found.outcome}:")
-    if end.denials:
+    if end.denials or end.hints:
         from msgspec.structs import replace
 
         from x07_sandbox.cli.denials_text import say_denials
         from x07_sandbox.runs.result import draft_result
 
-        say_denials(replace(draft_result(run), denials=list(end.denials)))
+        say_denials(replace(draft_result(run), denials=list(end.denials), hints=list(end.hints)))
     return found.x07_exit_code

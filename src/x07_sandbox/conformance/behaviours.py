@@ -122,6 +122,18 @@ def _seen(bench: Bench) -> Facts:
     }
 
 
+_UNCONNECTED: Final = """
+import socket
+for host in ("1.1.1.1", "2606:4700:4700::1111", "x07-conform.invalid"):
+    tried(socket.create_connection, (host, 443), 5)
+"""
+
+
+def _unconnected(bench: Bench) -> Facts:
+    denials = bench.run(_UNCONNECTED).denials
+    return {"denied": sorted(one.subject for one in denials if one.action in {"connect", "look up"})}
+
+
 def _echoed(bench: Bench) -> Facts:
     result = bench.run(_ECHO, stdin=_BYTES)
     return {
@@ -460,6 +472,8 @@ _TABLE: Final[Mapping[Group, tuple[tuple[str, str, Check], ...]]] = {
     ),
     "isolation": (
         ("no-network", "The program has no network interface.", _fact(_seen, "interfaces", [])),
+        ("observed-connections", "Without a network, the connections and lookups that a program tries are reported.",
+            _fact(_unconnected, "denied", ["1.1.1.1:443", "[2606:4700:4700::1111]:443", "x07-conform.invalid"])),
         ("no-host-servers", "The program reaches no server on the host.",
             _fact(_seen, "host server answers", expected=False)),
         ("no-host-files", "The program cannot open a file of the host.",
@@ -498,7 +512,8 @@ _NEEDS: Final = {
     "cpu": "limits.cpu_ms", "memory": "limits.mem_bytes", "descriptors": "limits.fds", "tasks": "limits.procs",
     "core-dumps": "limits.core_dumps", "no-network": "no-network", "no-host-servers": "no-network",
     "no-host-files": "no-host-files", "no-host-variables": "no-host-variables", "no-more-tasks": "confinement",
-    "unlisted-name": "network", "gate-asked": "network", "connect-fails": "held-connections",
+    "unlisted-name": "network", "gate-asked": "network", "observed-connections": "observed-connections",
+    "connect-fails": "held-connections",
     "cpu-of-one": "limits.cpu_ms", "memory-together": "limits.mem_bytes", "tasks-together": "limits.procs",
     "whole-command": "command-groups", "changes-so-far": "host-files",
     "no-execution": "confinement", "read-root": "host-files", "write-root": "host-files", "out-folder": "host-files",

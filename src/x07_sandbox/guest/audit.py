@@ -15,8 +15,9 @@ import posixpath
 import select
 import socket
 import struct
+import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Final, NamedTuple
 
 from x07_sandbox.channel.messages import DENIED_MAX
@@ -31,7 +32,7 @@ _PENDING_MAX: Final = 16  # calls with incomplete records
 
 _NETLINK_AUDIT: Final = 9  # linux/audit.h, from here on
 _GET, _SET, _ADD_RULE = 1000, 1001, 1011
-_SYSCALL, _PATH, _CWD, _SECCOMP, _PROCTITLE, _EOE = 1300, 1302, 1307, 1326, 1327, 1320
+_SYSCALL, _PATH, _SOCKADDR, _CWD, _SECCOMP, _PROCTITLE, _EOE = 1300, 1302, 1306, 1307, 1326, 1327, 1320
 _STATUS: Final = struct.Struct("=11I")  # mask, enabled, failure, pid, rate, backlog's limit, lost, backlog, ...
 _LOST, _QUEUED = 6, 7
 _ENABLED, _FAILURE, _PID, _RATE_LIMIT, _BACKLOG_LIMIT, _BACKLOG_WAIT = 1, 2, 4, 8, 16, 32
@@ -55,7 +56,14 @@ _FOLDERS: Final[dict[str, tuple[bytes, ...]]] = {
 }
 _WRITES: Final = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
-ERRNOS: Final = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE, errno.EBUSY)
+ERRNOS: Final = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE, errno.EBUSY, errno.ENETUNREACH)
+# Calls that fail with ENETUNREACH where there is no network; only for them that errno is recorded, and no other.
+CONNECTS: Final = frozenset({"connect", "sendto", "sendmsg", "sendmmsg"})
+# A struct sockaddr_in or sockaddr_in6 (ip(7), ipv6(7)): the family in the host's byte order, the port, the address.
+_ADDRESSES: Final = {
+    socket.AF_INET: (struct.Struct("!2xH4s"), "{}:{}"),
+    socket.AF_INET6: (struct.Struct("!2xH4x16s"), "[{}]:{}"),
+}
 # Calls that fail with EBUSY on a mount point, such as a root; the only ones for which that errno is recorded.
 _REPLACES: Final = frozenset({"rename", "renameat", "renameat2", "unlink", "unlinkat", "rmdir"})
 # The argument that holds the open flags. Calls that are neither here nor in _READS_ONLY count as writes.
@@ -69,13 +77,15 @@ _READS_ONLY: Final = frozenset(
 
 Find = Callable[[str, int, str], str]
 Resolve = Callable[[str], str]
+Services = Callable[[], Collection[int]]
 
 
 class Refusal(NamedTuple):
     """One kind of denied call.
 
-    by: `kernel` or `seccomp`. path: the path in the call; "" if the call has none. If the call creates a file or
-    folder: the parent folder with a trailing slash. If the call raises a limit: `core`, `cpu` or `nofile`.
+    by: `kernel`, `seccomp`, or `network` for a connection where there is no network. path: the path in the call; "" if
+    the call has none. If the call creates a file or folder: the parent folder with a trailing slash. If the call raises
+    a limit: `core`, `cpu` or `nofile`. By `network`: ADDRESS:PORT, or the name that was looked up.
     """
 
     by: str
@@ -98,9 +108,10 @@ class Audit:
         self._poll = select.poll()
         self._poll.register(self.fd, select.POLLIN)
         self._sequence = 0
-        replaces = [number for name, number in audited.items() if name in _REPLACES]
+        only = {errno.EBUSY: _REPLACES, errno.ENETUNREACH: CONNECTS}
         for number in ERRNOS:
-            calls = replaces if number == errno.EBUSY else audited.values()
+            names = only.get(number, audited.keys() - CONNECTS)
+            calls = [audited[name] for name in names if name in audited]
             self._ask(_ADD_RULE, _rule(_EXIT_LIST, ((_FIELD_UID, UID), (_FIELD_EXIT, -number)), calls))
         for kind in (_PROCTITLE, _EOE):
             self._ask(_ADD_RULE, _rule(_EXCLUDE_LIST, ((_FIELD_TYPE, kind),), ()))
@@ -114,11 +125,17 @@ class Audit:
         self.begin()
         self._lost_before = self._status()[_LOST]
 
-    def begin(self, find: Find | None = None, roots: Sequence[str] = (), resolve: Resolve | None = None) -> None:
-        """Discard all records. Later records are the program's. find, roots, resolve: see `Refusals.reset`."""
+    def begin(
+        self,
+        find: Find | None = None,
+        roots: Sequence[str] = (),
+        resolve: Resolve | None = None,
+        services: Services = frozenset,
+    ) -> None:
+        """Discard all records. Later records are the program's. The arguments are those of `Refusals.reset`."""
         while self._next() is not None:
             pass
-        self._refusals.reset(find, roots, resolve)
+        self._refusals.reset(find, roots, resolve, services)
 
     def take(self) -> None:
         """Read and process at most _READS records."""
@@ -217,17 +234,25 @@ class Refusals:
         self.found: dict[Refusal, int] = {}
         self.reset()
 
-    def reset(self, find: Find | None = None, roots: Sequence[str] = (), resolve: Resolve | None = None) -> None:
+    def reset(
+        self,
+        find: Find | None = None,
+        roots: Sequence[str] = (),
+        resolve: Resolve | None = None,
+        services: Services = frozenset,
+    ) -> None:
         """Discard everything recorded, and store the functions that complete paths.
 
         find(device, inode, name): returns the path of an inode, or "" if that is unknown or no better than *name*.
         name: the path in the call, possibly of a link; "" if the path in the call was relative to a descriptor.
         roots: mount points of host folders.
         resolve(path): returns the path with its links resolved if the program may have made them, else "".
+        services(): returns the pids of the agent's services, which answer for their own denials.
         """
         self._find = find
         self._roots = roots
         self._resolve = resolve
+        self._services = services
         self._pending.clear()
         self.found.clear()
         self.uncounted = 0
@@ -252,6 +277,9 @@ class Refusals:
             call = self._pending[serial]
             if kind == _CWD:
                 call.cwd = _text(rest, b"cwd=")
+            elif kind == _SOCKADDR:
+                call.items, call.path = 0, _address(rest)
+                self._count_if_complete(serial, call)
             elif kind == _PATH:
                 call.items -= 1
                 self._note_path(call, rest)
@@ -260,12 +288,15 @@ class Refusals:
     def _note_call(self, serial: bytes, values: dict[bytes, bytes]) -> None:
         name, error = self._name(values.get(b"syscall", b"")), -_number(values.get(b"exit", b""))
         # The kernel also records successful calls for reasons of its own, such as a new login uid.
-        if error not in ERRNOS:
+        if error not in ERRNOS or _number(values.get(b"pid", b"")) in self._services():
             return
         # Ignore the limits of other processes (a0), and reads without a new limit (a2).
         if name == "prlimit64" and not (values.get(b"a0") == b"0" and values.get(b"a2") != b"0"):
             return
         argument = _FLAGS.get(name)
+        if name in CONNECTS:
+            self._pend(serial, _Call("network", "connect", error, items=1))  # its address follows
+            return
         call = _Call("kernel", name, error, items=_number(values.get(b"items", b"")))
         call.write = bool(_number(values.get(argument, b""), 16) & _WRITES) if argument else name not in _READS_ONLY
         call.write |= call.errno == errno.EROFS  # the flags of openat2 are in memory
@@ -273,6 +304,9 @@ class Refusals:
             call.path = _RESOURCES.get(_number(values.get(_RAISES[name], b""), 16) & 0xFFFFFFFF, "")
         folders = (_number(values.get(word, b""), 16) & 0xFFFFFFFF for word in _FOLDERS.get(name, ()))
         call.by_descriptor = any(folder != _AT_FDCWD for folder in folders)
+        self._pend(serial, call)
+
+    def _pend(self, serial: bytes, call: _Call) -> None:
         if len(self._pending) >= _PENDING_MAX:
             self._count(self._pending.pop(next(iter(self._pending))))
         self._pending[serial] = call
@@ -338,6 +372,8 @@ class Refusals:
             self._count(self._pending.pop(serial))
 
     def _count(self, call: _Call) -> None:
+        if call.by == "network" and not call.path:  # no address of the internet
+            return
         refusal = call.refusal()
         if refusal in self.found or len(self.found) < DENIED_MAX:
             self.found[refusal] = self.found.get(refusal, 0) + 1
@@ -366,6 +402,8 @@ class _Call:
 
     def refusal(self) -> Refusal:
         """Return the denial. If the call creates a file or folder, the path is the parent folder and a slash."""
+        if self.by == "network":
+            return Refusal(self.by, self.name, self.errno, self.path, write=False)
         path = self.path or self.folder
         if path and not path.startswith("/"):
             path = posixpath.join("..." if self.by_descriptor else self.cwd, path)
@@ -392,6 +430,18 @@ def _rule(which: int, fields: tuple[tuple[int, int], ...], calls: Iterable[int])
 def _values(text: bytes) -> dict[bytes, bytes]:
     """Parse `name=value` words; a quoted value ends at its first space."""
     return dict(word.partition(b"=")[::2] for word in text.split(b" "))
+
+
+def _address(record: bytes) -> str:
+    """Return the address and port in a SOCKADDR record, or "" for another family."""
+    try:
+        data = bytes.fromhex(_values(record)[b"saddr"].decode("ascii"))
+        family = int.from_bytes(data[:2], sys.byteorder)
+        layout, text = _ADDRESSES[socket.AddressFamily(family)]
+        port, address = layout.unpack_from(data)
+    except (KeyError, ValueError, struct.error):
+        return ""
+    return text.format(socket.inet_ntop(family, address), port)
 
 
 def _number(text: bytes, base: int = 10) -> int:

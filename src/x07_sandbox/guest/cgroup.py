@@ -69,6 +69,10 @@ class NoGroup:
         """Open the files to which a process writes "0" to join the group."""
         return ()
 
+    def pids(self) -> list[int]:
+        """Return the processes of the group; [] if they cannot be told apart."""
+        return []
+
     def kill(self, init: int) -> None:
         """Kill all processes of the group, if it KILLS."""
 
@@ -120,6 +124,10 @@ class HostGroup(NoGroup):
         """Open the file through which a process joins the group."""
         return (_open_procs(self._folder),)
 
+    def pids(self) -> list[int]:
+        """Return the processes of the group. Raises OSError."""
+        return [int(pid) for pid in read_file(f"{self._folder}/cgroup.procs").split()]
+
     def kill(self, init: int) -> None:  # noqa: ARG002
         """Kill all processes of the group."""
         self._write("cgroup.kill", "1")
@@ -130,9 +138,9 @@ class HostGroup(NoGroup):
 
     def program_stopped(self, init: int) -> bool:
         """Return whether a signal has stopped the program itself."""
-        for pid in read_file(f"{self._folder}/cgroup.procs").decode().split():
+        for pid in self.pids():
             # The program has joined first; reading all processes of a fork bomb would exceed the host's timeout.
-            if (fields := stat_of(int(pid))) and int(fields[1]) == init:
+            if (fields := stat_of(pid)) and int(fields[1]) == init:
                 return fields[0] in {"T", "t"}
         return False
 

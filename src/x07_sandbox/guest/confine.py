@@ -50,7 +50,7 @@ class World(NamedTuple):
     procs_fds: files through which a process joins the control groups.
     preload: modules imported by a Python interpreter that waits to become the program; None for no interpreter.
     base_filter, quiet_filter: seccomp filters for every program. readable: paths in the image without programs.
-    network: whether the relay resolves names.
+    resolver: whether programs have a DNS server.
     group_folder: the control group that the program can read at CGROUP_VIEW, or "" if there is none.
     program_uid: the user of programs, if that is another one. user_fd: the user namespace of programs, if they have
     one and it exists. program_root: where the root file system of programs is mounted, if they have one of their own.
@@ -63,7 +63,7 @@ class World(NamedTuple):
     quiet_filter: bytes
     readable: list[str]
     namespaces: bool
-    network: bool
+    resolver: bool
     group_folder: str
     program_uid: int = -1
     user_fd: int = -1
@@ -213,7 +213,7 @@ def _temporary(world: World) -> None:
         with open(f"{ROOT}{waiting.FOLDER}/sitecustomize.py", "x", encoding="utf-8") as file:
             file.write(interpreter.hook(world.preload))
     system.bind(MACHINE_ID, f"{ROOT}/etc/machine-id", system.MS_RDONLY)
-    if world.network:
+    if world.resolver:
         system.bind(RESOLV_CONF, f"{ROOT}/etc/resolv.conf", system.MS_RDONLY)
     _remount(f"{ROOT}/run", system.MS_RDONLY)
 

@@ -180,7 +180,7 @@ class Contained(OnSharedKernel):
         """Make the folder of the machine id. The engine has mounted all other folders."""
         os.makedirs(os.path.dirname(self.machine_id), exist_ok=True)
 
-    def make_resolv_conf(self) -> None:
+    def make_resolv_conf(self, text: str = "") -> None:
         """Do nothing, since the engine mounts /etc/resolv.conf."""
 
     def folder(self, name: str) -> str:

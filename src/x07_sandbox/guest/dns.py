@@ -21,7 +21,7 @@ _QUESTION: Final = struct.Struct(">HH")  # type, class
 _RECORD: Final = struct.Struct(">HHIH")  # type, class, TTL, data length
 
 _QR, _OPCODE, _RD, _RA = 0x8000, 0x7800, 0x0100, 0x0080
-_NOERROR, _FORMERR, _NXDOMAIN, _NOTIMP, _REFUSED = 0, 1, 3, 4, 5
+_NOERROR, _FORMERR, _NXDOMAIN, _NOTIMP, REFUSED = 0, 1, 3, 4, 5
 _A, _SOA, _AAAA = 1, 6, 28
 _IN: Final = 1
 
@@ -43,7 +43,7 @@ class NameTable:
 
     exact: address by name. wildcards: by suffix, the first of 256 addresses for names below it; the first and last of
     these addresses stay unused. Names are lower case, without a trailing dot.
-    on_unlisted: called with an unlisted name whose IPv4 address was requested.
+    on_unlisted: called with an unlisted name whose IPv4 address was requested. unlisted: the response code for it.
     Raises OSError for an invalid address.
     """
 
@@ -55,6 +55,7 @@ class NameTable:
         firsts = {suffix: int.from_bytes(inet_pton(AF_INET, first), "big") for suffix, first in wildcards}
         self._unused = {suffix: iter(range(first + 1, first + 255)) for suffix, first in firsts.items()}
         self.on_unlisted: Callable[[str], object] = lambda _name: None
+        self.unlisted = _NXDOMAIN
 
     def address_of(self, name: str) -> str | None:
         """Return the address of a name. Return None if the name is unlisted or its wildcard has no addresses left."""
@@ -108,7 +109,7 @@ def _look_up(labels: list[bytes], kind: int, in_class: int, names: NameTable) ->
     if any(label.translate(None, _LABEL_BYTES) for label in labels):
         return _FORMERR, b""
     if in_class != _IN:
-        return _REFUSED, b""
+        return REFUSED, b""
     name = b".".join(labels).decode("ascii").lower()
     data: bytes | None = None
     if labels[-1:] and labels[-1].lower() == b"localhost":
@@ -119,7 +120,7 @@ def _look_up(labels: list[bytes], kind: int, in_class: int, names: NameTable) ->
         if address is None:
             if kind == _A:
                 names.on_unlisted(name)
-            return _NXDOMAIN, b""
+            return names.unlisted, b""
         data = inet_pton(AF_INET, address) if kind == _A else None
     if data is None:
         return _NOERROR, b""

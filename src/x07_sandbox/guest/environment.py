@@ -67,7 +67,8 @@ class Environment:
 
     first: whether this machine had no environment before; close an environment before you make the next one.
     preload: modules that a waiting Python interpreter imports; None if the waiting process is no interpreter.
-    network: whether there is a relay for connections. init: process id of init. report_fd: init's messages.
+    network: whether there is a relay for connections. no_network: what observes attempts to connect without one, or
+    None. init: process id of init. report_fd: init's messages.
     group: the control group of all commands. own_groups: whether each command has a group of its own below that one.
     shared: whether several commands have run in that one. in_memory_fds: the tmpfs folders, once `prepare` has
     returned.
@@ -106,15 +107,17 @@ class Environment:
         self.own_groups = self._first.group.OF_COMMAND
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         self.report_fd, report_w = os.pipe2(os.O_CLOEXEC)
+        netns_fd = _network_namespace() if platform.namespaces else -1
+        self.no_network = None if network else platform.no_network(netns_fd)
         world = confine.World(
-            netns_fd=_network_namespace() if platform.namespaces else -1,
+            netns_fd=netns_fd,
             procs_fds=self._first.group.open_procs(),
             preload=preload,
             base_filter=self._filters.get(filters.BASE, b""),
             quiet_filter=self._filters.get(filters.QUIET, b""),
             readable=filters.readable_places() if platform.filtered else [],
             namespaces=platform.namespaces,
-            network=network,
+            resolver=network or self.no_network is not None,
             group_folder=self._first.group.shown,
             program_uid=-1 if platform.program_uid is None else platform.program_uid,
             user_fd=platform.user_fd,
@@ -324,8 +327,9 @@ class Environment:
         """Kill init and the relay, and remove all files, so that another environment can be made in this machine."""
         import shutil
 
-        if self.relay is not None:
-            self.relay.close()
+        for network in (self.relay, self.no_network):
+            if network is not None:
+                network.close()
         os.kill(self.init, signal.SIGKILL)
         os.waitpid(self.init, 0)
         self._control.close()

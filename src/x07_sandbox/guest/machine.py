@@ -13,6 +13,7 @@ from x07_sandbox.guest import confine, filters, system
 from x07_sandbox.guest.audit import Audit
 from x07_sandbox.guest.cgroup import RootGroup
 from x07_sandbox.guest.errors import JobError
+from x07_sandbox.guest.no_network import RESOLV_CONF, NoNetwork
 from x07_sandbox.guest.platform import Platform
 from x07_sandbox.guest.system import write_file
 
@@ -103,6 +104,11 @@ class Machine(Platform):
         for name in sorted(os.listdir(_NET_MODULES)):  # the names are numbered in loading order
             system.load_module(f"{_NET_MODULES}/{name}")
         return RelayProcess(netns_fd, partial(open_port, NET_PORT), hold=True)
+
+    def no_network(self, netns_fd: int) -> NoNetwork:
+        """Start a DNS server that refuses every name, and make it the programs' server."""
+        self.make_resolv_conf(RESOLV_CONF)
+        return NoNetwork(netns_fd)
 
     def audit(self) -> Audit:
         """Return the audit records of this kernel."""

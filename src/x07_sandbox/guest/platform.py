@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
+from x07_sandbox.channel.egress import RESOLV_CONF
 from x07_sandbox.guest.errors import JobError
 from x07_sandbox.guest.mounts import mount_all
 from x07_sandbox.guest.trees import Tree
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from x07_sandbox.guest.audit import Audit, NoAudit
     from x07_sandbox.guest.cgroup import NoGroup
     from x07_sandbox.guest.confine import Confinement, JobSettings
+    from x07_sandbox.guest.no_network import NoNetwork
     from x07_sandbox.guest.relay_process import RelayProcess
 
 
@@ -87,13 +89,16 @@ class Platform(ABC):
     def relay(self, netns_fd: int) -> RelayProcess:
         """Start the relay in a network namespace. Raises OSError, JobError."""
 
-    def make_resolv_conf(self) -> None:
-        """Write the /etc/resolv.conf that programs with connections see. Raises OSError."""
-        from x07_sandbox.channel.egress import RESOLV_CONF
+    def no_network(self, netns_fd: int) -> NoNetwork | None:  # noqa: ARG002
+        """Start what observes attempts to connect without a network. Return None if this platform cannot."""
+        return None
+
+    def make_resolv_conf(self, text: str = RESOLV_CONF) -> None:
+        """Write the /etc/resolv.conf that programs see. Raises OSError."""
         from x07_sandbox.guest import confine
 
         with open(confine.RESOLV_CONF, "w", encoding="ascii") as file:
-            file.write(RESOLV_CONF)
+            file.write(text)
 
     @abstractmethod
     def audit(self) -> Audit | NoAudit:

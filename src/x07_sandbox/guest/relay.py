@@ -230,8 +230,9 @@ class Relay:
     def _hold(self, held: Held) -> None:
         endpoints = held.source, held.target
         if held.queue == firewall.TO_REFUSE:
-            self._release(held, egress.POLICY)
             self._report(self._target(held.transport, *held.target))
+            self._flush()  # the gate knows of it before the program does, so that the program's end can tell
+            self._release(held, egress.POLICY)
             return
         flow = self._by_endpoints.get((egress.TCP, endpoints))
         if flow is None:
@@ -360,6 +361,8 @@ class Relay:
         with contextlib.suppress(OSError):
             query, source = self._sockets.dns.recvfrom(_QUERY_MAX)
             if (reply := answer(query, self._names)) is not None:
+                if self._link.pending():
+                    self._flush()  # as in `_hold`
                 self._sockets.dns.sendto(reply, source)
 
     def _take_first_datagram(self, listener: socket.socket, _mask: int) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 from x07_sandbox.channel import streams
 from x07_sandbox.channel.link import Link, State, Stream
 from x07_sandbox.channel.messages import (
+    DENIED_MAX,
     Changes,
     Close,
     Closed,
@@ -238,7 +239,12 @@ class Sandbox:
     def _begin_audit(self) -> None:
         mounts = self._opening.mounts
         names = ProgramPaths(self._files.trees, mounts, f"/proc/{self._environment.init}/root")
-        self._audit.begin(names.path if mounts else None, names.roots(), names.link_target)
+        self._audit.begin(names.path if mounts else None, names.roots(), names.link_target, self._service_pids)
+
+    def _service_pids(self) -> list[int]:
+        """Return the processes of the agent's own services, whose denials are answers to the host."""
+        services = [command.process.group for command in self._commands.values() if command.order.service]
+        return [pid for group in services for pid in group.pids()]
 
     def _command_failed(self, error: JobError, command: int) -> None:
         """Report an error: of the command if it could not be executed, else of the whole session."""
@@ -315,6 +321,8 @@ class Sandbox:
             command.register(poll)
         if self.is_running():
             poll.register(self._audit.fd, select.POLLIN)
+            if (server := self._environment.no_network) is not None:
+                poll.register(server.fd, select.POLLIN)
             if (relay := self._environment.relay) is not None:
                 poll.register(relay.status_fd, select.POLLIN)
         if self._carrier is not None:
@@ -341,13 +349,15 @@ class Sandbox:
 
     def handle(self, fd: int, mask: int) -> None:
         """Handle a ready descriptor."""
-        relay = self._environment.relay
+        relay, server = self._environment.relay, self._environment.no_network
         if self._link.state is State.FAILED:  # since an earlier event of this turn
             return
         if fd == self._environment.report_fd:
             self._take_report()
         elif fd == self._audit.fd:
             self._audit.take()
+        elif server is not None and fd == server.fd:
+            server.serve()
         elif self._carrier is not None and fd == self._carrier.fd:
             self._carrier.handle(mask)
         elif relay is not None and fd == relay.status_fd:
@@ -385,9 +395,7 @@ class Sandbox:
 
     def _exited(self, command: Command) -> None:
         group, identity = command.process.group, command.order.id
-        refused, lost = self._audit.end()
-        for refusal, count in refused.items():
-            self._link.send(Denied(identity, *refusal, count))
+        lost = 0 if command.order.service else self._report_denials(identity)
         assert command.wait_status is not None  # noqa: S101 - it has ended
         self._link.send(
             Exited(
@@ -409,13 +417,26 @@ class Sandbox:
         if not (closes := self._closes_after(identity)):  # else the machine ends
             command.close()
         if self._closing is None:
-            self._begin_audit()
+            if not command.order.service:
+                self._begin_audit()
         elif closes and command.was_last:
             self._emptied = True
         elif closes:  # CLOSE has crossed its end
             self._end_all()
         self._close_if_empty()
         self._next_limits = command.order.limits
+
+    def _report_denials(self, command: int) -> int:
+        """Report what was denied since the last command, and return how many denials that does not include."""
+        if self._carrier is not None:
+            self._carrier.read()  # what the relay has reported, so that the gate knows it before EXITED arrives
+        refused, lost = self._audit.end()
+        if (server := self._environment.no_network) is not None:
+            looked_up, more = server.take()
+            refused, lost = {**refused, **looked_up}, lost + more
+        for refusal, count in list(refused.items())[:DENIED_MAX]:
+            self._link.send(Denied(command, *refusal, count))
+        return lost + sum(list(refused.values())[DENIED_MAX:])
 
     def _memory_full(self) -> bool:
         """Return whether one of the program's tmpfs folders has run out of space or inodes."""

@@ -129,8 +129,14 @@ def errors(what: str, sandbox: AsyncSandbox | None = None) -> Iterator[None]:
 
 def denied(denials: tuple[Denial, ...] | list[Denial]) -> str:
     """Return untrusted text about what was denied."""
-    lines = [f"{one.action} {one.subject[:200]} ({one.field})" for one in denials[:_DENIALS_MAX]]
+    lines = [f"{one.action} {one.subject[:200]} ({_allowed_by(one)})" for one in denials[:_DENIALS_MAX]]
     return visible("\n".join(line.replace("\n", " ") for line in lines))
+
+
+def _allowed_by(denial: Denial) -> str:
+    flag = "" if denial.how_to_allow is None else denial.how_to_allow.flag
+    why = f"{denial.reason[:200]}; " if denial.reason else ""
+    return f"{why}{denial.field}; allowed by {flag[:200]}" if flag else f"{why}{denial.field}"
 
 
 def names(changes: Changes) -> str:

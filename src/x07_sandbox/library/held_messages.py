@@ -17,7 +17,7 @@ from x07_sandbox.channel.messages import Terminal
 from x07_sandbox.errors import Command, Flag, SandboxError, Text
 from x07_sandbox.host.cancel import Notice
 from x07_sandbox.host.decoding import prepared
-from x07_sandbox.plan.denials import Denial
+from x07_sandbox.plan.denials import Denial, Hint
 from x07_sandbox.plan.outcomes import Verdict
 from x07_sandbox.runs.command import CommandEnd, CommandStart, StreamName
 from x07_sandbox.runs.request import ChangesChoice
@@ -177,6 +177,7 @@ class End(_Message, frozen=True):
     error: Problem | None
     report: CommandReport
     denials: tuple[Denial, ...]
+    hints: tuple[Hint, ...]
     memory_peak_bytes: int
 
     @staticmethod
@@ -196,6 +197,7 @@ class End(_Message, frozen=True):
             error=None if found.error is None else Problem.of(found.error),
             report=end.report,
             denials=end.denials,
+            hints=end.hints,
             memory_peak_bytes=end.memory_peak_bytes,
         )
 
@@ -211,7 +213,11 @@ class End(_Message, frozen=True):
             error=None if self.error is None else self.error.error(),
         )
         return CommandEnd(
-            verdict=found, report=self.report, denials=self.denials, memory_peak_bytes=self.memory_peak_bytes
+            verdict=found,
+            report=self.report,
+            denials=self.denials,
+            hints=self.hints,
+            memory_peak_bytes=self.memory_peak_bytes,
         )
 
 

@@ -11,7 +11,7 @@ import msgspec
 
 from x07_sandbox.errors import SandboxError, UsageError
 from x07_sandbox.host.settings import OUTPUT_MAX_BYTES
-from x07_sandbox.plan.denials import Denial, Outcome
+from x07_sandbox.plan.denials import Denial, Hint, Outcome
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -57,7 +57,9 @@ class Ended(msgspec.Struct, frozen=True, kw_only=True):
     sandbox exec`, such as 124 after a timeout, or 128 and the number of a signal. exit_code: its exit status, or None
     if it did not exit by itself. signal: the signal that ended it, or None. stdout, stderr: its output, as far as it
     was kept. truncated: whether there was more output. wall_ms, cpu_ms: elapsed time and CPU time in milliseconds.
-    memory_peak_bytes: the peak memory use of all commands of the sandbox while it ran. denials: what it was denied.
+    memory_peak_bytes: the peak memory use of all commands of the sandbox while it ran. denials: what it was denied;
+    `how_to_allow.flag` is the option of `Sandbox` or flag that would allow it. Denied connections are those since the
+    last command ended before this one started. hints: what it seems to lack, according to its output.
     """
 
     id: int
@@ -74,6 +76,7 @@ class Ended(msgspec.Struct, frozen=True, kw_only=True):
     cpu_ms: float
     memory_peak_bytes: int
     denials: tuple[Denial, ...]
+    hints: tuple[Hint, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -84,7 +87,8 @@ class Ended(msgspec.Struct, frozen=True, kw_only=True):
         """Return the same as HTML, which notebooks show."""
         from x07_sandbox.reports.html import command_fragment
 
-        return command_fragment(msgspec.structs.asdict(self) | {"denials": msgspec.to_builtins(self.denials)})
+        told = {name: msgspec.to_builtins(getattr(self, name)) for name in ("denials", "hints")}
+        return command_fragment(msgspec.structs.asdict(self) | told)
 
 
 class Kept:
@@ -243,6 +247,7 @@ class Process:
             cpu_ms=end.report.cpu_ms,
             memory_peak_bytes=end.memory_peak_bytes,
             denials=end.denials,
+            hints=end.hints,
         )
 
     def signal(self, number: int) -> None:

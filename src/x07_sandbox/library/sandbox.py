@@ -62,7 +62,7 @@ class SandboxOptions(TypedDict, total=False):
 class Sandbox:
     r"""A virtual machine that stays open for many commands.
 
-        with Sandbox(workdir="project", allow_hosts=["pypi.org:443"]) as sandbox:
+        with Sandbox(workdir="project", allow_hosts=["example.org:443"]) as sandbox:
             done = sandbox.shell("make test", timeout_s=60)
             print(done.exit_code, done.stdout.decode())
             sandbox.files.write("notes.txt", b"checked\n")

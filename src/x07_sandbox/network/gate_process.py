@@ -2,8 +2,9 @@
 
     python -I -S -c CODE CONTROL_FD CONFIG_FD LOG_FD ACCOUNT_FD RESOLVER_FD UID
 
-CONTROL_FD: a packet socket. The gate reports its confinement on it and receives the guest's stream from it. The gate
-exits when the other end is closed. UID: the uid to switch to if root started the process, else -1.
+CONTROL_FD: a packet socket. The gate reports its confinement on it and receives the guest's stream from it. Later, the
+gate writes its account to ACCOUNT_FD for each message ACCOUNT, and sends the message back. It exits when the other end
+is closed. UID: the uid to switch to if root started the process, else -1.
 """
 
 import array
@@ -14,6 +15,7 @@ import json
 import os
 import socket
 import sys
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Final
 
@@ -26,6 +28,7 @@ from x07_sandbox.network.gate import Gate, mode_of
 from x07_sandbox.network.ledger import Ledger
 from x07_sandbox.network.rules import Allowlist, make_allowlist
 from x07_sandbox.network.settings import settings_from_json
+from x07_sandbox.network.summary import ACCOUNT
 from x07_sandbox.policy.decode import decode_policy
 
 READY: Final = "ready"
@@ -35,7 +38,13 @@ _MESSAGE_MAX: Final = 4096
 
 
 async def _serve(
-    allowlist: Allowlist, control: socket.socket, resolver: socket.socket, log_fd: int, *, own_by_bind: bool
+    allowlist: Allowlist,
+    control: socket.socket,
+    resolver: socket.socket,
+    log_fd: int,
+    account_fd: int,
+    *,
+    own_by_bind: bool,
 ) -> Ledger:
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(_fail)
@@ -44,7 +53,7 @@ async def _serve(
     gate = Gate(allowlist, Dialler(allowlist, names, loop, own_by_bind=own_by_bind), ledger, loop)
     control.setblocking(False)  # noqa: FBT003 - it takes no names
     finished = asyncio.Event()
-    loop.add_reader(control, _hear, control, gate, finished)
+    loop.add_reader(control, _hear, control, gate, finished, partial(_write_account, account_fd, ledger))
     lost = loop.create_task(names.lost.wait())
     done = loop.create_task(finished.wait())
     await asyncio.wait({lost, done}, return_when=asyncio.FIRST_COMPLETED)
@@ -69,14 +78,29 @@ def _write(fd: int, line: bytes) -> bool:
         return False
 
 
-def _hear(control: socket.socket, gate: Gate, finished: asyncio.Event) -> None:
-    """Receive the guest's stream, or notice that the control socket was closed."""
+def _write_account(fd: int, ledger: Ledger) -> None:
+    data = msgspec.json.encode(ledger.use())
+    os.pwrite(fd, data, 0)
+    os.ftruncate(fd, len(data))
+
+
+def _answer(control: socket.socket, write_account: Callable[[], None]) -> None:
+    write_account()
+    control.send(ACCOUNT)
+
+
+def _hear(control: socket.socket, gate: Gate, finished: asyncio.Event, write_account: Callable[[], None]) -> None:
+    """Receive the guest's stream, answer ACCOUNT, or notice that the control socket was closed."""
     loop = asyncio.get_running_loop()
     fds = array.array("i")
     data, rights, _, _ = control.recvmsg(_MESSAGE_MAX, socket.CMSG_SPACE(4 * fds.itemsize), socket.MSG_CMSG_CLOEXEC)
     for level, kind, content in rights:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
             fds.frombytes(content[: len(content) // fds.itemsize * fds.itemsize])
+    if data == ACCOUNT and not fds:
+        # What the guest sent before is readable now, and is read in this turn of the loop.
+        loop.call_soon(_answer, control, write_account)
+        return
     if not data or len(fds) != 1:
         loop.remove_reader(control)
         finished.set()
@@ -104,5 +128,5 @@ def main() -> None:
         walls = confine("gate", uid=None if uid < 0 else uid)
         gc.freeze()
         control.send(json.dumps({"state": READY, "walls": walls}).encode())
-        ledger = runner.run(_serve(allowlist, control, resolver, log_fd, own_by_bind=own_by_bind))
-    os.write(account_fd, msgspec.json.encode(ledger.use()))
+        ledger = runner.run(_serve(allowlist, control, resolver, log_fd, account_fd, own_by_bind=own_by_bind))
+    _write_account(account_fd, ledger)

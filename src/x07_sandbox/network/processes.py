@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -24,11 +25,12 @@ from x07_sandbox.jail.uids import lease_uid
 from x07_sandbox.jobs.launcher import Launch, launch
 from x07_sandbox.network.rules import DeniedHosts, NetSettings
 from x07_sandbox.network.settings import settings_to_json
-from x07_sandbox.network.summary import NetworkUse
+from x07_sandbox.network.summary import ACCOUNT, NetworkUse
 
 READY_S: Final = 20.0
 _END_S: Final = 5.0
 _ACCOUNT_MAX: Final = 4 << 20
+_ACCOUNT_S: Final = 2.0
 _MESSAGE_MAX: Final = 4096
 # Optional imports of asyncio and msgspec that would take megabytes.
 _UNWANTED: Final = {"ssl": None, "typing_extensions": None}
@@ -63,6 +65,7 @@ class GateProcess:
         self._stderr_fd = stderr_fd
         self.pidfd = os.pidfd_open(child.pid)
         self.walls: tuple[str, ...] = ()
+        self._asking = threading.Lock()
 
     def _wait_ready(self) -> None:
         """Wait until the gate is confined and ready for the stream. Raises HostError if it does not answer."""
@@ -119,10 +122,22 @@ class GateProcess:
                 signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
             return self._child.wait()
 
+    def account_so_far(self) -> NetworkUse | None:
+        """Return the gate's record of what the guest has asked for until now, or None if the gate does not answer.
+
+        Thread-safe. For a gate that has got its stream.
+        """
+        with self._asking, contextlib.suppress(OSError):
+            self._control.send(ACCOUNT)
+            if wait_readable(self._control.fileno(), _ACCOUNT_S) and self._control.recv(_MESSAGE_MAX) == ACCOUNT:
+                return self._read_account()
+        return None
+
     def account(self) -> NetworkUse | None:
         """Stop the gate and return its record of the network use, or None if the gate failed."""
-        if self.end():
-            return None
+        return None if self.end() else self._read_account()
+
+    def _read_account(self) -> NetworkUse | None:
         data = os.pread(self._account_fd, _ACCOUNT_MAX, 0)
         try:
             return msgspec.json.decode(data, type=prepared(NetworkUse))

@@ -1,8 +1,10 @@
 """The network section of a run's result."""
 
-from typing import Literal
+from typing import Final, Literal
 
 import msgspec
+
+ACCOUNT: Final = b"account"  # asks a gate for a NetworkUse, and is its answer (`gate_process`)
 
 
 class Contact(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -194,7 +194,8 @@ def _network(given: PlanInput, field: str) -> Answer:
 def _no_network(given: PlanInput, _field: str) -> Answer:
     if "no-network" not in given.features.can_enforce:
         return _not_enforced(given, "this backend does not block the network")
-    return Answer("enforced", given.boundary, f"no hosts are allowed, and {given.features.words.no_network}")
+    seen = "" if "observed-connections" in given.features.can_enforce else "; attempts are not observed"
+    return Answer("enforced", given.boundary, f"no hosts are allowed, and {given.features.words.no_network}{seen}")
 
 
 def _database(given: PlanInput, field: str) -> Answer:

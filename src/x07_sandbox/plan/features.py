@@ -12,12 +12,14 @@ VM_CAPABILITIES: Final = frozenset(
     {
         *("limits.cpu_ms", "limits.mem_bytes", "limits.fds", "limits.procs", "limits.core_dumps"),
         *("confinement", "host-files", "no-host-files", "no-host-variables", "no-network"),
-        *("network", "held-connections", "command-groups"),
+        *("network", "held-connections", "observed-connections", "command-groups"),
     }
 )
 
 # Why a backend does not have "command-groups".
 LEAVES_TREE: Final = "a command's processes are found in its process tree and sessions, which a process can leave"
+# Why a backend does not have "observed-connections".
+NOT_OBSERVED: Final = "system calls are audited, and lookups answered, only in a VM with our kernel"
 # Why a program of a backend cannot be root inside.
 NO_ROOT: Final = "the program shares this host's kernel, on which it is never root"
 
@@ -61,7 +63,8 @@ class Features(msgspec.Struct, frozen=True, kw_only=True):
 
     can_enforce: field names of limits, and abilities: "host-files" (copies in, changes back), "confinement" (of tasks
     and execution), "no-network" and others (the program has none), "network" (connections through the egress gate) and
-    "held-connections" (the program sees a denial as an error of connect()), "command-groups" (each command of a sandbox
+    "held-connections" (the program sees a denial as an error of connect()), "observed-connections" (what a program
+    without a network looks up and connects to is reported), "command-groups" (each command of a sandbox
     has a control group: it has limits of its own, and is killed with all its processes. Otherwise commands share the
     limits of the sandbox, and a process that has left its command's process tree lives until the sandbox is closed).
     """

@@ -24,6 +24,7 @@ from x07_sandbox.policy.schema import largest
 PERMISSIONS: Final = "permissions"  # in place of a field if no field controls it
 SYSTEM_CALLS: Final = "system-calls"
 OUTPUT: Final = "output"
+NETWORK: Final = "network"  # in `Denied.by`
 _COUNT_MAX: Final = 2**63 - 1  # as DENIED carries it
 _CGROUP: Final = "the guest's cgroup"
 _SECCOMP: Final = "the guest's seccomp filter"
@@ -59,9 +60,14 @@ def denials(
     cwd: str,
     reach: FlagReach = _NO_FLAGS,
 ) -> list[Denial]:
-    """Return the distinct denials in *refused*, which the guest reported. cwd: the program's start folder."""
+    """Return the distinct denials in *refused*, which the guest reported. cwd: the program's start folder.
+
+    Those of connections have a function of their own (`runs/egress`).
+    """
     found: dict[tuple[str, str, str], Denial] = {}
     for denied in refused:
+        if denied.by == NETWORK:
+            continue
         if denied.by == "seccomp":
             denial = _call(denied, policy)
         elif denied.errno == errno.EMFILE:

@@ -4,7 +4,7 @@ from typing import Literal
 
 import msgspec
 
-from x07_sandbox.plan.denials import Denial, Outcome
+from x07_sandbox.plan.denials import Denial, Hint, Outcome
 from x07_sandbox.runs.result import Output
 
 
@@ -43,7 +43,8 @@ class CommandDocument(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     reason_code, reason: the reason for the outcome (docs/reference/codes.md), and the same in one sentence.
     x07_exit_code: the exit code of `x07 sandbox exec`. exit_code: the exit status of the command, or null.
     signal: the signal that ended the command, or null. stdout, stderr: what it wrote.
-    wall_ms, cpu_ms: elapsed time and CPU time in milliseconds. denials: actions that were denied.
+    wall_ms, cpu_ms: elapsed time and CPU time in milliseconds. denials: actions that were denied. hints: what it seems
+    to lack, according to its output.
     memory_peak_bytes: the peak memory use of all commands of the sandbox while it ran.
     """
 
@@ -62,6 +63,7 @@ class CommandDocument(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     cpu_ms: float = 0
     memory_peak_bytes: int = 0
     denials: tuple[Denial, ...] = ()
+    hints: tuple[Hint, ...] = ()
 
 
 class FileRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

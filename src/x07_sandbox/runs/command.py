@@ -14,7 +14,7 @@ import msgspec
 
 from x07_sandbox.channel.link import Stream
 from x07_sandbox.errors import BackendError, UsageError
-from x07_sandbox.plan.denials import Denial
+from x07_sandbox.plan.denials import Denial, Hint
 from x07_sandbox.plan.outcomes import Verdict
 from x07_sandbox.runs.result import CommandReport
 
@@ -59,11 +59,15 @@ class CommandStart(NamedTuple):
 
 
 class CommandEnd(msgspec.Struct, frozen=True, kw_only=True):
-    """How a command ended. memory_peak_bytes: of all commands of the sandbox while it ran."""
+    """How a command ended. memory_peak_bytes: of all commands of the sandbox while it ran.
+
+    denials: what it was denied. hints: what it seems to lack, according to its output.
+    """
 
     verdict: Verdict
     report: CommandReport
     denials: tuple[Denial, ...] = ()
+    hints: tuple[Hint, ...] = ()
     memory_peak_bytes: int = 0
 
 
@@ -211,6 +215,10 @@ class Command:
         self.wait(within_s, output=tuple(self._inboxes), given_up=given_up)
         ended = self.ended or given_up()
         return ended, [(stream, data) for stream in self._inboxes if (data := self.read(stream))]
+
+    def tail(self) -> bytes:
+        """Return the ends of both streams, as they have arrived."""
+        return b"\n".join(inbox.tail for inbox in self._inboxes.values() if inbox.tail)
 
     def wake(self) -> None:
         """Have all threads that wait look whether they still should."""

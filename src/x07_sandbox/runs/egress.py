@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -14,19 +14,38 @@ from msgspec.structs import replace
 from x07_sandbox.channel.messages import Network
 from x07_sandbox.errors import UsageError
 from x07_sandbox.network.guest_view import guest_view
-from x07_sandbox.network.names import parse_host
+from x07_sandbox.network.names import matches, parse_guest_host, parse_host
 from x07_sandbox.network.processes import GateConfig, GateProcess, gate_running
-from x07_sandbox.network.rules import Allowlist, Request, advise_setting, decide, endpoint_text, make_allowlist
+from x07_sandbox.network.rules import (
+    Allowlist,
+    NetSettings,
+    Request,
+    advise_setting,
+    decide,
+    endpoint_text,
+    make_allowlist,
+    split_port,
+)
 from x07_sandbox.network.settings import LIMITS, read_settings
+from x07_sandbox.network.summary import Contact, NetworkUse
 from x07_sandbox.plan.connections import hosts_in
 from x07_sandbox.plan.denials import Denial, HowToAllow
+from x07_sandbox.plan.observed import NETWORK
 from x07_sandbox.runs.folder import NET_LOG
 
 if TYPE_CHECKING:
-    from x07_sandbox.network.summary import Contact, NetworkUse
+    from x07_sandbox.channel.messages import Denied
     from x07_sandbox.runs.request import EffectivePolicy
 
 _DENIALS_MAX: Final = 64
+# Hosts from which others serve their files, so that one of the two is of little use alone.
+FILES_OF: Final = {
+    "files.pythonhosted.org": "pypi.org",
+    "static.crates.io": "index.crates.io",
+    "codeload.github.com": "github.com",
+    "objects.githubusercontent.com": "github.com",
+    "release-assets.githubusercontent.com": "github.com",
+}
 _LIKELY_PORT: Final = 443
 
 
@@ -68,6 +87,50 @@ def denials(net: NetworkUse, allowlist: Allowlist, text: str = "") -> tuple[list
     return [_denial(contact, allowlist, ports) for contact in found[:_DENIALS_MAX]], more
 
 
+def denials_without_gate(
+    refused: Iterable[Denied], effective_policy: EffectivePolicy, boundary: str, text: str = ""
+) -> list[Denial]:
+    """Return what the guest reported about connections, where there is no gate. boundary: what denied them."""
+    contacts = [one for one in map(_contact, refused) if one is not None]
+    if not contacts:
+        return []
+    settings = NetSettings()
+    with contextlib.suppress(UsageError):  # a program that cannot connect runs in spite of bad settings
+        settings = read_settings()
+    allowlist = make_allowlist(effective_policy.policy, effective_policy.denied, settings)
+    decisions = [decide(allowlist, _request(one, _LIKELY_PORT)) for one in contacts]
+    rows = [replace(row, rule=one.rule, reason=one.reason) for row, one in zip(contacts, decisions, strict=True)]
+    found, _ = denials(NetworkUse(denied=rows), allowlist, text)
+    return [replace(one, enforced_by=boundary, observed_by="guest") for one in found]
+
+
+def new_denials(net: NetworkUse, before: NetworkUse) -> NetworkUse:
+    """Return the denials of *net* that *before*, an earlier account of the same gate, does not have."""
+    counted = {_key(row): row.count for row in before.denied}
+    rows = [replace(row, count=row.count - counted.get(_key(row), 0)) for row in net.denied]
+    return NetworkUse(denied=[row for row in rows if row.count > 0], more=net.more - before.more)
+
+
+def _key(contact: Contact) -> Contact:
+    return replace(contact, count=0, sent_bytes=0, received_bytes=0)
+
+
+def _contact(denied: Denied) -> Contact | None:
+    """Return a contact that the guest reported, without its rule, or None if it is about something else, or invalid."""
+    if denied.by != NETWORK:
+        return None
+    try:
+        host, port = split_port(denied.path) if denied.call == "connect" else (denied.path, 0)
+        name = str(parse_guest_host(host.strip("[]").encode()))
+        return Contact(host=name, port=port, transport="tcp", rule="", count=denied.times)
+    except UsageError:
+        return None
+
+
+def _request(contact: Contact, likely_port: int) -> Request:
+    return Request(host=parse_host(contact.host), port=contact.port or likely_port, transport=contact.transport)
+
+
 def _denial(contact: Contact, allowlist: Allowlist, ports: Mapping[str, int]) -> Denial:
     where = endpoint_text(contact.host, contact.port) if contact.port else contact.host
     action, subject = "connect", where if contact.transport == "tcp" else f"{where} ({contact.transport})"
@@ -83,8 +146,15 @@ def _denial(contact: Contact, allowlist: Allowlist, ports: Mapping[str, int]) ->
         observed_by="host",
         count=contact.count,
         how_to_allow=_how(contact, allowlist, ports.get(contact.host, _LIKELY_PORT)),
-        reason="" if contact.rule.startswith("net.") else contact.reason,
+        reason=_belongs_to(contact, allowlist) or ("" if contact.rule.startswith("net.") else contact.reason),
     )
+
+
+def _belongs_to(contact: Contact, allowlist: Allowlist) -> str:
+    """Return that the host serves the files of a granted one, or ""."""
+    other = FILES_OF.get(contact.host, "")
+    granted = other and any(matches(entry.what, other) for entry in allowlist.entries)
+    return f"{other}, which is granted, serves its files from this host" if granted else ""
 
 
 def _how(contact: Contact, allowlist: Allowlist, likely_port: int) -> HowToAllow | None:
@@ -98,9 +168,8 @@ def _how(contact: Contact, allowlist: Allowlist, likely_port: int) -> HowToAllow
         return HowToAllow(json_path=None, value=None, setting=f"{what} = {most}")
     # No setting allows an invalid host or one that is already in the list.
     with contextlib.suppress(UsageError):
-        port = contact.port or likely_port  # a lookup has no port
-        name = contact.tls_name if contact.rule == "name:denied" else contact.host
-        request = Request(host=parse_host(name), port=port, transport=contact.transport)
+        asked = replace(contact, host=contact.tls_name) if contact.rule == "name:denied" else contact
+        request = _request(asked, likely_port)  # a lookup has no port
         if kind in {"deny-floor", "local-name"} and contact.address:  # the listed name resolved to a special address
             resolved = advise_setting(allowlist, replace(request, host=parse_host(contact.address)))
             return resolved and HowToAllow(json_path=None, value=None, setting=resolved.setting)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,9 +34,11 @@ from x07_sandbox.runs.job import JobEnd, run_job, worded_report
 from x07_sandbox.runs.phase_specs import run_spec
 from x07_sandbox.runs.prepare import Prepared, Step, image_in_use, output_caps, prepare, wants_scaling
 from x07_sandbox.runs.result import Discarded, PhaseReport, Result, draft_result
+from x07_sandbox.sandboxes.transfers import TAIL_BYTES
 
 if TYPE_CHECKING:
-    from x07_sandbox.channel.messages import Closed
+    from x07_sandbox.channel.messages import Closed, Denied
+    from x07_sandbox.network.summary import NetworkUse
     from x07_sandbox.plan.outcomes import Verdict
     from x07_sandbox.runs.host_files import HostFiles
     from x07_sandbox.runs.phase import PhaseSpec
@@ -44,8 +46,6 @@ if TYPE_CHECKING:
     from x07_sandbox.sandboxes.transfers import OutFile
 
     Steps = Callable[[RunRequest, RunCaller, Result, RunFolder, contextlib.ExitStack], Iterator[Result]]
-
-_TAIL_BYTES = 32 * 1024  # of each output stream of a failed program, for hints
 
 SCALING_HINT = "the VM is emulated; --scale-limits multiplies the time limits by its slowdown"
 
@@ -343,22 +343,17 @@ def _with_denials(draft: Result, prepared: Prepared, spec: PhaseSpec, end: JobEn
     if exited is not None:
         draft = replace(draft, denials_lost=exited.denials_lost)
         tasks, disk, memory = exited.tasks_refused, exited.disk_full, exited.memory_full
-    denied = end.net is not None and end.net.denied
-    if outcome == "ok" and not (refused or tasks or disk or memory or denied):
+    disconnected = end.net is not None and end.net.denied
+    if outcome == "ok" and not (refused or tasks or disk or memory or disconnected):
         return draft
     from x07_sandbox.plan import observed  # imported only for programs that were denied something
     from x07_sandbox.plan.outcomes import mostly_waited
 
     policy, program = prepared.policy.policy, prepared.program
     reach = prepared.policy.reach()
-    denials = [*observed.denials(refused, policy, spec.areas, spec.order.cwd, reach), *draft.denials]
-    if end.net is not None and prepared.egress is not None:
-        from x07_sandbox.runs.egress import denials as denied_connections
-
-        text = _tail(end).decode("utf-8", "replace")
-        connections, more = denied_connections(end.net, prepared.egress.allowlist, text)
-        denials += connections
-        draft = replace(draft, denials_lost=draft.denials_lost + more)
+    found, more = denied(refused, end.net, prepared, spec, spec.order.cwd, _tail(end))
+    denials = [*found, *draft.denials]
+    draft = replace(draft, denials_lost=draft.denials_lost + more)
     if tasks:
         denials.append(observed.more_tasks(policy, run_limits(policy).max_live, tasks, reach))
     if disk:
@@ -374,7 +369,38 @@ def _with_denials(draft: Result, prepared: Prepared, spec: PhaseSpec, end: JobEn
     if outcome == "output-limit":
         stream, caps = str(end.facts.evidence.output_overflow), output_caps(prepared.request, program.toolchain)
         denials.append(observed.too_much_output(stream, None if _has_fixed_output(end, prepared) else caps[0]))
-    return replace(draft, denials=denials, hints=_hints(outcome, prepared, spec, end))
+    return replace(draft, denials=denials, hints=without_repetition(_hints(outcome, prepared, spec, end), denials))
+
+
+def denied(
+    refused: Sequence[Denied], net: NetworkUse | None, prepared: Prepared, spec: PhaseSpec, cwd: str, tail: bytes
+) -> tuple[list[Denial], int]:
+    """Return what a command was denied, and the number of denials that the list does not contain.
+
+    refused: what the guest reported. net: what the gate reported, if there is one. tail: the end of the output.
+    """
+    from x07_sandbox.plan import observed
+
+    policy = prepared.policy
+    found, more = observed.denials(refused, policy.policy, spec.areas, cwd, policy.reach()), 0
+    connections: list[Denial] = []
+    if net is not None and prepared.egress is not None:
+        from x07_sandbox.runs.egress import denials as denied_connections
+
+        connections, more = denied_connections(net, prepared.egress.allowlist, tail.decode("utf-8", "replace"))
+    elif any(one.by == observed.NETWORK for one in refused):
+        from x07_sandbox.runs.egress import denials_without_gate
+
+        boundary = prepared.availability.features.words.boundary
+        connections = denials_without_gate(refused, policy, boundary, tail.decode("utf-8", "replace"))
+    return [*found, *connections], more
+
+
+def without_repetition(hints: list[Hint], denials: Sequence[Denial]) -> list[Hint]:
+    """Return the hints without those on connections, if the denials name connections."""
+    if any(one.action in {"connect", "look up"} for one in denials):
+        return [hint for hint in hints if hint.kind != "network"]
+    return hints
 
 
 def _hints(outcome: str, prepared: Prepared, spec: PhaseSpec, end: JobEnd) -> list[Hint]:
@@ -392,7 +418,7 @@ def _hints(outcome: str, prepared: Prepared, spec: PhaseSpec, end: JobEnd) -> li
 def _tail(end: JobEnd) -> bytes:
     """Return the ends of both outputs of the program."""
     sizes = [(fd, os.fstat(fd).st_size) for fd in end.output_fds]
-    return b"\n".join(os.pread(fd, _TAIL_BYTES, max(0, size - _TAIL_BYTES)) for fd, size in sizes if size)
+    return b"\n".join(os.pread(fd, TAIL_BYTES, max(0, size - TAIL_BYTES)) for fd, size in sizes if size)
 
 
 def settled(

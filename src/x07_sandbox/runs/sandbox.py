@@ -29,6 +29,7 @@ from x07_sandbox.host.clocks import unix_ms
 from x07_sandbox.host.paths import open_private_file, replace_file
 from x07_sandbox.jobs.admission import SANDBOXES, admitted
 from x07_sandbox.jobs.record import new_run_id
+from x07_sandbox.network.summary import NetworkUse
 from x07_sandbox.plan.outcomes import Verdict, cancelled_verdict, classify, limit_set_by, verdict
 from x07_sandbox.programs.toolchains import COMMAND, OUTPUT, SOURCE_FOLDER, Source
 from x07_sandbox.runs.command import AnySandbox, Command, CommandEnd
@@ -36,6 +37,7 @@ from x07_sandbox.runs.job import gate_for, started, without_account
 from x07_sandbox.runs.request import Program, check_arguments, check_variables, in_memory, sha256_text
 from x07_sandbox.runs.result import EMPTY_OUTPUT, Changes, CommandReport, Diff, PhaseReport, Result, draft_result
 from x07_sandbox.runs.run import (
+    denied,
     described,
     ended_by,
     make_folder,
@@ -44,6 +46,7 @@ from x07_sandbox.runs.run import (
     store_result,
     verdict_of,
     without_command,
+    without_repetition,
 )
 from x07_sandbox.sandboxes.execution import FILES
 from x07_sandbox.sandboxes.files import FileServer
@@ -56,11 +59,11 @@ if TYPE_CHECKING:
 
     from x07_sandbox.backends.base import Instance
     from x07_sandbox.files.incoming import Incoming
-    from x07_sandbox.plan.denials import Denial
+    from x07_sandbox.plan.denials import Denial, Hint
     from x07_sandbox.plan.outcomes import Evidence
     from x07_sandbox.runs.command import CommandStart
     from x07_sandbox.runs.request import ChangesChoice, RunCaller, RunRequest
-    from x07_sandbox.sandboxes.execution import Execution
+    from x07_sandbox.sandboxes.execution import Execution, Facts
 
 _DISCARD_S: Final = 5.0  # for the guest to report the ends of commands, if its changes are not wanted
 _PATH_MAX: Final = 4095
@@ -114,6 +117,8 @@ class OpenSandbox(AnySandbox):
         self._finishing = threading.Lock()
         self._commands: dict[int, Command] = {}
         self._reports: list[CommandReport] = []
+        self._net = NetworkUse()  # the gate's last account
+        self._net_before: dict[int, NetworkUse] = {}  # that one at the start of each command
         self._opened_at = time.monotonic()
         self._draft = draft_result(self.run)
         try:
@@ -243,6 +248,7 @@ class OpenSandbox(AnySandbox):
             order = Exec(number, words, env, cwd, limits, service, given.merge, given.terminal, detached=given.detached)
             command = Command(self, self.session.execute(order, streams, wall_ms), (out, err), wall_ms)
             self._commands[number] = command
+            self._net_before[number] = self._net
         return command
 
     def file_server(self) -> FileServer:
@@ -259,6 +265,7 @@ class OpenSandbox(AnySandbox):
     def forget(self, command: Command) -> None:
         """See `AnySandbox.forget`."""
         self._commands.pop(command.id, None)
+        self._net_before.pop(command.id, None)
 
     def at_end(self, call: Callable[[], object]) -> None:
         """See `AnySandbox.at_end`."""
@@ -304,12 +311,13 @@ class OpenSandbox(AnySandbox):
         if ending.outcome == "timeout" and command.wall_ms != self._wall_ms:
             ending = limit_set_by(ending, option=_TIMEOUT)
         ending = without_command(ending, facts.evidence.exec_errno, self.prepared, "".join(execution.order.argv[:1]))
-        denials: list[Denial] = []
-        if facts.denied:
-            from x07_sandbox.plan import observed  # few commands are denied something
+        tail = command.tail()
+        denials = self._denials(command, facts, tail)
+        hints: list[Hint] = []
+        if ending.outcome != "ok" and tail.strip():
+            from x07_sandbox.runs.hint_context import hints_for
 
-            policy, reach = self.prepared.policy.policy, self.prepared.policy.reach()
-            denials = observed.denials(facts.denied, policy, self._spec.areas, execution.order.cwd, reach)
+            hints = without_repetition(hints_for(tail, self.prepared, self._spec), denials)
         report = CommandReport(
             id=execution.order.id,
             argv_sha256=_digest(execution),
@@ -321,13 +329,33 @@ class OpenSandbox(AnySandbox):
             cpu_ms=0.0 if facts.exited is None else facts.exited.cpu_us / 1000,
         )
         self._commands.pop(execution.order.id, None)
+        self._net_before.pop(execution.order.id, None)
         if len(self._reports) < COMMANDS_KEPT:
             self._reports.append(report)
         with self._logging, contextlib.suppress(OSError):  # such as a full disk; the result has it too
             if self._log_fd >= 0:
                 os.write(self._log_fd, msgspec.json.encode(report) + b"\n")
         peak = 0 if facts.exited is None else facts.exited.memory_peak_bytes
-        return CommandEnd(verdict=ending, report=report, denials=tuple(denials), memory_peak_bytes=peak)
+        return CommandEnd(
+            verdict=ending, report=report, denials=tuple(denials), hints=tuple(hints), memory_peak_bytes=peak
+        )
+
+    def _denials(self, command: Command, facts: Facts, tail: bytes) -> list[Denial]:
+        """Return what a command was denied. tail: the end of its output.
+
+        The gate does not know commands. So connections that it denied since the last command ended before this one
+        started are those of this command, and of all that ran beside it.
+        """
+        net = None
+        if self._gate is not None and (now := self._gate.account_so_far()) is not None:
+            from x07_sandbox.runs.egress import new_denials
+
+            net = new_denials(now, self._net_before.get(command.id, NetworkUse()))
+            self._net = now
+        if not facts.denied and not (net and net.denied):
+            return []
+        found, _ = denied(facts.denied, net, self.prepared, self._spec, command.execution.order.cwd, tail)
+        return found
 
     def _since_release(self, command: Command) -> float:
         return (command.began_at - self._instance.greeting.released_at) * 1000

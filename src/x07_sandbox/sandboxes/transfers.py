@@ -20,6 +20,7 @@ from x07_sandbox.host.poll import Event, wait_readable, wait_writable, write_all
 from x07_sandbox.host.threads import start_thread
 
 _CHUNK: Final = 64 * 1024
+TAIL_BYTES: Final = 32 * 1024  # of each output stream of a failed command, for hints
 ROOM: Final = "Free disk space, or set X07_VM_STATE_DIR to a folder on a larger disk"
 
 
@@ -204,9 +205,11 @@ class Inbox(Sink):
         super().__init__(name, keep_fd=None, live_fd=None, max_bytes=sys.maxsize)
         self._data = bytearray()
         self._full = False
+        self.tail = b""  # the last TAIL_BYTES of all that has arrived
 
     def take(self, data: bytes) -> int:
         """Keep *data*. Return 0, since nothing was read yet; after `take_no_more`, drop it."""
+        self.tail = (self.tail + data)[-TAIL_BYTES:]
         if self._full:
             return len(data)
         self._data += data

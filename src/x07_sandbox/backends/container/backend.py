@@ -28,18 +28,20 @@ from x07_sandbox.images.guestcode import read_guest_code
 from x07_sandbox.images.verify import OpenImage
 from x07_sandbox.jobs.record import JobRecord
 from x07_sandbox.jobs.stopping import stop_recorded
-from x07_sandbox.plan.features import LEAVES_TREE, NO_ROOT, VM_CAPABILITIES, Features
+from x07_sandbox.plan.features import LEAVES_TREE, NO_ROOT, NOT_OBSERVED, VM_CAPABILITIES, Features
 
 _REFERENCE_MAX: Final = 512
 # Where root's podman finds its store. A podman that reads another file is asked for its images each time.
 _STORAGE_CONF: Final = ("/etc/containers/storage.conf", "/usr/share/containers/storage.conf")
 GAPS: Final = {
     "connect-fails": "the relay accepts a connection before the gate decides, and resets it if the gate refuses",
+    "observed-connections": NOT_OBSERVED,
     "whole-command": LEAVES_TREE,
     "root-inside": NO_ROOT,
     "damaged-image": "the engine stores the image, and only its id is checked",
 }
-HELD: Final = VM_CAPABILITIES - {"held-connections", "command-groups"}  # what a container with our agent can enforce
+# What a container with our agent can enforce.
+HELD: Final = VM_CAPABILITIES - {"held-connections", "observed-connections", "command-groups"}
 WARNING: Final = "the program's system calls reach this host's kernel"
 
 

@@ -42,7 +42,15 @@ _GAPS: Final = GAPS | {
 }
 # Limits that are not held as the policy says, and connections.
 _NOT_HELD: Final = {
-    *("held-connections", "command-groups", "network", "limits.cpu_ms", "limits.mem_bytes", "limits.procs")
+    *(
+        "held-connections",
+        "observed-connections",
+        "command-groups",
+        "network",
+        "limits.cpu_ms",
+        "limits.mem_bytes",
+        "limits.procs",
+    )
 }
 
 

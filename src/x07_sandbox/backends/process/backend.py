@@ -24,7 +24,7 @@ from x07_sandbox.jobs.reader import StoredJob
 from x07_sandbox.jobs.record import Claim, JobRecord, create_record, new_run_id
 from x07_sandbox.jobs.stopping import stop_recorded
 from x07_sandbox.kernel import landlock_version
-from x07_sandbox.plan.features import LEAVES_TREE, NO_ROOT, Features
+from x07_sandbox.plan.features import LEAVES_TREE, NO_ROOT, NOT_OBSERVED, Features
 
 NFT: Final = "/usr/sbin/nft"
 _ANSWER_S: Final = 5.0
@@ -47,6 +47,7 @@ _LANDLOCK_LEAST: Final = 2  # the first version that allows moving files between
 _SHARED: Final = {
     "whole-command": LEAVES_TREE,
     "root-inside": NO_ROOT,
+    "observed-connections": NOT_OBSERVED,
     "connect-fails": "the relay accepts a connection before the gate decides, and resets it if the gate refuses",
 }
 _NO_IMAGE: Final = dict.fromkeys(("image-digest", "damaged-image"), "it uses this host's programs instead of an image")
@@ -60,7 +61,7 @@ _UNCONFINED: Final = {
         "no control group holds the program and its children together",
     ),
     **dict.fromkeys(("read-root", "write-root", "out-folder", "changes-so-far"), _NO_COPIES),
-    **dict.fromkeys(("no-network", "no-host-servers"), "the program uses this host's network"),
+    **dict.fromkeys(("no-network", "no-host-servers", "observed-connections"), "the program uses this host's network"),
     **dict.fromkeys(("unlisted-name", "gate-asked", "connect-fails"), "nothing limits the program to a list of hosts"),
     **dict.fromkeys(("file-permissions", "file-root"), "the file server can use its user's files, and root any file"),
     "no-host-files": "the program can use its user's files",

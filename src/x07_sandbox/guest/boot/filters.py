@@ -42,7 +42,7 @@ DENIED = (
     *("bpf", "perf_event_open", "userfaultfd", "io_uring_enter", "io_uring_register"),
     *("memfd_create", "memfd_secret", "lookup_dcookie"),
 )
-# Calls that are audited when denied: they name files, use descriptors, or raise limits.
+# Calls that are audited when denied: they name files, use descriptors, raise limits, or connect.
 AUDITED = (
     *("open", "openat", "openat2", "creat", "mkdir", "mkdirat", "rmdir", "unlink", "unlinkat", "mknod", "mknodat"),
     *("rename", "renameat", "renameat2", "link", "linkat", "symlink", "symlinkat", "truncate", "chmod", "fchmodat"),
@@ -52,6 +52,7 @@ AUDITED = (
     *("fsetxattr", "lsetxattr", "removexattr", "fremovexattr", "lremovexattr", "bind"),
     *("socket", "socketpair", "accept", "accept4", "pipe", "pipe2", "dup", "dup2", "dup3", "fcntl", "epoll_create"),
     *("epoll_create1", "eventfd2", "timerfd_create", "inotify_init1"),
+    *("connect", "sendto", "sendmsg", "sendmmsg"),
 )
 CLONE_THREAD = 0x00010000
 # NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET; and NEWTIME for unshare only (in clone it is a signal bit).
