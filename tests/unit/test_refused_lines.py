@@ -77,6 +77,14 @@ def test_failed_connections_of_a_failed_run_are_printed(capsys: pytest.CaptureFi
     assert denial_lines(replace(failed, outcome="ok")) == []
 
 
+def test_a_successful_run_names_only_what_the_program_may_not_notice() -> None:
+    """After success, what was not copied in and denied connections are printed, but nothing that --hide left out."""
+    rows = [("hide", "copy"), ("fs.deny_hidden", "copy"), ("net.allow_hosts", "look up"), ("fs.write_roots", "write")]
+    denials = [replace(denial(f"n{at}"), field=field, action=action) for at, (field, action) in enumerate(rows)]
+    lines = denial_lines(replace(result(*denials), outcome="ok"))
+    assert [line.split(". ")[0] for line in lines] == ["denied: copying n1 into the VM", "denied: DNS lookup of n2"]
+
+
 def test_four_denials_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     """Four denials are printed, those that something would allow first, and the rest is counted."""
     flag = HowToAllow(json_path="$.fs.write_roots", value=["/data"], flag="--allow-write-root /data")

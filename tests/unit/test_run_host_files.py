@@ -177,7 +177,7 @@ def test_a_hidden_file_names_its_pattern(run: Run) -> None:
     """A file hidden by --hide is reported with that flag, not as a secret."""
     (run.root / "data.csv").write_text("x")
     run.files(changes="discard", hide=("*.csv",))
-    denial = run.denial("secrets")
+    denial = run.denial("hide")
     assert denial.subject.endswith("data.csv")
     assert denial.reason == "hidden by --hide '*.csv'"
 

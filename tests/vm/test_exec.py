@@ -73,8 +73,9 @@ def result(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
 
 
 def test_a_command_of_the_image_runs_in_a_copy_of_a_folder(project: Path, state: Path) -> None:
-    """`x07 exec --workdir . -- make` works on a copy, its changes can be undone, and too large files are named."""
+    """`x07 exec --workdir . -- make` works on a copy, its changes can be undone, and what was left out is named."""
     (project / "big.bin").write_bytes(bytes(2000))
+    (project / ".git").mkdir()
     script = "make test all && test ! -e big.bin && head -c 3000 /dev/zero > new.bin"
     done = x07(project, "exec", "--workdir", ".", "--max-file-size", "1K", "--", "sh", "-c", script)
     assert done.returncode == 0, done.stderr
@@ -85,6 +86,8 @@ def test_a_command_of_the_image_runs_in_a_copy_of_a_folder(project: Path, state:
         "left out: new.bin (larger than 1K, fs.max_write_bytes)",
     ):
         assert f"x07: {start}. To allow it, use --max-file-size 1M\n" in done.stderr
+    hidden = "x07: denied: copying .git, .hidden into the VM (hidden name, fs.deny_hidden). "
+    assert hidden in done.stderr
     assert (project / "out.txt").read_text() == "data\n"
     assert x07(project, "undo").returncode == 0
     assert not (project / "out.txt").exists()

@@ -340,8 +340,17 @@ def test_the_commands_of_x07_sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyP
     tmp_path.mkdir()
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_text("1\n")
+    for name in (".git", ".github"):
+        (tmp_path / name).mkdir()
     made = x07("sandbox", "create", "--name", "build", "--workdir", ".", "--tag", "job=17", "--idle", "600")
     assert made.returncode == 0, made.stderr
+    assert b"denied: copying .git, .github into the VM (hidden name" in made.stderr
+    listed = msgspec.json.decode(x07("sandbox", "list", "--json").stdout)["sandboxes"]
+    assert [(one["subject"], one["count"]) for one in listed[0]["left_out"]] == [(".git, .github", 2)]
+    with Sandbox.connect("build") as client:
+        how = client.left_out[0].how_to_allow
+        assert how is not None
+        assert how.flag == "--allow-hidden"
     run = made.stdout.decode().strip()
     assert x07("sandbox", "create", "--name", "build").returncode == 2
     done = x07("sandbox", "exec", "build", "--", "sh", "-c", "cat; echo err >&2; exit 3", stdin=b"abc")
@@ -367,7 +376,7 @@ def test_the_commands_of_x07_sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert b"job=17" in x07("sandbox", "list").stdout
     assert x07("sandbox", "list", "--tag", "job=18").stdout.count(b"\n") == 1
     closed = x07("sandbox", "close", "build")
-    assert (closed.returncode, b"applied" in closed.stderr) == (0, True)
+    assert (closed.returncode, b"applied" in closed.stderr, b"denied" in closed.stderr) == (0, True, False)
     assert (tmp_path / "b.txt").read_text() == "1\n"
     assert x07("sandbox", "exec", "build", "--", "true").returncode == 2
     assert x07("sandbox", "exec").returncode == 2

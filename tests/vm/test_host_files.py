@@ -138,6 +138,8 @@ def test_changes_can_be_applied_and_undone(project: Project) -> None:
     before = project.seen()
     done = project.x07("run", "--allow-write-root", ".", "-c", CHANGE, "--toolchain", "python")
     assert done.stderr == (
+        "x07: denied: copying .secret into the VM (hidden name, fs.deny_hidden). To allow it, use --allow-hidden\n"
+        "x07: denied: copying key.pem into the VM (looks like a secret). To allow it, use --reveal key.pem\n"
         "x07: deleted: data/gone.txt\nx07: deleted: run.sh\n"
         "x07: 4 added, 1 changed, 2 deleted: applied; see x07 diff, revert with x07 undo\n"
     )

@@ -31,8 +31,7 @@ _REACHED: Final = {
     ("fs.max_entries", "copy"): "limit of copied files and folders reached",
     ("fs.max_entries", "change"): "limit of changed files and folders reached",
 }
-_NOT_COPIED: Final = frozenset({("copy", "fs.max_read_bytes"), ("copy", "fs.max_depth")})
-_CONNECTS: Final = frozenset({"connect", "look up"})
+_UNNOTICED: Final = frozenset({"copy", "connect", "look up"})  # a program may succeed all the same
 _FULL: Final = frozenset({"scratch", "limits.mem_bytes"})  # for these, the subject of a denied write is a sentence
 # The words for other actions, followed by the subject. Names of system calls are not listed.
 _ACTIONS: Final = {
@@ -94,8 +93,8 @@ def denial_lines(result: Result, command: str = "") -> list[str]:
 
 
 def _unnoticed(result: Result) -> list[str]:
-    """Return the messages that matter after success: files too large or too deep to be copied, and connections."""
-    found = [one for one in result.denials if one.action in _CONNECTS or (one.action, one.field) in _NOT_COPIED]
+    """Return the messages that matter after success: what was not copied in, unless by --hide, and connections."""
+    found = [one for one in result.denials if one.action in _UNNOTICED and one.field != "hide"]
     lines = [_line(denial) for denial in found[:_SHOWN]]
     more = len(found) - len(lines)
     return [*lines, f"and {more} more denials"] if more else lines

@@ -11,6 +11,8 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from msgspec.structs import replace
+
 from x07_sandbox.cli.console import LiveLine, show, show_table
 from x07_sandbox.cli.json_output import document_wanted, print_document
 from x07_sandbox.cli.parser import (
@@ -210,7 +212,18 @@ def _create(options: argparse.Namespace) -> int:
         print_document(SandboxesReport(sandboxes=tuple(one for one in list_sandboxes() if one.id == run)), options)
     else:
         show(run)
+        _say_left_out(run)
     return 0
+
+
+def _say_left_out(run: str) -> None:
+    from x07_sandbox.runs.command import record_of
+
+    if (record := record_of(run)) is not None and record.left_out:
+        from x07_sandbox.cli.denials_text import say_denials
+        from x07_sandbox.runs.result import draft_result
+
+        say_denials(replace(draft_result(run), outcome="ok", denials=list(record.left_out)))
 
 
 def _list(options: argparse.Namespace) -> int:
@@ -251,10 +264,10 @@ def _close(options: argparse.Namespace) -> int:
         return print_result(result)
     if result.changes.state != "none":
         say_changes(result)
-    if result.denials:
+    if denials := [one for one in result.denials if one.action != "copy"]:  # `create` has printed those
         from x07_sandbox.cli.denials_text import say_denials
 
-        say_denials(result)
+        say_denials(replace(result, denials=denials))
     return result.x07_exit_code
 
 

@@ -82,6 +82,7 @@ Rule = Literal[
     "fs.max_depth",
     "fs.read_roots",
     "secrets",
+    "hide",
     "protected",
     "reserved",
     "kind",

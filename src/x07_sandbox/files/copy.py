@@ -418,7 +418,7 @@ _WORDS: Final[dict[Reason, str]] = {
 }
 FIELDS: Final[dict[Reason, Rule]] = {
     "hidden": "fs.deny_hidden",
-    "chosen": "secrets",
+    "chosen": "hide",
     "secret": "secrets",
     "link": "fs.allow_symlinks",
     "link-out": "fs.allow_symlinks",
@@ -426,7 +426,7 @@ FIELDS: Final[dict[Reason, Rule]] = {
     "deep": "fs.max_depth",
     **dict.fromkeys(("special", "other-disk", "unreadable", "changing"), "fs.read_roots"),
 }
-"""The policy field of each reason; `secrets` is not a field."""
+"""The policy field of each reason; `secrets` and `hide` (for --hide) are no fields."""
 
 
 def why_left_out(reason: Reason, bounds: Bounds) -> str:

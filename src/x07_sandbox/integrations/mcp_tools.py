@@ -217,7 +217,8 @@ class Tools:
             if self._open[handle] is None:
                 del self._open[handle]
         ends = f"after {settings.idle_s:g} s without use, or {settings.lifetime_s:g} s after its opening"
-        return Answer({"sandbox": handle, "granted": settings.about, "ends": ends})
+        left_out = marked([("not copied in", denied(sandbox.left_out))])
+        return Answer({"sandbox": handle, "granted": settings.about, "ends": ends}, left_out)
 
     async def _sandbox_close(self, asked: Close) -> Answer:
         if asked.sandbox not in self._closing:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from x07_sandbox.library.files import Files
     from x07_sandbox.library.processes import Ended, ExecOptions, StartOptions
     from x07_sandbox.library.sandbox import SandboxOptions
+    from x07_sandbox.plan.denials import Denial
     from x07_sandbox.reports.sandboxes import SandboxInfo
     from x07_sandbox.runs.command import StreamName
     from x07_sandbox.runs.request import ChangesChoice
@@ -104,6 +105,11 @@ class AsyncSandbox:
     def alive(self) -> bool:
         """See `Sandbox.alive`."""
         return self._opened is not None and self._opened.alive
+
+    @property
+    def left_out(self) -> tuple[Denial, ...]:
+        """See `Sandbox.left_out`."""
+        return self._sandbox.left_out
 
     @property
     def result(self) -> Result | None:

@@ -5,16 +5,14 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from x07_sandbox.errors import Command, UsageError
 from x07_sandbox.host.clocks import unix_ms
 from x07_sandbox.host.locks import is_locked
 from x07_sandbox.host.paths import state_dir
 from x07_sandbox.library.held import HeldSandbox, status_of
 from x07_sandbox.reports.sandboxes import SandboxInfo
+from x07_sandbox.runs.command import RECORD, record_of
 from x07_sandbox.runs.folder import SOCKET, all_runs, described, is_named, runs_with
-from x07_sandbox.runs.sandbox import RECORD, SandboxRecord
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -24,7 +22,7 @@ def list_sandboxes(tags: Mapping[str, str] | None = None) -> list[SandboxInfo]:
     """Return the open sandboxes that have all of *tags*, oldest first. Raises HostError."""
     found = []
     for run in runs_with(RECORD):
-        record = _record(run)
+        record = record_of(run)
         if record is None or not is_locked(all_runs() / run) or not (tags or {}).items() <= record.tags.items():
             continue
         held = os.path.lexists(all_runs() / run / SOCKET)
@@ -42,6 +40,7 @@ def list_sandboxes(tags: Mapping[str, str] | None = None) -> list[SandboxInfo]:
                 held=held,
                 left_s=None if status is None else round(status.left_s, 1),
                 commands=None if status is None else status.commands,
+                left_out=record.left_out,
             )
         )
     return found
@@ -69,7 +68,7 @@ def run_of(word: str) -> str:
     """Return the id of the newest run whose sandbox has the name *word*, or *word* if there is none."""
     if not os.path.lexists(state_dir()):
         return word
-    named = [run for run in runs_with(RECORD) if (record := _record(run)) is not None and record.name == word]
+    named = [run for run in runs_with(RECORD) if (record := record_of(run)) is not None and record.name == word]
     return named[-1] if named else word
 
 
@@ -92,16 +91,9 @@ def _held(word: str) -> list[str]:
     return [run for run in held if _fits(run, word) and is_locked(places[run])]
 
 
-def _record(run: str) -> SandboxRecord | None:
-    try:
-        return msgspec.json.decode((all_runs() / run / RECORD).read_bytes(), type=SandboxRecord)
-    except (OSError, msgspec.MsgspecError):
-        return None
-
-
 def _fits(run: str, word: str) -> bool:
     """Whether *word* is the id of a run, the start of it, or the name of its sandbox."""
     if is_named(run, word):
         return True
-    record = _record(run)
+    record = record_of(run)
     return record is not None and record.name == word

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from x07_sandbox.host.cancel import Cancel
     from x07_sandbox.library.files import Files
     from x07_sandbox.library.processes import Ended, ExecOptions, Keep
+    from x07_sandbox.plan.denials import Denial
     from x07_sandbox.policy.model import Policy
     from x07_sandbox.reports.sandboxes import SandboxInfo
     from x07_sandbox.runs.command import AnySandbox, StreamName
@@ -206,6 +207,15 @@ class Sandbox:
     def alive(self) -> bool:
         """Whether the sandbox is open."""
         return not self._open.session.over
+
+    @property
+    def left_out(self) -> tuple[Denial, ...]:
+        """What was not copied in from folders of the host: one denial for each reason, such as hidden names.
+
+        Its `subject` has the first names, `count` says how many there are, and `how_to_allow.flag` names the option
+        that would let them in.
+        """
+        return self._open.left_out
 
     @property
     def result(self) -> Result | None:

@@ -47,7 +47,8 @@ class Denial(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """An action that the program tried or the policy requested, and that was denied.
 
     field: the policy field that decided. If no policy field decided, it is `permissions`, `system-calls`, `scratch`,
-    `output`, `secrets`, `protected`, `kind` or `reserved`. For a connection, it is the id of the rule that denied it.
+    `output`, `secrets`, `hide`, `protected`, `kind` or `reserved`. For a connection, it is the id of the rule that
+    denied it.
     action: the denied action.
     subject: the path, host or limit concerned. A path with a trailing slash is the folder in which the program tried to
         create something.

@@ -15,6 +15,7 @@ class SandboxInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     age_s: seconds since it was opened.
     held: whether a process of its own holds it, so that it outlives its creator and others can connect to it.
     left_s, commands: seconds until its lifetime ends, and how many commands run now; null unless it is held.
+    left_out: one denial for each reason why entries of folders were not copied in.
     """
 
     id: str
@@ -26,6 +27,7 @@ class SandboxInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     held: bool
     left_s: float | None
     commands: int | None
+    left_out: tuple[Denial, ...] = ()
 
 
 class SandboxesReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

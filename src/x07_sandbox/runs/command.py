@@ -14,8 +14,10 @@ import msgspec
 
 from x07_sandbox.channel.link import Stream
 from x07_sandbox.errors import BackendError, UsageError
+from x07_sandbox.host.decoding import prepared
 from x07_sandbox.plan.denials import Denial, Hint
 from x07_sandbox.plan.outcomes import Verdict
+from x07_sandbox.runs.folder import all_runs
 from x07_sandbox.runs.result import CommandReport
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from x07_sandbox.sandboxes.shared import SharedSession
     from x07_sandbox.sandboxes.transfers import Inbox
 
+RECORD: Final = "sandbox.json"  # in the folder of the run
 StreamName = Literal["stdout", "stderr"]
 _STREAMS: Final[dict[StreamName, Stream]] = {"stdout": Stream.STDOUT, "stderr": Stream.STDERR}
 _WHY_GONE: Final = {
@@ -71,6 +74,28 @@ class CommandEnd(msgspec.Struct, frozen=True, kw_only=True):
     memory_peak_bytes: int = 0
 
 
+class SandboxRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """The file RECORD: facts about a sandbox that stay the same. image: the digest of its image, or None.
+
+    left_out: one denial for each reason why entries of its folders were not copied in.
+    """
+
+    name: str
+    tags: dict[str, str]
+    opened_unix_ms: int
+    backend: str
+    image: str | None
+    left_out: tuple[Denial, ...] = ()
+
+
+def record_of(run: str) -> SandboxRecord | None:
+    """Return the record of a sandbox, or None if it has none."""
+    try:
+        return msgspec.json.decode((all_runs() / run / RECORD).read_bytes(), type=prepared(SandboxRecord))
+    except (OSError, msgspec.MsgspecError):
+        return None
+
+
 class AnySandbox(ABC):
     """A sandbox of this process, or of another one (`library/held`). Thread-safe. run: its id.
 
@@ -84,6 +109,12 @@ class AnySandbox(ABC):
         self.run = run
         self.result: Result | None = None
         self._pid = os.getpid()
+
+    @property
+    def left_out(self) -> tuple[Denial, ...]:
+        """One denial for each reason why entries of folders were not copied in."""
+        record = record_of(self.run)
+        return () if record is None else record.left_out
 
     @abstractmethod
     def start(self, given: CommandStart, *, service: str = "") -> Command:

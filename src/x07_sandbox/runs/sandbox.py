@@ -32,7 +32,7 @@ from x07_sandbox.jobs.record import new_run_id
 from x07_sandbox.network.summary import NetworkUse
 from x07_sandbox.plan.outcomes import Verdict, cancelled_verdict, classify, limit_set_by, verdict
 from x07_sandbox.programs.toolchains import COMMAND, OUTPUT, SOURCE_FOLDER, Source
-from x07_sandbox.runs.command import AnySandbox, Command, CommandEnd
+from x07_sandbox.runs.command import RECORD, AnySandbox, Command, CommandEnd, SandboxRecord
 from x07_sandbox.runs.job import gate_for, started, without_account
 from x07_sandbox.runs.request import Program, check_arguments, check_variables, in_memory, sha256_text
 from x07_sandbox.runs.result import EMPTY_OUTPUT, Changes, CommandReport, Diff, PhaseReport, Result, draft_result
@@ -72,7 +72,6 @@ _SERVER_FILES: Final = 64  # open files of the file server
 _TIMEOUT: Final = Flag("--timeout")
 
 
-RECORD: Final = "sandbox.json"  # in the folder of the run
 NAME: Final = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}")  # of a sandbox; no id starts with a letter
 NAME_RULE: Final = "use up to 64 letters, digits and '_.-', with a letter first"
 
@@ -87,16 +86,6 @@ class Life(NamedTuple):
     idle_s: float | None = None
     name: str = ""
     tags: Mapping[str, str] = MappingProxyType({})
-
-
-class SandboxRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """The file RECORD: facts about a sandbox that stay the same. image: the digest of its image, or None."""
-
-    name: str
-    tags: dict[str, str]
-    opened_unix_ms: int
-    backend: str
-    image: str | None
 
 
 class OpenSandbox(AnySandbox):
@@ -178,6 +167,7 @@ class OpenSandbox(AnySandbox):
             opened_unix_ms=unix_ms(),
             backend=self._draft.backend or "",
             image=self._draft.digests.image,
+            left_out=tuple(one for one in self._draft.denials if one.action == "copy"),
         )
         replace_file(self._folder.path / RECORD, msgspec.json.encode(record))
 
