@@ -9,15 +9,18 @@ A channel seed is named after the message or the type of frame that it is about;
 from __future__ import annotations
 
 import json
+import re
 import stat
 import struct
 from pathlib import Path
 from typing import Final
 
+from tests import hostile_images as hostile
 from tests.fuzz.fuzz_channel import DENIED, MESSAGES, NONCE, OPEN, frame, opening
 from tests.fuzz.fuzz_channel import message as control
 from tests.fuzz.fuzz_client_hello import body, extension, hello, message, records, sni
 from tests.fuzz.fuzz_documents import BETWEEN, BUILT, result
+from tests.fuzz.fuzz_images import DOCUMENTS, OUTER, SUMMED, TWICE, ZIPPED, archive, manifest
 from tests.fuzz.fuzz_observed import POLICIES
 from tests.fuzz.fuzz_ttrpc import failed, field
 from tests.fuzz.fuzz_ttrpc import frame as response
@@ -157,6 +160,27 @@ def unpack_seeds() -> dict[str, bytes]:
         # int() accepted a sign: a folder of -256 MiB made room for files over the limit, and -1 byte read a whole file.
         "found/negative-folder": folder[:size_at] + b"-FFFFFFF" + folder[size_at + 8 :],
         "found/negative-file": small[:size_at] + b"-0000001" + small[size_at + 8 :],
+    }
+
+
+def images_seeds() -> dict[str, bytes]:
+    """Return layers, archives and documents of images; the first byte says which (see fuzz_images)."""
+    low = hostile.file(b"1", "a/b") + hostile.header("d/", kind=b"5") + hostile.header("l", kind=b"2", link="a")
+    whiteouts = (
+        hostile.file(b"", "a/.wh.b") + hostile.file(b"", "d/.wh..wh..opq") + hostile.header("h", kind=b"1", link="a/b")
+    )
+    long = hostile.header("L", 200, b"L") + hostile.padded(b"n" * 200)
+    keys = ("path", "linkpath", "size", "uid", "gid", "mtime", "SCHILY.xattr.user.a", "GNU.sparse.realsize")
+    small = {re.sub(r"\W", "-", name): data for name, data in hostile.HOSTILE.items() if len(data) <= 1 << 13}
+    return {
+        **{name: bytes([SUMMED]) + data for name, data in small.items()},
+        "layer": bytes([SUMMED]) + low + whiteouts + long + low + hostile.END,
+        "twice": bytes([SUMMED | TWICE | ZIPPED]) + low + whiteouts + hostile.END,
+        **{key: bytes([SUMMED]) + hostile.extended(hostile.record(key, "1")) + low + hostile.END for key in keys},
+        "archive": bytes([SUMMED | OUTER]) + archive(low + hostile.END, manifest("0/layer.tar")),
+        "archive-up": bytes([SUMMED | OUTER]) + archive(low + hostile.END, manifest("../kept")),
+        "documents": bytes([DOCUMENTS]) + b'{"manifests": []}',
+        "documents-up": bytes([DOCUMENTS]) + b"\0" + manifest("0/layer.tar", config="../kept"),
     }
 
 
@@ -461,6 +485,7 @@ MADE: Final = {
     "documents": documents_seeds,
     "egress": egress_seeds,
     "hints": hints_seeds,
+    "images": images_seeds,
     "http_requests": http_requests_seeds,
     "observed": observed_seeds,
     "patch": patch_seeds,

@@ -21,6 +21,7 @@ WATCHED: Final = {
     "egress": ["x07_sandbox.channel"],
     "hints": ["x07_sandbox.plan"],
     "http_requests": ["h11", "x07_sandbox.network"],
+    "images": ["x07_sandbox.images"],
     "names": ["idna", "x07_sandbox.network"],
     "observed": ["x07_sandbox.plan"],
     "patch": ["x07_sandbox.files.patch"],

@@ -149,23 +149,64 @@ def test_hostile_entries_are_refused(entries: list[Entry], why: str) -> None:
         merged(layer(*entries))
 
 
-def test_an_image_with_too_many_entries_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Entries are counted over all layers, before anything is kept."""
-    monkeypatch.setattr(layers, "ENTRIES_MAX", 10)
-    few = layer(*(Entry(str(number)) for number in range(6)))
-    with pytest.raises(ImageError, match="more than 10 entries"):
-        merged(few, few)
+DEEP = "d" * 200
 
 
-def test_a_header_that_is_too_long_is_refused() -> None:
-    """An extended header is read at once, so a long one is refused before that."""
-    info = tarfile.TarInfo("a")
-    info.pax_headers = {"comment": "x" * (layers._HEADER_MAX + 1)}  # noqa: SLF001 - just above
+@pytest.mark.parametrize(
+    ("limit", "most", "entries"),
+    [
+        ("entries and folders", 10, [Entry(str(number)) for number in range(11)]),
+        ("entries and folders", 10, [Entry("same")] * 11),
+        ("entries and folders", 10, [Entry("a/" * 6 + "b"), *[Entry("c")] * 4]),
+        ("bytes in extended headers", 1000, [Entry("p" * 101 + "/" + "q" * 101)] * 8),
+        ("steps from folder to folder", 100, [Entry("d/" * 20 + str(number)) for number in range(10)]),
+        ("steps from folder to folder", 100, [Entry("l", kind=LINK, link="./" * 99), Entry("l/a")]),
+        (
+            "steps from folder to folder",
+            100,
+            [*(Entry(f"d/{number}") for number in range(20)), *[Entry("d/.wh..wh..opq")] * 5],
+        ),
+    ],
+)
+def test_work_and_memory_are_limited(
+    limit: str, most: int, entries: list[Entry], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Entries, the folders on their way, long names and the steps to find a folder are counted over all layers."""
+    data = layer(*entries)
+    monkeypatch.setitem(layers.LIMITS, limit, most)
+    with pytest.raises(ImageError, match=f"more than {most:,} {limit}"):
+        merged(data)
+    monkeypatch.setitem(layers.LIMITS, limit, most * 3 // 2)
+    with pytest.raises(ImageError, match=limit):
+        merged(data, data)
+
+
+def test_the_merged_archive_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No byte over the limit is written, also if short names in the layers stand for long paths."""
+    monkeypatch.setattr(layers, "BYTES_MAX", 64 << 10)
+    assert merged(
+        layer(Entry("a", bytes(40 << 10)), *(Entry(f"h{number}", kind=HARD, link="a") for number in range(9)))
+    )
     out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as archive:
-        archive.addfile(info)
-    with pytest.raises(ImageError, match="a header has"):
-        merged(out.getvalue())
+    found = Merged()
+    with tempfile.TemporaryFile() as file:
+        file.write(layer(*(Entry(f"{number}", b"1" * 900) for number in range(60))))
+        file.flush()
+        found.add(file)
+        with pytest.raises(ImageError, match="its files have more than"):
+            found.write(out)
+    assert len(out.getvalue()) <= 64 << 10
+
+
+def test_a_path_through_links_is_no_longer_than_linux_allows() -> None:
+    """A link can stand for a long path, but the whole path of an entry has at most 4096 bytes."""
+    chain = []
+    for depth in range(25):
+        chain.append(Entry(f"l{depth}/{DEEP}/" if depth else f"{DEEP}/", kind=FOLDER))
+        chain.append(Entry(f"l{depth + 1}", kind=LINK, link=f"l{depth}/{DEEP}" if depth else DEEP))
+    assert merged(layer(*chain[:30]))
+    with pytest.raises(ImageError, match="is too long"):
+        merged(layer(*chain))
 
 
 @pytest.mark.parametrize("damage", [b"", b"no archive" * 100, layer(Entry("a", b"1" * 5000))[:2000]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tarfile
 from pathlib import Path
@@ -10,6 +11,9 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import FULL
+from tests.fuzz import fuzz_images
+from tests.hostile_images import END, HOSTILE, extended, file, record
 from tests.oci_images import Entry, archived, docker_archive, layer, layout
 from x07_sandbox.errors import ImageError, SandboxError, UsageError
 from x07_sandbox.images import commands, oci
@@ -123,7 +127,7 @@ def test_damaged_images_are_refused(damage: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("file", "text"),
+    ("name", "text"),
     [
         ("index.json", "{"),
         ("index.json", "[]"),
@@ -131,12 +135,13 @@ def test_damaged_images_are_refused(damage: str, tmp_path: Path) -> None:
         ("index.json", '{"manifests": [{"digest": "md5:1", "size": 1}]}'),
         ("index.json", '{"manifests": 5}'),
         ("index.json", "[" * 100_000),
+        ("index.json", '{"manifests": ["\udcff"]}'),
     ],
 )
-def test_malformed_documents_are_refused(file: str, text: str, tmp_path: Path) -> None:
+def test_malformed_documents_are_refused(name: str, text: str, tmp_path: Path) -> None:
     """A document of another form, or a digest that is a path, is refused."""
     source = layout(tmp_path / "image", HELLO)
-    (source / file).write_text(text)
+    (source / name).write_bytes(os.fsencode(text))
     with pytest.raises(ImageError):
         names(source, tmp_path)
 
@@ -153,7 +158,7 @@ def test_malformed_settings_are_refused(settings: dict[str, Any], tmp_path: Path
 def test_layers_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The uncompressed size of all layers and their number are bounded, so that a small file cannot fill the disk."""
     big = layer(Entry("zeros", bytes(2_000_000)))
-    monkeypatch.setattr(oci, "_BYTES_MAX", 3_000_000)
+    monkeypatch.setattr(oci, "BYTES_MAX", 3_000_000)
     with pytest.raises(ImageError, match="more than"):
         names(layout(tmp_path / "image", big, HELLO, big.replace(b"zeros", b"zerot")), tmp_path)
     with pytest.raises(ImageError, match="129 layers"):
@@ -176,3 +181,57 @@ def test_a_reference_needs_skopeo(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         names("docker://docker.io/library/alpine", tmp_path)
     with pytest.raises(UsageError, match="docker://NAME"):
         names("alpine:3.22", tmp_path)
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_archives_end_in_an_error(name: str, tmp_path: Path) -> None:
+    """A hostile layer, or a hostile archive around an image, ends in an error that says why, and nothing is written."""
+    (tmp_path / "image.tar").write_bytes(HOSTILE[name])
+    for source in (layout(tmp_path / "image", HOSTILE[name]), tmp_path / "image.tar"):
+        with pytest.raises(ImageError, match=r"(layer 1|it) (has|ends|is damaged)"):
+            names(source, tmp_path)
+    assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_sparse_files_are_refused(tmp_path: Path) -> None:
+    """Records of sparse files would let each entry claim the bytes of those after it, so that KiB become GiB."""
+    sparse = extended(record("GNU.sparse.realsize", str(1 << 20)))
+    data = b"".join(sparse + file(b"1", str(number)) for number in range(40)) + file(bytes(1 << 20), "last") + END
+    with pytest.raises(ImageError, match=r"GNU\.sparse\.realsize"):
+        names(layout(tmp_path / "image", data), tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["up", "absolute", "through a link", "a NUL byte"])
+@pytest.mark.parametrize("which", ["Config", "Layers"])
+def test_names_in_an_unpacked_archive_stay_beneath_it(kind: str, which: str, tmp_path: Path) -> None:
+    """A folder as of `docker save` names its files. No name leads out of the folder, also not through a link."""
+    source, outside = tmp_path / "image", tmp_path / "outside"
+    with tarfile.open(docker_archive(tmp_path / "image.tar", HELLO)) as archive:
+        archive.extractall(source, filter="data")
+    assert names(source, tmp_path)[1] == {"hello"}
+    saved = json.loads((source / "manifest.json").read_text())
+    named = saved[0]["Config"] if which == "Config" else saved[0]["Layers"][0]
+    outside.mkdir()
+    (source / named).rename(outside / "file")
+    (source / "link").symlink_to(outside)
+    hostile = {"up": "../outside/file", "absolute": str(outside / "file"), "through a link": "link/file"}
+    name = hostile.get(kind, f"{named}\0")
+    saved[0][which] = name if which == "Config" else [name]
+    (source / "manifest.json").write_text(json.dumps(saved))
+    with pytest.raises(ImageError, match="is missing"):
+        names(source, tmp_path)
+
+
+def test_blobs_of_a_layout_stay_beneath_it(tmp_path: Path) -> None:
+    """The folder of a layout's blobs is no link to another place."""
+    source = layout(tmp_path / "image", HELLO)
+    (source / "blobs").rename(tmp_path / "blobs")
+    (source / "blobs").symlink_to(tmp_path / "blobs")
+    with pytest.raises(ImageError, match="is missing or damaged"):
+        names(source, tmp_path)
+
+
+def test_two_thousand_hostile_images_end_in_an_image_or_an_error() -> None:
+    """Mutated layers, archives and documents raise no other error, and write no byte over the limit or elsewhere."""
+    became_images = sum(fuzz_images.one_input(fuzz_images.seeded(seed)) for seed in range(100_000 if FULL else 2_000))
+    assert became_images > 200  # else the mutations prove little

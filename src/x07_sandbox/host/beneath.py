@@ -33,6 +33,13 @@ def look(dir_fd: int, name: str) -> int:
     return openat2(dir_fd, name, flags, _NO_SYMLINKS | _NO_XDEV | _BENEATH)
 
 
+def open_file(dir_fd: int, name: str) -> int:
+    """Open a relative name for reading, without waiting for a pipe. Raises ValueError, OSError like look()."""
+    if "\0" in name:
+        raise ValueError("a name contains a NUL byte")
+    return openat2(dir_fd, name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, _NO_SYMLINKS | _BENEATH)
+
+
 @contextlib.contextmanager
 def parent_of(dir_fd: int, name: str) -> Iterator[tuple[int, str]]:
     """Yield the parent folder of *name*, and the last part of *name*. Raises OSError like look()."""

@@ -1,29 +1,32 @@
 """The layers of a container image, merged into one archive, as the OCI image specification's "layer.md" says.
 
 Nothing is unpacked on the host: the entries of all layers are read from their archives, and those that remain are
-written to a new one. Devices, sockets and extended attributes are left out. The files and folders on which the guest
-mounts something are added.
+written to a new one. Devices and extended attributes are left out. The files and folders on which the guest mounts
+something are added.
 """
 
 from __future__ import annotations
 
-import os
 import tarfile
 from typing import IO, TYPE_CHECKING, Final
 
-from x07_sandbox.errors import ImageError
 from x07_sandbox.images import tar as tars
+from x07_sandbox.images.tar import BLOCK, ENCODING, Member, Part, bad_image, members
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-ENTRIES_MAX: Final = 2_000_000  # of all layers, also those that later layers remove
+BYTES_MAX: Final = 16 << 30  # of all layers, uncompressed, and of the archive that is written
+# Of all layers, also what later layers remove.
+LIMITS: Final = {
+    "entries and folders": 2_000_000,
+    "bytes in extended headers": 256 << 20,
+    "steps from folder to folder": 100_000_000,  # about a minute
+}
 _NAME_MAX: Final = 255
 _PATH_MAX: Final = 4096
 _DEPTH_MAX: Final = 200
 _LINKS_MAX: Final = 40  # path_resolution(7)
-_HEADER_MAX: Final = 1 << 20  # of an extended header, which is read at once
-_CHUNK: Final = 1 << 20
 _OPAQUE: Final = ".wh..wh..opq"
 _WHITEOUT: Final = ".wh."
 # What the guest mounts over, and what it needs as folders on the way.
@@ -35,10 +38,10 @@ _EMPTY_FILES: Final = ("machine-id", "resolv.conf")  # in /etc
 class Content:
     """What hard links share: a file's bytes in the archive of its layer. name: where it was written, once it was."""
 
-    __slots__ = ("at", "name", "size", "source")
+    __slots__ = ("name", "part")
 
-    def __init__(self, source: IO[bytes] | None = None, at: int = 0, size: int = 0) -> None:
-        self.source, self.at, self.size = source, at, size
+    def __init__(self, part: Part | None = None) -> None:
+        self.part = part
         self.name = ""
 
 
@@ -54,55 +57,33 @@ class Node:
         self.content = Content()
 
 
-class _Headers:
-    """A layer's archive for tarfile, which gets no more than a header at once."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-
-    def read(self, size: int) -> bytes:
-        """Read up to *size* bytes. Raises ImageError for an extended header that is too long."""
-        if size > _HEADER_MAX:
-            raise bad_image(f"a header has {size} bytes")
-        return self._file.read(size)
-
-    def seek(self, offset: int) -> int:
-        """Set the position."""
-        return self._file.seek(offset)
-
-    def tell(self) -> int:
-        """Return the position."""
-        return self._file.tell()
-
-
 class Merged:
     """The files of an image's layers, which are added from the lowest one on."""
 
     def __init__(self) -> None:
         self.root = Node(tarfile.DIRTYPE, 0o755, 0)
         self.left_out = 0
-        self._count = 0
+        self._used = dict.fromkeys(LIMITS, 0)
         self._layer = 0
 
     def add(self, file: IO[bytes]) -> None:
         """Add a layer, an archive that stays open. Raises ImageError."""
         self._layer += 1
-        try:
-            with tarfile.TarFile(fileobj=_Headers(file)) as archive:  # type: ignore[arg-type]  # it only reads
-                while (info := archive.next()) is not None:
-                    archive.members = []  # type: ignore[attr-defined]  # else it keeps all
-                    self._count += 1
-                    if self._count > ENTRIES_MAX:
-                        raise bad_image(f"it has more than {ENTRIES_MAX} entries")
-                    self._take(info, file)
-        except (tarfile.TarError, ValueError, EOFError, OverflowError) as exc:
-            raise bad_image(f"a layer is no tar archive ({str(exc)[:100]})") from exc
+        for member in members(file, f"layer {self._layer}"):
+            self._count("bytes in extended headers", member.extended)
+            self._take(member)
 
-    def _take(self, info: tarfile.TarInfo, file: IO[bytes]) -> None:
-        parts = _parts(info.name)
+    def _count(self, what: str, more: int) -> None:
+        self._used[what] += more
+        if self._used[what] > LIMITS[what]:
+            raise bad_image(f"it has more than {LIMITS[what]:,} {what}")
+
+    def _take(self, member: Member) -> None:
+        self._count("entries and folders", 1)
+        parts = _parts(member.name)
         if not parts:
-            if info.isdir():
-                self.root.mode, self.root.uid, self.root.gid = info.mode & 0o7777, info.uid, info.gid
+            if member.kind == tarfile.DIRTYPE:
+                self.root.mode, self.root.uid, self.root.gid = member.mode, member.uid, member.gid
             return
         folder, name = self._folder(parts[:-1]), parts[-1]
         if name == _OPAQUE:
@@ -111,29 +92,25 @@ class Merged:
             hidden = folder.children.get(name.removeprefix(_WHITEOUT))
             if hidden is not None and hidden.layer < self._layer:
                 del folder.children[name.removeprefix(_WHITEOUT)]
-        elif info.islnk():
-            folder.children[name] = self._linked(info.linkname)
-        elif (node := self._node(info, file)) is None:
+        elif member.kind == tarfile.LNKTYPE:
+            folder.children[name] = self._linked(member.link)
+        elif member.kind in {tarfile.CHRTYPE, tarfile.BLKTYPE}:
             self.left_out += 1
             folder.children.pop(name, None)
         else:
-            before = folder.children.get(name)
+            node, before = self._node(member), folder.children.get(name)
             if before is not None and before.kind == node.kind == tarfile.DIRTYPE:
                 node.children = before.children
             folder.children[name] = node
 
-    def _node(self, info: tarfile.TarInfo, file: IO[bytes]) -> Node | None:
-        made = Node(info.type, info.mode & 0o7777, self._layer, *_owner(info))
-        if info.sparse is not None:
-            raise bad_image(f"it has a sparse file, {info.name[:100]!a}")
-        if info.isreg():
-            made.kind, made.content = tarfile.REGTYPE, Content(file, info.offset_data, info.size)
-        elif info.issym():
-            made.target = info.linkname
-            if not made.target or "\0" in made.target or len(os.fsencode(made.target)) > _PATH_MAX:
+    def _node(self, member: Member) -> Node:
+        made = Node(member.kind, member.mode, self._layer, member.uid, member.gid)
+        if member.kind == tarfile.REGTYPE:
+            made.content = Content(member.content)
+        elif member.kind == tarfile.SYMTYPE:
+            made.target = member.link
+            if not made.target or "\0" in made.target or len(made.target.encode(*ENCODING)) > _PATH_MAX:
                 raise bad_image("a symbolic link has no valid target")
-        elif not (info.isdir() or info.isfifo()):
-            return None
         return made
 
     def _linked(self, path: str) -> Node:
@@ -149,6 +126,7 @@ class Merged:
         """Return a folder, with links resolved inside the image. Raises ImageError."""
         way, waiting, links = [self.root], list(parts)[::-1], 0
         while waiting:
+            self._count("steps from folder to folder", 1)
             name = waiting.pop()
             if name == "..":
                 way[1:] = way[1:-1]
@@ -158,6 +136,7 @@ class Merged:
                 links += 1
                 if links > _LINKS_MAX:
                     raise bad_image("symbolic links lead in a circle")
+                self._count("steps from folder to folder", len(found.target))
                 if found.target.startswith("/"):
                     del way[1:]
                 waiting += [part for part in found.target.split("/") if part not in {"", "."}][::-1]
@@ -173,6 +152,7 @@ class Merged:
         if found is None or found.kind not in {tarfile.DIRTYPE, tarfile.SYMTYPE}:
             if not create:
                 raise bad_image(f"a link leads through {name[:100]!a}, which is no folder")
+            self._count("entries and folders", 1)
             found = folder.children[name] = Node(tarfile.DIRTYPE, 0o755, self._layer)
         return found
 
@@ -181,6 +161,7 @@ class Merged:
         waiting = [folder]
         while waiting:
             here = waiting.pop()
+            self._count("steps from folder to folder", len(here.children) + 1)
             here.children = {name: child for name, child in here.children.items() if child.layer >= self._layer}
             waiting += here.children.values()
 
@@ -206,18 +187,31 @@ class Merged:
             at = found
 
     def write(self, out: IO[bytes]) -> None:
-        """Write everything as one archive, for mkfs.erofs. Raises OSError."""
-        with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as archive:
-            for path, node in self._walk():
-                info = tars.entry(path, node.kind, node.mode, link=node.target)
-                info.uid, info.gid = node.uid, node.gid
-                if node.content.name:
-                    info.type, info.linkname = tarfile.LNKTYPE, node.content.name
-                    archive.addfile(info)
-                    continue
-                node.content.name = path
-                info.size = node.content.size
-                archive.addfile(info, _Bytes(node.content) if info.size else None)
+        """Write everything as one archive, for mkfs.erofs. Raises ImageError, OSError."""
+        left = BYTES_MAX
+        for data in self._blocks():
+            left -= len(data)
+            if left < 0:
+                raise bad_image(f"its files have more than {BYTES_MAX >> 30} GiB")
+            out.write(data)
+
+    def _blocks(self) -> Iterator[bytes]:
+        """Yield the archive in pieces."""
+        for path, node in self._walk():
+            if len(path.encode(*ENCODING)) > _PATH_MAX:
+                raise bad_image(f"the path {path[:100]!a} is too long")
+            info = tars.entry(path, node.kind, node.mode, link=node.target)
+            info.uid, info.gid, content = node.uid, node.gid, node.content
+            if content.name:
+                info.type, info.linkname = tarfile.LNKTYPE, content.name
+            elif content.part is not None:
+                info.size = content.part.size
+            yield info.tobuf(tarfile.PAX_FORMAT, *ENCODING)
+            if info.size and content.part is not None:
+                yield from content.part.pieces()
+                yield bytes(-info.size % BLOCK)
+            content.name = content.name or path
+        yield bytes(2 * BLOCK)
 
     def _walk(self) -> Iterator[tuple[str, Node]]:
         yield ".", self.root
@@ -237,43 +231,10 @@ class Merged:
                 waiting.append(iter(sorted(node.children.items())))
 
 
-class _Bytes:
-    """The content of a file, for tarfile."""
-
-    def __init__(self, content: Content) -> None:
-        self._fd = -1 if content.source is None else content.source.fileno()
-        self._at, self._left = content.at, content.size
-
-    def read(self, size: int = _CHUNK, /) -> bytes:
-        """Return the next bytes. Raises ImageError if the archive is cut off."""
-        if not self._left:
-            return b""
-        data = os.pread(self._fd, min(size, self._left, _CHUNK), self._at)
-        if not data:
-            raise bad_image("a layer is cut off")
-        self._at += len(data)
-        self._left -= len(data)
-        return data
-
-
-def bad_image(why: str) -> ImageError:
-    """Return the error for an image that cannot be imported."""
-    return ImageError(
-        "cannot import the image", why, "Use an image that was made by an image builder", code="bad-oci-image"
-    )
-
-
-def _owner(info: tarfile.TarInfo) -> tuple[int, int]:
-    for number in (info.uid, info.gid):
-        if not 0 <= number < 1 << 32:
-            raise bad_image("an owner's number is out of range")
-    return info.uid, info.gid
-
-
 def _parts(path: str) -> list[str]:
     """Return the names in a path. Raises ImageError for a path that leads out of the image, or is too long."""
     parts = [part for part in path.split("/") if part not in {"", "."}]
-    encoded = [len(os.fsencode(part)) for part in parts]
+    encoded = [len(part.encode(*ENCODING)) for part in parts]
     if ".." in parts or "\0" in path or max(encoded, default=0) > _NAME_MAX or sum(encoded) > _PATH_MAX:
         raise bad_image(f"the path {path[:100]!a} leads out of it, or is too long")
     return parts

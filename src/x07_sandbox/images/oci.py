@@ -7,7 +7,9 @@ Formats: the OCI image specification 1.1 ("image-layout.md", "manifest.md", "con
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
+import itertools
 import os
 import re
 import stat
@@ -21,19 +23,22 @@ from typing import IO, TYPE_CHECKING, Any, Final, Protocol
 import msgspec
 
 from x07_sandbox.errors import HostError, ImageError, UsageError
+from x07_sandbox.host import beneath
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.decoding import prepared
+from x07_sandbox.host.linux import path_flag
+from x07_sandbox.host.paths import closing_fd
 from x07_sandbox.images import commands
-from x07_sandbox.images.layers import Merged, bad_image
+from x07_sandbox.images.layers import BYTES_MAX, Merged
 from x07_sandbox.images.manifest import ProgramRoot
+from x07_sandbox.images.tar import Member, Part, bad_image, members
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
 REFERENCE: Final = "docker://"
 _JSON_MAX: Final = 4 << 20
 _LAYERS_MAX: Final = 128
-_BYTES_MAX: Final = 16 << 30  # of all layers, uncompressed
 _MEMBERS_MAX: Final = 10_000  # of an archive that contains an image
 _CHUNK: Final = 1 << 20
 _WORDS_MAX: Final = 1000
@@ -92,39 +97,44 @@ class _Saved(msgspec.Struct, rename="pascal"):
 class _Source(Protocol):
     """Files by name."""
 
-    def open(self, name: str) -> IO[bytes] | None:
+    def open(self, name: str) -> Part | None:
         """Open a file for reading, or return None if there is none."""
 
 
 class _Folder:
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    """A folder. stack: closes its files."""
 
-    def open(self, name: str) -> IO[bytes] | None:
+    def __init__(self, path: Path, stack: contextlib.ExitStack) -> None:
+        self._path, self._stack = path, stack
+
+    def open(self, name: str) -> Part | None:
         try:
-            fd = os.open(self._path / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        except OSError:
+            with closing_fd(os.open(self._path, path_flag() | os.O_DIRECTORY | os.O_CLOEXEC)) as folder:
+                fd = beneath.open_file(folder, name)
+        except (OSError, ValueError) as exc:
+            if isinstance(exc, OSError) and exc.errno == errno.ENOSYS:
+                raise
             return None
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
+        info = os.fstat(fd)
+        if not stat.S_ISREG(info.st_mode):
             os.close(fd)
             return None
-        return os.fdopen(fd, "rb")
+        return Part(self._stack.enter_context(os.fdopen(fd, "rb")), 0, info.st_size)
 
 
 class _Archive:
-    def __init__(self, archive: tarfile.TarFile) -> None:
-        self._archive = archive
-        self._members: dict[str, tarfile.TarInfo] = {}
-        for count, info in enumerate(archive):
+    def __init__(self, file: IO[bytes]) -> None:
+        self._members: dict[str, Member] = {}
+        for count, member in enumerate(members(file, "it"), 1):
             if count > _MEMBERS_MAX:
                 raise bad_image(f"the archive has more than {_MEMBERS_MAX} files")
-            self._members[info.name.removeprefix("./")] = info
+            self._members[member.name.removeprefix("./")] = member
 
-    def open(self, name: str) -> IO[bytes] | None:
-        info = self._members.get(name)
-        if info is not None and info.issym():  # docker saves a layer once
-            info = self._members.get(os.path.normpath(os.path.join(os.path.dirname(name), info.linkname)))  # noqa: PTH118, PTH120 - of an archive
-        return self._archive.extractfile(info) if info is not None and info.isreg() else None
+    def open(self, name: str) -> Part | None:
+        member = self._members.get(name)
+        if member is not None and member.kind == tarfile.SYMTYPE:  # docker saves a layer once
+            member = self._members.get(os.path.normpath(os.path.join(os.path.dirname(name), member.link)))  # noqa: PTH118, PTH120 - of an archive
+        return member.content if member is not None and member.kind == tarfile.REGTYPE else None
 
 
 def make_root(source: str, work: Path, target: Path, progress: Callable[[str], None]) -> tuple[ProgramRoot, int]:
@@ -140,7 +150,7 @@ def make_root(source: str, work: Path, target: Path, progress: Callable[[str], N
         _check_platform(config)
         if not 0 < len(layers) <= _LAYERS_MAX:
             raise bad_image(f"it has {len(layers)} layers, and 1 to {_LAYERS_MAX} are allowed")
-        left = _BYTES_MAX
+        left = BYTES_MAX
         for number, (name, wanted, diff_id) in enumerate(layers, 1):
             progress(f"reading layer {number} of {len(layers)}")
             file = stack.enter_context(tempfile.TemporaryFile(dir=work))
@@ -156,17 +166,17 @@ def make_root(source: str, work: Path, target: Path, progress: Callable[[str], N
 def _opened(source: str, work: Path, stack: contextlib.ExitStack, progress: Callable[[str], None]) -> _Source:
     if source.startswith(REFERENCE):
         progress(f"fetching {source}")
-        return _Folder(_fetched(source, work, progress))
+        return _Folder(_fetched(source, work, progress), stack)
     path = Path(source)
     if path.is_dir():
-        return _Folder(path)
+        return _Folder(path, stack)
+    fix = f"Use an OCI layout, an archive of docker save or podman save, or {REFERENCE}NAME"
     try:
-        archive = stack.enter_context(tarfile.open(path, "r:"))  # noqa: SIM115 - it is one
-    except (OSError, tarfile.TarError) as exc:
-        why = (exc.strerror if isinstance(exc, OSError) else None) or "it is no folder and no tar archive"
-        fix = f"Use an OCI layout, an archive of docker save or podman save, or {REFERENCE}NAME"
-        raise UsageError(f"cannot import {source}", why, fix) from exc
-    return _Archive(archive)
+        return _Archive(stack.enter_context(path.open("rb")))
+    except OSError as exc:
+        raise UsageError(f"cannot import {source}", exc.strerror or str(exc), fix) from exc
+    except ImageError as exc:
+        raise ImageError(f"cannot import {source}", exc.why, fix, code=exc.code) from exc
 
 
 def _fetched(reference: str, work: Path, progress: Callable[[str], None]) -> Path:
@@ -188,12 +198,13 @@ def _described(source: _Source) -> tuple[str, _Config, list[tuple[str, str, str]
     saved = _json(source, "manifest.json", list[_Saved])
     if not saved:
         raise bad_image("it has neither an index.json nor a manifest.json")
-    data = _bytes(source, saved[0].config)
-    config = _decoded(data or b"", _Config, "configuration")
+    if (data := _bytes(source, saved[0].config)) is None:
+        raise bad_image(f"its configuration {saved[0].config[:100]!a} is missing")
+    config = _decoded(data, _Config, "configuration")
     ids = config.rootfs.diff_ids if config.rootfs is not None else []
     if len(saved) != 1 or len(ids) != len(saved[0].layers):
         raise bad_image("the archive has several images, or not as many layers as it says")
-    digest = f"sha256:{hashlib.sha256(data or b'').hexdigest()}"
+    digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
     return digest, config, [(name, "", diff_id) for name, diff_id in zip(saved[0].layers, ids, strict=True)]
 
 
@@ -245,13 +256,11 @@ def _blob(source: _Source, descriptor: _Descriptor) -> bytes:
 
 
 def _bytes(source: _Source, name: str) -> bytes | None:
-    if (file := source.open(name)) is None:
+    if (part := source.open(name)) is None:
         return None
-    with file:
-        data = file.read(_JSON_MAX + 1)
-    if len(data) > _JSON_MAX:
+    if part.size > _JSON_MAX:
         raise bad_image(f"{name[:80]} has more than {_JSON_MAX >> 20} MiB")
-    return data
+    return b"".join(part.pieces())
 
 
 def _json(source: _Source, name: str, kind: Any) -> Any:  # noqa: ANN401 - of many types
@@ -262,22 +271,21 @@ def _json(source: _Source, name: str, kind: Any) -> Any:  # noqa: ANN401 - of ma
 def _decoded(data: bytes, kind: Any, what: str) -> Any:  # noqa: ANN401 - as above
     try:
         return msgspec.json.decode(data, type=prepared(kind) if isinstance(kind, type) else kind)
-    except (msgspec.MsgspecError, RecursionError) as exc:
+    except (ValueError, RecursionError) as exc:  # msgspec.MsgspecError, UnicodeDecodeError
         raise bad_image(f"its {what} is malformed ({str(exc)[:100]})") from exc
 
 
 def _unpack(source: _Source, name: str, wanted: str, diff_id: str, out: IO[bytes], left: int) -> int:
     """Write a layer to *out*, uncompressed, and return its size. Raises ImageError if a digest differs."""
-    if (file := source.open(name)) is None:
+    if (part := source.open(name)) is None:
         raise bad_image(f"the layer {name[:100]!a} is missing")
     packed, plain, size = hashlib.sha256(), hashlib.sha256(), 0
-    with file:
-        for data in _plain(file, packed):
-            size += len(data)
-            if size > left:
-                raise bad_image(f"its layers have more than {_BYTES_MAX >> 30} GiB")
-            plain.update(data)
-            out.write(data)
+    for data in _plain(part.pieces(), packed):
+        size += len(data)
+        if size > left:
+            raise bad_image(f"its layers have more than {BYTES_MAX >> 30} GiB")
+        plain.update(data)
+        out.write(data)
     if wanted and f"sha256:{packed.hexdigest()}" != wanted:
         raise bad_image(f"the layer {wanted} is damaged")
     if f"sha256:{plain.hexdigest()}" != diff_id:
@@ -287,37 +295,36 @@ def _unpack(source: _Source, name: str, wanted: str, diff_id: str, out: IO[bytes
     return size
 
 
-def _plain(file: IO[bytes], packed: hashlib._Hash) -> Iterator[bytes]:
+def _plain(pieces: Iterator[bytes], packed: hashlib._Hash) -> Iterator[bytes]:
     """Yield a layer's uncompressed bytes."""
-    data = file.read(_CHUNK)
-    if data.startswith(_ZSTD):
-        yield from _unzstd(file, data, packed)
-        return
-    unzip = zlib.decompressobj(wbits=31) if data.startswith(_GZIP) else None
-    while data:
+    unzip = None
+    for count, data in enumerate(pieces):
+        if not count and data.startswith(_ZSTD):
+            yield from _unzstd(itertools.chain([data], pieces), packed)
+            return
+        if not count and data.startswith(_GZIP):
+            unzip = zlib.decompressobj(wbits=31)
         packed.update(data)
         if unzip is None:
             yield data
-        else:
-            waiting = data
-            while waiting:
-                try:
-                    yield unzip.decompress(waiting, _CHUNK)
-                except zlib.error as exc:
-                    raise bad_image("a layer is damaged") from exc
-                waiting = unzip.unconsumed_tail
-                if unzip.eof:  # perhaps another stream follows, or padding
-                    waiting = unzip.unused_data.lstrip(b"\0")
-                    unzip = zlib.decompressobj(wbits=31)
-        data = file.read(_CHUNK)
+            continue
+        waiting = data
+        while waiting:
+            try:
+                yield unzip.decompress(waiting, _CHUNK)
+            except zlib.error as exc:
+                raise bad_image("a layer is damaged") from exc
+            waiting = unzip.unconsumed_tail
+            if unzip.eof:  # perhaps another stream follows, or padding
+                waiting = unzip.unused_data.lstrip(b"\0")
+                unzip = zlib.decompressobj(wbits=31)
 
 
-def _unzstd(file: IO[bytes], data: bytes, packed: hashlib._Hash) -> Iterator[bytes]:
+def _unzstd(pieces: Iterable[bytes], packed: hashlib._Hash) -> Iterator[bytes]:
     with tempfile.TemporaryFile() as whole:
-        while data:
+        for data in pieces:
             packed.update(data)
             whole.write(data)
-            data = file.read(_CHUNK)
         whole.seek(0)
         argv = [commands.tool("zstd"), "-dcq"]
         with subprocess.Popen(argv, stdin=whole, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as child:
