@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import shutil
@@ -58,15 +59,19 @@ def test_all_forms_of_an_image_are_read(form: str, tmp_path: Path) -> None:
     assert program.oci.startswith("sha256:")
 
 
-def test_a_layer_with_zstd_is_read(tmp_path: Path) -> None:
-    """A layer that zstd has compressed is read by Debian's zstd."""
+@pytest.mark.parametrize("form", ["zstd", "several streams", "padded"])
+def test_compressed_layers_are_read(form: str, tmp_path: Path) -> None:
+    """A layer compressed by zstd is read, and one by gzip also if it has several streams, or zeros after them."""
     import subprocess
 
     source = layout(tmp_path / "image", HELLO, zipped=False)
     index = json.loads((source / "index.json").read_text())
     blobs = source / "blobs/sha256"
     manifest = json.loads((blobs / index["manifests"][0]["digest"].removeprefix("sha256:")).read_text())
-    packed = subprocess.run(["/usr/bin/zstd", "-c"], input=HELLO, capture_output=True, check=True).stdout
+    packed = gzip.compress(HELLO[:700]) + gzip.compress(b"") + gzip.compress(HELLO[700:])
+    packed += bytes(200_000 if form == "padded" else 0)
+    if form == "zstd":
+        packed = subprocess.run(["/usr/bin/zstd", "-c"], input=HELLO, capture_output=True, check=True).stdout
     manifest["layers"] = [_put(blobs, packed)]
     index["manifests"] = [_put(blobs, json.dumps(manifest).encode())]
     (source / "index.json").write_text(json.dumps(index))
@@ -147,7 +152,15 @@ def test_malformed_documents_are_refused(name: str, text: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    "settings", [{"WorkingDir": "a/b"}, {"WorkingDir": "/a\0"}, {"Cmd": ["a\0b"]}, {"Cmd": ["a"] * 2000}, {"Env": 5}]
+    "settings",
+    [
+        {"WorkingDir": "a/b"},
+        {"WorkingDir": "/a\0"},
+        {"Cmd": ["a\0b"]},
+        {"Cmd": ["a"] * 2000},
+        {"Cmd": ["a" * 300_000]},
+        {"Env": 5},
+    ],
 )
 def test_malformed_settings_are_refused(settings: dict[str, Any], tmp_path: Path) -> None:
     """Settings that no program could be started with are refused."""

@@ -42,6 +42,7 @@ _LAYERS_MAX: Final = 128
 _MEMBERS_MAX: Final = 10_000  # of an archive that contains an image
 _CHUNK: Final = 1 << 20
 _WORDS_MAX: Final = 1000
+_TEXT_MAX: Final = 256 << 10  # characters of these words, so that the image's manifest stays readable
 _DIGEST: Final = re.compile(r"sha256:([0-9a-f]{64})")
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 _ARCHES: Final = {"x86_64": "amd64", "aarch64": "arm64"}
@@ -297,7 +298,7 @@ def _unpack(source: _Source, name: str, wanted: str, diff_id: str, out: IO[bytes
 
 def _plain(pieces: Iterator[bytes], packed: hashlib._Hash) -> Iterator[bytes]:
     """Yield a layer's uncompressed bytes."""
-    unzip = None
+    unzip, inside = None, False
     for count, data in enumerate(pieces):
         if not count and data.startswith(_ZSTD):
             yield from _unzstd(itertools.chain([data], pieces), packed)
@@ -308,15 +309,16 @@ def _plain(pieces: Iterator[bytes], packed: hashlib._Hash) -> Iterator[bytes]:
         if unzip is None:
             yield data
             continue
-        waiting = data
+        waiting = data if inside else data.lstrip(b"\0")
         while waiting:
+            inside = True
             try:
                 yield unzip.decompress(waiting, _CHUNK)
             except zlib.error as exc:
                 raise bad_image("a layer is damaged") from exc
             waiting = unzip.unconsumed_tail
             if unzip.eof:  # perhaps another stream follows, or padding
-                waiting = unzip.unused_data.lstrip(b"\0")
+                waiting, inside = unzip.unused_data.lstrip(b"\0"), False
                 unzip = zlib.decompressobj(wbits=31)
 
 
@@ -349,7 +351,7 @@ def _program(digest: str, found: _Settings) -> ProgramRoot:
     if "\0" in workdir or (workdir and not workdir.startswith("/")):
         raise bad_image("its working folder is no absolute path")
     words = [*(found.entrypoint or ()), *(found.cmd or ()), *env.values()]
-    if len(words) > _WORDS_MAX or any("\0" in word for word in words):
+    if len(words) > _WORDS_MAX or sum(map(len, words)) > _TEXT_MAX or any("\0" in word for word in words):
         raise bad_image("its command is too long, or contains a NUL byte")
     return ProgramRoot(
         oci=digest,
