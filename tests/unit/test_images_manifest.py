@@ -105,6 +105,13 @@ def test_large_manifest_is_refused() -> None:
         manifest.decode(b" " * (manifest.MAX_BYTES + 1), "x")
 
 
+@pytest.mark.parametrize("data", [b'{"schema_version": "\xff"}', b'{"schema_version": "1", "a": ' + b"[" * 100_000])
+def test_malformed_manifest_is_refused(data: bytes) -> None:
+    """A manifest that is no UTF-8, or nested without end, is rejected, as any other malformed one."""
+    with pytest.raises(ImageError):
+        manifest.decode(data, "x")
+
+
 @given(st.one_of(st.binary(max_size=200), st.integers(0, 3000).map(lambda cut: manifest.encode(MANIFEST)[:cut])))
 def test_any_bytes_give_a_manifest_or_an_error(data: bytes) -> None:
     """Any bytes give a manifest or ImageError."""

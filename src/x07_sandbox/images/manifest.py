@@ -164,14 +164,14 @@ def decode(data: bytes, where: str) -> Manifest:
         raise _bad(where, f"it has more than {MAX_BYTES} bytes")
     try:
         version = msgspec.json.decode(data, type=prepared(Version)).schema_version
-    except msgspec.MsgspecError as exc:
+    except (ValueError, RecursionError) as exc:  # msgspec.MsgspecError, UnicodeDecodeError
         raise _bad(where, str(exc)) from exc
     if version != SCHEMA:
         why = f"its format is {version[:80]!r}, but this x07 reads {SCHEMA}"
         raise ImageError(f"cannot read {where}", why, "Use the x07 that made it, or run x07 image build")
     try:
         manifest = _decoder.decode(data)
-    except msgspec.MsgspecError as exc:
+    except (ValueError, RecursionError) as exc:  # msgspec.MsgspecError, UnicodeDecodeError
         raise _bad(where, str(exc)) from exc
     files = [part.file for part in (*manifest.parts.all(), *manifest.filters.values())]
     if len(set(files)) != len(files) or "manifest.json" in files:
