@@ -14,7 +14,7 @@ import pytest
 
 from tests.conftest import FULL
 from tests.fuzz import fuzz_images
-from tests.hostile_images import END, HOSTILE, extended, file, record
+from tests.hostile_images import END, HOSTILE, extended, file, header, record
 from tests.oci_images import Entry, archived, docker_archive, layer, layout
 from x07_sandbox.errors import ImageError, SandboxError, UsageError
 from x07_sandbox.images import commands, oci
@@ -206,6 +206,14 @@ def test_hostile_archives_end_in_an_error(name: str, tmp_path: Path) -> None:
     assert list((tmp_path / "work").iterdir()) == []
 
 
+@pytest.mark.parametrize("data", [file() * 10_001, (header("L", 1 << 20, b"L") + bytes(1 << 20) + file()) * 5])
+def test_an_archive_with_too_many_files_is_refused(data: bytes, tmp_path: Path) -> None:
+    """The archive around an image is limited to 10,000 files and 4 MiB of extended headers."""
+    (tmp_path / "image.tar").write_bytes(data + END)
+    with pytest.raises(ImageError, match="more than 10000 files"):
+        names(tmp_path / "image.tar", tmp_path)
+
+
 def test_sparse_files_are_refused(tmp_path: Path) -> None:
     """Records of sparse files would let each entry claim the bytes of those after it, so that KiB become GiB."""
     sparse = extended(record("GNU.sparse.realsize", str(1 << 20)))
@@ -217,7 +225,7 @@ def test_sparse_files_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["up", "absolute", "through a link", "a NUL byte"])
 @pytest.mark.parametrize("which", ["Config", "Layers"])
 def test_names_in_an_unpacked_archive_stay_beneath_it(kind: str, which: str, tmp_path: Path) -> None:
-    """A folder as of `docker save` names its files. No name leads out of the folder, also not through a link."""
+    """No name in the manifest.json of an unpacked archive leads out of its folder, not even through a link."""
     source, outside = tmp_path / "image", tmp_path / "outside"
     with tarfile.open(docker_archive(tmp_path / "image.tar", HELLO)) as archive:
         archive.extractall(source, filter="data")

@@ -126,9 +126,11 @@ class _Folder:
 class _Archive:
     def __init__(self, file: IO[bytes]) -> None:
         self._members: dict[str, Member] = {}
+        extended = 0
         for count, member in enumerate(members(file, "it"), 1):
-            if count > _MEMBERS_MAX:
-                raise bad_image(f"the archive has more than {_MEMBERS_MAX} files")
+            extended += member.extended
+            if count > _MEMBERS_MAX or extended > _JSON_MAX:
+                raise bad_image(f"it has more than {_MEMBERS_MAX} files, or {_JSON_MAX >> 20} MiB of extended headers")
             self._members[member.name.removeprefix("./")] = member
 
     def open(self, name: str) -> Part | None:
