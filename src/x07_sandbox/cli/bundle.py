@@ -15,12 +15,12 @@ from msgspec.structs import replace
 
 from x07_sandbox.cli.atomic_output import artifact_file, check_outputs, files_read, write_bytes
 from x07_sandbox.cli.bundled import require_images
-from x07_sandbox.cli.console import plain, show
+from x07_sandbox.cli.console import show
 from x07_sandbox.cli.json_output import print_document, shell_path
 from x07_sandbox.cli.parser import add_document_flags, add_row, file_path, folder_path, option, switch
 from x07_sandbox.cli.run import choose_backend, is_x07_program, make_caller, named_program, need_image, request_of
 from x07_sandbox.cli.run_report import from_project
-from x07_sandbox.errors import Command, RefusedError, UsageError
+from x07_sandbox.errors import Command, RefusedError, UsageError, escaped
 from x07_sandbox.host.os_errors import raised_as
 from x07_sandbox.host.paths import closing_fd
 from x07_sandbox.host.poll import write_all
@@ -162,7 +162,7 @@ def _build(options: argparse.Namespace, caller: RunCaller, path: Path, stack: co
     report = report_of(result, built, program)
     if result.outcome != "ok" or not report.compile.ok:
         for output in (result.stdout.data, result.stderr.data):
-            sys.stderr.write(plain(output.decode("utf-8", "replace")))
+            sys.stderr.write(escaped(output.decode("utf-8", "surrogateescape"), kept="\n\t"))
         what = f"cannot bundle {program.source.name or path}"
         fix = "Try again" if result.outcome not in {"ok", "build-failed"} else "Correct the program"
         raise RefusedError(what, report.compile.compile_error or result.reason, fix, code="not-bundled")

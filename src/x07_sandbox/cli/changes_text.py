@@ -11,7 +11,7 @@ import msgspec
 from x07_sandbox.cli.console import say, write_stdout
 from x07_sandbox.cli.denials_text import how_to_allow_text
 from x07_sandbox.cli.parser import nonempty
-from x07_sandbox.files.changes import ChangeSet, display_name, printable
+from x07_sandbox.files.changes import ChangeSet, display_name, in_json
 from x07_sandbox.runs.result import Changes, Result
 from x07_sandbox.runs.saved_changes import command, find_saved, folder_names
 
@@ -129,17 +129,19 @@ def say_deleted(changes: ChangeSet, diff: str, *, back: bool = False) -> None:
 
 
 def changes_json(changes: ChangeSet) -> bytes:
-    """Return all changes as JSON, with unprintable characters escaped."""
+    """Return all changes as JSON. A text KEY that is not valid UTF-8 is escaped, and KEY_base64 has its bytes."""
     import json
 
-    def plain_names(value: object) -> object:
+    def with_bytes(value: object) -> object:
         if isinstance(value, dict):
-            return {key: plain_names(inner) for key, inner in value.items() if key != "at"}
+            texts = {key: in_json(inner)[1] for key, inner in value.items() if isinstance(inner, str)}
+            exact = {f"{key}_base64": raw for key, raw in texts.items() if raw}
+            return {key: with_bytes(inner) for key, inner in value.items() if key != "at"} | exact
         if isinstance(value, (list, tuple)):
-            return [plain_names(inner) for inner in value]
-        return printable(value) if isinstance(value, str) else value
+            return [with_bytes(inner) for inner in value]
+        return in_json(value)[0] if isinstance(value, str) else value
 
-    return json.dumps(plain_names(msgspec.to_builtins(changes)), indent=2).encode() + b"\n"
+    return json.dumps(with_bytes(msgspec.to_builtins(changes)), indent=2).encode("ascii") + b"\n"
 
 
 def print_bytes(data: bytes) -> None:
@@ -148,5 +150,5 @@ def print_bytes(data: bytes) -> None:
         from x07_sandbox.sandboxes.transfers import TerminalFilter
 
         # Users read a patch to judge it. A carriage return would hide the text before it.
-        data = _RETURN.sub("\N{REPLACEMENT CHARACTER}".encode(), TerminalFilter()(data))
+        data = _RETURN.sub(rb"\\r", TerminalFilter()(data))
     write_stdout(data)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import IO, Final
 
-from x07_sandbox.errors import printable
+from x07_sandbox.errors import escaped, printable
 from x07_sandbox.host.cancel import Notice
 
 _KIB = 1024
@@ -16,11 +16,6 @@ _COLOURS: Final = {"good": "32", "BAD": "1;31", "note": "33"}
 
 class OutputError(OSError):
     """Standard output cannot be written. errno and strerror are those of the failed system call."""
-
-
-def plain(text: str) -> str:
-    """Return text from a guest with control characters replaced, except line ends and tabs."""
-    return "".join(char if char.isprintable() or char in "\n\t" else "\N{REPLACEMENT CHARACTER}" for char in text)
 
 
 def painted(text: str, mark: str, stream: IO[str]) -> str:
@@ -46,16 +41,16 @@ def _print(line: str, end: str = "\n") -> None:
 
 
 def show(line: str, mark: str = "") -> None:
-    """Print one line of a result, after a coloured *mark*. Bytes that are not UTF-8 are kept. Raises OutputError."""
-    text = "".join(char if "\udc80" <= char <= "\udcff" else printable(char) for char in line)
+    """Print one line of a result, after a coloured *mark*. Raises OutputError."""
+    text = escaped(line)
     if mark:
         text = f"{painted(mark, mark, sys.stdout)}{' ' * (6 - len(mark))}{text}"
-    write_stdout(text.encode("utf-8", "surrogateescape") + b"\n")
+    write_stdout(text.encode() + b"\n")
 
 
 def show_table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> None:
     """Print a table with aligned columns. Raises OutputError."""
-    rows = [head, *lines]
+    rows = [head, *([escaped(cell) for cell in line] for line in lines)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(head) - 1)]
     for row in rows:
         show("  ".join([*(text.ljust(width) for text, width in zip(row, widths, strict=False)), row[-1]]).rstrip())
@@ -92,7 +87,7 @@ class LiveLine:
         """Replace the line with *text*; an empty text clears it."""
         if self._live and (text or self._shown):
             self._shown = bool(text)
-            _print(f"\r\033[K{f'x07: {printable(text)}' if text else ''}", end="")
+            _print(f"\r\033[K{f'x07: {escaped(text)}' if text else ''}", end="")
         elif not self._live and isinstance(text, Notice):
             say(text)
 
@@ -107,7 +102,7 @@ class Progress:
 
     def __call__(self, text: str) -> None:
         """Print the current step."""
-        line = f"x07: {printable(self._title)}: [{time.monotonic() - self._start_s:5.1f} s] {printable(text)}"
+        line = f"x07: {escaped(self._title)}: [{time.monotonic() - self._start_s:5.1f} s] {escaped(text)}"
         if self._live:
             _print(f"\r\033[K{line}", end="")
         else:

@@ -11,7 +11,7 @@ from shlex import join
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.backends.base import NOT_IMPORTED, SLOW_IMPORT
-from x07_sandbox.cli.console import Progress, plain, say, show, size
+from x07_sandbox.cli.console import Progress, say, show, size
 from x07_sandbox.cli.json_output import deliver, print_document
 from x07_sandbox.cli.parser import add_document_flags, folder_path, inner_verb, nonempty, switch
 from x07_sandbox.errors import SandboxError, UsageError
@@ -272,7 +272,7 @@ def _about(program: ProgramRoot | None) -> str:
     if program is None:
         return ""
     facts = {"user": program.user, "folder": program.workdir, "command": join([*program.entrypoint, *program.cmd])}
-    said = "".join(f", {name} {plain(value)}" for name, value in facts.items() if value)
+    said = "".join(f", {name} {value}" for name, value in facts.items() if value)
     return f"  imported: {program.oci[:19]}{said}"
 
 

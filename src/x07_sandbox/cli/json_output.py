@@ -34,7 +34,7 @@ def print_document(report: msgspec.Struct, options: argparse.Namespace, *, alway
 
 def print_line(report: msgspec.Struct, options: argparse.Namespace, *, always: bool = False) -> bool:
     """Deliver one JSON object on one line, as X07's command does. The return value is that of `deliver`."""
-    line = json.dumps(plain(report), ensure_ascii=False, separators=(",", ":")) + "\n"
+    line = json.dumps(plain(report), separators=(",", ":")) + "\n"
     return deliver(line.encode(), options, always=always)
 
 

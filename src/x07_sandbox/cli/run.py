@@ -15,9 +15,9 @@ from msgspec.structs import replace
 from x07_sandbox.backends.lease import PoolClient
 from x07_sandbox.backends.registry import create
 from x07_sandbox.backends.selection import backend_request, select, this_platform
-from x07_sandbox.cli.console import LiveLine, plain, say
+from x07_sandbox.cli.console import LiveLine, say
 from x07_sandbox.cli.parser import add_groups, add_help_levels, given_rows, help_level, variable
-from x07_sandbox.errors import Command, ImageError, SandboxError, UsageError
+from x07_sandbox.errors import Command, ImageError, SandboxError, UsageError, escaped
 from x07_sandbox.host.cancel import cancelled_by_signals
 from x07_sandbox.host.paths import is_folder
 from x07_sandbox.host.settings import SOURCE_MAX_BYTES
@@ -473,8 +473,9 @@ def _explain(result: Result, error: SandboxError | None) -> None:
     """Print warnings, the output of a failed build and, unless the program exited by itself, how the run ended."""
     for output in (result.stdout.data, result.stderr.data) if result.outcome == "build-failed" else ():
         if output:
+            text = output.decode("utf-8", "surrogateescape").removesuffix("\n")
             with contextlib.suppress(OSError):
-                sys.stderr.write(plain(output.decode("utf-8", "replace")).removesuffix("\n") + "\n")
+                sys.stderr.write(escaped(text, kept="\n\t") + "\n")
     if result.input_problem:
         say(f"the input could not be read to its end: {result.input_problem}")
     for name, stream in (("standard output", result.stdout), ("standard error", result.stderr)):

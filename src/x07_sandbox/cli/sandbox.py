@@ -326,7 +326,11 @@ def _files(options: argparse.Namespace) -> int:
 
 
 def _fields(info: FileInfo) -> dict[str, Any]:
-    return {name: getattr(info, name) for name in ("name", "kind", "mode", "size", "mtime_s", "target")}
+    from x07_sandbox.files.changes import in_json
+
+    (name, name_raw), (target, target_raw) = in_json(info.name), in_json(info.target)
+    exact = {"name": name, "name_base64": name_raw, "target": target, "target_base64": target_raw}
+    return exact | {key: getattr(info, key) for key in ("kind", "mode", "size", "mtime_s")}
 
 
 def _line(info: FileInfo) -> str:

@@ -81,8 +81,6 @@ def _exec(options: argparse.Namespace) -> int:
         terminal = Terminal(*_size())
     opened = connect_to(options.sandbox)
     env = dict(map(variable, options.env))
-    if options.tty:
-        env = {"TERM": os.environ.get("TERM", "dumb"), **env}
     command = opened.start(
         CommandStart(options.command, env, options.cwd, options.timeout, terminal=terminal, detached=options.detach)
     )
@@ -158,6 +156,7 @@ def _raw_terminal(command: Command) -> Iterator[None]:
     before = termios.tcgetattr(0)
     resized = signal.signal(signal.SIGWINCH, lambda *_: command.resize(*_size()))
     try:
+        command.resize(*_size())  # it may have changed since the start
         tty.setraw(0, termios.TCSADRAIN)  # keeps what was typed already
         yield
     finally:
@@ -172,6 +171,7 @@ def _report(
     if kept is not None:
         from x07_sandbox.reports.sandboxes import CommandDocument
         from x07_sandbox.runs.result import output_with
+        from x07_sandbox.sandboxes.transfers import TerminalFilter
 
         stdout, stderr = (output_with(one.data(), one.size, truncated=one.truncated) for one in kept)
         document = CommandDocument(
@@ -193,8 +193,8 @@ def _report(
         )
         if print_document(document, options):
             return found.x07_exit_code
-        write_all(1, stdout.data)
-        write_all(2, stderr.data)
+        for fd, data in ((1, stdout.data), (2, stderr.data)):
+            write_all(fd, TerminalFilter()(data) if os.isatty(fd) and not options.raw else data)
     sys.stdout.flush()
     if found.outcome not in {"ok", "failed"} or (found.outcome == "failed" and found.code != "exited"):
         say(ending_line(found.outcome, found.code, found.reason, found.error), bad=f"{found.outcome}:")

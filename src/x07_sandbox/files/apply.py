@@ -18,10 +18,10 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from x07_sandbox.errors import Flag, HostError, Text
+from x07_sandbox.errors import Flag, HostError, Text, escaped
 from x07_sandbox.files import apply_steps, journal, undo_data
 from x07_sandbox.files.apply_steps import Site
-from x07_sandbox.files.changes import STAGING, ChangeSet, RootChanges, path_of, printable
+from x07_sandbox.files.changes import STAGING, ChangeSet, RootChanges, path_of
 from x07_sandbox.files.checks import RootState, check_set, compare_root, is_there, root_anchor, with_actual_modes
 from x07_sandbox.files.inode import MISSING, ConflictError, conflict_error
 from x07_sandbox.files.journal import Head, Place, Step
@@ -144,7 +144,7 @@ def _check_repositories(root: RootChanges, dir_fd: int, prefix: str) -> None:
     """Raise ConflictError if the host has parts of a git repository now that *root* would complete or write in."""
     folder = completed_repository(root, functools.partial(is_there, dir_fd, prefix))
     if folder is not None:
-        where = why_repository(printable(path_of(root.root, folder)))
+        where = why_repository(escaped(path_of(root.root, folder)))
         why = f"with files that came after the run had copied the folder, {where}"
         raise ConflictError("cannot apply the changes", why, "Run the program again")
 

@@ -10,9 +10,9 @@ from typing import Final, NamedTuple
 import msgspec
 
 from x07_sandbox.channel.trees import can_hold_names
-from x07_sandbox.errors import PeerError
+from x07_sandbox.errors import PeerError, escaped
 from x07_sandbox.files import copy
-from x07_sandbox.files.changes import STAGING, Change, Node, Refused, is_folder, parent_folders, printable, same_node
+from x07_sandbox.files.changes import STAGING, Change, Node, Refused, is_folder, parent_folders, same_node
 from x07_sandbox.files.copy import Bounds, Reason, Skipped
 from x07_sandbox.files.dependencies import renames, with_dependents
 from x07_sandbox.files.incoming import ReportedEntry
@@ -245,7 +245,7 @@ def _by_path(change: Change, links: Links, skipped: Mapping[str, Skipped], bound
         return
     through = links.through(name)
     if through in skipped:
-        yield _by_skipped(name, f"symbolic link through {printable(through)}", through, skipped[through], bounds)
+        yield _by_skipped(name, f"symbolic link through {escaped(through)}", through, skipped[through], bounds)
     elif through == OUT:
         why = "symbolic link to a path outside the folder, through another link"
         yield Refused(name=name, rule="fs.allow_symlinks", why=why)
@@ -261,7 +261,7 @@ def _by_way_to_a_root(
     for change in changes if ways else ():
         for way in ways:
             if change.name == way or change.name.startswith(f"{way}/"):
-                yield _by_skipped(change.name, f"inside {printable(way)}", way, skipped[way], bounds)
+                yield _by_skipped(change.name, f"inside {escaped(way)}", way, skipped[way], bounds)
 
 
 def _by_place(changes: Iterable[Change], skipped: Mapping[str, Skipped], bounds: Bounds) -> Iterator[Refused]:
@@ -283,7 +283,7 @@ def _by_place(changes: Iterable[Change], skipped: Mapping[str, Skipped], bounds:
             if held[1].most < there.most:
                 worst[folder, there.reason] = name, there
     for (folder, _), (name, there) in worst.items():
-        yield _by_skipped(folder, f"contains {printable(name)}", name, there, bounds)
+        yield _by_skipped(folder, f"contains {escaped(name)}", name, there, bounds)
 
 
 def _by_skipped(name: str, why: str, skipped: str, there: Skipped, bounds: Bounds) -> Refused:

@@ -3,7 +3,9 @@
 Contents follow each other in `data`, including holes. Applying a set produces another set that undoes it.
 """
 
+import base64
 import json
+import os
 import posixpath
 from collections.abc import Iterable
 from typing import Final, Literal
@@ -157,7 +159,19 @@ def decode(data: bytes) -> ChangeSet:
 
 def display_name(root: str, name: str, *, several_roots: bool) -> str:
     """Return a name for messages: relative to *root*, or absolute for the root itself or if there are several roots."""
-    return printable(name if name and not several_roots else path_of(root, name))
+    return escaped(name if name and not several_roots else path_of(root, name))
+
+
+def in_json(name: str) -> tuple[str, str]:
+    """Return a name as documents have it: its text and "", or if it is not UTF-8, escaped text and base64 of its bytes.
+
+    No other form is exact and valid for every JSON reader: many refuse half a surrogate pair.
+    """
+    raw = os.fsencode(name)
+    try:
+        return raw.decode(), ""
+    except UnicodeDecodeError:
+        return escaped(name), base64.b64encode(raw).decode()
 
 
 def path_of(root: str, name: str) -> str:
@@ -174,9 +188,3 @@ def parent_folders(names: Iterable[str]) -> set[str]:
             found.add(above)
             above = above.rpartition("/")[0]
     return found
-
-
-def printable(name: str) -> str:
-    """Return a name as text that is safe to print anywhere. Unprintable characters, line ends too, become escapes."""
-    text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    return escaped(text)

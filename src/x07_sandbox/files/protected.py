@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Final
 
-from x07_sandbox.files.changes import RootChanges, parent_folders, printable
+from x07_sandbox.errors import escaped
+from x07_sandbox.files.changes import RootChanges, parent_folders
 
 # Patterns for one part of the path, ignoring case. `git~1` is `.git` on FAT and NTFS.
 _PARTS: Final = (
@@ -113,7 +114,7 @@ class Protection:
         self._folders: dict[str, str | None] = {}
         self._own = {self._whole(name) for name in own}
         self._allowed = [(re.compile(fnmatch.translate(pattern.casefold())), pattern.casefold()) for pattern in allowed]
-        around = why_repository(printable(repository)) if repository else ""
+        around = why_repository(escaped(repository)) if repository else ""
         self._root = next(filter(None, map(self._any_part, root.split("/"))), around)
         self._name = root.rpartition("/")[2]
         self._reserved = {f"{self._whole(path)}/" for path in reserved}
@@ -191,7 +192,7 @@ class Protection:
             place = _inherited(above, inside, lambda inner: inner if whole(inner) in bare else None) if name else None
             in_git = place is not None and self._folded(place.rpartition("/")[2] or self._name) == _GIT
             if place is not None and not self._is_named(name) and not (in_git and self.is_allowed(name)):
-                refused[name] = why_repository(printable(place) or "the folder")
+                refused[name] = why_repository(escaped(place) or "the folder")
         return refused
 
     def _is_named(self, name: str, part: str = "") -> bool:

@@ -13,20 +13,22 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import msgspec
 
-from x07_sandbox.errors import SandboxError
-from x07_sandbox.integrations.mcp_calls import ERRORS_MAX, OUTPUT_MAX, CallError, marked, shown, visible
+from x07_sandbox.errors import RefusedError, SandboxError, UsageError, escaped
+from x07_sandbox.integrations.mcp_calls import ERRORS_MAX, OUTPUT_MAX, CallError, marked, shown
 from x07_sandbox.library.processes import Kept
+from x07_sandbox.plan.reasons import REASONS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterator
+    from collections.abc import Callable, Coroutine, Iterator, Sequence
 
     from x07_sandbox.library.async_sandbox import AsyncSandbox
-    from x07_sandbox.plan.denials import Denial
+    from x07_sandbox.library.processes import Ended
     from x07_sandbox.runs.command import StreamName
     from x07_sandbox.runs.result import Changes, Result
 
 _NAMES_MAX: Final = 100
 _DENIALS_MAX: Final = 10
+_PERSON: Final = "The person who started this server can: "
 _ADVICE: Final = {
     errno.ENOENT: "Paths are those of the sandbox, not of the host.",
     errno.EROFS: "Write below the working folder, or in /tmp.",
@@ -118,19 +120,32 @@ def errors(what: str, sandbox: AsyncSandbox | None = None) -> Iterator[None]:
     except TimeoutError:
         raise CallError(f"{what}: there was no answer in time. Try again later.") from None
     except OSError as exc:
-        why = visible(exc.strerror or str(exc))
-        raise CallError(f"{what}: {why}. {_ADVICE.get(exc.errno or 0, 'Check the path.')}") from exc
+        advice = _ADVICE.get(exc.errno or 0, "Check the path.")
+        raise CallError(f"{what}: {exc.strerror or 'it failed'}. {advice}", "" if exc.strerror else str(exc)) from exc
     except SandboxError as exc:
         if sandbox is not None and not sandbox.alive:
-            raise CallError(f"{what}: the sandbox has ended ({exc.why}). Open a new one with sandbox_open.") from exc
-        fix = f"{exc.fix}{exc.stop}" if exc.code == "usage" else f"The person who started this server can: {exc.fix}."
-        raise CallError(f"{what}: {exc.what}: {exc.why}. {fix}") from exc
+            raise CallError(f"{what}: the sandbox has ended. Open a new one with sandbox_open.", exc.why) from exc
+        if isinstance(exc, UsageError | RefusedError):  # about what the model or that person asked for
+            fix = f"{exc.fix}{exc.stop}" if exc.code == "usage" else f"{_PERSON}{exc.fix}."
+            raise CallError(f"{what}: {exc.what}: {exc.why}. {fix}") from exc
+        raise CallError(f"{what}: {exc.what}. {_PERSON}{exc.fix}.", exc.why) from exc
 
 
-def denied(denials: tuple[Denial, ...] | list[Denial]) -> str:
+def reason_of(ended: Ended | Result) -> str:
+    """Return why something ended, or "" if the reason may contain text of a guest."""
+    return "" if "{problem}" in REASONS.get(ended.reason_code, "{problem}") else ended.reason
+
+
+def untrusted(ended: Ended | Result) -> Iterator[tuple[str, str]]:
+    """Yield untrusted texts and their titles: the reason for the end, unless `reason_of` returns it, and denials."""
+    yield "reason", "" if reason_of(ended) else escaped(ended.reason)
+    yield "denied", denied(ended.denials)
+
+
+def denied(denials: Sequence[Denial]) -> str:
     """Return untrusted text about what was denied."""
-    lines = [f"{one.action} {one.subject[:200]} ({_allowed_by(one)})" for one in denials[:_DENIALS_MAX]]
-    return visible("\n".join(line.replace("\n", " ") for line in lines))
+    lines = (f"{one.action} {one.subject[:200]} ({_allowed_by(one)})" for one in denials[:_DENIALS_MAX])
+    return "\n".join(map(escaped, lines))
 
 
 def _allowed_by(denial: Denial) -> str:
@@ -141,7 +156,7 @@ def _allowed_by(denial: Denial) -> str:
 
 def names(changes: Changes) -> str:
     """Return untrusted text with the names of changed files."""
-    return visible("\n".join(json.dumps(one.name)[:300] for one in changes.names[:_NAMES_MAX]))
+    return "\n".join(json.dumps(one.name)[:300] for one in changes.names[:_NAMES_MAX])
 
 
 def changes_of(result: Result) -> dict[str, Any]:

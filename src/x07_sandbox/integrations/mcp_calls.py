@@ -38,7 +38,16 @@ Again = Annotated[
 
 
 class CallError(Exception):
-    """A call is wrong, or cannot be carried out. The text tells the model why, and what to do."""
+    """A call is wrong, or cannot be carried out. The text tells the model why, and what to do.
+
+    untrusted: text that a guest may have chosen, which the model gets between marks.
+    """
+
+    def __init__(self, text: str, untrusted: str = "") -> None:
+        super().__init__(text, untrusted)
+
+    def __str__(self) -> str:
+        return "\n".join(filter(None, (self.args[0], marked([("error", bounded(escaped(self.args[1]), ERRORS_MAX))]))))
 
 
 class Long(msgspec.Struct, frozen=True, kw_only=True):
@@ -142,17 +151,9 @@ def arguments_of(tool: str, given: Mapping[str, Any]) -> Any:  # noqa: ANN401 - 
     return found
 
 
-def visible(text: str) -> str:
-    r"""Return untrusted text with characters that are not printable escaped, such as \x1b, except line ends and tabs.
-
-    That includes control sequences, and characters that hide text or change its direction.
-    """
-    return escaped(text, kept="\n\t")
-
-
 def named(text: str) -> str:
     """Return an untrusted name for a sentence: its beginning, on one line."""
-    return visible(text[:_NAME_SHOWN]).replace("\n", r"\n").replace("\t", r"\t")
+    return escaped(text[:_NAME_SHOWN])
 
 
 def bounded(text: str, most: int) -> str:
@@ -167,7 +168,7 @@ def bounded(text: str, most: int) -> str:
 
 def shown(data: bytes, most: int) -> str:
     """Return what a model sees of untrusted bytes."""
-    return bounded(visible(data.decode(errors="replace")), most)
+    return bounded(escaped(data.decode("utf-8", "surrogateescape"), kept="\n\t"), most)
 
 
 def marked(parts: Iterable[tuple[str, str]]) -> str:

@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from x07_sandbox.errors import SandboxError
-from x07_sandbox.integrations.mcp_answers import Answer, Running, changes_of, denied, errors, names
+from x07_sandbox.integrations.mcp_answers import Answer, Running, changes_of, errors, names, reason_of, untrusted
 from x07_sandbox.integrations.mcp_calls import (
     OUTPUT_MAX,
     CallError,
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     Progress = Callable[[float, str], Awaitable[None]]
 
+_MARKED: Final = "see the untrusted text"
 _PROGRESS_S: Final = 2.0
 _CALLS_KEPT: Final = 64
 _ENDED_KEPT: Final = 256
@@ -118,7 +119,7 @@ class Tools:
     async def _exec(self, sandbox: AsyncSandbox, command: str, timeout_s: float, own: Running) -> Answer:
         with errors("cannot run the command", sandbox):
             ended = await sandbox.shell(command, timeout_s=timeout_s, max_output_bytes=0, on_output=own.take)
-        return Answer(self._facts(ended), own.output(("denied", denied(ended.denials))))
+        return Answer(self._facts(ended), own.output(*untrusted(ended)))
 
     async def _run(self, asked: RunCode, timeout_s: float, own: Running) -> Answer:
         from_policy = self.settings.options.get("policy") is not None and not asked.timeout_s
@@ -137,12 +138,12 @@ class Tools:
             own.take("stderr", result.stderr.data)
         changed = ("changed files", names(result.changes))
         facts = self._facts(result) | changes_of(result)
-        return Answer(facts, own.output(("denied", denied(result.denials)), changed))
+        return Answer(facts, own.output(*untrusted(result), changed))
 
     def _facts(self, ended: Ended | Result) -> dict[str, Any]:
         facts: dict[str, Any] = {"state": "ended", "outcome": ended.outcome, "exit_code": ended.exit_code}
         if ended.outcome != "ok":
-            facts |= {"reason": ended.reason, "granted": self.settings.about}
+            facts |= {"reason": reason_of(ended) or _MARKED, "granted": self.settings.about}
         if ended.denials:
             facts["denied"] = "Only the person who started this server can allow what was denied."
         return facts
@@ -195,7 +196,8 @@ class Tools:
         finally:
             del self._open[handle], self._closing[handle]
         kept = f"; changes to its folders were kept as {result.run}" if result.changes.state == "kept" else ""
-        self._ended[handle] = f"it has ended ({result.reason or 'closed'}), and its processes are gone{kept}"
+        why = reason_of(result) or result.outcome
+        self._ended[handle] = f"it has ended ({why}), and its processes are gone{kept}"
         while len(self._ended) > _ENDED_KEPT:
             del self._ended[next(iter(self._ended))]
         return result

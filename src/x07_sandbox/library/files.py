@@ -210,6 +210,11 @@ def _one(_server: FileServer, answer: Answer) -> FileInfo:
 
 
 def _info(entry: calls.FileInfo) -> FileInfo:
+    try:
+        os.fsencode(entry.name + entry.target)
+    except UnicodeEncodeError:
+        why = f"an entry has a name that no bytes stand for: {entry.name!a}"
+        raise PeerError("bad answer of the file server", why) from None
     kinds: dict[int, Literal["file", "folder", "link"]] = {
         stat.S_IFREG: "file",
         stat.S_IFDIR: "folder",

@@ -50,7 +50,7 @@ from x07_sandbox.library.held_messages import (
     packed,
     start_message,
 )
-from x07_sandbox.runs.command import AnySandbox, Command, CommandEnd, CommandStart
+from x07_sandbox.runs.command import AnySandbox, Command, CommandEnd, CommandStart, terminal_kind
 from x07_sandbox.runs.folder import SOCKET, all_runs
 from x07_sandbox.runs.result import Result
 from x07_sandbox.sandboxes.execution import Execution
@@ -175,6 +175,7 @@ class HeldSession:
             terminal=order.terminal,
             detached=order.detached,
             service=order.service,
+            term="" if order.terminal is None else terminal_kind(),
         )
         self._add(request, execution)
         return execution
@@ -195,9 +196,10 @@ class HeldSession:
             self._tell(Signal(id=execution.order.id, number=number))
 
     def resize(self, execution: Execution, rows: int, columns: int) -> None:
-        """Change the size of a command's terminal, if it has not ended."""
-        if not execution.ended:
-            self._tell(Resize(id=execution.order.id, rows=rows, columns=columns))
+        """Change the size of a command's terminal, if it has not ended. The last of several calls counts."""
+        for one in self._connections:
+            if one.execution is execution:
+                one.out += packed(Resize(id=execution.order.id, rows=rows, columns=columns))
 
     def _tell(self, request: Request) -> None:
         with contextlib.suppress(OSError, BackendError), connect(self._run) as connection:

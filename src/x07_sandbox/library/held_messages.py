@@ -19,6 +19,7 @@ from x07_sandbox.host.cancel import Notice
 from x07_sandbox.host.decoding import prepared
 from x07_sandbox.plan.denials import Denial, Hint
 from x07_sandbox.plan.outcomes import Verdict
+from x07_sandbox.reports.document import encodable
 from x07_sandbox.runs.command import CommandEnd, CommandStart, StreamName
 from x07_sandbox.runs.request import ChangesChoice
 from x07_sandbox.runs.result import CommandReport, Diff, Result
@@ -52,6 +53,7 @@ class Start(_Message, frozen=True):
     terminal: Terminal | None
     detached: bool
     service: str
+    term: str = ""
 
     def command(self) -> CommandStart:
         """Return the command to start."""
@@ -63,6 +65,7 @@ class Start(_Message, frozen=True):
             merge=self.merge,
             terminal=self.terminal,
             detached=self.detached,
+            term=self.term,
         )
 
 
@@ -80,7 +83,7 @@ class Signal(_Message, frozen=True):
 
 
 class Resize(_Message, frozen=True):
-    """Change the size of a command's terminal. There is no answer."""
+    """Change the size of a command's terminal, in the command's connection. There is no answer."""
 
     id: int
     rows: int
@@ -189,7 +192,7 @@ class End(_Message, frozen=True):
             fault=found.fault,
             code=found.code,
             params=[
-                (name, _mark(value), _encodable(value) if isinstance(value, str) else value)
+                (name, _mark(value), encodable(value) if isinstance(value, str) else value)
                 for name, value in found.params.items()
             ],
             exit_code=found.exit_code,
@@ -334,11 +337,7 @@ def _mark(value: object) -> str:
 
 
 def _marked(text: Text) -> list[Marked]:
-    return [(_mark(part), _encodable(part)) for part in ((text,) if isinstance(text, str) else text)]
-
-
-def _encodable(text: str) -> str:
-    return text.encode("utf-8", "backslashreplace").decode()
+    return [(_mark(part), encodable(part)) for part in ((text,) if isinstance(text, str) else text)]
 
 
 def _unmarked(parts: list[Marked]) -> Text:

@@ -174,9 +174,6 @@ class Holder:
             case Signal():
                 if (command := opened.command(request.id)) is not None:
                     command.stop(request.number)
-            case Resize():
-                if (command := opened.command(request.id)) is not None:
-                    command.resize(request.rows, request.columns)
             case _:
                 self._answer(client, request)
 
@@ -250,6 +247,8 @@ def _receive(client: _Client, command: Command, gone: threading.Event) -> None:
                     command.write(message.data)
             elif isinstance(message, EndInput):
                 command.end_input()
+            elif isinstance(message, Resize):
+                command.resize(message.rows, message.columns)
     gone.set()
     command.wake()
 

@@ -1,12 +1,15 @@
 """Documents as JSON text, and the document for an error of any command except `run`."""
 
 import json
-from typing import Any, Literal
+import re
+from typing import Any, Final, Literal
 
 import msgspec
 
-from x07_sandbox.errors import SandboxError
+from x07_sandbox.errors import SandboxError, escaped
 from x07_sandbox.policy.problems import PolicyError, Problem
+
+_SURROGATE: Final = re.compile("[\ud800-\udfff]")
 
 
 def render_json(document: msgspec.Struct | dict[str, Any]) -> bytes:
@@ -25,7 +28,12 @@ def _escaped(value: object) -> object:
         return {key: _escaped(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_escaped(inner) for inner in value]
-    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
+    return encodable(value) if isinstance(value, str) else value
+
+
+def encodable(text: str) -> str:
+    r"""Return text with lone surrogates escaped, which cannot be encoded: \xff for a byte that is not UTF-8."""
+    return _SURROGATE.sub(lambda found: escaped(found[0]), text)
 
 
 class Error(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

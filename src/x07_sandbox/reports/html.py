@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Final
 
-from x07_sandbox.errors import is_visible, printable
+from x07_sandbox.errors import escaped, is_visible, printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -144,16 +144,9 @@ def visible(text: str, *, lines: bool = False) -> Markup:
     parts = groupby(text, lambda char: is_visible(char) or char in kept)
     return Markup(
         "".join(
-            html.escape(part) if shown else f'<i class="esc">{html.escape(_named(part))}</i>'
+            html.escape(part) if shown else f'<i class="esc">{html.escape(escaped(part))}</i>'
             for shown, part in ((shown, "".join(chars)) for shown, chars in parts)
         )
-    )
-
-
-def _named(text: str) -> str:
-    return "".join(
-        f"\\x{ord(char) - 0xDC00:02x}" if "\udc80" <= char <= "\udcff" else char.encode("unicode_escape").decode()
-        for char in text
     )
 
 

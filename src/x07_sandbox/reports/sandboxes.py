@@ -68,8 +68,11 @@ class CommandDocument(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     hints: tuple[Hint, ...] = ()
 
 
-class FileRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A file of a sandbox. mode: its permission bits. mtime_s: seconds since 1970. target: of a link, else empty."""
+class FileRow(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+    """A file of a sandbox. mode: its permission bits. mtime_s: seconds since 1970. target: of a link, else empty.
+
+    name_base64, target_base64: the exact text in base64, if it is not valid UTF-8; the text is then escaped.
+    """
 
     name: str
     kind: Literal["file", "folder", "link", "other"]
@@ -77,6 +80,8 @@ class FileRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     size: int
     mtime_s: float
     target: str
+    name_base64: str = ""
+    target_base64: str = ""
 
 
 class FilesReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -69,9 +69,12 @@ def _wrapped() -> dict[str, Any]:
 
 
 def _changes() -> dict[str, Any]:
-    """Return the schema of printed changes, which do not contain offsets of saved content."""
+    """Return the schema of printed changes: without offsets of saved content, and with base64 of exact names."""
     made = _any_of((changes.ChangeSet,))
     del made["$defs"]["Node"]["properties"]["at"]
+    for definition in made["$defs"].values():
+        keys = {"root", "guest", "name", "target", "reveal"} & definition["properties"].keys()
+        definition["properties"] |= {f"{key}_base64": {"type": "string"} for key in sorted(keys)}
     return made
 
 

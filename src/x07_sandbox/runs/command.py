@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 import threading
 import time
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 RECORD: Final = "sandbox.json"  # in the folder of the run
 StreamName = Literal["stdout", "stderr"]
 _STREAMS: Final[dict[StreamName, Stream]] = {"stdout": Stream.STDOUT, "stderr": Stream.STDERR}
+_TERM: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+_-]{0,63}")
 _WHY_GONE: Final = {
     "": "it was closed",
     "expired": "it reached its lifetime",
@@ -46,10 +48,17 @@ def _never() -> bool:
     return False
 
 
+def terminal_kind() -> str:
+    """Return TERM of this process if it is a plain name, else a kind that nearly every image knows."""
+    kind = os.environ.get("TERM", "")
+    return kind if _TERM.fullmatch(kind) else "xterm-256color"
+
+
 class CommandStart(NamedTuple):
     """A command to start. cwd: relative to the sandbox's working folder. timeout_s: None for no limit of its own.
 
-    merge: whether standard error goes to standard output. detached: whether the command has no streams.
+    merge: whether standard error goes to standard output. detached: whether the command has no streams. term: TERM of
+    a command with a terminal, unless *env* or the sandbox sets it; "" for that of this process.
     """
 
     argv: Sequence[str]
@@ -59,6 +68,7 @@ class CommandStart(NamedTuple):
     merge: bool = False
     terminal: Terminal | None = None
     detached: bool = False
+    term: str = ""
 
 
 class CommandEnd(msgspec.Struct, frozen=True, kw_only=True):

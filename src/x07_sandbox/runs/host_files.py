@@ -14,9 +14,9 @@ import msgspec
 from x07_sandbox.backends.base import RootPlace
 from x07_sandbox.channel.messages import Mount as GuestFolder
 from x07_sandbox.channel.messages import Room
-from x07_sandbox.errors import BackendError, Cancelled, Flag, HostError, RefusedError, Text
+from x07_sandbox.errors import BackendError, Cancelled, Flag, HostError, RefusedError, Text, escaped
 from x07_sandbox.files.change_rules import AllowedActions, check_changes
-from x07_sandbox.files.changes import ChangeSet, RootChanges, encode, printable
+from x07_sandbox.files.changes import ChangeSet, RootChanges, encode
 from x07_sandbox.files.copy import (
     FIELDS,
     NUMBER_MAX,
@@ -177,7 +177,7 @@ class HostFiles:
                 more = f" and {left.count - len(left.names)} more" if left.count > len(left.names) else ""
                 why = why_left_out(reason, self._bounds)
                 links = "; it also contains symbolic links, fs.allow_symlinks" if left.links else ""
-                subject = f"{', '.join(map(printable, left.names))}{more}"
+                subject = f"{', '.join(map(escaped, left.names))}{more}"
                 how = _to_let_in(reason, left, self._bounds, built_in=self._built_in)
                 denied = denial(FIELDS[reason], "copy", subject, "the copy of host files", left.count, how)
                 found.append(msgspec.structs.replace(denied, reason=f"{why}{links}"))

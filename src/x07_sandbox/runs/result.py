@@ -110,23 +110,25 @@ class ControlReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     why: str
 
 
-class ChangedName(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class ChangedName(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
     """One file, folder or link that the program changed.
 
     root: the granted folder on the host.
-    name: the path, relative to that folder.
+    name: the path, relative to that folder. The program chose it: it may contain any character, such as line ends.
     action: what happened to the file, folder or link.
+    name_base64: the exact path in base64, if it is not valid UTF-8; *name* is then escaped.
     """
 
     root: str
     name: str
     action: Literal["added", "changed", "deleted"]
+    name_base64: str = ""
 
 
 class LeftOutEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A change that x07 did not apply, because a rule refuses it. x07 keeps it and all changes below it for review.
 
-    name: the path of the changed file, folder or link.
+    name: the path of the changed file, folder or link, escaped for messages; `x07 diff --json` has the exact path.
     rules: the rules that refuse the change.
     entries: the number of refused changes at this path and below it.
     take: the flags of `x07 apply` that apply the change, quoted for a shell; empty if no flag can.

@@ -32,7 +32,7 @@ from x07_sandbox.jobs.record import new_run_id
 from x07_sandbox.network.summary import NetworkUse
 from x07_sandbox.plan.outcomes import Verdict, cancelled_verdict, classify, limit_set_by, verdict
 from x07_sandbox.programs.toolchains import COMMAND, OUTPUT, SOURCE_FOLDER, Source
-from x07_sandbox.runs.command import RECORD, AnySandbox, Command, CommandEnd, SandboxRecord
+from x07_sandbox.runs.command import RECORD, AnySandbox, Command, CommandEnd, SandboxRecord, terminal_kind
 from x07_sandbox.runs.job import gate_for, started, without_account
 from x07_sandbox.runs.request import Program, check_arguments, check_variables, in_memory, sha256_text
 from x07_sandbox.runs.result import EMPTY_OUTPUT, Changes, CommandReport, Diff, PhaseReport, Result, draft_result
@@ -228,7 +228,8 @@ class OpenSandbox(AnySandbox):
         asked_ms = None if given.timeout_s is None else max(1, round(given.timeout_s * 1000))
         limits_ms = [] if service else [limit for limit in (self._wall_ms, asked_ms) if limit is not None]
         wall_ms = min(limits_ms, default=None)
-        env = {**self._spec.order.env, **given.env}
+        term = {} if given.terminal is None else {"TERM": given.term or terminal_kind()}
+        env = {**term, **self._spec.order.env, **given.env}
         out, err = Inbox("stdout"), Inbox("stderr")
         streams = CommandStreams(stdin_fd=None, stdout=out, stderr=err, open_input=not given.detached)
         with self._starting:

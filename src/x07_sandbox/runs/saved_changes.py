@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from x07_sandbox.errors import Command, HostError, SandboxError, UsageError
+from x07_sandbox.errors import Command, HostError, SandboxError, UsageError, escaped
 from x07_sandbox.host.locks import OnWait, is_locked, lock_fd_held, lock_for_removal
 from x07_sandbox.host.paths import private_dir, read_bounded, state_dir
 from x07_sandbox.plan.guest_paths import is_below
@@ -127,9 +127,7 @@ def command(verb: str, run: str, roots: Iterable[str]) -> str:
 
 def folder_names(changes: ChangeSet) -> str:
     """Return the names of the folders that *changes* changes."""
-    from x07_sandbox.files.changes import printable
-
-    names = [printable(root.root) for root in changes.roots if root.changes or root.left_out or root.refused]
+    names = [escaped(root.root) for root in changes.roots if root.changes or root.left_out or root.refused]
     more = f" and {len(names) - _LISTED} more folders" if len(names) > _LISTED else ""
     return f"{', '.join(names[:_LISTED])}{more}"
 
@@ -138,14 +136,15 @@ def summarize(
     changes: ChangeSet, state: ChangesState, reason: str = "", *, names_max: int | None = _NAMES_MAX
 ) -> Changes:
     """Return a summary of *changes* for a result. names_max: limit of the names, deletions excepted."""
-    from x07_sandbox.files.changes import printable
+    from x07_sandbox.files.changes import in_json
 
     every = [(root.root, change) for root in changes.roots for change in root.changes]
     every.sort(key=lambda one: one[1].action != "deleted")
     deletions = sum(change.action == "deleted" for _, change in every)
     names = tuple(
-        ChangedName(root=printable(root), name=printable(change.name), action=change.action)
+        ChangedName(root=escaped(root), name=name, action=change.action, name_base64=raw)
         for root, change in every[: None if names_max is None else max(names_max, deletions)]
+        for name, raw in (in_json(change.name),)
     )
     added, changed, deleted = map(changes.count, ("added", "changed", "deleted"))
     return Changes(state=state, reason=reason, names=names, added=added, changed=changed, deleted=deleted)

@@ -7,8 +7,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from x07_sandbox.errors import Command, Flag, RefusedError, Text, UsageError
-from x07_sandbox.files.changes import printable
+from x07_sandbox.errors import Command, Flag, RefusedError, Text, UsageError, escaped
 from x07_sandbox.files.roots import Root
 from x07_sandbox.host.paths import cache_dir, collapse_leading_slashes, is_folder, real_path, state_dir
 from x07_sandbox.plan.guest_paths import WORK
@@ -48,7 +47,7 @@ def working_folder(workdir: Path) -> Path:
     what = _cannot_use(workdir)
     folder = real_path(Path()) / workdir
     if not is_folder(folder):
-        command = Command(f"mkdir -p {shlex.quote(printable(str(workdir)))}")
+        command = Command(f"mkdir -p {shlex.quote(escaped(str(workdir)))}")
         raise UsageError(what, "it does not exist", ("To create it: ", command))
     real = real_path(folder)
     home = real_path(Path(os.path.expanduser("~")))  # noqa: PTH111 - Path's own raises where there is none

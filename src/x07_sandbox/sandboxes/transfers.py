@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import msgspec
 
-from x07_sandbox.errors import BackendError
+from x07_sandbox.errors import BackendError, escaped
 from x07_sandbox.host import memory
 from x07_sandbox.host.poll import Event, wait_readable, wait_writable, write_all
 from x07_sandbox.host.threads import start_thread
@@ -38,17 +38,18 @@ class InFile(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TerminalFilter:
-    """Filter that replaces all control characters that a terminal obeys, except line feed, tab and carriage return."""
+    """Filter that escapes all control characters that a terminal obeys, except line feed, tab and carriage return.
+
+    Other characters that cannot be seen in a name, such as blanks of some languages, are ordinary in output.
+    """
 
     def __init__(self) -> None:
-        self._decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
+        self._decode = codecs.getincrementaldecoder("utf-8")(errors="surrogateescape").decode
 
     def __call__(self, data: bytes) -> bytes:
         """Return the filtered *data*. A character may be split between two calls."""
         return "".join(
-            char
-            if char in "\n\t\r" or unicodedata.category(char) not in {"Cc", "Cf", "Cs"}
-            else "\N{REPLACEMENT CHARACTER}"
+            char if char in "\n\t\r" or unicodedata.category(char) not in {"Cc", "Cf", "Cs"} else escaped(char)
             for char in self._decode(data)
         ).encode()
 
