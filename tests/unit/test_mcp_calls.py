@@ -19,8 +19,8 @@ from x07_sandbox.integrations.mcp_calls import (
     arguments_of,
     bounded,
     marked,
-    schema_of,
     named,
+    schema_of,
     shown,
 )
 from x07_sandbox.library.sandbox import SandboxOptions
@@ -101,8 +101,9 @@ def test_long_output_keeps_its_beginning_and_end() -> None:
 
 def test_control_sequences_and_invisible_characters_are_escaped() -> None:
     """Colours, titles, changes of direction and characters without width are shown as escapes."""
-    assert visible("a\tb\n") == "a\tb\n"
-    assert visible("\x1b[2J\r\u202e\u200b\U000e0041\x9b") == r"\x1b[2J\r\u202e\u200b\U000e0041\x9b"
+    hostile = "\x1b[2J\r\u202e\u200b\U000e0041\x9b"
+    assert shown(f"a\tb\n{hostile}".encode() + b"\x9b", 100) == "a\tb\n" + r"\x1b[2J\r\u202e\u200b\U000e0041\x9b\x9b"
+    assert named(f"a\tb\n{hostile}") == r"a\tb\n\x1b[2J\r\u202e\u200b\U000e0041\x9b"
 
 
 def test_marker_lines_cannot_be_forged() -> None:
