@@ -75,3 +75,31 @@ def test_files_are_those_of_the_sandbox(backend: str, opened: Sandbox, tmp_path:
     assert not os.path.exists("/opt/x07/made-by-test")  # noqa: PTH110
     opened.download("made-by-test", tmp_path / "back")
     assert (tmp_path / "back").read_bytes() == b"1"
+
+
+def test_a_terminal_has_the_kind_of_its_client(backend: str, opened: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command with a terminal gets TERM of its client, unless the sandbox or the call sets it; others get none."""
+    monkeypatch.setenv("TERM", "tmux-256color")
+    words = ["sh", "-c", "echo kind=$TERM"]
+    assert opened.start(words, tty=True).wait(60).stdout == b"kind=tmux-256color\r\n"
+    assert opened.start(words, tty=True, env={"TERM": "vt100"}).wait(60).stdout == b"kind=vt100\r\n"
+    assert opened.exec(words).stdout == b"kind=\n"
+    with Sandbox(backend=backend, env={"TERM": "linux"}) as other:
+        assert other.start(words, tty=True).wait(60).stdout == b"kind=linux\r\n"
+
+
+def test_a_held_command_keeps_the_last_size_of_its_terminal(monkeypatch: pytest.MonkeyPatch, state: Path) -> None:
+    """After many changes of the size, a command that a held sandbox runs has the last one, and its client's TERM."""
+    monkeypatch.setenv("X07_I_ACCEPT_WEAKER_ISOLATION", "1")
+    held = Sandbox.create(backend="none")
+    try:
+        assert state.exists()
+        monkeypatch.setenv("TERM", "tmux-256color")
+        process = held.start(["sh", "-c", "echo $TERM; read line; stty size"], tty=True)
+        for rows in range(1, 200):
+            process.resize(rows, 100)
+        process.write(b"\n")
+        printed = process.wait(60).stdout.split()  # with the echo of the line, before or after the first output
+        assert printed == [b"tmux-256color", b"199", b"100"]
+    finally:
+        held.close("discard")

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import termios
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,6 +31,12 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(120), pytest.mark.usefixtures("image", "state")]
 
 X07 = [sys.executable, "-m", "x07_sandbox.cli.main"]
+# Waits for signals that announce a new size of the terminal, until it has 59 rows.
+WATCH = (
+    "import os, signal as s; s.pthread_sigmask(s.SIG_BLOCK, [s.SIGWINCH]); print('ready', flush=True); "
+    "size = os.get_terminal_size; [s.sigwait([s.SIGWINCH]) for _ in iter(lambda: size().lines, 59)]; "
+    "print('last', tuple(size()))"
+)
 SLEEPERS = "cat /proc/[0-9]*/comm 2>/dev/null | grep -c '^sleep$' || true"
 
 
@@ -417,9 +424,10 @@ def test_a_port_is_forwarded_until_ctrl_c(held: Sandbox, tmp_path: Path) -> None
 
 
 def test_a_terminal_has_size_job_control_and_an_end(held: Sandbox) -> None:
-    """`exec -it` gives the command a terminal: its size, Ctrl-C for the command alone, and the exit status."""
+    """`exec -it` gives the command a terminal: size, kind, Ctrl-C for the command alone, and the exit status."""
     pid, master = pty.fork()
     if pid == 0:
+        os.environ["TERM"] = "tmux-256color"
         os.execv(X07[0], [*X07, "sandbox", "exec", "-it", held.id, "--", "sh"])  # noqa: S606 - no shell is needed
 
     def until(end: bytes) -> bytes:
@@ -430,6 +438,11 @@ def test_a_terminal_has_size_job_control_and_an_end(held: Sandbox) -> None:
 
     os.write(master, b"stty size\n")
     until(b"24 80\r\n")
+    os.write(master, f'echo kind=$TERM; python3 -c "{WATCH}"\n'.encode())
+    assert b"kind=tmux-256color\r\n" in until(b"\nready\r\n")
+    for rows in range(30, 60):
+        termios.tcsetwinsize(master, (rows, 100))
+    until(b"last (100, 59)\r\n")
     os.write(master, b"sleep 600; echo after=$?\n")
     wait_until(lambda: text(held.shell(SLEEPERS)) == "1\n")
     os.write(master, b"\x03")

@@ -285,10 +285,12 @@ def test_the_folder_of_the_first_command_may_be_missing(state: Path) -> None:
     assert left_behind(state) == []
 
 
-def test_a_terminal_has_a_size(shared: Sandbox) -> None:
-    """A command may get a terminal, whose size can be changed."""
-    process = shared.start(["sh", "-c", "stty size; read line; stty size"], tty=True)
-    assert until(process, b"\n") == b"24 80\r\n"
+def test_a_terminal_has_a_size_and_a_kind(shared: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command may get a terminal, whose size can be changed, and whose kind the image knows."""
+    monkeypatch.delenv("TERM", raising=False)
+    known = 'python3 -c "import curses; curses.setupterm(); print(1)"'
+    process = shared.start(["sh", "-c", f"stty size; echo $TERM; {known}; read line; stty size"], tty=True)
+    assert until(process, b"1\r\n") == b"24 80\r\nxterm-256color\r\n1\r\n"
     process.resize(10, 20)
     process.write(b"\n")
     assert process.wait(60).stdout.endswith(b"10 20\r\n")
