@@ -20,6 +20,7 @@ from x07_sandbox.errors import SandboxError
 from x07_sandbox.host.decoding import prepared
 from x07_sandbox.host.paths import is_folder
 from x07_sandbox.plan.outcomes import ending_line
+from x07_sandbox.reports.document import encodable
 from x07_sandbox.runs.request import Program
 from x07_sandbox.runs.result import EMPTY_OUTPUT, Result
 from x07_sandbox.x07.project import HEAD_BYTES
@@ -230,7 +231,7 @@ def sandbox_backend_of(result: Result) -> SandboxBackend | UnsetType:
 
 def failure_report(message: str, *, mode: CompileMode, world: World, lang_id: str) -> CompileRunReport:
     """Return the report for a build VM that could not be started, or that was lost."""
-    stderr = message.encode(errors="backslashreplace")
+    stderr = encodable(message).encode()
     compiled = replace(_NOT_BUILT, lang_id=lang_id, compile_error=message, stderr_b64=stderr, trap=_lost(message))
     return CompileRunReport(
         mode=mode, world=world, sandbox_backend="vm", exit_code=FAILED_EXIT, compile=compiled, solve=None
