@@ -727,4 +727,4 @@ def test_a_compile_error_in_a_non_utf_8_source_is_shown(sandbox: Sandbox) -> Non
     done = command(str(path))
     assert done.returncode == 126
     assert "latin.c:1:25: error:" in done.stderr.decode()
-    assert "// \N{REPLACEMENT CHARACTER}" in done.stderr.decode()
+    assert r"// \xfc" in done.stderr.decode()
