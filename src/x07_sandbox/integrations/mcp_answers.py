@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from x07_sandbox.library.async_sandbox import AsyncSandbox
     from x07_sandbox.library.processes import Ended
+    from x07_sandbox.plan.denials import Denial
     from x07_sandbox.runs.command import StreamName
     from x07_sandbox.runs.result import Changes, Result
 

@@ -13,7 +13,16 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from x07_sandbox.errors import SandboxError
-from x07_sandbox.integrations.mcp_answers import Answer, Running, changes_of, errors, names, reason_of, untrusted
+from x07_sandbox.integrations.mcp_answers import (
+    Answer,
+    Running,
+    changes_of,
+    denied,
+    errors,
+    names,
+    reason_of,
+    untrusted,
+)
 from x07_sandbox.integrations.mcp_calls import (
     OUTPUT_MAX,
     CallError,
