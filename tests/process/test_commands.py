@@ -37,7 +37,7 @@ from x07_sandbox.channel.messages import (
     Terminal,
 )
 from x07_sandbox.channel.streams import Event, Role
-from x07_sandbox.channel.trees import Entry, Kind, Reader, segment
+from x07_sandbox.channel.trees import Entry, FileEnd, Hole, Kind, Piece, Reader, segment
 from x07_sandbox.host.linux import children_of
 
 if TYPE_CHECKING:
@@ -458,6 +458,55 @@ def test_the_file_server_reaches_what_a_program_reaches(confined: OsBackend) -> 
         for path in ("/opt/x07/out/passwd", "/opt/x07/in", "/etc/shadow", "/proc/1/mem"):
             assert files.ask("read", path, size=10).errno in {errno.EACCES, errno.ENOENT, errno.EPERM}, path
         assert files.ask("write", "/usr/bin/new", b"x").errno == errno.EROFS
+
+
+def test_a_link_never_leads_to_the_streams_of_the_file_server(sandbox: Sandbox) -> None:
+    """A program's link to a descriptor of the file server can be neither written nor read, and later answers hold."""
+    files, here = Files(sandbox), sandbox.here()
+    open_now = {int(info.name): info.target for info in files.ask("list", "/proc/self/fd").entries}
+    assert all(target.startswith("pipe:") == (number < 3) for number, target in open_now.items()), open_now
+    assert sandbox.code(sandbox.sh("for fd in 0 1 2 3; do ln -s /proc/self/fd/$fd link$fd; done")) == 0
+    forged = encode(Answer(0, 7)) + b"forged!"
+    for name, wanted in (("link0", errno.EACCES), ("link1", errno.EACCES), ("link2", errno.EACCES)):
+        assert files.ask("write", f"{here}/{name}", forged) == Answer(wanted), name
+        assert files.ask("read", f"{here}/{name}", size=9) == Answer(wanted), name
+    assert files.ask("write", f"{here}/link3", forged).errno in {errno.ENOENT, errno.ENXIO, 0}  # a file of the request
+    assert files.ask("stat", "/").entries[0].name == ""
+    assert b"forged" not in sandbox.output[Stream.STDOUT, files.command]
+
+
+def test_a_stopped_file_server_can_be_ended(sandbox: Sandbox) -> None:
+    """A file server that is stopped (SIGSTOP) is killed on request, and another one answers."""
+    files = Files(sandbox)
+    assert files.ask("stat", "/").errno == 0
+    sandbox.stop(files.command, signal.SIGSTOP)
+    sandbox.send({files.command: encode(Request("stat", "/"))})
+    sandbox.stop(files.command)
+    assert sandbox.code(files.command) == -signal.SIGKILL
+    assert Files(sandbox).ask("stat", "/").errno == 0
+
+
+def test_holes_are_not_sent(sandbox: Sandbox) -> None:
+    """A sparse file is read whole as segments: holes have no bytes, and its size is not cut to what was asked for."""
+    files, here = Files(sandbox), sandbox.here()
+    assert sandbox.code(sandbox.sh("printf begin > a; truncate -s 3G a; printf end >> a; truncate -s 5G a")) == 0
+    answer = files.ask("read", f"{here}/a", size=1, whole=True)
+    assert answer == Answer(0, 5 << 30)
+    reader, data, holes = Reader(), bytearray(), 0
+    pending = Entry(Kind.FILE, b"a", size=answer.size).encoded()
+    while True:
+        events = list(reader.feed(pending))
+        data += b"".join(event.data for event in events if isinstance(event, Piece))
+        holes += sum(event.size for event in events if isinstance(event, Hole))
+        if any(isinstance(event, FileEnd) for event in events):
+            break
+        pending = files.rest(1)
+    assert (data.strip(b"\0").split(b"\0")[0], data.rstrip(b"\0")[-3:]) == (b"begin", b"end")
+    assert (len(data) + holes, len(data) < 1 << 20) == (5 << 30, True)
+    for name, content in (("small", b"abc"), ("empty", b"")):
+        assert files.ask("write", f"{here}/{name}", content) == Answer(0)
+        assert files.ask("read", f"{here}/{name}", whole=True) == Answer(0, len(content))
+        assert files.rest(len(segment(3)) + 3 if content else 0) == (segment(3) + content if content else b"")
 
 
 def test_a_list_of_programs_applies_to_commands_after_a_service(confined: OsBackend) -> None:

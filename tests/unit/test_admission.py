@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -158,7 +160,19 @@ def test_sandboxes_have_slots_of_their_own(never: int, monkeypatch: pytest.Monke
         waiting = admitted(cancel_fd=never, timeout_s=1.5, slots=SANDBOXES, progress=said.append)
         with pytest.raises(RefusedError, match=r"no slot was free in time.*larger X07_VM_MAX_SANDBOXES"):
             waiting.__enter__()
-    assert said == ["waiting for a free slot: only 1 may run at once (set by X07_VM_MAX_SANDBOXES, or by memory)"]
+    how_many = "1 sandboxes are open, as many as may be"
+    assert said == [f"waiting until one ends: {how_many} (set by X07_VM_MAX_SANDBOXES, or by memory)"]
+
+
+def test_a_free_slot_is_found_without_a_wait(never: int) -> None:
+    """With a timeout of 0, a free slot is taken although another process looks for one at that moment."""
+    turn = contextlib.ExitStack()
+    turn.enter_context(file_lock(cache_folder("slots") / "turn"))
+    releasing = threading.Timer(0.1, turn.close)
+    releasing.start()
+    with admitted(cancel_fd=never, timeout_s=0), pytest.raises(RefusedError, match="within 0 s"):
+        admitted(cancel_fd=never, timeout_s=0).__enter__()
+    releasing.join()
 
 
 def test_a_waiter_says_that_sigchld_is_ignored(never: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import signal
 import socket
 from typing import TYPE_CHECKING, cast
@@ -11,6 +12,7 @@ import pytest
 
 from tests.unit.test_session import CHANGES, CLOSED, LIMITS, FakeClock, Guest, Machine
 from tests.vm.programs.lies import EXITED
+from x07_sandbox import sandboxes
 from x07_sandbox.backends.base import Greeting, Instance
 from x07_sandbox.channel import streams
 from x07_sandbox.channel.connection import Connection
@@ -241,6 +243,54 @@ def test_a_file_server_that_ends_is_reported(pair: Pair) -> None:
         files.ask(Request("read", "/a"))
     with pytest.raises(OSError, match="could not be read to its end"):
         files.piece(1)
+
+
+def test_a_file_server_without_progress_does_not_hold_its_caller(pair: Pair) -> None:
+    """A request that is not answered, or whose content is not taken, raises TimeoutError, and the server is killed."""
+    files = FileServer(pair.session, 1, LIMITS)
+    with pytest.raises(TimeoutError, match=r"made no progress for 0.05 s: '/a'") as raised:
+        files.ask(Request("list", "/a"), (), 0.05)
+    assert raised.value.errno == errno.ETIMEDOUT
+    files.kill()
+    pair.turn()
+    assert (pair.guest.until(Stop), pair.session.over) == (Stop(1, signal.SIGKILL), False)
+    with pytest.raises(TimeoutError):
+        FileServer(pair.session, 2, LIMITS).ask(Request("write", "/a"), [bytes(WINDOW)] * 4, 0.05)
+
+
+def test_single_bytes_are_no_progress_of_a_file_request(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file server that sends single bytes reaches the time limit, and one that sends much does not."""
+    still = FakeClock()
+    monkeypatch.setattr(sandboxes.files, "Deadline", still)
+    files = FileServer(pair.session, 1, LIMITS)
+    pair.turn()
+    pair.guest.until(Exec)
+    pair.guest.say(Started(1))
+    number = pair.guest.stream(Stream.STDOUT, encode(Answer(0, 1 << 20)), 1, ended=False)
+    assert files.ask(Request("read", "/a"), (), 60).size == 1 << 20
+    for size, later_s in (*[(32_768, 25)] * 6, (1, 17), (1, 17.95)):
+        pair.guest.link.streams.send(number, bytes(size))
+        pair.guest.flush()
+        assert files.content(size) == bytes(size)
+        still.now += later_s
+    with pytest.raises(TimeoutError):
+        files.piece(1)
+
+
+def test_a_caller_that_was_stopped_itself_waits_anew(
+    pair: Pair, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If the calling process was stopped (Ctrl-Z) past the time limit, the file server still has time to answer."""
+    monkeypatch.setattr(sandboxes.files, "Deadline", clock)
+    files = file_server(pair, encode(Answer(0, 5)) + b"hello")
+    turn = pair.session.turn
+
+    def stopped_once(_within_s: float) -> None:
+        monkeypatch.setattr(pair.session, "turn", turn)
+        clock.now += 600
+
+    monkeypatch.setattr(pair.session, "turn", stopped_once)
+    assert files.ask(Request("read", "/a", size=5)) == Answer(0, 5)
 
 
 def test_a_bad_answer_about_files_is_rejected(pair: Pair) -> None:

@@ -1,9 +1,9 @@
 """Requests about files in a sandbox, and their answers, over the standard streams of the file server in the guest.
 
 A request or an answer is its length (u32, big endian) and a JSON array. After WRITE come its bytes, and after PUT a
-tree (channel/trees). After a successful answer to READ come the bytes, and after one to GET a tree. Requests are
-answered in order. The server runs as the program's user in the program's namespaces, so a request reaches what a
-program reaches. The guest is hostile: answers are bounded here.
+tree (channel/trees). After a successful answer to READ come the bytes, or the segments of a file in a tree, and after
+one to GET a tree. Requests are answered in order. The server runs as the program's user in the program's namespaces,
+so a request reaches what a program reaches. The guest is hostile: answers are bounded here.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ class Request(NamedTuple):
     """A request. path: absolute, or relative to the server's working folder.
 
     offset, size: for READ, the part to read. For WRITE and PUT, *size* is the size of the content that follows. mode:
-    permission bits for WRITE and MAKE; -1 for the default. whole: for MAKE, also make parent folders and accept an
-    existing folder; for REMOVE, also remove what is in a folder; for STAT, do not follow a link.
+    permission bits for WRITE and MAKE; -1 for the default. whole: for READ, read to the end of the file, and answer in
+    segments, so that holes are not sent; for MAKE, also make parent folders and accept an existing folder; for REMOVE,
+    also remove what is in a folder; for STAT, do not follow a link.
     """
 
     kind: str

@@ -29,8 +29,8 @@ from x07_sandbox.cli.parser import (
     variable,
     whole_number,
 )
-from x07_sandbox.errors import Cancelled, UsageError
-from x07_sandbox.host.settings import LIFETIME_MAX_S
+from x07_sandbox.errors import BackendError, Cancelled, SandboxError, UsageError
+from x07_sandbox.host.settings import FILES_S, LIFETIME_MAX_S
 from x07_sandbox.options import BY_FLAG, CHANGES, GROUPS
 
 if TYPE_CHECKING:
@@ -103,6 +103,9 @@ def add_sandbox(parser: argparse.ArgumentParser) -> None:
     copy.set_defaults(carry_out=_copy)
     files = _with_sandbox(inner_verb(inner, "ls", "list files of a sandbox"))
     files.add_argument("path", metavar="PATH", nargs="?", default=".", type=nonempty, help="a folder or a file")
+    for action in (copy, files):
+        doc = "end after this many seconds without progress (default: 60)"
+        option(action, "--timeout", "S", doc, type=seconds(LIFETIME_MAX_S))
     forward = _with_sandbox(inner_verb(inner, "forward", "let programs of this host connect to a port of a sandbox"))
     forward.epilog = _FORWARD_EPILOG
     forward.add_argument("port", metavar="PORT", type=whole_number(1, 65_535, "ports"), help="port of the sandbox")
@@ -132,6 +135,8 @@ def _add_create(inner: Any) -> None:  # noqa: ANN401 - as above
     most = seconds(LIFETIME_MAX_S)
     option(life, "--lifetime", "S", "end the sandbox after this many seconds (default: 3600)", type=most)
     option(life, "--idle", "S", "end it after this many seconds without a command (default: no limit)", type=most)
+    doc = "wait this many seconds if too many sandboxes are open, or 0 not to wait (default: 600)"
+    option(life, "--queue-timeout", "S", doc, type=whole_number(0, LIFETIME_MAX_S, "seconds"))
     add_shared_options(parser)
     add_document_flags(parser)
     parser.set_defaults(carry_out=_create)
@@ -191,6 +196,7 @@ def _create(options: argparse.Namespace) -> int:
     given = given_keywords(options)
     life = {"name": options.name, "tags": dict(options.tag), "lifetime_s": options.lifetime, "idle_s": options.idle}
     given |= {name: value for name, value in life.items() if value}
+    given |= {} if options.queue_timeout is None else {"wait_s": options.queue_timeout}
     checked_life(given)
     require_new_name(options.name or "")
     choice = {
@@ -286,7 +292,7 @@ def _copy(options: argparse.Namespace) -> int:
         why = "exactly one of SOURCE and TARGET must be in a sandbox"
         raise UsageError("wrong usage", why, "Write it as SANDBOX:PATH; a file of this host as ./FILE")
     opened = connect_to(source_in or target_in)
-    files = Files(opened)
+    files = Files(opened, options.timeout or FILES_S)
     try:
         if target_in:
             if files.exists(target) and files.stat(target).kind == "folder":
@@ -302,9 +308,12 @@ def _copy(options: argparse.Namespace) -> int:
     return 0
 
 
-def _file_error(what: str, exc: OSError) -> UsageError:
+def _file_error(what: str, exc: OSError) -> SandboxError:
     named = "" if exc.filename is None else f"{os.fspath(exc.filename)}: "
-    return UsageError(what, f"{named}{exc.strerror or exc}", "Check the paths")
+    why = f"{named}{exc.strerror or exc}"
+    if isinstance(exc, TimeoutError):
+        return BackendError(what, why, "Try again, with a larger --timeout if needed")
+    return UsageError(what, why, "Check the paths")
 
 
 def _files(options: argparse.Namespace) -> int:
@@ -312,7 +321,7 @@ def _files(options: argparse.Namespace) -> int:
     from x07_sandbox.library.listing import connect_to
     from x07_sandbox.reports.sandboxes import FileRow, FilesReport
 
-    files = Files(connect_to(options.sandbox))
+    files = Files(connect_to(options.sandbox), options.timeout or FILES_S)
     try:
         about = files.stat(options.path)
         found = files.list(options.path) if about.kind == "folder" else [about]

@@ -14,14 +14,16 @@ from functools import partial
 from typing import Any, Final
 
 from x07_sandbox.channel import files
+from x07_sandbox.channel.contents import next_data
 from x07_sandbox.channel.files import Answer, Buffer, FileInfo, Request
-from x07_sandbox.channel.trees import Entry, Kind
+from x07_sandbox.channel.trees import Entry, Kind, segment
 from x07_sandbox.errors import PeerError
 from x07_sandbox.guest.errors import JobError
 from x07_sandbox.guest.system import write_all
 from x07_sandbox.guest.trees import Tree, content, walk
 
 _READ: Final = 128 * 1024
+_ERRORS: Final = 2
 _UNSIZED_MAX: Final = 64 << 20
 _PERMISSIONS: Final = 0o7777
 
@@ -89,7 +91,7 @@ class FileServer:
     # requests: each yields its answer, and the content after it
 
     def _read(self, request: Request) -> Iterator[Answer | bytes]:
-        fd = os.open(request.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        fd = self._opened(request.path, os.O_RDONLY)
         try:
             info = os.fstat(fd)
             if stat.S_ISDIR(info.st_mode):
@@ -98,7 +100,8 @@ class FileServer:
                 first = os.read(fd, min(request.size, _READ))
                 size = len(first)
             elif info.st_size:
-                size = max(0, min(request.size, info.st_size - request.offset))
+                size = max(0, info.st_size - request.offset)
+                size = size if request.whole else min(request.size, size)
                 first = os.pread(fd, min(size, _READ), request.offset)
                 if len(first) < _READ:  # the size of a file in /sys is wrong
                     size = len(first)
@@ -106,27 +109,50 @@ class FileServer:
                 first = _whole(fd, request.offset, request.size)
                 size = len(first)
             yield Answer(0, size)
-            yield first
-            at = self._sent(fd, request.offset, len(first), size)
-            while at < size:
-                if not (piece := os.pread(fd, min(_READ, size - at), request.offset + at)):
-                    raise OSError(errno.EIO, "it has become shorter")
-                at += len(piece)
-                yield piece
+            if not request.whole:
+                yield first
+                yield from self._range(fd, request.offset + len(first), request.offset + size)
+            elif len(first) == size:
+                yield segment(size) + first if size else b""
+            else:
+                yield from self._segments(fd, request.offset, request.offset + size)
         finally:
             os.close(fd)
 
-    def _sent(self, fd: int, offset: int, at: int, size: int) -> int:
-        """Send the content from *at* on without copying it to this process. Return the size of what was then sent."""
-        with contextlib.suppress(OSError):  # then the caller reads it, or gets the error
-            while at < size and (count := os.sendfile(self._out_fd, fd, offset + at, size - at)):
+    def _opened(self, path: str, flags: int) -> int:
+        """Open a file. Raises OSError, also for a link to a stream of this process, such as /proc/self/fd/1."""
+        fd = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        if any(os.path.sameopenfile(fd, own) for own in (self._in_fd, self._out_fd, _ERRORS)):
+            os.close(fd)
+            raise PermissionError(errno.EACCES, "")
+        return fd
+
+    def _segments(self, fd: int, at: int, end: int) -> Iterator[bytes]:
+        """Yield the content from *at* to *end* as segments (channel/trees). Holes have no bytes."""
+        while at < end:
+            start, stop = next_data(fd, at, end)
+            if start > at:
+                yield segment(start - at, hole=True)
+            if stop > start:
+                yield segment(stop - start)
+                yield from self._range(fd, start, stop)
+            at = stop
+
+    def _range(self, fd: int, at: int, end: int) -> Iterator[bytes]:
+        """Send the content from *at* to *end* without copying it to this process. Yield what cannot be sent so."""
+        with contextlib.suppress(OSError):  # it is read below, or that raises the error
+            while at < end and (count := os.sendfile(self._out_fd, fd, at, end - at)):
                 at += count
-        return at
+        while at < end:
+            if not (piece := os.pread(fd, min(_READ, end - at), at)):
+                raise OSError(errno.EIO, "it has become shorter")
+            at += len(piece)
+            yield piece
 
     def _write(self, request: Request) -> Iterator[Answer | bytes]:
         left, failed = request.size, 0
         try:
-            fd = os.open(request.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+            fd = self._opened(request.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             with os.fdopen(fd, "wb", buffering=0):
                 if request.mode >= 0:
                     os.fchmod(fd, request.mode)

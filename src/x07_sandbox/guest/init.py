@@ -22,6 +22,7 @@ from x07_sandbox.guest import confine, control, execution, interpreter, processe
 from x07_sandbox.guest.system import children_of, close_descriptors_except, read_all
 
 READY = b"R"  # the waiting process is confined
+_FDS_MAX = 4096  # above the number of each descriptor of init and of the waiting process
 FIRST = 0  # the key of the process that waits from the start; later ones have the ids of their commands
 
 
@@ -239,7 +240,7 @@ def _become(
             if filter_code or rules_fd >= 0:
                 restrict.restrict_self(filter_code, rules_fd)
             if how.service:
-                os.close(status_fd)
+                os.closerange(3, _FDS_MAX)  # no link of a program may lead to them
                 services.run(how.service, argv)
             try:
                 kernel.execute(argv, env, token)

@@ -28,6 +28,7 @@ PRELOAD_S: Final = 200.0
 HOT_S: Final = 43_200.0  # how long a saved process of a VM is used (12 hours)
 COPY_IN_S: Final = 60.0  # without progress of the copy
 CHANGES_OUT_S: Final = 60.0
+FILES_S: Final = 60.0  # a file request of a sandbox without progress, unless its caller sets another limit
 KVM_PROOF_S: Final = 5.0  # least time for the test of KVM; the most is BOOT_S
 KVM_PROOF_JAILS: Final = 100  # in between: this many times the measured start of the jail
 RETRY_S: Final = 300.0  # before KVM or a template is tried again after a failure that the host may have caused

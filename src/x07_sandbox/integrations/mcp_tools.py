@@ -222,7 +222,8 @@ class Tools:
         try:
             with errors("cannot open a sandbox"):
                 async with asyncio.timeout(settings.answer_s):
-                    sandbox = AsyncSandbox(lifetime_s=settings.lifetime_s, idle_s=settings.idle_s, **settings.options)
+                    options = {**settings.options, "wait_s": settings.answer_s / 3}
+                    sandbox = AsyncSandbox(lifetime_s=settings.lifetime_s, idle_s=settings.idle_s, **options)
                     self._open[handle] = await sandbox.open()
         finally:
             if self._open[handle] is None:

@@ -35,19 +35,21 @@ _MEMORY_PER_SANDBOX: Final = settings.GIB
 _SANDBOXES_MAX: Final = 64
 _LOOK_AGAIN_S: Final = 0.003
 _SAY_AFTER_S: Final = 1.0
+_LEAST_S: Final = 0.5
 _ULIMIT: Final = ("Raise the limits of this shell: ", Command("ulimit -a"))
 
 
 class Slots(msgspec.Struct, frozen=True):
     """One kind of slots. prefix: of the names of its files. variable: sets the number. most: the default number.
 
-    rule: words for the default. flag: the words for a longer wait.
+    rule: words for the default. taken: words for what has the slots. flag: the words for a longer wait.
     """
 
     prefix: str
     variable: str
     most: Callable[[], int]
     rule: str
+    taken: str
     flag: str
 
     def count(self) -> int:
@@ -64,8 +66,9 @@ def _for_sandboxes() -> int:
     return max(2, min(_SANDBOXES_MAX, memory_bytes() // 2 // _MEMORY_PER_SANDBOX))  # most are idle most of the time
 
 
-RUNS: Final = Slots("", "X07_VM_MAX_RUNNING", _for_runs, "cores and memory", "a longer --queue-timeout of x07 run, or ")
-SANDBOXES: Final = Slots("sandbox-", "X07_VM_MAX_SANDBOXES", _for_sandboxes, "memory", "")
+_LONGER: Final = "a longer --queue-timeout of x07 run, or "
+RUNS: Final = Slots("", "X07_VM_MAX_RUNNING", _for_runs, "cores and memory", "VMs are running", _LONGER)
+SANDBOXES: Final = Slots("sandbox-", "X07_VM_MAX_SANDBOXES", _for_sandboxes, "memory", "sandboxes are open", "")
 
 
 def max_running() -> int:
@@ -153,7 +156,8 @@ class _Queue:
         process shares with the child. If this process is killed, the child ends as soon as it gets the lock.
         """
         need_exit_statuses()  # of the child process
-        deadline, say_at = Deadline.after(timeout_s), Deadline.after(_SAY_AFTER_S)
+        # Another process may hold the turn for a moment although slots are free.
+        deadline, say_at = Deadline.after(max(timeout_s, _LEAST_S)), Deadline.after(_SAY_AFTER_S)
         first = said = False
         with contextlib.ExitStack() as stack:
             turn = _opened(self._turn)
@@ -176,14 +180,14 @@ class _Queue:
                         raise HostError("cannot wait for a free slot", "flock was killed", "Start it again") from None
                 if not said and say_at.passed():
                     set_by = f"set by {self._slots.variable}, or by {self._slots.rule}"
-                    progress(f"waiting for a free slot: only {self._most} may run at once ({set_by})")
+                    progress(f"waiting until one ends: {self._most} {self._slots.taken}, as many as may be ({set_by})")
                     said = True
                 if first and (slot := self.free_slot()) is not None:
                     return slot
         longer = "" if timeout_s >= settings.QUEUE_S else self._slots.flag
         raise RefusedError(
             "no slot was free in time",
-            f"{self._most} of {self._most} slots are in use, and none became free within {timeout_s:.0f} s",
+            f"{self._most} {self._slots.taken}, as many as may be, and none ended within {timeout_s:g} s",
             f"Set {longer}a larger {self._slots.variable}",
             code="no-slot",
         )

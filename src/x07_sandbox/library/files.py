@@ -16,8 +16,12 @@ from typing import IO, TYPE_CHECKING, Final, Literal, TypeVar, cast
 
 from x07_sandbox.channel import files as calls
 from x07_sandbox.channel.files import Request
+from x07_sandbox.channel.trees import Entry, FileEnd, Hole, Kind, Piece, Reader
 from x07_sandbox.errors import PeerError, UsageError
+from x07_sandbox.host.settings import FILES_S
+from x07_sandbox.library.arguments import checked_seconds
 from x07_sandbox.library.file_info import FileInfo
+from x07_sandbox.library.processes import bad_value
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -38,55 +42,63 @@ class Files:
 
     All methods raise OSError, with errno and filename, if the sandbox's system refuses; and SandboxError if the sandbox
     has ended. Thread-safe; one request is served after the other.
+
+    timeout_s: how long a request may take without progress; None for 60 seconds. Each 64 KiB of content are progress.
+    After that time TimeoutError is raised, and an unknown part of the request has been carried out. A program can cause
+    this, since it can stop the process that serves requests. The next request gets a new one.
     """
 
-    def __init__(self, sandbox: AnySandbox) -> None:
+    def __init__(self, sandbox: AnySandbox, timeout_s: float = FILES_S) -> None:
         self._sandbox = sandbox
+        self._timeout_s = timeout_s
         self._server: FileServer | None = None
         self._busy: tuple[FileServer, threading.Event | None] | None = None
         self._caller = threading.local()
         self._lock = threading.Lock()
 
-    def read(self, path: str, *, offset: int = 0, max_bytes: int = READ_MAX) -> bytes:
+    def read(self, path: str, *, offset: int = 0, max_bytes: int = READ_MAX, timeout_s: float | None = None) -> bytes:
         """Return the content of a file from *offset* on, at most *max_bytes* of it."""
         size = min(_whole("max_bytes", max_bytes), READ_MAX)
         request = Request(calls.READ, path, offset=_whole("offset", offset), size=size)
-        return self._ask(request, take=lambda server, answer: server.content(_bounded(answer, size)))
+        return self._ask(request, timeout_s, take=lambda server, answer: server.content(_bounded(answer, size)))
 
-    def write(self, path: str, data: bytes, *, mode: int | None = None) -> None:
+    def write(self, path: str, data: bytes, *, mode: int | None = None, timeout_s: float | None = None) -> None:
         """Create or replace a file, and the folders above it. mode: permission bits; None for 0644 or unchanged."""
         if not isinstance(data, bytes | bytearray | memoryview):
             raise UsageError(f"cannot write {path}", f"data is {type(data).__name__}, not bytes", "Encode it first")
         content = bytes(data)
-        self._write(path, len(content), lambda: _pieces(content), _mode(mode))
+        request = Request(calls.WRITE, path, size=len(content), mode=_mode(mode))
+        self._write(request, timeout_s, lambda: _pieces(content))
 
-    def list(self, path: str = ".") -> list[FileInfo]:
+    def list(self, path: str = ".", *, timeout_s: float | None = None) -> list[FileInfo]:
         """Return what is in a folder, sorted by name."""
-        return sorted(self._ask(Request(calls.LIST, path), take=_infos))
+        return sorted(self._ask(Request(calls.LIST, path), timeout_s, take=_infos))
 
-    def stat(self, path: str, *, follow: bool = True) -> FileInfo:
+    def stat(self, path: str, *, follow: bool = True, timeout_s: float | None = None) -> FileInfo:
         """Return facts about a file, folder or other entry. follow: whether to follow a link at the end of the path."""
-        return self._ask(Request(calls.STAT, path, whole=not follow), take=_one)
+        return self._ask(Request(calls.STAT, path, whole=not follow), timeout_s, take=_one)
 
-    def exists(self, path: str) -> bool:
+    def exists(self, path: str, *, timeout_s: float | None = None) -> bool:
         """Return whether there is a file, folder or other entry; False for a link that leads nowhere."""
         try:
-            self.stat(path)
+            self.stat(path, timeout_s=timeout_s)
         except OSError as exc:
             if exc.errno in {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}:
                 return False
             raise
         return True
 
-    def mkdir(self, path: str, *, parents: bool = True, mode: int | None = None) -> None:
+    def mkdir(
+        self, path: str, *, parents: bool = True, mode: int | None = None, timeout_s: float | None = None
+    ) -> None:
         """Create a folder. parents: also create those above it, and accept an existing folder."""
-        self._ask(Request(calls.MAKE, path, mode=_mode(mode), whole=parents))
+        self._ask(Request(calls.MAKE, path, mode=_mode(mode), whole=parents), timeout_s)
 
-    def remove(self, path: str, *, recursive: bool = False) -> None:
+    def remove(self, path: str, *, recursive: bool = False, timeout_s: float | None = None) -> None:
         """Remove a file, a link or an empty folder. recursive: also a folder with all that is in it."""
-        self._ask(Request(calls.REMOVE, path, whole=recursive))
+        self._ask(Request(calls.REMOVE, path, whole=recursive), timeout_s)
 
-    def upload(self, local: str | os.PathLike[str], path: str) -> None:
+    def upload(self, local: str | os.PathLike[str], path: str, *, timeout_s: float | None = None) -> None:
         """See `Sandbox.upload`."""
         source = Path(local)
         with tempfile.TemporaryFile() as packed:
@@ -95,7 +107,7 @@ class Files:
 
                 pack(source, packed)
                 size = packed.tell()
-                self._ask(Request(calls.PUT, path, size=size), lambda: _from_file(packed, size))
+                self._ask(Request(calls.PUT, path, size=size), timeout_s, lambda: _from_file(packed, size))
                 return
             with source.open("rb") as file:
                 info = os.fstat(file.fileno())
@@ -103,23 +115,23 @@ class Files:
                 if not size:  # such as a pipe, or a file in /proc
                     shutil.copyfileobj(file, packed)
                     size, content = packed.tell(), packed
-                self._write(path, size, lambda: _from_file(content, size), stat.S_IMODE(info.st_mode) & 0o777)
+                request = Request(calls.WRITE, path, size=size, mode=stat.S_IMODE(info.st_mode) & 0o777)
+                self._write(request, timeout_s, lambda: _from_file(content, size))
 
-    def download(self, path: str, local: str | os.PathLike[str]) -> None:
+    def download(self, path: str, local: str | os.PathLike[str], *, timeout_s: float | None = None) -> None:
         """See `Sandbox.download`."""
         from x07_sandbox.files.unpack import BYTES_MAX, Unpacker
 
         target = Path(local)
-        found = self.stat(path)
+        found = self.stat(path, timeout_s=timeout_s)
         if found.kind == "folder":
             with Unpacker(target) as unpacker:
-                self._ask(Request(calls.GET, path), take=lambda server, _answer: _unpack(server, unpacker))
+                self._ask(Request(calls.GET, path), timeout_s, take=lambda server, _answer: _unpack(server, unpacker))
             return
-        size = min(found.size or READ_MAX, BYTES_MAX)  # a file of /proc says that it is empty
         with target.open("xb") as out:
             try:
-                request = Request(calls.READ, path, size=size)
-                self._ask(request, take=lambda server, answer: _store(server, _bounded(answer, size), out))
+                request = Request(calls.READ, path, size=BYTES_MAX, whole=True)
+                self._ask(request, timeout_s, take=lambda server, answer: _store(server, _allowed(path, answer), out))
             except BaseException:
                 target.unlink()
                 raise
@@ -140,21 +152,23 @@ class Files:
         if (busy := self._busy) is not None and busy[1] is given_up:
             busy[0].kill()
 
-    def _write(self, path: str, size: int, content: Callable[[], Iterable[bytes]], mode: int) -> None:
-        request = Request(calls.WRITE, path, size=size, mode=mode)
+    def _write(self, request: Request, timeout_s: float | None, content: Callable[[], Iterable[bytes]]) -> None:
         try:
-            self._ask(request, content)
+            self._ask(request, timeout_s, content)
         except FileNotFoundError:
-            self.mkdir(posixpath.dirname(path))
-            self._ask(request, content)
+            self.mkdir(posixpath.dirname(request.path), timeout_s=timeout_s)
+            self._ask(request, timeout_s, content)
 
     def _ask(
         self,
         request: Request,
+        timeout_s: float | None,
         content: Callable[[], Iterable[bytes]] = tuple,
         take: Callable[[FileServer, Answer], _T] | None = None,
     ) -> _T:
         asked = request._replace(path=_checked(request.path))
+        limit_s = self._timeout_s if timeout_s is None else timeout_s
+        within_s = checked_seconds("timeout_s", limit_s, bad_value("timeout_s", limit_s, "a number of seconds above 0"))
         given_up: threading.Event | None = getattr(self._caller, "given_up", None)
         with self._lock:
             self._sandbox.require_open()
@@ -164,7 +178,7 @@ class Files:
             server, self._server = self._server or self._sandbox.file_server(), None
             self._busy = server, given_up
             try:
-                answer = server.ask(asked, content())
+                answer = server.ask(asked, content(), within_s)
                 found = take(server, answer) if take is not None and not answer.errno else None
             except BaseException:
                 server.kill()
@@ -255,11 +269,30 @@ def _from_file(file: IO[bytes], size: int) -> Iterator[bytes]:
         yield data
 
 
+def _allowed(path: str, answer: Answer) -> int:
+    """Return the size of a file to download. Raises UsageError if it is over the limit."""
+    from x07_sandbox.files.unpack import BYTES_MAX
+
+    if answer.size > BYTES_MAX:
+        why = f"it has {answer.size} bytes, and the limit is {BYTES_MAX} bytes ({BYTES_MAX >> 30} GiB), holes included"
+        raise UsageError(f"cannot download {path}", why, "Split or compress it in the sandbox, or read parts of it")
+    return answer.size
+
+
 def _store(server: FileServer, size: int, out: IO[bytes]) -> None:
-    while size:
-        piece = server.piece(min(size, _CHUNK))
-        size -= len(piece)
-        out.write(piece)
+    """Write a file that comes in segments. Its holes stay holes."""
+    reader = Reader()
+    data = Entry(Kind.FILE, b"file", size=size).encoded()
+    while True:
+        for event in reader.feed(data):
+            if isinstance(event, Piece):
+                out.write(event.data)
+            elif isinstance(event, Hole):
+                out.seek(event.size, os.SEEK_CUR)
+            elif isinstance(event, FileEnd):
+                out.truncate(size)  # it may end in a hole
+                return
+        data = server.piece(_CHUNK)
 
 
 def _unpack(server: FileServer, unpacker: Unpacker) -> None:

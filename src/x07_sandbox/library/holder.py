@@ -12,6 +12,7 @@ import contextlib
 import os
 import pickle
 import resource
+import select
 import signal
 import socket
 import sys
@@ -70,6 +71,7 @@ _READ: Final = 256 * 1024
 _REQUEST_S: Final = 10.0  # for a client to send its request
 _ENDED_S: Final = 10.0  # for clients to get the end of their commands
 _NO_FDS_S: Final = 0.2
+_LOOK_S: Final = 5.0  # between two looks whether the client of a command that takes no input is still there
 _WAITING_MAX: Final = 128
 _CLIENTS_MAX: Final = 512
 
@@ -93,6 +95,12 @@ class _Client:
         reader: Reader[ClientMessage] = Reader(ClientMessage)
         while data := self.connection.recv(_READ):
             yield from reader.take(data)
+
+    def has_left(self) -> bool:
+        """Return whether the client has closed the connection, also while its messages are still to be read."""
+        poll = select.poll()
+        poll.register(self.connection, select.POLLRDHUP)
+        return bool(poll.poll(0))
 
     def send(self, answer: Answer) -> None:
         """Send an answer. Raises OSError if the client is gone."""
@@ -222,9 +230,11 @@ class Holder:
             start_thread(reader)
             ended = False
             while not ended:
-                ended, pieces = command.next_pieces(gone.is_set)
+                ended, pieces = command.next_pieces(gone.is_set, _LOOK_S)
                 for stream, data in pieces:
                     client.send(Output(stream=stream, data=data))
+                if not ended and not pieces and client.has_left():  # the other thread may wait to write
+                    gone.set()
             if not gone.is_set() and not service:
                 client.send(End.of(command.ending()))
         except OSError:
@@ -291,9 +301,10 @@ def main(words: list[str]) -> int:
             signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
             def progress(text: str) -> None:
-                if not report(Progress.of(text)):
+                if not running and not report(Progress.of(text)):  # nobody reads it later
                     cancel()
 
+            running: list[OpenSandbox] = []
             opened = open_sandbox(
                 asked.options,
                 cancel,
@@ -301,6 +312,7 @@ def main(words: list[str]) -> int:
                 progress=progress,
                 word=str if asked.flags else keyword,
             )
+            running.append(opened)
             with _listening(opened.run) as listener:
                 os.chdir("/")
                 holder = Holder(opened, listener)

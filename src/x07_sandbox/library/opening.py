@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
+from msgspec.structs import replace
+
 from x07_sandbox.backends.lease import PoolClient
 from x07_sandbox.backends.selection import backend_request, select, this_platform
-from x07_sandbox.host.settings import LIFETIME_S
+from x07_sandbox.host.settings import LIFETIME_S, QUEUE_S
 from x07_sandbox.library.arguments import SANDBOX, bad_argument, checked_options, checked_seconds
 from x07_sandbox.library.keyword_names import keyword
 from x07_sandbox.library.requests import make_request, sweep_before_start
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
     from x07_sandbox.errors import Flag
     from x07_sandbox.host.cancel import Cancel
 
-OF_SANDBOXES: Final = ("lifetime_s", "idle_s", "backend", "name", "tags")
+OF_SANDBOXES: Final = ("lifetime_s", "idle_s", "backend", "name", "tags", "wait_s")
 """The keywords of `Sandbox` that runs do not have."""
 _TAGS_MAX: Final = 64
 _TAG_MAX: Final = 256
@@ -44,7 +46,11 @@ def open_sandbox(
     backend = given.get("backend")
     selected = select(this_platform(), backend_request(**(choice or {"backend": backend, "flags": ()})))
     of_runs = {name: value for name, value in given.items() if name not in OF_SANDBOXES}
-    request = make_request(checked_options(of_runs, SANDBOX), command=("sandbox",))
+    wait_s = given.get("wait_s", QUEUE_S)
+    if isinstance(wait_s, bool) or wait_s != 0:
+        wrong = bad_argument("wait_s", f"is {wait_s!r}, not a number of seconds from 0", SANDBOX)
+        wait_s = checked_seconds("wait_s", wait_s, wrong)
+    request = replace(make_request(checked_options(of_runs, SANDBOX), command=("sandbox",)), queue_s=wait_s)
     sweep_before_start()
     caller = RunCaller(cancel=cancel, progress=progress, choice=selected, machines=machines or PoolClient(), word=word)
     return OpenSandbox(request, caller, life)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+from functools import partial
 from typing import TYPE_CHECKING, Literal, Self, TypedDict, Unpack
 
 from x07_sandbox.errors import SandboxError, UsageError
-from x07_sandbox.host.settings import LIFETIME_S, OUTPUT_MAX_BYTES
+from x07_sandbox.host.settings import LIFETIME_S, OUTPUT_MAX_BYTES, QUEUE_S
 from x07_sandbox.library.arguments import check_names, checked_seconds
 from x07_sandbox.library.processes import KEEPS, Process, bad_value, checked
 from x07_sandbox.library.run import run_uninterrupted
@@ -58,6 +59,8 @@ class SandboxOptions(TypedDict, total=False):
     idle_s: float | None
     tags: Mapping[str, str] | None
     backend: str | None
+    wait_s: float
+    on_progress: Callable[[str], object] | None
 
 
 class Sandbox:
@@ -104,6 +107,8 @@ class Sandbox:
         idle_s: float | None = None,
         tags: Mapping[str, str] | None = None,
         backend: str | None = None,
+        wait_s: float = QUEUE_S,
+        on_progress: Callable[[str], object] | None = None,
         machines: MachineSource | None = None,
         cancel: Cancel | None = None,
     ) -> None:
@@ -117,9 +122,12 @@ class Sandbox:
         lifetime_s: after this time the sandbox ends, at most 24 hours. idle_s: it ends after this time without a
         running command and without a call; None for no such limit. tags: words by which `list` finds it.
         backend: name of a backend, such as "podman"; None stands for the one that the environment selects.
+        wait_s: how long to wait while `max_open` sandboxes are open, at most 24 hours; 0 to fail within a second.
+        SandboxError is raised then, with the code "no-slot". on_progress: called, in any thread, with a line of text
+        before each long step of the opening. Waits are also warnings of the logger "x07_sandbox".
         machines: where ready VMs come from; None for the VMs of `x07 pool`. cancel: ends the opening, and the sandbox.
         """
-        own = {"self", "machines", "cancel"}
+        own = {"self", "machines", "cancel", "on_progress"}
         given = {
             name: value for name, value in locals().items() if name not in own and value is not _DEFAULTS.get(name, own)
         }
@@ -129,7 +137,9 @@ class Sandbox:
         cancel = NewCancel() if cancel is None else cancel
         opened: list[AnySandbox] = []
         try:
-            run_uninterrupted(cancel, lambda: opened.append(open_sandbox(given, cancel, machines=machines)))
+            tell = _teller(on_progress, opened)
+            work = partial(open_sandbox, given, cancel, machines=machines, progress=tell)
+            run_uninterrupted(cancel, lambda: opened.append(work()))
         except BaseException:
             for one in opened:  # Ctrl-C came too late to prevent it
                 one.finish("discard")
@@ -156,11 +166,12 @@ class Sandbox:
 
         check_names("Sandbox.create", options, SandboxOptions.__annotations__)
         require_new_name(name)
+        tell = _teller(options.pop("on_progress", None))
         given = {key: value for key, value in options.items() if value is not _DEFAULTS.get(key, options)}
         asked = Create(dict(given, name=name), None, flags=False)
         cancel = NewCancel()
         with contextlib.closing(cancel):
-            run = run_uninterrupted(cancel, lambda: create(asked, cancel.fd))
+            run = run_uninterrupted(cancel, lambda: create(asked, cancel.fd, tell))
         return cls.connect(run)
 
     @classmethod
@@ -224,7 +235,7 @@ class Sandbox:
 
     @property
     def files(self) -> Files:
-        """The files of the sandbox."""
+        """The files of the sandbox. Each of their methods has a time limit, *timeout_s*: see `Files`."""
         if self._files is None:
             from x07_sandbox.library.files import Files
 
@@ -319,20 +330,21 @@ class Sandbox:
             )
         return Process(command)
 
-    def upload(self, local: str | os.PathLike[str], path: str) -> None:
+    def upload(self, local: str | os.PathLike[str], path: str, *, timeout_s: float | None = None) -> None:
         """Copy a file, or a folder with all that is in it, into the sandbox. A folder must not exist there yet.
 
-        Raises OSError, SandboxError.
+        timeout_s: see `files`. Raises OSError, SandboxError.
         """
-        self.files.upload(local, path)
+        self.files.upload(local, path, timeout_s=timeout_s)
 
-    def download(self, path: str, local: str | os.PathLike[str]) -> None:
+    def download(self, path: str, local: str | os.PathLike[str], *, timeout_s: float | None = None) -> None:
         """Copy a file, or a folder with all that is in it, from the sandbox to a path that does not exist yet.
 
-        The content is not trusted: links are copied as links, and nothing is written outside *local*. Raises OSError,
+        The content is not trusted: links in a folder are copied as links, and nothing is written outside *local*. Holes
+        of sparse files stay holes. A file, or a folder, has at most 64 GiB. timeout_s: see `files`. Raises OSError,
         SandboxError.
         """
-        self.files.download(path, local)
+        self.files.download(path, local, timeout_s=timeout_s)
 
     def forward(self, port: int, *, unix: str | os.PathLike[str] | None = None) -> tuple[str, int]:
         """Let programs of the host connect to a port of the sandbox, until it or this process ends, or `disconnect`.
@@ -418,6 +430,21 @@ class Sandbox:
                 return "/bin/sh"
             self._bash = "bash" if found.ok else "/bin/sh"
         return self._bash
+
+
+def _teller(on_progress: Callable[[str], object] | None, opened: Sequence[object] = ()) -> Callable[[str], None]:
+    """Return a function for lines of progress, until *opened* has an item. It logs each `Notice`."""
+    from x07_sandbox.host.cancel import Notice
+
+    def tell(text: str) -> None:
+        if isinstance(text, Notice) and not opened:
+            import logging
+
+            logging.getLogger("x07_sandbox").warning("opening a sandbox: %s", text, extra={"event": "sandbox.waiting"})
+        if text and on_progress is not None and not opened:
+            on_progress(str(text))
+
+    return tell
 
 
 _DEFAULTS = Sandbox.__init__.__kwdefaults__ or {}

@@ -25,6 +25,7 @@ from x07_sandbox.backends.base import NoAnswerError
 from x07_sandbox.channel.messages import CommandLimits, Exec
 from x07_sandbox.errors import Cancelled, Flag, SandboxError, UsageError
 from x07_sandbox.host import settings
+from x07_sandbox.host.cancel import Notice
 from x07_sandbox.host.clocks import unix_ms
 from x07_sandbox.host.paths import open_private_file, replace_file
 from x07_sandbox.jobs.admission import SANDBOXES, admitted
@@ -142,7 +143,10 @@ class OpenSandbox(AnySandbox):
         self._limits = self._command_limits(request)
         self._machine = stack.enter_context(contextlib.ExitStack())
         slot = admitted(
-            cancel_fd=caller.cancel.fd, timeout_s=request.queue_s, progress=caller.progress, slots=SANDBOXES
+            cancel_fd=caller.cancel.fd,
+            timeout_s=request.queue_s,
+            progress=lambda text: caller.progress(Notice(text)),
+            slots=SANDBOXES,
         )
         self._machine.enter_context(slot)
         self._gate = self._machine.enter_context(gate_for(self.prepared, self._spec, self._folder))

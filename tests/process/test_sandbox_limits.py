@@ -1,0 +1,163 @@
+"""Limits of what a caller waits for: a slot for a sandbox, and the file server, which a program may stop."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from x07_sandbox import AsyncSandbox, Sandbox, SandboxError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("confined")]
+
+X07 = [sys.executable, "-m", "x07_sandbox.cli.main", "sandbox"]
+STOP = "for pid in /proc/[0-9]*; do pid=${pid#/proc/}; [ $pid -le 2 -o $pid = $$ ] || kill -STOP $pid; done"
+NONE_STOPPED = "while grep -q '^State:.T' /proc/[0-9]*/status; do sleep 0.1; done"
+NO_PROGRESS = "made no progress for 0.5 s"
+
+
+@pytest.fixture(autouse=True)
+def weaker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accept the backend `os`, which starts within a second."""
+    monkeypatch.setenv("X07_I_ACCEPT_WEAKER_ISOLATION", "1")
+    monkeypatch.setenv("X07_SANDBOX_BACKEND", "os")
+
+
+@pytest.fixture(params=[Sandbox, Sandbox.create])
+def opened(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
+    """A sandbox of this process, and one that another process holds."""
+    sandbox = request.param()
+    yield sandbox
+    sandbox.close("discard")
+
+
+@pytest.fixture
+def one_slot(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The only slot for sandboxes is taken."""
+    monkeypatch.setenv("X07_VM_MAX_SANDBOXES", "1")
+    with Sandbox():
+        yield
+
+
+def test_a_stopped_file_server_is_replaced(opened: Sandbox) -> None:
+    """A request to a file server that a program has stopped ends at its time limit, and the next one works."""
+    for request in (
+        lambda: opened.files.list(timeout_s=0.5),
+        lambda: opened.files.write("big", bytes(8 << 20), timeout_s=0.5),
+        lambda: opened.files.read("kept", timeout_s=0.5),
+    ):
+        opened.files.write("kept", b"kept")
+        opened.shell(STOP, check=True)
+        with pytest.raises(TimeoutError, match=NO_PROGRESS) as raised:
+            request()
+        assert (raised.value.errno, raised.value.filename) in [(errno.ETIMEDOUT, name) for name in (".", "big", "kept")]
+        assert opened.files.read("kept") == b"kept"
+    assert opened.shell(NONE_STOPPED, timeout_s=60).ok
+
+
+def test_time_limits_of_file_requests_hold_for_asyncio_and_the_command_line(tmp_path: Path) -> None:
+    """AsyncSandbox has the same time limits, and so has `x07 sandbox cp`, by --timeout."""
+
+    async def use() -> None:
+        async with AsyncSandbox() as opened:
+            await opened.files.write("kept", b"kept")
+            await opened.shell(STOP, check=True)
+            with pytest.raises(TimeoutError, match=NO_PROGRESS):
+                await opened.files.stat("kept", timeout_s=0.5)
+            assert await opened.files.read("kept") == b"kept"
+
+    asyncio.run(use())
+    held = Sandbox.create(name="stops")
+    (tmp_path / "large").touch()
+    os.truncate(tmp_path / "large", 1 << 30)
+    try:
+        held.start(["sh", "-c", f"while :; do {STOP}; done"])
+        words = ["cp", "--timeout", "0.5", str(tmp_path / "large"), "stops:large"]
+        done = subprocess.run([*X07, *words], capture_output=True, text=True, check=False)
+        assert (done.returncode, f"{NO_PROGRESS}. Try again, with a larger --timeout" in done.stderr) == (125, True), (
+            done
+        )
+    finally:
+        held.close("discard")
+
+
+@pytest.mark.parametrize("timeout_s", [0, -1, True, "1", float("nan"), float("inf")])
+def test_a_wrong_time_limit_of_a_file_request_is_an_error(timeout_s: Any) -> None:  # noqa: ANN401 - all wrong
+    """A time limit that is no positive number of seconds is refused, and nothing is asked."""
+    with Sandbox() as opened, pytest.raises(SandboxError, match=r"timeout_s"):
+        opened.files.list(timeout_s=timeout_s)
+
+
+def test_a_download_keeps_the_holes_of_a_file(opened: Sandbox, tmp_path: Path) -> None:
+    """A sparse file of 3 GiB is downloaded with its content, and takes almost no disk."""
+    opened.shell(
+        "truncate -s 3G a; for at in 5000000 2000000000; do printf x | dd of=a seek=$at bs=1 conv=notrunc; done"
+    )
+    opened.download("a", tmp_path / "a")
+    info = (tmp_path / "a").stat()
+    assert (info.st_size, info.st_blocks * 512 < 1 << 20) == (3 << 30, True)
+    with (tmp_path / "a").open("rb") as file:
+        assert [os.pread(file.fileno(), 3, at - 1) for at in (5_000_000, 2_000_000_000)] == [b"\0x\0"] * 2
+    dense = os.urandom(3_000_001)
+    for name, content in (("dense", dense), ("small", b"abc"), ("empty", b"")):
+        opened.files.write(name, content)
+        opened.download(name, tmp_path / name)
+        assert (tmp_path / name).read_bytes() == content
+
+
+def test_a_download_over_the_limit_is_an_error_and_never_cut(opened: Sandbox, tmp_path: Path) -> None:
+    """A file over 64 GiB is refused with its size and the limit, nothing is left of it, and the sandbox goes on."""
+    opened.shell("truncate -s 70G a", check=True)
+    with pytest.raises(SandboxError, match=rf"{70 << 30} bytes.*limit is {64 << 30} bytes .*Split or compress it"):
+        opened.download("a", tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+    assert opened.files.stat("a").size == 70 << 30
+
+
+@pytest.mark.usefixtures("one_slot")
+@pytest.mark.parametrize("open_one", [Sandbox, Sandbox.create])
+def test_a_sandbox_without_a_slot_says_that_it_waits(
+    open_one: Callable[..., Sandbox], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A log line and `on_progress` say for what `Sandbox()` waits; after `wait_s` an error says how to allow more."""
+    said: list[str] = []
+    with pytest.raises(
+        SandboxError, match=r"1 sandboxes are open.*within 1.5 s.*larger X07_VM_MAX_SANDBOXES"
+    ) as raised:
+        open_one(wait_s=1.5, on_progress=said.append)
+    assert raised.value.code == "no-slot"
+    wanted = (
+        "waiting until one ends: 1 sandboxes are open, as many as may be (set by X07_VM_MAX_SANDBOXES, or by memory)"
+    )
+    assert [line for line in said if "waiting" in line] == [wanted]
+    logged = [(one.name, one.levelno, one.getMessage()) for one in caplog.records]
+    assert logged == [("x07_sandbox", logging.WARNING, f"opening a sandbox: {wanted}")]
+    with pytest.raises(SandboxError, match=r"within 0 s"):
+        open_one(wait_s=0)
+
+
+@pytest.mark.usefixtures("one_slot")
+def test_the_command_line_says_that_it_waits() -> None:
+    """`x07 sandbox create` says for what it waits, also without a terminal, until --queue-timeout."""
+    for seconds, waits in ((2, True), (0, False)):
+        words = ["create", "--queue-timeout", str(seconds)]
+        done = subprocess.run([*X07, *words], capture_output=True, text=True, check=False)
+        assert (done.returncode, "waiting until one ends" in done.stderr) == (125, waits), done
+        assert f"within {seconds} s" in done.stderr
+
+
+@pytest.mark.parametrize("wait_s", [-1, False, "1", float("nan"), None])
+def test_a_wrong_wait_is_an_error(wait_s: Any) -> None:  # noqa: ANN401 - all wrong
+    """A time to wait for a slot that is no number of seconds from 0 is refused."""
+    with pytest.raises(SandboxError, match=r"wait_s is .*, not a number of seconds from 0"):
+        Sandbox(wait_s=wait_s)
