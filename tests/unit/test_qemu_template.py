@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -15,6 +16,8 @@ from x07_sandbox.backends.qemu.template import (
     SUSPENDED,
     Template,
     TemplateManifest,
+    delete_unused,
+    ensure,
     expired_templates,
     lack_of_space,
     opened_template,
@@ -23,8 +26,10 @@ from x07_sandbox.backends.qemu.template import (
     templates_dir,
 )
 from x07_sandbox.errors import ImageError
-from x07_sandbox.host import settings
+from x07_sandbox.host.cancel import Remark
+from x07_sandbox.host.clocks import unix_ms
 from x07_sandbox.host.linux import boot_ms
+from x07_sandbox.host.locks import lock_for_removal
 from x07_sandbox.host.verdicts import forget
 from x07_sandbox.images.manifest import Part, Piece, ScratchDisk
 from x07_sandbox.plan.sizes import RAM_CLASSES
@@ -107,15 +112,64 @@ def saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Template:
     return template
 
 
-def test_all_templates_together_have_one_limit_of_size(saved: Template, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All templates share one size limit."""
+def expired(keep: str = "", most_bytes: int = 1 << 30) -> list[Path]:
+    """The folders of the templates that can be removed."""
+    return [folder for folder, _ in expired_templates(keep=keep, images={"sha256:x"}, most_bytes=most_bytes)]
+
+
+def test_all_templates_together_have_one_limit_of_size(saved: Template) -> None:
+    """All saved VMs share one limit, which counts what they take on the disk: a hole takes nothing."""
     older = saved.folder.with_name("b" * 64)
     shutil.copytree(saved.folder, older)
-    each = sum(path.stat().st_blocks * 512 for path in older.iterdir())
-    for most_bytes, gone in ((2 * each, []), (2 * each - 1, [older])):
-        monkeypatch.setattr(settings, "TEMPLATES_MAX_BYTES", most_bytes)
-        found = expired_templates(keep=saved.key, images={"sha256:x"})
-        assert [folder for folder, _ in found] == gone
+    with (older / "ram").open("r+b") as file:
+        file.truncate(1 << 40)
+    each = int(subprocess.run(["/usr/bin/du", "-s", "-B1", older], capture_output=True, check=True).stdout.split()[0])
+    assert expired(saved.key, 2 * each) == []
+    assert expired(saved.key, 2 * each - 1) == [older]
+
+
+def test_an_unused_template_expires(saved: Template) -> None:
+    """A saved VM that no run used for 7 days can be removed, however little space all take."""
+    assert expired() == []
+    os.utime(saved.folder, (unix_ms() / 1000 - 8 * 86_400,) * 2)
+    assert expired() == [saved.folder]
+    with opened_template(saved):
+        pass
+    assert expired() == []
+
+
+def test_a_template_in_use_stays(saved: Template) -> None:
+    """A saved VM that a live VM uses is not removed, and a run does not start from one that is being removed."""
+    with opened_template(saved) as files:
+        assert files is not None
+        assert expired(most_bytes=0) == []
+        with pytest.raises(BlockingIOError):
+            delete_unused(saved.folder)
+    with lock_for_removal(saved.folder), opened_template(saved) as files:
+        assert files is None
+    assert expired(most_bytes=0) == [saved.folder]
+    delete_unused(saved.folder)
+    assert list(templates_dir().iterdir()) == []
+
+
+def test_the_least_used_templates_go_and_are_named(
+    saved: Template, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When a VM is saved, the least recently used saved VMs above the limit in the settings are removed and named."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    (tmp_path / "x07").mkdir()
+    (tmp_path / "x07" / "sandbox.toml").write_text("[disk]\nsaved_vms_mib = 3\n")
+    (saved.folder / "large").write_bytes(bytes(2 << 20))
+    older = saved.folder.with_name("b" * 64)
+    shutil.copytree(saved.folder, older)
+    os.utime(older, (unix_ms() / 1000 - 3600,) * 2)
+    made = msgspec.json.decode((saved.folder / MANIFEST).read_bytes(), type=TemplateManifest)
+    said: list[str] = []
+    new = Template(key="c" * 64, folder=templates_dir() / ("c" * 64))
+    ensure(new, lambda _work: msgspec.structs.replace(made, key=new.key), "saving", said.append)
+    assert {path.name[0] for path in templates_dir().iterdir()} == {".", "a", "c"}
+    why = "saved VMs take too much space ([disk] saved_vms_mib), and this one was used least recently"
+    assert [line for line in said if isinstance(line, Remark)] == [f"removed the saved VM bbbbbbbbbbbb (2 MiB): {why}"]
 
 
 def test_a_templates_manifest_is_held_by_its_digest(saved: Template) -> None:

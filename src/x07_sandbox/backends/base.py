@@ -252,6 +252,9 @@ class Cloning(Protocol):
         on_wait: called before waiting for the lock. Raises SandboxError.
         """
 
+    def saved_bytes(self) -> dict[str, int]:
+        """Return the disk space that saved VMs take, by the digest of their image. Raises HostError."""
+
     def why_not_hot(self) -> str:
         """Return why VMs cannot be restored from saved processes here, or "". Call `Backend.probe` first."""
 

@@ -13,8 +13,8 @@ from x07_sandbox.housekeeping.sweep import sweep
 
 _SWEEP_EPILOG: Final = """x07 sweep removes:
   processes, containers, control groups and files of runs whose x07 process is dead or whose deadline has passed
-  records and folders of runs that ended more than 7 days ago
-  saved VMs that no image needs
+  records of runs that ended more than 7 days ago or exceed another limit, unless their changes were not applied
+  saved VMs that no image needs, that were not used for 7 days, or that take too much space
 If an x07 process was killed while it applied changes, x07 sweep completes or reverts them. x07 sweep removes nothing
 that a live x07 process uses, and nothing that belongs to another user or host. It lists damaged records and records of
 a newer x07 version, but does not remove them. Every run also cleans up after killed x07 processes before it starts.
@@ -33,6 +33,11 @@ _DF_EPILOG: Final = """parts:
   runs       output, results and saved changes of runs
   records    records of jobs
 
+x07 removes the least recently used saved VMs when all take more than 5 GiB, and built programs above 1 GiB. After a
+run, at most once an hour, it removes records of runs that ended more than 7 days ago, that have 1000 newer ones, or
+that take more than 1 GiB with newer ones. Records of the last hour stay. Saved changes and undo data stay for 7 days,
+and changes that were not applied until x07 prune. To change the limits, see [disk] in docs/reference/settings.md.
+
 examples:
   x07 df
   x07 df --json | jq .prunable_bytes
@@ -40,8 +45,9 @@ examples:
 """
 _PRUNE_HELP: Final = {
     "images": "images without a name, with their packages and saved VMs, except the image in X07_VM_GUEST_IMAGE_DIGEST",
-    "cache": "built programs that were not used for 7 days, and leftovers of killed processes",
-    "runs": "job records, output, saved changes and undo data of runs that ended more than 7 days ago",
+    "cache": "built programs and saved VMs that were not used for 7 days, and leftovers of killed processes",
+    "runs": "job records, output, saved changes and undo data of runs that ended more than 7 days ago, or that exceed "
+    "another limit for records (x07 df --help)",
 }
 _PRUNE_EPILOG: Final = """x07 prune removes nothing that a run or build in progress uses, and
 nothing that belongs to another user. It lists damaged items and items of a newer x07 version, but does not remove them.

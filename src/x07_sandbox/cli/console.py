@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import IO, Final
 
 from x07_sandbox.errors import escaped, printable
-from x07_sandbox.host.cancel import Notice
+from x07_sandbox.host.cancel import Notice, Remark
 
 _KIB = 1024
 _COLOURS: Final = {"good": "32", "BAD": "1;31", "note": "33"}
@@ -85,9 +85,10 @@ class LiveLine:
 
     def __call__(self, text: str) -> None:
         """Replace the line with *text*; an empty text clears it."""
+        stays = isinstance(text, Remark)
         if self._live and (text or self._shown):
-            self._shown = bool(text)
-            _print(f"\r\033[K{f'x07: {escaped(text)}' if text else ''}", end="")
+            self._shown = bool(text) and not stays
+            _print(f"\r\033[K{f'x07: {escaped(text)}' if text else ''}", end="\n" if stays else "")
         elif not self._live and isinstance(text, Notice):
             say(text)
 
@@ -104,7 +105,7 @@ class Progress:
         """Print the current step."""
         line = f"x07: {escaped(self._title)}: [{time.monotonic() - self._start_s:5.1f} s] {escaped(text)}"
         if self._live:
-            _print(f"\r\033[K{line}", end="")
+            _print(f"\r\033[K{line}", end="\n" if isinstance(text, Remark) else "")
         else:
             _print(line)
 

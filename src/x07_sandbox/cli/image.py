@@ -10,6 +10,8 @@ from pathlib import Path
 from shlex import join
 from typing import TYPE_CHECKING, Final
 
+from msgspec.structs import replace
+
 from x07_sandbox.backends.base import NOT_IMPORTED, SLOW_IMPORT
 from x07_sandbox.cli.console import Progress, say, show, size
 from x07_sandbox.cli.json_output import deliver, print_document
@@ -254,8 +256,14 @@ def _requirements(chunks: list[str] | None) -> list[str] | None:
 
 
 def _list(options: argparse.Namespace) -> int:
-    rows = (*map(_row, list_images()), *map(_damaged_row, damaged_images()))
-    if print_document(ListReport(images=rows), options):
+    from x07_sandbox.housekeeping.images import image_sizes
+
+    own, saved, total = image_sizes()
+    rows = tuple(
+        replace(row, bytes=own.get(row.digest, 0), saved_bytes=saved.get(row.digest, 0))
+        for row in (*map(_row, list_images()), *map(_damaged_row, damaged_images()))
+    )
+    if print_document(ListReport(images=rows, bytes=total), options):
         return 0
     if not rows:
         say("no images yet. To build one: x07 image build")
@@ -263,7 +271,11 @@ def _list(options: argparse.Namespace) -> int:
         note = "" if row.problem is None else f"  ({row.problem}. {row.fix}.)"
         foreign = f"  {row.arch}" if row.arch not in {None, os.uname().machine} else ""
         packages = foreign + _some("include", row.include) + _some("pip", row.pip) + _about(row.program)
-        show(f"{row.name or '-':<16} {row.digest}  {row.suite or 'damaged'}{packages}{note}")
+        taken = f"{size(row.bytes):>9} + {size(row.saved_bytes)} of saved VMs"
+        show(f"{row.name or '-':<16} {row.digest}  {taken}  {row.suite or 'damaged'}{packages}{note}")
+    if rows:
+        rest = total - sum({row.digest: row.bytes + row.saved_bytes for row in rows}.values())
+        show(f"{'all':<16} {size(total)}, of which {size(rest)} are shared by images or belong to none")
     return 0
 
 

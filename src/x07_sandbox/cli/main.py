@@ -43,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             from x07_sandbox.cli.json_output import carry_out_with_report
 
             code = carry_out_with_report(options)
+        _retain(words[0])
     except KeyboardInterrupt as exc:
         from x07_sandbox.errors import Cancelled
 
@@ -154,6 +155,15 @@ def _recover() -> None:
             from x07_sandbox.runs.saved_changes import recover_all
 
             recover_all(_say)
+
+
+def _retain(verb: str) -> None:
+    """After a run, remove old records of runs."""
+    if verb in _RUNS:
+        from x07_sandbox.housekeeping.retention import retain_records
+
+        with contextlib.suppress(KeyboardInterrupt):  # the run has ended, and the next one continues
+            retain_records(_say)
 
 
 def _failed(exc: Exception, words: list[str], options: argparse.Namespace | None) -> int:

@@ -91,6 +91,12 @@ class Notice(str):
     __slots__ = ()
 
 
+class Remark(Notice):
+    """A progress line about something that was done. On a terminal, later lines do not replace it."""
+
+    __slots__ = ()
+
+
 class Caller(msgspec.Struct, frozen=True, kw_only=True):
     """The caller of a job. progress: called with a line before a step that takes seconds, and with "" after it."""
 

@@ -56,7 +56,6 @@ DAY_S: Final = 86_400.0
 LIFETIME_MAX_S: Final = 86_400  # of a sandbox
 LIFETIME_S: Final = 3600.0  # of a sandbox, unless its creator sets another one
 RETENTION_S: Final = 7 * DAY_S  # of records and folders of runs, and unused artifacts
-TEMPLATES_MAX_BYTES: Final = 8 * GIB  # all saved VMs and processes, by disk usage; an image has up to 1.4 GiB
 ARTIFACTS_MAX_BYTES: Final = GIB
 SCRATCH_BYTES: Final = 8 * GIB
 GUEST_HOSTNAME: Final = "x07"

@@ -9,6 +9,7 @@ from x07_sandbox.errors import Command, HostError, UsageError
 from x07_sandbox.host.paths import settings_file
 
 _MAX_BYTES: Final = 1 << 20
+_DISK_MAX: Final = 10**9
 
 
 class Setting(NamedTuple):
@@ -68,7 +69,26 @@ SETTINGS: Final = (
         '`"never"`',
         "Whether x07 multiplies the time limits of all runs in emulated VMs, as `--scale-limits` does for one run.",
     ),
+    Setting(
+        "disk",
+        "saved_vms_mib",
+        "MiB",
+        "`5120`",
+        "How much disk space saved VMs may take. Above it, x07 removes the least recently used ones.",
+    ),
+    Setting("disk", "runs_days", "days", "`7`", "How long records of runs are kept after the run has ended."),
+    Setting("disk", "runs_max", "number", "`1000`", "How many records of runs are kept. The newest ones stay."),
+    Setting("disk", "runs_mib", "MiB", "`1024`", "How much disk space records of runs may take."),
 )
+
+
+class DiskLimits(NamedTuple):
+    """What saved VMs and records of runs may take on the disk: the settings of `[disk]`."""
+
+    saved_vms_mib: int = 5120  # a default image has 1.3 GiB of saved VMs, so three images have room
+    runs_days: int = 7
+    runs_max: int = 1000
+    runs_mib: int = 1024
 
 
 def settings_bytes(path: Path) -> bytes | None:
@@ -119,3 +139,19 @@ def scale_when_emulated() -> bool:
         why = 'limits.scale_when_emulated is neither "auto" nor "never"'
         raise UsageError(f"cannot use {path}", why, "Correct the file")
     return value == "auto"
+
+
+def disk_limits() -> DiskLimits:
+    """Return the settings in `[disk]`, or the defaults. Raises HostError, UsageError."""
+    try:
+        path = settings_file()
+    except HostError:  # without a home there are no settings
+        return DiskLimits()
+    if (data := settings_bytes(path)) is None:
+        return DiskLimits()
+    found = settings_table(data, "disk", str(path))
+    for key, value in found.items():
+        if type(value) is not int or not 1 <= value <= _DISK_MAX:
+            why = f"disk.{key} is not a whole number from 1 to {_DISK_MAX}"
+            raise UsageError(f"cannot use {path}", why, f"Correct {key}, or remove it")
+    return DiskLimits(**found)

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections import Counter
 from collections.abc import Collection
 from functools import partial
 from pathlib import Path
@@ -11,12 +12,13 @@ from x07_sandbox.errors import UsageError
 from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.paths import cache_dir
 from x07_sandbox.host.variables import text
-from x07_sandbox.housekeeping.pruner import Pruner, entries, sweep_temporaries
+from x07_sandbox.housekeeping.pruner import Pruner, entries, sizes_by_file, sweep_temporaries
 from x07_sandbox.images.base import read_base, remove_work
 from x07_sandbox.images.build import leftovers, remove_from_store
 from x07_sandbox.images.store import all_names, check_name, damaged_images, images_dir, list_images, remove_name
 
 _BASE = re.compile(r"base-[0-9a-f]{32}")
+_IMAGE = re.compile(r"[0-9a-f]{64}")
 
 
 def prune_images(pruner: Pruner) -> set[str]:
@@ -88,6 +90,22 @@ def remove_images(names: Collection[str], pruner: Pruner) -> dict[str, str]:
                 pruner.remove_own("base", path, "no image uses it", remove)
     prune_saved(pruner, {f"sha256:{digest}" for digest in doomed})
     return {name: f"sha256:{digest}" for name, digest in removed.items()}
+
+
+def image_sizes() -> tuple[dict[str, int], dict[str, int], int]:
+    """Return the disk space of each image's own files, of its saved VMs, and of all of them. Raises SandboxError.
+
+    The dictionaries have digests as keys. A file that several images share counts only in the sum of all.
+    """
+    places = [path for path in entries(cache_dir() / "images") if _IMAGE.fullmatch(path.name)]
+    images = {f"sha256:{path.name}": sizes_by_file(path) for path in places}
+    owners = Counter(file for files in images.values() for file in files)
+    own = {name: sum(size for file, size in files.items() if owners[file] == 1) for name, files in images.items()}
+    saved = Counter[str]()
+    for backend in map(create, BY_NAME):
+        saved.update({} if backend.cloning is None else backend.cloning.saved_bytes())
+    everywhere = sizes_by_file(cache_dir() / "images") | sizes_by_file(cache_dir() / "templates")
+    return own, saved, sum(everywhere.values())
 
 
 def _prune_bases(folder: Path, needed: set[str], pruner: Pruner) -> None:

@@ -1,6 +1,5 @@
 """Pruning: removal of unused images, cache files and records, and the disk space that it would free (`x07 df`)."""
 
-import itertools
 import os
 import re
 import stat
@@ -14,13 +13,12 @@ from x07_sandbox.host import settings, verdicts
 from x07_sandbox.host.paths import cache_dir, private_dir, state_dir, why_not_ours
 from x07_sandbox.housekeeping.images import prune_images, prune_saved
 from x07_sandbox.housekeeping.pruner import (
-    BLOCK,
     PARTS,
     Part,
     Pruner,
     PruneReport,
     entries,
-    everything,
+    sizes_by_file,
     sweep_temporaries,
 )
 from x07_sandbox.housekeeping.records import prune_records
@@ -42,7 +40,7 @@ def prune(parts: Collection[Part], *, progress: Callable[[str], None], dry_run: 
     if "cache" in parts:
         _prune_cache(pruner)
     if "runs" in parts:
-        prune_records(pruner)
+        prune_records(pruner, unapplied=True)
     return pruner.report()
 
 
@@ -113,9 +111,7 @@ def disk_usage(progress: Callable[[str], None]) -> DfReport:
     seen: set[tuple[int, int]] = set()
     parts = []
     for name, place in places.items():  # the whole cache comes last, for what is not counted yet
-        # Links are not followed, hard links count once, and the first is the folder itself.
-        below = itertools.islice(everything(place), 1, None)
-        found = {(info.st_dev, info.st_ino): info.st_blocks * BLOCK for info in below}
+        found = sizes_by_file(place)
         sizes = [size for file, size in found.items() if file not in seen]
         seen |= found.keys()
         used = {"files": len(sizes), "bytes": sum(sizes), "prunable_bytes": prunable[name]}

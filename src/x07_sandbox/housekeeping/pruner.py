@@ -1,6 +1,7 @@
 """Removal of unused things, for pruning and sweeping: remove, count and report. What may still be in use is kept."""
 
 import contextlib
+import itertools
 import os
 import re
 import stat
@@ -149,3 +150,9 @@ def everything(path: Path) -> Iterator[os.stat_result]:
             yield info
             if stat.S_ISDIR(info.st_mode):
                 waiting += entries(here)
+
+
+def sizes_by_file(folder: Path) -> dict[tuple[int, int], int]:
+    """Return the disk space of everything below a folder, by file, so that hard links count once."""
+    below = itertools.islice(everything(folder), 1, None)  # the first is the folder itself
+    return {(info.st_dev, info.st_ino): info.st_blocks * BLOCK for info in below}

@@ -244,6 +244,7 @@ def run_once(
     """
     from x07_sandbox.backends.lease import PoolClient
     from x07_sandbox.backends.selection import choice_from_environment
+    from x07_sandbox.housekeeping.retention import retain_records
     from x07_sandbox.library.keyword_names import keyword
     from x07_sandbox.library.requests import carry_out, make_request
     from x07_sandbox.runs.request import RunCaller
@@ -275,6 +276,7 @@ def run_once(
             word=keyword,
         )
         ended = carry_out(request, caller)
+    retain_records()
     if output is not None and output.problem is not None:
         raise output.problem
     return ended

@@ -389,6 +389,9 @@ class Sandbox:
             cancel, self._cancel = self._cancel, None
             if cancel is not None:
                 cancel.close()
+            from x07_sandbox.housekeeping.retention import retain_records
+
+            retain_records()
 
     def disconnect(self) -> None:
         """Leave a sandbox that `connect` returned, as at the end of a `with` block."""

@@ -73,6 +73,7 @@ class ImageRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     program: what a container image says about its programs, if the image was imported; else null.
     current: whether this version of x07 built the image.
     problem, fix: null if the image can be used.
+    bytes: the disk space of the files that only this image has. saved_bytes: that of its saved VMs.
     """
 
     name: str
@@ -85,13 +86,16 @@ class ImageRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     current: bool
     problem: str | None
     fix: str | None
+    bytes: int = 0
+    saved_bytes: int = 0
 
 
 class ListReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The images of this user."""
+    """The images of this user. bytes: the disk space of all images and saved VMs, with the files that images share."""
 
     schema_version: Literal["x07.sandbox.image.list@0.1.0"] = "x07.sandbox.image.list@0.1.0"
     images: tuple[ImageRow, ...]
+    bytes: int
 
 
 class RemovedName(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -309,6 +309,7 @@ class QemuBackend:
         return processes.unsupported(kvm=self._kvm)
 
     prunable = staticmethod(templates.prunable)
+    saved_bytes = staticmethod(templates.saved_bytes)
     renew = staticmethod(templates.renew)
 
     def adopt(self, instance: Instance, claim: Claim, runner: Identity, ram_bytes: int) -> None:

@@ -30,11 +30,11 @@ from x07_sandbox.channel.link import State
 from x07_sandbox.channel.messages import Warm
 from x07_sandbox.errors import BackendError, Command, HostError, ImageError
 from x07_sandbox.host import settings
-from x07_sandbox.host.cancel import Notice
-from x07_sandbox.host.clocks import Deadline
+from x07_sandbox.host.cancel import Notice, Remark
+from x07_sandbox.host.clocks import Deadline, unix_ms
 from x07_sandbox.host.decoding import prepared
 from x07_sandbox.host.linux import boot_id, boot_ms, processor
-from x07_sandbox.host.locks import file_lock
+from x07_sandbox.host.locks import file_lock, is_locked, lock_for_removal, lock_shared
 from x07_sandbox.host.paths import (
     cache_dir,
     cache_folder,
@@ -44,6 +44,7 @@ from x07_sandbox.host.paths import (
     why_not_ours,
 )
 from x07_sandbox.host.poll import write_all
+from x07_sandbox.host.user_settings import disk_limits
 from x07_sandbox.host.verdicts import Verdict, file_state, validity
 from x07_sandbox.images.manifest import Part, ScratchDisk
 from x07_sandbox.images.scratch import read_disk
@@ -226,6 +227,12 @@ def opened_template(template: Template) -> Iterator[Saved | None]:
 
 def opened_manifest(template: Template, stack: contextlib.ExitStack) -> tuple[int, TemplateManifest] | None:
     """Return a template's folder, which *stack* closes, and its manifest, or None. Raises ImageError."""
+    try:
+        stack.callback(os.close, lock_shared(template.folder))  # until then, `delete_unused` does not remove it
+    except (FileNotFoundError, BlockingIOError):  # the latter while another process removes it
+        return None
+    except OSError:
+        pass  # it cannot be opened below either, which says why
     if not template.folder.is_dir():
         return None
     folder_fd = stack.enter_context(opened_folder(template.folder, template.subject))
@@ -319,6 +326,7 @@ def _make_alone(
     folder = template.folder.parent
     for path in leftovers(folder):
         shutil.rmtree(path, ignore_errors=True)
+    most_bytes = disk_limits().saved_vms_mib << 20
     work = Path(tempfile.mkdtemp(prefix=".new-", dir=folder))
     try:
         work.chmod(FOLDER_MODE)  # the umask may have removed some of these bits
@@ -331,8 +339,11 @@ def _make_alone(
     finally:
         shutil.rmtree(work, ignore_errors=True)
     images = {image.digest for image in list_images()} | {made.image}
-    for old, _ in expired_templates(keep=template.key, images=images):
-        remove_template(old)
+    for old, why in expired_templates(keep=template.key, images=images, most_bytes=most_bytes):
+        size = _size_bytes(old) >> 20
+        with contextlib.suppress(OSError):
+            delete_unused(old)
+            progress(Remark(f"removed the saved VM {old.name[:12]} ({size} MiB): {why}"))
 
 
 def make_template(
@@ -432,37 +443,57 @@ def await_qmp(instance: QemuInstance, wanted: str, ask: bytes = b"") -> None:
                 instance.drain(fd)
 
 
-def expired_templates(*, keep: str, images: set[str]) -> list[tuple[Path, str]]:
-    """Return the templates that can be removed, each with the reason.
+def expired_templates(*, keep: str, images: set[str], most_bytes: int) -> list[tuple[Path, str]]:
+    """Return the templates that can be removed, each with the reason. None of them is in use.
 
-    These are the templates whose image is gone, and the least recently used ones if all take too much space. keep: the
-    key of a template that stays in any case. images: digests of the existing images.
+    These are the templates whose image is gone, those that were not used for long, and the least recently used ones if
+    all take more than *most_bytes*. keep: the key of a template that stays in any case. images: digests of the existing
+    images.
     """
     found: list[tuple[float, int, Path]] = []
     doomed = []
-    most_bytes = settings.TEMPLATES_MAX_BYTES
-    for folder in templates_dir().glob("[0-9a-f]" * 64):
-        if folder.name == keep:
+    unused_since = unix_ms() / 1000 - settings.RETENTION_S
+    for folder, made in saved_templates():
+        if folder.name == keep or is_locked(folder):
             most_bytes -= _size_bytes(folder)
-            continue
-        try:
-            made = msgspec.json.decode((folder / MANIFEST).read_bytes(), type=prepared(TemplateManifest))
-        except (OSError, msgspec.MsgspecError):
+        elif made is None:
             doomed.append((folder, "its manifest is damaged"))
-            continue
-        if made.image not in images:
+        elif made.image not in images:
             doomed.append((folder, "its image is gone"))
         elif made.period not in {"", current_period()}:
             doomed.append((folder, "it was used as long as it may be"))
+        elif folder.stat().st_mtime < unused_since:
+            doomed.append((folder, "it was not used for 7 days"))
         else:
             found.append((folder.stat().st_mtime, _size_bytes(folder), folder))
     oldest = least_recently_used(found, most_bytes)
-    why = "saved VMs take too much space, and this one was used least recently"
+    why = "saved VMs take too much space ([disk] saved_vms_mib), and this one was used least recently"
     return doomed + [(folder, why) for folder in oldest]
 
 
+def saved_templates() -> list[tuple[Path, TemplateManifest | None]]:
+    """Return all templates with their manifests; None for a damaged manifest."""
+    found: list[tuple[Path, TemplateManifest | None]] = []
+    for folder in templates_dir().glob("[0-9a-f]" * 64):
+        made = None
+        with contextlib.suppress(OSError, msgspec.MsgspecError):
+            made = msgspec.json.decode((folder / MANIFEST).read_bytes(), type=prepared(TemplateManifest))
+        found.append((folder, made))
+    return found
+
+
 def _size_bytes(folder: Path) -> int:
-    return sum(path.stat().st_blocks * 512 for path in folder.rglob("*"))  # stat(2) counts blocks of 512 bytes
+    """Return what a template takes on the disk. stat(2) counts blocks of 512 bytes."""
+    return sum(path.lstat().st_blocks * 512 for path in (folder, *folder.rglob("*")))
+
+
+def saved_bytes() -> dict[str, int]:
+    """Return what templates take on the disk, by the digest of their image. Raises HostError."""
+    sizes: dict[str, int] = {}
+    for folder, made in saved_templates() if os.path.lexists(cache_dir() / "templates") else ():
+        if made is not None:
+            sizes[made.image] = sizes.get(made.image, 0) + _size_bytes(folder)
+    return sizes
 
 
 def remove_template(folder: Path) -> None:
@@ -485,6 +516,14 @@ def delete_template(folder: Path) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
 
 
+def delete_unused(folder: Path) -> None:
+    """Remove a template unless a VM uses it. Raises OSError."""
+    with lock_for_removal(folder) as free:
+        if not free:
+            raise BlockingIOError(0, "a VM uses it")
+        delete_template(folder)
+
+
 def leftovers(folder: Path) -> list[Path]:
     """Return the folders that killed processes left in *folder*, the templates folder. The caller holds its lock."""
     return [*folder.glob(".new-*"), *folder.glob(".old-*")]
@@ -501,5 +540,5 @@ def prunable(images: set[str], on_wait: Callable[[], None]) -> Iterator[Prunable
         for left in leftovers(folder):
             if not why_not_ours(left.lstat(), stat.S_ISDIR):
                 yield Prunable("leftover", left, "a killed process left it", shutil.rmtree)
-        for path, why in expired_templates(keep="", images=images):
-            yield Prunable("template", path, why, delete_template)
+        for path, why in expired_templates(keep="", images=images, most_bytes=disk_limits().saved_vms_mib << 20):
+            yield Prunable("template", path, why, delete_unused)
