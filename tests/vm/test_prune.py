@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,7 +15,6 @@ from x07_sandbox.housekeeping.prune import prune
 
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
-    from pathlib import Path
 
     from x07_sandbox.housekeeping.pruner import PruneReport
 
@@ -39,10 +40,10 @@ def test_prune_keeps_the_records_of_an_active_run(
     sandbox: Sandbox, threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`x07 prune` removes no record of an active run, even if the clock and the file times look old."""
+    monkeypatch.setattr("x07_sandbox.jobs.record.unix_ms", lambda: 1_000)
     sandbox.run_text("sleep.py", SLEEP)  # creates the snapshots, which are jobs too
     make_old(sandbox.state.parent)
     prune_runs()
-    monkeypatch.setattr("x07_sandbox.jobs.record.unix_ms", lambda: 1_000)
     ours, theirs = os.pipe()
     with os.fdopen(ours, "rb") as stdin_read, os.fdopen(theirs, "wb") as stdin_write:
         running = threads.submit(sandbox.run_text, "sleep.py", SLEEP, stdin=stdin_read.fileno())
@@ -56,3 +57,24 @@ def test_prune_keeps_the_records_of_an_active_run(
     make_old(sandbox.state.parent)
     assert sorted(removed.kind for removed in prune_runs().removed) == ["job", "job", "run"]
     assert owners(sandbox.state) == []
+
+
+def test_prune_keeps_the_saved_vm_of_an_active_run(
+    sandbox: Sandbox, threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """`x07 prune` removes no saved VM that a live VM uses, even if saved VMs take too much space."""
+    sandbox.run_text("sleep.py", SLEEP)  # creates the snapshots
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    (tmp_path / "x07").mkdir()
+    (tmp_path / "x07" / "sandbox.toml").write_text("[disk]\nsaved_vms_mib = 1\n")
+    ours, theirs = os.pipe()
+    with os.fdopen(ours, "rb") as stdin_read, os.fdopen(theirs, "wb") as stdin_write:
+        running = threads.submit(sandbox.run_text, "sleep.py", SLEEP, stdin=stdin_read.fileno())
+        wait_done(sandbox.state, 60)  # the build is over, and the program waits for input
+        open_files = {str(path.readlink()) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()}
+        used = {path for path in open_files if re.fullmatch(r".*/templates/[0-9a-f]{64}", path)}
+        report = prune(["cache"], progress=lambda _text: None, dry_run=True)
+        assert len(used) == 1
+        assert not used & {removed.path for removed in report.removed}
+        stdin_write.close()
+        assert running.result(timeout=60).outcome == "ok"

@@ -484,7 +484,11 @@ def saved_templates() -> list[tuple[Path, TemplateManifest | None]]:
 
 def _size_bytes(folder: Path) -> int:
     """Return what a template takes on the disk. stat(2) counts blocks of 512 bytes."""
-    return sum(path.lstat().st_blocks * 512 for path in (folder, *folder.rglob("*")))
+    total = 0
+    for path in (folder, *folder.rglob("*")):
+        with contextlib.suppress(FileNotFoundError):  # another process is removing it
+            total += path.lstat().st_blocks * 512
+    return total
 
 
 def saved_bytes() -> dict[str, int]:
