@@ -63,18 +63,19 @@ def test_prune_keeps_the_saved_vm_of_an_active_run(
     sandbox: Sandbox, threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """`x07 prune` removes no saved VM that a live VM uses, even if saved VMs take too much space."""
-    sandbox.run_text("sleep.py", SLEEP)  # creates the snapshots
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     (tmp_path / "x07").mkdir()
     (tmp_path / "x07" / "sandbox.toml").write_text("[disk]\nsaved_vms_mib = 1\n")
-    ours, theirs = os.pipe()
-    with os.fdopen(ours, "rb") as stdin_read, os.fdopen(theirs, "wb") as stdin_write:
-        running = threads.submit(sandbox.run_text, "sleep.py", SLEEP, stdin=stdin_read.fileno())
-        wait_done(sandbox.state, 60)  # the build is over, and the program waits for input
-        open_files = {str(path.readlink()) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()}
-        used = {path for path in open_files if re.fullmatch(r".*/templates/[0-9a-f]{64}", path)}
-        report = prune(["cache"], progress=lambda _text: None, dry_run=True)
-        assert len(used) == 1
-        assert not used & {removed.path for removed in report.removed}
-        stdin_write.close()
-        assert running.result(timeout=60).outcome == "ok"
+    (stdin_read, stdin_write), (stdout_read, stdout_write) = os.pipe(), os.pipe()
+    with os.fdopen(stdin_read), os.fdopen(stdin_write, "wb") as stdin, os.fdopen(stdout_write):
+        run = {"stdin": stdin_read, "live_stdout": stdout_write}
+        running = threads.submit(sandbox.run_text, "wait.py", f"print('up', flush=True)\n{SLEEP}", **run)
+        with os.fdopen(stdout_read, "rb") as stdout:
+            assert stdout.readline() == b"up\n"
+            monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))  # only now, so that the run itself removes none
+            open_files = {str(path.readlink()) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()}
+            used = {path for path in open_files if re.fullmatch(r".*/templates/[0-9a-f]{64}", path)}
+            report = prune(["cache"], progress=lambda _text: None, dry_run=True)
+            assert len(used) == 1
+            assert not used & {removed.path for removed in report.removed}
+            stdin.close()
+            assert running.result(timeout=60).outcome == "ok"

@@ -339,11 +339,14 @@ def _make_alone(
     finally:
         shutil.rmtree(work, ignore_errors=True)
     images = {image.digest for image in list_images()} | {made.image}
+    gone: dict[str, list[int]] = {}
     for old, why in expired_templates(keep=template.key, images=images, most_bytes=most_bytes):
-        size = _size_bytes(old) >> 20
+        size = _size_bytes(old)
         with contextlib.suppress(OSError):
             delete_unused(old)
-            progress(Remark(f"removed the saved VM {old.name[:12]} ({size} MiB): {why}"))
+            gone.setdefault(why, []).append(size)
+    for why, sizes in gone.items():
+        progress(Remark(f"removed saved VMs ({len(sizes)}, with {sum(sizes) >> 20} MiB): {why}"))
 
 
 def make_template(
@@ -457,17 +460,17 @@ def expired_templates(*, keep: str, images: set[str], most_bytes: int) -> list[t
         if folder.name == keep or is_locked(folder):
             most_bytes -= _size_bytes(folder)
         elif made is None:
-            doomed.append((folder, "its manifest is damaged"))
+            doomed.append((folder, "the manifest is damaged"))
         elif made.image not in images:
-            doomed.append((folder, "its image is gone"))
+            doomed.append((folder, "the image is gone"))
         elif made.period not in {"", current_period()}:
-            doomed.append((folder, "it was used as long as it may be"))
+            doomed.append((folder, "used as long as allowed"))
         elif folder.stat().st_mtime < unused_since:
-            doomed.append((folder, "it was not used for 7 days"))
+            doomed.append((folder, "not used for 7 days"))
         else:
             found.append((folder.stat().st_mtime, _size_bytes(folder), folder))
     oldest = least_recently_used(found, most_bytes)
-    why = "saved VMs take too much space ([disk] saved_vms_mib), and this one was used least recently"
+    why = "all take more space than [disk] saved_vms_mib allows, and others were used more recently"
     return doomed + [(folder, why) for folder in oldest]
 
 
