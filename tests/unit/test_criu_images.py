@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from x07_sandbox.backends.qemu.criu_images import PAGE, move_pages, read_messages, write_messages
+from x07_sandbox.backends.qemu.criu_images import PAGE, move_pages, read_messages, reset_priority, write_messages
 from x07_sandbox.backends.qemu.hot import require_plain_files
 from x07_sandbox.errors import BackendError
 from x07_sandbox.host.protobuf import Message
@@ -104,6 +104,19 @@ def test_the_moved_areas_become_private_mappings_of_the_file(dump: Path, memory:
     _, files = read_messages(dump / "files.img")
     size = (RAM_PAGES + LARGE_PAGES) * PAGE
     assert [Message(entry[3])[8] for entry in files] == [8192, size, size]
+
+
+def test_threads_get_the_usual_priority(dump: Path) -> None:
+    """A process that was dumped with a low priority is restored with the usual one, and other fields stay."""
+    thread, other = message(f1=7, f2=24, f3=20, f4=0), message(f1=8, f2=24)  # f3: nice 10, as sint32
+    for number, held in ((64, thread), (65, other)):
+        write_messages(dump / f"core-{number}.img", MAGIC, [message(f1=1, f5=held.encode(), f3=b"task")])
+    reset_priority(dump)
+    for number, held in ((64, thread), (65, other)):
+        magic, (core,) = read_messages(dump / f"core-{number}.img")
+        assert (magic, core[1], core[3]) == (MAGIC, 1, b"task")
+        found = Message(core[5])
+        assert (found[1], found[2], found[3]) == (held[1], 24, 0)
 
 
 @pytest.mark.parametrize("name", ["mm-64.img", "pagemap-64.img", "files.img"])

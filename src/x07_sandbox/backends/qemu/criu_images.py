@@ -6,7 +6,7 @@ one file, and the dump says that these areas are private mappings of that file. 
 written.
 
 A dump consists of files of messages in the format of Protocol Buffers, each after its length, after two magic numbers.
-The numbers of fields below are those of criu's files images/{mm,vma,regfile,fdinfo,pagemap}.proto, which may gain
+The numbers of fields below are those of criu's files images/{mm,vma,regfile,fdinfo,pagemap,core}.proto, which may gain
 fields but change none.
 """
 
@@ -32,6 +32,7 @@ _FILE_TYPE, _FILE_REG = 1, 3
 _TYPES: Final = (1, 5, 6, 7, 9, 17)  # regular files, Unix sockets, eventfd, epoll, signalfd, timerfd
 _REG_ID, _REG_NAME, _REG_SIZE = 1, 6, 8
 _MAP_START, _MAP_PAGES = 1, 2
+_CORE_THREAD, _THREAD_NICE = 5, 3
 
 # mmap(2): MAP_PRIVATE, MAP_ANONYMOUS. criu/include/image.h: VMA_AREA_REGULAR, VMA_FILE_PRIVATE, VMA_ANON_PRIVATE.
 _PRIVATE, _ANONYMOUS = 0x02, 0x20
@@ -117,6 +118,16 @@ def move_pages(folder: Path, pid: int, memory_fd: int, ram: str, known: Containe
     write_messages(mm_path, mm_magic, [mm])
     write_messages(map_path, map_magic, [head, *kept])
     write_messages(files_path, files_magic, files)
+
+
+def reset_priority(folder: Path) -> None:
+    """Give each thread in a dump the usual priority: a process in the background, which has a low one, dumps it."""
+    for path in folder.glob("core-*.img"):
+        magic, (core,) = read_messages(path)
+        thread = Message(core.single(_CORE_THREAD, b""))
+        thread[_THREAD_NICE] = 0
+        core[_CORE_THREAD] = thread.encode()
+        write_messages(path, magic, [core])
 
 
 def _pages(maps: list[Message], areas: list[_Area]) -> Iterator[tuple[_Area, int, int, Message]]:

@@ -35,6 +35,7 @@ from x07_sandbox.backends.qemu.template import (
     current_period,
     keep_disk,
     lack_of_space,
+    limit_s,
     new_file,
     opened_manifest,
     seal,
@@ -43,7 +44,6 @@ from x07_sandbox.backends.qemu.template import (
 )
 from x07_sandbox.channel.contents import next_data
 from x07_sandbox.errors import BackendError, HostError
-from x07_sandbox.host import settings
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.paths import closing_fd, unnamed_file
 from x07_sandbox.host.variables import flag
@@ -114,7 +114,7 @@ def make_hot(
 
     warm_up: runs programs in a VM that has answered, and leaves it waiting for SEED.
     """
-    from x07_sandbox.backends.qemu.criu_images import move_pages  # most runs find a saved process
+    from x07_sandbox.backends.qemu.criu_images import move_pages, reset_priority  # most runs find a saved process
 
     if short := lack_of_space(kind.ram_bytes):
         raise HostError(_WHAT, short, "Free disk space")
@@ -134,6 +134,7 @@ def make_hot(
         _copy(saved.ram_fd, memory_fd)
         paths = (Paths().ram, Paths().root, Paths().program, "/", "/dev/urandom", NULL)
         move_pages(images, PID, memory_fd, Paths().ram, {*paths, *needed_files(kind.arch.qemu_binary)})
+        reset_priority(images)
         scratch_fd = new_file(work / "scratch.head", stack)
         disk = keep_disk(disk_fd, scratch_fd)
         ram, scratch = seal("ram", memory_fd), seal("scratch.head", scratch_fd)
@@ -166,7 +167,7 @@ def require_plain_files(images: Path) -> None:
 
 
 def _own(kind: MachineKind, memory: Warming | Hot) -> contextlib.AbstractContextManager[QemuInstance]:
-    return starts.own_vm(kind, "template", settings.TEMPLATE_S, kvm=False, any_timer=False, memory=memory)
+    return starts.own_vm(kind, "template", limit_s(kind), kvm=False, any_timer=False, memory=memory)
 
 
 def _dump(

@@ -381,10 +381,10 @@ def keep_disk(disk_fd: int, scratch_fd: int) -> ScratchDisk:
 
 def _booted_and_saved(kind: MachineKind, saving: Saving, *, kvm: bool, last: bool, boot_s: float) -> bool:
     """Boot and save one VM. Return False if another attempt may succeed. Raises SandboxError."""
-    order, limit_s = warm_message(kind), _limit_s(kind) + boot_s - settings.BOOT_S
-    with starts.own_vm(kind, "template", limit_s, kvm=kvm, any_timer=last, memory=saving) as instance:
+    order, most_s = warm_message(kind), limit_s(kind) + boot_s - settings.BOOT_S
+    with starts.own_vm(kind, "template", most_s, kvm=kvm, any_timer=last, memory=saving) as instance:
         say = {State.GREETED: order}
-        if failure := Handshake(instance, State.WAITING).until(State.WARM, Deadline.after(limit_s), say):
+        if failure := Handshake(instance, State.WAITING).until(State.WARM, Deadline.after(most_s), say):
             if starts.miscalibrated(failure) and not last:
                 return False
             starts.require_cpu_time(instance, _WHAT)
@@ -398,7 +398,7 @@ def _booted_and_saved(kind: MachineKind, saving: Saving, *, kvm: bool, last: boo
     return True
 
 
-def _limit_s(kind: MachineKind) -> float:
+def limit_s(kind: MachineKind) -> float:
     """Return how long a guest may take to prepare itself, in seconds."""
     return settings.TEMPLATE_S + (settings.PRELOAD_S if warm_message(kind).preload else 0)
 
@@ -406,7 +406,7 @@ def _limit_s(kind: MachineKind) -> float:
 def renew(instance: Instance, kind: MachineKind) -> None:
     """Prepare an instance for one user program after it has run x07's own programs. Raises BackendError."""
     say = {State.CLOSED: warm_message(kind)._replace(commands=[])}
-    if failure := Handshake(instance, State.CLOSED).until(State.WARM, Deadline.after(_limit_s(kind)), say):
+    if failure := Handshake(instance, State.CLOSED).until(State.WARM, Deadline.after(limit_s(kind)), say):
         raise BackendError("cannot prepare a VM for the pool", failure.text, "Run x07 doctor")
     instance.start_mode = "pool"  # from now on its agent waits in the same state as a clone's
 
