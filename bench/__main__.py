@@ -170,6 +170,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.rounds is None:
         options.rounds = 1 if options.short else 15
+    os.environ["X07_VM_SAVE_FIRST"] = "1"  # nothing may run beside what is timed
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # without byte code, each run would compile x07's modules
     # Handle SIGTERM like Ctrl-C, so that the pool, containers and files are removed.
     signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -167,6 +167,7 @@ PAGES = (
                 "unit/criu_images",
                 "vm/clones",
                 "vm/hot",
+                "vm/saving",
                 "vm/imports",
                 "vm/pool",
             ),

@@ -21,6 +21,7 @@ SCRIPT=scripts/nested_kvm_check.sh
 
 # ------------------------------------------------------------------------------------------------- in the machine
 
+export X07_VM_SAVE_FIRST=1 # as timed below
 x07() { "$root/.venv/bin/x07" "$@"; }
 
 # ran START OUTPUT ARGUMENT...: run a program, and check its output, and that its VM was under KVM and had this start mode.

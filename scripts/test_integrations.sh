@@ -11,6 +11,8 @@ cd -- "$root"
 # shellcheck source=scripts/lib.sh
 source "$root/scripts/lib.sh"
 
+export X07_VM_SAVE_FIRST=1 # as tests/conftest.py does
+
 names=("$@")
 if [[ ${#names[@]} -eq 0 ]]; then
     for file in tests/integrations/*/requirements.txt; do names+=("$(basename -- "$(dirname -- "$file")")"); done

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from x07_sandbox.host.memory import memory_bytes
+from x07_sandbox.host.memory import memory_bytes, spare_bytes
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,3 +38,15 @@ def test_a_control_group_may_allow_less(tmp_path: Path, groups: str, limits: dic
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     assert memory_bytes(tmp_path) == expected
+
+
+def test_spare_memory_is_what_the_kernel_can_give(tmp_path: Path) -> None:
+    """Memory is spare if the host can give it, within the limits of control groups; unknown counts as none."""
+    assert spare_bytes(tmp_path) == 0
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 9000000 kB\nMemAvailable:    2048 kB\n")
+    assert spare_bytes(tmp_path) == 2 * MIB
+    (tmp_path / "proc/self/cgroup").write_text("0::/\n")
+    (tmp_path / "sys/fs/cgroup").mkdir(parents=True)
+    (tmp_path / "sys/fs/cgroup/memory.max").write_text(f"{MIB}\n")
+    assert spare_bytes(tmp_path) == MIB

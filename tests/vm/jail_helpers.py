@@ -187,6 +187,7 @@ def _environment(home: Path, python_path: list[Path]) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(map(str, python_path)),
         "X07_VM_CACHE_DIR": str(home / ".cache" / "x07-sandbox"),
         "X07_VM_STATE_DIR": str(home / ".x07" / "vm" / "jobs"),
+        "X07_VM_SAVE_FIRST": "1",
     }
 
 

@@ -110,7 +110,9 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     """The data that a backend needs to start one job. The program itself follows over the channel.
 
     needs: for container backends. cold: whether to boot a VM instead of cloning one. meanwhile: called once while the
-    instance starts. warm_up: see `WarmUp`; None if no process may be saved for this job.
+    instance starts. warm_up: see `WarmUp`; None if no process may be saved for this job. save_later: called if no VM or
+    process of this kind is saved; it has one saved without delaying the job, and returns a remark. None: the job waits
+    until one is saved.
     """
 
     claim: Claim
@@ -120,6 +122,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     cold: bool = False
     meanwhile: Callable[[], object] = lambda: None
     warm_up: WarmUp | None = None
+    save_later: Callable[[MachineKind], str] | None = None
 
     @property
     def used_ram_bytes(self) -> int:
@@ -245,6 +248,12 @@ class Cloning(Protocol):
 
     def prepare(self, kind: MachineKind, caller: Caller, warm_up: WarmUp) -> None:
         """Save a VM of this kind now, even if saving is suspended. Raises SandboxError."""
+
+    def save(self, kind: MachineKind, caller: Caller, warm_up: WarmUp) -> str:
+        """Save what a job of this kind would start from, unless that failed recently. Return why it fails, or "".
+
+        A failure is remembered for some minutes. Raises Cancelled.
+        """
 
     def prunable(self, images: set[str], on_wait: Callable[[], None]) -> Iterator[Prunable]:
         """Lock the saved VMs, and yield the files that can be removed if only *images* (digests) stay.

@@ -22,6 +22,18 @@ def memory_bytes(root: Path = _ROOT) -> int:
     return found
 
 
+def spare_bytes(root: Path = _ROOT) -> int:
+    """Return how much memory new processes can get without swapping, or 0 if unknown. root: the folder of proc and sys.
+
+    The limit of a container counts as if nothing of it were used, since most of what is used are cached files.
+    """
+    with contextlib.suppress(OSError):
+        for line in (root / "proc/meminfo").read_text("ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return min(memory_bytes(root), int(line.split()[1]) << 10)
+    return 0
+
+
 def group_files(root: Path, controller: str, name: str, old_name: str) -> Iterator[Path]:
     """Yield files that may contain a memory or CPU limit, from all cgroups of this process.
 

@@ -25,6 +25,8 @@ POOL_IDLE_S: Final = 600  # idle timeout of a pool
 TEMPLATE_S: Final = 60.0  # making a VM template: boot, warm-up, saving
 # In addition, if modules are preloaded. The guest's own limit is 180 s (guest/environment.py).
 PRELOAD_S: Final = 200.0
+SAVING_S: Final = 900  # how long a background process may take to save a VM and a process
+SAVING_BYTES: Final = 1536 * MIB  # spare memory without which none is started
 HOT_S: Final = 43_200.0  # how long a saved process of a VM is used (12 hours)
 COPY_IN_S: Final = 60.0  # without progress of the copy
 CHANGES_OUT_S: Final = 60.0

@@ -105,6 +105,13 @@ _ROWS: Final = (
         "with the qemu backend, where there is no KVM",
     ),
     Variable(
+        "X07_VM_SAVE_FIRST",
+        "flag",
+        "Let a run that finds no saved VM save one first, and start no background process for it.",
+        "0",
+        "with the qemu backend",
+    ),
+    Variable(
         "X07_VM_REQUIRE_NAMESPACES",
         "flag",
         "Refuse to run QEMU in a jail without namespaces.",

@@ -21,7 +21,7 @@ from x07_sandbox.channel.link import Stream
 from x07_sandbox.channel.messages import CommandLimits, Exec
 from x07_sandbox.errors import BackendError, Cancelled, HostError, SandboxError, UsageError
 from x07_sandbox.host import close_on_fork
-from x07_sandbox.host.background import start_in_background
+from x07_sandbox.host.background import reap_later, start_in_background
 from x07_sandbox.host.decoding import prepared
 from x07_sandbox.host.linux import peer_of
 from x07_sandbox.library.held_messages import (
@@ -495,7 +495,7 @@ def create(asked: Create, cancel_fd: int, progress: Callable[[str], None] = lamb
             while data := _next(ready, cancel_fd):
                 for message in reader.take(data):
                     if isinstance(message, Opened):
-                        _reap_later(child)
+                        reap_later(child)
                         return message.run
                     if isinstance(message, Problem):
                         raise message.error()  # noqa: TRY301 - from another process
@@ -515,8 +515,3 @@ def _next(ready: IO[bytes], cancel_fd: int) -> bytes:
     if any(fd == cancel_fd for fd, _ in input_poll(cancel_fd, ready.fileno()).poll()):
         raise Cancelled("the sandbox was not opened", "it was cancelled", "Open it again")
     return ready.read(_READ)
-
-
-def _reap_later(child: subprocess.Popen[bytes]) -> None:
-    """Wait for the holder in a thread, so that it does not stay behind as a zombie of a long-lived program."""
-    threading.Thread(target=child.wait, name="x07-holder", daemon=True).start()

@@ -40,11 +40,11 @@ def image_store(digest: str) -> tuple[str, bool]:
 
 
 def prepare_image(digest: str, pieces: Iterable[tuple[str, bytes]], progress: Callable[[str], None]) -> None:
-    """Add an image to this computer unless it is there, and save VMs with it. Raises SandboxError.
+    """Add an image to this computer unless it is there, and try to save a VM for pools with it. Raises SandboxError.
 
     pieces: those of `image_pieces`; may be empty if the image is there. progress: called with lines of text.
     """
     from x07_sandbox.images.transfer import add_image
     from x07_sandbox.pool.prepare import prepare_clones
 
-    prepare_clones(add_image(digest, pieces, progress), progress)
+    prepare_clones(add_image(digest, pieces, progress), progress, for_pools=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from msgspec.structs import replace
@@ -12,6 +13,7 @@ from x07_sandbox.backends.base import Cloning, Instance, Job, MachineKind, NoAns
 from x07_sandbox.backends.handshake import evidence_of
 from x07_sandbox.errors import BackendError, Flag
 from x07_sandbox.host import settings
+from x07_sandbox.host.variables import flag
 from x07_sandbox.jobs.admission import admitted
 from x07_sandbox.jobs.record import Claim
 from x07_sandbox.runs.phase import PhaseSpec, needs_of, preload_phase, run_phase
@@ -145,6 +147,12 @@ def _warm_up(instance: Instance, kind: MachineKind, cloning: Cloning, cancel: Ca
     warm_up(instance, kind, cloning, cancel)
 
 
+def _save_later(backend: str, progress: Callable[[str], None], kind: MachineKind) -> str:
+    from x07_sandbox.runs.saving import save_later  # as above
+
+    return save_later(backend, kind, progress)
+
+
 def started(
     prepared: Prepared, spec: PhaseSpec, run_id: str, stack: contextlib.ExitStack, warnings: list[str]
 ) -> Instance:
@@ -160,6 +168,7 @@ def started(
         cold=cold,
         meanwhile=preload_phase,
         warm_up=_warm_up,
+        save_later=None if flag("X07_VM_SAVE_FIRST") else partial(_save_later, backend.name, caller.progress),
     )
     if caller.machines is not None and not cold:
         try:

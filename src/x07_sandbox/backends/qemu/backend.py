@@ -34,7 +34,7 @@ from x07_sandbox.backends.qemu import template as templates
 from x07_sandbox.backends.qemu.bounds import NotStartedError
 from x07_sandbox.backends.qemu.instance import LeasedInstance, QemuInstance
 from x07_sandbox.backends.qemu.start import QemuJob, start_qemu
-from x07_sandbox.backends.qemu.template import Template
+from x07_sandbox.backends.qemu.template import Template, TransientError
 from x07_sandbox.channel.link import State
 from x07_sandbox.errors import BackendError, HostError, ImageError, SandboxError, worded
 from x07_sandbox.host import settings
@@ -130,7 +130,19 @@ class QemuBackend:
             instance = None if job.cold else self._restored(job, stack, notes)
             if "hot" in notes:  # each attempt has a record
                 job = replace(job, claim=replace(job.claim, phase=f"{job.claim.phase}-clone"))
-            yield instance or self._answering(job, stack, notes)
+            instance = instance or self._answering(job, stack, notes)
+            if job.save_later and not job.cold and instance.start_mode != "hot":
+                instance.notes += self._saved_later(job, instance, job.save_later)
+            yield instance
+
+    def _saved_later(self, job: Job, instance: Instance, save_later: Callable[[MachineKind], str]) -> tuple[str, ...]:
+        """Have saved what the job did not find, now that its VM has started. Return a remark for the user, if any."""
+        best = self._best(job.kind)
+        if best is None or best.folder.is_dir():
+            return ()
+        done = "was cloned" if instance.start_mode == "clone" else "booted"
+        why = f"no {best.noun} for {best.title} is saved with this image"
+        return (f"the {_phase(job)} VM {done}: {why}; {save_later(job.kind)}",)
 
     def _answering(self, job: Job, stack: contextlib.ExitStack, notes: dict[str, str]) -> QemuInstance:
         """Return the first clone or booted VM whose agent answers. notes: remarks for the user, which this adds to.
@@ -185,7 +197,7 @@ class QemuBackend:
         return evidence.killed
 
     def _restored(self, job: Job, stack: contextlib.ExitStack, notes: dict[str, str]) -> QemuInstance | None:
-        """Return a VM restored from a saved process, which is made if necessary, or None if there is none to use.
+        """Return a VM restored from a saved process, made first if the job waits for it, or None if there is none.
 
         notes: remarks for the user, which this function adds to. Raises NoAnswerError if the caller cancels.
         """
@@ -193,7 +205,9 @@ class QemuBackend:
             return None
         process = processes.hot_template(templates.template_for(job.kind, kvm=self._kvm))
         with contextlib.ExitStack() as one:
-            make = job.warm_up and partial(self._make_process, process, job.kind, job.caller, job.warm_up, wait=False)
+            make = None
+            if job.warm_up is not None and job.save_later is None:
+                make = partial(self._make_process, process, job.kind, job.caller, job.warm_up, wait=False)
             files, why_not = self._opened(process, processes.opened_hot, make, job.caller, one, notes)
             if files is not None:
                 record = create_record(job.claim, backend=self.name, image_digest=job.kind.image_digest)
@@ -227,7 +241,7 @@ class QemuBackend:
             saved = None
             if not job.cold:
                 template = templates.template_for(job.kind, kvm=self._kvm)
-                make = partial(self._make, template, job.kind, job.caller)
+                make = None if job.save_later else partial(self._make, template, job.kind, job.caller)
                 saved, why_not = self._opened(template, templates.opened_template, make, job.caller, stack, notes)
                 if why_not:
                     notes.pop("hot", None)
@@ -255,7 +269,7 @@ class QemuBackend:
             return None, f"{exc.what}: {exc.why}"  # temporary, as below
         except ImageError as exc:
             damage = f"{exc.what}: {exc.why}"
-            caller.progress(f"{damage}; saving it again")
+            caller.progress(damage)
             templates.remove_template(template.folder)
         if make is None:
             return None, damage
@@ -279,30 +293,47 @@ class QemuBackend:
         """Save the process of a clone, and first a VM to clone if there is none. Raises SandboxError."""
         plain = replace(kind, network=False)  # while it is warmed up, there is no gate
         template = templates.template_for(plain, kvm=self._kvm)
-        self._make(template, plain, caller)
-        with caller.cancel.waiting(), templates.opened_template(template) as saved:
-            if saved is not None:
+        with contextlib.ExitStack() as stack:
+            make_vm = partial(self._make, template, plain, caller)
+            saved, why_not = self._opened(template, templates.opened_template, make_vm, caller, stack, {})
+            if saved is None:
+                raise TransientError("there is no VM to warm up", why_not, "Run x07 doctor")
 
-                def warm(instance: Instance) -> None:
-                    warm_up(instance, kind, self, caller.cancel)
+            def warm(instance: Instance) -> None:
+                warm_up(instance, kind, self, caller.cancel)
 
-                notice = f"warming up a VM for {process.title}; later ones take less than half the time"
-                make = partial(processes.make_hot, process, kind, saved, warm)
+            notice = f"warming up a VM for {process.title}; later ones take less than half the time"
+            make = partial(processes.make_hot, process, kind, saved, warm)
+            with caller.cancel.waiting():
                 templates.ensure(process, make, notice, caller.progress, wait=wait)
 
     def prepare(self, kind: MachineKind, caller: Caller, warm_up: WarmUp) -> None:
         """Save a VM now, and a process if possible, even if saving is suspended. Raises SandboxError."""
-        template = templates.template_for(kind, kvm=self._kvm)
         forget(templates.SUSPENDED)
-        self._make(template, kind, caller)
-        if self.why_not_hot():
-            return
-        process = processes.hot_template(template)
-        make = partial(self._make_process, process, kind, caller, warm_up, wait=True)
+        self._make(templates.template_for(kind, kvm=self._kvm), kind, caller)
+        if why_not := self.save(kind, caller, warm_up):
+            caller.progress(f"no process could be saved: {why_not}")
+
+    def save(self, kind: MachineKind, caller: Caller, warm_up: WarmUp) -> str:
+        """Save what a job of this kind would start from. Return why that failed, or "". Raises Cancelled."""
+        if (best := self._best(kind)) is None:
+            return ""
         with contextlib.ExitStack() as stack:
-            _, why_not = self._opened(process, processes.opened_hot, make, caller, stack, {})
-        if why_not:
-            caller.progress(f"no process for {process.title} could be saved: {why_not}")
+            if best.noun == "process":
+                make = partial(self._make_process, best, kind, caller, warm_up, wait=True)
+                _, why_not = self._opened(best, processes.opened_hot, make, caller, stack, {})
+            else:
+                make = partial(self._make, best, kind, caller)
+                _, why_not = self._opened(best, templates.opened_template, make, caller, stack, {})
+        if why_not and not best.suspended():  # otherwise each job would have it tried again
+            best.suspend(why_not, transient=True, keep=True)
+        return why_not
+
+    def _best(self, kind: MachineKind) -> Template | None:
+        """Return the saved process or VM from which jobs of this kind start, or would, if it could be saved now."""
+        template = templates.template_for(kind, kvm=self._kvm)
+        found = (template,) if self.why_not_hot() else (processes.hot_template(template), template)
+        return next((one for one in found if not one.suspended()), None)
 
     def why_not_hot(self) -> str:
         """Return why VMs cannot be restored from saved processes here, or "" if they can."""
@@ -345,7 +376,7 @@ def _made(
         why = f"{exc.what}: {exc.why}"
         return None, template.suspend(why, transient=True) if template.noun == "process" else why
     except (BackendError, ImageError) as exc:
-        transient = isinstance(exc, templates.TransientError)
+        transient = isinstance(exc, TransientError)
         return None, template.suspend(f"{exc.what}: {exc.why}", transient=transient)
     except (HostError, OSError) as exc:  # temporary, as on a full disk
         error = exc if isinstance(exc, HostError) else host_error(exc)
