@@ -116,6 +116,7 @@ FIELD_MEANING: Final = {
     "EXITED.disk_full": "The scratch disk is full.",
     "EXITED.memory_full": "One of the folders in memory is full: /tmp or /dev/shm.",
     "EXITED.denials_lost": "Number of denials, or of records of denials, that are not listed.",
+    "EXITED.wall_us": "Time since the agent let the command start, in microseconds, by the guest's clock.",
     "CLOSE.after": "The id of a command whose end to wait for; 0, or that of a command that has ended, to close now.",
     "CLOSE.output": "The one file of /x07/out to send, or null.",
     "CLOSE.left": "Limits on the files to send from the private folders, or null for none.",

@@ -15,6 +15,7 @@ from x07_sandbox.host.cancel import BY_KILL
 from x07_sandbox.library.keyword_names import keyword
 from x07_sandbox.plan.denials import Outcome
 from x07_sandbox.plan.features import WORDS, Isolation, vm_features
+from x07_sandbox.plan.observed import more_tasks, too_much_output
 from x07_sandbox.plan.outcomes import (
     OUTCOMES,
     Evidence,
@@ -26,6 +27,7 @@ from x07_sandbox.plan.outcomes import (
     limit_set_by,
     signal_name,
     verdict,
+    with_denied_tasks,
 )
 from x07_sandbox.policy.default import default_policy
 
@@ -76,15 +78,15 @@ CASES: list[tuple[Evidence, str, str, str, int | None, int | None]] = [
         (
             Evidence(stage=Stage.SETUP, setup_failure="exec: x", exec_errno=number),
             "failed",
-            "program",
+            fault,
             why,
             code,
             None,
         )
-        for number, why, code in (
-            (errno.ENOEXEC, "not be executed: Exec format error", 126),
-            (errno.EACCES, "not be executed: Permission denied", 126),
-            (errno.ENOENT, "interpreter or loader", 127),
+        for number, fault, why, code in (
+            (errno.ENOEXEC, "program", "not be executed: Exec format error", 126),
+            (errno.EACCES, "program", "not be executed: Permission denied", 126),
+            (errno.ENOENT, "policy", "interpreter or loader", 127),  # which the image lacks
         )
     ),
     # Outcomes of the sandbox itself, then outcomes of a program that ran.
@@ -195,7 +197,9 @@ def test_a_killed_child_is_a_warning(status: int) -> None:
     """A child killed for memory is a warning if the program survives."""
     found = classify(run(wait_status=status, oom_kills=2))
     assert found.outcome in {"ok", "failed", "signalled"}
-    assert found.warnings == ("2 processes were killed at the memory limit (limits.mem_bytes)",)
+    assert found.warnings == ("2 processes were killed at the memory limit",)
+    shown = classify(run(wait_status=status, oom_kills=1), limits=default_policy().limits)
+    assert shown.warnings == ("1 process was killed at the memory limit of 512 MiB",)
 
 
 def test_a_reason_names_the_flag_that_set_the_limit() -> None:
@@ -207,6 +211,26 @@ def test_a_reason_names_the_flag_that_set_the_limit() -> None:
     assert limited.reason_for(keyword) == "the program reached its time limit of 60 s (timeout_s)"
     exited = classify(run(wait_status=0))
     assert limit_set_by(exited, option=Flag("--timeout")) == exited
+
+
+@pytest.mark.parametrize(
+    ("evidence", "reason"),
+    [
+        (
+            run(wait_status=9, cpu_exceeded=True),
+            "the program reached its CPU time limit (limits.cpu_ms); it was denied",
+        ),
+        (run(deadline_passed=True), "the program reached its time limit (limits.wall_ms); it was denied"),
+        (run(wait_status=1 << 8), "the program exited with status 1; it was denied"),
+        (run(wait_status=6), "the program was killed by SIGABRT; it was denied"),
+    ],
+)
+def test_a_reason_says_that_processes_were_denied(evidence: Evidence, reason: str) -> None:
+    """The reason of a failed program that was denied processes says so, also if it reached its CPU time limit."""
+    limited = default_policy()
+    found = with_denied_tasks(classify(evidence), [too_much_output("stdout", None), more_tasks(limited, None, 3)])
+    assert found.reason == f"{reason} a new process or thread (limits.procs)"
+    assert with_denied_tasks(classify(run(wait_status=0)), [more_tasks(limited, None, 3)]).reason.endswith("status 0")
 
 
 def test_a_timeout_under_emulation_mentions_the_slow_cpu() -> None:

@@ -95,7 +95,15 @@ def full_result() -> Result:
         reason="it is not listed",
     )
     command = CommandReport(
-        id=1, argv_sha256="sha256:ab", outcome="ok", exit_code=0, signal=None, began_ms=5, wall_ms=20, cpu_ms=9
+        id=1,
+        name="make",
+        argv_sha256="sha256:ab",
+        outcome="ok",
+        exit_code=0,
+        signal=None,
+        began_ms=5,
+        wall_ms=20,
+        cpu_ms=9,
     )
     return msgspec.structs.replace(
         draft_result(RUN),
@@ -208,6 +216,7 @@ def test_a_page_shows_what_happened() -> None:
         "It cannot be allowed.",
         "4 more denials were not recorded.",
         "allowed by net.allow_hosts[0]",
+        "1 make ab",
         "timeout (signal 9)",
         r"\xff\x00a",
         "the program wrote more than the limit",
@@ -218,6 +227,25 @@ def test_a_page_shows_what_happened() -> None:
         assert words in found
     assert "<title>x07 run 1764273600000-4711-0: ok</title>" in text
     assert '<span class="del">-old\n--- no header</span><span class="add">+new</span>' in text
+
+
+def test_a_page_about_a_sandbox_shows_its_life_and_what_was_measured() -> None:
+    """A sandbox's page shows when it was open, what its commands used and how they ended, and what was not measured."""
+    result = full_result()
+    commands = (msgspec.structs.replace(result.commands[0], outcome="timeout", exit_code=None, cpu_ms=1500.0),) * 2
+    phase = msgspec.structs.replace(_phase(hello=20, opened=50, end=250), memory_peak_bytes=1 << 27, tasks_peak=0)
+    held = msgspec.structs.replace(result, phases={"run": phase}, commands=commands, build=None)
+    text = page(held.document())
+    found = _Elements(text).text
+    for words in ("CPU time of all commands: 3.00 s", "Memory of the largest command", "128.0 MiB of 512.0 MiB"):
+        assert words in found
+    assert "Not measured: open files, at most 64 in each process; processes, at most 9." in found
+    assert "timeout, 20 ms, CPU 1.50 s" in found
+    assert "None" not in found
+    assert '<rect class="start" height="100%" x="0.00%" width="20.00%">' in text
+    assert '<rect class="run" height="100%" x="20.00%" width="80.00%">' in text
+    unmeasured = msgspec.structs.replace(held, phases={"run": msgspec.structs.replace(phase, memory_peak_bytes=0)})
+    assert "each process; memory, at most 512.0 MiB; processes" in _Elements(page(unmeasured.document())).text
 
 
 def test_a_page_about_a_run_that_never_started_is_short() -> None:

@@ -67,6 +67,7 @@ pytestmark = pytest.mark.timeout(120)
 WALL_S = 60.0
 LIMITS = CommandLimits(mem_bytes=64 << 20, tasks=8, cpu_ms=1000, fds=64, core_bytes=0)
 CLOSED = Closed(None, None, 0, 0)
+SILENT = CommandStreams(stdin_fd=None, stdout=cast("Sink", None), stderr=cast("Sink", None))
 M = TypeVar("M")
 
 
@@ -314,6 +315,24 @@ def test_copy_in_times_out_without_progress_only(runs: Runs) -> None:
     assert run.time.now - start > 10 * settings.COPY_IN_S
     run.guest.say(Started(1), EXITED, CLOSED)
     assert run.result().evidence.wait_status == 0
+
+
+def test_a_command_whose_start_is_read_late_started_before(runs: Runs) -> None:
+    """The time from start to exit is as the guest measured it, within what the host has seen, if both are read late."""
+    late = execution.Execution(Exec(1, ["true"], {}, "/", LIMITS), SILENT, None, 100.0)
+    late.times_ms["started"] = 500.0
+    late.ran(500.2, 122.1)
+    assert late.times_ms == {"started": 378.1, "exited": 500.2}
+    late.ran(500.2, 0.1)
+    assert late.times_ms == {"started": 378.1, "exited": 500.2}
+    late.ran(500.2, 1e12)
+    assert late.times_ms == {"started": 100.0, "exited": 500.2}
+    run = runs()
+    run.begin()
+    with run.suspended(1):
+        run.guest.say(Started(1), EXITED._replace(wall_us=2**62), CLOSED)
+    times = run.result().times_ms
+    assert times["seeded"] <= times["started"] <= times["exited"]
 
 
 def test_a_guest_that_stops_accepting_files_is_killed(runs: Runs) -> None:

@@ -17,7 +17,7 @@ from x07_sandbox.channel.streams import Message as Bounds
 from x07_sandbox.channel.streams import Role
 from x07_sandbox.errors import ChannelUsageError, PeerError
 
-PROTOCOL: Final = 2
+PROTOCOL: Final = 3
 COUNT_MAX: Final = 2**63 - 1
 ID_MAX: Final = 2**32 - 1  # of commands
 TEXT_MAX: Final = 2000  # characters of a text from the guest
@@ -238,6 +238,7 @@ class Exited(NamedTuple):
     Where commands share a group, a counter includes what other commands did at the same time, and peaks are of all.
     wait_status: as of waitpid(2). cpu_exceeded: whether the agent killed it for its CPU time. stopped: whether a signal
     had stopped it when STOP came. disk_full, memory_full: of the machine. denials_lost: how many were not reported.
+    wall_us: the time since the agent let it start, by the guest's clock.
     """
 
     id: int
@@ -252,6 +253,7 @@ class Exited(NamedTuple):
     disk_full: bool
     memory_full: bool
     denials_lost: int
+    wall_us: int
 
 
 class Output(NamedTuple):
@@ -407,7 +409,7 @@ FORMS: Final[dict[type[Any], Form]] = {
         Role.GUEST,
         shapes=(_ID, Shape(str, 16), Shape(str, 64), _ERRNO, _TEXT, Shape(bool), Shape(int, lo=1)),
     ),
-    Exited: Form(11, Role.GUEST, struct.Struct(">IHQQQQQ????Q")),
+    Exited: Form(11, Role.GUEST, struct.Struct(">IHQQQQQ????QQ")),
     Close: Form(12, Role.HOST, build=_close),
     Closed: Form(
         13,

@@ -25,7 +25,8 @@ states:
   damaged                     the job's record cannot be read (with --all)
 
 KILLED IN is the time after which the job is killed even if the x07 process that started it is dead. It is longer than
-the program's own time limit, because it includes the time to queue, start the VM and copy files.
+the program's own time limit, because it includes the time to queue, start the VM and copy files. For a sandbox, it is
+the rest of its lifetime.
 
 examples:
   x07 ps
@@ -73,7 +74,8 @@ def _ps(options: argparse.Namespace) -> int:
 def _row(line: JobLine) -> tuple[str, ...]:
     age = f"{span((unix_ms() - line.created_unix_ms) / 1000)} ago"
     left = "-" if line.left_s is None else span(line.left_s)
-    return line.run, line.phase or "-", line.backend or "-", line.state, age, left, line.program or "-"
+    what = line.program or "-" if line.sandbox is None else f"sandbox {line.sandbox}".rstrip()
+    return line.run, line.phase or "-", line.backend or "-", line.state, age, left, what
 
 
 def span(seconds: float) -> str:

@@ -302,8 +302,11 @@ class Environment:
             argv, env, preload=bool(self._preload), alone=alone, own_modules=self._own_modules
         )
 
-    def start(self, process: Process, order: Exec, confined: Confine) -> None:
-        """Start the program. `Process.status_fd` and init's reports then have the result. Raises JobError."""
+    def start(self, process: Process, order: Exec, confined: Confine) -> float:
+        """Start the program, and return when, on the monotonic clock. Raises JobError.
+
+        `Process.status_fd` and init's reports then have the result.
+        """
         if self.relay is not None:
             self.relay.wait_admitted()
         argv, env = order.argv, order.env
@@ -315,9 +318,11 @@ class Environment:
         else:
             code = self._filters[name] if name else b""
         rules_fd = -1 if confined.programs is None else waiting.RULES_FD
+        started_at = time.monotonic()
         with contextlib.suppress(BrokenPipeError):  # it has ended, and `status_fd` has the reason
             write_all(process.start_fd, marshal.dumps((become, argv, env, order.cwd, code, rules_fd, token)))
         os.close(process.start_fd)
+        return started_at
 
     def folder(self, *, on_disk: bool) -> str:
         """Return the folder that the program sees as /x07/in."""

@@ -52,6 +52,7 @@ class _Output:
 class Command:
     """A command from its start to its end. fail: called with the error if it cannot be executed.
 
+    started_at: when it could start, on the monotonic clock.
     wait_status: as of waitpid(2), once its process has ended. was_last: whether init has then killed all others.
     running: whether it was executed. ended: whether it and its output have ended. killed: whether the host asked for
     its end. stopped: whether a signal had stopped it then.
@@ -69,6 +70,7 @@ class Command:
         self.process = process
         self.running = self.ended = self.stopped = self.killed = self.cpu_exceeded = False
         self.wait_status: int | None = None
+        self.started_at = 0.0
         self.was_last = False
         self._link = link
         self._environment = environment

@@ -6,6 +6,7 @@ import errno
 import os
 import select
 import stat
+import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Final
 
@@ -209,11 +210,12 @@ class Sandbox:
             for tree in self._files.trees.values():
                 tree.wait()
             self._begin_audit()
-        self._commands[order.id] = Command(order, process, self._link, environment, self._command_failed)
+        command = Command(order, process, self._link, environment, self._command_failed)
+        self._commands[order.id] = command
         # Init takes the process that waits from the start for the last one, also if it is never used.
         if (closes := self._closes_after(order.id)) or self._closing is None or process.key == init.FIRST:
             environment.end_with(process.key if closes else None)
-        environment.start(process, order, self._opening.confine)
+        command.started_at = environment.start(process, order, self._opening.confine)
 
     def _added(self, order: Exec) -> Process:
         """Start a process that waits for its start message. Raises JobError, OSError."""
@@ -411,6 +413,7 @@ class Sandbox:
                 disk_full=os.statvfs(self._environment.platform.scratch).f_bavail < _FULL_BLOCKS,
                 memory_full=self._memory_full(),
                 denials_lost=lost,
+                wall_us=round((time.monotonic() - command.started_at) * 1_000_000),
             )
         )
         del self._commands[identity]

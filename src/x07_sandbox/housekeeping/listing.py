@@ -9,6 +9,7 @@ import msgspec
 
 from x07_sandbox.errors import Command, UsageError
 from x07_sandbox.host import settings
+from x07_sandbox.host.clocks import unix_ms
 from x07_sandbox.host.decoding import prepared
 from x07_sandbox.host.locks import is_locked
 from x07_sandbox.host.paths import read_bounded, state_dir
@@ -17,7 +18,7 @@ from x07_sandbox.housekeeping.pruner import entries
 from x07_sandbox.jobs.active import JOB_NAME
 from x07_sandbox.jobs.reader import JobDocument, StoredJob, all_stored
 from x07_sandbox.jobs.stop_rules import Now, here_and_now, judge, overdue_ms, state_of
-from x07_sandbox.runs.folder import KILL, REQUEST, RUN_NAME, described, is_named, runs_dir
+from x07_sandbox.runs.folder import KILL, REQUEST, RUN_NAME, SANDBOX, described, is_named, runs_dir
 
 _T = TypeVar("_T", bound=msgspec.Struct)
 _LIVE: Final = frozenset({"starting", "running", "ending", "orphaned", "expired"})
@@ -32,8 +33,10 @@ class JobLine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     state: starting, running, ending, orphaned (the x07 process that started it is dead), expired, done or reaped. A run
     without a job has the state waiting. A record that this user's x07 cannot use has the state unowned, foreign, newer
     or damaged. why: the reason for the state.
-    left_s: seconds until the job's deadline, negative after it; null if the job has ended or the deadline is unknown.
+    left_s: seconds until the job's deadline, or until the lifetime of its sandbox ends; negative after it; null if the
+    job has ended or the time is unknown.
     program: the requested program; null if it was given as source text or is unknown.
+    sandbox: the name of the sandbox, empty if it has none; null for a run.
     """
 
     run: str
@@ -46,6 +49,7 @@ class JobLine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     deadline_unix_ms: int
     left_s: float | None
     program: str | None
+    sandbox: str | None
     labels: dict[str, str]
 
 
@@ -111,6 +115,13 @@ class InspectReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     paths: dict[str, str]
 
 
+class _Sandbox(msgspec.Struct, frozen=True):
+    """The fields of a sandbox's record (runs/sandbox) that `JobLine` needs."""
+
+    name: str
+    until_unix_ms: int
+
+
 class _Request(msgspec.Struct, frozen=True):
     program: str | None = None
 
@@ -150,7 +161,11 @@ def list_jobs(*, everything: bool = False) -> PsReport:
 
 def _line(stored: StoredJob, now: Now) -> JobLine:
     match, job = JOB_NAME.fullmatch(stored.folder.name), stored.job
-    open_end = stored.ended is None and stored.record is not None
+    sandbox = _read(run_folder(stored.run) / SANDBOX, _REQUEST_MAX, _Sandbox)
+    left_s = None
+    if stored.ended is None and stored.record is not None:
+        left_s = -overdue_ms(stored, now) / 1000
+        left_s = left_s if sandbox is None else min(left_s, (sandbox.until_unix_ms - unix_ms()) / 1000)
     return JobLine(
         run=stored.run,
         job_id=stored.folder.name,
@@ -160,8 +175,9 @@ def _line(stored: StoredJob, now: Now) -> JobLine:
         why=judge(stored, now).why,
         created_unix_ms=job.created_unix_ms if job is not None else started_ms(stored.run),
         deadline_unix_ms=job.deadline_unix_ms if job is not None else 0,
-        left_s=-overdue_ms(stored, now) / 1000 if open_end else None,
+        left_s=left_s,
         program=program_of(stored.run),
+        sandbox=None if sandbox is None else sandbox.name,
         labels={} if stored.record is None else stored.record.labels(),
     )
 
@@ -179,6 +195,7 @@ def _waiting(run: str) -> JobLine:
         deadline_unix_ms=0,
         left_s=None,
         program=program_of(run),
+        sandbox=None,
         labels={},
     )
 
@@ -240,7 +257,7 @@ def _recent(run: str) -> RecentRun:
         run=run,
         outcome="" if result is None else result.outcome,
         live=is_locked(folder),
-        took_ms=sum(known) if known and len(known) == len(ends) else None,  # a sandbox has no such time
+        took_ms=sum(known) if known and len(known) == len(ends) else None,
         program=program_of(run),
     )
 

@@ -11,8 +11,8 @@ from x07_sandbox.host.locks import is_locked
 from x07_sandbox.host.paths import state_dir
 from x07_sandbox.library.held import HeldSandbox, status_of
 from x07_sandbox.reports.sandboxes import SandboxInfo
-from x07_sandbox.runs.command import RECORD, record_of
-from x07_sandbox.runs.folder import SOCKET, all_runs, described, is_named, runs_with
+from x07_sandbox.runs.command import record_of
+from x07_sandbox.runs.folder import SANDBOX, SOCKET, all_runs, described, is_named, runs_with
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def list_sandboxes(tags: Mapping[str, str] | None = None) -> list[SandboxInfo]:
     """Return the open sandboxes that have all of *tags*, oldest first. Raises HostError."""
     found = []
-    for run in runs_with(RECORD):
+    for run in runs_with(SANDBOX):
         record = record_of(run)
         if record is None or not is_locked(all_runs() / run) or not (tags or {}).items() <= record.tags.items():
             continue
@@ -56,7 +56,7 @@ def find_sandbox(word: str) -> str:
         raise UsageError(what, f"{len(held)} sandboxes fit, such as {held[0]}", list_them)
     if held:
         return held[0]
-    named = [run for run in runs_with(RECORD) if _fits(run, word)]
+    named = [run for run in runs_with(SANDBOX) if _fits(run, word)]
     if any(is_locked(all_runs() / run) for run in named):
         why = "it belongs to the process that opened it, and ends with it"
         raise UsageError(what, why, ("To open one that outlives its creator: ", Command("x07 sandbox create")))
@@ -68,7 +68,7 @@ def run_of(word: str) -> str:
     """Return the id of the newest run whose sandbox has the name *word*, or *word* if there is none."""
     if not os.path.lexists(state_dir()):
         return word
-    named = [run for run in runs_with(RECORD) if (record := record_of(run)) is not None and record.name == word]
+    named = [run for run in runs_with(SANDBOX) if (record := record_of(run)) is not None and record.name == word]
     return named[-1] if named else word
 
 
@@ -86,7 +86,7 @@ def require_new_name(name: str) -> None:
 
 def _held(word: str) -> list[str]:
     """Return the held sandboxes that *word* names. Few runs have a socket, so few records are read."""
-    places = {run: all_runs() / run for run in runs_with(RECORD)}
+    places = {run: all_runs() / run for run in runs_with(SANDBOX)}
     held = (run for run, place in places.items() if os.path.lexists(place / SOCKET))
     return [run for run in held if _fits(run, word) and is_locked(places[run])]
 

@@ -1,8 +1,11 @@
 """Outcomes, denials and hints in a result, and advice on how to allow what was denied."""
 
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import msgspec
+
+STARTS: Final = "start"
+"""The action of a denied process or thread."""
 
 # How a run ended. The table of outcomes (plan/outcomes) is elsewhere, because it would slow down every start.
 Outcome = Literal[

@@ -14,7 +14,7 @@ import msgspec
 from x07_sandbox.channel.messages import Denied
 from x07_sandbox.host.decoding import prepared
 from x07_sandbox.plan.confinement import confinement
-from x07_sandbox.plan.denials import Denial, GuestMount, HowToAllow
+from x07_sandbox.plan.denials import STARTS, Denial, GuestMount, HowToAllow
 from x07_sandbox.plan.guest_paths import OUT, WRITABLE, guest_path, is_below
 from x07_sandbox.policy.limits import FlagReach, flag_text
 from x07_sandbox.policy.model import Policy
@@ -106,7 +106,7 @@ def advise(policy: Policy, field: str, value: object, flag: str | None = None) -
 def more_tasks(policy: Policy, max_live: int | None, count: int, reach: FlagReach = _NO_FLAGS) -> Denial:
     """Return the denial of new tasks at the limit. max_live: the policy's process.max_live, if that is the limit."""
     field, current = ("limits.procs", policy.limits.procs) if max_live is None else ("process.max_live", max_live)
-    return _denial(field, "start", "a new task", _CGROUP, count, _advise_higher(policy, field, current, reach))
+    return _denial(field, STARTS, "a new process or thread", _CGROUP, count, _advise_higher(policy, field, current, reach))
 
 
 def limit_hit(
@@ -179,10 +179,10 @@ def _call(denied: Denied, policy: Policy) -> Denial:
         if not process.may_spawn:
             what = "a new process" if policy.threads_in_force.enabled else "a new process or thread"
             how = _advise_process(policy, "allow_spawn")
-            return _denial("process.allow_spawn", "start", what, _SECCOMP, count, how)
+            return _denial("process.allow_spawn", STARTS, what, _SECCOMP, count, how)
         if not policy.threads_in_force.enabled:
             how = advise(policy, "threads.enabled", value=True)
-            return _denial("threads.enabled", "start", "a new thread", _SECCOMP, count, how)
+            return _denial("threads.enabled", STARTS, "a new thread", _SECCOMP, count, how)
     return _denial(SYSTEM_CALLS, "call", denied.call, _SECCOMP, count, None)
 
 

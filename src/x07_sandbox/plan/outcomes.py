@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -22,7 +22,7 @@ from x07_sandbox.errors import Flag, SandboxError
 from x07_sandbox.host import settings
 from x07_sandbox.host.cancel import BY_KILL
 from x07_sandbox.host.os_errors import out_of_cpu_time
-from x07_sandbox.plan.denials import Outcome
+from x07_sandbox.plan.denials import STARTS, Denial, Outcome
 from x07_sandbox.plan.features import Features, vm_features
 from x07_sandbox.plan.reasons import REASONS, ends_with_command, sentence
 
@@ -43,6 +43,7 @@ _PROGRAM_ERRORS: Final = frozenset(
     {errno.ENOEXEC, errno.ENOENT, errno.EACCES, errno.ELIBBAD, errno.EINVAL, errno.E2BIG, errno.ELOOP, errno.ENOTDIR}
 )
 _LAST_SIGNAL: Final = 64
+_MAY_LACK_TASKS: Final = frozenset({"failed", "signalled", "timeout", "cpu-limit", "oom", "output-limit"})
 _SHOWN_CHARS: Final = 160  # of a text from the guest
 # Linux numbers, since the guest is Linux on every host.
 # fmt: off
@@ -279,6 +280,14 @@ def build_verdict(found: Verdict, wall_ms: int = settings.BUILD_WALL_MS, subject
     return replace(found, outcome="build-failed", fault="program")
 
 
+def with_denied_tasks(found: Verdict, denials: Sequence[Denial]) -> Verdict:
+    """Return the verdict on a program that failed, with what it was denied of processes and threads as a reason too."""
+    tasks = next((denial for denial in denials if denial.action == STARTS), None)
+    if tasks is None or found.outcome not in _MAY_LACK_TASKS:
+        return found
+    return found.having(denied=f"{tasks.subject} ({tasks.field})")
+
+
 def limit_set_by(found: Verdict, **setter: str) -> Verdict:
     """Return the verdict on a reached limit with what set the limit: `option`, `more` or `fixed` (plan/reasons)."""
     return found.having(**{"field": None, "option": None, **setter}) if found.limited_by else found
@@ -330,7 +339,9 @@ def _limit(field: Literal["wall_ms", "cpu_ms", "mem_bytes"], limits: Limits | No
 def _not_executed(number: int) -> Verdict:
     missing = number == errno.ENOENT
     code, status = ("no-interpreter", _NOT_FOUND) if missing else ("not-executable", _NOT_EXECUTABLE)
-    return replace(verdict("failed", code, _SUBJECT | {"problem": os.strerror(number)}), exit_code=status)
+    # The image was the caller's choice. Its lack of an interpreter is no fault of the program.
+    fault: Fault = "policy" if missing else "program"
+    return replace(verdict("failed", code, _SUBJECT | {"problem": os.strerror(number)}, fault=fault), exit_code=status)
 
 
 def mostly_waited(evidence: Evidence, limits: Limits | None) -> bool:
@@ -399,7 +410,8 @@ def _ended_by_itself(evidence: Evidence, status: int, limits: Limits | None) -> 
     survived: tuple[str, ...] = ()
     if evidence.oom_kills:
         killed = f"{evidence.oom_kills} process{'es were' if evidence.oom_kills > 1 else ' was'} killed"
-        survived = (f"{killed} at the memory limit (limits.mem_bytes)",)
+        limit = "" if limits is None else f" of {limits.mem_bytes >> 20} MiB"
+        survived = (f"{killed} at the memory limit{limit}",)
     if evidence.cpu_exceeded:
         end = verdict("cpu-limit", "cpu-time", _limit("cpu_ms", limits))
     elif evidence.oom_kills and signal == _SIGKILL:

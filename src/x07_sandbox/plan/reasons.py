@@ -12,19 +12,20 @@ from x07_sandbox.errors import Flag
 
 # What set a limit: a policy field, an option, or x07 itself.
 _SET_BY: Final = "[ ({field})][ ({option})][ (to allow more, use {more})][ ({fixed})]"
+_DENIED: Final = "[; it was denied {denied}]"  # new processes or threads, the lack of which often explains the end
 _TIME: Final = f"reached its time limit[ of {{limit}}]{_SET_BY}"
 # In braces: a parameter. In brackets: words that are left out if their parameter is missing.
 REASONS: Final = {
-    "exited": "the {subject} exited with status {status}",
-    "signal": "the {subject} was killed by {signal}[ ({core})]",
-    "wall-time": f"the {{subject}} {_TIME}",
+    "exited": f"the {{subject}} exited with status {{status}}{_DENIED}",
+    "signal": f"the {{subject}} was killed by {{signal}}[ ({{core}})]{_DENIED}",
+    "wall-time": f"the {{subject}} {_TIME}{_DENIED}",
     "wall-time-emulated": (
-        f"the {{subject}} {_TIME}; the VM is emulated, so CPU work takes many times longer than on hardware"
+        f"the {{subject}} {_TIME}; the VM is emulated, so CPU work takes many times longer than on hardware{_DENIED}"
     ),
-    "wall-time-stopped": f"the {{subject}} was stopped by a signal and then {_TIME}",
-    "cpu-time": f"the {{subject}} reached its CPU time limit[ of {{limit}}]{_SET_BY}",
-    "memory": f"the {{subject}} was killed at its memory limit[ of {{limit}}]{_SET_BY}",
-    "output": f"the {{subject}} exceeded the output limit of {{limit}} for {{stream}}{_SET_BY}",
+    "wall-time-stopped": f"the {{subject}} was stopped by a signal and then {_TIME}{_DENIED}",
+    "cpu-time": f"the {{subject}} reached its CPU time limit[ of {{limit}}]{_SET_BY}{_DENIED}",
+    "memory": f"the {{subject}} was killed at its memory limit[ of {{limit}}]{_SET_BY}{_DENIED}",
+    "output": f"the {{subject}} exceeded the output limit of {{limit}} for {{stream}}{_SET_BY}{_DENIED}",
     "not-executable": "the {subject} could not be executed: {problem}",
     "no-interpreter": "the {subject} could not be executed: {problem} (its interpreter or loader)",
     "command-not-in-image": "the command {name} is not in the image {image}. {advice}: {command}",
@@ -51,7 +52,7 @@ REASONS: Final = {
         "(X07_VM_MAX_RUNNING=1)"
     ),
     "closed": "the sandbox was closed",
-    "expired": "the sandbox reached its lifetime of {limit}",
+    "expired": "the sandbox reached its lifetime of {limit}[ after {event}]",
     "idle": "the sandbox was idle for {limit}",
     "gate-exited": "the egress gate exited while the guest was {doing}",
     "bug": "bug in x07-sandbox: {problem}",

@@ -253,12 +253,12 @@ def _times(phases: Document) -> Iterator[Markup]:
     for name, phase in phases.items():
         times = phase["times_ms"]
         end = max(times.values(), default=0)
-        started, exited = times.get("started", end), times.get("exited", end)
+        started, exited = times.get("started", times.get("opened", end)), times.get("exited", end)
         bar = _bar([(0, started, "start"), (started, exited, "run"), (exited, end, "end")], longest)
         steps = ", ".join(f"{step} {_time(at)}" for step, at in times.items())
         yield _row(_tag("strong", name), bar, f"{phase['start']} start, {phase['outcome']}")
         yield _tag("p", _tag("small", f"{_short(phase['reason'])} ({steps})"))
-    keys = (("start", "start of the VM"), ("run", "program"), ("end", "after it"))
+    keys = (("start", "start of the VM"), ("run", "program, or open sandbox"), ("end", "after it"))
     words = [part for kind, text in keys for part in (_tag("span", class_=f"key {kind}"), text)]
     yield _tag("p", _tag("small", "Each bar begins at the start of a VM.", *words))
 
@@ -270,14 +270,24 @@ def _limits(document: Document) -> Iterator[Markup]:
         return
     if run is not None:
         times = run["times_ms"]
-        if "started" in times and not document["commands"]:  # the limits of a sandbox hold for each command
+        if "started" in times:  # the limits of a sandbox hold for each command
             spent = times.get("exited", times.get("end", times["started"])) - times["started"]
             yield _use("Elapsed time", spent, limits["wall_ms"], _time)
             yield _use("CPU time", run["cpu_ms"], limits["cpu_ms"], _time)
-        if run["memory_peak_bytes"]:  # a sandbox does not measure it
-            yield _use("Memory", run["memory_peak_bytes"], limits["mem_bytes"], _size)
+        elif document["commands"]:
+            cpu_ms = sum(one["cpu_ms"] for one in document["commands"])
+            yield _tag("p", f"CPU time of all commands: {_time(cpu_ms)}")
+        unmeasured = [f"open files, at most {limits['fds']} in each process"]
+        if run["memory_peak_bytes"]:
+            whose = "Memory" if "started" in times else "Memory of the largest command"
+            yield _use(whose, run["memory_peak_bytes"], limits["mem_bytes"], _size)
+        else:
+            unmeasured.append(f"memory, at most {_size(limits['mem_bytes'])}")
+        if run["tasks_peak"]:
             yield _use("Processes", run["tasks_peak"], limits["procs"] + 1, str)  # and the program's first thread
-    yield _tag("p", _tag("small", f"Not measured: open files, at most {limits['fds']} in each process."))
+        else:
+            unmeasured.append(f"processes, at most {limits['procs'] + 1}")
+        yield _tag("p", _tag("small", f"Not measured: {'; '.join(unmeasured)}."))
     if (scaling := document["scaling"]) is not None:
         yield _tag("p", _tag("small", f"The VM was emulated: both time limits were multiplied by {scaling['factor']}."))
 
@@ -360,11 +370,15 @@ def _commands(commands: Sequence[Document]) -> Iterator[Markup]:
     for one in shown:
         began = one["began_ms"] - first
         bar = _bar([(began, began + one["wall_ms"], "run" if one["outcome"] == "ok" else "full")], whole)
-        status = one["exit_code"] if one["exit_code"] is not None else f"signal {one['signal']}"
-        words = f"{one['outcome']} ({status}), {_time(one['wall_ms'])}, CPU {_time(one['cpu_ms'])}"
-        name = Markup(f"{one['id']} {_tag('small', one['argv_sha256'].removeprefix('sha256:')[:12])}")
+        status = f" ({one['exit_code']})" if one["exit_code"] is not None else ""
+        status = f" (signal {one['signal']})" if one["signal"] is not None else status
+        words = f"{one['outcome']}{status}, {_time(one['wall_ms'])}, CPU {_time(one['cpu_ms'])}"
+        digest = _tag("small", one["argv_sha256"].removeprefix("sha256:")[:12])
+        name = Markup(f"{one['id']} {_guest(one['name'])} {digest}")
         yield _row(name, bar, words)
-    yield _tag("p", _tag("small", "The number of each command, and the start of the digest of its arguments."))
+    yield _tag(
+        "p", _tag("small", "Of each command: its number, its first word, and the start of the digest of its arguments.")
+    )
 
 
 def _outputs(document: Document) -> Iterator[Markup]:

@@ -18,7 +18,7 @@ from x07_sandbox.errors import BackendError, UsageError
 from x07_sandbox.host.decoding import prepared
 from x07_sandbox.plan.denials import Denial, Hint
 from x07_sandbox.plan.outcomes import Verdict
-from x07_sandbox.runs.folder import all_runs
+from x07_sandbox.runs.folder import SANDBOX, all_runs
 from x07_sandbox.runs.result import CommandReport
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from x07_sandbox.sandboxes.shared import SharedSession
     from x07_sandbox.sandboxes.transfers import Inbox
 
-RECORD: Final = "sandbox.json"  # in the folder of the run
 StreamName = Literal["stdout", "stderr"]
 _STREAMS: Final[dict[StreamName, Stream]] = {"stdout": Stream.STDOUT, "stderr": Stream.STDERR}
 _TERM: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+_-]{0,63}")
@@ -85,14 +84,15 @@ class CommandEnd(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SandboxRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """The file RECORD: facts about a sandbox that stay the same. image: the digest of its image, or None.
+    """The file SANDBOX of the folder of a run: facts about a sandbox. image: the digest of its image, or None.
 
-    left_out: one denial for each reason why entries of its folders were not copied in.
+    until_unix_ms: when its lifetime ends. left_out: one denial for each reason why entries of its folders were not copied in.
     """
 
     name: str
     tags: dict[str, str]
     opened_unix_ms: int
+    until_unix_ms: int
     backend: str
     image: str | None
     left_out: tuple[Denial, ...] = ()
@@ -101,7 +101,7 @@ class SandboxRecord(msgspec.Struct, frozen=True, kw_only=True):
 def record_of(run: str) -> SandboxRecord | None:
     """Return the record of a sandbox, or None if it has none."""
     try:
-        return msgspec.json.decode((all_runs() / run / RECORD).read_bytes(), type=prepared(SandboxRecord))
+        return msgspec.json.decode((all_runs() / run / SANDBOX).read_bytes(), type=prepared(SandboxRecord))
     except (OSError, msgspec.MsgspecError):
         return None
 

@@ -65,11 +65,12 @@ class PhaseReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     reason_code: the code of the reason (docs/reference/codes.md).
     reason: how the phase ended, in one sentence.
     times_ms: milliseconds from the VM's start to the events `hello` (the agent answered; not for a clone), `seeded`
-        (the agent received random data), `started` and `exited` (the program), and `end` (of the phase).
+        (the agent received random data), `started` and `exited` (the program), and `end` (of the phase). A sandbox has
+        `opened` (it could take commands) instead of those of a program.
     stdout, stderr: what the phase wrote to this stream.
-    cpu_ms: the CPU time used, in milliseconds.
-    memory_peak_bytes: the peak memory use.
-    tasks_peak: the peak number of processes and threads.
+    cpu_ms: the CPU time used, in milliseconds; for a sandbox, that of its commands together.
+    memory_peak_bytes: the peak memory use; for a sandbox, that of the command that used most. 0 if it was not measured.
+    tasks_peak: the peak number of processes and threads; 0 if it was not measured, as for a sandbox.
     """
 
     job_id: str
@@ -224,6 +225,7 @@ class CommandReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """One command of a sandbox.
 
     id: the number of the command in its sandbox.
+    name: its first word, without its arguments, which may hold secrets; at most 100 characters.
     argv_sha256: the digest of its arguments, each followed by a zero byte.
     outcome: how the command ended, in the same words as the outcome of a run.
     exit_code: the exit status of the command; null if it did not exit by itself.
@@ -234,6 +236,7 @@ class CommandReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """
 
     id: int
+    name: str = ""
     argv_sha256: str
     outcome: Outcome
     exit_code: int | None
@@ -249,7 +252,8 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     run: the id of the run, to give to commands such as `x07 diff` and `x07 logs`.
     schema_version: the version of this format.
     outcome: how the run ended, in one word (docs/reference/outcomes.md).
-    fault: who is responsible: the program, the policy (a limit, a refusal or a wrong request), the host, or nobody.
+    fault: who is responsible: the program, the policy (a limit, a refusal, a wrong request, or a command or interpreter
+        that the image lacks), the host, or nobody.
     reason_code: the code of the reason (docs/reference/codes.md).
     reason: how the run ended, in one sentence.
     x07_exit_code: the exit code of `x07 run`.

@@ -114,6 +114,8 @@ def _steps(
     request: RunRequest, caller: RunCaller, draft: Result, folder: RunFolder, stack: contextlib.ExitStack
 ) -> Iterator[Result]:
     """Carry out the steps of a run, and yield a more complete result after each."""
+    from x07_sandbox.plan.outcomes import limit_set_by, with_denied_tasks
+
     prepared, host_files, draft = yield from planned(request, caller, draft, folder, stack)
     artifact = caller.artifact or folder.out_file(OUTPUT, settings.ARTIFACT_MAX_BYTES)
     failed, draft = yield from obtain_artifact(prepared, draft, folder, artifact)
@@ -124,10 +126,14 @@ def _steps(
     spec, draft = described(prepared, artifact, host_files, draft, stack)
     yield draft
     end = run_job(prepared, spec, draft.run, folder)
-    ending = _with_setter(end, prepared)
+    ending = end.ending
+    if _has_fixed_output(end, prepared):
+        ending = limit_set_by(ending, fixed="fixed")
+    ending = with_setter(ending, prepared)
     ending = without_command(ending, end.facts.evidence.exec_errno, prepared, prepared.program.source.name)
-    draft = _with_run(draft, end, worded_report(end.report, ending, caller.word))
     draft = _with_denials(draft, prepared, spec, end)
+    ending = with_denied_tasks(ending, draft.denials)
+    draft = _with_run(draft, end, worded_report(end.report, ending, caller.word))
     left = {} if spec.receivers.left is None else spec.receivers.left.files()
     draft = replace(draft, files=left, files_discarded=_discarded(end.facts.closed, left))
     yield draft
@@ -289,21 +295,19 @@ def _scaled(prepared: Prepared, draft: Result) -> tuple[Prepared, Result]:
     return prepared, replace(draft, scaling=scaling, warnings=[*draft.warnings, *warnings])
 
 
-def _with_setter(end: JobEnd, prepared: Prepared) -> Verdict:
+def with_setter(ending: Verdict, prepared: Prepared) -> Verdict:
     """Return the verdict with the flag that set a reached limit, if the limit is not the policy's."""
     from x07_sandbox.plan.outcomes import limit_set_by
 
-    field, cpu_ms, changes = end.ending.limited_by, prepared.program.cpu_ms, prepared.request.limits
-    if _has_fixed_output(end, prepared):
-        return limit_set_by(end.ending, fixed="fixed")
+    field, cpu_ms, changes = ending.limited_by, prepared.program.cpu_ms, prepared.request.limits
     if field == "limits.cpu_ms" and cpu_ms is not None and cpu_ms < prepared.policy.policy.limits.cpu_ms:
-        return limit_set_by(end.ending, option=Flag("--cpu-time-limit-seconds"))
+        return limit_set_by(ending, option=Flag("--cpu-time-limit-seconds"))
     for name in () if changes is None else changes.given():
         if field == f"limits.{name}":
             from x07_sandbox.policy.limits import NAMES
 
-            return limit_set_by(end.ending, option=Flag(NAMES[name].flag))
-    return end.ending
+            return limit_set_by(ending, option=Flag(NAMES[name].flag))
+    return ending
 
 
 def _has_fixed_output(end: JobEnd, prepared: Prepared) -> bool:

@@ -31,9 +31,11 @@ from x07_sandbox.host.paths import open_private_file, replace_file
 from x07_sandbox.jobs.admission import SANDBOXES, admitted
 from x07_sandbox.jobs.record import new_run_id
 from x07_sandbox.network.summary import NetworkUse
-from x07_sandbox.plan.outcomes import Verdict, cancelled_verdict, classify, limit_set_by, verdict
+from x07_sandbox.plan.controls import run_limits
+from x07_sandbox.plan.outcomes import Verdict, cancelled_verdict, classify, limit_set_by, verdict, with_denied_tasks
 from x07_sandbox.programs.toolchains import COMMAND, OUTPUT, SOURCE_FOLDER, Source
-from x07_sandbox.runs.command import RECORD, AnySandbox, Command, CommandEnd, SandboxRecord, terminal_kind
+from x07_sandbox.runs.command import AnySandbox, Command, CommandEnd, SandboxRecord, terminal_kind
+from x07_sandbox.runs.folder import SANDBOX
 from x07_sandbox.runs.job import gate_for, started, without_account
 from x07_sandbox.runs.request import Program, check_arguments, check_variables, in_memory, sha256_text
 from x07_sandbox.runs.result import EMPTY_OUTPUT, Changes, CommandReport, Diff, PhaseReport, Result, draft_result
@@ -46,6 +48,7 @@ from x07_sandbox.runs.run import (
     settled,
     store_result,
     verdict_of,
+    with_setter,
     without_command,
     without_repetition,
 )
@@ -69,6 +72,7 @@ if TYPE_CHECKING:
 _DISCARD_S: Final = 5.0  # for the guest to report the ends of commands, if its changes are not wanted
 _PATH_MAX: Final = 4095
 COMMANDS_KEPT: Final = 10_000  # in a result
+_NAME_MAX: Final = 100
 _SERVER_FILES: Final = 64  # open files of the file server
 _TIMEOUT: Final = Flag("--timeout")
 
@@ -109,7 +113,9 @@ class OpenSandbox(AnySandbox):
         self._reports: list[CommandReport] = []
         self._net = NetworkUse()  # the gate's last account
         self._net_before: dict[int, NetworkUse] = {}  # that one at the start of each command
+        self._memory_peak_bytes = 0
         self._opened_at = time.monotonic()
+        self._extended_s: float | None = None  # by the last `extend`
         self._draft = draft_result(self.run)
         try:
             self._open(request)
@@ -157,23 +163,25 @@ class OpenSandbox(AnySandbox):
             gate_fd, relay_fd = self._gate.pidfd, self._gate.connect(self._instance.net_fd, self._vm)
         self._loop = Session(self._instance, caller.cancel, gate_fd, relay_fd)
         self._loop.open(self._spec.opening, self._spec.files)
-        self._opened_at = time.monotonic()
+        self._opened_at, self._opened_unix_ms = time.monotonic(), unix_ms()
         until_s = self._opened_at + self._life.lifetime_s
         self.session = SharedSession(self._loop, until_s, self._life.idle_s, self._on_end)
         self.session.begin()
-        self._write_record()
+        self._write_record(self._life.lifetime_s)
         atexit.register(self._at_exit)
 
-    def _write_record(self) -> None:
+    def _write_record(self, left_s: float) -> None:
+        """Write the record of the sandbox. left_s: seconds until its lifetime ends."""
         record = SandboxRecord(
             name=self._life.name,
             tags=dict(self._life.tags),
-            opened_unix_ms=unix_ms(),
+            opened_unix_ms=self._opened_unix_ms,
+            until_unix_ms=unix_ms() + round(left_s * 1000),
             backend=self._draft.backend or "",
             image=self._draft.digests.image,
             left_out=tuple(one for one in self._draft.denials if one.action == "copy"),
         )
-        replace_file(self._folder.path / RECORD, msgspec.json.encode(record))
+        replace_file(self._folder.path / SANDBOX, msgspec.json.encode(record))
 
     @property
     def running(self) -> int:
@@ -271,8 +279,11 @@ class OpenSandbox(AnySandbox):
     def extend(self, lifetime_s: float) -> None:
         """See `AnySandbox.extend`."""
         self.require_open()
-        most = self._opened_at + settings.LIFETIME_MAX_S
-        self.session.extend(min(time.monotonic() + lifetime_s, most))
+        most_s = self._opened_at + settings.LIFETIME_MAX_S - time.monotonic()
+        self._extended_s = min(lifetime_s, round(most_s, 1))
+        self.session.extend(time.monotonic() + self._extended_s)
+        with contextlib.suppress(OSError):  # such as a full disk; only `x07 ps` shows this time
+            self._write_record(self._extended_s)
 
     def changes(self) -> Diff:
         """See `AnySandbox.changes`."""
@@ -305,6 +316,7 @@ class OpenSandbox(AnySandbox):
         ending = classify(facts.evidence, features=features, limits=shown)
         if ending.outcome == "timeout" and command.wall_ms != self._wall_ms:
             ending = limit_set_by(ending, option=_TIMEOUT)
+        ending = with_setter(ending, self.prepared)
         ending = without_command(ending, facts.evidence.exec_errno, self.prepared, "".join(execution.order.argv[:1]))
         tail = command.tail()
         denials = self._denials(command, facts, tail)
@@ -313,8 +325,10 @@ class OpenSandbox(AnySandbox):
             from x07_sandbox.runs.hint_context import hints_for
 
             hints = without_repetition(hints_for(tail, self.prepared, self._spec), denials)
+        ending = with_denied_tasks(ending, denials)
         report = CommandReport(
             id=execution.order.id,
+            name=_shown(execution.order.argv[:1]),
             argv_sha256=_digest(execution),
             outcome=ending.outcome,
             exit_code=ending.exit_code,
@@ -327,6 +341,8 @@ class OpenSandbox(AnySandbox):
         self._net_before.pop(execution.order.id, None)
         if len(self._reports) < COMMANDS_KEPT:
             self._reports.append(report)
+        if facts.exited is not None:
+            self._memory_peak_bytes = max(self._memory_peak_bytes, facts.exited.memory_peak_bytes)
         with self._logging, contextlib.suppress(OSError):  # such as a full disk; the result has it too
             if self._log_fd >= 0:
                 os.write(self._log_fd, msgspec.json.encode(report) + b"\n")
@@ -347,9 +363,15 @@ class OpenSandbox(AnySandbox):
 
             net = new_denials(now, self._net_before.get(command.id, NetworkUse()))
             self._net = now
-        if not facts.denied and not (net and net.denied):
+        tasks = 0 if facts.exited is None else facts.exited.tasks_refused
+        if not (facts.denied or tasks or (net and net.denied)):
             return []
         found, _ = denied(facts.denied, net, self.prepared, self._spec, command.execution.order.cwd, tail)
+        if tasks:
+            from x07_sandbox.plan import observed
+
+            policy = self.prepared.policy
+            found.append(observed.more_tasks(policy.policy, run_limits(policy.policy).max_live, tasks, policy.reach()))
         return found
 
     def _since_release(self, command: Command) -> float:
@@ -409,17 +431,19 @@ class OpenSandbox(AnySandbox):
             evidence = without_account(evidence, self._gate, self._warnings)
         self._machine.close()
         ending = self._verdict(why, evidence)
+        opened_ms = round((self._opened_at - self._instance.greeting.released_at) * 1000, 1)
+        lasted_ms = round((time.monotonic() - self._opened_at) * 1000, 1)
         report = PhaseReport(
             job_id=self._instance.record.job_id,
             start=self._instance.start_mode,
             outcome=ending.outcome,
             reason_code=ending.code,
             reason=ending.reason_for(self._caller.word),
-            times_ms=dict(self._instance.greeting.times_ms),
+            times_ms=self._instance.greeting.times_ms | {"opened": opened_ms, "end": opened_ms + lasted_ms},
             stdout=EMPTY_OUTPUT,
             stderr=EMPTY_OUTPUT,
             cpu_ms=round(sum(one.cpu_ms for one in self._reports)),
-            memory_peak_bytes=0,
+            memory_peak_bytes=self._memory_peak_bytes,
             tasks_peak=0,
         )
         denied: list[Denial] = []
@@ -450,8 +474,15 @@ class OpenSandbox(AnySandbox):
             return cancelled_verdict(self._cancelled_by)
         if why == "closed":
             return replace(verdict("ok", "closed"), exit_code=0)
-        seconds = self._life.idle_s if why == "idle" else self._life.lifetime_s
-        return verdict("timeout", why, {"limit": f"{seconds:g} s"})
+        seconds, facts = self._life.idle_s if why == "idle" else self._life.lifetime_s, {}
+        if why == "expired" and self._extended_s is not None:
+            seconds, facts = self._extended_s, {"event": "it was extended"}
+        return verdict("timeout", why, {"limit": f"{seconds:g} s"} | facts)
+
+
+def _shown(argv: list[str]) -> str:
+    """Return the first word of a command for a document, at most _NAME_MAX characters of it."""
+    return os.fsencode("".join(argv)).decode("utf-8", "backslashreplace")[:_NAME_MAX]
 
 
 def _digest(execution: Execution) -> str:

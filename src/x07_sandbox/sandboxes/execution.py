@@ -75,11 +75,11 @@ class Limit:
 class Execution:
     """A command that was sent to the guest. Each needs a new object. wall_ms: for how long it may run, or None.
 
-    limit: its deadline while it runs. stage: SETUP, RUN or COLLECT. seen: fields of `Evidence`. times_ms: when it
-    started and ended.
+    sent_ms: when it was sent. limit: its deadline while it runs. stage: SETUP, RUN or COLLECT. seen: fields of
+    `Evidence`. times_ms: when it started and ended.
     """
 
-    def __init__(self, order: Exec, streams: CommandStreams, wall_ms: int | None) -> None:
+    def __init__(self, order: Exec, streams: CommandStreams, wall_ms: int | None, sent_ms: float = 0.0) -> None:
         self.order = order
         self.streams = streams
         self.limit: Limit | None = None
@@ -97,6 +97,7 @@ class Execution:
         self._input = bytearray()
         self._input_hash = hashlib.sha256()
         self._wall_ms = wall_ms
+        self._sent_ms = sent_ms
         self._sinks = {Stream.STDOUT: streams.stdout, Stream.STDERR: streams.stderr}
 
     @property
@@ -115,6 +116,15 @@ class Execution:
         self.stage = Stage.RUN
         if self._wall_ms is not None and not self.asked_to_stop:
             self.limit = Limit(self._wall_ms / 1000)
+
+    def ran(self, ended_ms: float, wall_ms: float) -> None:
+        """Note when the command ended, and for how long it ran by the guest's clock.
+
+        On a busy host STARTED may be read late, for example together with EXITED. The command then started earlier,
+        but not before it was sent.
+        """
+        began_ms = max(self._sent_ms, ended_ms - wall_ms)
+        self.times_ms |= {"started": round(min(self.times_ms["started"], began_ms), 1), "exited": ended_ms}
 
     def deny(self, denied: Denied) -> None:
         """Keep a denial. Raises PeerError."""

@@ -117,7 +117,7 @@ class Session:
             why = f"{COMMANDS_MAX} commands run in this sandbox already"
             raise UsageError("cannot start the command", why, "Wait until one of them has ended")
         self._link.send(order)
-        self._executions[order.id] = execution = Execution(order, given, wall_ms)
+        self._executions[order.id] = execution = Execution(order, given, wall_ms, self._now_ms())
         execution.stdin = self._link.open(Stream.STDIN, order.id)
         self._start_limit = Limit(settings.COPY_IN_S)
         return execution
@@ -337,7 +337,7 @@ class Session:
             self._executions[message.id].deny(message)
         elif isinstance(message, Exited):
             execution = self._executions[message.id]
-            execution.times_ms["exited"] = self._now_ms()
+            execution.ran(self._now_ms(), message.wall_us / 1000)
             execution.end(message)
             if execution is self._last:
                 self._close_limit = Limit(settings.CHANGES_OUT_S)

@@ -40,6 +40,7 @@ EXITED = Exited(
     disk_full=False,
     memory_full=False,
     denials_lost=0,
+    wall_us=1,
 )
 CLOSED = Closed(output_bytes=None, output_problem=None, left_files=0, left_bytes=0)
 

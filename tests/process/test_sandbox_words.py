@@ -1,0 +1,62 @@
+"""What the result and the commands say of a sandbox, with a sandbox that needs no VM."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.command import x07
+from x07_sandbox import Sandbox, SandboxError
+from x07_sandbox.housekeeping.listing import list_jobs
+
+WAIT_S = 60.0
+
+
+@pytest.fixture(autouse=True)
+def accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accept a sandbox that is not isolated."""
+    monkeypatch.setenv("X07_I_ACCEPT_WEAKER_ISOLATION", "1")
+
+
+def test_a_reason_names_the_lifetime_that_ended_the_sandbox() -> None:
+    """After `extend`, the reason names the lifetime that ended the sandbox, and the result has the time it was open."""
+    sandbox = Sandbox(backend="none", lifetime_s=3600)
+    sandbox.extend(0.2)
+    sleeper = sandbox.start(["sleep", "60"])
+    with pytest.raises(SandboxError, match="it reached its lifetime"):
+        sleeper.wait(WAIT_S)
+    result = sandbox.close()
+    assert result.reason == "the sandbox reached its lifetime of 0.2 s after it was extended"
+    times = result.phases["run"].times_ms
+    assert times["end"] - times["opened"] >= 200
+
+
+def test_ps_shows_a_sandbox_s_name_and_lifetime(tmp_path: Path) -> None:
+    """`x07 ps` shows the name of a sandbox, and the time until its lifetime ends, also after `extend`."""
+    with Sandbox.create(backend="none", name="demo", lifetime_s=3000) as sandbox:
+        try:
+            (line,) = list_jobs().jobs
+            assert (line.run, line.sandbox) == (sandbox.id, "demo")
+            assert line.left_s is not None
+            assert 2900 < line.left_s <= 3000
+            row = x07(tmp_path, "ps").out.decode().splitlines()[1].split()
+            assert row[-2:] == ["sandbox", "demo"]
+            assert row[-3].startswith("49m")
+            sandbox.extend(100)
+            left_s = list_jobs().jobs[0].left_s
+            assert left_s is not None
+            assert left_s <= 100
+        finally:
+            sandbox.close()
+
+
+def test_a_command_has_a_name_in_the_result_and_its_reason_the_keyword() -> None:
+    """The result names a command by its first word, and a reached limit by the keyword that set it."""
+    with Sandbox(backend="none", cpu_s=1) as sandbox:
+        ended = sandbox.exec(["sh", "-c", "while :; do :; done"])
+        assert (ended.outcome, ended.reason) == ("cpu-limit", "the program reached its CPU time limit of 1 s (cpu_s)")
+        with pytest.raises(SandboxError, match="no-such"):
+            sandbox.exec(["no-such\udcff" + "x" * 200], check=True)
+    names = [command.name for command in sandbox.close().commands]
+    assert names == ["sh", "no-such\\xff" + "x" * 89]
