@@ -15,6 +15,7 @@ import functools
 import http.client
 import json
 import os
+import re
 import socket
 import sys
 import threading
@@ -22,12 +23,10 @@ import time
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final
 
-from jsonschema import Draft202012Validator
-
 from x07_sandbox import Sandbox, SandboxError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 POLICY: Final = Path(__file__).parent / "policies" / "agent.json"
 LIFETIME_S: Final = 3600
@@ -160,15 +159,29 @@ DEFINITIONS: Final = (
         {},
     ),
 )
-ID: Final = Draft202012Validator({"type": ["string", "integer"], "maxLength": 200})
-ENVELOPE: Final = Draft202012Validator(
-    {
-        "type": "object",
-        "properties": {"id": ID.schema, "name": {"enum": list(TOOLS)}},
-        "required": ["id", "name", "input"],
-    }
-)
-INPUTS: Final = {one["name"]: Draft202012Validator(one["input_schema"]) for one in DEFINITIONS}
+ID: Final = {"type": ["string", "integer"], "maxLength": 200}
+ENVELOPE: Final = {
+    "type": "object",
+    "properties": {"id": ID, "name": {"enum": list(TOOLS)}},
+    "required": ["id", "name", "input"],
+}
+INPUTS: Final = {one["name"]: one["input_schema"] for one in DEFINITIONS}
+TYPES: Final = {"object": (dict,), "string": (str,), "integer": (int,), "number": (int, float)}
+# The keywords that these schemas use: whether a value, whose type has been checked, conforms.
+KEYWORDS: Final[dict[str, Callable[[Any, Any, dict[str, Any]], bool]]] = {
+    "type": lambda value, names, _: any(
+        type(value) in TYPES[name] for name in (names if isinstance(names, list) else [names])
+    ),
+    "enum": lambda value, words, _: value in words,
+    "required": lambda value, names, _: value.keys() >= {*names},
+    "additionalProperties": lambda value, _, schema: value.keys() <= schema["properties"].keys(),
+    "minLength": lambda value, size, _: len(value) >= size,
+    "maxLength": lambda value, size, _: type(value) is int or len(value) <= size,
+    "pattern": lambda value, pattern, _: re.search(pattern, value) is not None,
+    "minimum": lambda value, least, _: value >= least,
+    "exclusiveMinimum": lambda value, least, _: value > least,
+    "maximum": lambda value, most, _: value <= most,
+}
 
 
 def parse_line(line: bytes) -> Any:  # noqa: ANN401 - any JSON value
@@ -195,14 +208,21 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def check(validator: Draft202012Validator, value: Any, where: str) -> None:  # noqa: ANN401 - any JSON value
+def violations(schema: dict[str, Any], value: Any, where: str) -> Iterator[str]:  # noqa: ANN401 - any JSON value
+    """Yield how the value violates the schema, without the value, which can be long."""
+    for keyword, wanted in schema.items():
+        if keyword == "properties":
+            for name in wanted.keys() & value.keys():
+                yield from violations(wanted[name], value[name], f"{where}.{name}")
+        elif keyword != "description" and not KEYWORDS[keyword](value, wanted, schema):
+            yield f"{where} violates {keyword} {json.dumps(wanted)}"
+            if keyword == "type":  # the others presuppose it
+                return
+
+
+def check(schema: dict[str, Any], value: Any, where: str) -> None:  # noqa: ANN401 - any JSON value
     """Raise CallError if the value violates the schema."""
-    # error.message would repeat the value, which can be long.
-    errors = [
-        f"{where}{json.dumps(error.json_path)[2:-1]} violates {error.validator} {json.dumps(error.validator_value)}"
-        for error in validator.iter_errors(value)
-    ]
-    if errors:
+    if errors := [*violations(schema, value, where)]:
         raise CallError("; ".join(error[:300] for error in errors[:5]))
 
 
@@ -214,7 +234,7 @@ def answer(sandbox: Sandbox, line: bytes) -> dict[str, Any]:
     result: dict[str, Any] = {"id": None, "is_error": True}
     try:
         call = parse_line(line)
-        if isinstance(call, dict) and ID.is_valid(call.get("id")):
+        if isinstance(call, dict) and not [*violations(ID, call.get("id"), "")]:
             result["id"] = call["id"]
         check(ENVELOPE, call, "$")
         check(INPUTS[call["name"]], call["input"], "$.input")

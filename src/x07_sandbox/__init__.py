@@ -28,7 +28,8 @@ Classes and types:
     SandboxInfo         facts about an open sandbox
     Outcome             the words that Result.outcome can be
     Policy, Limits      what a program may touch and use up
-    SandboxError        the base of all errors
+    SandboxError        the base of all errors: ArgumentError, BackendError, Cancelled, HostError, ImageError,
+                        RefusedError and UsageError
 
 `import x07_sandbox` loads none of these: each is imported on first use.
 """
@@ -39,7 +40,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from x07_sandbox.errors import SandboxError
+    from x07_sandbox.errors import (
+        BackendError,
+        Cancelled,
+        HostError,
+        ImageError,
+        RefusedError,
+        SandboxError,
+        UsageError,
+    )
     from x07_sandbox.host.version import __version__
     from x07_sandbox.library.async_sandbox import AsyncSandbox
     from x07_sandbox.library.changes import apply, diff, undo
@@ -60,20 +69,27 @@ if TYPE_CHECKING:
     from x07_sandbox.runs.result import Diff, Output, Result
 
 __all__ = [
+    "ArgumentError",
     "AsyncSandbox",
+    "BackendError",
+    "Cancelled",
     "Diff",
     "Ended",
     "FileInfo",
+    "HostError",
+    "ImageError",
     "Limits",
     "Outcome",
     "Output",
     "Policy",
     "Pool",
     "Process",
+    "RefusedError",
     "Result",
     "Sandbox",
     "SandboxError",
     "SandboxInfo",
+    "UsageError",
     "__version__",
     "apply",
     "diff",
@@ -86,7 +102,10 @@ __all__ = [
 ]
 
 _NAMES_BY_MODULE = {
-    "errors": ("SandboxError",),
+    "errors": (
+        *("ArgumentError", "BackendError", "Cancelled", "HostError", "ImageError", "RefusedError", "SandboxError"),
+        "UsageError",
+    ),
     "host.version": ("__version__",),
     "library.changes": ("apply", "diff", "undo"),
     "library.async_sandbox": ("AsyncSandbox",),

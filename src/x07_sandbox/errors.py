@@ -132,6 +132,12 @@ class UsageError(SandboxError):
     code = "usage"
 
 
+class ArgumentError(UsageError):
+    """An argument of a call from Python has a wrong type or value."""
+
+    code = "bad-argument"
+
+
 class RefusedError(SandboxError):
     """Nothing was run, because the sandbox could not enforce what was requested (exit 125, outcome ``refused``)."""
 

@@ -208,7 +208,7 @@ def test_a_file_cannot_lie_below_a_file() -> None:
 
 def test_too_many_files_are_refused() -> None:
     """Too many files are refused."""
-    with pytest.raises(UsageError, match="exceed"):
+    with pytest.raises(UsageError, match="the limit is 10000 files"):
         pack_files({str(number): b"" for number in range(FILES_MAX + 1)}, "the files")
 
 

@@ -17,9 +17,18 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
-from x07_sandbox import Policy, Pool, Sandbox, SandboxError, exec_command, exec_command_async, load_policy, run_program
+from x07_sandbox import (
+    Policy,
+    Pool,
+    Sandbox,
+    SandboxError,
+    exec_command,
+    exec_command_async,
+    load_policy,
+    run_program,
+)
 from x07_sandbox.cli.parser import add_groups, given_rows
-from x07_sandbox.errors import Command, Flag, UsageError
+from x07_sandbox.errors import ArgumentError, Command, Flag, ImageError, UsageError
 from x07_sandbox.host import paths
 from x07_sandbox.host.cancel import Cancel
 from x07_sandbox.images.store import set_name
@@ -58,6 +67,40 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Folders without guest images, where a valid call ends."""
     monkeypatch.setenv("X07_VM_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("X07_VM_STATE_DIR", str(tmp_path / "jobs"))
+
+
+def test_errors_of_calls_are_told_apart_by_class_and_code() -> None:
+    """A wrong argument, an unknown sandbox and a missing image end in errors of different classes and codes."""
+    with pytest.raises(ArgumentError) as wrong:
+        Sandbox(memory="zzz")
+    with pytest.raises(UsageError) as unknown:
+        Sandbox.connect("zzz")
+    with pytest.raises(ImageError) as missing:
+        run_program(source="1", toolchain="python")
+    found = [one.value.code for one in (wrong, unknown, missing)]
+    assert found == ["bad-argument", "no-such-sandbox", "image"]
+
+
+def test_a_path_may_be_a_path_wherever_a_file_is_named(tmp_path: Path) -> None:
+    """Folders, names of files and arguments may be `Path` objects, which mean the same as their text."""
+    roots, files = [tmp_path, "b"], {Path("a/b"): "text"}
+    given = checked_options({"read_roots": roots, "write_roots": roots, "files": files, "args": [Path("x"), "y"]})
+    request = make_request(given)
+    assert request.overrides is not None
+    wanted = (str(tmp_path), "b")
+    assert (request.overrides.allow_read_root, request.overrides.allow_write_root) == (wanted, wanted)
+    assert (request.files, request.args) == ({"a/b": b"text"}, ("x", "y"))
+    with pytest.raises(ArgumentError, match="read_roots is not a list of str"):
+        list(checked_options({"read_roots": [Bytes()]}))
+
+
+def test_files_over_the_limit_name_it_and_the_ways_around_it() -> None:
+    """The error for too large *files* names the limit, and the keywords that pass a folder instead."""
+    with pytest.raises(SandboxError, match="the limit is 10000 files of 64 MiB together") as raised:
+        run_program(source="int x;", toolchain="c", files={"big.csv": bytes((64 << 20) + 1)})
+    assert raised.value.code == "files-too-large"
+    raised.value.word_for(keyword)
+    assert "pass it as workdir or read_roots" in str(raised.value)
 
 
 @pytest.mark.parametrize(
@@ -192,7 +235,7 @@ TYPES = {
     "file": "str | os.PathLike[str] | None",
     "folder": "str | os.PathLike[str] | None",
     "policy": "str | os.PathLike[str] | Policy | None",
-    "words": "Sequence[str]",
+    "words": "Sequence[str | os.PathLike[str]]",
     "list": "Sequence[str]",
     "patterns": "Sequence[str]",
     "number": "int | None",
@@ -201,10 +244,11 @@ TYPES = {
     "switch": "bool",
     "choice": "Literal[{}]",
     "variables": "Mapping[str, str] | None",
-    "contents": "Mapping[str, str | bytes] | None",
+    "contents": "Mapping[str, str | bytes] | Mapping[Path, str | bytes] | None",
     "function": "OnOutput | None",
 }
 OTHER_TYPES = {"input": "bytes | None", "max_files_bytes": "int", "scale_limits": "bool | None"}
+OTHER_TYPES |= dict.fromkeys(("command", "read_roots", "write_roots"), TYPES["words"])
 
 
 def test_the_typed_signatures_are_those_of_the_table_of_options() -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import get_args
 
 import x07_sandbox
+from x07_sandbox import errors
+from x07_sandbox.errors import SandboxError
 from x07_sandbox.plan.outcomes import OUTCOMES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,6 +37,17 @@ def test_help_lists_the_public_functions() -> None:
     for name in ("run_program", "run_program_async", "load_policy"):
         assert f"\n    {name}(" in functions or f" {name}(" in functions
     assert set(x07_sandbox.__all__) <= set(dir(x07_sandbox))
+
+
+def test_errors_that_docstrings_name_are_public() -> None:
+    """Every error of this package that the docstring of a public function or class names is public."""
+    ours = {name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, SandboxError)}
+    public = [getattr(x07_sandbox, name) for name in x07_sandbox.__all__]
+    documented = [one for one in public if isinstance(one, type) or callable(one)]
+    documented += [member for one in public if isinstance(one, type) for member in vars(one).values()]
+    named = {word for one in documented for word in re.findall(r"\w+", one.__doc__ or "")}
+    assert named & ours >= {"SandboxError", "UsageError"}
+    assert named & ours <= set(x07_sandbox.__all__)
 
 
 def test_outcome_lists_all_outcomes() -> None:

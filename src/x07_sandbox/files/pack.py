@@ -11,7 +11,7 @@ from typing import Final, NamedTuple
 
 import msgspec
 
-from x07_sandbox.errors import UsageError
+from x07_sandbox.errors import Flag, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.project import ProjectFolder
 from x07_sandbox.images.cpio import TRAILER, Entry, file, folder, pack
@@ -68,8 +68,10 @@ def pack_files(files: Mapping[str, bytes], what: str) -> Packed:
     """Pack files from memory. Raises UsageError. what: a description of the files, for messages."""
     total = sum(map(len, files.values()))
     if len(files) > FILES_MAX or total > settings.SOURCE_MAX_BYTES:
-        why = f"{len(files)} files of {total} bytes exceed a limit ({FILES_MAX}, {settings.SOURCE_MAX_BYTES} bytes)"
-        raise UsageError(f"cannot use {what}", why, "Use fewer or smaller files")
+        most = f"the limit is {FILES_MAX} files of {settings.SOURCE_MAX_BYTES // settings.MIB} MiB together"
+        why = f"{len(files)} files have {total / settings.MIB:.1f} MiB, but {most}"
+        fix = "Put large files into a folder, and pass it as ", Flag("--workdir"), " or ", Flag("--allow-read-root")
+        raise UsageError(f"cannot use {what}", why, fix, code="files-too-large")
     for name, data in files.items():
         if not isinstance(data, bytes):
             raise UsageError(f"cannot use {what}", f"the content of {name!r} is not bytes", "Encode the content")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 # Modules that run programs are imported on the first run, so that importing this one is cheap.
-from x07_sandbox.errors import UsageError
+from x07_sandbox.errors import ArgumentError, UsageError
 from x07_sandbox.host.settings import LIFETIME_MAX_S
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def check_one_program(given: Mapping[str, Any]) -> None:
     """Raise UsageError unless a call names one program."""
     if sum((given.get("program") is not None, given.get("source") is not None, bool(given.get("command")))) != 1:
         why = "exactly one of program, source and command is required"
-        raise UsageError(_WHAT[_RUN], why, "Pass exactly one of them")
+        raise ArgumentError(_WHAT[_RUN], why, "Pass exactly one of them")
 
 
 def checked_options(given: Mapping[str, Any], function: str = _RUN) -> Iterator[tuple[Option, Any]]:
@@ -68,7 +68,7 @@ def checked_options(given: Mapping[str, Any], function: str = _RUN) -> Iterator[
     from x07_sandbox.options import BY_KEYWORD
 
     if "read_only" in given and "workdir" not in given:
-        raise UsageError(_WHAT[function], "read_only requires workdir", "Pass workdir too")
+        raise ArgumentError(_WHAT[function], "read_only requires workdir", "Pass workdir too")
     for name, value in given.items():
         row = BY_KEYWORD[name]
         yield row, _checked(row, value, function)
@@ -77,6 +77,8 @@ def checked_options(given: Mapping[str, Any], function: str = _RUN) -> Iterator[
 def _checked(row: Option, value: Any, function: str) -> Any:  # noqa: ANN401 - of many types
     """Return the value of an option in the form for `make_request`. Raises UsageError for a wrong value."""
     name = row.keyword
+    if row.kind in {"words", "list"} and isinstance(value, list | tuple):
+        value = [os.fspath(word) if isinstance(word, os.PathLike) else word for word in value]
     if row.kind in _EXPECTED:
         _check_type(row, value, function)
     match row.kind:
@@ -87,13 +89,15 @@ def _checked(row: Option, value: Any, function: str) -> Any:  # noqa: ANN401 - o
         case "words" | "list" | "patterns":
             value = tuple(value)
         case "contents":
-            value = {key: _content(name, key, content, function) for key, content in value.items()}
+            named = {os.fspath(key) if isinstance(key, os.PathLike) else key: value[key] for key in value}
+            value = {key: _content(name, key, content, function) for key, content in named.items()}
         case "source":
             value = _encoded(value)
         case "size" | "seconds" | "number":
             value = _number(row, value, function)
         case "choice" if value not in row.choices:
-            raise UsageError(_WHAT[function], f"{name} is {value!r}", f"Use one of {', '.join(row.choices)}")
+            fix = f"Use one of {', '.join(row.choices)}"
+            raise ArgumentError(_WHAT[function], f"{name} is {value!r}", fix)
     return value
 
 
@@ -175,7 +179,7 @@ def _path_text(name: str, value: object, expected: str, function: str) -> str:
 
 def bad_argument(name: str, why: str, function: str = _RUN) -> UsageError:
     """Return the error for the wrong argument *name*. why: the text that follows *name* in the message."""
-    return UsageError(_WHAT[function], f"{name} {why}", f"See help({function})")
+    return ArgumentError(_WHAT[function], f"{name} {why}", f"See help({function})")
 
 
 def checked_seconds(name: str, value: Any, error: UsageError | None = None) -> float:  # noqa: ANN401 - it is checked

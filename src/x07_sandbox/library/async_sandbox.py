@@ -148,11 +148,15 @@ class AsyncSandbox:
         """See `Sandbox.process`."""
         return AsyncProcess(self._sandbox.process(number))
 
-    async def upload(self, local: str | os.PathLike[str], path: str, *, timeout_s: float | None = None) -> None:
+    async def upload(
+        self, local: str | os.PathLike[str], path: str | os.PathLike[str], *, timeout_s: float | None = None
+    ) -> None:
         """See `Sandbox.upload`."""
         await self.files.upload(local, path, timeout_s=timeout_s)
 
-    async def download(self, path: str, local: str | os.PathLike[str], *, timeout_s: float | None = None) -> None:
+    async def download(
+        self, path: str | os.PathLike[str], local: str | os.PathLike[str], *, timeout_s: float | None = None
+    ) -> None:
         """See `Sandbox.download`."""
         await self.files.download(path, local, timeout_s=timeout_s)
 
@@ -279,43 +283,63 @@ class AsyncFiles:
         self._files = files
 
     async def read(
-        self, path: str, *, offset: int = 0, max_bytes: int | None = None, timeout_s: float | None = None
+        self,
+        path: str | os.PathLike[str],
+        *,
+        offset: int = 0,
+        max_bytes: int | None = None,
+        timeout_s: float | None = None,
     ) -> bytes:
         """See `Files.read`."""
         most: dict[str, Any] = {} if max_bytes is None else {"max_bytes": max_bytes}
         return await self._in_thread(partial(self._files.read, path, offset=offset, timeout_s=timeout_s, **most))
 
-    async def write(self, path: str, data: bytes, *, mode: int | None = None, timeout_s: float | None = None) -> None:
+    async def write(
+        self, path: str | os.PathLike[str], data: bytes, *, mode: int | None = None, timeout_s: float | None = None
+    ) -> None:
         """See `Files.write`."""
         await self._in_thread(partial(self._files.write, path, data, mode=mode, timeout_s=timeout_s))
 
-    async def list(self, path: str = ".", *, timeout_s: float | None = None) -> list[FileInfo]:
+    async def list(self, path: str | os.PathLike[str] = ".", *, timeout_s: float | None = None) -> list[FileInfo]:
         """See `Files.list`."""
         return await self._in_thread(partial(self._files.list, path, timeout_s=timeout_s))
 
-    async def stat(self, path: str, *, follow: bool = True, timeout_s: float | None = None) -> FileInfo:
+    async def stat(
+        self, path: str | os.PathLike[str], *, follow: bool = True, timeout_s: float | None = None
+    ) -> FileInfo:
         """See `Files.stat`."""
         return await self._in_thread(partial(self._files.stat, path, follow=follow, timeout_s=timeout_s))
 
-    async def exists(self, path: str, *, timeout_s: float | None = None) -> bool:
+    async def exists(self, path: str | os.PathLike[str], *, timeout_s: float | None = None) -> bool:
         """See `Files.exists`."""
         return await self._in_thread(partial(self._files.exists, path, timeout_s=timeout_s))
 
     async def mkdir(
-        self, path: str, *, parents: bool = True, mode: int | None = None, timeout_s: float | None = None
+        self,
+        path: str | os.PathLike[str],
+        *,
+        parents: bool = True,
+        mode: int | None = None,
+        timeout_s: float | None = None,
     ) -> None:
         """See `Files.mkdir`."""
         await self._in_thread(partial(self._files.mkdir, path, parents=parents, mode=mode, timeout_s=timeout_s))
 
-    async def remove(self, path: str, *, recursive: bool = False, timeout_s: float | None = None) -> None:
+    async def remove(
+        self, path: str | os.PathLike[str], *, recursive: bool = False, timeout_s: float | None = None
+    ) -> None:
         """See `Files.remove`."""
         await self._in_thread(partial(self._files.remove, path, recursive=recursive, timeout_s=timeout_s))
 
-    async def upload(self, local: str | os.PathLike[str], path: str, *, timeout_s: float | None = None) -> None:
+    async def upload(
+        self, local: str | os.PathLike[str], path: str | os.PathLike[str], *, timeout_s: float | None = None
+    ) -> None:
         """See `Sandbox.upload`."""
         await self._in_thread(partial(self._files.upload, local, path, timeout_s=timeout_s))
 
-    async def download(self, path: str, local: str | os.PathLike[str], *, timeout_s: float | None = None) -> None:
+    async def download(
+        self, path: str | os.PathLike[str], local: str | os.PathLike[str], *, timeout_s: float | None = None
+    ) -> None:
         """See `Sandbox.download`."""
         await self._in_thread(partial(self._files.download, path, local, timeout_s=timeout_s))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING
 
-from x07_sandbox.errors import SandboxError, UsageError
+from x07_sandbox.errors import ArgumentError, SandboxError
 from x07_sandbox.library.keyword_names import keyword
 from x07_sandbox.runs.diffs import diff_of
 from x07_sandbox.runs.result import Changes, Diff, Result
@@ -67,10 +67,11 @@ def _saved(run: str | Result, **lists: Sequence[str]) -> Iterator[SavedChanges]:
     """Yield the saved changes of a run. Check the arguments that are lists. Errors name keywords instead of flags."""
     for name, words in lists.items():
         if isinstance(words, str | bytes) or not all(isinstance(word, str) and word for word in words):
-            raise UsageError("cannot select changes", f"{name} is not a list of names", 'Pass a list, such as ["src"]')
+            fix = 'Pass a list, such as ["src"]'
+            raise ArgumentError("cannot select changes", f"{name} is not a list of names", fix)
     name = run.run if isinstance(run, Result) else str(run)
     if not name:
-        raise UsageError("cannot find a run", "its id is empty", "Pass the result of the run")
+        raise ArgumentError("cannot find a run", "its id is empty", "Pass the result of the run")
     try:
         yield find_saved(name)
     except SandboxError as exc:

@@ -17,7 +17,7 @@ from typing import IO, TYPE_CHECKING, Final, Literal, TypeVar, cast
 from x07_sandbox.channel import files as calls
 from x07_sandbox.channel.files import Request
 from x07_sandbox.channel.trees import Entry, FileEnd, Hole, Kind, Piece, Reader
-from x07_sandbox.errors import PeerError, UsageError
+from x07_sandbox.errors import ArgumentError, PeerError, UsageError
 from x07_sandbox.host.settings import FILES_S
 from x07_sandbox.library.arguments import checked_seconds
 from x07_sandbox.library.file_info import FileInfo
@@ -56,29 +56,38 @@ class Files:
         self._caller = threading.local()
         self._lock = threading.Lock()
 
-    def read(self, path: str, *, offset: int = 0, max_bytes: int = READ_MAX, timeout_s: float | None = None) -> bytes:
+    def read(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        offset: int = 0,
+        max_bytes: int = READ_MAX,
+        timeout_s: float | None = None,
+    ) -> bytes:
         """Return the content of a file from *offset* on, at most *max_bytes* of it."""
         size = min(_whole("max_bytes", max_bytes), READ_MAX)
-        request = Request(calls.READ, path, offset=_whole("offset", offset), size=size)
+        request = Request(calls.READ, os.fspath(path), offset=_whole("offset", offset), size=size)
         return self._ask(request, timeout_s, take=lambda server, answer: server.content(_bounded(answer, size)))
 
-    def write(self, path: str, data: bytes, *, mode: int | None = None, timeout_s: float | None = None) -> None:
+    def write(
+        self, path: str | os.PathLike[str], data: bytes, *, mode: int | None = None, timeout_s: float | None = None
+    ) -> None:
         """Create or replace a file, and the folders above it. mode: permission bits; None for 0644 or unchanged."""
         if not isinstance(data, bytes | bytearray | memoryview):
-            raise UsageError(f"cannot write {path}", f"data is {type(data).__name__}, not bytes", "Encode it first")
+            raise ArgumentError(f"cannot write {path}", f"data is {type(data).__name__}, not bytes", "Encode it first")
         content = bytes(data)
-        request = Request(calls.WRITE, path, size=len(content), mode=_mode(mode))
+        request = Request(calls.WRITE, os.fspath(path), size=len(content), mode=_mode(mode))
         self._write(request, timeout_s, lambda: _pieces(content))
 
-    def list(self, path: str = ".", *, timeout_s: float | None = None) -> list[FileInfo]:
+    def list(self, path: str | os.PathLike[str] = ".", *, timeout_s: float | None = None) -> list[FileInfo]:
         """Return what is in a folder, sorted by name."""
-        return sorted(self._ask(Request(calls.LIST, path), timeout_s, take=_infos))
+        return sorted(self._ask(Request(calls.LIST, os.fspath(path)), timeout_s, take=_infos))
 
-    def stat(self, path: str, *, follow: bool = True, timeout_s: float | None = None) -> FileInfo:
+    def stat(self, path: str | os.PathLike[str], *, follow: bool = True, timeout_s: float | None = None) -> FileInfo:
         """Return facts about a file, folder or other entry. follow: whether to follow a link at the end of the path."""
-        return self._ask(Request(calls.STAT, path, whole=not follow), timeout_s, take=_one)
+        return self._ask(Request(calls.STAT, os.fspath(path), whole=not follow), timeout_s, take=_one)
 
-    def exists(self, path: str, *, timeout_s: float | None = None) -> bool:
+    def exists(self, path: str | os.PathLike[str], *, timeout_s: float | None = None) -> bool:
         """Return whether there is a file, folder or other entry; False for a link that leads nowhere."""
         try:
             self.stat(path, timeout_s=timeout_s)
@@ -89,16 +98,23 @@ class Files:
         return True
 
     def mkdir(
-        self, path: str, *, parents: bool = True, mode: int | None = None, timeout_s: float | None = None
+        self,
+        path: str | os.PathLike[str],
+        *,
+        parents: bool = True,
+        mode: int | None = None,
+        timeout_s: float | None = None,
     ) -> None:
         """Create a folder. parents: also create those above it, and accept an existing folder."""
-        self._ask(Request(calls.MAKE, path, mode=_mode(mode), whole=parents), timeout_s)
+        self._ask(Request(calls.MAKE, os.fspath(path), mode=_mode(mode), whole=parents), timeout_s)
 
-    def remove(self, path: str, *, recursive: bool = False, timeout_s: float | None = None) -> None:
+    def remove(self, path: str | os.PathLike[str], *, recursive: bool = False, timeout_s: float | None = None) -> None:
         """Remove a file, a link or an empty folder. recursive: also a folder with all that is in it."""
-        self._ask(Request(calls.REMOVE, path, whole=recursive), timeout_s)
+        self._ask(Request(calls.REMOVE, os.fspath(path), whole=recursive), timeout_s)
 
-    def upload(self, local: str | os.PathLike[str], path: str, *, timeout_s: float | None = None) -> None:
+    def upload(
+        self, local: str | os.PathLike[str], path: str | os.PathLike[str], *, timeout_s: float | None = None
+    ) -> None:
         """See `Sandbox.upload`."""
         source = Path(local)
         with tempfile.TemporaryFile() as packed:
@@ -107,7 +123,7 @@ class Files:
 
                 pack(source, packed)
                 size = packed.tell()
-                self._ask(Request(calls.PUT, path, size=size), timeout_s, lambda: _from_file(packed, size))
+                self._ask(Request(calls.PUT, os.fspath(path), size=size), timeout_s, lambda: _from_file(packed, size))
                 return
             with source.open("rb") as file:
                 info = os.fstat(file.fileno())
@@ -115,10 +131,12 @@ class Files:
                 if not size:  # such as a pipe, or a file in /proc
                     shutil.copyfileobj(file, packed)
                     size, content = packed.tell(), packed
-                request = Request(calls.WRITE, path, size=size, mode=stat.S_IMODE(info.st_mode) & 0o777)
+                request = Request(calls.WRITE, os.fspath(path), size=size, mode=stat.S_IMODE(info.st_mode) & 0o777)
                 self._write(request, timeout_s, lambda: _from_file(content, size))
 
-    def download(self, path: str, local: str | os.PathLike[str], *, timeout_s: float | None = None) -> None:
+    def download(
+        self, path: str | os.PathLike[str], local: str | os.PathLike[str], *, timeout_s: float | None = None
+    ) -> None:
         """See `Sandbox.download`."""
         from x07_sandbox.files.unpack import BYTES_MAX, Unpacker
 
@@ -126,12 +144,20 @@ class Files:
         found = self.stat(path, timeout_s=timeout_s)
         if found.kind == "folder":
             with Unpacker(target) as unpacker:
-                self._ask(Request(calls.GET, path), timeout_s, take=lambda server, _answer: _unpack(server, unpacker))
+                self._ask(
+                    Request(calls.GET, os.fspath(path)),
+                    timeout_s,
+                    take=lambda server, _answer: _unpack(server, unpacker),
+                )
             return
         with target.open("xb") as out:
             try:
-                request = Request(calls.READ, path, size=BYTES_MAX, whole=True)
-                self._ask(request, timeout_s, take=lambda server, answer: _store(server, _allowed(path, answer), out))
+                request = Request(calls.READ, os.fspath(path), size=BYTES_MAX, whole=True)
+                self._ask(
+                    request,
+                    timeout_s,
+                    take=lambda server, answer: _store(server, _allowed(os.fspath(path), answer), out),
+                )
             except BaseException:
                 target.unlink()
                 raise
@@ -192,7 +218,7 @@ class Files:
         return found  # type: ignore[return-value]  # of the type of `take`
 
 
-def _checked(path: str) -> str:
+def _checked(path: str | os.PathLike[str]) -> str:
     """Return a path that the kernel can accept. Raises OSError."""
     text = os.fspath(path)
     try:
@@ -244,13 +270,13 @@ def _mode(mode: int | None) -> int:
     if mode is None:
         return -1
     if isinstance(mode, bool) or not isinstance(mode, int) or not 0 <= mode <= _PERMISSIONS:
-        raise UsageError("cannot set the mode", f"it is {mode!r}", "Pass permission bits, such as 0o644")
+        raise ArgumentError("cannot set the mode", f"it is {mode!r}", "Pass permission bits, such as 0o644")
     return mode
 
 
 def _whole(name: str, value: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 62:
-        raise UsageError("cannot read the file", f"{name} is {value!r}, not a whole number from 0", "Pass a number")
+        raise ArgumentError("cannot read the file", f"{name} is {value!r}, not a whole number from 0", "Pass a number")
     return value
 
 

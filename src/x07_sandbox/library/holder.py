@@ -217,7 +217,7 @@ class Holder:
         command = self._opened.command(number)
         if command is None or not command.execution.order.detached:
             why = "no detached command has this id, or it was waited for"
-            raise UsageError(f"there is no command {number}", why, "Start it again")
+            raise UsageError(f"there is no command {number}", why, "Start it again", code="no-such-command")
         return command
 
     def _carry(self, client: _Client, command: Command, *, detached: bool) -> None:

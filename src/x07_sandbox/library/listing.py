@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from x07_sandbox.errors import Command, UsageError
+from x07_sandbox.errors import ArgumentError, Command, UsageError
 from x07_sandbox.host.clocks import unix_ms
 from x07_sandbox.host.locks import is_locked
 from x07_sandbox.host.paths import state_dir
@@ -50,18 +50,19 @@ def find_sandbox(word: str) -> str:
     """Return the id of the held sandbox with this id, start of an id, or name. Raises UsageError, HostError."""
     what, list_them = f"cannot find sandbox {word}", ("To list all sandboxes: ", Command("x07 sandbox list"))
     if not isinstance(word, str) or not word:
-        raise UsageError("cannot find the sandbox", "its id is empty, or not a str", "Pass the id of a sandbox")
+        raise ArgumentError("cannot find the sandbox", "its id is empty, or not a str", "Pass its id")
     held = _held(word)
     if len(held) > 1:
-        raise UsageError(what, f"{len(held)} sandboxes fit, such as {held[0]}", list_them)
+        raise UsageError(what, f"{len(held)} sandboxes fit, such as {held[0]}", list_them, code="no-such-sandbox")
     if held:
         return held[0]
     named = [run for run in runs_with(SANDBOX) if _fits(run, word)]
     if any(is_locked(all_runs() / run) for run in named):
         why = "it belongs to the process that opened it, and ends with it"
-        raise UsageError(what, why, ("To open one that outlives its creator: ", Command("x07 sandbox create")))
+        fix = "To open one that outlives its creator: ", Command("x07 sandbox create")
+        raise UsageError(what, why, fix, code="no-such-sandbox")
     why = "it has ended" if named else f"none has {described(word)}, or this name"
-    raise UsageError(what, why, list_them)
+    raise UsageError(what, why, list_them, code="no-such-sandbox")
 
 
 def run_of(word: str) -> str:
@@ -81,7 +82,7 @@ def require_new_name(name: str) -> None:
     """Raise UsageError if an open sandbox has this name."""
     for run in _held(name) if name else ():
         fix = ("Use another name, or close that sandbox: ", Command(f"x07 sandbox close {name}"))
-        raise UsageError("cannot open the sandbox", f"sandbox {run} has the name {name}", fix)
+        raise UsageError("cannot open the sandbox", f"sandbox {run} has the name {name}", fix, code="name-taken")
 
 
 def _held(word: str) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Literal, TypedDict
 
 from x07_sandbox.policy.model import Policy
@@ -12,7 +13,7 @@ from x07_sandbox.policy.model import Policy
 class CommandOptions(TypedDict, total=False):
     """The keyword arguments that `run_program` and `exec_command` share, except args, input, read_only and check."""
 
-    files: Mapping[str, str | bytes] | None
+    files: Mapping[str, str | bytes] | Mapping[Path, str | bytes] | None
     max_files_bytes: int
     policy: str | os.PathLike[str] | Policy | None
     env: Mapping[str, str] | None
@@ -31,8 +32,8 @@ class CommandOptions(TypedDict, total=False):
     out: str | os.PathLike[str] | None
     allow_hosts: Sequence[str]
     deny_hosts: Sequence[str]
-    read_roots: Sequence[str]
-    write_roots: Sequence[str]
+    read_roots: Sequence[str | os.PathLike[str]]
+    write_roots: Sequence[str | os.PathLike[str]]
     allow_hidden: bool
     allow_symlinks: bool
     hide: Sequence[str]
@@ -45,6 +46,6 @@ class RunOptions(CommandOptions, total=False):
 
     source: str | bytes | None
     toolchain: str | None
-    command: Sequence[str]
+    command: Sequence[str | os.PathLike[str]]
     workdir: str | os.PathLike[str] | None
     read_only: bool

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Final, Literal, TypedDict
 
 import msgspec
 
-from x07_sandbox.errors import SandboxError, UsageError
+from x07_sandbox.errors import ArgumentError, SandboxError, UsageError
 from x07_sandbox.host.settings import OUTPUT_MAX_BYTES
 from x07_sandbox.plan.denials import Denial, Hint, Outcome
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Callable, Iterator, Mapping
 
     from x07_sandbox.runs.command import Command, StreamName
@@ -28,7 +29,7 @@ class ExecOptions(TypedDict, total=False):
     """The keyword arguments of `Sandbox.exec`."""
 
     input: bytes
-    cwd: str | None
+    cwd: str | os.PathLike[str] | None
     env: Mapping[str, str] | None
     timeout_s: float | None
     merge: bool
@@ -41,7 +42,7 @@ class ExecOptions(TypedDict, total=False):
 class StartOptions(TypedDict, total=False):
     """The keyword arguments of `Sandbox.start`."""
 
-    cwd: str | None
+    cwd: str | os.PathLike[str] | None
     env: Mapping[str, str] | None
     timeout_s: float | None
     merge: bool
@@ -265,7 +266,7 @@ class Process:
 
 def bad_value(name: str, value: object, wanted: str) -> UsageError:
     """Return the error for a wrong value of an argument of a call about a command."""
-    return UsageError("cannot do this with a command", f"{name} is {value!r}", f"Use {wanted}")
+    return ArgumentError("cannot do this with a command", f"{name} is {value!r}", f"Use {wanted}")
 
 
 def _whole(name: str, value: int, least: int, most: int) -> int:

@@ -8,13 +8,14 @@ import threading
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, Unpack
 
 # Modules that run programs are imported on the first run, so that importing this one is cheap.
-from x07_sandbox.errors import SandboxError, UsageError
+from x07_sandbox.errors import ArgumentError, SandboxError
 from x07_sandbox.host.settings import FILES_BYTES
 from x07_sandbox.host.threads import start_thread
 from x07_sandbox.library.arguments import bad_argument, check_names, check_one_program, checked_options, loaders_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
+    from pathlib import Path
 
     from x07_sandbox.backends.base import MachineSource
     from x07_sandbox.host.cancel import Cancel
@@ -33,14 +34,14 @@ _CHUNK = 64 * 1024
 
 def run_program(  # noqa: PLR0913 - each is a keyword
     program: str | os.PathLike[str] | None = None,
-    args: Sequence[str] = (),
+    args: Sequence[str | os.PathLike[str]] = (),
     *,
     source: str | bytes | None = None,
     toolchain: str | None = None,
-    command: Sequence[str] = (),
+    command: Sequence[str | os.PathLike[str]] = (),
     workdir: str | os.PathLike[str] | None = None,
     read_only: bool = False,
-    files: Mapping[str, str | bytes] | None = None,
+    files: Mapping[str, str | bytes] | Mapping[Path, str | bytes] | None = None,
     max_files_bytes: int = FILES_BYTES,
     input: bytes | None = None,  # noqa: A002 - as subprocess.run has it
     policy: str | os.PathLike[str] | Policy | None = None,
@@ -60,8 +61,8 @@ def run_program(  # noqa: PLR0913 - each is a keyword
     out: str | os.PathLike[str] | None = None,
     allow_hosts: Sequence[str] = (),
     deny_hosts: Sequence[str] = (),
-    read_roots: Sequence[str] = (),
-    write_roots: Sequence[str] = (),
+    read_roots: Sequence[str | os.PathLike[str]] = (),
+    write_roots: Sequence[str | os.PathLike[str]] = (),
     allow_hidden: bool = False,
     allow_symlinks: bool = False,
     hide: Sequence[str] = (),
@@ -75,7 +76,8 @@ def run_program(  # noqa: PLR0913 - each is a keyword
     source: source text to run instead of a program. *toolchain* is its language ("python", "c", ...).
     command: a command installed in the image, with its arguments, to run instead of a program (see `exec_command`).
     files: more files, by relative name, as bytes or as text for UTF-8. They are placed beside the source and, without
-    workdir, in the program's working folder, which is otherwise empty.
+    workdir, in the program's working folder, which is otherwise empty. At most 10,000 files of 64 MiB together. Larger
+    files reach the program in a folder that *workdir* or *read_roots* names.
     workdir: the program starts in a copy of this folder. Changes are copied back unless read_only. Without workdir,
     `Result.files` contains the files that the program left in its working folder and, without *out*, in /x07/out: at
     most max_files_bytes. Other files are discarded and counted in `Result.files_discarded`.
@@ -120,7 +122,7 @@ def run_program(  # noqa: PLR0913 - each is a keyword
 
 
 def exec_command(
-    command: Sequence[str],
+    command: Sequence[str | os.PathLike[str]],
     workdir: str | os.PathLike[str] | None = None,
     *,
     read_only: bool = False,
@@ -140,7 +142,7 @@ def exec_command(
 
 
 async def exec_command_async(
-    command: Sequence[str],
+    command: Sequence[str | os.PathLike[str]],
     workdir: str | os.PathLike[str] | None = None,
     *,
     read_only: bool = False,
@@ -155,11 +157,11 @@ async def exec_command_async(
     )
 
 
-def _check_command(function: str, command: Sequence[str], options: Iterable[str]) -> None:
+def _check_command(function: str, command: Sequence[str | os.PathLike[str]], options: Iterable[str]) -> None:
     check_names(function, options, OPTIONS - {"command", "source", "toolchain"})
     if isinstance(command, str | bytes) or not command:
         fix = 'Pass a list of str, such as ["make", "test"]'
-        raise UsageError("cannot run a command", "command is not a list with at least one word", fix)
+        raise ArgumentError("cannot run a command", "command is not a list with at least one word", fix)
 
 
 def run_uninterrupted(cancel: Callable[[], object], work: Callable[[], _T]) -> _T:
@@ -206,7 +208,7 @@ def run_uninterrupted(cancel: Callable[[], object], work: Callable[[], _T]) -> _
 
 async def run_program_async(
     program: str | os.PathLike[str] | None = None,
-    args: Sequence[str] = (),
+    args: Sequence[str | os.PathLike[str]] = (),
     *,
     input: bytes | None = None,  # noqa: A002 - as subprocess.run has it
     check: bool = False,

@@ -7,7 +7,7 @@ import os
 from functools import partial
 from typing import TYPE_CHECKING, Literal, Self, TypedDict, Unpack
 
-from x07_sandbox.errors import SandboxError, UsageError
+from x07_sandbox.errors import ArgumentError, SandboxError, UsageError
 from x07_sandbox.host.settings import LIFETIME_S, OUTPUT_MAX_BYTES, QUEUE_S
 from x07_sandbox.library.arguments import check_names, checked_seconds
 from x07_sandbox.library.processes import KEEPS, Process, bad_value, checked
@@ -15,6 +15,7 @@ from x07_sandbox.library.run import run_uninterrupted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
     from types import TracebackType
 
     from x07_sandbox.backends.base import MachineSource
@@ -39,9 +40,9 @@ class SandboxOptions(TypedDict, total=False):
     env: Mapping[str, str] | None
     workdir: str | os.PathLike[str] | None
     read_only: bool
-    files: Mapping[str, str | bytes] | None
-    read_roots: Sequence[str]
-    write_roots: Sequence[str]
+    files: Mapping[str, str | bytes] | Mapping[Path, str | bytes] | None
+    read_roots: Sequence[str | os.PathLike[str]]
+    write_roots: Sequence[str | os.PathLike[str]]
     allow_hosts: Sequence[str]
     deny_hosts: Sequence[str]
     allow_hidden: bool
@@ -87,9 +88,9 @@ class Sandbox:
         env: Mapping[str, str] | None = None,
         workdir: str | os.PathLike[str] | None = None,
         read_only: bool = False,
-        files: Mapping[str, str | bytes] | None = None,
-        read_roots: Sequence[str] = (),
-        write_roots: Sequence[str] = (),
+        files: Mapping[str, str | bytes] | Mapping[Path, str | bytes] | None = None,
+        read_roots: Sequence[str | os.PathLike[str]] = (),
+        write_roots: Sequence[str | os.PathLike[str]] = (),
         allow_hosts: Sequence[str] = (),
         deny_hosts: Sequence[str] = (),
         allow_hidden: bool = False,
@@ -244,10 +245,10 @@ class Sandbox:
 
     def exec(  # noqa: PLR0913 - each is a keyword
         self,
-        argv: Sequence[str],
+        argv: Sequence[str | os.PathLike[str]],
         *,
         input: bytes = b"",  # noqa: A002 - as subprocess.run has it
-        cwd: str | None = None,
+        cwd: str | os.PathLike[str] | None = None,
         env: Mapping[str, str] | None = None,
         timeout_s: float | None = None,
         merge: bool = False,
@@ -291,14 +292,14 @@ class Sandbox:
     ) -> Ended:
         """Run shell commands by `bash -c`, or `sh -c` where there is no bash. The options are those of `exec`."""
         if not isinstance(text, str):
-            raise UsageError("cannot run the commands", f"they are {type(text).__name__}, not str", "Use exec()")
+            raise ArgumentError("cannot run the commands", f"they are {type(text).__name__}, not str", "Use exec()")
         return self.exec([self._shell(given_up), "-c", text], given_up=given_up, **options)
 
     def start(  # noqa: PLR0913 - as above
         self,
-        argv: Sequence[str],
+        argv: Sequence[str | os.PathLike[str]],
         *,
-        cwd: str | None = None,
+        cwd: str | os.PathLike[str] | None = None,
         env: Mapping[str, str] | None = None,
         timeout_s: float | None = None,
         merge: bool = False,
@@ -312,32 +313,37 @@ class Sandbox:
         from x07_sandbox.channel.messages import Terminal
         from x07_sandbox.runs.command import CommandStart
 
-        what = "cannot run the command"
         if isinstance(argv, str | bytes) or not argv:
-            raise UsageError(what, "argv is not a list with at least one word", 'Pass a list such as ["make", "test"]')
+            why, fix = "argv is not a list with at least one word", 'Pass a list such as ["make", "test"]'
+            raise ArgumentError("cannot run the command", why, fix)
         if timeout_s is not None:
             checked_seconds("timeout_s", timeout_s, bad_value("timeout_s", timeout_s, "a number of seconds above 0"))
         terminal = Terminal(*_SIZE) if tty else None
-        given = CommandStart(list(argv), dict(env or {}), cwd, timeout_s, merge, terminal, detach)
+        words = [os.fspath(word) if isinstance(word, os.PathLike) else word for word in argv]
+        folder = None if cwd is None else os.fspath(cwd)
+        given = CommandStart(words, dict(env or {}), folder, timeout_s, merge, terminal, detach)
         return Process(self._using().start(given))
 
     def process(self, number: int) -> Process:
         """Return a command that runs, or whose end nobody has asked for, by its id. Raises UsageError."""
         command = self._using().command(number)
         if command is None:
-            raise UsageError(
-                f"there is no command {number}", "none has this id, or it was waited for", "Start it again"
-            )
+            why = "none has this id, or it was waited for"
+            raise UsageError(f"there is no command {number}", why, "Start it again", code="no-such-command")
         return Process(command)
 
-    def upload(self, local: str | os.PathLike[str], path: str, *, timeout_s: float | None = None) -> None:
+    def upload(
+        self, local: str | os.PathLike[str], path: str | os.PathLike[str], *, timeout_s: float | None = None
+    ) -> None:
         """Copy a file, or a folder with all that is in it, into the sandbox. A folder must not exist there yet.
 
         timeout_s: see `files`. Raises OSError, SandboxError.
         """
         self.files.upload(local, path, timeout_s=timeout_s)
 
-    def download(self, path: str, local: str | os.PathLike[str], *, timeout_s: float | None = None) -> None:
+    def download(
+        self, path: str | os.PathLike[str], local: str | os.PathLike[str], *, timeout_s: float | None = None
+    ) -> None:
         """Copy a file, or a folder with all that is in it, from the sandbox to a path that does not exist yet.
 
         The content is not trusted: links in a folder are copied as links, and nothing is written outside *local*. Holes
@@ -358,7 +364,7 @@ class Sandbox:
         from x07_sandbox.library.forwarding import Forwarder
 
         if isinstance(port, bool) or not isinstance(port, int) or not 0 < port < 1 << 16:
-            raise UsageError("cannot forward a port", f"it is {port!r}", "Pass a number from 1 to 65535")
+            raise ArgumentError("cannot forward a port", f"it is {port!r}", "Pass a number from 1 to 65535")
         return Forwarder(self._using(), port, None if unix is None else os.fspath(unix)).address
 
     def changes(self) -> Diff:
@@ -382,7 +388,8 @@ class Sandbox:
 
         opened = self._using()
         if changes not in CHANGES:
-            raise UsageError("cannot close the sandbox", f"changes is {changes!r}", f"Use one of {', '.join(CHANGES)}")
+            fix = f"Use one of {', '.join(CHANGES)}"
+            raise ArgumentError("cannot close the sandbox", f"changes is {changes!r}", fix)
         try:
             return run_uninterrupted(lambda: None, lambda: opened.finish(changes))
         finally:

@@ -106,7 +106,8 @@ def advise(policy: Policy, field: str, value: object, flag: str | None = None) -
 def more_tasks(policy: Policy, max_live: int | None, count: int, reach: FlagReach = _NO_FLAGS) -> Denial:
     """Return the denial of new tasks at the limit. max_live: the policy's process.max_live, if that is the limit."""
     field, current = ("limits.procs", policy.limits.procs) if max_live is None else ("process.max_live", max_live)
-    return _denial(field, STARTS, "a new process or thread", _CGROUP, count, _advise_higher(policy, field, current, reach))
+    how = _advise_higher(policy, field, current, reach)
+    return _denial(field, STARTS, "a new process or thread", _CGROUP, count, how)
 
 
 def limit_hit(

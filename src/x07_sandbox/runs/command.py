@@ -86,7 +86,8 @@ class CommandEnd(msgspec.Struct, frozen=True, kw_only=True):
 class SandboxRecord(msgspec.Struct, frozen=True, kw_only=True):
     """The file SANDBOX of the folder of a run: facts about a sandbox. image: the digest of its image, or None.
 
-    until_unix_ms: when its lifetime ends. left_out: one denial for each reason why entries of its folders were not copied in.
+    until_unix_ms: when its lifetime ends. left_out: one denial for each reason why entries of its folders were not
+    copied in.
     """
 
     name: str

@@ -226,7 +226,7 @@ class OpenSandbox(AnySandbox):
     def start(self, given: CommandStart, *, service: str = "") -> Command:
         """See `AnySandbox.start`."""
         request = self.prepared.request
-        words = [os.fspath(word) if isinstance(word, os.PathLike) else word for word in given.argv]
+        words = [*given.argv]
         if not service:
             checked = replace(request, command=tuple(words[:1]), args=tuple(words[1:]), env={**given.env})
             check_arguments(checked)
