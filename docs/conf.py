@@ -40,6 +40,8 @@ def _name_what_lies_outside(
     source[0] = _OUTSIDE.sub(r"\1 (`\2`)", source[0])
 
 
+# A page that a docstring names by its path in the repository.
+_PAGE: Final = re.compile(r"\(docs/([\w/-]+)\.md\)")
 _FIELD: Final = re.compile(r"(\w+(?:, \w+)*): ")
 
 
@@ -75,7 +77,7 @@ def _rewrite(
     _options: object,
     lines: list[str],
 ) -> None:
-    lines[:] = _as_rst(lines)
+    lines[:] = [_PAGE.sub(r"(:doc:`/\1`)", line) for line in _as_rst(lines)]
 
 
 def setup(app: Sphinx) -> None:

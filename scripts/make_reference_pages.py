@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import re
 import textwrap
 from pathlib import Path
@@ -31,6 +32,7 @@ _COLUMNS: Final = 80
 _MEANING_AT: Final = 48  # the last column at which a meaning begins beside its name
 _ITEM: Final = re.compile(r"( +)(.*?)(?:(  +)(\S.*))?")
 _BREAK: Final = re.compile(r" (?=--|[|>] )")
+_PAGE: Final = re.compile(r"\(docs/([\w/-]+\.md)\)")
 _FIELD: Final = re.compile(r"(\w+(?:, \w+)*): (.*)")
 
 
@@ -197,7 +199,14 @@ def _type(schema: dict[str, Any]) -> str:
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
+    return _PAGE.sub(_link, text.replace("|", "\\|"))
+
+
+def _link(found: re.Match[str]) -> str:
+    """Return the link to a page that a docstring names by its path in the repository."""
+    page = FOLDER.parent / found[1]
+    title = page.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
+    return f"([{title}]({os.path.relpath(page, FOLDER)}))"
 
 
 def _table(head: str, rows: Iterable[str]) -> str:
