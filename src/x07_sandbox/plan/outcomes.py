@@ -282,10 +282,9 @@ def build_verdict(found: Verdict, wall_ms: int = settings.BUILD_WALL_MS, subject
 
 def with_denied_tasks(found: Verdict, denials: Sequence[Denial]) -> Verdict:
     """Return the verdict on a program that failed, with what it was denied of processes and threads as a reason too."""
-    tasks = next((denial for denial in denials if denial.action == STARTS), None)
-    if tasks is None or found.outcome not in _MAY_LACK_TASKS:
-        return found
-    return found.having(denied=f"{tasks.subject} ({tasks.field})")
+    lacks = found.outcome in _MAY_LACK_TASKS
+    tasks = next((denial for denial in denials if lacks and denial.action == STARTS), None)
+    return found if tasks is None else found.having(denied=f"{tasks.subject} ({tasks.field})")
 
 
 def limit_set_by(found: Verdict, **setter: str) -> Verdict:

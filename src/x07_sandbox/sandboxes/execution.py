@@ -119,8 +119,7 @@ class Execution:
 
     def ran(self, ended_ms: float, wall_ms: float) -> None:
         """Note when the command ended, and for how long it ran by the guest's clock."""
-        # On a busy host STARTED may be read late, even together with EXITED. The command then started earlier, but
-        # not before it was sent.
+        # A busy host may read STARTED late, even together with EXITED. No command starts before it is sent.
         began_ms = max(self._sent_ms, ended_ms - wall_ms)
         self.times_ms |= {"started": round(min(self.times_ms["started"], began_ms), 1), "exited": ended_ms}
 
