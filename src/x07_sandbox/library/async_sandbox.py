@@ -121,7 +121,7 @@ class AsyncSandbox:
         """The files of the sandbox."""
         return AsyncFiles(self._sandbox.files)
 
-    async def exec(self, argv: Sequence[str], **options: Unpack[ExecOptions]) -> Ended:
+    async def exec(self, argv: Sequence[str | os.PathLike[str]], **options: Unpack[ExecOptions]) -> Ended:
         """See `Sandbox.exec`. *on_output* is called in the thread of the event loop."""
         return await self._run(partial(self._sandbox.exec, argv), options)
 
@@ -129,7 +129,7 @@ class AsyncSandbox:
         """See `Sandbox.shell`. *on_output* is called in the thread of the event loop."""
         return await self._run(partial(self._sandbox.shell, text), options)
 
-    async def start(self, argv: Sequence[str], **options: Unpack[StartOptions]) -> AsyncProcess:
+    async def start(self, argv: Sequence[str | os.PathLike[str]], **options: Unpack[StartOptions]) -> AsyncProcess:
         """See `Sandbox.start`."""
         started: list[Process] = []
 

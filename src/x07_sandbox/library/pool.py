@@ -128,7 +128,7 @@ class Pool(Executor):
         program: str | os.PathLike[str] | None = None,
         input: bytes | None = None,  # noqa: A002 - as subprocess.run has it
         *,
-        args: Sequence[str] = (),
+        args: Sequence[str | os.PathLike[str]] = (),
         check: bool = False,
         **options: Unpack[RunOptions],
     ) -> Future[Result]:
@@ -149,7 +149,7 @@ class Pool(Executor):
         /,
         *,
         timeout: float | None = None,
-        args: Sequence[str] = (),
+        args: Sequence[str | os.PathLike[str]] = (),
         check: bool = False,
         **options: Unpack[RunOptions],
     ) -> Iterator[Result]:
@@ -185,7 +185,7 @@ class Pool(Executor):
         data: bytes | None,
         *,
         cancel: Cancel,
-        args: Sequence[str],
+        args: Sequence[str | os.PathLike[str]],
         check: bool,
         **options: Any,  # noqa: ANN401 - run_once knows them
     ) -> Result:
