@@ -7,6 +7,7 @@ import gc
 import os
 import signal
 import stat
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
@@ -232,6 +233,14 @@ def no_leaks() -> Iterator[None]:
         gc.collect()  # descriptors held by garbage only: Python's ResourceWarning, which is an error here, reports them
         leaked = _leaked(before)
     assert not leaked, f"the test left descriptors open: {leaked}"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_shims() -> Iterator[None]:
+    """Fail the last test of a file if the file leaves a process of a container that containerd no longer ends."""
+    yield
+    engines = sys.modules.get("tests.engines")  # a file that starts no container does not import it
+    assert engines is None or engines.shims_left() == []
 
 
 def _leaked(before: dict[int, str]) -> dict[int, str]:

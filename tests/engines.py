@@ -18,6 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from x07_sandbox.backends.engines import engine, load
+from x07_sandbox.host.clocks import Deadline
+from x07_sandbox.host.linux import of_process
+from x07_sandbox.host.processes import processes_with_mark, wait_gone
 from x07_sandbox.images.archive import write_archive
 from x07_sandbox.images.build import build_image
 
@@ -27,6 +30,8 @@ if TYPE_CHECKING:
     from x07_sandbox.backends.engines import Name
 
 REFERENCE = "x07-guest-runner:test"
+FOLDERS: set[str] = set()
+"""The folders of the daemons that this process runs."""
 _START_S = 30.0
 _ENV = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C", "PODMAN_IGNORE_CGROUPSV1_WARNING": "1"}
 _TOOLS = {
@@ -80,6 +85,14 @@ def ctr(address: str) -> list[str]:
     return ["/usr/bin/ctr", "--address", address, "--namespace", "x07"]
 
 
+def shims_left() -> list[str]:
+    """Return the shims of this process's daemons, after those of jobs that ended just now have had time to end."""
+    found = [one for folder in FOLDERS for one in processes_with_mark(folder)]
+    shims = [one for one in found if b"/containerd-shim" in (of_process(one.pid, "cmdline") or b"").split(b"\0")[0]]
+    deadline = Deadline.after(_START_S)
+    return [f"shim {one.pid}" for one in shims if not wait_gone(one, deadline.left_s())]
+
+
 def missing(name: str) -> str:
     """Return why this engine cannot be tested here, or ""."""
     if os.geteuid() != 0:
@@ -93,7 +106,7 @@ def running(name: Name) -> Iterator[EngineUnderTest]:
     """Start the engine and load our image; remove all of it on exit."""
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=f"x07-{name}-", dir="/var/tmp")))
-        env = stack.enter_context((_podman if name == "podman" else dockerd)(folder))
+        env = stack.enter_context((podman_store if name == "podman" else dockerd)(folder))
         with _variables(env):
             image = build_image(progress=lambda _text: None)
             digest, _ = load(image, REFERENCE, [name], lambda _text: None)
@@ -146,7 +159,8 @@ def _variables(env: Mapping[str, str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _podman(folder: Path) -> Iterator[dict[str, str]]:
+def podman_store(folder: Path) -> Iterator[dict[str, str]]:
+    """Make a podman with a store below *folder*; yield the variable by which a backend finds it."""
     client = folder / "podman"
     words = f"--root {folder}/store --runroot {folder}/run --storage-driver overlay"
     client.write_text(f'#!/bin/sh\nexec /usr/bin/podman {words} "$@"\n', encoding="ascii")
@@ -167,6 +181,7 @@ def dockerd(folder: Path) -> Iterator[dict[str, str]]:
     argv += ["--exec-root", f"{folder}/exec", "--pidfile", f"{folder}/docker.pid", "--cgroup-parent", f"/{folder.name}"]
     with (folder / "log").open("wb") as log:
         daemon = subprocess.Popen([*argv, *_DOCKERD], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=_ENV)
+    FOLDERS.add(str(folder))
     try:
         deadline = time.monotonic() + _START_S
         while _quietly("docker", "--host", host, "info"):
@@ -185,6 +200,7 @@ def dockerd(folder: Path) -> Iterator[dict[str, str]]:
         )
         if ids := listed.stdout.decode().split():
             _quietly("docker", "--host", host, "rm", "--force", *ids)
+        FOLDERS.discard(str(folder))
         _ended(daemon)
         _unmounted(folder)
         for group in Path("/sys/fs/cgroup").glob(f"*/{folder.name}"):
@@ -203,6 +219,7 @@ def containerd(folder: Path) -> Iterator[str]:
     with (folder / "log").open("wb") as log:
         argv = ["containerd", "--config", f"{folder}/config.toml"]
         daemon = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=_ENV)
+    FOLDERS.add(str(folder))
     try:
         deadline = time.monotonic() + _START_S
         while not _connects(f"{address}.ttrpc"):
@@ -218,8 +235,11 @@ def containerd(folder: Path) -> Iterator[str]:
         for name in listed.stdout.decode().split():
             _quietly(*ctr(address), "tasks", "delete", "--force", name)
             _quietly(*ctr(address), "containers", "delete", name)
+        left = shims_left()  # without their daemon they would live for ever
+        FOLDERS.discard(str(folder))
         _ended(daemon)
         _unmounted(folder)
+        assert left == []
 
 
 def _connects(address: str) -> bool:

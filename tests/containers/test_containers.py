@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.conftest import need
-from tests.engines import REFERENCE
+from tests.engines import REFERENCE, ctr
 from tests.vm.jail_helpers import temporary_user
 from x07_sandbox import exec_command
 from x07_sandbox.backends.base import Orphan
@@ -147,18 +147,35 @@ def waiting_run(engine: EngineUnderTest, folder: Path) -> Iterator[tuple[subproc
             runner.send_signal(signal.SIGINT)
 
 
+SLEEP = [sys.executable, "-c", "import time; time.sleep(600)"]
+# Plays the client of a task whose shim starts late: once the container was deleted.
+LATE = """
+import os, subprocess, sys
+words, info = sys.argv[1].split("\\n"), [*sys.argv[2:-3], "containers", "info", sys.argv[-1]]
+while not subprocess.run(info, capture_output=True).returncode:
+    pass
+os.execv(words[0], words)
+"""
+
+
 @pytest.mark.parametrize("engine", ["containerd"], indirect=True)
-@pytest.mark.usefixtures("engine")
-def test_a_task_without_a_container_is_ended() -> None:
-    """A container is gone only once it has no shim, and the shim of a task whose container was deleted is killed."""
+@pytest.mark.parametrize("case", ["no container", "no task", "a client that is starting a task"])
+def test_no_shim_outlives_its_container(engine: EngineUnderTest, case: str) -> None:
+    """A container is gone only once it has no shim and none is being started; a shim without a task is killed."""
     container = "x07-1764273600000-4711-0-run"
-    words = ["-namespace", "x07", "-id", container, "-address", "/no.sock"]  # of a shim; this one makes no task
-    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", *words]) as shim:
+    shim = [*SLEEP, "-namespace", "x07", "-id", container, "-address", "/no.sock"]  # this one makes no task
+    client = [sys.executable, "-c", LATE, "\n".join(shim), *ctr(engine.env["X07_VM_CONTAINERD_SOCK"])]
+    words = [*client, "tasks", "start", container] if case.startswith("a client") else shim
+    if case != "no container":
+        reference = engine.call("images", "ls", "--quiet").split()[0]
+        engine.call("containers", "create", "--snapshotter", "overlayfs", reference, container)
+    with subprocess.Popen(words) as process:
         try:
             assert ContainerdBackend().remove(Orphan(id=container, labels={}))
-            assert shim.wait(10) == -signal.SIGKILL
+            assert process.wait(10) == -signal.SIGKILL
         finally:
-            shim.kill()
+            process.kill()
+    assert engine.containers() == []
 
 
 VIEW = """

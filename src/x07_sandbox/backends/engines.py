@@ -33,7 +33,7 @@ _CALL_S: Final = 30.0
 # words, such as "connect: no such file or directory" of a client without its daemon.
 _ABSENT: Final = re.compile(
     r"no such (?:container|object)\b|no container with (?:name or ID|ID or name) |"
-    r'\bcontainer "[^"]*" in namespace "[^"]*": not found|\b(?:container|image) not found: |'
+    r'\bcontainer "[^"]*" in namespace "[^"]*": not found|\bno running task found: |\b(?:container|image) not found: |'
     r"\bloading (?:container|sandbox): file does not exist",
     re.IGNORECASE,
 )

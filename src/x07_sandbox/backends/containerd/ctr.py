@@ -19,6 +19,11 @@ from x07_sandbox.host.processes import kill_identity, processes_with_mark, wait_
 
 _STEP_S: Final = 5.0
 _SHIM_S: Final = 1.0
+# Arguments of a container's shim, the process of a task, which containerd starts before it knows the task; and of the
+# client that starts the task. As long as the client runs, containerd may start a shim, also after the container was
+# deleted. `ctr` cannot name the task of a deleted container, but containerd removes a task whose shim has ended.
+_SHIM: Final = "-id\0{}\0"
+_CLIENT: Final = "tasks\0start\0{}\0"
 _IMAGE: Final = re.compile(r"(\S{1,512}) +\S+ +(sha256:[0-9a-f]{64}) ")  # REF TYPE DIGEST SIZE ...
 _IMPORT: Final = "Import the guest image again"
 
@@ -114,13 +119,19 @@ class Ctr(msgspec.Struct, frozen=True, kw_only=True):
 
         def remove() -> bool:  # a step fails if there is nothing to do
             self.client.call("tasks", "kill", "--signal", "SIGKILL", container, timeout_s=_STEP_S)
-            self.client.call("tasks", "delete", "--force", container, timeout_s=_STEP_S)
+            deleted = self.client.call("tasks", "delete", "--force", container, timeout_s=_STEP_S)
             machine_gone = self.end_machine(container)
-            if _without_shim(container):
+            shim, client = _SHIM.format(container), _CLIENT.format(container)
+            if _ended(shim, _SHIM_S):
                 self.client.call("containers", "delete", container, timeout_s=_STEP_S)
-            elif self.find(container) is None:
-                _kill_shim(container)
-            return machine_gone and self.find(container) is None and _without_shim(container)
+            elif deleted.absent or not deleted.status:  # containerd has no task with this shim
+                _kill(shim)
+            if not machine_gone or self.find(container) is not None:
+                return False
+            if not _ended(client, _STEP_S):
+                _kill(client)  # containerd then cancels its request; a shim started before that is found next time
+                return False
+            return _ended(shim, _SHIM_S)
 
         return until_gone(remove)
 
@@ -139,24 +150,13 @@ class Ctr(msgspec.Struct, frozen=True, kw_only=True):
         return [] if answer.status else [word for word in answer.text.split() if is_name(word)][:CONTAINERS_MAX]
 
 
-def _shim_words(container: str) -> str:
-    """Return a part of the arguments of a container's shim.
-
-    The shim is the process of a task, which containerd starts before it knows the task. So if `ctr` was killed while it
-    started a task, containerd may make that task after its container was deleted. `ctr` cannot name such a task, but
-    containerd removes a task whose shim has ended.
-    """
-    return f"-id\0{container}\0"
+def _ended(words: str, timeout_s: float) -> bool:
+    """Wait until the processes with these arguments have ended, for a limited time. Return whether they have."""
+    deadline = Deadline.after(timeout_s)
+    return all(wait_gone(process, deadline.left_s()) for process in processes_with_mark(words))
 
 
-def _without_shim(container: str) -> bool:
-    """Wait until a container has no shim, for a limited time. Return whether it has none."""
-    deadline = Deadline.after(_SHIM_S)
-    return all(wait_gone(shim, deadline.left_s()) for shim in processes_with_mark(_shim_words(container)))
-
-
-def _kill_shim(container: str) -> None:
-    words = _shim_words(container)
-    for shim in processes_with_mark(words):
+def _kill(words: str) -> None:
+    for process in processes_with_mark(words):
         with contextlib.suppress(PermissionError):  # an ordinary user's: the container is then not proven gone
-            kill_identity(shim, words)
+            kill_identity(process, words)
