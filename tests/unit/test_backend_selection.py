@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 
 import pytest
 
 from x07_sandbox.backends.registry import BY_NAME, Class, Platform
 from x07_sandbox.backends.selection import ACCEPT_FLAG, BackendRequest, Choice, select, usable_flags
+from x07_sandbox.cli.conform import backends_to_test
 from x07_sandbox.errors import RefusedError, SandboxError, UsageError
 from x07_sandbox.host.variables import SANDBOX_BACKENDS
 
@@ -99,6 +101,14 @@ def test_a_named_backend_is_taken_or_refused_never_replaced(name: str, by: str) 
 def test_the_command_line_comes_before_the_environment(asked: BackendRequest, expected: object) -> None:
     """Flags override variables, variables override the default, and weaker isolation needs acceptance."""
     assert (select(LINUX, asked) if isinstance(expected, Choice) else answer(LINUX, asked)) == expected
+
+
+def test_a_backend_that_is_not_installed_is_not_tested_unasked() -> None:
+    """`x07 conform` without a backend tests the VM backends that can run here."""
+    options = argparse.Namespace(sandbox_backend=None, backend=None, i_accept_weaker_isolation=False)
+    assert backends_to_test(options, LINUX) == ["qemu"]
+    both = Platform(system="linux", installed=frozenset({"firecracker-ctr"}))
+    assert backends_to_test(options, both) == ["firecracker-ctr", "qemu"]
 
 
 def test_firecracker_comes_first_where_it_is_installed() -> None:

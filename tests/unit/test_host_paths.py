@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from x07_sandbox.errors import HostError, UsageError
+from x07_sandbox.errors import HostError, UsageError, worded
 from x07_sandbox.host.paths import cache_dir, private_dir, read_bounded, state_dir
 
 if TYPE_CHECKING:
@@ -160,6 +160,7 @@ def test_a_folder_of_another_user_is_refused(where: str, tmp_path: Path, need: N
 def test_no_error_suggests_to_change_a_system_folder(bits: int, tmp_path: Path, need: Need) -> None:
     """No error tells root to chmod an open system folder."""
     need(os.geteuid() == 0, "needs root, whose folders are the system's", installable=False)
+    tmp_path.chmod(0o755)
     folder = tmp_path / "open"
     folder.mkdir()
     folder.chmod(bits)
@@ -170,6 +171,19 @@ def test_no_error_suggests_to_change_a_system_folder(bits: int, tmp_path: Path, 
     assert (str(folder / "x07-sandbox") in caught.value.fix) is not swapped
     with pytest.raises(HostError, match="other users can change it") if swapped else contextlib.nullcontext():
         private_dir(folder / "x07-sandbox")
+
+
+@pytest.mark.parametrize("bits", [0o755, 0o750, 0o777])
+def test_a_folder_that_only_its_owner_reaches_is_repaired_by_chmod(bits: int, tmp_path: Path) -> None:
+    """The error for an open folder inside a private one, such as a copy of images, has the chmod that repairs it."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    folder.chmod(bits)
+    with pytest.raises(HostError) as caught:
+        private_dir(folder)
+    assert worded(caught.value.fix) == f"Run: chmod 0700 {folder}"
+    folder.chmod(0o700)
+    private_dir(folder)
 
 
 TRY = """
@@ -221,6 +235,32 @@ def test_folders_on_the_way_need_not_be_readable(base: Path) -> None:
     """Parent folders need not be readable."""
     base.chmod(0o711)
     assert as_nobody(base / "home" / "jobs") == ["taken"]
+
+
+@pytest.mark.root
+@pytest.mark.parametrize(("mode", "group"), [("0777", 0), ("2777", NOBODY), ("2775", NOBODY), ("2770", NOBODY)])
+def test_a_volume_of_a_pod_is_refused_with_the_way_out(mode: str, group: int, base: Path) -> None:
+    """A volume of emptyDir's or fsGroup's shape is refused, and the error says how a pod gets a private folder in it.
+
+    Such a folder, which is mounted by subPath, is used.
+    """
+    for name in ("volume", "place"):
+        (base / name).mkdir()
+    script = f"""
+        mount -t tmpfs -o mode={mode},gid={group} tmpfs {base}/volume
+        setpriv --reuid={NOBODY} --regid={NOBODY} --clear-groups mkdir -m 0700 {base}/volume/private
+        mount --bind {base}/volume/private {base}/place
+        exec setpriv --reuid={NOBODY} --regid={NOBODY} --clear-groups "$@"
+    """
+    paths = [base / "volume", base / "volume" / "jobs", base / "place", base / "place" / "jobs"]
+    command = ["unshare", "--mount", "/bin/sh", "-ec", script, "pod", sys.executable, "-c", TRY, *map(str, paths)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd="/")
+    *refused, place, jobs = done.stdout.splitlines()
+    assert len(refused) == 2
+    for line in refused:
+        assert f"In a pod, let an init container run mkdir -m 0700 {base}/volume/private, and mount" in line
+        assert "subPath: private" in line
+    assert (place, jobs) == ("taken", "taken")
 
 
 def test_a_file_is_read_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from tests.published import document
 from x07_sandbox.cli.main import main
-from x07_sandbox.errors import ImageError
+from x07_sandbox.errors import ImageError, worded
 from x07_sandbox.images import manifest, scratch, store, verify
 
 if TYPE_CHECKING:
@@ -428,3 +428,12 @@ def test_verify_names_the_repair_command(image: store.Image, capsys: pytest.Capt
     assert main(["image", "verify", "--json"]) == 1
     found = document(capsys.readouterr().out)
     assert (found["good"], found["fix"].partition(",")[0]) == (False, "Run x07 image build")
+
+
+def test_a_copy_with_other_modes_says_how_to_copy(image: store.Image) -> None:
+    """The error for an image that was copied without its modes names the command that keeps them."""
+    (image.folder / "initrd.cpio").chmod(0o400)  # as cp -r does under umask 077
+    with pytest.raises(ImageError) as caught, verify.open_image(image):
+        pass
+    assert "mode 0400" in caught.value.why
+    assert worded(caught.value.fix).startswith("If you copied it, copy it again with cp -rp and then run chown -R")

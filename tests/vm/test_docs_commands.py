@@ -107,4 +107,5 @@ def test_every_how_to_page_has_a_tested_block() -> None:
     pages = {page for page in PAGES if page.parent.name == "how-to" and not examples(page)}
     # The frameworks have environments of their own: tests/integrations.
     without = {page.stem for page in pages if "pip install -e '.[" not in page.read_text(encoding="utf-8")}
-    assert without == {"run-in-ci", "use-a-container-image"}  # for the second, see test_imported_images
+    # For the others, see test_imported_images and tests/containers/test_in_a_container.py.
+    assert without == {"run-in-ci", "run-in-a-container", "use-a-container-image"}

@@ -101,6 +101,16 @@ def test_doctor_finds_a_read_only_cache(tmp_path: Path, need: Need, below: str, 
     assert [finding for finding in bad if text in finding["text"] and "X07_VM_CACHE_DIR" in finding["fix"]], bad
 
 
+@pytest.mark.root
+def test_doctor_tries_to_create_control_groups(tmp_path: Path, need: Need) -> None:
+    """Where root cannot create control groups, as in a container, the doctor says that there are none."""
+    need(os.geteuid() == 0, "needs root, to mount", installable=False)
+    script = 'mount -t tmpfs -o ro tmpfs /sys/fs/cgroup && exec "$@"'
+    env = os.environ | {"X07_VM_STATE_DIR": str(tmp_path / "jobs"), "X07_VM_CACHE_DIR": str(tmp_path / "cache")}
+    _code, findings = _findings(env, "unshare", "--mount", "/bin/sh", "-ec", script, "mounted")
+    assert "no host control groups" in findings["control groups"]["text"]
+
+
 @pytest.mark.skipif((verdict := known_verdict()) is None or verdict.works, reason="KVM works here, or may work")
 def test_doctor_says_that_runs_are_refused_without_hardware(tmp_path: Path) -> None:
     """If X07_VM_REQUIRE_HARDWARE is set and KVM does not work, the doctor says BAD, as a run is refused."""

@@ -97,6 +97,46 @@ def test_without_landlock_nothing_runs(account: Account) -> None:
     assert "needs Landlock 3 (Linux 6.2), but the kernel has no Landlock" in result["reason"]
 
 
+def test_doctor_lists_its_findings_where_nothing_runs(account: Account) -> None:
+    """`x07 doctor` and a dry run name the jail as the obstacle where there are neither namespaces nor Landlock."""
+    inside = (sys.executable, str(WRAPPER), "--nor-landlock")
+    done = account.x07("doctor", "--json", inside=inside)
+    findings = {finding["subject"]: finding for finding in json.loads(done.stdout)["findings"]}
+    assert (done.returncode, findings["jail"]["good"], findings["VM start"]["good"]) == (1, False, False)
+    assert "the kernel has no Landlock" in findings["VM start"]["text"]
+    code, result = _run(account, "--dry-run", inside=inside)
+    assert (code, "the kernel has no Landlock" in result["reason"]) == (125, True)
+
+
+def test_a_container_filter_costs_only_hot_clones(tmp_path: Path) -> None:
+    """Where a container's filter forbids setting host names, the jail has namespaces, and no hot clone is tried."""
+    code = "from x07_sandbox.backends.qemu.hot import unsupported; from x07_sandbox.jail.forms import jail_form; "
+    code += "print(jail_form().name, unsupported(kvm=False), sep='; ')"
+    argv = [sys.executable, str(WRAPPER), "--only-host-name", sys.executable, "-c", code]
+    env = os.environ | {"X07_VM_CACHE_DIR": str(tmp_path / "cache")}
+    done = subprocess.run(argv, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("namespaces; criu saves no process with a system call filter"), done.stdout
+
+
+def test_a_hidden_part_of_proc_rules_out_hot_clones(account: Account) -> None:
+    """Where parts of /proc are hidden, as in containers, an ordinary user's hot clones are ruled out without a try."""
+    need(os.geteuid() == 0, "needs root, to mount", installable=False)
+    script = 'mount -t tmpfs tmpfs /proc/fs && exec "$@"'
+    inside = ("unshare", "--mount", "/bin/sh", "-ec", script, "hidden")
+    code = "from x07_sandbox.backends.qemu.hot import unsupported; print(unsupported(kvm=False))"
+    done = subprocess.run(
+        [*inside, *account.words, sys.executable, "-B", "-c", code],
+        env=account.env,
+        cwd=account.folder,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    reason = "" if account.form == "root" else "criu needs a /proc of its own, and parts of /proc are hidden here"
+    assert done.stdout.startswith(reason), done.stdout
+    assert bool(done.stdout.strip()) == bool(reason)
+
+
 def test_doctor_names_the_form_and_the_flags(bare: Account) -> None:
     """`x07 doctor` names the jail's form and the container flags for the form with namespaces."""
     # Without an image, no VM is started.

@@ -67,6 +67,10 @@ class BackendRow(msgspec.Struct, frozen=True):
             return self.linux
         return platform.system == "macos" and 0 < self.macos_from <= platform.macos_major
 
+    def may_run(self, platform: Platform) -> bool:
+        """Return whether the backend supports this platform and, with `if_installed`, is installed."""
+        return self.runs_on(platform) and (not self.if_installed or self.name in platform.installed)
+
     def unsupported(self, platform: Platform) -> str:
         """Return why the backend cannot be used on this platform, or "" if it can."""
         places = ["Linux"] * self.linux + [f"macOS {self.macos_from} or newer"] * bool(self.macos_from)

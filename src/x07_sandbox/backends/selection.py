@@ -149,8 +149,7 @@ def _contradict(wanted: str | None, name: str | None) -> bool:
 
 
 def _automatic(platform: Platform, request: BackendRequest) -> Choice:
-    rows = (row for row in BY_NAME.values() if not row.if_installed or row.name in platform.installed)
-    candidates = [row for row in rows if row.auto and row.runs_on(platform)]
+    candidates = [row for row in BY_NAME.values() if row.auto and row.may_run(platform)]
     if candidates:
         return Choice(backend=candidates[0].name)
     why = f"none supports {platform}"

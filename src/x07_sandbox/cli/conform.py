@@ -5,7 +5,7 @@ import os
 import tempfile
 from typing import Final
 
-from x07_sandbox.backends.registry import BY_NAME
+from x07_sandbox.backends.registry import BY_NAME, Platform
 from x07_sandbox.backends.selection import backend_request, select, this_platform
 from x07_sandbox.cli.console import LiveLine, show
 from x07_sandbox.cli.json_output import print_document
@@ -52,7 +52,7 @@ def _conform(options: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="conform-", dir=cache_folder("tmp")) as folder:
         # A separate state folder, so that no test becomes the latest run for `x07 diff` and `x07 undo`.
         os.environ["X07_VM_STATE_DIR"] = f"{folder}/jobs"
-        for name in _named(options):
+        for name in backends_to_test(options, this_platform()):
             live(f"conform: {name}: preparing")
             try:
                 reports.append(conform(name, on_verdict=tell))
@@ -63,9 +63,8 @@ def _conform(options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _named(options: argparse.Namespace) -> list[str]:
+def backends_to_test(options: argparse.Namespace, platform: Platform) -> list[str]:
     """Return the backends to test. Raises UsageError, RefusedError."""
-    platform = this_platform()
     wanted = backend_request(
         sandbox=options.sandbox_backend,
         backend=options.backend,
@@ -75,4 +74,4 @@ def _named(options: argparse.Namespace) -> list[str]:
     words = (wanted.sandbox_flag, wanted.sandbox_variable)
     if wanted.backend_flag or wanted.backend_variable or any(word not in {None, "auto"} for word in words):
         return [chosen]
-    return [row.name for row in BY_NAME.values() if row.runs_on(platform) and not row.weaker]
+    return [row.name for row in BY_NAME.values() if row.may_run(platform) and not row.weaker]

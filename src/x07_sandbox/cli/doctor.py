@@ -122,8 +122,8 @@ def _examine() -> DoctorReport:
     if platform.system == "linux" and os.uname().machine in ARCHES:
         choice = select(platform, BackendRequest())
         name, machine = choice.backend, _image_and_machine(choice)
-        findings += [_image_tools(), _cgroups(), *_checked("runs at once", _capacity)]
-        findings += [*_checked("jail", partial(_jail, name)), *machine]
+        findings += [*_checked("tools to build images", _image_tools), *_checked("control groups", _cgroups)]
+        findings += [*_checked("runs at once", _capacity), *_checked("jail", partial(_jail, name)), *machine]
         proofs[name] = proof_among(machine)
         proofs |= {row.name: _unstarted(row.name) for row in BY_NAME.values() if row.weaker or row.if_installed}
     elif platform.system == "macos":
@@ -301,13 +301,14 @@ def _folders() -> Finding:
 
 
 def _cgroups() -> Finding:
-    root = Path("/sys/fs/cgroup")
-    version = "2" if (root / "cgroup.controllers").exists() else "1"
-    if os.geteuid() == 0:
-        limits = "they limit the memory and tasks of the VM monitor"
-    else:
-        limits = "used if they are delegated to you" if version == "2" else "only root can use them"
-    text = f"version {version}; {limits}; rlimits and the limits in the guest always apply"
+    """Return whether x07 can create control groups around a VM monitor. It creates and removes some, as a run does."""
+    from x07_sandbox.host.clocks import unix_ms
+    from x07_sandbox.jail.cgroups import make_groups
+
+    version = "2" if Path("/sys/fs/cgroup/cgroup.controllers").exists() else "1"
+    groups = make_groups(f"{unix_ms()}-{os.getpid()}-0-doctor", memory_bytes=1 << 30, tasks=64)
+    groups.remove()
+    text = f"version {version}; {groups.describe()}; rlimits and the limits in the guest always apply"
     return Finding(code="control-groups", subject="control groups", good=None, text=text)
 
 

@@ -15,6 +15,11 @@ from x07_sandbox.host.os_errors import fix_for
 SYSTEM: Final = ("/usr/sbin", "/usr/bin", "/sbin", "/bin")
 PROGRAMS: Final = (*SYSTEM, "/usr/local/bin", "/opt/homebrew/bin")
 _OWN: Final = 0o600
+# For the root of a volume. A folder that x07 made in it would be no safer: other users of the volume could replace it.
+_IN_A_POD: Final = (
+    "In a pod, let an init container run mkdir -m 0700 {}/private, and mount that folder with subPath: private (see"
+    " docs/how-to/run-in-a-container.md)"
+)
 
 
 def cache_dir() -> Path:
@@ -67,10 +72,10 @@ def private_dir(path: Path) -> Path:
         for depth, part in enumerate(path.parts[1:], start=1):
             here = Path(*path.parts[: depth + 1])
             made = _mkdir(fd, part, here)
-            child = _open_folder(fd, part, here)
+            child, parent = _open_folder(fd, part, here), os.fstat(fd)
             os.close(fd)
             fd = child
-            _check_owner(os.fstat(fd), here, last=here == path, made=made)
+            _check_owner(os.fstat(fd), here, parent, last=here == path, made=made)
     finally:
         os.close(fd)
     return path
@@ -216,13 +221,14 @@ def _open_folder(dir_fd: int, part: str, here: Path) -> int:
         raise HostError(f"cannot use folder {here}", why, "Use the real folder instead of the link") from exc
 
 
-def _check_owner(info: os.stat_result, here: Path, *, last: bool, made: bool) -> None:
+def _check_owner(info: os.stat_result, here: Path, parent: os.stat_result, *, last: bool, made: bool) -> None:
     what, uid, mode = f"cannot use folder {here}", info.st_uid, f"{stat.S_IMODE(info.st_mode):04o}"
     if last and not made and (uid != os.geteuid() or info.st_mode & 0o077):
         why = f"it belongs to uid {uid} with mode {mode}; it must belong to you and have mode 0700"
-        raise HostError(what, why, _how_to_be_private(info, here))
+        raise HostError(what, why, _how_to_be_private(info, here, parent))
     if _others_can_change(info):
         fix = "Set X07_VM_STATE_DIR or X07_VM_CACHE_DIR to a folder whose parents only you or root can write"
+        fix = f"{_IN_A_POD.format(here)}. Elsewhere: {fix}" if info.st_dev != parent.st_dev else fix
         raise HostError(what, f"other users can change it (uid {uid}, mode {mode})", fix)
 
 
@@ -232,15 +238,18 @@ def _others_can_change(info: os.stat_result) -> bool:
     return theirs or bool(info.st_mode & 0o022 and not info.st_mode & stat.S_ISVTX)
 
 
-def _how_to_be_private(info: os.stat_result, here: Path) -> Text:
+def _how_to_be_private(info: os.stat_result, here: Path, parent: os.stat_result) -> Text:
     """Return the advice for a folder that is not private. A shared folder such as /tmp must keep its mode."""
     uid = os.geteuid()
     shared = bool(info.st_mode & (stat.S_ISVTX | stat.S_IWGRP | stat.S_IWOTH))
-    if info.st_uid == uid != 0 and not shared:
+    reached = parent.st_uid != uid or parent.st_mode & 0o077  # by others: they may need it
+    if info.st_uid == uid and not (reached and (shared or uid == 0)):
         import shlex
 
         command = Command(f"chmod 0700 {shlex.quote(str(here))}")
-        return "Use another folder. Or, if nobody else needs this one, run: ", command
+        return "Use another folder. Or, if nobody else needs this one, run: " if reached else "Run: ", command
+    if info.st_dev != parent.st_dev and _others_can_change(info):
+        return _IN_A_POD.format(here)
     creatable = (info.st_uid == uid or info.st_mode & stat.S_ISVTX) and not _others_can_change(info)
     folder = f"a new folder in it, such as {here / 'x07-sandbox'}" if creatable else "a folder of your own"
     return f"Set X07_VM_STATE_DIR or X07_VM_CACHE_DIR to {folder}"

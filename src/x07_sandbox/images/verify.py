@@ -210,7 +210,9 @@ def opened_file(folder_fd: int, name: str, subject: Subject) -> Iterator[int]:
             raise _bad(subject, f"{name} is not a regular file")
         if stat.S_IMODE(info.st_mode) != FILE_MODE or info.st_uid != os.geteuid():
             has = f"mode {stat.S_IMODE(info.st_mode):04o} and uid {info.st_uid}"
-            raise _bad(subject, f"{name} has {has}, but must belong to you and have mode {FILE_MODE:04o}")
+            why = f"{name} has {has}, but must belong to you and have mode {FILE_MODE:04o}"
+            fix = f"If you copied it, copy it again with cp -rp and then run chown -R on the copy. {subject.fix}"
+            raise ImageError(f"cannot use {subject.name}", why, fix)
         os.set_blocking(fd, True)
         yield fd
 

@@ -144,10 +144,10 @@ def supervisor_argv(  # noqa: PLR0913 - the words of its command line
 def _namespaces(uid: int | None) -> list[str]:
     if uid is None:
         inner = str(INNER_UID)
-        return ["--unshare-all", "--hostname", "x07", "--uid", inner, "--gid", inner, "--cap-drop", "ALL"]
+        return ["--unshare-all", "--uid", inner, "--gid", inner, "--cap-drop", "ALL"]
     kept = [word for cap in ("CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP") for word in ("--cap-add", cap)]
     unshared = [f"--unshare-{name}" for name in ("ipc", "pid", "net", "uts", "cgroup-try")]
-    return [*unshared, "--hostname", "x07", "--cap-drop", "ALL", *kept]
+    return [*unshared, "--cap-drop", "ALL", *kept]
 
 
 def _as_user(uid: int | None, *, always: bool = False) -> list[str]:

@@ -44,7 +44,6 @@ from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.os_errors import host_error
 from x07_sandbox.host.processes import Identity
-from x07_sandbox.host.variables import flag
 from x07_sandbox.host.verdicts import Verdict, file_state, forget, validity
 from x07_sandbox.images.verify import OpenImage
 from x07_sandbox.jail.forms import jail_form
@@ -90,8 +89,7 @@ class QemuBackend:
         """
         # First: verdicts and templates are stored by the state of QEMU's file.
         starts.check_needs(host_arch() if image is None else image.arch)
-        if flag("X07_VM_REQUIRE_NAMESPACES"):
-            jail_form()  # raises RefusedError early
+        jail_form()  # raises RefusedError or HostError before anything else fails
         assert image is not None or not boot  # noqa: S101 - `uses_image` is set
         if image is not None and is_foreign(image.arch):
             return self._foreign(image.arch)

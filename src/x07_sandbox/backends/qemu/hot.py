@@ -45,11 +45,13 @@ from x07_sandbox.backends.qemu.template import (
 from x07_sandbox.channel.contents import next_data
 from x07_sandbox.errors import BackendError, HostError
 from x07_sandbox.host.arch import host_arch
+from x07_sandbox.host.linux import of_process
 from x07_sandbox.host.paths import closing_fd, unnamed_file
 from x07_sandbox.host.variables import flag
 from x07_sandbox.host.verdicts import file_state
 from x07_sandbox.images.manifest import Part
 from x07_sandbox.images.verify import FOLDER_MODE, Subject, opened_folder, opened_parts
+from x07_sandbox.jail.bwrap import may_nest
 from x07_sandbox.jail.criu import CRIU, NULL, PID
 from x07_sandbox.jail.forms import jail_form, needed_files
 from x07_sandbox.policy.default import canonical_json
@@ -64,6 +66,9 @@ _FILES_MIN: Final = 512
 # Limits that the jail does not set (bounds.limits_of).
 _INHERITED: Final = (resource.RLIMIT_STACK, resource.RLIMIT_RSS, resource.RLIMIT_NICE, resource.RLIMIT_RTPRIO)
 _NAMES_MAX: Final = 4096
+_NO_FILTER: Final = b"\nSeccomp:\t0\n"  # proc(5)
+_FILTER: Final = "a system call filter, such as a container's (podman and docker: --security-opt seccomp=unconfined)"
+_MASKED: Final = "parts of /proc are hidden here, as in a container (podman: --security-opt unmask=ALL)"
 
 
 def unsupported(*, kvm: bool) -> str:
@@ -74,6 +79,9 @@ def unsupported(*, kvm: bool) -> str:
         (host_arch().name != "x86_64", "they work only on x86_64"),
         (not os.access(CRIU, os.X_OK), "criu is not installed (Debian: apt-get install criu)"),
         (not jail_form().namespaces, "they need a jail with namespaces"),
+        # It applies to QEMU too, and criu can neither save nor suspend it (PTRACE_O_SUSPEND_SECCOMP in ptrace(2)).
+        (_NO_FILTER not in (of_process(os.getpid(), "status") or b""), f"criu saves no process with {_FILTER}"),
+        (not may_nest(), f"criu needs a /proc of its own, and {_MASKED}"),
         # criu would have to raise the limit to that of the dumped process, and needs many descriptors.
         (resource.getrlimit(resource.RLIMIT_CPU)[0] >= 0, "this shell limits CPU time (ulimit -t)"),
         (hard_limit(resource.RLIMIT_NOFILE) < _FILES_MIN, "this shell limits open files (ulimit -n)"),
