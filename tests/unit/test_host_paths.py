@@ -240,10 +240,7 @@ def test_folders_on_the_way_need_not_be_readable(base: Path) -> None:
 @pytest.mark.root
 @pytest.mark.parametrize(("mode", "group"), [("0777", 0), ("2777", NOBODY), ("2775", NOBODY), ("2770", NOBODY)])
 def test_a_volume_of_a_pod_is_refused_with_the_way_out(mode: str, group: int, base: Path) -> None:
-    """A volume of emptyDir's or fsGroup's shape is refused, and the error says how a pod gets a private folder in it.
-
-    Such a folder, which is mounted by subPath, is used.
-    """
+    """A volume of emptyDir's or fsGroup's shape is refused, and the error names what works: a folder by subPath."""
     for name in ("volume", "place"):
         (base / name).mkdir()
     script = f"""
