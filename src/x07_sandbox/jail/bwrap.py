@@ -73,10 +73,13 @@ def may_nest() -> bool:
     return all(mounted.place == _EMPTY_IN_PROC or not mounted.place.startswith(b"/proc/") for mounted in mounts())
 
 
-def jail_argv(jail: Jail, command: list[str]) -> list[str]:
-    """Return the whole command line: supervisor, bubblewrap, setpriv (only if root), then *command*."""
+def jail_argv(jail: Jail, command: list[str], *, named: bool = True) -> list[str]:
+    """Return the whole command line: supervisor, bubblewrap, setpriv (only if root), then *command*.
+
+    named: whether to hide the host's name. A container's filter may forbid that alone.
+    """
     criu = jail.criu
-    argv = [BWRAP, *(_namespaces(jail.uid) if criu is None else criu.namespaces())]
+    argv = [BWRAP, *(_namespaces(jail.uid, named=named) if criu is None else criu.namespaces())]
     argv += ["--die-with-parent", "--new-session", "--clearenv", "--setenv", "X07_INSTANCE", jail.mark]
     argv += ["--setenv", "MALLOC_ARENA_MAX", "1"]  # mallopt(3): one heap instead of one per thread saves 0.3 MB
     opened = [path for _, path in (*jail.fd_files, *jail.fd_copies, *jail.fd_writable)]
@@ -111,9 +114,9 @@ def jail_argv(jail: Jail, command: list[str]) -> list[str]:
     )
 
 
-def probe_argv(files: tuple[str, ...]) -> list[str]:
+def probe_argv(files: tuple[str, ...], *, named: bool) -> list[str]:
     """Return a command line that prints "ok" if a jail with namespaces works. files: printf(1) and its libraries."""
-    argv = [BWRAP, *_namespaces(0 if os.geteuid() == 0 else None), "--die-with-parent", "--new-session"]
+    argv = [BWRAP, *_namespaces(0 if os.geteuid() == 0 else None, named=named), "--die-with-parent", "--new-session"]
     argv += [word for path in files for word in ("--ro-bind", path, path)]
     command = [*argv, "--remount-ro", "/", "--", files[0], "ok"]
     return supervisor_argv(command, deadline_s=_PROBE_S, runner_pid=os.getpid(), nest=may_nest())
@@ -141,13 +144,14 @@ def supervisor_argv(  # noqa: PLR0913 - the words of its command line
     return [*_as_user(uid), PERL, *script, *map(str, numbers), *command]
 
 
-def _namespaces(uid: int | None) -> list[str]:
+def _namespaces(uid: int | None, *, named: bool) -> list[str]:
+    name = ["--hostname", "x07"] if named else []
     if uid is None:
         inner = str(INNER_UID)
-        return ["--unshare-all", "--uid", inner, "--gid", inner, "--cap-drop", "ALL"]
+        return ["--unshare-all", *name, "--uid", inner, "--gid", inner, "--cap-drop", "ALL"]
     kept = [word for cap in ("CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP") for word in ("--cap-add", cap)]
     unshared = [f"--unshare-{name}" for name in ("ipc", "pid", "net", "uts", "cgroup-try")]
-    return [*unshared, "--cap-drop", "ALL", *kept]
+    return [*unshared, *name, "--cap-drop", "ALL", *kept]
 
 
 def _as_user(uid: int | None, *, always: bool = False) -> list[str]:

@@ -80,7 +80,7 @@ class Criu(msgspec.Struct, frozen=True, kw_only=True):
             argv = ["--userns", str(self.userns_fd)]
             argv += [f"--unshare-{name}" for name in ("ipc", "pid", "net", "uts", "cgroup-try")]
         kept = [word for name in _CAPABILITIES for word in ("--cap-add", f"CAP_{name}")]
-        return [*argv, "--cap-drop", "ALL", *kept, "--as-pid-1"]
+        return [*argv, "--hostname", "x07", "--cap-drop", "ALL", *kept, "--as-pid-1"]
 
     def mounts(self) -> list[str]:
         """Return bubblewrap's words for criu's files, /dev/null among them, and for /proc."""

@@ -9,9 +9,9 @@ import contextlib
 import os
 import re
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from x07_sandbox.errors import HostError, RefusedError, printable
 from x07_sandbox.host.arch import Arch
@@ -44,13 +44,14 @@ FLAGS_FOR_A_USER: Final = "--security-opt seccomp=unconfined --security-opt appa
 class Form(NamedTuple):
     """One form of the jail. name: its name in the result. landlock: Landlock's version in the form without namespaces.
 
-    why: why namespaces cannot be used here, or "" if they can.
+    why: why namespaces cannot be used here, or "" if they can. named: whether the jail may set a host name.
     """
 
     name: str
     namespaces: bool
     landlock: int = 0
     why: str = ""
+    named: bool = True
 
     def open_ruleset(self, jail: Jail, program: str) -> int | None:
         """Return the descriptor of the Landlock ruleset that the jail's process needs, or None. Raises OSError."""
@@ -63,7 +64,7 @@ class Form(NamedTuple):
     def argv(self, jail: Jail, command: list[str], ruleset_fd: int | None) -> list[str]:
         """Return the command line of *command* in the jail."""
         if ruleset_fd is None:
-            return jail_argv(jail, command)
+            return jail_argv(jail, command, named=self.named)
         from x07_sandbox.jail.landlock import landlock_argv
 
         return landlock_argv(jail, command, ruleset_fd)
@@ -79,9 +80,9 @@ class Form(NamedTuple):
 
 def jail_form() -> Form:
     """Return the form that this host supports. Raises RefusedError if it is forbidden, HostError if neither works."""
-    why = forbidden()
-    if not why:
-        return Form("namespaces", namespaces=True)
+    found = _verdict()
+    if not (why := found["why"]):
+        return Form("namespaces", namespaces=True, named=found.get("named", True))
     if flag("X07_VM_REQUIRE_NAMESPACES"):
         fix = f"Unset X07_VM_REQUIRE_NAMESPACES, which forbids other jails, or allow namespaces: {namespace_flags()}"
         raise RefusedError("a jail with namespaces was required", why, fix, code="no-namespaces")
@@ -117,7 +118,17 @@ def namespace_flags() -> str:
 
 def forbidden() -> str:
     """Return why namespaces cannot be used here, or "" if they can. Raises HostError if the test itself fails."""
-    return str(Verdict("namespaces", key=_key()).read_or_make(lambda: {"why": _try_namespaces()})["why"])
+    return str(_verdict()["why"])
+
+
+def _verdict() -> Mapping[str, Any]:
+    return Verdict("namespaces", key=_key()).read_or_make(_try_each)
+
+
+def _try_each() -> dict[str, object]:
+    if (why := _try_namespaces(named=True)) and not _try_namespaces(named=False):
+        return {"why": "", "named": False}
+    return {"why": why}
 
 
 def _key() -> list[object]:
@@ -132,9 +143,9 @@ def _key() -> list[object]:
     return found
 
 
-def _try_namespaces() -> str:
+def _try_namespaces(*, named: bool) -> str:
     what = "cannot test the jail around the virtual machine"
-    argv = probe_argv(needed_files(_PRINTF))
+    argv = probe_argv(needed_files(_PRINTF), named=named)
     try:
         done = output_of(argv, timeout_s=_PROBE_S)
     except OSError as exc:
