@@ -170,7 +170,7 @@ GROUPS: Final[dict[str, tuple[Option, ...]]] = {
                "names", "allow_protected"),
         Option("--hide", "PATTERN", "do not copy matching files into the VM, e.g. '*.csv'", "patterns", "hide", "hide"),
         Option("--reveal", "PATTERN", "copy matching files into the VM even if they look like secrets, e.g. '*.pem'",
-               "patterns", "reveal", level="all"),
+               "patterns", "reveal", "reveal", level="all"),
     ),
     "virtual machine": (
         Option("--image", "NAME|DIGEST", "guest image (default: the one named default)",

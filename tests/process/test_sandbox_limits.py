@@ -23,6 +23,8 @@ pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("confined")]
 X07 = [sys.executable, "-m", "x07_sandbox.cli.main", "sandbox"]
 STOP = "for pid in /proc/[0-9]*; do pid=${pid#/proc/}; [ $pid -le 2 -o $pid = $$ ] || kill -STOP $pid; done"
 NONE_STOPPED = "while grep -q '^State:.T' /proc/[0-9]*/status; do sleep 0.1; done"
+LONG = {"LONG": "n" * 200}
+SHARED_MEMORY = "/dev/shm"  # noqa: S108 - the guest's
 NO_PROGRESS = "made no progress for 0.5 s"
 
 
@@ -113,6 +115,22 @@ def test_a_download_keeps_the_holes_of_a_file(opened: Sandbox, tmp_path: Path) -
         opened.files.write(name, content)
         opened.download(name, tmp_path / name)
         assert (tmp_path / name).read_bytes() == content
+
+
+def test_a_folder_with_entries_that_do_not_come_whole_is_an_error(opened: Sandbox, tmp_path: Path) -> None:
+    """A download of a folder copies all it can, and names what did not come."""
+    opened.shell("mkdir d; cd d; echo a > a; for _ in $(seq 30); do mkdir $LONG; cd $LONG; done", env=LONG, check=True)
+    with pytest.raises(SandboxError, match=r"1 of its entries could not be copied, such as n") as raised:
+        opened.download("d", tmp_path / "copy")
+    assert raised.value.code == "incomplete-download"
+    assert (tmp_path / "copy/a").exists()
+
+
+def test_a_folder_is_listed_whatever_times_its_files_have(opened: Sandbox) -> None:
+    """A file with a time far in the future does not keep its folder from being listed."""
+    opened.shell("mkdir far; touch -d @9300000000 far/a; touch -d @4611686018427387904 /dev/shm/b", check=True)
+    assert [one.name for one in opened.files.list("far")] == ["a"]
+    assert "b" in [one.name for one in opened.files.list(SHARED_MEMORY)]
 
 
 def test_a_download_over_the_limit_is_an_error_and_never_cut(opened: Sandbox, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from x07_sandbox.errors import PeerError
 
 COUNTS: Final = st.integers(0, 2**63 - 1)
 NAMES: Final = st.text(st.characters(exclude_characters="\0"), max_size=20)  # with lone surrogates
-INFOS: Final = st.builds(FileInfo, NAMES, COUNTS, COUNTS, st.integers(-(2**63) + 1, 2**63 - 1), NAMES)
+INFOS: Final = st.builds(FileInfo, NAMES, st.integers(0, 0o177777), COUNTS, st.integers(-(2**63) + 1, 2**63 - 1), NAMES)
 ANSWERS: Final = st.builds(Answer, st.integers(0, 4096), COUNTS, st.lists(INFOS, max_size=3).map(tuple))
 GOOD: Final = [0, 3, [["a", 0o100644, 3, -1, ""]]]
 

@@ -58,8 +58,7 @@ def stand_in(
     ended = threading.Event()
 
     def serve() -> None:
-        connection = listener.accept()[0]
-        with connection, contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), listener.accept()[0] as connection:
             if reads:
                 head = connection.recv(HEADER_SIZE, socket.MSG_WAITALL)
                 daemon.requests.append(head + connection.recv(int.from_bytes(head[:4], "big"), socket.MSG_WAITALL))
@@ -82,6 +81,7 @@ def stand_in(
             yield daemon
         finally:
             ended.set()
+            listener.shutdown(socket.SHUT_RDWR)  # ends `accept`, if the call was too late to connect
             thread.join()
 
 

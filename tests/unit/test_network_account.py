@@ -265,6 +265,13 @@ def test_a_lying_guest_cannot_break_the_list(path: str) -> None:
     assert unreachable(("connect", path)) == []
 
 
+def test_advice_about_a_name_like_an_option_can_be_pasted() -> None:
+    """The flag for a name that starts with a hyphen has it behind an equals sign, so that no shell takes it apart."""
+    (found,) = unreachable(("lookup", "--allow-host.example"))
+    assert found.how_to_allow is not None
+    assert found.how_to_allow.flag == "--allow-host=--allow-host.example:443"
+
+
 def test_hosts_that_belong_together_are_named_together() -> None:
     """If pypi.org is granted, the denial of the host with its files says that both belong together."""
     log = Log()

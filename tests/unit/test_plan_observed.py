@@ -261,6 +261,9 @@ def test_advice_is_quoted_for_a_shell() -> None:
     assert hint.to_write.flag == "--allow-write-root /d"
     (denial,) = denials([kernel("mkdir", "/srv/a\nb/", EROFS, write=True)], policy({}), (), START)
     assert denial.how_to_allow == HowToAllow(json_path="$.fs.write_roots", value=["/srv/a\nb"])
+    (denial,) = denials([kernel("mkdir", "/$(id)/../opt/", EROFS, write=True)], policy({}), (), START)
+    assert denial.how_to_allow is not None
+    assert shlex.split(denial.how_to_allow.flag or "") == ["--allow-write-root", "/$(id)/../opt/FOLDER"]
     (hint,) = hints(b"No such file or directory: '-x/y'\n", policy({}), (), START)
     assert (hint.how.flag, hint.how.value) == ("--allow-read-root ./-x/y", ["-x/y"])
 

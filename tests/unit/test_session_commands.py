@@ -135,6 +135,18 @@ def test_a_command_that_cannot_be_started_fails_alone(pair: Pair) -> None:
     assert not pair.start(2).ended
 
 
+def test_a_command_that_does_not_start_ends_alone(pair: Pair) -> None:
+    """A command that does not start in time is stopped, and the session with its other commands goes on."""
+    other, stuck = pair.start(1), pair.start(2, started=False)
+    pair.clock.now += settings.COPY_IN_S + 1
+    pair.turn()
+    assert pair.guest.until(Stop) == Stop(2, signal.SIGKILL)
+    pair.guest.say(Failed(2, "exec", 0, "it was stopped before its start"))
+    assert pair.session.until(lambda: stuck.ended)
+    assert pair.session.facts(stuck).evidence.deadline_passed
+    assert (pair.session.over, other.ended, pair.start(3).starting) == (False, False, False)
+
+
 def test_a_guest_that_does_not_stop_a_command_loses_the_session(pair: Pair) -> None:
     """If the guest does not end a command after STOP, the session ends."""
     command = pair.start(1)
@@ -329,8 +341,9 @@ def test_what_happens_later_is_not_blamed_on_a_command_that_has_ended(pair: Pair
     pair.guest.say(EXITED)
     assert pair.session.until(lambda: ended.ended)
     pair.start(3, started=False)
-    pair.clock.now += settings.COPY_IN_S + 1
-    pair.turn()
+    for late_s in (settings.COPY_IN_S, settings.SANDBOX_STOPPED_S):
+        pair.clock.now += late_s + 1
+        pair.turn()
     assert pair.session.over
     assert not pair.session.facts(ended).evidence.deadline_passed
     evidence = pair.session.facts(running).evidence

@@ -111,6 +111,27 @@ def test_modes_lose_their_set_id_bits_and_devices_are_left_out(target: Path) -> 
     assert [(path.name, path.stat().st_mode) for path in target.iterdir()] == [("a", stat.S_IFREG | 0o755)]
 
 
+def test_what_a_guest_could_not_send_is_named(target: Path) -> None:
+    """Entries that did not come whole are named, at most 100 of them, except sockets and pipes."""
+    kinds = (stat.S_IFREG, stat.S_IFDIR, stat.S_IFSOCK, stat.S_IFIFO)
+    odd = [Entry(Kind.UNSUPPORTED, b"%d" % number, mode=mode) for number, mode in enumerate(kinds)]
+    many = [Entry(Kind.UNSUPPORTED, b"n%d" % number, mode=stat.S_IFREG) for number in range(100)]
+    with Unpacker(target) as unpacker:
+        unpacker.write(stream(file(b"0", b"1"), *odd, *many))
+    assert (unpacker.left_out[:3], len(unpacker.left_out), unpacker.more_left_out) == (["0", "1", "n0"], 100, 2)
+
+
+def test_a_folder_that_cannot_be_packed_whole_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host folder whose names are too long for a record is an error, and none of its parts is dropped."""
+    (tmp_path / "tree").mkdir()
+    monkeypatch.chdir(tmp_path / "tree")
+    for _ in range(280):
+        Path("d" * 250).mkdir()
+        os.chdir("d" * 250)
+    with pytest.raises(OSError, match="File name too long"):
+        pack(tmp_path / "tree", io.BytesIO())
+
+
 def test_entries_and_bytes_are_bounded(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stream with too many entries or bytes is refused."""
     monkeypatch.setattr(unpack, "ENTRIES_MAX", 3)

@@ -31,6 +31,7 @@ errors
 host.arch host.cancel host.clocks host.close_on_fork host.decoding host.locks
 host.linux host.memory host.os_errors host.paths host.poll host.processes host.settings host.threads host.variables
 host.verdicts
+housekeeping.retention
 images.guestcode images.manifest images.scratch images.store images.verify
 jail.bwrap jail.cgroups jail.criu jail.forms jail.seccomp jail.uids
 jobs.active jobs.admission jobs.launcher jobs.record

@@ -93,7 +93,8 @@ class BoundedStream:
 
     def text(self) -> str:
         """Return the kept text. Characters that cannot be seen are escaped, except tabs and newlines."""
-        return escaped(self._kept.decode("utf-8", "surrogateescape").replace("\r", ""), kept="\n\t")
+        text = self._kept.decode("utf-8", "surrogateescape").replace("\r", "")
+        return escaped(text, kept="\n\t")[-self._keep_bytes :]
 
 
 class RunningAgent:

@@ -17,8 +17,9 @@ from x07_sandbox.errors import PeerError
 
 MESSAGE_MAX: Final = 8 << 20
 ENTRIES_MAX: Final = 100_000
+MODE_MAX: Final = 0o177777
 _LENGTH: Final = struct.Struct(">I")
-_NUMBER_MAX: Final = 2**63 - 1
+NUMBER_MAX: Final = 2**63 - 1
 _ERRNO_MAX: Final = 4096
 
 READ: Final = "read"
@@ -111,7 +112,7 @@ class Buffer:
 def answer_of(values: list[Any]) -> Answer:
     """Return the answer in a message of the guest. Raises PeerError."""
     number, size, entries = _checked(values, (_errno, _number, _list), "answer")
-    infos = tuple(FileInfo(*_checked(one, (_name, _number, _number, _time, _name), "entry")) for one in entries)
+    infos = tuple(FileInfo(*_checked(one, (_name, _mode, _number, _time, _name), "entry")) for one in entries)
     return Answer(number, size, infos)
 
 
@@ -125,11 +126,15 @@ def _checked(values: Any, checks: tuple[Callable[[Any], bool], ...], what: str) 
 
 
 def _number(value: object) -> bool:
-    return type(value) is int and 0 <= value <= _NUMBER_MAX
+    return type(value) is int and 0 <= value <= NUMBER_MAX
+
+
+def _mode(value: object) -> bool:
+    return _number(value) and value <= MODE_MAX  # type: ignore[operator]  # it is a number
 
 
 def _time(value: object) -> bool:
-    return type(value) is int and -_NUMBER_MAX <= value <= _NUMBER_MAX
+    return type(value) is int and -NUMBER_MAX <= value <= NUMBER_MAX
 
 
 def _errno(value: object) -> bool:

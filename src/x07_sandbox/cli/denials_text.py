@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from x07_sandbox.cli.console import say
 from x07_sandbox.errors import printable
-from x07_sandbox.plan.denials import Denial, Hint, HowToAllow
+from x07_sandbox.plan.denials import CONNECTS, Denial, Hint, HowToAllow
 from x07_sandbox.policy.templates import BUILT_IN, built_in
 from x07_sandbox.runs.result import Result
 
@@ -31,7 +31,7 @@ _REACHED: Final = {
     ("fs.max_entries", "copy"): "limit of copied files and folders reached",
     ("fs.max_entries", "change"): "limit of changed files and folders reached",
 }
-_UNNOTICED: Final = frozenset({"copy", "connect", "look up"})  # a program may succeed all the same
+_UNNOTICED: Final = CONNECTS | {"copy"}  # a program may succeed all the same
 _FULL: Final = frozenset({"scratch", "limits.mem_bytes"})  # for these, the subject of a denied write is a sentence
 # The words for other actions, followed by the subject. Names of system calls are not listed.
 _ACTIONS: Final = {

@@ -30,6 +30,7 @@ from x07_sandbox.host.paths import cache_folder
 from x07_sandbox.host.processes import own_identity
 from x07_sandbox.images.store import find_image
 from x07_sandbox.jobs.record import Claim, new_run_id
+from x07_sandbox.plan.denials import CONNECTS
 from x07_sandbox.plan.sizes import RAM_CLASSES
 from x07_sandbox.policy.model import HostPorts
 
@@ -131,7 +132,7 @@ for host in ("1.1.1.1", "2606:4700:4700::1111", "x07-conform.invalid"):
 
 def _unconnected(bench: Bench) -> Facts:
     denials = bench.run(_UNCONNECTED).denials
-    return {"denied": sorted(one.subject for one in denials if one.action in {"connect", "look up"})}
+    return {"denied": sorted(one.subject for one in denials if one.action in CONNECTS)}
 
 
 def _echoed(bench: Bench) -> Facts:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
+import struct
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Final, Self
 
@@ -23,6 +25,7 @@ BYTES_MAX: Final = 64 << 30
 _NAMES_MAX: Final = 256 << 20  # bytes of the names of folders, which are kept in memory
 _MODE: Final = 0o777  # no set-id bits come from a guest
 _MINE: Final = 0o700
+_LEFT_OUT_MAX: Final = 100  # names
 
 
 def pack(folder: Path, out: IO[bytes]) -> None:
@@ -30,8 +33,14 @@ def pack(folder: Path, out: IO[bytes]) -> None:
 
     Links are packed as links. Sockets, devices and pipes are left out.
     """
-    top = os.fsencode(folder)
-    for path, folders, names, folder_fd in os.fwalk(top):
+    try:
+        _pack(os.fsencode(folder), out)
+    except struct.error:  # a name is longer than a record can say
+        raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), os.fspath(folder)) from None
+
+
+def _pack(top: bytes, out: IO[bytes]) -> None:
+    for path, folders, names, folder_fd in os.fwalk(top, onerror=_raise):
         below = os.path.relpath(path, top)
         info = os.fstat(folder_fd)
         name = b"" if below == b"." else below
@@ -39,6 +48,10 @@ def pack(folder: Path, out: IO[bytes]) -> None:
         for part in sorted(names + folders):
             _pack_one(folder_fd, part, name + b"/" * bool(name) + part, out)
     out.write(Entry(Kind.END, b"").encoded())
+
+
+def _raise(exc: OSError) -> None:
+    raise exc
 
 
 def _pack_one(folder_fd: int, part: bytes, name: bytes, out: IO[bytes]) -> None:
@@ -58,12 +71,15 @@ def _pack_one(folder_fd: int, part: bytes, name: bytes, out: IO[bytes]) -> None:
 class Unpacker:
     """Creates a folder from a guest's stream, as the caller's user. Nothing is written outside the folder.
 
-    The folder must not exist yet. Links are created as links and never followed. Modes lose their set-id bits. If the
-    context ends by an exception, what was created stays.
+    left_out: what the guest could not send whole, at most 100 names; more_left_out: how many more. The folder must not
+    exist yet. Links are created as links and never followed. Modes lose their set-id bits. If the context ends by an
+    exception, what was created stays.
     """
 
     def __init__(self, folder: Path) -> None:
         self.ended = False
+        self.left_out: list[str] = []
+        self.more_left_out = 0
         self._reader = Reader()
         self._entries = self._bytes = self._names = 0
         self._fd = -1
@@ -104,11 +120,19 @@ class Unpacker:
         if entry.kind is Kind.FOLDER and not name:
             self._folders[""] = entry
         elif not name or entry.kind not in {Kind.FOLDER, Kind.FILE, Kind.LINK}:
-            if entry.kind is not Kind.UNSUPPORTED:  # such as a socket, which is left out
+            if entry.kind is not Kind.UNSUPPORTED:
                 raise PeerError("bad file tree", f"it has a record of the kind {entry.kind.name}")
+            if not stat.S_ISSOCK(entry.mode) and not stat.S_ISFIFO(entry.mode):  # else nobody misses it
+                self._leave_out(name)
         else:
             with beneath.parent_of(self._top, name) as (parent, part):
                 self._make_in(parent, part, name, entry)
+
+    def _leave_out(self, name: str) -> None:
+        if len(self.left_out) < _LEFT_OUT_MAX:
+            self.left_out.append(name)
+        else:
+            self.more_left_out += 1
 
     def _make_in(self, parent: int, part: str, name: str, entry: Entry) -> None:
         if entry.kind is Kind.FOLDER:

@@ -16,7 +16,7 @@ from typing import Any, Final
 from x07_sandbox.channel import files
 from x07_sandbox.channel.contents import next_data
 from x07_sandbox.channel.files import Answer, Buffer, FileInfo, Request
-from x07_sandbox.channel.trees import Entry, Kind, segment
+from x07_sandbox.channel.trees import Entry, Kind, can_hold_names, segment
 from x07_sandbox.errors import PeerError
 from x07_sandbox.guest.errors import JobError
 from x07_sandbox.guest.system import write_all
@@ -238,8 +238,11 @@ class FileServer:
             if stat.S_ISDIR(found.st_mode):
                 mode = found.st_mode & _PERMISSIONS
                 yield Entry(Kind.FOLDER, below, mode=mode, mtime_ns=found.st_mtime_ns).encoded()
+                complete = can_hold_names(below)
             else:
-                yield from content(path, below, found)
+                complete = yield from content(path, below, found)
+            if not complete:
+                yield Entry(Kind.UNSUPPORTED, below, mode=found.st_mode & 0xFFFF).encoded()
         yield Entry(Kind.END, b"").encoded()
 
 
@@ -268,4 +271,5 @@ def _number_of(exc: Exception) -> int:
 
 def _info(name: str, path: str, info: os.stat_result) -> FileInfo:
     target = os.readlink(path) if stat.S_ISLNK(info.st_mode) else ""
-    return FileInfo(name, info.st_mode, info.st_size, info.st_mtime_ns, target)
+    mtime_ns = max(-files.NUMBER_MAX, min(info.st_mtime_ns, files.NUMBER_MAX))
+    return FileInfo(name, info.st_mode, info.st_size, mtime_ns, target)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 _CHUNK: Final = egress.DATA_MAX - streams.HEADER.size  # a frame then fills four 32 KiB writes of the driver
 _QUEUED_MAX: Final = 64 * 1024  # bytes queued for the gate; with more, do not read sockets
 _FLOWS_MAX: Final = 896  # more than the gate accepts, and fewer than the descriptors that a process may have
+_OWN_NAME: Final = "x07"  # host/settings.GUEST_HOSTNAME
 _QUERY_MAX: Final = 4096
 _WAITING_DATAGRAMS: Final = 16  # per flow that is not open yet
 _ACCEPT_S: Final = 10.0  # how long an opened flow waits for the program's connection
@@ -253,8 +254,8 @@ class Relay:
                 self._sockets.held.release(held.queue, held.number, mark)
 
     def _report_name(self, name: str) -> None:
-        """Report the lookup of an unlisted name. A name without a dot is not reported, since it is no outside host."""
-        if "." in name:
+        """Report the lookup of an unlisted name, unless a program looks up its own host."""
+        if name != _OWN_NAME:
             self._report(Target(egress.TCP, name.encode("ascii"), 0))
 
     def _target(self, transport: int, address: str, port: int) -> Target:

@@ -28,6 +28,7 @@ from x07_sandbox.channel.streams import Event
 from x07_sandbox.channel.trees import Entry
 from x07_sandbox.channel.trees import Kind as Record
 from x07_sandbox.guest import confine, control, init, system
+from x07_sandbox.guest.audit import Refusal
 from x07_sandbox.guest.environment import failure, job_settings
 from x07_sandbox.guest.errors import JobError
 from x07_sandbox.guest.exec import READ, Command
@@ -436,7 +437,8 @@ class Sandbox:
         refused, lost = self._audit.end()
         if (server := self._environment.no_network) is not None:
             looked_up, more = server.take()
-            refused, lost = {**refused, **looked_up}, lost + more
+            looked_up.pop(Refusal("network", "lookup", 0, self._opening.hostname, write=False), None)  # its own name
+            refused, lost = {**looked_up, **refused}, lost + more
         for refusal, count in list(refused.items())[:DENIED_MAX]:
             self._link.send(Denied(command, *refusal, count))
         return lost + sum(list(refused.values())[DENIED_MAX:])

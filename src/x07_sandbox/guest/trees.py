@@ -12,7 +12,7 @@ import errno
 import os
 import stat
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from typing import Final, NamedTuple, TypeVar
 
 from x07_sandbox.channel.contents import parts
@@ -259,23 +259,24 @@ def _opened_folder(top: bytes, below: bytes) -> int:
     return fd
 
 
-def content(path: bytes, name: bytes, info: os.stat_result) -> Iterator[bytes]:
+def content(path: bytes, name: bytes, info: os.stat_result) -> Generator[bytes, None, bool]:
     """Yield the records of a regular file or a link. For anything else, yield UNSUPPORTED.
 
-    Yield nothing for an entry that a command removes or replaces at this moment.
+    Yield nothing for an entry that a command removes or replaces at this moment. If it shortens a file, a hole stands
+    for the rest, and this returns False.
     """
     fd = -1
     try:
         if stat.S_ISLNK(info.st_mode):
             yield Entry(Kind.LINK, name, target=os.readlink(path)).encoded()
-            return
+            return True
         if not stat.S_ISREG(info.st_mode) or _has_attributes(path):
             yield Entry(Kind.UNSUPPORTED, name, mode=info.st_mode).encoded()
-            return
+            return True
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as exc:
         if exc.errno in _CHANGED:
-            return
+            return True
         raise
     try:
         left = info.st_size
@@ -286,6 +287,7 @@ def content(path: bytes, name: bytes, info: os.stat_result) -> Iterator[bytes]:
                 yield segment(part, hole=True) if isinstance(part, int) else segment(len(part)) + part
         if left:
             yield segment(left, hole=True)
+        return not left
     finally:
         os.close(fd)
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 BYTES_MAX: Final = 16 << 30  # of all layers, uncompressed, and of the archive that is written
 # Of all layers, also what later layers remove.
 LIMITS: Final = {
-    "entries and folders": 2_000_000,
+    "entries and folders": 1_000_000,
     "bytes in extended headers": 256 << 20,
     "steps from folder to folder": 100_000_000,  # about a minute
 }

@@ -17,7 +17,7 @@ from typing import IO, TYPE_CHECKING, Final, Literal, TypeVar, cast
 from x07_sandbox.channel import files as calls
 from x07_sandbox.channel.files import Request
 from x07_sandbox.channel.trees import Entry, FileEnd, Hole, Kind, Piece, Reader
-from x07_sandbox.errors import ArgumentError, PeerError, UsageError
+from x07_sandbox.errors import ArgumentError, PeerError, UsageError, printable
 from x07_sandbox.host.settings import FILES_S
 from x07_sandbox.library.arguments import checked_seconds
 from x07_sandbox.library.file_info import FileInfo
@@ -149,6 +149,11 @@ class Files:
                     timeout_s,
                     take=lambda server, _answer: _unpack(server, unpacker),
                 )
+                if names := unpacker.left_out:
+                    count = len(names) + unpacker.more_left_out
+                    why = f"{count} of its entries could not be copied, such as {printable(names[0])}"
+                    fix = "Copy these one by one; all else was copied (see docs/reference/known-limits.md)"
+                    raise UsageError(f"cannot download all of {os.fspath(path)}", why, fix, code="incomplete-download")
             return
         with target.open("xb") as out:
             try:

@@ -37,6 +37,7 @@ class CommandOptions(TypedDict, total=False):
     allow_hidden: bool
     allow_symlinks: bool
     hide: Sequence[str]
+    reveal: Sequence[str]
     guest_root: bool
     on_output: Callable[[Literal["stdout", "stderr"], bytes], object] | None
 

@@ -66,6 +66,7 @@ def run_program(  # noqa: PLR0913 - each is a keyword
     allow_hidden: bool = False,
     allow_symlinks: bool = False,
     hide: Sequence[str] = (),
+    reveal: Sequence[str] = (),
     guest_root: bool = False,
     on_output: OnOutput | None = None,
     check: bool = False,
@@ -98,6 +99,7 @@ def run_program(  # noqa: PLR0913 - each is a keyword
     allow_hosts, deny_hosts: connections that the policy also allows or denies, such as "example.org:443".
     read_roots, write_roots: files and folders of the host that the program may also read, or read and modify.
     hide: patterns of names that are not copied into the VM, such as ``*.csv``.
+    reveal: patterns of names that are copied although they look like secrets, such as ``.env``.
     allow_hidden, allow_symlinks: whether to copy names that begin with a dot, and symbolic links, in and out. If you
     pass a policy, set this in the policy instead.
     guest_root: whether the program is root in the VM, with a writable copy of its system, so that it can install

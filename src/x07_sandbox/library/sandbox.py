@@ -48,6 +48,7 @@ class SandboxOptions(TypedDict, total=False):
     allow_hidden: bool
     allow_symlinks: bool
     hide: Sequence[str]
+    reveal: Sequence[str]
     guest_root: bool
     memory: str | int | None
     cpu_s: float | None
@@ -96,6 +97,7 @@ class Sandbox:
         allow_hidden: bool = False,
         allow_symlinks: bool = False,
         hide: Sequence[str] = (),
+        reveal: Sequence[str] = (),
         guest_root: bool = False,
         memory: str | int | None = None,
         cpu_s: float | None = None,
@@ -116,7 +118,8 @@ class Sandbox:
         """Open a sandbox. Raises SandboxError.
 
         policy, image, env, workdir, read_only, files, read_roots, write_roots, allow_hosts, deny_hosts, allow_hidden,
-        allow_symlinks, hide, guest_root, max_file_size, ca: see `run_program`. Commands start in a copy of workdir.
+        allow_symlinks, hide, reveal, guest_root, max_file_size, ca: see `run_program`. Commands start in a copy of
+        workdir.
         memory, procs: limits of all commands together. cpu_s, fds: limits of each command. Of a policy that you pass,
         `limits.wall_ms` and `limits.cpu_ms` limit each command; those of the built-in policy do not apply.
         scale_limits: whether to multiply these times by the slowdown of emulation; None follows your settings.

@@ -350,7 +350,8 @@ def _advise_listing(policy: Policy, request: Request) -> HowToAllow | None:
     """Return the advice to list the request. The flag helps only if allow_tcp is true."""
     listed = [{"host": entry.host, "ports": list(entry.ports)} for entry in policy.net.allow_hosts]
     more = {"host": str(request.host), "ports": [request.port]}
-    flag = f"--allow-host {shlex.quote(str(request))}" if policy.net.allow_tcp else None
+    words = shlex.quote(str(request))  # a name may start like an option
+    flag = f"--allow-host{'=' if words.startswith('-') else ' '}{words}" if policy.net.allow_tcp else None
     return advise(policy, "net.allow_hosts", [*listed, more], flag)
 
 

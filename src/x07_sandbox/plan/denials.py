@@ -4,6 +4,7 @@ from typing import Any, Final, Literal
 
 import msgspec
 
+CONNECTS: Final = frozenset({"connect", "look up"})  # actions of denied connections
 STARTS: Final = "start"
 """The action of a denied process or thread."""
 

@@ -287,7 +287,7 @@ def _write_denial(
         new = posixpath.join(path, "FOLDER")
         if not (folder and path.endswith("/")) or guest_path(new, cwd, deny_hidden=policy.fs.deny_hidden)[0] is None:
             return PERMISSIONS, None
-        how = _advise_flag(f"--allow-write-root {new}")
+        how = _advise_flag(f"--allow-write-root {shlex.quote(new)}")
         return "fs.write_roots", how if policy.fs.enabled else advise(policy, "fs.enabled", value=True)
     return "fs.write_roots", advise_root(policy, "write_roots", given)
 

@@ -25,7 +25,7 @@ from x07_sandbox.errors import (
 from x07_sandbox.host import settings
 from x07_sandbox.jobs.record import new_run_id
 from x07_sandbox.plan.controls import run_limits
-from x07_sandbox.plan.denials import Denial, Hint, HowToAllow, Outcome
+from x07_sandbox.plan.denials import CONNECTS, Denial, Hint, HowToAllow, Outcome
 from x07_sandbox.policy import PolicyError
 from x07_sandbox.programs.toolchains import COMMAND, OUTPUT
 from x07_sandbox.runs.artifact import obtain_artifact
@@ -402,7 +402,7 @@ def denied(
 
 def without_repetition(hints: list[Hint], denials: Sequence[Denial]) -> list[Hint]:
     """Return the hints without those on connections, if the denials name connections."""
-    if any(one.action in {"connect", "look up"} for one in denials):
+    if any(one.action in CONNECTS for one in denials):
         return [hint for hint in hints if hint.kind != "network"]
     return hints
 

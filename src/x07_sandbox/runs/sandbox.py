@@ -22,7 +22,7 @@ import msgspec
 from msgspec.structs import replace
 
 from x07_sandbox.backends.base import NoAnswerError
-from x07_sandbox.channel.messages import CommandLimits, Exec
+from x07_sandbox.channel.messages import DENIED_MAX, CommandLimits, Exec
 from x07_sandbox.errors import Cancelled, Flag, SandboxError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.cancel import Notice
@@ -32,6 +32,7 @@ from x07_sandbox.jobs.admission import SANDBOXES, admitted
 from x07_sandbox.jobs.record import new_run_id
 from x07_sandbox.network.summary import NetworkUse
 from x07_sandbox.plan.controls import run_limits
+from x07_sandbox.plan.denials import CONNECTS
 from x07_sandbox.plan.outcomes import Verdict, cancelled_verdict, classify, limit_set_by, verdict, with_denied_tasks
 from x07_sandbox.programs.toolchains import COMMAND, OUTPUT, SOURCE_FOLDER, Source
 from x07_sandbox.runs.command import AnySandbox, Command, CommandEnd, SandboxRecord, terminal_kind
@@ -59,7 +60,7 @@ from x07_sandbox.sandboxes.shared import SharedSession
 from x07_sandbox.sandboxes.transfers import CommandStreams, Inbox, Receivers, Unwanted
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from x07_sandbox.backends.base import Instance
     from x07_sandbox.files.incoming import Incoming
@@ -112,6 +113,7 @@ class OpenSandbox(AnySandbox):
         self._commands: dict[int, Command] = {}
         self._reports: list[CommandReport] = []
         self._net = NetworkUse()  # the gate's last account
+        self._tried: dict[tuple[str, str], Denial] = {}  # connections that were denied without a gate
         self._net_before: dict[int, NetworkUse] = {}  # that one at the start of each command
         self._memory_peak_bytes = 0
         self._opened_at = time.monotonic()
@@ -367,12 +369,22 @@ class OpenSandbox(AnySandbox):
         if not (facts.denied or tasks or (net and net.denied)):
             return []
         found, _ = denied(facts.denied, net, self.prepared, self._spec, command.execution.order.cwd, tail)
+        if self._gate is None:
+            self._note_connections(found)
         if tasks:
             from x07_sandbox.plan import observed
 
             policy = self.prepared.policy
             found.append(observed.more_tasks(policy.policy, run_limits(policy.policy).max_live, tasks, policy.reach()))
         return found
+
+    def _note_connections(self, denials: Sequence[Denial]) -> None:
+        """Keep what a command without connections tried, for the result, as the gate does for others."""
+        for one in denials:
+            key = one.action, one.subject
+            if one.action in CONNECTS and (key in self._tried or len(self._tried) < DENIED_MAX):
+                count = one.count + (self._tried[key].count if key in self._tried else 0)
+                self._tried[key] = replace(one, count=count)
 
     def _since_release(self, command: Command) -> float:
         return (command.began_at - self._instance.greeting.released_at) * 1000
@@ -446,7 +458,7 @@ class OpenSandbox(AnySandbox):
             memory_peak_bytes=self._memory_peak_bytes,
             tasks_peak=0,
         )
-        denied: list[Denial] = []
+        denied = [*self._tried.values()]
         lost = 0
         if net is not None and net.denied and self.prepared.egress is not None:
             from x07_sandbox.runs.egress import denials as denied_connections

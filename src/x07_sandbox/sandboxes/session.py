@@ -289,9 +289,10 @@ class Session:
         if self._over:
             return True
         fds = self._instance.channel_fd, self._instance.pidfd, self._cancel.fd
-        for limit in (self._start_limit, self._close_limit):
-            if limit is not None and limit.is_up(*fds):
-                self._end(deadline_passed=True)
+        if self._start_limit is not None and self._start_limit.is_up(*fds):
+            self._start_is_late()
+        if self._close_limit is not None and self._close_limit.is_up(*fds):
+            self._end(deadline_passed=True)
         for execution in self._executions.values():
             if execution.limit is None or not execution.limit.is_up(*fds):
                 continue
@@ -301,6 +302,17 @@ class Session:
                 # The verdict stays a timeout whatever the guest reports now, but the report may add details.
                 self._stop(execution, deadline_passed=True)
         return self._over
+
+    def _start_is_late(self) -> None:
+        """End the session, or only the commands that do not start, which another command can cause by stopping them."""
+        starting = [one for one in self._executions.values() if one.starting]
+        if self._files or self._last is not None or not starting:
+            self._end(deadline_passed=True)
+            return
+        self._start_limit = None
+        for execution in starting:
+            if not execution.asked_to_stop:
+                self._stop(execution, deadline_passed=True)
 
     # from the guest
 

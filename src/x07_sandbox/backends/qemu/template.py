@@ -44,7 +44,6 @@ from x07_sandbox.host.paths import (
     why_not_ours,
 )
 from x07_sandbox.host.poll import write_all
-from x07_sandbox.host.user_settings import disk_limits
 from x07_sandbox.host.verdicts import Verdict, file_state, validity
 from x07_sandbox.images.manifest import Part, ScratchDisk
 from x07_sandbox.images.scratch import read_disk
@@ -177,6 +176,12 @@ def templates_dir() -> Path:
 def current_period() -> str:
     """Return a text that changes when the host reboots, and every few hours."""
     return f"{boot_id()} {int(boot_ms() / 1000 // settings.HOT_S)}"
+
+
+def _most_bytes() -> int:
+    from x07_sandbox.host.user_settings import disk_limits  # few runs save or remove a VM
+
+    return disk_limits().saved_vms_mib << 20
 
 
 def lack_of_space(ram_bytes: int) -> str:
@@ -326,7 +331,7 @@ def _make_alone(
     folder = template.folder.parent
     for path in leftovers(folder):
         shutil.rmtree(path, ignore_errors=True)
-    most_bytes = disk_limits().saved_vms_mib << 20
+    most_bytes = _most_bytes()
     work = Path(tempfile.mkdtemp(prefix=".new-", dir=folder))
     try:
         work.chmod(FOLDER_MODE)  # the umask may have removed some of these bits
@@ -547,5 +552,5 @@ def prunable(images: set[str], on_wait: Callable[[], None]) -> Iterator[Prunable
         for left in leftovers(folder):
             if not why_not_ours(left.lstat(), stat.S_ISDIR):
                 yield Prunable("leftover", left, "a killed process left it", shutil.rmtree)
-        for path, why in expired_templates(keep="", images=images, most_bytes=disk_limits().saved_vms_mib << 20):
+        for path, why in expired_templates(keep="", images=images, most_bytes=_most_bytes()):
             yield Prunable("template", path, why, delete_unused)
