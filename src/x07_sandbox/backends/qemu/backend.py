@@ -295,7 +295,8 @@ class QemuBackend:
             make_vm = partial(self._make, template, plain, caller)
             saved, why_not = self._opened(template, templates.opened_template, make_vm, caller, stack, {})
             if saved is None:
-                raise TransientError("there is no VM to warm up", why_not, "Run x07 doctor")
+                # Not suspended: the reason may be a full disk, and if the VM is suspended, this ends at once.
+                raise HostError("there is no VM to warm up", why_not, "Run x07 doctor")
 
             def warm(instance: Instance) -> None:
                 warm_up(instance, kind, self, caller.cancel)
