@@ -41,6 +41,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from x07_sandbox.errors import (
+        ArgumentError,
         BackendError,
         Cancelled,
         HostError,

@@ -11,7 +11,7 @@ from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.paths import state_dir
 from x07_sandbox.runs.folder import runs_dir
 
-MARK: Final = ".retention"  # its time is that of the last removal; it has content once the user was told
+MARK: Final = ".retention"  # its time is that of the last removal; it has content once the message was shown
 _EVERY_MS: Final = 3_600_000
 _BUDGET_S: Final = 0.3
 
@@ -38,8 +38,8 @@ def retain_records(say: Callable[[str], None] | None = None) -> None:
                 _, days, most, mib = disk_limits()
                 say(
                     f"removed the records of {runs} old run{'' if runs == 1 else 's'}: x07 keeps those of the last "
-                    f"{days} days, at most {most} and {mib} MiB ([disk] in sandbox.toml). You are told only once"
+                    f"{days} days, at most {most} and {mib} MiB ([disk] in sandbox.toml). This message is shown once"
                 )
-                mark.write_text("told\n")
+                mark.write_text("shown\n")
             if not done:
                 os.utime(mark, (0, 0))

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from x07_sandbox.host.cancel import Cancel
 
 KILL = "kill"  # a pipe to the x07 process of the run
-SANDBOX = "sandbox.json"  # the record of a sandbox (runs/sandbox)
+SANDBOX = "sandbox.json"  # the record of a sandbox (runs/command)
 SOCKET = "socket"  # of the holder of a sandbox
 NET_LOG = "net.jsonl"  # of the egress gate
 REQUEST = "request.json"  # identifies the run until there is a result
