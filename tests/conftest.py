@@ -15,6 +15,8 @@ import pytest
 from hypothesis import settings
 from msgspec.structs import replace
 
+from tests import durations
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
@@ -193,9 +195,20 @@ def overwrite(path: Path, data: bytes | None = None) -> None:
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add --record-durations."""
+    parser.addoption("--record-durations", action="store_true", help="rewrite tests/durations.json")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Record the time of files if asked, in the process to which workers report."""
+    if config.getoption("--record-durations") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(durations.Recorder())
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Start slow files first, so that the last ones are short and no worker idles; skip what only full runs do."""
-    items.sort(key=lambda item: "/unit/" in item.nodeid)
+    durations.sort_by_file(items)
     for item in items:
         if not FULL and (mark := item.get_closest_marker("full")):
             item.add_marker(pytest.mark.skip(f"full sizes only: {mark.args[0]}"))
