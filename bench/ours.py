@@ -30,19 +30,19 @@ from x07_sandbox.host.linux import children_of
 from x07_sandbox.host.paths import state_dir
 from x07_sandbox.images.store import find_image
 from x07_sandbox.images.verify import open_image
-from x07_sandbox.jobs.record import Claim, create_record, new_run_id
 from x07_sandbox.library.pool import Pool
-from x07_sandbox.plan.confinement import UNCONFINED
-from x07_sandbox.plan.controls import make_plan, run_limits
-from x07_sandbox.plan.features import vm_features
-from x07_sandbox.plan.sizes import ram_class_bytes, tmp_bytes
-from x07_sandbox.policy import default_policy, render_policy
+from x07_sandbox.policy.confinement import UNCONFINED
+from x07_sandbox.policy.controls import make_plan, run_limits
+from x07_sandbox.policy.default import default_policy, render_policy
+from x07_sandbox.policy.features import vm_features
+from x07_sandbox.policy.sizes import ram_class_bytes, tmp_bytes
 from x07_sandbox.programs.toolchains import ARTIFACT
+from x07_sandbox.records.record import Claim, create_record, new_run_id
 from x07_sandbox.reports.document import render_json
-from x07_sandbox.runs.phase import CWD, PhaseSpec, input_files, run_phase
-from x07_sandbox.runs.request import in_memory
-from x07_sandbox.sandboxes.session import Session
-from x07_sandbox.sandboxes.transfers import CommandStreams, Receivers, Sink, memory_file
+from x07_sandbox.sessions.phase import CWD, PhaseSpec, input_files, run_phase
+from x07_sandbox.sessions.request import in_memory
+from x07_sandbox.sessions.session import Session
+from x07_sandbox.sessions.transfers import CommandStreams, Receivers, Sink, memory_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

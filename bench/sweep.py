@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING
 from x07_sandbox.host.processes import Identity, own_identity
 from x07_sandbox.housekeeping.pruner import Pruner
 from x07_sandbox.housekeeping.sweep import sweep_jobs
-from x07_sandbox.jobs.record import Claim, create_record, mark_done, new_run_id, write_owner
-from x07_sandbox.jobs.stopping import live_records
 from x07_sandbox.library import requests
+from x07_sandbox.records.record import Claim, create_record, mark_done, new_run_id, write_owner
+from x07_sandbox.records.stopping import live_records
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from x07_sandbox.jobs.record import JobRecord
+    from x07_sandbox.records.record import JobRecord
 
 _DEAD = Identity(pid=2**22 - 1, start_ticks=1)
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write the table of reasons and the kinds of hints of docs/reference/codes.md, from plan/reasons and plan/denials.
+"""Write the table of reasons and the kinds of hints of docs/reference/codes.md, from policy/reasons and policy/denials.
 
 python -m scripts.make_codes_page        in an environment that has x07-sandbox
 """
@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import get_args, get_type_hints
 
 from scripts.pages import filled
-from x07_sandbox.plan.denials import Hint
-from x07_sandbox.plan.reasons import REASONS
+from x07_sandbox.policy.denials import Hint
+from x07_sandbox.policy.reasons import REASONS
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "reference" / "codes.md"
 

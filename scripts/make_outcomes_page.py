@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write the tables of docs/reference/outcomes.md from plan/outcomes.
+"""Write the tables of docs/reference/outcomes.md from policy/outcomes.
 
 python -m scripts.make_outcomes_page        in an environment that has x07-sandbox
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from scripts.pages import filled
-from x07_sandbox.plan.outcomes import OUTCOMES, outcomes_by_exit
+from x07_sandbox.policy.outcomes import OUTCOMES, outcomes_by_exit
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "reference" / "outcomes.md"
 

@@ -14,9 +14,9 @@ import msgspec
 
 from scripts.pages import filled
 from x07_sandbox.cli.policy import EXIT_CODES
-from x07_sandbox.plan.controls import make_plan
-from x07_sandbox.plan.features import vm_features
+from x07_sandbox.policy.controls import make_plan
 from x07_sandbox.policy.default import default_policy, render_policy
+from x07_sandbox.policy.features import vm_features
 from x07_sandbox.policy.model import OPTIONAL_SECTIONS
 from x07_sandbox.policy.rules import RULES
 from x07_sandbox.policy.schema import fields, host_fields, policy_schema

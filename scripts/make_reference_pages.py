@@ -20,7 +20,7 @@ from x07_sandbox.cli.parser import Parser, parser_for
 from x07_sandbox.host import user_settings
 from x07_sandbox.host.variables import VARIABLES, Variable
 from x07_sandbox.options import BY_KEYWORD
-from x07_sandbox.plan.outcomes import OUTCOMES
+from x07_sandbox.policy.outcomes import OUTCOMES
 from x07_sandbox.reports.schemas import schemas
 
 if TYPE_CHECKING:

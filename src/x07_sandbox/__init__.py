@@ -64,10 +64,10 @@ if TYPE_CHECKING:
         run_program_async,
     )
     from x07_sandbox.library.sandbox import Sandbox
-    from x07_sandbox.plan.denials import Outcome
+    from x07_sandbox.policy.denials import Outcome
     from x07_sandbox.policy.model import Limits, Policy
     from x07_sandbox.reports.sandboxes import SandboxInfo
-    from x07_sandbox.runs.result import Diff, Output, Result
+    from x07_sandbox.sessions.result import Diff, Output, Result
 
 __all__ = [
     "ArgumentError",

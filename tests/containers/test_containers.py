@@ -29,15 +29,15 @@ from x07_sandbox.backends.containerd.backend import ContainerdBackend
 from x07_sandbox.backends.engines import engine as the_engine
 from x07_sandbox.backends.engines import load
 from x07_sandbox.images.store import find_image
-from x07_sandbox.jobs.stopping import live_records
 from x07_sandbox.policy.default import default_policy
+from x07_sandbox.records.stopping import live_records
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from tests.engines import EngineUnderTest
     from x07_sandbox.backends.engines import Engine
-    from x07_sandbox.jobs.record import JobRecord
+    from x07_sandbox.records.record import JobRecord
 
 pytestmark = [pytest.mark.root]
 X07 = str(Path(sys.executable).with_name("x07"))

@@ -17,8 +17,8 @@ from tests.fuzz.fuzz_ttrpc import field, frame
 from x07_sandbox import Sandbox, exec_command
 from x07_sandbox.backends.firecracker import backend as firecracker
 from x07_sandbox.backends.firecracker.ttrpc import HEADER_SIZE
+from x07_sandbox.backends.protobuf import Message
 from x07_sandbox.errors import BackendError, HostError
-from x07_sandbox.host.protobuf import Message
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

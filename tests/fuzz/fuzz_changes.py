@@ -19,7 +19,7 @@ from x07_sandbox.files.checks import check_set
 from x07_sandbox.files.copy import Bounds
 from x07_sandbox.files.incoming import Incoming
 from x07_sandbox.files.protected import Protection
-from x07_sandbox.runs.selection import select_changes
+from x07_sandbox.sessions.selection import select_changes
 
 if TYPE_CHECKING:
     from x07_sandbox.files.changes import Change

@@ -9,7 +9,7 @@ from __future__ import annotations
 import msgspec
 
 from tests.fuzz.fuzz_observed import AREAS, CWD, POLICIES, follow
-from x07_sandbox.plan.hints import hints
+from x07_sandbox.policy.hints import hints
 
 MOST = 3
 OURS = ("HOME", "TOKEN")

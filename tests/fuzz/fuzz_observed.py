@@ -13,13 +13,13 @@ import msgspec
 
 from x07_sandbox.channel.messages import FORMS, Denied, decode
 from x07_sandbox.errors import PeerError
-from x07_sandbox.plan.denials import GuestMount
-from x07_sandbox.plan.observed import denials
 from x07_sandbox.policy.decode import decode_policy
+from x07_sandbox.policy.denials import GuestMount
+from x07_sandbox.policy.observed import denials
 from x07_sandbox.policy.templates import TEMPLATES
 
 if TYPE_CHECKING:
-    from x07_sandbox.plan.denials import HowToAllow
+    from x07_sandbox.policy.denials import HowToAllow
     from x07_sandbox.policy.model import Policy
 
 CWD: Final = "/opt/x07"

@@ -15,7 +15,7 @@ import contextlib
 import struct
 
 from x07_sandbox.backends.firecracker.ttrpc import ANSWER_MAX, HEADER_SIZE, CallError, message_size, payload_of
-from x07_sandbox.host.protobuf import FIELDS_MAX, Message
+from x07_sandbox.backends.protobuf import FIELDS_MAX, Message
 
 TEXT_MAX = 600
 

@@ -48,7 +48,7 @@ from x07_sandbox.channel.messages import (
 from x07_sandbox.channel.trees import Entry, segment
 from x07_sandbox.channel.trees import Kind as R
 from x07_sandbox.images import cpio
-from x07_sandbox.policy import default_policy, render_policy
+from x07_sandbox.policy.default import default_policy, render_policy
 from x07_sandbox.reports.document import render_json
 from x07_sandbox.x07.runner_report import runner_report
 

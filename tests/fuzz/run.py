@@ -19,13 +19,13 @@ WATCHED: Final = {
     "dns": ["x07_sandbox.guest.dns"],
     "documents": ["x07_sandbox.policy", "x07_sandbox.programs", "x07_sandbox.reports", "tomllib"],
     "egress": ["x07_sandbox.channel"],
-    "hints": ["x07_sandbox.plan"],
+    "hints": ["x07_sandbox.policy"],
     "http_requests": ["h11", "x07_sandbox.network"],
     "images": ["x07_sandbox.images"],
     "names": ["idna", "x07_sandbox.network"],
-    "observed": ["x07_sandbox.plan"],
+    "observed": ["x07_sandbox.policy"],
     "patch": ["x07_sandbox.files.patch"],
-    "ttrpc": ["x07_sandbox.backends.firecracker", "x07_sandbox.host.protobuf"],
+    "ttrpc": ["x07_sandbox.backends.firecracker", "x07_sandbox.backends.protobuf"],
     "unpack": ["x07_sandbox.guest"],
 }
 

@@ -17,7 +17,7 @@ from x07_sandbox.backends.process.backend import NoneBackend, OsBackend
 from x07_sandbox.backends.process.start import start_confined, start_unconfined
 from x07_sandbox.errors import HostError
 from x07_sandbox.host.processes import has_mark
-from x07_sandbox.jobs.record import Claim, JobRecord, create_record, new_run_id
+from x07_sandbox.records.record import Claim, JobRecord, create_record, new_run_id
 
 if TYPE_CHECKING:
     from x07_sandbox.backends.jailed import StreamInstance

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 from tests.process.conftest import Backend, left, started
 from x07_sandbox.housekeeping.sweep import sweep
-from x07_sandbox.jobs.reader import all_stored
+from x07_sandbox.records.reader import all_stored
 
 if TYPE_CHECKING:
-    from x07_sandbox.jobs.reader import StoredJob
+    from x07_sandbox.records.reader import StoredJob
 
 ROOT = Path(__file__).resolve().parents[2]
 GONE_S = 20.0

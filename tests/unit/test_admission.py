@@ -18,7 +18,7 @@ from x07_sandbox.errors import Cancelled, HostError, RefusedError, UsageError
 from x07_sandbox.host.linux import children_of
 from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.paths import cache_folder
-from x07_sandbox.jobs.admission import RUNS, SANDBOXES, admitted, max_running, warm_slots
+from x07_sandbox.records.admission import RUNS, SANDBOXES, admitted, max_running, warm_slots
 
 
 @pytest.fixture(autouse=True)
@@ -38,8 +38,8 @@ def never() -> Iterator[int]:
 
 HOLDER = """
 import os, sys, time
-from x07_sandbox.jobs import admission
-from x07_sandbox.jobs.admission import admitted
+from x07_sandbox.records import admission
+from x07_sandbox.records.admission import admitted
 admission._SAY_AFTER_S = 600  # no check for a stopped process at the head of the queue before that
 never = os.eventfd(0)
 print("queued", flush=True)
@@ -212,7 +212,7 @@ def open_resources() -> list[set[str]]:
 
 def test_pools_share_the_memory_for_machines_that_wait() -> None:
     """All pools of a user together keep no more warm VMs than memory allows, and a pool's share ends with it."""
-    keeper = "import sys\nfrom x07_sandbox.jobs.admission import warm_slots\n"
+    keeper = "import sys\nfrom x07_sandbox.records.admission import warm_slots\n"
     keeper += "with warm_slots(2, 5):\n    print('kept', flush=True)\n    sys.stdin.read(1)\n"
     with subprocess.Popen([sys.executable, "-c", keeper], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None

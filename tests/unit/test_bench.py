@@ -16,9 +16,9 @@ import pytest
 from bench.figures import Figures, WrongRunError
 from bench.ours import check
 from bench.scale import more_jobs
-from x07_sandbox.plan.controls import make_plan
-from x07_sandbox.plan.features import vm_features
-from x07_sandbox.policy import default_policy
+from x07_sandbox.policy.controls import make_plan
+from x07_sandbox.policy.default import default_policy
+from x07_sandbox.policy.features import vm_features
 
 OUTPUT = b"got a\n"
 

@@ -14,7 +14,7 @@ import pytest
 from tests.command import x07
 from x07_sandbox.cli.bundle import publish
 from x07_sandbox.errors import RefusedError
-from x07_sandbox.policy import default_policy, render_policy
+from x07_sandbox.policy.default import default_policy, render_policy
 from x07_sandbox.programs.toolchains import Source
 from x07_sandbox.reports.schemas import schemas
 from x07_sandbox.x07.bundle import (
@@ -283,7 +283,7 @@ def test_an_error_is_a_document(tmp_path: Path) -> None:
 
 def test_an_image_other_than_the_pinned_one_is_refused() -> None:
     """The check of a pinned guest image names both digests."""
-    from x07_sandbox.runs.prepare import check_own_image
+    from x07_sandbox.sessions.prepare import check_own_image
 
     check_own_image("sha256:1", None)
     check_own_image("sha256:1", "sha256:1")

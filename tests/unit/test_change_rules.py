@@ -21,7 +21,7 @@ from x07_sandbox.files.checks import check_set
 from x07_sandbox.files.copy import Bounds, Skipped, link_stays_inside
 from x07_sandbox.files.incoming import Incoming, ReportedEntry
 from x07_sandbox.files.protected import Protection, work_trees
-from x07_sandbox.runs.selection import Grants, select_changes
+from x07_sandbox.sessions.selection import Grants, select_changes
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -18,8 +18,8 @@ from x07_sandbox.errors import UsageError
 from x07_sandbox.files.changes import Change, Node, RootChanges
 from x07_sandbox.files.dependencies import unmet, with_dependents
 from x07_sandbox.host.paths import private_dir
-from x07_sandbox.runs.patches import patch_chunks
-from x07_sandbox.runs.saved_changes import find_saved, recover_all, undo_saved
+from x07_sandbox.sessions.patches import patch_chunks
+from x07_sandbox.sessions.saved_changes import find_saved, recover_all, undo_saved
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from scripts.make_codes_page import PAGE, render
 from x07_sandbox.backends.base import NOT_IMPORTED, SLOW_IMPORT
 from x07_sandbox.errors import PeerError
-from x07_sandbox.plan.reasons import REASONS, sentence
+from x07_sandbox.policy.reasons import REASONS, sentence
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,7 +29,7 @@ FOREIGN = {
     "images/pip.py": "pip",
     "jail/forms.py": "ldd",
     "network/certificates.py": "PEM",
-    "plan/outcomes.py": "the kernel and setpriv",
+    "policy/outcomes.py": "the kernel and setpriv",
     "reports/html.py": "a patch in git's format",
     "backends/qemu/start.py": "bubblewrap",
     "guest/firewall.py": "a table of our own",

@@ -8,7 +8,7 @@ from scripts.make_backends_page import PAGE, render
 from x07_sandbox.backends.registry import BY_NAME, create
 from x07_sandbox.cli.main import main
 from x07_sandbox.conformance.behaviours import BEHAVIOURS
-from x07_sandbox.plan.features import VM_CAPABILITIES
+from x07_sandbox.policy.features import VM_CAPABILITIES
 
 WITHOUT_GAPS = {"channel", "files", "outcome", "deadline", "stop"}
 NAMES = [behaviour.name for behaviour in BEHAVIOURS]

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from x07_sandbox.backends.protobuf import Message
 from x07_sandbox.backends.qemu.criu_images import PAGE, move_pages, read_messages, reset_priority, write_messages
 from x07_sandbox.backends.qemu.hot import require_plain_files
 from x07_sandbox.errors import BackendError
-from x07_sandbox.host.protobuf import Message
 
 PID = 64
 RAM = "/img/ram"

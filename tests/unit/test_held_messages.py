@@ -21,9 +21,9 @@ from x07_sandbox.library.held_messages import (
     packed,
     start_message,
 )
-from x07_sandbox.plan.outcomes import Verdict
-from x07_sandbox.runs.command import CommandEnd
-from x07_sandbox.runs.result import CommandReport
+from x07_sandbox.policy.outcomes import Verdict
+from x07_sandbox.sessions.command import CommandEnd
+from x07_sandbox.sessions.result import CommandReport
 
 REPORT = CommandReport(
     id=1, argv_sha256="", outcome="timeout", exit_code=None, signal=None, began_ms=1, wall_ms=2, cpu_ms=3

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING
 
-from x07_sandbox.policy import default_policy, render_policy
+from x07_sandbox.policy.default import default_policy, render_policy
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 # Threads that are the first to use a type, and take turns as often as Python lets them.
 AT_ONCE = """
 import pathlib, sys, threading
-from x07_sandbox.policy import decode_policy
+from x07_sandbox.policy.decode import decode_policy
 from x07_sandbox.policy.schema import range_of
 sys.setswitchinterval(1e-6)
 data = pathlib.Path(sys.argv[1]).read_bytes()

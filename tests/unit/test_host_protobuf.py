@@ -7,7 +7,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.fuzz.fuzz_ttrpc import field, varint
-from x07_sandbox.host.protobuf import FIELDS_MAX, Message, encode
+from x07_sandbox.backends.protobuf import FIELDS_MAX, Message, encode
 
 NUMBERS = st.integers(1, (1 << 29) - 1)
 INTEGERS = st.integers(0, (1 << 64) - 1)

@@ -16,9 +16,9 @@ from x07_sandbox.host import paths
 from x07_sandbox.host.arch import ARCHES, host_arch
 from x07_sandbox.images import build, foreign, store
 from x07_sandbox.images.verify import OpenImage
-from x07_sandbox.plan.features import vm_features
-from x07_sandbox.runs import prepare
-from x07_sandbox.runs.request import RunRequest
+from x07_sandbox.policy.features import vm_features
+from x07_sandbox.sessions import prepare
+from x07_sandbox.sessions.request import RunRequest
 
 HOST = host_arch()
 OTHER = next(arch for arch in ARCHES.values() if arch is not HOST)

@@ -19,8 +19,16 @@ from x07_sandbox.errors import HostError
 from x07_sandbox.host.clocks import unix_ms
 from x07_sandbox.host.linux import boot_id, boot_ms, pid_namespace
 from x07_sandbox.host.processes import identify
-from x07_sandbox.jobs import record as records
-from x07_sandbox.jobs.record import Claim, JobRecord, create_record, mark_done, new_run_id, runner_instance, write_owner
+from x07_sandbox.records import record as records
+from x07_sandbox.records.record import (
+    Claim,
+    JobRecord,
+    create_record,
+    mark_done,
+    new_run_id,
+    runner_instance,
+    write_owner,
+)
 
 # facts of upstream, 6.4
 KEYS = [
@@ -307,7 +315,7 @@ def test_processes_that_start_together_agree_on_one_id(home: Path) -> None:
     """Processes that start at the same time agree on one id."""
     code = (
         "import pathlib, sys\n"
-        "from x07_sandbox.jobs.record import runner_instance\n"
+        "from x07_sandbox.records.record import runner_instance\n"
         "print('ready', flush=True)\n"
         "sys.stdin.readline()\n"
         "print(runner_instance(pathlib.Path(sys.argv[1])))\n"

@@ -39,17 +39,18 @@ from x07_sandbox.library.requests import make_request
 from x07_sandbox.library.run import OPTIONS
 from x07_sandbox.options import BY_FLAG, BY_KEYWORD, LIMITS
 from x07_sandbox.options import OPTIONS as OPTIONS_TABLE
-from x07_sandbox.policy import PolicyError, default_policy, render_policy
+from x07_sandbox.policy.default import default_policy, render_policy
 from x07_sandbox.policy.limits import LimitChanges
 from x07_sandbox.policy.overrides import Overrides
+from x07_sandbox.policy.problems import PolicyError
 from x07_sandbox.policy.schema import fields as schema_fields
 from x07_sandbox.policy.schema import range_of
 from x07_sandbox.programs.manifest import Manifest, RunTable
-from x07_sandbox.runs.program import load_program
-from x07_sandbox.runs.request import RunCaller, RunRequest
+from x07_sandbox.sessions.program import load_program
+from x07_sandbox.sessions.request import RunCaller, RunRequest
 
 if TYPE_CHECKING:
-    from x07_sandbox.runs.request import Program
+    from x07_sandbox.sessions.request import Program
 
 HALF = "\ud800"
 

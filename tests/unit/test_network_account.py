@@ -18,11 +18,11 @@ from x07_sandbox.network.ledger import LOG_MAX_BYTES, ROWS_MAX, Ledger
 from x07_sandbox.network.rules import make_allowlist
 from x07_sandbox.network.settings import parse_settings
 from x07_sandbox.network.summary import Contact, NetworkUse
-from x07_sandbox.plan.denials import Denial, HowToAllow
 from x07_sandbox.policy.default import default_policy
+from x07_sandbox.policy.denials import Denial, HowToAllow
 from x07_sandbox.policy.model import HostPorts
-from x07_sandbox.runs.egress import denials, denials_without_gate, new_denials
-from x07_sandbox.runs.request import EffectivePolicy
+from x07_sandbox.sessions.egress import denials, denials_without_gate, new_denials
+from x07_sandbox.sessions.request import EffectivePolicy
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -18,7 +18,7 @@ from x07_sandbox.network.rules import Allowlist, Decision, Request, decide, make
 from x07_sandbox.network.summary import Contact
 from x07_sandbox.policy.default import default_policy
 from x07_sandbox.policy.model import Db, DbNet, Drivers, HostPorts, Policy
-from x07_sandbox.runs.egress import denials
+from x07_sandbox.sessions.egress import denials
 
 if TYPE_CHECKING:
     from x07_sandbox.channel.messages import Network

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 from scripts.make_outcomes_page import PAGE, render
-from x07_sandbox.plan.outcomes import OUTCOMES, ExitRule, outcomes_by_exit
+from x07_sandbox.policy.outcomes import OUTCOMES, ExitRule, outcomes_by_exit
 
 HELP = [sys.executable, "-m", "x07_sandbox.cli.main", "run", "--help-all"]
 

@@ -13,9 +13,9 @@ import pytest
 
 from tests.unit.policy_command import as_json, policy
 from x07_sandbox.backends.selection import backend_named
-from x07_sandbox.plan.controls import make_plan
-from x07_sandbox.plan.features import vm_features
+from x07_sandbox.policy.controls import make_plan
 from x07_sandbox.policy.default import render_policy
+from x07_sandbox.policy.features import vm_features
 from x07_sandbox.policy.model import leaf_values
 from x07_sandbox.policy.schema import fields
 from x07_sandbox.policy.templates import TEMPLATES

@@ -15,11 +15,11 @@ from x07_sandbox.errors import UsageError
 from x07_sandbox.library.keyword_names import keyword
 from x07_sandbox.library.requests import make_request
 from x07_sandbox.options import OPTIONS
-from x07_sandbox.plan.controls import run_limits
-from x07_sandbox.policy import default_policy, render_policy
+from x07_sandbox.policy.controls import run_limits
+from x07_sandbox.policy.default import default_policy, render_policy
 from x07_sandbox.policy.limits import LimitChanges, change_limits, parse_size, size_text
 from x07_sandbox.policy.templates import TEMPLATES
-from x07_sandbox.runs.request import EffectivePolicy, ProjectPolicy, RunRequest, effective_policy_of
+from x07_sandbox.sessions.request import EffectivePolicy, ProjectPolicy, RunRequest, effective_policy_of
 
 if TYPE_CHECKING:
     from pathlib import Path

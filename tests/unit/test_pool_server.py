@@ -8,7 +8,7 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING
 
-from x07_sandbox.pool.server import Starter
+from x07_sandbox.library.pool_server import Starter
 
 if TYPE_CHECKING:
     from pathlib import Path

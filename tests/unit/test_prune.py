@@ -27,9 +27,9 @@ from x07_sandbox.host.verdicts import Verdict
 from x07_sandbox.housekeeping.prune import prune
 from x07_sandbox.housekeeping.pruner import PARTS, Part, PruneReport, everything
 from x07_sandbox.images import manifest, store
-from x07_sandbox.jobs.record import Claim, JobRecord, create_record, mark_done, write_owner
 from x07_sandbox.programs.artifacts import artifact_key
-from x07_sandbox.runs.folder import APPLYING, RunFolder
+from x07_sandbox.records.record import Claim, JobRecord, create_record, mark_done, write_owner
+from x07_sandbox.sessions.folder import APPLYING, RunFolder
 
 DAY_MS = 86_400_000
 DIGEST = "sha256:" + "ab" * 32

@@ -12,7 +12,7 @@ from typing import get_args
 import x07_sandbox
 from x07_sandbox import errors
 from x07_sandbox.errors import SandboxError
-from x07_sandbox.plan.outcomes import OUTCOMES
+from x07_sandbox.policy.outcomes import OUTCOMES
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """from x07_sandbox import Outcome, Output, run_program

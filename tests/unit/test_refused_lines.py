@@ -10,9 +10,9 @@ from msgspec.structs import replace
 from x07_sandbox.cli.denials_text import denial_lines, for_flags, say_denials
 from x07_sandbox.cli.os_runner import OPTIONS
 from x07_sandbox.network.summary import Contact, NetworkUse
-from x07_sandbox.plan.denials import Denial, Hint, HowToAllow, Outcome
-from x07_sandbox.plan.packages import Adding
-from x07_sandbox.runs.result import EMPTY_OUTPUT, Digests, Result
+from x07_sandbox.policy.denials import Denial, Hint, HowToAllow, Outcome
+from x07_sandbox.policy.packages import Adding
+from x07_sandbox.sessions.result import EMPTY_OUTPUT, Digests, Result
 
 DEFAULT = "built-in:default"
 

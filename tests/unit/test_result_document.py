@@ -10,9 +10,9 @@ import pytest
 from tests.published import document, published
 from x07_sandbox.errors import SandboxError
 from x07_sandbox.library.run import run_program
-from x07_sandbox.plan.outcomes import OUTCOMES
+from x07_sandbox.policy.outcomes import OUTCOMES
 from x07_sandbox.reports.result import render_result
-from x07_sandbox.runs.result import Result
+from x07_sandbox.sessions.result import Result
 
 if TYPE_CHECKING:
     from pathlib import Path

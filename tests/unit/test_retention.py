@@ -18,7 +18,7 @@ from x07_sandbox.housekeeping.pruner import Pruner
 from x07_sandbox.housekeeping.records import prune_records
 from x07_sandbox.housekeeping.retention import MARK, retain_records
 from x07_sandbox.images import store
-from x07_sandbox.jobs.record import JobRecord
+from x07_sandbox.records.record import JobRecord
 
 
 @pytest.fixture(autouse=True)

@@ -35,26 +35,25 @@ from x07_sandbox.files.copy import NUMBER_MAX
 from x07_sandbox.files.journal import Head, Place
 from x07_sandbox.host.cancel import Cancel, Notice
 from x07_sandbox.host.paths import closing_fd, private_dir
-from x07_sandbox.plan.denials import HowToAllow
-from x07_sandbox.plan.guest_paths import OUT
-from x07_sandbox.policy import render_policy
-from x07_sandbox.policy.default import default_policy
+from x07_sandbox.policy.default import default_policy, render_policy
+from x07_sandbox.policy.denials import HowToAllow
+from x07_sandbox.policy.guest_paths import OUT
 from x07_sandbox.policy.overrides import Overrides
-from x07_sandbox.runs.folder import RunFolder
-from x07_sandbox.runs.host_files import HostFiles
-from x07_sandbox.runs.patches import patch_chunks
-from x07_sandbox.runs.prepare import Prepared
-from x07_sandbox.runs.program import load_program
-from x07_sandbox.runs.request import EffectivePolicy, RunCaller, RunRequest
-from x07_sandbox.runs.result import ChangedName, Changes, draft_result
-from x07_sandbox.runs.run import attempt, copy_in, failure
-from x07_sandbox.runs.saved_changes import apply_saved, find_saved, recover_all, undo_saved
-from x07_sandbox.runs.selection import Grants, select_changes
+from x07_sandbox.sessions.folder import RunFolder
+from x07_sandbox.sessions.host_files import HostFiles
+from x07_sandbox.sessions.patches import patch_chunks
+from x07_sandbox.sessions.prepare import Prepared
+from x07_sandbox.sessions.program import load_program
+from x07_sandbox.sessions.request import EffectivePolicy, RunCaller, RunRequest
+from x07_sandbox.sessions.result import ChangedName, Changes, draft_result
+from x07_sandbox.sessions.run import attempt, copy_in, failure
+from x07_sandbox.sessions.saved_changes import apply_saved, find_saved, recover_all, undo_saved
+from x07_sandbox.sessions.selection import Grants, select_changes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from x07_sandbox.plan.denials import Denial
+    from x07_sandbox.policy.denials import Denial
 
 RUN = "1700000000000-1-1"
 

@@ -18,8 +18,8 @@ from x07_sandbox.cli.atomic_output import artifact_file
 from x07_sandbox.cli.main import main
 from x07_sandbox.cli.run_outputs import write_files
 from x07_sandbox.errors import UsageError
-from x07_sandbox.policy import default_policy, render_policy
-from x07_sandbox.runs.run import failure
+from x07_sandbox.policy.default import default_policy, render_policy
+from x07_sandbox.sessions.run import failure
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -20,9 +20,9 @@ from x07_sandbox.files.changes import Change, ChangeSet, Node, Refused, RootChan
 from x07_sandbox.host.paths import private_dir
 from x07_sandbox.housekeeping.listing import known_run
 from x07_sandbox.housekeeping.prune import prune
-from x07_sandbox.runs.folder import all_runs
-from x07_sandbox.runs.result import draft_result
-from x07_sandbox.runs.saved_changes import command, find_saved, is_here, undo_saved
+from x07_sandbox.sessions.folder import all_runs
+from x07_sandbox.sessions.result import draft_result
+from x07_sandbox.sessions.saved_changes import command, find_saved, is_here, undo_saved
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -52,12 +52,12 @@ from x07_sandbox.files.incoming import Incoming
 from x07_sandbox.host import settings
 from x07_sandbox.host.cancel import Cancel
 from x07_sandbox.host.clocks import Deadline
-from x07_sandbox.plan.outcomes import Stage, classify
-from x07_sandbox.runs.phase import PhaseSpec, input_files, run_phase
-from x07_sandbox.runs.private_files import LeftFiles
-from x07_sandbox.sandboxes import execution
-from x07_sandbox.sandboxes.execution import Facts
-from x07_sandbox.sandboxes.transfers import CommandStreams, InFile, OutFile, Receivers, Sink, memory_file
+from x07_sandbox.policy.outcomes import Stage, classify
+from x07_sandbox.sessions import execution
+from x07_sandbox.sessions.execution import Facts
+from x07_sandbox.sessions.phase import PhaseSpec, input_files, run_phase
+from x07_sandbox.sessions.private_files import LeftFiles
+from x07_sandbox.sessions.transfers import CommandStreams, InFile, OutFile, Receivers, Sink, memory_file
 
 if TYPE_CHECKING:
     from x07_sandbox.backends.base import Instance, StartMode

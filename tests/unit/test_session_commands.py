@@ -12,7 +12,7 @@ import pytest
 
 from tests.unit.test_session import CHANGES, CLOSED, LIMITS, FakeClock, Guest, Machine
 from tests.vm.programs.lies import EXITED
-from x07_sandbox import sandboxes
+from x07_sandbox import sessions
 from x07_sandbox.backends.base import Greeting, Instance
 from x07_sandbox.channel import streams
 from x07_sandbox.channel.connection import Connection
@@ -24,17 +24,17 @@ from x07_sandbox.errors import BackendError, PeerError, UsageError
 from x07_sandbox.files.incoming import Incoming
 from x07_sandbox.host import settings
 from x07_sandbox.host.cancel import Cancel
-from x07_sandbox.plan.outcomes import Stage
-from x07_sandbox.runs.phase import input_files
-from x07_sandbox.sandboxes import execution
-from x07_sandbox.sandboxes.files import FileServer
-from x07_sandbox.sandboxes.session import Session
-from x07_sandbox.sandboxes.transfers import CommandStreams, Inbox, InFile, Receivers, Sink, memory_file
+from x07_sandbox.policy.outcomes import Stage
+from x07_sandbox.sessions import execution
+from x07_sandbox.sessions.files import FileServer
+from x07_sandbox.sessions.phase import input_files
+from x07_sandbox.sessions.session import Session
+from x07_sandbox.sessions.transfers import CommandStreams, Inbox, InFile, Receivers, Sink, memory_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from x07_sandbox.sandboxes.execution import Execution
+    from x07_sandbox.sessions.execution import Execution
 
 pytestmark = pytest.mark.timeout(60)
 FREE = Confine(threads=True, spawn=True, execute=True, programs=None, prefixes=[], alone=True)
@@ -273,7 +273,7 @@ def test_a_file_server_without_progress_does_not_hold_its_caller(pair: Pair) -> 
 def test_single_bytes_are_no_progress_of_a_file_request(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file server that sends single bytes reaches the time limit, and one that sends much does not."""
     still = FakeClock()
-    monkeypatch.setattr(sandboxes.files, "Deadline", still)
+    monkeypatch.setattr(sessions.files, "Deadline", still)
     files = FileServer(pair.session, 1, LIMITS)
     pair.turn()
     pair.guest.until(Exec)
@@ -293,7 +293,7 @@ def test_a_caller_that_was_stopped_itself_waits_anew(
     pair: Pair, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """If the calling process was stopped (Ctrl-Z) past the time limit, the file server still has time to answer."""
-    monkeypatch.setattr(sandboxes.files, "Deadline", clock)
+    monkeypatch.setattr(sessions.files, "Deadline", clock)
     files = file_server(pair, encode(Answer(0, 5)) + b"hello")
     turn = pair.session.turn
 

@@ -17,14 +17,14 @@ from tests.vm.programs.lies import EXITED
 from x07_sandbox.channel.link import Stream
 from x07_sandbox.channel.messages import Exec, Started, Stop
 from x07_sandbox.library.processes import Kept
-from x07_sandbox.sandboxes.shared import SharedSession
-from x07_sandbox.sandboxes.transfers import CommandStreams, Inbox
+from x07_sandbox.sessions.shared import SharedSession
+from x07_sandbox.sessions.transfers import CommandStreams, Inbox
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from tests.unit.test_session import FakeClock
-    from x07_sandbox.sandboxes.execution import Execution
+    from x07_sandbox.sessions.execution import Execution
 
 pytestmark = pytest.mark.timeout(60)
 

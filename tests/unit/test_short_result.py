@@ -12,11 +12,11 @@ from tests.published import document
 from x07_sandbox.backends.container.backend import EngineBackend
 from x07_sandbox.cli import main
 from x07_sandbox.cli.parser import parser_for
-from x07_sandbox.plan.controls import make_plan
-from x07_sandbox.plan.features import Isolation, vm_features
+from x07_sandbox.policy.controls import make_plan
 from x07_sandbox.policy.default import default_policy
+from x07_sandbox.policy.features import Isolation, vm_features
 from x07_sandbox.reports.result import render_result
-from x07_sandbox.runs.result import ControlReport, Result, draft_result
+from x07_sandbox.sessions.result import ControlReport, Result, draft_result
 
 CHANGED = "limits.cpu_ms"
 

@@ -11,8 +11,8 @@ import pytest
 
 from x07_sandbox.host.linux import boot_id, pid_namespace
 from x07_sandbox.host.processes import Identity, own_identity
-from x07_sandbox.jobs.reader import StoredJob, all_stored, read_stored
-from x07_sandbox.jobs.record import (
+from x07_sandbox.records.reader import StoredJob, all_stored, read_stored
+from x07_sandbox.records.record import (
     Claim,
     JobRecord,
     create_record,
@@ -22,7 +22,7 @@ from x07_sandbox.jobs.record import (
     runner_instance,
     write_owner,
 )
-from x07_sandbox.jobs.stop_rules import Now, here_and_now, judge, state_of
+from x07_sandbox.records.stop_rules import Now, here_and_now, judge, state_of
 
 if TYPE_CHECKING:
     from pathlib import Path

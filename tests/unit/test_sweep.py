@@ -21,8 +21,8 @@ from x07_sandbox.backends.registry import BackendRow, create
 from x07_sandbox.host import clocks
 from x07_sandbox.host.processes import Identity, identify, own_identity
 from x07_sandbox.housekeeping.sweep import SweepReport, sweep, why_kept
-from x07_sandbox.jobs.record import Claim, JobRecord, create_record, mark_done, new_run_id, runner_instance
-from x07_sandbox.runs.folder import RunFolder
+from x07_sandbox.records.record import Claim, JobRecord, create_record, mark_done, new_run_id, runner_instance
+from x07_sandbox.sessions.folder import RunFolder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from x07_sandbox.errors import RefusedError, UsageError
 from x07_sandbox.host.arch import ARCHES
 from x07_sandbox.host.cancel import Cancel
-from x07_sandbox.plan.packages import ImageInUse
+from x07_sandbox.policy.packages import ImageInUse
 from x07_sandbox.programs.manifest import FILE, SCHEMA, decode_manifest
 from x07_sandbox.programs.new_manifest import sandbox_manifest
 from x07_sandbox.programs.toolchains import (
@@ -31,10 +31,10 @@ from x07_sandbox.programs.toolchains import (
     toolchain_for,
     toolchain_named,
 )
-from x07_sandbox.runs.hint_context import missing_interpreter
-from x07_sandbox.runs.program import load_program
-from x07_sandbox.runs.request import Program, RunCaller, RunRequest
-from x07_sandbox.sandboxes.transfers import InFile
+from x07_sandbox.sessions.hint_context import missing_interpreter
+from x07_sandbox.sessions.program import load_program
+from x07_sandbox.sessions.request import Program, RunCaller, RunRequest
+from x07_sandbox.sessions.transfers import InFile
 
 ROOT = Path(__file__).resolve().parents[2]
 EACH = pytest.mark.parametrize("row", TOOLCHAINS, ids=lambda row: row.name)

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from x07_sandbox.cli.console import LiveLine, Progress
-from x07_sandbox.sandboxes.transfers import Sink, TerminalFilter, read_all
+from x07_sandbox.sessions.transfers import Sink, TerminalFilter, read_all
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from scripts.make_x07_page import PAGE, render
 from x07_sandbox.cli.os_runner import OPTIONS
-from x07_sandbox.policy import decode_policy
+from x07_sandbox.policy.decode import decode_policy
 from x07_sandbox.x07 import attestation, runner_report
 
 ROOT = Path(__file__).resolve().parents[2]

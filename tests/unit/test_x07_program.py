@@ -19,19 +19,19 @@ from x07_sandbox.cli import os_runner
 from x07_sandbox.cli.main import main
 from x07_sandbox.host import settings
 from x07_sandbox.host.cancel import Cancel
-from x07_sandbox.policy import default_policy, render_policy
+from x07_sandbox.policy.default import default_policy, render_policy
 from x07_sandbox.programs.toolchains import BY_NAME
 from x07_sandbox.reports.schemas import schemas
-from x07_sandbox.runs.prepare import output_caps
-from x07_sandbox.runs.program import load_program
-from x07_sandbox.runs.request import RunCaller, RunRequest
+from x07_sandbox.sessions.prepare import output_caps
+from x07_sandbox.sessions.program import load_program
+from x07_sandbox.sessions.request import RunCaller, RunRequest
 from x07_sandbox.x07.programs import load_artifact, load_x07
 from x07_sandbox.x07.project import PROTOCOL, X07, Options, Profile, merged
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from x07_sandbox.runs.request import Loader
+    from x07_sandbox.sessions.request import Loader
 
 PROFILE = {"world": "run-os-sandboxed", "policy": "policy.json", "solve_fuel": 5000, "max_output_bytes": 700}
 

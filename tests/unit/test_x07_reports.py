@@ -13,12 +13,13 @@ import msgspec
 import pytest
 
 from x07_sandbox.errors import RefusedError
-from x07_sandbox.plan.outcomes import OUTCOMES, ExitRule
-from x07_sandbox.policy import decode_policy, default_policy, render_policy
+from x07_sandbox.policy.decode import decode_policy
+from x07_sandbox.policy.default import default_policy, render_policy
+from x07_sandbox.policy.outcomes import OUTCOMES, ExitRule
 from x07_sandbox.reports.document import render_json
 from x07_sandbox.reports.schemas import schemas
 from x07_sandbox.reports.verbs import PolicyInitReport
-from x07_sandbox.runs.result import EMPTY_OUTPUT, BuildOutput, Changes, Digests, Output, PhaseReport, Result
+from x07_sandbox.sessions.result import EMPTY_OUTPUT, BuildOutput, Changes, Digests, Output, PhaseReport, Result
 from x07_sandbox.x07.attestation import Attestation, Attested, attest, network_mode, reference
 from x07_sandbox.x07.runner_report import (
     Built,
@@ -33,7 +34,7 @@ from x07_sandbox.x07.runner_report import (
 )
 
 if TYPE_CHECKING:
-    from x07_sandbox.plan.denials import Outcome
+    from x07_sandbox.policy.denials import Outcome
 
 ROOT = Path(__file__).resolve().parents[2]
 PUBLISHED = {name: json.loads(text) for name, text in schemas().items()}

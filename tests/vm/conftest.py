@@ -26,16 +26,16 @@ from x07_sandbox.host.cancel import Cancel
 from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.paths import cache_dir
 from x07_sandbox.host.processes import Identity, has_mark, is_alive
-from x07_sandbox.policy import default_policy, render_policy
+from x07_sandbox.policy.default import default_policy, render_policy
 from x07_sandbox.programs.toolchains import OUTPUT, Source, toolchain_for
-from x07_sandbox.runs.request import RunCaller, RunRequest
-from x07_sandbox.runs.run import attempt
-from x07_sandbox.sandboxes.transfers import OutFile
+from x07_sandbox.sessions.request import RunCaller, RunRequest
+from x07_sandbox.sessions.run import attempt
+from x07_sandbox.sessions.transfers import OutFile
 from x07_sandbox.x07.programs import load_x07
 
 if TYPE_CHECKING:
     from x07_sandbox.images.store import Image
-    from x07_sandbox.runs.result import Result
+    from x07_sandbox.sessions.result import Result
 
 PROGRAMS = Path(__file__).parent / "programs"
 BEHAVE = PROGRAMS / "behave.c"

@@ -41,13 +41,13 @@ from x07_sandbox.host.linux import children_of
 from x07_sandbox.host.paths import state_dir, unnamed_file
 from x07_sandbox.images.store import find_image
 from x07_sandbox.images.verify import open_image
-from x07_sandbox.jobs.record import Claim, create_record, new_run_id
-from x07_sandbox.plan.confinement import UNCONFINED
-from x07_sandbox.plan.controls import run_limits
-from x07_sandbox.plan.outcomes import classify
+from x07_sandbox.policy.confinement import UNCONFINED
+from x07_sandbox.policy.controls import run_limits
 from x07_sandbox.policy.default import default_policy
-from x07_sandbox.runs.phase import CWD, PhaseSpec, run_phase
-from x07_sandbox.sandboxes.transfers import CommandStreams, Receivers, Sink
+from x07_sandbox.policy.outcomes import classify
+from x07_sandbox.records.record import Claim, create_record, new_run_id
+from x07_sandbox.sessions.phase import CWD, PhaseSpec, run_phase
+from x07_sandbox.sessions.transfers import CommandStreams, Receivers, Sink
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -22,10 +22,10 @@ from x07_sandbox.host.arch import arch_named, is_foreign
 from x07_sandbox.host.cancel import Cancel
 from x07_sandbox.images import foreign, kernel, vz_bundle
 from x07_sandbox.images.build import build_image
-from x07_sandbox.pool.prepare import prepare_clones
-from x07_sandbox.runs import prepare
-from x07_sandbox.runs.request import RunCaller, RunRequest
-from x07_sandbox.runs.run import attempt
+from x07_sandbox.library.pool_prepare import prepare_clones
+from x07_sandbox.sessions import prepare
+from x07_sandbox.sessions.request import RunCaller, RunRequest
+from x07_sandbox.sessions.run import attempt
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from tests.conftest import Need
     from x07_sandbox.conformance.harness import Bench
     from x07_sandbox.images.store import Image
-    from x07_sandbox.runs.result import Result
+    from x07_sandbox.sessions.result import Result
 
 # Building the image takes up to ten minutes, since QEMU emulates the programs of its packages.
 pytestmark = [
@@ -73,7 +73,7 @@ import sys
 from x07_sandbox.backends.vz import backend
 from x07_sandbox.conformance.runner import main
 from x07_sandbox.host.arch import arch_named
-from x07_sandbox.runs import prepare
+from x07_sandbox.sessions import prepare
 backend.host_arch = lambda: arch_named({NAME!r})
 prepare.is_foreign = lambda _arch: False
 main(sys.argv[1:])

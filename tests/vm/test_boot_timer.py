@@ -20,7 +20,7 @@ from x07_sandbox.host import settings
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.images.verify import open_image
-from x07_sandbox.pool.warm import WarmMachines
+from x07_sandbox.library.warm import WarmMachines
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -50,7 +50,7 @@ from x07_sandbox.host.verdicts import forget
 from x07_sandbox.images.build import build_image
 from x07_sandbox.images.store import find_image
 from x07_sandbox.jail.forms import needed_files
-from x07_sandbox.pool.warm import WarmMachines
+from x07_sandbox.library.warm import WarmMachines
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import pytest
 
 from tests.conftest import FULL
-from x07_sandbox.runs.run import SCALING_HINT
+from x07_sandbox.sessions.run import SCALING_HINT
 
 if TYPE_CHECKING:
     from x07_sandbox.images.store import Image

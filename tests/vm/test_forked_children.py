@@ -18,7 +18,7 @@ from tests.vm.conftest import copy_cache, left_behind, usual_start
 from x07_sandbox import run_program
 from x07_sandbox.host import close_on_fork
 from x07_sandbox.host.locks import file_lock
-from x07_sandbox.jobs.admission import admitted
+from x07_sandbox.records.admission import admitted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

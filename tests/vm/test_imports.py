@@ -22,28 +22,26 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.vm, pytest.mark.usefixtures("state")]
 
 OURS: Final = """
-backends.base backends.handshake backends.jailed backends.lease backends.qemu.backend
+backends.base backends.handshake backends.jailed backends.lease backends.prerequisites backends.qemu.backend
 backends.qemu.bounds backends.qemu.hot backends.qemu.instance backends.qemu.machine backends.qemu.start
-backends.qemu.template backends.prerequisites backends.registry backends.selection
+backends.qemu.template backends.registry backends.selection
 channel.connection channel.contents channel.link channel.messages channel.streams
 cli.console cli.main cli.parser cli.run cli.std_streams
 errors
-host.arch host.cancel host.clocks host.close_on_fork host.decoding host.locks
-host.linux host.memory host.os_errors host.paths host.poll host.processes host.settings host.threads host.variables
-host.verdicts
+host.arch host.cancel host.clocks host.close_on_fork host.decoding host.linux host.locks host.memory host.os_errors
+host.paths host.poll host.processes host.settings host.threads host.variables host.verdicts
 housekeeping.retention
 images.guestcode images.manifest images.scratch images.store images.verify
 jail.bwrap jail.cgroups jail.criu jail.forms jail.seccomp jail.uids
-jobs.active jobs.admission jobs.launcher jobs.record
 library.requests
 network.summary
 options
-plan.confinement plan.control_table plan.controls plan.denials plan.features plan.outcomes plan.reasons plan.sizes
-policy.decode policy.default policy.environment policy.model policy.problems policy.rules
+policy.confinement policy.control_table policy.controls policy.decode policy.default policy.denials policy.environment
+policy.features policy.model policy.outcomes policy.problems policy.reasons policy.rules policy.sizes
 programs.artifacts programs.toolchains
-runs.artifact runs.folder runs.job runs.phase runs.phase_specs runs.prepare runs.program runs.request
-runs.result runs.run
-sandboxes.execution sandboxes.session sandboxes.transfers
+records.active records.admission records.launcher records.record
+sessions.artifact sessions.execution sessions.folder sessions.job sessions.phase sessions.phase_specs sessions.prepare
+sessions.program sessions.request sessions.result sessions.run sessions.session sessions.transfers
 """
 # Beyond what a bare interpreter has. Absent because costly: dataclasses (with inspect, ast, dis), asyncio, logging,
 # tempfile, shutil, random, http, ssl.

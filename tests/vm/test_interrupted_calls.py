@@ -13,7 +13,7 @@ import pytest
 from tests.vm.conftest import left_behind
 from x07_sandbox import Pool, run_program
 from x07_sandbox.backends.qemu.instance import QemuInstance
-from x07_sandbox.pool.warm import WarmMachines
+from x07_sandbox.library.warm import WarmMachines
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -12,11 +12,11 @@ from tests.command import x07
 from tests.vm.conftest import copy_cache, left_behind
 from x07_sandbox import Pool, SandboxError, load_policy, run_program
 from x07_sandbox.host.settings import allowance_ms
-from x07_sandbox.policy import render_policy
-from x07_sandbox.runs import scaling
+from x07_sandbox.policy.default import render_policy
+from x07_sandbox.sessions import scaling
 
 if TYPE_CHECKING:
-    from x07_sandbox.runs.result import Result
+    from x07_sandbox.sessions.result import Result
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(900), pytest.mark.usefixtures("image", "state")]
 

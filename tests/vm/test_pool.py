@@ -36,14 +36,14 @@ from x07_sandbox.host import clocks, settings
 from x07_sandbox.host.cancel import Caller, Cancel
 from x07_sandbox.host.processes import own_identity
 from x07_sandbox.images.verify import open_image
-from x07_sandbox.jobs.admission import admitted
-from x07_sandbox.jobs.record import Claim, new_run_id
-from x07_sandbox.plan.sizes import ram_class_bytes
-from x07_sandbox.policy import default_policy, render_policy
-from x07_sandbox.pool import warm
-from x07_sandbox.pool.warm import WarmMachines
-from x07_sandbox.runs.request import RunCaller, RunRequest
-from x07_sandbox.runs.run import attempt
+from x07_sandbox.library import warm
+from x07_sandbox.library.warm import WarmMachines
+from x07_sandbox.policy.default import default_policy, render_policy
+from x07_sandbox.policy.sizes import ram_class_bytes
+from x07_sandbox.records.admission import admitted
+from x07_sandbox.records.record import Claim, new_run_id
+from x07_sandbox.sessions.request import RunCaller, RunRequest
+from x07_sandbox.sessions.run import attempt
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -53,8 +53,8 @@ if TYPE_CHECKING:
     from x07_sandbox.backends.base import Lease
     from x07_sandbox.backends.qemu.instance import LeasedInstance, QemuInstance
     from x07_sandbox.images.store import Image
-    from x07_sandbox.jobs.record import JobRecord
-    from x07_sandbox.runs.result import Result
+    from x07_sandbox.records.record import JobRecord
+    from x07_sandbox.sessions.result import Result
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(900)]
 

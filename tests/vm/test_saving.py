@@ -28,8 +28,8 @@ from x07_sandbox.host.paths import cache_folder
 from x07_sandbox.host.processes import Identity, wait_gone
 from x07_sandbox.host.verdicts import forget, stored_in
 from x07_sandbox.library.images import prepare_image
-from x07_sandbox.plan.sizes import RAM_CLASSES
-from x07_sandbox.runs import saving
+from x07_sandbox.policy.sizes import RAM_CLASSES
+from x07_sandbox.sessions import saving
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -180,7 +180,7 @@ def test_a_host_short_of_memory_saves_nothing(unsaved: Sandbox, monkeypatch: pyt
 def save(image: Image, deadline_s: int | None = None) -> int:
     """Save what ordinary runs of the image start from, as the process in the background does. Return its status."""
     setting = "" if deadline_s is None else f"settings.SAVING_S = {deadline_s}; "
-    text = f"import sys; from x07_sandbox.runs.saving import main, settings; {setting}sys.exit(main(sys.argv[1:]))"
+    text = f"import sys; from x07_sandbox.sessions.saving import main, settings; {setting}sys.exit(main(sys.argv[1:]))"
     words = "qemu", image.digest, str(RAM_CLASSES[0]), "run", "0"
     return subprocess.run([sys.executable, "-c", text, *words], check=False, capture_output=True).returncode
 

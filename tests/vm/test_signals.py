@@ -9,7 +9,7 @@ import pytest
 
 from tests.conftest import sample
 from x07_sandbox.host import settings
-from x07_sandbox.plan.outcomes import signal_name
+from x07_sandbox.policy.outcomes import signal_name
 
 if TYPE_CHECKING:
     from tests.vm.conftest import Sandbox

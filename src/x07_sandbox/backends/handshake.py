@@ -16,7 +16,7 @@ from x07_sandbox.channel.streams import Event, Role
 from x07_sandbox.errors import PeerError
 from x07_sandbox.host import settings
 from x07_sandbox.host.clocks import Deadline, unix_ns
-from x07_sandbox.plan.outcomes import Evidence
+from x07_sandbox.policy.outcomes import Evidence
 
 _EXIT_S: Final = 5.0  # for an instance whose channel ended to end itself, so that its exit status is known
 _LATE_S: Final = 0.2  # for data that was sent before a deadline to arrive after it
@@ -176,7 +176,7 @@ def wait_for_exit(instance: Instance) -> int | None:
 
 def evidence_of(failure: HandshakeFailure, cancelled_by: int | None = None) -> Evidence:
     """Return the evidence for the job's outcome. cancelled_by: the signal that made the caller cancel the job."""
-    from x07_sandbox.plan.outcomes import Evidence, Stage  # only imported after a failure
+    from x07_sandbox.policy.outcomes import Evidence, Stage  # only imported after a failure
 
     found = Evidence(stage=Stage.BOOT, instance_status=failure.exit_status, console_tail=failure.console_tail)
     cause: dict[str, dict[str, Any]] = {

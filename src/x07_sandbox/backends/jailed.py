@@ -20,8 +20,8 @@ from x07_sandbox.host.linux import children_of, open_pidfd, send_signal
 from x07_sandbox.host.paths import closing_fd
 from x07_sandbox.host.poll import wait_readable
 from x07_sandbox.host.processes import Identity, identify, own_identity, wait_gone
-from x07_sandbox.jobs.launcher import Launch, launch
-from x07_sandbox.jobs.record import JobRecord, mark_done, write_owner
+from x07_sandbox.records.launcher import Launch, launch
+from x07_sandbox.records.record import JobRecord, mark_done, write_owner
 
 _J = TypeVar("_J", bound="Jailed")
 _SETUP_S: Final = 10.0

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import msgspec
 
-from x07_sandbox.plan.features import Isolation
+from x07_sandbox.policy.features import Isolation
 
 if TYPE_CHECKING:
     from x07_sandbox.backends.base import Backend

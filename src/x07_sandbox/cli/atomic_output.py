@@ -12,12 +12,12 @@ from x07_sandbox.errors import RefusedError, SandboxError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.paths import closing_fd, private_dir, real_path, state_dir
 from x07_sandbox.host.poll import write_all
-from x07_sandbox.plan.outcomes import REFUSED_EXIT
+from x07_sandbox.policy.outcomes import REFUSED_EXIT
 from x07_sandbox.programs.toolchains import OUTPUT
-from x07_sandbox.runs.folder import unnamed_file
-from x07_sandbox.runs.request import Program, ProjectPolicy, RunRequest
-from x07_sandbox.runs.result import Result
-from x07_sandbox.sandboxes.transfers import OutFile
+from x07_sandbox.sessions.folder import unnamed_file
+from x07_sandbox.sessions.request import Program, ProjectPolicy, RunRequest
+from x07_sandbox.sessions.result import Result
+from x07_sandbox.sessions.transfers import OutFile
 
 
 class UnwritableError(UsageError):

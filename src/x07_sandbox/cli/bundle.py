@@ -30,15 +30,15 @@ from x07_sandbox.library.requests import sweep_before_start
 from x07_sandbox.options import COPIED, FILE_SIZE, GRANTS, GROUPS, LIMITS, OF_X07
 from x07_sandbox.programs.toolchains import OUTPUT
 from x07_sandbox.reports.document import render_json
-from x07_sandbox.runs.program import load_program
-from x07_sandbox.runs.request import EffectivePolicy, Program, RunRequest, effective_policy_of
-from x07_sandbox.runs.run import attempt, build_steps
+from x07_sandbox.sessions.program import load_program
+from x07_sandbox.sessions.request import EffectivePolicy, Program, RunRequest, effective_policy_of
+from x07_sandbox.sessions.run import attempt, build_steps
 from x07_sandbox.x07 import bundle
 from x07_sandbox.x07.runner_report import Built, mode_of, report_of, target_of
 
 if TYPE_CHECKING:
-    from x07_sandbox.runs.request import RunCaller
-    from x07_sandbox.runs.result import Result
+    from x07_sandbox.sessions.request import RunCaller
+    from x07_sandbox.sessions.result import Result
     from x07_sandbox.x07.runner_report import CompileRunReport
 
 _FLAGS: Final = frozenset(

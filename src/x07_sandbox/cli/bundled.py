@@ -18,9 +18,9 @@ from x07_sandbox.errors import RefusedError, UsageError
 from x07_sandbox.host.variables import text
 from x07_sandbox.images.store import DEFAULT
 from x07_sandbox.library.requests import carry_out
-from x07_sandbox.policy import decode_policy
+from x07_sandbox.policy.decode import decode_policy
 from x07_sandbox.programs.toolchains import SOURCE_FOLDER, toolchain_named
-from x07_sandbox.runs.request import EffectivePolicy, Program, RunRequest, in_memory, sha256_text
+from x07_sandbox.sessions.request import EffectivePolicy, Program, RunRequest, in_memory, sha256_text
 from x07_sandbox.x07.bundle import POLICY, Bundle, folder_of, read_bundle
 from x07_sandbox.x07.project import X07_ARTIFACT, arguments_as_input
 from x07_sandbox.x07.runner_report import FAILED_EXIT, NOT_FRAMED, framed_output

@@ -25,11 +25,11 @@ from x07_sandbox.cli.console import say
 from x07_sandbox.cli.json_output import deliver, document_wanted
 from x07_sandbox.cli.parser import add_document_flags, nonempty, repeated, switch
 from x07_sandbox.files.changes import ChangeSet
-from x07_sandbox.runs.patches import include_applied, patch_chunks
-from x07_sandbox.runs.refusals import apply_command, denials_and_entries
-from x07_sandbox.runs.result import Changes
-from x07_sandbox.runs.saved_changes import SavedChanges, command, find_saved, folder_names, undo_saved
-from x07_sandbox.runs.selection import Grants, apply_selected, below, select_changes
+from x07_sandbox.sessions.patches import include_applied, patch_chunks
+from x07_sandbox.sessions.refusals import apply_command, denials_and_entries
+from x07_sandbox.sessions.result import Changes
+from x07_sandbox.sessions.saved_changes import SavedChanges, command, find_saved, folder_names, undo_saved
+from x07_sandbox.sessions.selection import Grants, apply_selected, below, select_changes
 
 _RUN_ID: Final = re.compile(r"\d[\d-]*", re.ASCII)
 _TERMINAL_LINES: Final = 2000

@@ -12,8 +12,8 @@ from x07_sandbox.cli.console import say, write_stdout
 from x07_sandbox.cli.denials_text import how_to_allow_text
 from x07_sandbox.cli.parser import nonempty
 from x07_sandbox.files.changes import ChangeSet, display_name, in_json
-from x07_sandbox.runs.result import Changes, Result
-from x07_sandbox.runs.saved_changes import command, find_saved, folder_names
+from x07_sandbox.sessions.result import Changes, Result
+from x07_sandbox.sessions.saved_changes import command, find_saved, folder_names
 
 _NAMED: Final = 8
 _DELETED_MAX: Final = 20
@@ -147,7 +147,7 @@ def changes_json(changes: ChangeSet) -> bytes:
 def print_bytes(data: bytes) -> None:
     """Write *data* (whole lines) to standard output, without control sequences on a terminal. Raises OSError."""
     if sys.stdout.isatty():
-        from x07_sandbox.sandboxes.transfers import TerminalFilter
+        from x07_sandbox.sessions.transfers import TerminalFilter
 
         # Users read a patch to judge it. A carriage return would hide the text before it.
         data = _RETURN.sub(rb"\\r", TerminalFilter()(data))

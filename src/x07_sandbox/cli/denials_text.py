@@ -9,9 +9,9 @@ from msgspec.structs import replace
 
 from x07_sandbox.cli.console import say
 from x07_sandbox.errors import printable
-from x07_sandbox.plan.denials import CONNECTS, Denial, Hint, HowToAllow
+from x07_sandbox.policy.denials import CONNECTS, Denial, Hint, HowToAllow
 from x07_sandbox.policy.templates import BUILT_IN, built_in
-from x07_sandbox.runs.result import Result
+from x07_sandbox.sessions.result import Result
 
 _SHOWN: Final = 4
 _LISTED: Final = 4

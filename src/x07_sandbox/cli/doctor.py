@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from x07_sandbox.backends.selection import Choice
     from x07_sandbox.images.store import Image
-    from x07_sandbox.runs.result import Result
+    from x07_sandbox.sessions.result import Result
 
 START: Final = "VM start"
 _ANSWERED: Final = "the guest agent answered and ran a program"
@@ -315,7 +315,7 @@ def _cgroups() -> Finding:
 def _capacity() -> Finding:
     """Return how many runs this user may have at the same time on this host."""
     from x07_sandbox.host.memory import cores, memory_bytes
-    from x07_sandbox.jobs.admission import MEMORY_PER_MACHINE, max_running
+    from x07_sandbox.records.admission import MEMORY_PER_MACHINE, max_running
 
     memory, each = memory_bytes(), MEMORY_PER_MACHINE >> 30
     text = f"{max_running()}; this host has {cores()} cores and {size(memory)} of memory; each run counts as {each} GiB"
@@ -344,7 +344,7 @@ def _image_and_machine(choice: Choice) -> list[Finding]:
     # Imported here, so that other findings are reported where these modules cannot be loaded.
     from x07_sandbox.images.store import find_image
     from x07_sandbox.images.verify import open_image
-    from x07_sandbox.runs.prepare import check_pinned
+    from x07_sandbox.sessions.prepare import check_pinned
 
     findings: list[Finding] = []
     probing = False
@@ -390,9 +390,9 @@ def _attempt(choice: Choice, doing: str, *, scale: bool) -> tuple[Result, Sandbo
     import shutil
 
     from x07_sandbox.host.cancel import Cancel
-    from x07_sandbox.runs.folder import all_runs
-    from x07_sandbox.runs.request import RunCaller, RunRequest
-    from x07_sandbox.runs.run import attempt
+    from x07_sandbox.sessions.folder import all_runs
+    from x07_sandbox.sessions.request import RunCaller, RunRequest
+    from x07_sandbox.sessions.run import attempt
 
     progress = LiveLine()
     progress(doing)
@@ -421,7 +421,7 @@ def _start(choice: Choice) -> Finding:
 
 def _slowness(choice: Choice) -> Finding:
     """Return the slowdown of emulation, which `--scale-limits` uses. Measures the slowdown if it is not known yet."""
-    from x07_sandbox.runs.scaling import known_factor
+    from x07_sandbox.sessions.scaling import known_factor
 
     factor = known_factor()
     if factor is None:

@@ -10,9 +10,9 @@ from x07_sandbox.cli.console import say, show
 from x07_sandbox.cli.json_output import print_document
 from x07_sandbox.cli.run_failure import print_failure
 from x07_sandbox.errors import RefusedError
-from x07_sandbox.plan.outcomes import REFUSED_EXIT
-from x07_sandbox.runs.preview import Preview, preview
-from x07_sandbox.runs.request import RunCaller, RunRequest
+from x07_sandbox.policy.outcomes import REFUSED_EXIT
+from x07_sandbox.sessions.preview import Preview, preview
+from x07_sandbox.sessions.request import RunCaller, RunRequest
 
 _LISTED: Final = 8
 _STATES: Final = {"advisory": "advisory (not enforced; some libraries check them)"}

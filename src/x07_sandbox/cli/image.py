@@ -32,7 +32,7 @@ from x07_sandbox.images.store import (
     set_name,
 )
 from x07_sandbox.images.verify import verify_image
-from x07_sandbox.pool.prepare import prepare_clones
+from x07_sandbox.library.pool_prepare import prepare_clones
 from x07_sandbox.reports.verbs import (
     BuildReport,
     ImageRow,
@@ -222,7 +222,7 @@ def _build(options: argparse.Namespace) -> int:
 
 def _load(options: argparse.Namespace) -> int:
     from x07_sandbox.backends.engines import CLIENTS, DEFAULT_REFERENCE, check_reference, load
-    from x07_sandbox.runs.prepare import current_image
+    from x07_sandbox.sessions.prepare import current_image
 
     if unknown := sorted(set(options.engines) - set(CLIENTS)):
         raise UsageError(

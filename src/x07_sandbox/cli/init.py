@@ -15,10 +15,10 @@ from x07_sandbox.cli.policy_make import BASE_FOLDER, DIFFERENT, file_name
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host.os_errors import raised_as
 from x07_sandbox.host.paths import real_path
-from x07_sandbox.host.project import MANIFEST, project_root, write_document
 from x07_sandbox.policy.templates import TEMPLATES
 from x07_sandbox.programs.manifest import FILE
 from x07_sandbox.programs.new_manifest import ROWS, sandbox_manifest
+from x07_sandbox.programs.project import MANIFEST, project_root, write_document
 from x07_sandbox.reports.verbs import InitReport
 from x07_sandbox.x07.project import first_project
 

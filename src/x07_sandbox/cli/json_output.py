@@ -16,7 +16,7 @@ from x07_sandbox.reports.document import failure_report, plain, render_json
 if TYPE_CHECKING:
     import msgspec
 
-    from x07_sandbox.host.project import Status
+    from x07_sandbox.programs.project import Status
 
 # The options that name a file, of all verbs except `run`. None of these files may be the file of --report-out.
 _FILES: Final = ("file", "files", "first", "second", "policy", "project", "out", "program", "program_flag", "launcher")

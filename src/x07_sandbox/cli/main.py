@@ -148,11 +148,11 @@ def _recover() -> None:
     """Finish or roll back changes to files that a killed command left partly applied."""
     from x07_sandbox.errors import SandboxError
     from x07_sandbox.host.paths import state_dir
-    from x07_sandbox.runs.folder import APPLYING, runs_dir
+    from x07_sandbox.sessions.folder import APPLYING, runs_dir
 
     with contextlib.suppress(SandboxError, OSError):  # the verb itself reports an unusable state folder
         if os.listdir(runs_dir(state_dir()) / APPLYING):  # noqa: PTH208 - usually empty: spare the import
-            from x07_sandbox.runs.saved_changes import recover_all
+            from x07_sandbox.sessions.saved_changes import recover_all
 
             recover_all(_say)
 
@@ -180,7 +180,7 @@ def _failed(exc: Exception, words: list[str], options: argparse.Namespace | None
             _say(str(exc), bad=exc.what)
         code = 2 if isinstance(exc, UsageError) else 125
         if words[:1] and words[0] in _RUNS:
-            from x07_sandbox.runs.run import failure
+            from x07_sandbox.sessions.run import failure
 
             code = failure(exc).x07_exit_code
         return _with_json(code, exc, words, options)

@@ -12,11 +12,11 @@ from x07_sandbox.cli.parser import add_help_levels, help_level, option, seconds,
 from x07_sandbox.cli.sandbox import add_shared_options, given_keywords, shared_rows
 from x07_sandbox.errors import Command, UsageError
 from x07_sandbox.host.settings import LIFETIME_MAX_S
-from x07_sandbox.plan.outcomes import SIGNAL_BASE
+from x07_sandbox.policy.outcomes import SIGNAL_BASE
 
 if TYPE_CHECKING:
     from x07_sandbox.backends.selection import Choice
-    from x07_sandbox.runs.preview import Preview
+    from x07_sandbox.sessions.preview import Preview
 
 _EPILOG: Final = """An assistant starts this command and talks to it on standard input and output. Its tools are
 run_code, sandbox_open, sandbox_exec, sandbox_read, sandbox_write, sandbox_list and sandbox_close. The options of this
@@ -61,7 +61,7 @@ def _serve(options: argparse.Namespace) -> int:
     from x07_sandbox.cli.run import choose_backend
     from x07_sandbox.cli.std_streams import exit_with
     from x07_sandbox.integrations.mcp_answers import Settings
-    from x07_sandbox.jobs.admission import SANDBOXES
+    from x07_sandbox.records.admission import SANDBOXES
 
     given = given_keywords(options)
     choice = choose_backend(options)
@@ -90,9 +90,9 @@ def _checked(given: dict[str, Any], choice: Choice) -> Preview:
     from x07_sandbox.host.cancel import Cancel
     from x07_sandbox.images.store import find_image
     from x07_sandbox.library.requests import make_request
-    from x07_sandbox.runs.prepare import current_image
-    from x07_sandbox.runs.preview import preview
-    from x07_sandbox.runs.request import RunCaller
+    from x07_sandbox.sessions.prepare import current_image
+    from x07_sandbox.sessions.preview import preview
+    from x07_sandbox.sessions.request import RunCaller
 
     backend = create(choice.backend)
     if backend.uses_image and backend.engine_images is None:

@@ -34,8 +34,8 @@ from x07_sandbox.host.variables import SANDBOX_BACKENDS, check_environment, flag
 from x07_sandbox.options import Option
 from x07_sandbox.programs.manifest import FILE
 from x07_sandbox.reports.document import render_json
-from x07_sandbox.runs.program import load_program
-from x07_sandbox.runs.request import Program, RunCaller, RunRequest, effective_policy_of
+from x07_sandbox.sessions.program import load_program
+from x07_sandbox.sessions.request import Program, RunCaller, RunRequest, effective_policy_of
 from x07_sandbox.x07.programs import load_x07
 from x07_sandbox.x07.project import PROJECT_FILE, Options
 from x07_sandbox.x07.runner_report import World, failure_report, mode_of

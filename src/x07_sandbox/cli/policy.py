@@ -23,8 +23,8 @@ from x07_sandbox.host.paths import read_bounded, settings_file
 from x07_sandbox.network import rules
 from x07_sandbox.network.names import pattern_text
 from x07_sandbox.network.settings import read_settings
-from x07_sandbox.plan.confinement import confinement
-from x07_sandbox.plan.controls import make_plan
+from x07_sandbox.policy.confinement import confinement
+from x07_sandbox.policy.controls import make_plan
 from x07_sandbox.policy.decode import MAX_BYTES
 from x07_sandbox.policy.default import policy_digest
 from x07_sandbox.policy.differences import Change
@@ -36,7 +36,7 @@ from x07_sandbox.policy.templates import BUILT_IN
 from x07_sandbox.programs.toolchains import TOOLCHAINS
 from x07_sandbox.reports import policies
 from x07_sandbox.reports.policies import CheckedFile, ExplainReport, HostReport
-from x07_sandbox.runs.request import read_policy
+from x07_sandbox.sessions.request import read_policy
 from x07_sandbox.x07.project import X07
 
 DIFFERENT: Final = 1

@@ -14,7 +14,6 @@ from x07_sandbox.cli.parser import add_row, file_path, given_rows, inner_verb, n
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host.os_errors import raised_as
 from x07_sandbox.host.paths import is_folder, real_path
-from x07_sandbox.host.project import project_root, write_document
 from x07_sandbox.library.requests import make_request
 from x07_sandbox.options import OF_POLICIES
 from x07_sandbox.policy.default import render_policy
@@ -24,8 +23,9 @@ from x07_sandbox.policy.model import Policy
 from x07_sandbox.policy.overrides import Overrides
 from x07_sandbox.policy.rules import is_policy_id
 from x07_sandbox.policy.templates import TEMPLATES
+from x07_sandbox.programs.project import project_root, write_document
 from x07_sandbox.reports.verbs import PolicyInitReport
-from x07_sandbox.runs.request import read_spec_file
+from x07_sandbox.sessions.request import read_spec_file
 
 BASE_FOLDER: Final = (".x07", "policies", "base")
 DIFFERENT: Final = 2

@@ -57,7 +57,7 @@ def _start(options: argparse.Namespace) -> int:
     words = str(options.size), str(options.idle), options.image
     with os.fdopen(ready_r, "rb") as ready, log.open("ab") as errors:
         log.chmod(0o600)
-        child = start_in_background("x07_sandbox.pool.server", *words, ready_fd=ready_w, errors=errors, cwd="/")
+        child = start_in_background("x07_sandbox.library.pool_server", *words, ready_fd=ready_w, errors=errors, cwd="/")
         os.close(ready_w)
         try:
             answer = _read_startup(ready, progress)

@@ -19,8 +19,8 @@ from x07_sandbox.housekeeping.listing import (
     started_ms,
 )
 from x07_sandbox.library.held import stored_result
-from x07_sandbox.runs.folder import find_run
-from x07_sandbox.runs.result import Result
+from x07_sandbox.sessions.folder import find_run
+from x07_sandbox.sessions.result import Result
 
 _EPILOG: Final = """The page shows how the run ended, its times, limits, denials, connections, output and
 changes to files. It is one file without scripts, and loads nothing. Names and
@@ -98,8 +98,8 @@ def _page(result: Result) -> str:
 
 def _patch(run: str, most: int) -> bytes:
     """Return the changes of a run in git's format, but not much more than *most* bytes. Raises SandboxError."""
-    from x07_sandbox.runs.patches import include_applied, patch_chunks
-    from x07_sandbox.runs.saved_changes import find_saved
+    from x07_sandbox.sessions.patches import include_applied, patch_chunks
+    from x07_sandbox.sessions.saved_changes import find_saved
 
     patch = bytearray()
     for chunk in patch_chunks(include_applied(find_saved(run))):

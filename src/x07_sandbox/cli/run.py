@@ -24,17 +24,17 @@ from x07_sandbox.host.settings import SOURCE_MAX_BYTES
 from x07_sandbox.host.variables import text
 from x07_sandbox.library.requests import carry_out, make_request
 from x07_sandbox.options import OF_X07, OPTIONS
-from x07_sandbox.plan.outcomes import REFUSED_EXIT, ending_line
-from x07_sandbox.runs.program import load_program, toolchain_of_text
-from x07_sandbox.runs.request import RunCaller
-from x07_sandbox.sandboxes.transfers import read_all
+from x07_sandbox.policy.outcomes import REFUSED_EXIT, ending_line
+from x07_sandbox.sessions.program import load_program, toolchain_of_text
+from x07_sandbox.sessions.request import RunCaller
+from x07_sandbox.sessions.transfers import read_all
 
 if TYPE_CHECKING:
     from x07_sandbox.backends.selection import Choice
     from x07_sandbox.cli.parser import Parser
     from x07_sandbox.host.cancel import Cancel
-    from x07_sandbox.runs.request import Loader, RunRequest
-    from x07_sandbox.runs.result import Result
+    from x07_sandbox.sessions.request import Loader, RunRequest
+    from x07_sandbox.sessions.result import Result
 
 
 def add_run(parser: Parser) -> None:
@@ -382,7 +382,7 @@ def _refuse_command(options: argparse.Namespace) -> None:
 def _project_here() -> str | None:
     """Return the manifest of the X07 project around the current folder, or None. Raises UsageError."""
     from x07_sandbox.host.paths import is_file
-    from x07_sandbox.host.project import MANIFEST, project_root
+    from x07_sandbox.programs.project import MANIFEST, project_root
 
     manifest = project_root(None) / MANIFEST
     return str(manifest) if is_file(manifest) else None

@@ -12,8 +12,8 @@ from x07_sandbox.cli.atomic_output import UnwritableError, check_outputs, with_w
 from x07_sandbox.cli.console import write_stdout
 from x07_sandbox.errors import Cancelled, SandboxError
 from x07_sandbox.reports.result import render_result
-from x07_sandbox.runs.result import Result
-from x07_sandbox.runs.run import failure
+from x07_sandbox.sessions.result import Result
+from x07_sandbox.sessions.run import failure
 
 # The first bytes of an earlier report; projects and policies have other versions.
 _REPORT: Final = re.compile(rb'\{\s*"schema_version":\s*"x07(\.sandbox\.|\.run\.report@|-os-runner\.report@)')

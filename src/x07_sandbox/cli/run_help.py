@@ -51,7 +51,7 @@ def of_run(level: str) -> str:
 
 
 def _of_every_option() -> str:
-    from x07_sandbox.plan.outcomes import describe_exits
+    from x07_sandbox.policy.outcomes import describe_exits
 
     return f"""toolchains, selected by --toolchain or by the suffix of the file:
 {describe()}

@@ -14,11 +14,11 @@ from x07_sandbox.cli.changes_text import changes_json
 from x07_sandbox.files.changes import ChangeSet
 from x07_sandbox.host.poll import write_all
 from x07_sandbox.reports.result import render_result
-from x07_sandbox.runs.folder import NET_LOG, all_runs
-from x07_sandbox.runs.patches import patch_chunks
-from x07_sandbox.runs.result import Result
-from x07_sandbox.runs.saved_changes import SavedChanges, find_saved
-from x07_sandbox.sandboxes.transfers import OutFile
+from x07_sandbox.sessions.folder import NET_LOG, all_runs
+from x07_sandbox.sessions.patches import patch_chunks
+from x07_sandbox.sessions.result import Result
+from x07_sandbox.sessions.saved_changes import SavedChanges, find_saved
+from x07_sandbox.sessions.transfers import OutFile
 
 
 def write_files(options: argparse.Namespace, result: Result, artifact: OutFile | None) -> tuple[Result, list[str]]:

@@ -16,18 +16,18 @@ from x07_sandbox.cli.run_failure import print_failure, write_failure
 from x07_sandbox.cli.run_outputs import write_records
 from x07_sandbox.errors import RefusedError, SandboxError, UsageError
 from x07_sandbox.host.paths import is_file, is_folder
-from x07_sandbox.host.project import project_root, write_document
 from x07_sandbox.host.variables import flag
 from x07_sandbox.library.requests import carry_out
-from x07_sandbox.plan.outcomes import REFUSED_EXIT
+from x07_sandbox.policy.outcomes import REFUSED_EXIT
 from x07_sandbox.policy.overrides import check_grants, derive_policy
 from x07_sandbox.policy.problems import PolicyError
+from x07_sandbox.programs.project import project_root, write_document
 from x07_sandbox.programs.toolchains import ARTIFACT, OUTPUT, PROGRAM_FOLDER, Protocol
 from x07_sandbox.reports.document import render_json
-from x07_sandbox.runs import request as requests
-from x07_sandbox.runs.request import EffectivePolicy, Program, RunCaller, RunRequest
-from x07_sandbox.runs.result import Result
-from x07_sandbox.sandboxes.transfers import OutFile
+from x07_sandbox.sessions import request as requests
+from x07_sandbox.sessions.request import EffectivePolicy, Program, RunCaller, RunRequest
+from x07_sandbox.sessions.result import Result
+from x07_sandbox.sessions.transfers import OutFile
 from x07_sandbox.x07 import runner_report
 from x07_sandbox.x07.attestation import WRITE_CODE, Attested, attest, reference
 from x07_sandbox.x07.project import INPUT_MAX_BYTES, PROJECT_FILE, USAGE_EXIT, diagnostics_line

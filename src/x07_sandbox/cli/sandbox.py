@@ -168,7 +168,7 @@ def given_keywords(options: argparse.Namespace) -> dict[str, Any]:
 
 def _name(text: str) -> str:
     """Option type: a name for a sandbox."""
-    from x07_sandbox.runs.sandbox import NAME, NAME_RULE
+    from x07_sandbox.sessions.sandbox import NAME, NAME_RULE
 
     if not NAME.fullmatch(text):
         raise argparse.ArgumentTypeError(f"{text!r} is no name for a sandbox: {NAME_RULE}")
@@ -223,11 +223,11 @@ def _create(options: argparse.Namespace) -> int:
 
 
 def _say_left_out(run: str) -> None:
-    from x07_sandbox.runs.command import record_of
+    from x07_sandbox.sessions.command import record_of
 
     if (record := record_of(run)) is not None and record.left_out:
         from x07_sandbox.cli.denials_text import say_denials
-        from x07_sandbox.runs.result import draft_result
+        from x07_sandbox.sessions.result import draft_result
 
         say_denials(replace(draft_result(run), outcome="ok", denials=list(record.left_out)))
 

@@ -19,14 +19,14 @@ from x07_sandbox.errors import Command as CommandText
 from x07_sandbox.errors import SandboxError, UsageError
 from x07_sandbox.host.poll import write_all
 from x07_sandbox.host.settings import LIFETIME_MAX_S, OUTPUT_MAX_BYTES
-from x07_sandbox.plan.outcomes import SIGNAL_BASE, ending_line
+from x07_sandbox.policy.outcomes import SIGNAL_BASE, ending_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from x07_sandbox.library.held import HeldSandbox
     from x07_sandbox.library.processes import Kept
-    from x07_sandbox.runs.command import Command, CommandEnd, StreamName
+    from x07_sandbox.sessions.command import Command, CommandEnd, StreamName
 
 _READ: Final = 64 * 1024
 _KILLED_S: Final = 5.0  # for the end of a killed command to arrive
@@ -64,7 +64,7 @@ def _add_common(parser: Any) -> None:  # noqa: ANN401 - as argparse has it
 def _exec(options: argparse.Namespace) -> int:
     from x07_sandbox.channel.messages import Terminal
     from x07_sandbox.library.listing import connect_to
-    from x07_sandbox.runs.command import CommandStart
+    from x07_sandbox.sessions.command import CommandStart
 
     if not options.command:
         example = ("For example: ", CommandText("x07 sandbox exec SANDBOX -- make test"))
@@ -124,7 +124,7 @@ def _attached(opened: HeldSandbox, command: Command, options: argparse.Namespace
 
 
 def _carry(command: Command, kept: tuple[Kept, Kept] | None, *, raw: bool) -> None:
-    from x07_sandbox.sandboxes.transfers import TerminalFilter
+    from x07_sandbox.sessions.transfers import TerminalFilter
 
     fds: dict[StreamName, int] = {"stdout": 1, "stderr": 2}
     filters = {name: TerminalFilter() for name, fd in fds.items() if not raw and os.isatty(fd)}
@@ -170,8 +170,8 @@ def _report(
     found = end.verdict
     if kept is not None:
         from x07_sandbox.reports.sandboxes import CommandDocument
-        from x07_sandbox.runs.result import output_with
-        from x07_sandbox.sandboxes.transfers import TerminalFilter
+        from x07_sandbox.sessions.result import output_with
+        from x07_sandbox.sessions.transfers import TerminalFilter
 
         stdout, stderr = (output_with(one.data(), one.size, truncated=one.truncated) for one in kept)
         document = CommandDocument(
@@ -202,7 +202,7 @@ def _report(
         from msgspec.structs import replace
 
         from x07_sandbox.cli.denials_text import say_denials
-        from x07_sandbox.runs.result import draft_result
+        from x07_sandbox.sessions.result import draft_result
 
         say_denials(replace(draft_result(run), denials=list(end.denials), hints=list(end.hints)))
     return found.x07_exit_code

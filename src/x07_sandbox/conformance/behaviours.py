@@ -29,13 +29,13 @@ from x07_sandbox.host.cancel import Caller, Cancel
 from x07_sandbox.host.paths import cache_folder
 from x07_sandbox.host.processes import own_identity
 from x07_sandbox.images.store import find_image
-from x07_sandbox.jobs.record import Claim, new_run_id
-from x07_sandbox.plan.denials import CONNECTS
-from x07_sandbox.plan.sizes import RAM_CLASSES
+from x07_sandbox.policy.denials import CONNECTS
 from x07_sandbox.policy.model import HostPorts
+from x07_sandbox.policy.sizes import RAM_CLASSES
+from x07_sandbox.records.record import Claim, new_run_id
 
 if TYPE_CHECKING:
-    from x07_sandbox.runs.result import Result
+    from x07_sandbox.sessions.result import Result
 
 Group = Literal[
     "channel", "files", "outcome", "deadline", "stop", "limits", "isolation", "network", "images", "roots", "commands"
@@ -47,7 +47,7 @@ Check = Callable[[Bench], None]
 class Behaviour(msgspec.Struct, frozen=True, kw_only=True):
     """A promise about every backend, and a check that raises BrokenError if the promise is broken.
 
-    needs: the capability (plan/features) without which the check is skipped; empty if the check needs none.
+    needs: the capability (policy/features) without which the check is skipped; empty if the check needs none.
     """
 
     name: str

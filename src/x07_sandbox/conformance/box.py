@@ -13,17 +13,17 @@ from x07_sandbox.channel.messages import Closed, CommandLimits, Exec, Exited, In
 from x07_sandbox.conformance.harness import ANSWER_S, Bench, BrokenError, expect
 from x07_sandbox.host import settings
 from x07_sandbox.host.cancel import Caller, Cancel
-from x07_sandbox.jobs.record import Claim, new_run_id
-from x07_sandbox.plan.confinement import UNCONFINED
-from x07_sandbox.plan.sizes import RAM_CLASSES
-from x07_sandbox.runs.phase import CWD
-from x07_sandbox.sandboxes.files import FileServer
-from x07_sandbox.sandboxes.session import Session
-from x07_sandbox.sandboxes.transfers import CommandStreams, InFile, Receivers, Sink, memory_file
+from x07_sandbox.policy.confinement import UNCONFINED
+from x07_sandbox.policy.sizes import RAM_CLASSES
+from x07_sandbox.records.record import Claim, new_run_id
+from x07_sandbox.sessions.files import FileServer
+from x07_sandbox.sessions.phase import CWD
+from x07_sandbox.sessions.session import Session
+from x07_sandbox.sessions.transfers import CommandStreams, InFile, Receivers, Sink, memory_file
 
 if TYPE_CHECKING:
     from x07_sandbox.files.incoming import Incoming
-    from x07_sandbox.sandboxes.execution import Execution
+    from x07_sandbox.sessions.execution import Execution
 
 ROOT: Final = "/mnt/root"
 _SANDBOX_MS: Final = 900_000

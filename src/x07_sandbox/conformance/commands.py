@@ -21,10 +21,10 @@ from x07_sandbox.errors import UsageError
 from x07_sandbox.files.incoming import Incoming
 from x07_sandbox.host import settings
 from x07_sandbox.host.processes import has_mark
-from x07_sandbox.sandboxes.transfers import memory_file
+from x07_sandbox.sessions.transfers import memory_file
 
 if TYPE_CHECKING:
-    from x07_sandbox.sandboxes.files import FileServer
+    from x07_sandbox.sessions.files import FileServer
 
 Facts = dict[str, Any]
 _AT_ONCE: Final = 3

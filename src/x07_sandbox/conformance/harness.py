@@ -26,18 +26,19 @@ from x07_sandbox.host.processes import has_mark
 from x07_sandbox.host.variables import inherited_environment
 from x07_sandbox.images.store import find_image
 from x07_sandbox.images.verify import OpenImage, open_image
-from x07_sandbox.jobs.stopping import live_records
-from x07_sandbox.policy import Policy, default_policy
+from x07_sandbox.policy.default import default_policy
+from x07_sandbox.policy.model import Policy
 from x07_sandbox.programs.toolchains import OUTPUT
-from x07_sandbox.runs.prepare import current_image
-from x07_sandbox.runs.request import RunCaller, RunRequest
-from x07_sandbox.runs.run import attempt
-from x07_sandbox.sandboxes.transfers import OutFile, memory_file
+from x07_sandbox.records.stopping import live_records
+from x07_sandbox.sessions.prepare import current_image
+from x07_sandbox.sessions.request import RunCaller, RunRequest
+from x07_sandbox.sessions.run import attempt
+from x07_sandbox.sessions.transfers import OutFile, memory_file
 
 if TYPE_CHECKING:
     from x07_sandbox.backends.base import Backend
-    from x07_sandbox.jobs.record import JobRecord
-    from x07_sandbox.runs.result import Result
+    from x07_sandbox.records.record import JobRecord
+    from x07_sandbox.sessions.result import Result
 
 _T = TypeVar("_T")
 # The only program that is built. The first argument is the code of a check, so all runs share one artifact.

@@ -10,7 +10,7 @@ import msgspec
 from x07_sandbox.conformance.behaviours import BEHAVIOURS, Behaviour
 from x07_sandbox.conformance.harness import RUNNER, Bench, BrokenError, open_bench
 from x07_sandbox.errors import printable
-from x07_sandbox.plan.features import Isolation
+from x07_sandbox.policy.features import Isolation
 
 
 class Verdict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

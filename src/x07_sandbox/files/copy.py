@@ -27,7 +27,7 @@ from x07_sandbox.files.contents import add_zeros
 from x07_sandbox.files.roots import Mount, Tree
 from x07_sandbox.host import beneath, settings
 from x07_sandbox.host.paths import closing_fd
-from x07_sandbox.plan.guest_paths import is_below
+from x07_sandbox.policy.guest_paths import is_below
 from x07_sandbox.policy.limits import FILE_BYTES, flag_for_file, size_text
 from x07_sandbox.policy.model import Policy
 

@@ -13,8 +13,8 @@ import msgspec
 
 from x07_sandbox.errors import Flag, UsageError
 from x07_sandbox.host import settings
-from x07_sandbox.host.project import ProjectFolder
 from x07_sandbox.images.cpio import TRAILER, Entry, file, folder, pack
+from x07_sandbox.programs.project import ProjectFolder
 
 FILES_MAX: Final = 10_000
 _PART_MAX: Final = 255

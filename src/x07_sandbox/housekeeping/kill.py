@@ -14,11 +14,11 @@ from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.locks import is_locked
 from x07_sandbox.host.paths import closing_fd, state_dir
 from x07_sandbox.housekeeping.listing import run_folder
-from x07_sandbox.jobs.active import JOB_NAME, unfinished_jobs
-from x07_sandbox.jobs.reader import StoredJob, read_stored
-from x07_sandbox.jobs.record import runner_instance
-from x07_sandbox.jobs.stop_rules import here_and_now, state_of
-from x07_sandbox.runs.folder import KILL
+from x07_sandbox.records.active import JOB_NAME, unfinished_jobs
+from x07_sandbox.records.reader import StoredJob, read_stored
+from x07_sandbox.records.record import runner_instance
+from x07_sandbox.records.stop_rules import here_and_now, state_of
+from x07_sandbox.sessions.folder import KILL
 
 _GONE_S: Final = 30.0
 _ASKED_S: Final = 5.0  # for the run's x07 process to end the run itself

@@ -15,10 +15,10 @@ from x07_sandbox.host.locks import is_locked
 from x07_sandbox.host.paths import read_bounded, state_dir
 from x07_sandbox.host.processes import Identity
 from x07_sandbox.housekeeping.pruner import entries
-from x07_sandbox.jobs.active import JOB_NAME
-from x07_sandbox.jobs.reader import JobDocument, StoredJob, all_stored
-from x07_sandbox.jobs.stop_rules import Now, here_and_now, judge, overdue_ms, state_of
-from x07_sandbox.runs.folder import KILL, REQUEST, RUN_NAME, SANDBOX, described, is_named, runs_dir
+from x07_sandbox.records.active import JOB_NAME
+from x07_sandbox.records.reader import JobDocument, StoredJob, all_stored
+from x07_sandbox.records.stop_rules import Now, here_and_now, judge, overdue_ms, state_of
+from x07_sandbox.sessions.folder import KILL, REQUEST, RUN_NAME, SANDBOX, described, is_named, runs_dir
 
 _T = TypeVar("_T", bound=msgspec.Struct)
 _LIVE: Final = frozenset({"starting", "running", "ending", "orphaned", "expired"})
@@ -116,7 +116,7 @@ class InspectReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 class _Sandbox(msgspec.Struct, frozen=True):
-    """The fields of a sandbox's record (runs/command) that `JobLine` needs."""
+    """The fields of a sandbox's record (sessions/command) that `JobLine` needs."""
 
     name: str
     until_unix_ms: int

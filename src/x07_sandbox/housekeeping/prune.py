@@ -23,7 +23,7 @@ from x07_sandbox.housekeeping.pruner import (
 )
 from x07_sandbox.housekeeping.records import prune_records
 from x07_sandbox.images.base import remove_tree
-from x07_sandbox.runs.folder import runs_dir
+from x07_sandbox.sessions.folder import runs_dir
 
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 _VERDICT: Final = re.compile(r"[a-z-]+-[0-9a-f]{32}\.json")

@@ -21,10 +21,10 @@ from x07_sandbox.host.paths import private_dir, state_dir, why_not_ours
 from x07_sandbox.host.processes import is_alive
 from x07_sandbox.host.user_settings import DiskLimits, disk_limits
 from x07_sandbox.housekeeping.pruner import Pruner, entries, sizes_by_file
-from x07_sandbox.jobs.active import JOB_NAME
-from x07_sandbox.jobs.reader import StoredJob, read_stored
-from x07_sandbox.jobs.record import runner_instance
-from x07_sandbox.runs.folder import APPLYING, RUN_NAME, runs_dir
+from x07_sandbox.records.active import JOB_NAME
+from x07_sandbox.records.reader import StoredJob, read_stored
+from x07_sandbox.records.record import runner_instance
+from x07_sandbox.sessions.folder import APPLYING, RUN_NAME, runs_dir
 
 _DOOMED: Final = ".pruned-"  # no name of a record
 _YOUNG_S: Final = 3600.0  # records of the last hour stay, however many there are

@@ -9,7 +9,7 @@ from x07_sandbox.errors import SandboxError
 from x07_sandbox.host.clocks import unix_ms
 from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.paths import state_dir
-from x07_sandbox.runs.folder import runs_dir
+from x07_sandbox.sessions.folder import runs_dir
 
 MARK: Final = ".retention"  # its time is that of the last removal; it has content once the message was shown
 _EVERY_MS: Final = 3_600_000

@@ -1,6 +1,6 @@
 """Sweep: end and remove what dead x07 processes left, and nothing else.
 
-It ends this user's jobs whose x07 process is dead or whose deadline has passed (jobs/stop_rules). It removes folders
+It ends this user's jobs whose x07 process is dead or whose deadline has passed (records/stop_rules). It removes folders
 of jobs that never started, an engine's containers without a record, folders past their retention time and saved VMs
 without an image. It rolls back incomplete file changes. Everything else stays and is reported.
 
@@ -27,11 +27,11 @@ from x07_sandbox.host.paths import private_dir, state_dir
 from x07_sandbox.host.processes import identify
 from x07_sandbox.housekeeping.pruner import Pruner, Row, entries
 from x07_sandbox.housekeeping.records import doomed_name, prune_records
-from x07_sandbox.jobs.active import ENDS, JOB_NAME, unfinished_jobs
-from x07_sandbox.jobs.reader import StoredJob, locked_stored
-from x07_sandbox.jobs.record import runner_instance
-from x07_sandbox.jobs.stop_rules import Now, here_and_now, judge
-from x07_sandbox.runs.folder import APPLYING, KILL, RUN_NAME, SOCKET, runs_dir
+from x07_sandbox.records.active import ENDS, JOB_NAME, unfinished_jobs
+from x07_sandbox.records.reader import StoredJob, locked_stored
+from x07_sandbox.records.record import runner_instance
+from x07_sandbox.records.stop_rules import Now, here_and_now, judge
+from x07_sandbox.sessions.folder import APPLYING, KILL, RUN_NAME, SOCKET, runs_dir
 
 # job: a job that was ended, cleaned up and recorded as reaped. unstarted: the folder of a job that never started.
 # instance: a container without a job's record. changes: incomplete file changes. record, run: folders past their
@@ -242,7 +242,7 @@ def _sweep_orphans(pruner: Pruner, live: Collection[str]) -> None:
 
 def _sweep_changes(pruner: Pruner) -> None:
     """Roll back or complete file changes that were interrupted."""
-    from x07_sandbox.runs.saved_changes import recover_all
+    from x07_sandbox.sessions.saved_changes import recover_all
 
     folder = runs_dir(state_dir()) / APPLYING
     before = {path.name for path in entries(folder) if RUN_NAME.fullmatch(path.name)}

@@ -16,16 +16,16 @@ import msgspec
 from x07_sandbox.errors import RefusedError, SandboxError, UsageError, escaped
 from x07_sandbox.integrations.mcp_calls import ERRORS_MAX, OUTPUT_MAX, CallError, marked, shown
 from x07_sandbox.library.processes import Kept
-from x07_sandbox.plan.reasons import REASONS
+from x07_sandbox.policy.reasons import REASONS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator, Sequence
 
     from x07_sandbox.library.async_sandbox import AsyncSandbox
     from x07_sandbox.library.processes import Ended
-    from x07_sandbox.plan.denials import Denial
-    from x07_sandbox.runs.command import StreamName
-    from x07_sandbox.runs.result import Changes, Result
+    from x07_sandbox.policy.denials import Denial
+    from x07_sandbox.sessions.command import StreamName
+    from x07_sandbox.sessions.result import Changes, Result
 
 _NAMES_MAX: Final = 100
 _DENIALS_MAX: Final = 10

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from x07_sandbox.options import Kind, Option
     from x07_sandbox.policy.model import Policy
-    from x07_sandbox.runs.request import Loader
+    from x07_sandbox.sessions.request import Loader
 
 _SECONDS_BOUND: Final = 1e9  # far above every limit, so that no conversion overflows
 _RUN: Final = "x07_sandbox.run_program"

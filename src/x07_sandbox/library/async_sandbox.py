@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from x07_sandbox.library.files import Files
     from x07_sandbox.library.processes import Ended, ExecOptions, StartOptions
     from x07_sandbox.library.sandbox import SandboxOptions
-    from x07_sandbox.plan.denials import Denial
+    from x07_sandbox.policy.denials import Denial
     from x07_sandbox.reports.sandboxes import SandboxInfo
-    from x07_sandbox.runs.command import StreamName
-    from x07_sandbox.runs.request import ChangesChoice
-    from x07_sandbox.runs.result import Diff, Result
+    from x07_sandbox.sessions.command import StreamName
+    from x07_sandbox.sessions.request import ChangesChoice
+    from x07_sandbox.sessions.result import Diff, Result
 
 _T = TypeVar("_T")
 

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 
 from x07_sandbox.errors import ArgumentError, SandboxError
 from x07_sandbox.library.keyword_names import keyword
-from x07_sandbox.runs.diffs import diff_of
-from x07_sandbox.runs.result import Changes, Diff, Result
-from x07_sandbox.runs.saved_changes import find_saved, summarize, undo_saved
-from x07_sandbox.runs.selection import Grants, apply_selected, select_changes
+from x07_sandbox.sessions.diffs import diff_of
+from x07_sandbox.sessions.result import Changes, Diff, Result
+from x07_sandbox.sessions.saved_changes import find_saved, summarize, undo_saved
+from x07_sandbox.sessions.selection import Grants, apply_selected, select_changes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from x07_sandbox.runs.saved_changes import SavedChanges
+    from x07_sandbox.sessions.saved_changes import SavedChanges
 
 
 def diff(run: str | Result, paths: Sequence[str] = ()) -> Diff:

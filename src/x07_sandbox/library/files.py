@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
     from x07_sandbox.channel.files import Answer
     from x07_sandbox.files.unpack import Unpacker
-    from x07_sandbox.runs.command import AnySandbox
-    from x07_sandbox.sandboxes.files import FileServer
+    from x07_sandbox.sessions.command import AnySandbox
+    from x07_sandbox.sessions.files import FileServer
 
 _T = TypeVar("_T")
 _CHUNK: Final = 128 * 1024

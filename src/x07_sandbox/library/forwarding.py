@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.errors import SandboxError
 from x07_sandbox.host.threads import start_thread
-from x07_sandbox.runs.command import CommandStart
-from x07_sandbox.sandboxes.execution import CONNECT
+from x07_sandbox.sessions.command import CommandStart
+from x07_sandbox.sessions.execution import CONNECT
 
 if TYPE_CHECKING:
-    from x07_sandbox.runs.command import AnySandbox, Command
+    from x07_sandbox.sessions.command import AnySandbox, Command
 
 _READ: Final = 64 * 1024
 _WAITING: Final = 32  # connections that nobody has accepted yet

@@ -50,20 +50,20 @@ from x07_sandbox.library.held_messages import (
     packed,
     start_message,
 )
-from x07_sandbox.runs.command import AnySandbox, Command, CommandEnd, CommandStart, terminal_kind
-from x07_sandbox.runs.folder import SOCKET, all_runs
-from x07_sandbox.runs.result import Result
-from x07_sandbox.sandboxes.execution import Execution
-from x07_sandbox.sandboxes.files import FileServer
-from x07_sandbox.sandboxes.shared import SharedSession
-from x07_sandbox.sandboxes.transfers import CommandStreams, Inbox
+from x07_sandbox.sessions.command import AnySandbox, Command, CommandEnd, CommandStart, terminal_kind
+from x07_sandbox.sessions.execution import Execution
+from x07_sandbox.sessions.files import FileServer
+from x07_sandbox.sessions.folder import SOCKET, all_runs
+from x07_sandbox.sessions.result import Result
+from x07_sandbox.sessions.shared import SharedSession
+from x07_sandbox.sessions.transfers import CommandStreams, Inbox
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from x07_sandbox.library.held_messages import Create
-    from x07_sandbox.runs.request import ChangesChoice
-    from x07_sandbox.runs.result import Diff
+    from x07_sandbox.sessions.request import ChangesChoice
+    from x07_sandbox.sessions.result import Diff
 
 _READ: Final = 256 * 1024
 _PIECE: Final = 64 * 1024

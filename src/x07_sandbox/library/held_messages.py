@@ -17,12 +17,12 @@ from x07_sandbox.channel.messages import Terminal
 from x07_sandbox.errors import Command, Flag, SandboxError, Text
 from x07_sandbox.host.cancel import Notice
 from x07_sandbox.host.decoding import prepared
-from x07_sandbox.plan.denials import Denial, Hint
-from x07_sandbox.plan.outcomes import Verdict
+from x07_sandbox.policy.denials import Denial, Hint
+from x07_sandbox.policy.outcomes import Verdict
 from x07_sandbox.reports.document import encodable
-from x07_sandbox.runs.command import CommandEnd, CommandStart, StreamName
-from x07_sandbox.runs.request import ChangesChoice
-from x07_sandbox.runs.result import CommandReport, Diff, Result
+from x07_sandbox.sessions.command import CommandEnd, CommandStart, StreamName
+from x07_sandbox.sessions.request import ChangesChoice
+from x07_sandbox.sessions.result import CommandReport, Diff, Result
 
 _FRAME_MAX: Final = 1 << 30  # for patches
 _HEAD: Final = 4

@@ -58,14 +58,14 @@ from x07_sandbox.library.held_messages import (
 )
 from x07_sandbox.library.keyword_names import keyword
 from x07_sandbox.library.opening import open_sandbox
-from x07_sandbox.runs.folder import SOCKET, all_runs
+from x07_sandbox.sessions.folder import SOCKET, all_runs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from x07_sandbox.library.held_messages import Answer, Opening
-    from x07_sandbox.runs.command import Command
-    from x07_sandbox.runs.sandbox import OpenSandbox
+    from x07_sandbox.sessions.command import Command
+    from x07_sandbox.sessions.sandbox import OpenSandbox
 
 _READ: Final = 256 * 1024
 _REQUEST_S: Final = 10.0  # for a client to send its request

@@ -14,7 +14,7 @@ def image_digest(name: str | None = None) -> str:
     name: name or digest; None for the default.
     """
     from x07_sandbox.images.store import find_image
-    from x07_sandbox.runs.prepare import current_image
+    from x07_sandbox.sessions.prepare import current_image
 
     return current_image(find_image(name)).digest
 
@@ -45,6 +45,6 @@ def prepare_image(digest: str, pieces: Iterable[tuple[str, bytes]], progress: Ca
     pieces: those of `image_pieces`; may be empty if the image is there. progress: called with lines of text.
     """
     from x07_sandbox.images.transfer import add_image
-    from x07_sandbox.pool.prepare import prepare_clones
+    from x07_sandbox.library.pool_prepare import prepare_clones
 
     prepare_clones(add_image(digest, pieces, progress), progress, for_pools=True)

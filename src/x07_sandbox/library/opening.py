@@ -12,8 +12,8 @@ from x07_sandbox.host.settings import LIFETIME_S, QUEUE_S
 from x07_sandbox.library.arguments import SANDBOX, bad_argument, checked_options, checked_seconds
 from x07_sandbox.library.keyword_names import keyword
 from x07_sandbox.library.requests import make_request, sweep_before_start
-from x07_sandbox.runs.request import RunCaller
-from x07_sandbox.runs.sandbox import NAME, NAME_RULE, Life, OpenSandbox
+from x07_sandbox.sessions.request import RunCaller
+from x07_sandbox.sessions.sandbox import NAME, NAME_RULE, Life, OpenSandbox
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

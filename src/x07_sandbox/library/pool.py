@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from x07_sandbox.host.cancel import Cancel
     from x07_sandbox.library.options import RunOptions
     from x07_sandbox.library.sandbox import Sandbox, SandboxOptions
-    from x07_sandbox.runs.result import Result
+    from x07_sandbox.sessions.result import Result
 
 
 class _RunFuture(Future[Any]):
@@ -108,8 +108,8 @@ class Pool(Executor):
         """
         if not isinstance(image, str | None):
             raise bad_argument("image", f"is {type(image).__name__}, not str", "x07_sandbox.Pool")
-        from x07_sandbox.jobs.admission import max_running  # imported late: importing this module is cheap
-        from x07_sandbox.pool.warm import WarmMachines
+        from x07_sandbox.library.warm import WarmMachines
+        from x07_sandbox.records.admission import max_running  # imported late: importing this module is cheap
 
         workers = max_running()
         self._machines = WarmMachines(size, image=image)

@@ -11,13 +11,13 @@ import msgspec
 
 from x07_sandbox.errors import ArgumentError, SandboxError, UsageError
 from x07_sandbox.host.settings import OUTPUT_MAX_BYTES
-from x07_sandbox.plan.denials import Denial, Hint, Outcome
+from x07_sandbox.policy.denials import Denial, Hint, Outcome
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Iterator, Mapping
 
-    from x07_sandbox.runs.command import Command, StreamName
+    from x07_sandbox.sessions.command import Command, StreamName
 
 Keep = Literal["head", "tail", "both"]
 

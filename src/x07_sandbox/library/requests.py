@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any, Final
 from x07_sandbox.errors import SandboxError
 from x07_sandbox.host.clocks import unix_ms
 from x07_sandbox.host.paths import state_dir
-from x07_sandbox.jobs.active import JOB_NAME, unfinished_jobs
-from x07_sandbox.runs.request import RunRequest
-from x07_sandbox.runs.run import attempt
+from x07_sandbox.records.active import JOB_NAME, unfinished_jobs
+from x07_sandbox.sessions.request import RunRequest
+from x07_sandbox.sessions.run import attempt
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from x07_sandbox.options import Option
-    from x07_sandbox.runs.request import RunCaller
-    from x07_sandbox.runs.result import Result
+    from x07_sandbox.sessions.request import RunCaller
+    from x07_sandbox.sessions.result import Result
 
 
 # The sweep before each run. If there is nothing to remove, it costs one folder listing and a few stat(2).

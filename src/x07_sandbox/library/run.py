@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from x07_sandbox.host.cancel import Cancel
     from x07_sandbox.library.options import CommandOptions, RunOptions
     from x07_sandbox.policy.model import Policy
-    from x07_sandbox.runs.result import Result
+    from x07_sandbox.sessions.result import Result
 
     OnOutput = Callable[[Literal["stdout", "stderr"], bytes], object]
     Ended = tuple[Result, SandboxError | None]
@@ -251,8 +251,8 @@ def run_once(
     from x07_sandbox.housekeeping.retention import retain_records
     from x07_sandbox.library.keyword_names import keyword
     from x07_sandbox.library.requests import carry_out, make_request
-    from x07_sandbox.runs.request import RunCaller
-    from x07_sandbox.sandboxes.transfers import memory_file
+    from x07_sandbox.sessions.request import RunCaller
+    from x07_sandbox.sessions.transfers import memory_file
 
     choice = choice_from_environment()
     if on_output is not None and not callable(on_output):
@@ -293,7 +293,7 @@ def load_policy(name: str | os.PathLike[str] | Policy | None = None) -> Policy:
     changed copy, which is checked when it is used. Raises SandboxError with all errors in the document.
     """
     from x07_sandbox.library.arguments import policy_argument
-    from x07_sandbox.runs.request import read_policy
+    from x07_sandbox.sessions.request import read_policy
 
     return read_policy(policy_argument("name", name, "x07_sandbox.load_policy"))[0]
 

@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from x07_sandbox.host.cancel import Cancel
     from x07_sandbox.library.files import Files
     from x07_sandbox.library.processes import Ended, ExecOptions, Keep
-    from x07_sandbox.plan.denials import Denial
+    from x07_sandbox.policy.denials import Denial
     from x07_sandbox.policy.model import Policy
     from x07_sandbox.reports.sandboxes import SandboxInfo
-    from x07_sandbox.runs.command import AnySandbox, StreamName
-    from x07_sandbox.runs.result import Diff, Result
+    from x07_sandbox.sessions.command import AnySandbox, StreamName
+    from x07_sandbox.sessions.result import Diff, Result
 
 _PROBE_S = 60.0
 _SIZE = (24, 80)  # of a terminal, in characters
@@ -202,7 +202,7 @@ class Sandbox:
     @staticmethod
     def max_open() -> int:
         """Return how many sandboxes of this user may be open at once. Others wait to be opened. Raises SandboxError."""
-        from x07_sandbox.jobs.admission import SANDBOXES
+        from x07_sandbox.records.admission import SANDBOXES
 
         return SANDBOXES.count()
 
@@ -314,7 +314,7 @@ class Sandbox:
         tty: give it a terminal, whose output is standard output. detach: give it no streams. All else: see `exec`.
         """
         from x07_sandbox.channel.messages import Terminal
-        from x07_sandbox.runs.command import CommandStart
+        from x07_sandbox.sessions.command import CommandStart
 
         if isinstance(argv, str | bytes) or not argv:
             why, fix = "argv is not a list with at least one word", 'Pass a list such as ["make", "test"]'

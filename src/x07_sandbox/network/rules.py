@@ -41,10 +41,10 @@ from x07_sandbox.network.names import (
     pattern_text,
     unmapped,
 )
-from x07_sandbox.plan.denials import HowToAllow
-from x07_sandbox.plan.observed import advise
+from x07_sandbox.policy.denials import HowToAllow
 from x07_sandbox.policy.hosts import Addresses
 from x07_sandbox.policy.model import Policy
+from x07_sandbox.policy.observed import advise
 from x07_sandbox.policy.problems import PolicyError, Problem
 
 Transport = Literal["tcp", "udp"]

@@ -37,7 +37,7 @@ class LimitChanges(msgspec.Struct, frozen=True, kw_only=True):
     procs: int | None = None
     fds: int | None = None
     file_bytes: int | None = None  # of one file that is copied, in or back
-    may_raise: bool | None = None  # whether they may exceed the policy's; None: its origin decides (runs/request)
+    may_raise: bool | None = None  # whether they may exceed the policy's; None: its origin decides (sessions/request)
 
     def given(self) -> dict[str, int]:
         """Return the limits that are set, by field."""

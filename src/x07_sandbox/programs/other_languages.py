@@ -5,7 +5,7 @@ from pathlib import PurePosixPath
 from typing import Final
 
 from x07_sandbox.errors import Command, Text
-from x07_sandbox.plan.packages import ImageInUse, package_of_program
+from x07_sandbox.policy.packages import ImageInUse, package_of_program
 
 # The interpreter for the first line, by suffix.
 _SCRIPTS: Final = {

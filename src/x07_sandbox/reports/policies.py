@@ -5,8 +5,8 @@ from typing import Any, Final, Literal
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from x07_sandbox.plan.controls import Control, Refusal
-from x07_sandbox.plan.denials import HowToAllow
+from x07_sandbox.policy.controls import Control, Refusal
+from x07_sandbox.policy.denials import HowToAllow
 from x07_sandbox.policy.differences import Change
 from x07_sandbox.policy.problems import Problem
 

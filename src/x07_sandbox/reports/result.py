@@ -11,7 +11,7 @@ import msgspec
 from x07_sandbox.reports.document import plain, render_json
 
 if TYPE_CHECKING:
-    from x07_sandbox.runs.result import Result
+    from x07_sandbox.sessions.result import Result
 
 
 class OmittedControls(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -54,9 +54,9 @@ def _short(result: Result) -> dict[str, object]:
 
 def _usual_controls() -> dict[str, tuple[str, str, str]]:
     """Return the state, enforcer and reason of each field of the built-in policy in a VM."""
-    from x07_sandbox.plan.controls import make_plan
-    from x07_sandbox.plan.features import vm_features
+    from x07_sandbox.policy.controls import make_plan
     from x07_sandbox.policy.default import default_policy
+    from x07_sandbox.policy.features import vm_features
 
     plan = make_plan(default_policy(), vm_features("vm-hardware"))
     return {c.field: (c.state, c.by, c.why) for c in plan.controls if c.state != "refused"}

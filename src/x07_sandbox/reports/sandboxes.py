@@ -4,8 +4,8 @@ from typing import Literal
 
 import msgspec
 
-from x07_sandbox.plan.denials import Denial, Hint, Outcome
-from x07_sandbox.runs.result import Output
+from x07_sandbox.policy.denials import Denial, Hint, Outcome
+from x07_sandbox.sessions.result import Output
 
 
 class SandboxInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -16,7 +16,7 @@ from x07_sandbox.images import manifest
 from x07_sandbox.policy.schema import render_schema
 from x07_sandbox.reports import conform, doctor, document, policies, sandboxes, verbs
 from x07_sandbox.reports import result as short_result
-from x07_sandbox.runs import preview, result
+from x07_sandbox.sessions import preview, result
 from x07_sandbox.x07 import attestation, bundle, runner_report
 
 _REF: Final = "#/$defs/{name}"

@@ -9,8 +9,8 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from x07_sandbox.errors import Command, Flag, RefusedError, Text
-from x07_sandbox.policy import Policy
-from x07_sandbox.runs.result import Result
+from x07_sandbox.policy.model import Policy
+from x07_sandbox.sessions.result import Result
 from x07_sandbox.x07.runner_report import AttestationReference, SandboxBackend, SolveReport, World, sandbox_backend_of
 
 SCHEMA: Final = "x07.runtime.attest@0.2.0"

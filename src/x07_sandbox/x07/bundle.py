@@ -22,7 +22,7 @@ from x07_sandbox.host.version import __version__
 from x07_sandbox.policy.decode import MAX_BYTES as POLICY_MAX_BYTES
 from x07_sandbox.programs.toolchains import Source
 from x07_sandbox.reports.document import render_json
-from x07_sandbox.runs.request import sha256_text
+from x07_sandbox.sessions.request import sha256_text
 from x07_sandbox.x07.runner_report import CompileRunReport, Target
 
 MANIFEST: Final = "manifest.json"

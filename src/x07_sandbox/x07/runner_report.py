@@ -19,10 +19,10 @@ from msgspec.structs import replace
 from x07_sandbox.errors import SandboxError
 from x07_sandbox.host.decoding import prepared
 from x07_sandbox.host.paths import is_folder
-from x07_sandbox.plan.outcomes import ending_line
+from x07_sandbox.policy.outcomes import ending_line
 from x07_sandbox.reports.document import encodable
-from x07_sandbox.runs.request import Program
-from x07_sandbox.runs.result import EMPTY_OUTPUT, Result
+from x07_sandbox.sessions.request import Program
+from x07_sandbox.sessions.result import EMPTY_OUTPUT, Result
 from x07_sandbox.x07.project import HEAD_BYTES
 
 SCHEMA: Final = "x07-os-runner.report@0.5.0"

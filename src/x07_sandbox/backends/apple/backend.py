@@ -16,7 +16,7 @@ from x07_sandbox.errors import HostError, ImageError
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.paths import find_program
 from x07_sandbox.images.verify import OpenImage
-from x07_sandbox.plan.features import Features
+from x07_sandbox.policy.features import Features
 
 _CLIENT: Final = Need("program", "container", "", "X07_VM_APPLE_CONTAINER_BIN")
 

@@ -26,9 +26,9 @@ from x07_sandbox.host.verdicts import Verdict, file_state
 from x07_sandbox.images import manifest
 from x07_sandbox.images.guestcode import read_guest_code
 from x07_sandbox.images.verify import OpenImage
-from x07_sandbox.jobs.record import JobRecord
-from x07_sandbox.jobs.stopping import stop_recorded
-from x07_sandbox.plan.features import LEAVES_TREE, NO_ROOT, NOT_OBSERVED, VM_CAPABILITIES, Features
+from x07_sandbox.policy.features import LEAVES_TREE, NO_ROOT, NOT_OBSERVED, VM_CAPABILITIES, Features
+from x07_sandbox.records.record import JobRecord
+from x07_sandbox.records.stopping import stop_recorded
 
 _REFERENCE_MAX: Final = 512
 # Where root's podman finds its store. A podman that reads another file is asked for its images each time.

@@ -23,8 +23,8 @@ from x07_sandbox.host.os_errors import raised_as
 from x07_sandbox.host.paths import read_bounded
 from x07_sandbox.host.processes import identify, own_identity
 from x07_sandbox.images.verify import OpenImage
-from x07_sandbox.jobs.launcher import Launch, launch
-from x07_sandbox.jobs.record import JobRecord, create_record, drop_unstarted, mark_done, write_owner
+from x07_sandbox.records.launcher import Launch, launch
+from x07_sandbox.records.record import JobRecord, create_record, drop_unstarted, mark_done, write_owner
 
 _EXIT_S: Final = 10.0
 _RESOLV_CONF: Final = "resolv.conf"
@@ -181,7 +181,7 @@ def recorded_runtime(folder: Path) -> str:
 
 
 def _spec(runtime: Runtime, job: Job, record: JobRecord, image: OpenImage, files: _Files) -> ContainerSpec:
-    assert job.needs is not None  # noqa: S101 - runs/job sets them
+    assert job.needs is not None  # noqa: S101 - sessions/job sets them
     spec = ContainerSpec(
         runtime=runtime.name,
         image=image.manifest.digest,

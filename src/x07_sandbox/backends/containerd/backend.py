@@ -18,7 +18,7 @@ from x07_sandbox.errors import BackendError, HostError, ImageError
 from x07_sandbox.host.paths import find_program
 from x07_sandbox.host.variables import text
 from x07_sandbox.images.verify import OpenImage
-from x07_sandbox.plan.features import Features
+from x07_sandbox.policy.features import Features
 
 _CONNECT_S: Final = 2.0
 _NAMESPACE: Final = "x07"

@@ -28,7 +28,7 @@ from x07_sandbox.host.paths import read_bounded
 from x07_sandbox.host.settings import MIB
 from x07_sandbox.host.variables import FIRECRACKER_SOCKET, text
 from x07_sandbox.images.verify import OpenImage
-from x07_sandbox.plan.features import Features
+from x07_sandbox.policy.features import Features
 
 _CONFIG: Final = "/etc/containerd/firecracker-runtime.json"
 _GUEST_BYTES: Final = 96 * MIB  # for the VM's kernel and firecracker-containerd's agent

@@ -24,8 +24,8 @@ from x07_sandbox.images.archive import add_agent
 from x07_sandbox.images.base import unpack_root
 from x07_sandbox.images.store import Image, find_image
 from x07_sandbox.images.verify import OpenImage
-from x07_sandbox.jobs.record import state_home
-from x07_sandbox.plan.features import VM_CAPABILITIES, Features
+from x07_sandbox.policy.features import VM_CAPABILITIES, Features
+from x07_sandbox.records.record import state_home
 
 _FLAGS: Final = ("--platform=systrap", "--network=none", "--host-uds=none", "--overlay2=none")
 _NO_FILTER: Final = "gVisor has no nftables, which the relay needs, so a policy that lists hosts is refused"

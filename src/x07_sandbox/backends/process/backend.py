@@ -20,11 +20,11 @@ from x07_sandbox.host.verdicts import Verdict, file_state
 from x07_sandbox.images.verify import OpenImage
 from x07_sandbox.jail.bwrap import BWRAP, PERL, SETPRIV
 from x07_sandbox.jail.cgroups import program_groups, remove_groups
-from x07_sandbox.jobs.reader import StoredJob
-from x07_sandbox.jobs.record import Claim, JobRecord, create_record, new_run_id
-from x07_sandbox.jobs.stopping import stop_recorded
 from x07_sandbox.kernel import landlock_version
-from x07_sandbox.plan.features import LEAVES_TREE, NO_ROOT, NOT_OBSERVED, Features
+from x07_sandbox.policy.features import LEAVES_TREE, NO_ROOT, NOT_OBSERVED, Features
+from x07_sandbox.records.reader import StoredJob
+from x07_sandbox.records.record import Claim, JobRecord, create_record, new_run_id
+from x07_sandbox.records.stopping import stop_recorded
 
 NFT: Final = "/usr/sbin/nft"
 _ANSWER_S: Final = 5.0

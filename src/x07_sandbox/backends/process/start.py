@@ -20,8 +20,8 @@ from x07_sandbox.host.memory import memory_file
 from x07_sandbox.jail.bwrap import may_nest, supervisor_argv
 from x07_sandbox.jail.cgroups import program_groups
 from x07_sandbox.jail.uids import lease_uid
-from x07_sandbox.jobs.launcher import Launch
-from x07_sandbox.jobs.record import JobRecord, drop_unstarted
+from x07_sandbox.records.launcher import Launch
+from x07_sandbox.records.record import JobRecord, drop_unstarted
 
 _CONFINED_DEPTH: Final = 2  # below the supervisor: bubblewrap, then the agent
 _FREE_DEPTH: Final = 1

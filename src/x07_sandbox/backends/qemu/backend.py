@@ -47,9 +47,9 @@ from x07_sandbox.host.processes import Identity
 from x07_sandbox.host.verdicts import Verdict, file_state, forget, validity
 from x07_sandbox.images.verify import OpenImage
 from x07_sandbox.jail.forms import jail_form
-from x07_sandbox.jobs.record import Claim, JobRecord, create_record, drop_unstarted
-from x07_sandbox.plan.features import Features, vm_features
-from x07_sandbox.plan.sizes import RAM_CLASSES
+from x07_sandbox.policy.features import Features, vm_features
+from x07_sandbox.policy.sizes import RAM_CLASSES
+from x07_sandbox.records.record import Claim, JobRecord, create_record, drop_unstarted
 
 _F = TypeVar("_F")
 _ANY_TIMER: Final = "timers in the {} VM may run late: its kernel measured the timer wrong, as in each earlier attempt"
@@ -116,7 +116,7 @@ class QemuBackend:
     def stop(self, record: JobRecord) -> bool:
         """Stop a recorded job, and remove its control groups."""
         from x07_sandbox.jail.cgroups import remove_groups
-        from x07_sandbox.jobs.stopping import stop_recorded
+        from x07_sandbox.records.stopping import stop_recorded
 
         return stop_recorded(record, lambda stored: stored.owner is None or remove_groups(stored.owner.cgroups))
 
@@ -184,7 +184,7 @@ class QemuBackend:
 
     def _clone_failed(self, job: Job, error: NoAnswerError, notes: dict[str, str]) -> bool:
         """Record that a clone did not answer. Return whether the caller must boot a VM in the next attempt."""
-        from x07_sandbox.plan.outcomes import classify
+        from x07_sandbox.policy.outcomes import classify
 
         evidence = evidence_of(error.failure)
         why = f"a clone of the saved VM did not answer ({classify(evidence).reason})"
@@ -463,7 +463,7 @@ def boot_limit_s(measured_s: float) -> float:
 
 def prove(image: OpenImage, least_s: float, most_s: float, *, kvm: bool) -> Proof:
     """Return whether an agent answers in time (`proof_limit_s`). Raises SandboxError if no guest could be booted."""
-    from x07_sandbox.plan.outcomes import classify  # not imported by runs that know the result
+    from x07_sandbox.policy.outcomes import classify  # not imported by runs that know the result
 
     under = " under KVM" if kvm else " under emulation"
     kind = MachineKind(image=image, ram_bytes=RAM_CLASSES[0])

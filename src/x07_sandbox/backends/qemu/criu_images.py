@@ -17,8 +17,8 @@ from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any, Final
 
+from x07_sandbox.backends.protobuf import Message
 from x07_sandbox.errors import BackendError
-from x07_sandbox.host.protobuf import Message
 
 PAGE: Final = 4096
 _WHAT: Final = "cannot use the dump of a VM"

@@ -16,7 +16,7 @@ from x07_sandbox.host.os_errors import raised_as
 from x07_sandbox.host.poll import wait_readable
 from x07_sandbox.host.processes import Identity
 from x07_sandbox.jail.cgroups import HostGroups
-from x07_sandbox.jobs.record import Claim, JobRecord, renamed_record, renewed_record
+from x07_sandbox.records.record import Claim, JobRecord, renamed_record, renewed_record
 
 _DEADLINE_SIGNAL: Final = 40  # a real-time signal, since these are queued
 _GONE_S: Final = 10.0

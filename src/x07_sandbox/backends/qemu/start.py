@@ -35,8 +35,8 @@ from x07_sandbox.jail.cgroups import make_groups
 from x07_sandbox.jail.criu import CRIU, PID, Criu
 from x07_sandbox.jail.forms import Form, jail_form, namespace_flags, needed_files
 from x07_sandbox.jail.uids import lease_uid
-from x07_sandbox.jobs.launcher import Launch
-from x07_sandbox.jobs.record import Claim, JobRecord, create_record, drop_unstarted, new_run_id
+from x07_sandbox.records.launcher import Launch
+from x07_sandbox.records.record import Claim, JobRecord, create_record, drop_unstarted, new_run_id
 
 MISCALIBRATED: Final = "its kernel calibrated its timer wrong, as happens on an overloaded host"
 # Generations below the supervisor, by whether there are namespaces: then bubblewrap's outer process is in between.

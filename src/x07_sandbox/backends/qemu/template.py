@@ -57,10 +57,9 @@ from x07_sandbox.images.verify import (
     opened_folder,
     opened_parts,
 )
-from x07_sandbox.plan.controls import run_limits
-from x07_sandbox.plan.sizes import build_limits, command_limits, tmp_bytes
-from x07_sandbox.policy import default_policy
-from x07_sandbox.policy.default import canonical_json
+from x07_sandbox.policy.controls import run_limits
+from x07_sandbox.policy.default import canonical_json, default_policy
+from x07_sandbox.policy.sizes import build_limits, command_limits, tmp_bytes
 
 SCHEMA: Final = "x07.sandbox.template@0.3.0"
 MANIFEST: Final = "template.json"

@@ -32,9 +32,9 @@ from x07_sandbox.host.processes import COMMAND_ENVIRONMENT
 from x07_sandbox.host.variables import text
 from x07_sandbox.images.verify import OpenImage
 from x07_sandbox.images.vz_bundle import OpenBundle, open_bundle
-from x07_sandbox.jobs.record import JobRecord
-from x07_sandbox.jobs.stopping import stop_recorded
-from x07_sandbox.plan.features import Features, vm_features
+from x07_sandbox.policy.features import Features, vm_features
+from x07_sandbox.records.record import JobRecord
+from x07_sandbox.records.stopping import stop_recorded
 
 BUNDLE: Final = "X07_VM_VZ_GUEST_BUNDLE"
 _CANNOT: Final = "cannot use vz"

@@ -21,8 +21,8 @@ from x07_sandbox.host.os_errors import raised_as
 from x07_sandbox.host.paths import private_dir, state_dir
 from x07_sandbox.images.scratch import write_disk
 from x07_sandbox.images.vz_bundle import OpenBundle
-from x07_sandbox.jobs.launcher import Launch
-from x07_sandbox.jobs.record import JobRecord, create_record, drop_unstarted, state_home
+from x07_sandbox.records.launcher import Launch
+from x07_sandbox.records.record import JobRecord, create_record, drop_unstarted, state_home
 
 _NO_SPACE: Final = "Free disk space, or set X07_VM_STATE_DIR"
 

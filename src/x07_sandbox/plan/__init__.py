@@ -1,1 +1,0 @@
-"""Pure functions that decide on controls, refusals and outcomes."""

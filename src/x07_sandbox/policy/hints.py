@@ -1,0 +1,202 @@
+"""Hints on what a failed program lacked, derived from the end of its output.
+
+A missing file, package or variable is not a denial, because most programs probe for many. The text is hostile, so no
+host file or program is looked up by a name from it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import posixpath
+import re
+from collections.abc import Collection, Iterator, Sequence
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from x07_sandbox.policy.connections import connection_hints
+from x07_sandbox.policy.denials import GuestMount, Hint, HowToAllow
+from x07_sandbox.policy.guest_paths import PROGRAM, guest_path, is_below
+from x07_sandbox.policy.observed import advise, advise_loading, advise_root
+from x07_sandbox.policy.packages import (
+    DEFAULT_IMAGE,
+    Adding,
+    ImageInUse,
+    is_known_program,
+    package_of_module,
+    package_of_program,
+)
+
+if TYPE_CHECKING:
+    from x07_sandbox.policy.model import Policy
+
+_MOST: Final = 3
+_QUOTED: Final = r"b?(?P<quote>['\"])(?P<path>(?:(?!(?P=quote))[^\n]){1,255})(?P=quote)"
+_FIRST: Final = r"b?(?P<first>['\"])(?:(?!(?P=first))[^\n]){1,255}(?P=first)"
+# Messages of Python, coreutils (which quote paths with blanks), perror(3) and Go. A blank is part of an unquoted path
+# only if nothing else precedes the path. For a rename Python and C++ report both paths; either may be missing.
+_MISSING: Final = tuple(
+    re.compile(pattern, re.MULTILINE)
+    for pattern in (
+        rf"No such file or directory: {_QUOTED}",
+        rf"No such file or directory: {_FIRST} -> {_QUOTED}",
+        r"(?P<quote>['\"])(?P<path>/(?:(?!(?P=quote))[^\n]){1,255})(?P=quote)(?: [a-z ]{1,20})?: No such file or dir",
+        r"(?:^|: )(?P<path>/[^:'\"\n]{1,255}): No such file or directory",
+        r"No such file or directory \[(?P<path>[^\]\n]{1,255})\]",  # C++'s std::filesystem
+        r"No such file or directory \[[^\]\n]{1,255}\] \[(?P<path>[^\]\n]{1,255})\]",
+        r"(?:^|[\s:])(?P<path>/[^\s:'\"]{1,255}): [Nn]o such file or directory",
+    )
+)
+# The dynamic loader, if the kernel does not allow a file to be mapped executable.
+_UNLOADED: Final = re.compile(r"(?:^|: )([^:'\"\n]{1,255}): failed to map segment from shared object", re.MULTILINE)
+# Python's subprocess, for a program not in PATH (and, in the same words, for a missing `cwd`).
+_PROGRAM: Final = re.compile(
+    r'^  File "[^"\n]*subprocess\.py", line \d+, in _execute_child\n(?:    [^\n]*\n){1,3}'
+    r"FileNotFoundError: \[Errno 2\] No such file or directory: '([\w.+-]{1,100})'$",
+    re.MULTILINE | re.ASCII,
+)
+# bash and dash: "it.sh: line 3: jq: command not found", "it.sh: 3: jq: not found".
+_COMMAND: Final = re.compile(
+    r"^[^:\n]{1,255}: (?:line )?\d+: (\w[\w.+-]{0,99}): (?:command )?not found$", re.MULTILINE | re.ASCII
+)
+# Node, and coreutils' env.
+_SPAWNED: Final = re.compile(
+    r"\bspawn (\w[\w.+-]{0,99}) ENOENT|\benv: ['\u2018](\w[\w.+-]{0,99})['\u2019]: No such", re.ASCII
+)
+# Python's import, also in pytest's report, and `python3 -m NAME`.
+_MODULE: Final = re.compile(
+    r"^(?:(?:E {1,8})?ModuleNotFoundError: No module named '|[\w/.-]{0,100}python[\d.]{0,6}: No module named )"
+    r"(\w{1,100})",
+    re.MULTILINE | re.ASCII,
+)
+# Unset variables: Python's os.environ, bash, dash.
+_VARIABLES: Final = tuple(
+    re.compile(pattern, re.MULTILINE | re.ASCII)
+    for pattern in (
+        r'^  File ".*\bos(?:\.py|>)", line \d+, in __getitem__\n(?: {4}.*\n){0,2}KeyError: b?.([A-Za-z_]\w{0,99}).$',
+        r"^[^:\n]{1,255}: line \d+: ([A-Za-z_]\w{0,99}): (?:unbound variable|parameter (?:null or )?not set)$",
+        r"^[^:\n]{1,255}: \d+: ([A-Za-z_]\w{0,99}): parameter not set(?: or null)?$",
+    )
+)
+
+
+class LocalModules(NamedTuple):
+    """Python modules beside a single-file program on the host. They are not copied in."""
+
+    modules: Collection[str]
+    adding: Adding  # what copies them in, as files of a project
+
+
+def hints(  # noqa: PLR0913 - each is a fact about one run
+    tail: bytes,
+    policy: Policy,
+    areas: Sequence[GuestMount],
+    cwd: str,
+    local: LocalModules | None = None,
+    host_variables: Collection[str] = (),
+    *,
+    image: ImageInUse = DEFAULT_IMAGE,
+) -> list[Hint]:
+    """Return at most three hints. tail: the end of the output. host_variables: names of variables on the host."""
+    text = tail.decode("utf-8", "replace")
+    executed = dict.fromkeys(name for pattern in (_PROGRAM, _SPAWNED) for name in _names(pattern, text))
+    paths = dict.fromkeys(_paths(text, policy, areas, cwd))
+    # A bare name that was to be executed is a program of the image, not a file to copy in.
+    tools = {path: path.removeprefix("./") for path in paths}
+    executed |= dict.fromkeys(name for name in tools.values() if is_known_program(name))
+    paths = {path: None for path in paths if tools[path] not in executed}
+    modules = (_module(name, local, image) for name in dict.fromkeys(_MODULE.findall(text)))
+    programs = (program_hint(name, image) for name in executed)
+    commands = (program_hint(name, image) for name in dict.fromkeys(_COMMAND.findall(text)) if name not in executed)
+    missing = (_elsewhere(path, areas) or _hint(path, policy) for path in paths)
+    # A script that continues may lack many programs, so commands come last.
+    names = dict.fromkeys(name for pattern in _VARIABLES for name in pattern.findall(text))
+    variables = (_variable(name, policy, host_variables) for name in names)
+    connections = connection_hints(text, policy)
+    found = (*_libraries(text, policy, areas, cwd), *connections, *programs, *missing, *modules, *variables, *commands)
+    return list(itertools.islice((hint for hint in found if hint is not None), _MOST))
+
+
+def _names(pattern: re.Pattern[str], text: str) -> Iterator[str]:
+    for match in pattern.finditer(text):
+        yield next(name for name in match.groups() if name)
+
+
+def program_hint(name: str, image: ImageInUse) -> Hint:
+    """Return a hint about a program that is not installed in the image."""
+    return Hint(subject=f"the program {name}", how=_with_package(image, *package_of_program(name)))
+
+
+def _with_package(image: ImageInUse, flag: str, package: str) -> HowToAllow:
+    """Return the advice to add the package of a missing program or module to the image."""
+    return image.adding(flag, [package]).how
+
+
+def _variable(name: str, policy: Policy, host_variables: Collection[str]) -> Hint | None:
+    """Return a hint about a variable that is not set, or None if no change would provide it.
+
+    No change provides X07's own variables, or a variable that was passed in and then removed by the program.
+    """
+    allowed, denied = policy.env.allow_keys, policy.env.deny_keys
+    how: HowToAllow | None = HowToAllow(json_path=None, value=None, flag=f"--env {name}=VALUE")
+    if not policy.env.enabled:
+        how = advise(policy, "env.enabled", value=True)
+    elif name in denied:
+        how = advise(policy, "env.deny_keys", [key for key in denied if key != name])
+    elif name in host_variables:
+        how = None if name in allowed else advise(policy, "env.allow_keys", [*allowed, name], f"--env {name}")
+    if how is None or name.startswith("X07_"):
+        return None
+    return Hint(subject=f"the variable {name}", kind="variable", how=how)
+
+
+def _libraries(text: str, policy: Policy, areas: Sequence[GuestMount], cwd: str) -> Iterator[Hint]:
+    for name in dict.fromkeys(_UNLOADED.findall(text)):
+        if "/" in name and name.isprintable():
+            path = posixpath.normpath(posixpath.join(cwd, name))
+            if how := advise_loading(path, policy, areas, cwd):
+                yield Hint(subject=f"the library {path}", kind="library", how=how)
+
+
+def _paths(text: str, policy: Policy, areas: Sequence[GuestMount], cwd: str) -> Iterator[str]:
+    for pattern in _MISSING:
+        for path in (found["path"] for found in pattern.finditer(text)):
+            at, _ = guest_path(path, cwd, deny_hidden=False)
+            visible = at is None or any(at == area.at or is_below(at, area.at) for area in areas)
+            visible = visible and not (at and _hidden(path, policy))
+            if not visible and path.isprintable() and not is_below(path, PROGRAM):
+                yield path if "/" in path else f"./{path}"
+
+
+def _hidden(path: str, policy: Policy) -> bool:
+    """Return whether fs.deny_hidden is the only reason why the path is missing."""
+    at, _ = guest_path(path, PROGRAM, deny_hidden=False)
+    return at != guest_path(path, PROGRAM, deny_hidden=policy.fs.deny_hidden)[0]
+
+
+def _elsewhere(path: str, areas: Sequence[GuestMount]) -> Hint | None:
+    """Return a hint if *path* is the path on the host of something that has another path in the VM."""
+    for area in areas:
+        if area.host and is_below(f"{path}/", area.host):
+            in_vm = posixpath.normpath(f"{area.at}/{path.removeprefix(area.host)}")
+            return Hint(subject=path, kind="elsewhere", how=HowToAllow(json_path=None, value=None), in_vm=in_vm)
+    return None
+
+
+def _hint(path: str, policy: Policy) -> Hint | None:
+    """Return a hint about a missing path, or None if no policy provides it."""
+    if _hidden(path, policy):
+        field, value = ("fs.deny_hidden", False) if policy.fs.enabled else ("fs.enabled", True)
+        how = advise(policy, field, value)
+        return None if how is None else Hint(subject=path, how=how)
+    folder = path.rpartition("/")[0]
+    how = advise_root(policy, "read_roots", path)
+    there = folder and guest_path(folder, PROGRAM, deny_hidden=policy.fs.deny_hidden)[0]
+    # The program may have tried to read or to create the file. To create it, its folder must be writable.
+    to_write = advise_root(policy, "write_roots", folder) if there else None
+    return None if how is None else Hint(subject=path, how=how, to_write=to_write)
+
+
+def _module(name: str, local: LocalModules | None, image: ImageInUse) -> Hint:
+    how = _with_package(image, *package_of_module(name))
+    if local is not None and name in local.modules:
+        how = local.adding.how
+    return Hint(subject=f"the Python module {name}", how=how)

@@ -1,1 +1,0 @@
-"""Machines that are started in advance and wait for a run."""

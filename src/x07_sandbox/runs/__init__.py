@@ -1,1 +1,0 @@
-"""Runs of programs, from the request to the result."""

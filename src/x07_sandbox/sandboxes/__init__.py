@@ -1,1 +1,0 @@
-"""Sandboxes: the session with a guest agent, and the commands in it."""

@@ -1,0 +1,221 @@
+"""The descriptions of a run's two phases: build and run."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import posixpath
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Final
+
+from x07_sandbox.backends.base import RootPlace
+from x07_sandbox.channel.messages import Close, CommandLimits, Exec, Left, Mount, Network, Open, Output, Room
+from x07_sandbox.errors import RefusedError
+from x07_sandbox.host import settings
+from x07_sandbox.policy.confinement import UNCONFINED, Confinement, confinement
+from x07_sandbox.policy.environment import program_environment
+from x07_sandbox.policy.model import Policy
+from x07_sandbox.policy.sizes import build_limits, command_limits, ram_class_bytes, tmp_bytes
+from x07_sandbox.programs.toolchains import (
+    ARTIFACT,
+    COMMAND,
+    PROGRAM_FOLDER,
+    PROJECT_FOLDER,
+    SOURCE_FOLDER,
+    build_driver,
+)
+from x07_sandbox.sessions.phase import CWD, PhaseSpec, input_files
+from x07_sandbox.sessions.request import Program, in_memory
+from x07_sandbox.sessions.transfers import InFile, OutFile, Receivers
+
+if TYPE_CHECKING:
+    from x07_sandbox.sessions.host_files import HostFiles
+    from x07_sandbox.sessions.prepare import Prepared
+    from x07_sandbox.sessions.private_files import LeftFiles
+
+# PYTHONUNBUFFERED: a timeout would lose buffered output. PYTHONDONTWRITEBYTECODE: the folders of programs are
+# read-only.
+_ENVIRONMENT: Final = {
+    "PATH": "/usr/local/bin:/usr/bin:/bin",
+    "HOME": "/opt/x07",
+    "LANG": "C.UTF-8",
+    "PYTHONUNBUFFERED": "1",
+    "PYTHONDONTWRITEBYTECODE": "1",
+}
+_OF_ROOT: Final = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root"}
+# The variables by which OpenSSL, Python, Go, curl, git, pip, Node, cargo and others find the certificates they trust.
+_CA_VARIABLES: Final = (
+    *("SSL_CERT_FILE", "CURL_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "NODE_EXTRA_CA_CERTS", "GIT_SSL_CAINFO", "PIP_CERT"),
+    *("AWS_CA_BUNDLE", "CARGO_HTTP_CAINFO"),
+)
+_NO_ROOM: Final = Room(0, 0)
+# For a program with a manifest, the private working folder is mounted at the folder in which relative roots appear.
+_PROJECT_MOUNT: Final = Mount(tree=None, sub="", at=PROJECT_FOLDER, write=True, changes=False)
+
+
+def run_environment(
+    policy: Policy,
+    named: Mapping[str, str],
+    ours: Mapping[str, str],
+    of_image: Mapping[str, str] = MappingProxyType({}),
+    *,
+    root: bool = False,
+) -> dict[str, str]:
+    """Return a program's environment: fixed variables, allowed host variables (*ours*), *named* ones, and X07's.
+
+    of_image: the variables of an imported image, which replace fixed ones. root: whether the program is root inside.
+    """
+    env = {**_ENVIRONMENT, **(_OF_ROOT if root else {}), **of_image}
+    if policy.env.enabled:
+        env |= {key: ours[key] for key in policy.env.allow_keys if key in ours and not key.startswith("X07_")}
+    for key in policy.env.deny_keys:
+        env.pop(key, None)
+    return {**env, **named, **program_environment(policy)}
+
+
+def build_spec(prepared: Prepared, artifact: OutFile, stack: contextlib.ExitStack) -> PhaseSpec:
+    """Return the description of the build phase, which writes the built program to *artifact*."""
+    program, toolchain = prepared.program, prepared.program.toolchain
+    assert toolchain.build is not None  # noqa: S101 - for the type checker
+    files, env = [program.file], dict(_ENVIRONMENT)
+    if toolchain.archive:
+        files.append(in_memory(build_driver(), program.source.driver, 0o644, stack))
+    if toolchain.protocol is not None:
+        extras = toolchain.protocol.build_extras(prepared.policy.data)
+        files += [in_memory(data, path, 0o644, stack) for path, data in extras.files.items()]
+        env |= extras.env
+    wall_ms = prepared.request.build_wall_ms
+    limits = build_limits(wall_ms)
+    order = Exec(1, toolchain.build(program.source), env, CWD, command_limits(limits, settings.BUILD_TASKS))
+    return PhaseSpec(
+        name="build",
+        opening=opening(UNCONFINED, order.limits, files, out_writable=True),
+        order=order,
+        closing=Close(1, Output(artifact.path, artifact.max_bytes), None),
+        files=tuple(files),
+        receivers=Receivers(output=artifact),
+        wall_ms=wall_ms or settings.BUILD_WALL_MS,
+        ram_bytes=ram_class_bytes(limits.mem_bytes),
+        filters=UNCONFINED.filters,
+        limits_shown=limits,
+    )
+
+
+def opening(  # noqa: PLR0913 - what a session consists of
+    confine: Confinement,
+    limits: CommandLimits,
+    files: list[InFile],
+    mounts: Sequence[Mount] = (),
+    network: Network | None = None,
+    room: Room = _NO_ROOM,
+    *,
+    out_writable: bool,
+    root: bool = False,
+) -> Open:
+    """Return the description of a session. confine, limits: of its commands."""
+    return Open(
+        hostname=settings.GUEST_HOSTNAME,
+        mem_bytes=limits.mem_bytes,
+        tasks=limits.tasks,
+        tmp_bytes=tmp_bytes(limits.mem_bytes),
+        files=input_files(files),
+        mounts=list(mounts),
+        confine=confine.for_guest(),
+        network=network,
+        out_writable=out_writable,
+        room=room,
+        root=root,
+    )
+
+
+def run_spec(
+    prepared: Prepared, artifact: OutFile, stack: contextlib.ExitStack, host_files: HostFiles | None = None
+) -> PhaseSpec:
+    """Return the description of the run phase, which executes *artifact*."""
+    request, program, limits = prepared.request, prepared.program, prepared.plan.limits
+    policy, archive, protocol = prepared.policy.policy, program.toolchain.archive, program.toolchain.protocol
+    path, kind = (PROGRAM_FOLDER, "archive") if archive else (ARTIFACT, "file")
+    files = [in_memory(prepared.policy.data, f"{SOURCE_FOLDER}/policy.json", 0o644, stack)]
+    if program.toolchain is not COMMAND:
+        files.insert(0, InFile(path=path, mode=0o755, kind=kind, fd=artifact.fd, size=artifact.size))
+    if protocol is not None:
+        more = protocol.run_files(prepared.whole_input)
+        files += [in_memory(data, path, 0o644, stack) for path, data in more.items()]
+    image = None if prepared.image is None else prepared.image.manifest.program
+    of_image = {} if image is None else image.env
+    env = run_environment(policy, request.env, os.environ, of_image, root=request.guest_root)
+    if prepared.ca:
+        from x07_sandbox.channel.egress import CA_FILE  # few runs have certificates
+
+        files.append(in_memory(prepared.ca, CA_FILE, 0o644, stack))
+        env = {**dict.fromkeys(_CA_VARIABLES, CA_FILE), **env}
+    cwd = PROJECT_FOLDER if program.project else CWD
+    if image is not None and image.workdir and not (program.project or request.files):
+        cwd = image.workdir
+    if request.workdir is not None:
+        from x07_sandbox.policy.guest_paths import WORK  # imported only for runs with files
+
+        cwd = WORK
+    left, left_files = _left(prepared, stack)
+    if request.files and request.workdir is None:
+        from x07_sandbox.sessions.private_files import work_files
+
+        files.append(work_files(request.files, stack))
+    mounts = [_PROJECT_MOUNT] if program.project else []
+    places: tuple[RootPlace, ...] = ()
+    if host_files is not None:
+        places = host_files.places()
+        mounts += host_files.mounts(len(files))
+        files += host_files.files
+    confine = confinement(policy, PROJECT_FOLDER if program.project else cwd, alone=not (archive or protocol))
+    if confine.programs is not None and (image is not None or request.guest_root):
+        # The folders without programs (guest/boot/places) are those of our own image, and root can replace programs.
+        what = "cannot limit which programs are executed"
+        why = f"{prepared.image_name} is an imported image" if image is not None else "the program is root inside"
+        fix = "Use a policy without process.allow_execs and with process.allow_exec_prefixes"
+        raise RefusedError(what, why, fix, code="execs-not-limited")
+    network = None if prepared.egress is None else prepared.egress.view
+    room = _NO_ROOM if host_files is None else host_files.room()
+    order = Exec(1, [*_start(program, cwd), *request.args], env, cwd, limits.for_guest())
+    return PhaseSpec(
+        name="run",
+        opening=opening(
+            confine,
+            order.limits,
+            files,
+            mounts,
+            network,
+            room,
+            out_writable=left_files is not None,
+            root=request.guest_root,
+        ),
+        order=order,
+        closing=Close(1, None, left),
+        files=tuple(files),
+        receivers=Receivers(changes=None if host_files is None else host_files.incoming, left=left_files),
+        wall_ms=limits.wall_ms,
+        ram_bytes=limits.ram_bytes,
+        filters=confine.filters,
+        places=(*([RootPlace(at=PROJECT_FOLDER, write=True)] if program.project else []), *places),
+        areas=() if host_files is None else tuple(host_files.areas),
+        limits_shown=limits,
+    )
+
+
+def _start(program: Program, cwd: str) -> list[str]:
+    start = program.toolchain.start(program.source)
+    if program.toolchain is COMMAND and "/" in start[0]:
+        start[0] = posixpath.normpath(posixpath.join(cwd, start[0]))
+    return start
+
+
+def _left(prepared: Prepared, stack: contextlib.ExitStack) -> tuple[Left | None, LeftFiles | None]:
+    request = prepared.request
+    if prepared.program.toolchain.protocol is not None:
+        return None, None
+    if not request.max_files_bytes:  # only counted; with --workdir not even that
+        return None if request.workdir is not None else Left(0, 0), None
+    from x07_sandbox.sessions.private_files import FILES_MAX, LeftFiles
+
+    return Left(FILES_MAX, request.max_files_bytes), LeftFiles(stack, request.max_files_bytes)

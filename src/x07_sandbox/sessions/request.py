@@ -1,0 +1,374 @@
+"""The request for a run, and functions that read its files. Each file is read only once, so its digest is right."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import stat
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import msgspec
+
+from x07_sandbox.errors import Flag, RefusedError, UsageError
+from x07_sandbox.host import settings
+from x07_sandbox.host.cancel import Caller
+from x07_sandbox.host.paths import read_bounded
+from x07_sandbox.policy.decode import MAX_BYTES, decode_policy
+from x07_sandbox.policy.default import default_policy, render_policy
+from x07_sandbox.policy.model import Policy
+from x07_sandbox.programs.toolchains import Protocol, Source, Toolchain
+from x07_sandbox.sessions.transfers import InFile, OutFile, memory_file, read_all
+
+if TYPE_CHECKING:
+    from x07_sandbox.backends.base import MachineSource
+    from x07_sandbox.backends.selection import Choice
+    from x07_sandbox.policy.limits import FlagReach, LimitChanges
+    from x07_sandbox.policy.model import Limits
+    from x07_sandbox.policy.overrides import Overrides
+
+    Loader = Callable[["RunRequest", "RunCaller", Path, contextlib.ExitStack], tuple["RunRequest", "Program"] | None]
+else:
+    LimitChanges = Overrides = object  # msgspec reads annotations; their modules are loaded where needed
+
+# MAX_ARG_STRLEN is 32 pages, NUL included. All arguments and the environment, with their pointers, share a quarter of
+# the 8 MiB stack; we allow three quarters of that.
+_ARGUMENT_MAX_BYTES = 131_072
+ARGUMENTS_MAX_BYTES = 3 << 19
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,255}")
+
+
+ChangesChoice = Literal["apply", "all-or-nothing", "keep", "discard"]
+
+
+class ProjectPolicy(msgspec.Struct, frozen=True):
+    """A project's own policy. It may grant nothing outside *base*, the real path of the project's folder."""
+
+    path: Path
+    data: bytes
+    base: str
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
+class EffectivePolicy(NamedTuple):
+    """The policy that applies to a run. base: the policy's path, `built-in:TEMPLATE` or id.
+
+    denied: denied ports by host, from --deny-host; None stands for all ports.
+    own: the limits before the request changed any; None if the request changed none.
+    """
+
+    policy: Policy
+    data: bytes
+    base: str
+    denied: Mapping[str, set[int] | None] = MappingProxyType({})
+    own: Limits | None = None
+    may_raise: bool = False
+
+    def reach(self) -> FlagReach:
+        """Return how far flags can raise the limits."""
+        from x07_sandbox.policy.limits import flag_reach  # few runs need it
+
+        return flag_reach(self.own, self.policy.limits, may_raise=self.may_raise)
+
+
+class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """What the user asked for in one run. The table in x07_sandbox/options describes the fields of options.
+
+    command: a command installed in the image, instead of a program.
+    source: source text, instead of a program.
+    policy: a path, `built-in:TEMPLATE` or a policy; None stands for the project's policy, else for the default one.
+    overrides, limits: changes to the policy.
+    scale_limits: whether to scale limits (sessions/scaling); None follows the user's settings.
+    input: the program's input, or the path of a file with it; None stands for the project's input, else the caller's.
+    stdin: whether the caller's standard input replaces the project's input.
+    max_files_bytes: limit for `Result.files`; 0 to collect no files.
+    executable: whether the built program is saved.
+    cache: whether a program that was built before is not built again.
+    queue_s: how long each VM may wait for its start, in seconds.
+    """
+
+    program: Path | None = None
+    command: tuple[str, ...] = ()
+    source: bytes | None = None
+    toolchain: str | None = None
+    files: Mapping[str, bytes] = {}
+    workdir: Path | None = None
+    read_only: bool = False
+    max_files_bytes: int = 0
+    args: tuple[str, ...] = ()
+    policy: str | Path | Policy | ProjectPolicy | None = None
+    overrides: Overrides | None = None
+    limits: LimitChanges | None = None
+    build_wall_ms: int | None = None
+    scale_limits: bool | None = None
+    image: str | None = None
+    ca: Path | None = None
+    env: Mapping[str, str] = {}
+    input: Path | bytes | None = None
+    stdin: bool = False
+    raw: bool = False
+    max_output_bytes: int | None = None
+    executable: bool = False
+    cold: bool = False
+    cache: bool = True
+    queue_s: float = settings.QUEUE_S
+    require_hardware: bool = False
+    guest_root: bool = False
+    profile: str | None = None
+    changes: ChangesChoice = "apply"
+    out: Path | None = None
+    allow_protected: tuple[str, ...] = ()
+    hide: tuple[str, ...] = ()
+    reveal: tuple[str, ...] = ()
+
+
+class Program(msgspec.Struct, frozen=True, kw_only=True):
+    """A program that was read.
+
+    data: the source's bytes; an archive for a project.
+    file: the same bytes as a file for the build VM.
+    project: whether the program has a manifest.
+    lockfile: name of the lock file of an X07 project.
+    cpu_ms: CPU time limit from the program's own options.
+    input_fd: the input for a request that has none: that of the project, else that of the caller.
+    read: the program's files on the host, which the run must not overwrite.
+    """
+
+    toolchain: Toolchain
+    source: Source
+    data: bytes
+    file: InFile
+    sha256: str
+    project: bool = False
+    lockfile: str | None = None
+    cpu_ms: int | None = None
+    input_fd: int | None = None
+    read: tuple[Path, ...] = ()
+
+
+class RunCaller(Caller, frozen=True, kw_only=True):
+    """The caller of a run: what it provides besides the request. It owns the descriptors.
+
+    choice: the backend; None stands for the one that the environment selects.
+    loaders: readers of special programs; each returns None for a program of another kind.
+    machines: the source of ready VMs.
+    stdin_fd: the standard input for programs without another input.
+    live_stdout, live_stderr: where the program's output goes while it runs.
+    artifact: the file for the built program; a complete file is not built again.
+    image_digest: the only guest image that may be used; None for any.
+    program, policy: those of the request, if the caller has read them.
+    word: returns the name of an option, for the reader of the result (`errors.worded`).
+    """
+
+    choice: Choice | None = None
+    loaders: tuple[Loader, ...] = ()
+    machines: MachineSource | None = None
+    stdin_fd: int | None = None
+    live_stdout: int | None = None
+    live_stderr: int | None = None
+    artifact: OutFile | None = None
+    image_digest: str | None = None
+    program: Program | None = None
+    policy: EffectivePolicy | None = None
+    word: Callable[[Flag], str] = str
+
+
+def check_arguments(request: RunRequest) -> None:
+    """Raise UsageError for arguments and variables that execve(2) would reject."""
+    what = f"cannot run {request.program or ''.join(request.command[:1]) or 'the source'} with these arguments"
+    total = 0
+    for number, arg in enumerate((*request.command[:1], *request.args), start=0 if request.command else 1):
+        if not isinstance(arg, str):
+            raise UsageError(what, f"argument {number} is not a string", "Pass strings")
+        size = len(os.fsencode(arg)) + 1
+        total += size
+        if "\0" in arg:
+            raise UsageError(what, f"argument {number} contains a NUL byte", "Pass such data on standard input")
+        if size > _ARGUMENT_MAX_BYTES or total > ARGUMENTS_MAX_BYTES:
+            why = f"one is over {_ARGUMENT_MAX_BYTES} bytes, or all together are over {ARGUMENTS_MAX_BYTES} bytes"
+            raise UsageError(what, why, "Pass long data on standard input")
+    _check_environment(request, total)
+
+
+def _check_environment(request: RunRequest, total: int) -> None:
+    for name, value in request.env.items():
+        what = ("cannot use ", Flag("--env"), f" {name!r}")
+        if not name:
+            what = ("cannot use ", Flag("--env"), f" {f'={value}'!r}")
+            raise UsageError(what, "the variable name is empty", "Add a name before '='")
+        if not isinstance(value, str):
+            raise UsageError(what, f"the value is {type(value).__name__}, not a string", "Pass strings")
+        if not isinstance(name, str) or not _VARIABLE.fullmatch(name):
+            raise UsageError(what, "it is not a valid variable name", "Use letters, digits and '_'")
+        if name.startswith("X07_"):
+            raise UsageError(what, "names that start with X07_ are reserved", "Use another name")
+        total += len(name) + len(os.fsencode(value)) + 2
+        if "\0" in value or total > ARGUMENTS_MAX_BYTES or len(value) > _ARGUMENT_MAX_BYTES - len(name) - 2:
+            why = "the value is too long or contains a NUL byte"
+            raise UsageError(what, why, "Pass the value on standard input")
+
+
+def is_built_in(given: str | Path | Policy | ProjectPolicy | None) -> bool:
+    """Return whether the value selects a built-in policy, which flags may change freely."""
+    return given is None or (isinstance(given, str) and given.startswith("built-in:"))
+
+
+def read_policy(given: str | Path | Policy | ProjectPolicy | None) -> tuple[Policy, bytes]:
+    """Return a policy and its bytes. given: as in `RunRequest`; None means the default policy. Raises SandboxError."""
+    if isinstance(given, str) and given.startswith("built-in:"):
+        from x07_sandbox.policy.templates import built_in
+
+        given = built_in(given)
+    if isinstance(given, str | Path):
+        data = _policy_file(given)
+        return decode_policy(data, source=str(given)), data
+    if isinstance(given, ProjectPolicy):
+        policy = decode_policy(given.data, source=str(given))
+        _check_own(policy, given)
+        return policy, given.data
+    if given is None:
+        policy = default_policy()
+        return policy, render_policy(policy)
+    try:
+        data = render_policy(given)
+    except (TypeError, ValueError, RecursionError) as exc:
+        fix = "Correct the values of the policy"
+        raise UsageError("cannot use the policy", f"it cannot be encoded ({exc})", fix) from exc
+    return decode_policy(data, source=str(given.policy_id)), data
+
+
+def _policy_file(given: str | Path) -> bytes:
+    if given == "":  # from an unset shell variable
+        raise UsageError("cannot read the policy", "the path is empty", "Use the path of a policy file")
+    try:
+        return read_bounded(Path(given), "policy", MAX_BYTES)
+    except UsageError as exc:
+        from x07_sandbox.policy.templates import BUILT_IN, TEMPLATES
+
+        if not isinstance(given, str) or given not in TEMPLATES:
+            raise
+        raise UsageError(exc.what, exc.why, f"Use the path of a policy file, or {BUILT_IN}{given}") from exc
+
+
+def _check_own(policy: Policy, given: ProjectPolicy) -> None:
+    """Raise RefusedError if a project's own policy asks for network access or for folders outside the project."""
+    what = "cannot use the project's own policy"
+    by_name = ("Read the policy. To accept it, add ", Flag(f"--policy {given.path.absolute()}"))
+    if policy.may_connect:
+        raise RefusedError(what, f"{given} asks for network access", by_name, code="own-policy")
+    for root in (*policy.fs.read_roots, *policy.fs.write_roots) if policy.fs.enabled else ():
+        if root.startswith("/") and not f"{os.path.normpath(root)}/".startswith(f"{given.base.rstrip('/')}/"):
+            why = f"{given} asks for {root[:256]}, which is outside the project"
+            raise RefusedError(what, why, by_name, code="own-policy")
+
+
+def effective_policy_of(request: RunRequest) -> EffectivePolicy:
+    """Return the policy with all changes of the request applied. Raises UsageError, PolicyError, RefusedError."""
+    policy, data = read_policy(request.policy)
+    base = name_of_policy(request.policy)
+    denied: Mapping[str, set[int] | None] = {}
+    if request.overrides is not None:
+        from x07_sandbox.policy.overrides import check_grants, derive_policy
+
+        check_grants(policy, request.overrides, built_in=is_built_in(request.policy))
+        derived = derive_policy(policy, data, base, request.overrides, read_spec_file=read_spec_file, gate=True)
+        policy, data, denied = derived.policy, derived.data, derived.denied
+    own, may_raise = None, is_built_in(request.policy)
+    if request.limits is not None:
+        from x07_sandbox.policy.limits import change_limits
+
+        if request.limits.may_raise is not None:
+            may_raise = request.limits.may_raise
+        changed = change_limits(policy, request.limits, may_raise=may_raise, source=base)
+        if changed != policy:
+            own, data = policy.limits, render_policy(changed)
+            policy = decode_policy(data, source="with changed limits")
+    return EffectivePolicy(policy, data, base, denied, own, may_raise)
+
+
+def name_of_policy(given: str | Path | Policy | ProjectPolicy | None) -> str:
+    """Return the name of a policy for messages and results: its path, `built-in:TEMPLATE` or id."""
+    if isinstance(given, Policy):
+        return given.policy_id
+    return "built-in:default" if given is None else str(given)
+
+
+def read_spec_file(name: str) -> bytes:
+    """Return the content of a file that lists hosts. Raises UsageError."""
+    return read_bounded(Path(name), "list of hosts", MAX_BYTES)
+
+
+def check_variables(request: RunRequest, policy: Policy) -> None:
+    """Raise RefusedError if the request sets variables that the policy forbids."""
+    if request.env and not policy.env.enabled:
+        why = "env.enabled is false in the policy"
+        fix = "Set env.enabled to true in the policy, or remove the variables"
+        what = "cannot set variables for the program"
+        raise RefusedError(what, why, fix, code="no-variables").caused_by("env.enabled", value=True)
+    for name in request.env:
+        if name in policy.env.deny_keys:
+            why = "env.deny_keys in the policy contains its name"
+            fix = "Remove the name from env.deny_keys, or do not set the variable"
+            left = [key for key in policy.env.deny_keys if key != name]
+            what = f"cannot set the variable {name}"
+            raise RefusedError(what, why, fix, code="variable-denied").caused_by("env.deny_keys", left)
+
+
+def open_input(
+    request: RunRequest, other_fd: int | None, stack: contextlib.ExitStack, *, wait: bool = True
+) -> int | None:
+    """Return a descriptor of the program's input, if any. Raises UsageError.
+
+    other_fd: the input if the request has none. wait: also open a named pipe and wait.
+    """
+    path = request.input
+    if path is None:
+        return other_fd
+    if isinstance(path, bytes):
+        return memory_file(path, stack)
+    what = f"cannot read the input {path}"
+    fix = "Check the path and its permissions" + ", or use /dev/stdin" * (path == Path("-"))
+    try:
+        if not wait and stat.S_ISFIFO(path.stat().st_mode):
+            return None
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as exc:
+        raise UsageError(what, exc.strerror or str(exc), fix) from exc
+    stack.callback(os.close, fd)
+    if stat.S_ISDIR(os.fstat(fd).st_mode):
+        raise UsageError(what, "it is a folder", fix)
+    return fd
+
+
+def need_policy(request: RunRequest, protocol: Protocol) -> None:
+    """Raise UsageError if *protocol* requires a policy, and the request neither names nor changes a policy."""
+    protocol.require_policy(given=request.policy is not None or request.overrides is not None)
+
+
+def read_whole(fd: int | None, most: int) -> bytes:
+    """Return the whole input. Raises UsageError if it is unreadable or has more than *most* bytes."""
+    try:
+        data = b"" if fd is None else read_all(fd, most)
+    except OSError as exc:
+        raise UsageError(
+            "cannot read the input", exc.strerror or str(exc), ("Use ", Flag("--input"), " with a file")
+        ) from exc
+    if len(data) > most:
+        raise UsageError("cannot read the input", f"it has more than {most} bytes", "Shorten the input")
+    return data
+
+
+def in_memory(data: bytes, path: str, mode: int, stack: contextlib.ExitStack) -> InFile:
+    """Return a file for the guest with the content *data*. *stack* closes it."""
+    return InFile(path=path, mode=mode, kind="file", fd=memory_file(data, stack), size=len(data))
+
+
+def sha256_text(data: bytes) -> str:
+    """Return the digest of *data* in the form that results use, `sha256:<hex>`."""
+    return f"sha256:{hashlib.sha256(data).hexdigest()}"

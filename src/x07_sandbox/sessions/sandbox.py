@@ -1,0 +1,502 @@
+"""A sandbox: a session that stays open for many commands, from its opening to its result.
+
+runs/RUN/sandbox.json       a SandboxRecord
+runs/RUN/commands.jsonl     one line per command that has ended
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import hashlib
+import itertools
+import os
+import posixpath
+import re
+import threading
+import time
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+import msgspec
+from msgspec.structs import replace
+
+from x07_sandbox.backends.base import NoAnswerError
+from x07_sandbox.channel.messages import DENIED_MAX, CommandLimits, Exec
+from x07_sandbox.errors import Cancelled, Flag, SandboxError, UsageError
+from x07_sandbox.host import settings
+from x07_sandbox.host.cancel import Notice
+from x07_sandbox.host.clocks import unix_ms
+from x07_sandbox.host.paths import open_private_file, replace_file
+from x07_sandbox.network.summary import NetworkUse
+from x07_sandbox.policy.controls import run_limits
+from x07_sandbox.policy.denials import CONNECTS
+from x07_sandbox.policy.outcomes import Verdict, cancelled_verdict, classify, limit_set_by, verdict, with_denied_tasks
+from x07_sandbox.programs.toolchains import COMMAND, OUTPUT, SOURCE_FOLDER, Source
+from x07_sandbox.records.admission import SANDBOXES, admitted
+from x07_sandbox.records.record import new_run_id
+from x07_sandbox.sessions.command import AnySandbox, Command, CommandEnd, SandboxRecord, terminal_kind
+from x07_sandbox.sessions.execution import FILES
+from x07_sandbox.sessions.files import FileServer
+from x07_sandbox.sessions.folder import SANDBOX
+from x07_sandbox.sessions.job import gate_for, started, without_account
+from x07_sandbox.sessions.request import Program, check_arguments, check_variables, in_memory, sha256_text
+from x07_sandbox.sessions.result import EMPTY_OUTPUT, Changes, CommandReport, Diff, PhaseReport, Result, draft_result
+from x07_sandbox.sessions.run import (
+    denied,
+    described,
+    ended_by,
+    make_folder,
+    planned,
+    settled,
+    store_result,
+    verdict_of,
+    with_setter,
+    without_command,
+    without_repetition,
+)
+from x07_sandbox.sessions.session import Session
+from x07_sandbox.sessions.shared import SharedSession
+from x07_sandbox.sessions.transfers import CommandStreams, Inbox, Receivers, Unwanted
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from x07_sandbox.backends.base import Instance
+    from x07_sandbox.files.incoming import Incoming
+    from x07_sandbox.policy.denials import Denial, Hint
+    from x07_sandbox.policy.outcomes import Evidence
+    from x07_sandbox.sessions.command import CommandStart
+    from x07_sandbox.sessions.execution import Execution, Facts
+    from x07_sandbox.sessions.request import ChangesChoice, RunCaller, RunRequest
+
+_DISCARD_S: Final = 5.0  # for the guest to report the ends of commands, if its changes are not wanted
+_PATH_MAX: Final = 4095
+COMMANDS_KEPT: Final = 10_000  # in a result
+_NAME_MAX: Final = 100
+_SERVER_FILES: Final = 64  # open files of the file server
+_TIMEOUT: Final = Flag("--timeout")
+
+
+NAME: Final = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}")  # of a sandbox; no id starts with a letter
+NAME_RULE: Final = "use up to 64 letters, digits and '_.-', with a letter first"
+
+
+class Life(NamedTuple):
+    """How long a sandbox lasts: at most lifetime_s, and at most idle_s without a command and without a call.
+
+    name, tags: by which users find it.
+    """
+
+    lifetime_s: float = settings.LIFETIME_S
+    idle_s: float | None = None
+    name: str = ""
+    tags: Mapping[str, str] = MappingProxyType({})
+
+
+class OpenSandbox(AnySandbox):
+    """A sandbox that this process has opened."""
+
+    def __init__(self, request: RunRequest, caller: RunCaller, life: Life) -> None:
+        """Open a sandbox. Raises SandboxError, whose `result` has the details."""
+        super().__init__(new_run_id())
+        self._caller = caller
+        self._life = life
+        self._stack = contextlib.ExitStack()
+        self._warnings: list[str] = []
+        self._numbers = itertools.count(1)
+        self._log_fd = -1
+        self._cancelled_by: int | None = None
+        self._logging = threading.Lock()
+        self._starting = threading.Lock()
+        self._finishing = threading.Lock()
+        self._commands: dict[int, Command] = {}
+        self._reports: list[CommandReport] = []
+        self._net = NetworkUse()  # the gate's last account
+        self._tried: dict[tuple[str, str], Denial] = {}  # connections that were denied without a gate
+        self._net_before: dict[int, NetworkUse] = {}  # that one at the start of each command
+        self._memory_peak_bytes = 0
+        self._opened_at = time.monotonic()
+        self._extended_s: float | None = None  # by the last `extend`
+        self._draft = draft_result(self.run)
+        try:
+            self._open(request)
+        except (SandboxError, OSError, MemoryError) as exc:
+            self._stack.close()
+            result, error = ended_by(exc, self._draft, caller)
+            error.result = result
+            raise error from exc
+        except BaseException:
+            self._stack.close()
+            raise
+
+    def _open(self, request: RunRequest) -> None:
+        stack, caller = self._stack, self._caller
+        self._folder = make_folder(request, caller, self.run, stack)
+        self._log_fd = open_private_file(self._folder.path / "commands.jsonl", os.O_WRONLY | os.O_APPEND)
+        stack.callback(self._close_log)
+        file = in_memory(b"", f"{SOURCE_FOLDER}/command", 0o644, stack)
+        none = Program(toolchain=COMMAND, source=Source(name="sandbox"), data=b"", file=file, sha256=sha256_text(b""))
+        for_program = replace(caller, program=none)
+        steps = planned(request, for_program, self._draft, self._folder, stack)
+        while True:
+            try:
+                self._draft = next(steps)
+            except StopIteration as end:
+                self.prepared, self._host_files, self._draft = end.value
+                break
+        artifact = self._folder.out_file(OUTPUT, 0)
+        spec, self._draft = described(self.prepared, artifact, self._host_files, self._draft, stack)
+        self._spec = replace(spec, wall_ms=settings.LIFETIME_MAX_S * 1000)
+        self._limits = self._command_limits(request)
+        self._machine = stack.enter_context(contextlib.ExitStack())
+        slot = admitted(
+            cancel_fd=caller.cancel.fd,
+            timeout_s=request.queue_s,
+            progress=lambda text: caller.progress(Notice(text)),
+            slots=SANDBOXES,
+        )
+        self._machine.enter_context(slot)
+        self._gate = self._machine.enter_context(gate_for(self.prepared, self._spec, self._folder))
+        self._vm = self._machine.enter_context(contextlib.ExitStack())
+        self._instance = self._started()
+        gate_fd = relay_fd = None
+        if self._gate is not None:
+            gate_fd, relay_fd = self._gate.pidfd, self._gate.connect(self._instance.net_fd, self._vm)
+        self._loop = Session(self._instance, caller.cancel, gate_fd, relay_fd)
+        self._loop.open(self._spec.opening, self._spec.files)
+        self._opened_at, self._opened_unix_ms = time.monotonic(), unix_ms()
+        until_s = self._opened_at + self._life.lifetime_s
+        self.session = SharedSession(self._loop, until_s, self._life.idle_s, self._on_end)
+        self.session.begin()
+        self._write_record(self._life.lifetime_s)
+        atexit.register(self._at_exit)
+
+    def _write_record(self, left_s: float) -> None:
+        """Write the record of the sandbox. left_s: seconds until its lifetime ends."""
+        record = SandboxRecord(
+            name=self._life.name,
+            tags=dict(self._life.tags),
+            opened_unix_ms=self._opened_unix_ms,
+            until_unix_ms=unix_ms() + round(left_s * 1000),
+            backend=self._draft.backend or "",
+            image=self._draft.digests.image,
+            left_out=tuple(one for one in self._draft.denials if one.action == "copy"),
+        )
+        replace_file(self._folder.path / SANDBOX, msgspec.json.encode(record))
+
+    @property
+    def running(self) -> int:
+        """How many commands run."""
+        return sum(not command.ended and not command.execution.order.service for command in [*self._commands.values()])
+
+    def _close_log(self) -> None:
+        with self._logging:
+            os.close(self._log_fd)
+            self._log_fd = -1
+
+    def _started(self) -> Instance:
+        try:
+            return started(self.prepared, self._spec, self.run, self._vm, self._warnings)
+        except NoAnswerError as exc:
+            if exc.failure.kind != "cancelled":
+                raise
+            cancelled = Cancelled("the sandbox was not opened", "it was cancelled", "Open it again")
+            cancelled.signal = self._caller.cancel.signal
+            raise cancelled from exc
+
+    def _command_limits(self, request: RunRequest) -> CommandLimits:
+        """Return the limits of each command, and set the default of its time.
+
+        Those of the built-in policy on time do not apply, since it is made for programs that run once.
+        """
+        limits, changed = self.prepared.plan.limits, () if request.limits is None else request.limits.given()
+        named = request.policy is not None
+        self._wall_ms = limits.wall_ms if named or "wall_ms" in changed else None
+        given: CommandLimits = limits.for_guest()
+        if named or "cpu_ms" in changed:
+            return given
+        return given._replace(cpu_ms=settings.LIFETIME_MAX_S * 1000)
+
+    # commands
+
+    @property
+    def cwd(self) -> str:
+        """The working folder of the sandbox."""
+        return self._spec.order.cwd
+
+    def start(self, given: CommandStart, *, service: str = "") -> Command:
+        """See `AnySandbox.start`."""
+        request = self.prepared.request
+        words = [*given.argv]
+        if not service:
+            checked = replace(request, command=tuple(words[:1]), args=tuple(words[1:]), env={**given.env})
+            check_arguments(checked)
+            check_variables(checked, self.prepared.policy.policy)
+        cwd = posixpath.normpath(posixpath.join(self.cwd, given.cwd or ""))
+        if "\0" in cwd or len(os.fsencode(cwd)) > _PATH_MAX:
+            why = f"it contains a NUL byte, or is longer than {_PATH_MAX} bytes"
+            raise UsageError("cannot use the folder of the command", why, "Use another folder")
+        if words and "/" in words[0]:
+            words[0] = posixpath.normpath(posixpath.join(cwd, words[0]))
+        asked_ms = None if given.timeout_s is None else max(1, round(given.timeout_s * 1000))
+        limits_ms = [] if service else [limit for limit in (self._wall_ms, asked_ms) if limit is not None]
+        wall_ms = min(limits_ms, default=None)
+        term = {} if given.terminal is None else {"TERM": given.term or terminal_kind()}
+        env = {**term, **self._spec.order.env, **given.env}
+        out, err = Inbox("stdout"), Inbox("stderr")
+        streams = CommandStreams(stdin_fd=None, stdout=out, stderr=err, open_input=not given.detached)
+        with self._starting:
+            self.require_open()
+            number = next(self._numbers)
+            limits = self._limits._replace(fds=_SERVER_FILES) if service == FILES else self._limits
+            order = Exec(number, words, env, cwd, limits, service, given.merge, given.terminal, detached=given.detached)
+            command = Command(self, self.session.execute(order, streams, wall_ms), (out, err), wall_ms)
+            self._commands[number] = command
+            self._net_before[number] = self._net
+        return command
+
+    def file_server(self) -> FileServer:
+        """See `AnySandbox.file_server`."""
+        with self._starting:
+            self.require_open()
+            limits = self._limits._replace(fds=_SERVER_FILES)
+            return FileServer(self.session, next(self._numbers), limits, self.cwd)
+
+    def command(self, number: int) -> Command | None:
+        """See `AnySandbox.command`."""
+        return self._commands.get(number)
+
+    def forget(self, command: Command) -> None:
+        """See `AnySandbox.forget`."""
+        self._commands.pop(command.id, None)
+        self._net_before.pop(command.id, None)
+
+    def at_end(self, call: Callable[[], object]) -> None:
+        """See `AnySandbox.at_end`."""
+        with self._starting:
+            self.require_open()
+            self._machine.callback(call)
+
+    def extend(self, lifetime_s: float) -> None:
+        """See `AnySandbox.extend`."""
+        self.require_open()
+        most_s = self._opened_at + settings.LIFETIME_MAX_S - time.monotonic()
+        self._extended_s = min(lifetime_s, round(most_s, 1))
+        self.session.extend(time.monotonic() + self._extended_s)
+        with contextlib.suppress(OSError):  # such as a full disk; only `x07 ps` shows this time
+            self._write_record(self._extended_s)
+
+    def changes(self) -> Diff:
+        """See `AnySandbox.changes`."""
+        self.require_open()
+        running, host_files = self.running > 0, self._host_files
+        if host_files is None or host_files.incoming is None:
+            return Diff(changes=Changes(), patch=b"", running=running)
+        with host_files.received(self._receive_changes) as saved:
+            from x07_sandbox.sessions.diffs import diff_of  # few sandboxes are asked
+
+            return replace(diff_of(saved), running=running or self.running > 0)
+
+    def _receive_changes(self, incoming: Incoming) -> None:
+        with self.session.using():
+            arrival = self._loop.changes(incoming)
+        if not self.session.until(lambda: arrival.ended):
+            raise self.gone()
+
+    # ends of commands
+
+    def ending(self, command: Command) -> CommandEnd:
+        """Return how a command ended, and keep the report about it."""
+        execution = command.execution
+        with self.session.using():
+            facts = self._loop.facts(execution)
+        shown = self._spec.limits_shown
+        if command.wall_ms is not None:
+            shown = replace(shown, wall_ms=command.wall_ms)
+        features = self.prepared.availability.features
+        ending = classify(facts.evidence, features=features, limits=shown)
+        if ending.outcome == "timeout" and command.wall_ms != self._wall_ms:
+            ending = limit_set_by(ending, option=_TIMEOUT)
+        ending = with_setter(ending, self.prepared)
+        ending = without_command(ending, facts.evidence.exec_errno, self.prepared, "".join(execution.order.argv[:1]))
+        tail = command.tail()
+        denials = self._denials(command, facts, tail)
+        hints: list[Hint] = []
+        if ending.outcome != "ok" and tail.strip():
+            from x07_sandbox.sessions.hint_context import hints_for
+
+            hints = without_repetition(hints_for(tail, self.prepared, self._spec), denials)
+        ending = with_denied_tasks(ending, denials)
+        report = CommandReport(
+            id=execution.order.id,
+            name=_shown(execution.order.argv[:1]),
+            argv_sha256=_digest(execution),
+            outcome=ending.outcome,
+            exit_code=ending.exit_code,
+            signal=ending.signal,
+            began_ms=round((command.began_at - self._opened_at) * 1000, 1),
+            wall_ms=round(facts.times_ms.get("exited", facts.times_ms["end"]) - self._since_release(command), 1),
+            cpu_ms=0.0 if facts.exited is None else facts.exited.cpu_us / 1000,
+        )
+        self._commands.pop(execution.order.id, None)
+        self._net_before.pop(execution.order.id, None)
+        if len(self._reports) < COMMANDS_KEPT:
+            self._reports.append(report)
+        if facts.exited is not None:
+            self._memory_peak_bytes = max(self._memory_peak_bytes, facts.exited.memory_peak_bytes)
+        with self._logging, contextlib.suppress(OSError):  # such as a full disk; the result has it too
+            if self._log_fd >= 0:
+                os.write(self._log_fd, msgspec.json.encode(report) + b"\n")
+        peak = 0 if facts.exited is None else facts.exited.memory_peak_bytes
+        return CommandEnd(
+            verdict=ending, report=report, denials=tuple(denials), hints=tuple(hints), memory_peak_bytes=peak
+        )
+
+    def _denials(self, command: Command, facts: Facts, tail: bytes) -> list[Denial]:
+        """Return what a command was denied. tail: the end of its output.
+
+        The gate does not know commands. So connections that it denied since the last command ended before this one
+        started are those of this command, and of all that ran beside it.
+        """
+        net = None
+        if self._gate is not None and (now := self._gate.account_so_far()) is not None:
+            from x07_sandbox.sessions.egress import new_denials
+
+            net = new_denials(now, self._net_before.get(command.id, NetworkUse()))
+            self._net = now
+        tasks = 0 if facts.exited is None else facts.exited.tasks_refused
+        if not (facts.denied or tasks or (net and net.denied)):
+            return []
+        found, _ = denied(facts.denied, net, self.prepared, self._spec, command.execution.order.cwd, tail)
+        if self._gate is None:
+            self._note_connections(found)
+        if tasks:
+            from x07_sandbox.policy import observed
+
+            policy = self.prepared.policy
+            found.append(observed.more_tasks(policy.policy, run_limits(policy.policy).max_live, tasks, policy.reach()))
+        return found
+
+    def _note_connections(self, denials: Sequence[Denial]) -> None:
+        """Keep what a command without connections tried, for the result, as the gate does for others."""
+        for one in denials:
+            key = one.action, one.subject
+            if one.action in CONNECTS and (key in self._tried or len(self._tried) < DENIED_MAX):
+                count = one.count + (self._tried[key].count if key in self._tried else 0)
+                self._tried[key] = replace(one, count=count)
+
+    def _since_release(self, command: Command) -> float:
+        return (command.began_at - self._instance.greeting.released_at) * 1000
+
+    # the end
+
+    def finish(self, choice: ChangesChoice, cancelled_by: int | None = None) -> Result:
+        """See `AnySandbox.finish`. cancelled_by: the signal that ends it, if nobody has closed it."""
+        with self._finishing:
+            if self.result is None:
+                self.session.end()
+                self._cancelled_by = cancelled_by
+                self._finish(self.session.why or "closed", choice)
+            assert self.result is not None  # noqa: S101 - for the type checker
+            return self.result
+
+    def _at_exit(self) -> None:
+        if os.getpid() == self._pid:
+            self.finish("keep")
+
+    def _on_end(self, why: str) -> None:
+        """Finish in the thread of the loop, unless another thread does so."""
+        if self._finishing.acquire(blocking=False):
+            try:
+                if self.result is None:
+                    self._finish(why, "keep")
+            finally:
+                self._finishing.release()
+
+    def _finish(self, why: str, choice: ChangesChoice) -> None:
+        draft = self._draft
+        try:
+            with self._stack:
+                draft = self._closed(why, choice)
+                store_result(self._folder, draft)
+        except (SandboxError, OSError, MemoryError) as exc:
+            draft, _ = ended_by(exc, draft, self._caller)
+        self.result = draft
+        atexit.unregister(self._at_exit)
+
+    def _closed(self, why: str, choice: ChangesChoice) -> Result:
+        host_files, discards = self._host_files, choice == "discard"
+        receivers = Receivers(changes=Unwanted() if host_files is None or discards else host_files.incoming)
+        within_s = _DISCARD_S if discards else settings.CHANGES_OUT_S
+        with self.session.using():
+            closed = self._loop.close(None, None, receivers, within_s)
+        if closed is None and not discards and why == "closed":
+            why = "lost"
+        evidence = self._loop.evidence()
+        for command in list(self._commands.values()):
+            if not command.execution.order.service:
+                command.ending()
+        self._vm.close()
+        net = None if self._gate is None else self._gate.account()
+        if self._gate is not None and net is None:
+            evidence = without_account(evidence, self._gate, self._warnings)
+        self._machine.close()
+        ending = self._verdict(why, evidence)
+        opened_ms = round((self._opened_at - self._instance.greeting.released_at) * 1000, 1)
+        lasted_ms = round((time.monotonic() - self._opened_at) * 1000, 1)
+        report = PhaseReport(
+            job_id=self._instance.record.job_id,
+            start=self._instance.start_mode,
+            outcome=ending.outcome,
+            reason_code=ending.code,
+            reason=ending.reason_for(self._caller.word),
+            times_ms=self._instance.greeting.times_ms | {"opened": opened_ms, "end": opened_ms + lasted_ms},
+            stdout=EMPTY_OUTPUT,
+            stderr=EMPTY_OUTPUT,
+            cpu_ms=round(sum(one.cpu_ms for one in self._reports)),
+            memory_peak_bytes=self._memory_peak_bytes,
+            tasks_peak=0,
+        )
+        denied = [*self._tried.values()]
+        lost = 0
+        if net is not None and net.denied and self.prepared.egress is not None:
+            from x07_sandbox.sessions.egress import denials as denied_connections
+
+            denied, lost = denied_connections(net, self.prepared.egress.allowlist)
+        draft = replace(
+            self._draft,
+            denials=[*self._draft.denials, *denied],
+            denials_lost=lost,
+            phases={"run": report},
+            jail=self._instance.jail,
+            net=net,
+            commands=tuple(self._reports),
+            warnings=[*self._draft.warnings, *self._warnings, *self._instance.notes],
+        )
+        why_kept = "" if ending.code == "closed" else ending.reason_for(self._caller.word)
+        return settled(draft, host_files, choice, why_kept, ending, self._caller.word)
+
+    def _verdict(self, why: str, evidence: Evidence) -> Verdict:
+        if self.session.problem is not None:
+            return verdict_of(self.session.problem)
+        if why == "lost" or evidence.gate_lost or evidence.cancelled_by is not None or evidence.channel_error:
+            return classify(evidence, features=self.prepared.availability.features)
+        if why == "closed" and self._cancelled_by is not None:
+            return cancelled_verdict(self._cancelled_by)
+        if why == "closed":
+            return replace(verdict("ok", "closed"), exit_code=0)
+        seconds, facts = self._life.idle_s if why == "idle" else self._life.lifetime_s, {}
+        if why == "expired" and self._extended_s is not None:
+            seconds, facts = self._extended_s, {"event": "it was extended"}
+        return verdict("timeout", why, {"limit": f"{seconds:g} s"} | facts)
+
+
+def _shown(argv: list[str]) -> str:
+    """Return the first word of a command for a document, at most _NAME_MAX characters of it."""
+    return os.fsencode("".join(argv)).decode("utf-8", "backslashreplace")[:_NAME_MAX]
+
+
+def _digest(execution: Execution) -> str:
+    words = b"".join(os.fsencode(word) + b"\0" for word in execution.order.argv)
+    return f"sha256:{hashlib.sha256(words).hexdigest()}"
