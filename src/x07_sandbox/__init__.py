@@ -115,10 +115,10 @@ _NAMES_BY_MODULE = {
     "library.processes": ("Ended", "Process"),
     "library.run": ("exec_command", "exec_command_async", "load_policy", "run_program", "run_program_async"),
     "library.sandbox": ("Sandbox",),
-    "plan.denials": ("Outcome",),
+    "policy.denials": ("Outcome",),
     "policy.model": ("Limits", "Policy"),
     "reports.sandboxes": ("SandboxInfo",),
-    "runs.result": ("Diff", "Output", "Result"),
+    "sessions.result": ("Diff", "Output", "Result"),
 }
 
 

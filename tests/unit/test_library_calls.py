@@ -345,14 +345,13 @@ def test_the_manifest_provides_defaults(tmp_path: Path) -> None:
 
 # Each module costs every caller's start: the rest is loaded by the first call.
 IMPORTED = """
-errors host host.decoding host.settings host.threads host.version
+errors host host.settings host.threads host.version
 library library.arguments library.async_sandbox library.file_info library.pool library.processes library.run
 library.sandbox
 network network.summary
-plan plan.denials plan.features
-policy policy.decode policy.default policy.environment policy.model policy.problems policy.rules
+policy policy.denials policy.features policy.model
 reports reports.sandboxes
-runs runs.result
+sessions sessions.result
 """
 COSTLY = "argparse ast asyncio dataclasses email http inspect random shutil socket ssl subprocess tempfile urllib"
 IMPORT = """

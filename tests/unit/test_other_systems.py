@@ -18,7 +18,8 @@ SOURCE: Final = ROOT / "src" / "x07_sandbox"
 HELPER: Final = ROOT / "tests" / "vz_helper.py"
 # Not the tests of commands: these start processes that have all calls. Not a test of a run: it needs unnamed files.
 TESTS: Final = (
-    *("plan_*", "channel_*", "egress_frames", "policy_decode", "policy_differences", "policy_environment"),
+    *("policy_controls", "policy_grants", "policy_hints", "policy_observed", "policy_outcomes", "policy_sizes"),
+    *("channel_*", "egress_frames", "policy_decode", "policy_differences", "policy_environment"),
     *("policy_limits", "policy_overrides", "policy_rules", "result_document", "short_result"),
 )
 A_RUN: Final = "tests/unit/test_result_document.py::test_a_usage_error_is_a_result_that_keeps_to_the_schema"
@@ -96,7 +97,7 @@ def run(code: str, *words: str, **variables: str) -> subprocess.CompletedProcess
     return subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("room", ["runs", "plan", "policy", "channel", "reports"])
+@pytest.mark.parametrize("room", ["sessions", "policy", "channel", "reports"])
 def test_a_room_is_imported_without_linux(room: str) -> None:
     """The runner and the pure parts can be imported on a system without the calls that only Linux has."""
     names = [f"x07_sandbox.{room}.{path.stem}" for path in (SOURCE / room).glob("*.py") if path.stem != "__init__"]
@@ -136,7 +137,7 @@ def test_on_a_mac_the_doctor_says_why_vz_cannot_run(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_pure_parts_pass_their_tests_without_linux() -> None:
-    """The tests of plan, policy, channel and reports pass without the calls that only Linux has."""
+    """The tests of policy, channel and reports pass without the calls that only Linux has."""
     files = [str(path) for name in TESTS for path in sorted((ROOT / "tests" / "unit").glob(f"test_{name}.py"))]
     assert len(files) >= len(TESTS)
     code = "import pytest\nsys.exit(pytest.main(sys.argv[1:]))\n"

@@ -308,7 +308,8 @@ def test_a_document_that_is_no_object_is_refused(value: object) -> None:
 def test_a_good_policy_costs_no_slow_import() -> None:
     """Decoding a valid policy imports neither jsonschema nor difflib."""
     code = (
-        "import sys; from x07_sandbox.policy import *; "
+        "import sys; from x07_sandbox.policy.decode import decode_policy; "
+        "from x07_sandbox.policy.default import default_policy, render_policy; "
         "decode_policy(render_policy(default_policy()), source='p'); "
         "print(sorted({'jsonschema', 'difflib'} & sys.modules.keys()))"
     )
