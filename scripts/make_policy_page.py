@@ -33,9 +33,7 @@ _COMMANDS: Final = {
     "new": "`x07 policy new [FLAGS]` | print a complete policy made from flags",
     "init": "`x07 policy init --template T` | write a template to `.x07/policies/base` in the project",
     "check": "`x07 policy check FILE...` | list all errors; with `--host H:P`, show the decision for a connection",
-    "digest": "`x07 policy digest FILE` | print the canonical digest (see below)",
     "explain": "`x07 policy explain [POLICY]` | show who enforces each field, before anything runs",
-    "diff": "`x07 policy diff A B` | show what B grants or withdraws compared to A",
     "schema": "`x07 policy schema` | print the JSON Schema",
 }
 _MIB: Final = 1 << 20

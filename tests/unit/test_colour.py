@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-MISSING = ["policy", "digest", "missing.json"]
+MISSING = ["policy", "explain", "missing.json"]
 RED = b"\x1b[1;31m"
 
 

@@ -29,8 +29,7 @@ WORDS: Final[dict[tuple[str, ...], tuple[str, ...]]] = {
     ("policy", "new"): ("--allow-host", "example.org:443"),
     ("policy", "init"): ("--template", "worker"),
     ("policy", "check"): (POLICY,),
-    ("policy", "digest"): (POLICY,),
-    ("policy", "diff"): (POLICY, POLICY),
+    ("policy", "explain"): (POLICY,),
     ("image", "rm"): ("x",),
     ("completion",): ("bash",),
 }

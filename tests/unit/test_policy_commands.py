@@ -1,4 +1,4 @@
-"""`x07 policy check`, `digest` and `schema`: verdicts, exit codes and unreadable files."""
+"""`x07 policy check` and `schema`: verdicts, exit codes and unreadable files."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from hashlib import sha256
 from typing import TYPE_CHECKING
 
 import pytest
@@ -70,7 +69,7 @@ def test_an_invalid_policy_has_an_exit_code_of_its_own(tmp_path: Path, data: byt
     (row,) = found["files"]
     assert (code, found["ok"], row["status"]) == (3, False, "invalid")
     assert why in f"{row['problems'][0]['json_path']}: {row['text']}"
-    assert [policy(tmp_path, verb, "p.json")[0] for verb in ("digest", "check")] == [3, 3]
+    assert policy(tmp_path, "explain", "p.json")[0] == 3
 
 
 def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
@@ -96,7 +95,7 @@ def test_unreadable_and_invalid_policies_differ(tmp_path: Path, name: str) -> No
     assert name in err
     code, found = as_json(tmp_path, "check", "bad.json", name)
     assert (code, [row["status"] for row in found["files"]]) == (2, ["invalid", "unreadable"])
-    code, found = as_json(tmp_path, "digest", name)
+    code, found = as_json(tmp_path, "explain", name)
     assert (code, found["ok"], name in found["error"]["what"]) == (2, False, True)
 
 
@@ -109,16 +108,6 @@ def test_a_template_name_gets_a_suggestion(tmp_path: Path, name: str, suggestion
     code, out, err = policy(tmp_path, "check", name)
     assert (code, out) == (2, "")
     assert suggestion in err
-
-
-def test_a_digest_is_one_line(tmp_path: Path) -> None:
-    """`x07 policy digest` prints the canonical digest, with --json the digest of the file too."""
-    (tmp_path / "p.json").write_bytes(json.dumps(json.loads(GOOD)).encode())
-    digest = policy_digest(TEMPLATES["cli"])
-    assert policy(tmp_path, "digest", "p.json") == (0, f"{digest}\n", "")
-    _, found = as_json(tmp_path, "digest", "p.json")
-    assert found["digest"] == digest
-    assert found["file_digest"] == f"sha256:{sha256((tmp_path / 'p.json').read_bytes()).hexdigest()}"
 
 
 def test_a_file_with_a_non_utf8_name_is_checked(tmp_path: Path) -> None:

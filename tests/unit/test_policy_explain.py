@@ -67,10 +67,9 @@ def test_a_policys_own_text_is_escaped(tmp_path: Path) -> None:
     document = json.loads(render_policy(TEMPLATES["worker"]))
     document["notes"] = "\x1b[2J\x9b"
     (tmp_path / "p.json").write_text(json.dumps(document))
-    for words in (("explain", "p.json"), ("diff", "built-in:worker", "p.json")):
-        _, out, _ = policy(tmp_path, *words)
-        assert "\\u001b[2J\\u009b" in out
-        assert out.replace("\n", "").isprintable()
+    _, out, _ = policy(tmp_path, "explain", "p.json")
+    assert "\\u001b[2J\\u009b" in out
+    assert out.replace("\n", "").isprintable()
 
 
 @pytest.mark.parametrize("name", ["vz", "Apple-Container"])

@@ -486,7 +486,7 @@ for n in range(150):
             time.sleep(0.004 * (step // 2))
             child.send_signal(signal.SIGKILL)
         torn += project.seen() not in (before, after)
-        project.x07("policy", "digest", "built-in:cli")  # any command
+        project.x07("policy", "check", "built-in:cli")  # any command
         assert project.seen() in (before, after)
         assert not [name for name in os.listdir(project.folder) if name.startswith(".x07")]  # noqa: PTH208 - names
         if project.seen() == after:

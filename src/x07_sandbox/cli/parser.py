@@ -30,7 +30,7 @@ VERBS: Final = {
     "report": "write a page about a run, to be read in a browser",
     "kill": "end a run",
     "init": "create a project file (x07-sandbox.toml or x07.json)",
-    "policy": "write, check, explain and compare policies",
+    "policy": "write, check and explain policies",
     "image": "build, list, load, remove and verify guest images",
     "sandbox": "open a VM that stays, and run commands in it",
     "mcp": "serve sandboxes to an AI assistant, by the Model Context Protocol (MCP)",

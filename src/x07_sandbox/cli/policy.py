@@ -1,13 +1,11 @@
-"""`x07 policy`: write, check, explain and compare policies."""
+"""`x07 policy`: write, check and explain policies."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Final, Literal
 
 import msgspec
@@ -19,19 +17,16 @@ from x07_sandbox.cli.console import say, show
 from x07_sandbox.cli.json_output import deliver, print_document, print_failure
 from x07_sandbox.cli.parser import add_document_flags, inner_verb, option, repeated, switch
 from x07_sandbox.errors import UsageError
-from x07_sandbox.host.paths import read_bounded, settings_file
+from x07_sandbox.host.paths import settings_file
 from x07_sandbox.network import rules
 from x07_sandbox.network.names import pattern_text
 from x07_sandbox.network.settings import read_settings
 from x07_sandbox.policy.confinement import confinement
 from x07_sandbox.policy.controls import make_plan
-from x07_sandbox.policy.decode import MAX_BYTES
 from x07_sandbox.policy.default import policy_digest
-from x07_sandbox.policy.differences import Change
-from x07_sandbox.policy.from_flags import completion
 from x07_sandbox.policy.model import Policy, leaf_values
-from x07_sandbox.policy.problems import ADVICE, PolicyError
-from x07_sandbox.policy.schema import fields, render_schema
+from x07_sandbox.policy.problems import PolicyError
+from x07_sandbox.policy.schema import render_schema
 from x07_sandbox.policy.templates import BUILT_IN
 from x07_sandbox.programs.toolchains import TOOLCHAINS
 from x07_sandbox.reports import policies
@@ -39,7 +34,6 @@ from x07_sandbox.reports.policies import CheckedFile, ExplainReport, HostReport
 from x07_sandbox.sessions.request import read_policy
 from x07_sandbox.x07.project import X07
 
-DIFFERENT: Final = 1
 DENIED: Final = 1
 UNREADABLE: Final = 2
 INVALID: Final = 3
@@ -55,12 +49,10 @@ EXIT_CODES: Final = (
         "check",
         "0 all are valid; 3 at least one is invalid; 2 at least one cannot be read; with --host: 0 allowed, 1 denied",
     ),
-    ("digest", "0 printed; 3 invalid; 2 cannot be read"),
     (
         "explain",
         "0 a run could start (folders are not checked); 125 a run would be refused; 3 invalid; 2 cannot be read",
     ),
-    ("diff", "0 no difference; 1 they differ; 3 one is invalid; 2 one cannot be read"),
     ("schema", "0 printed"),
 )
 _EPILOG: Final = """Each POLICY or FILE is the path of a policy file, or built-in:NAME for a template.
@@ -72,7 +64,6 @@ examples:
   x07 policy check strict.json              report all errors in a policy
   x07 policy check --host example.org:443 strict.json
   x07 policy explain strict.json            show what enforces each field
-  x07 policy diff built-in:default strict.json
 """
 _CHECK_EPILOG: Final = """examples:
   x07 policy check strict.json
@@ -94,14 +85,9 @@ def add_policy(parser: argparse.ArgumentParser) -> None:
     repeated(check, "--deny-host", "HOST:PORT|HOST:*", "with --host: decide as if x07 run had this flag")
     switch(check, "--udp", "with --host: use UDP instead of TCP")
     check.epilog = _CHECK_EPILOG
-    digest = inner_verb(inner, "digest", "print a digest that is the same for all equivalent policies")
-    digest.add_argument("file", metavar="FILE", help="a policy")
     _add_explain(inner)
-    diff = inner_verb(inner, "diff", "show what the second policy grants or withdraws")
-    diff.add_argument("first", metavar="A", help="the first policy")
-    diff.add_argument("second", metavar="B", help="the second policy")
     inner_verb(inner, "schema", "print the JSON Schema of a policy")
-    acts = (policy_make.new, policy_make.init, _check, _digest, _explain, _diff, _schema)
+    acts = (policy_make.new, policy_make.init, _check, _explain, _schema)
     for (name, codes), act in zip(EXIT_CODES, acts, strict=True):
         action = inner.choices[name]
         add_document_flags(action, "print one JSON object, also for errors")
@@ -204,7 +190,6 @@ def _host_lines(report: HostReport) -> list[str]:
 
 
 _CHECK_CODES: Final = {"valid": 0, "invalid": INVALID, "unreadable": UNREADABLE}
-_LEFT_OUT: Final = 10  # fields listed
 _SEVERITY: Final = (0, INVALID, UNREADABLE)  # the last is the worst
 
 
@@ -213,38 +198,10 @@ def _checked(name: str) -> CheckedFile:
         policy, _ = read_policy(name)
         rules.make_allowlist(policy)
     except PolicyError as exc:
-        return CheckedFile(file=name, status="invalid", problems=exc.problems, **_completed(name, exc))
+        return CheckedFile(file=name, status="invalid", problems=exc.problems, text=str(exc))
     except UsageError as exc:
         return CheckedFile(file=name, status="unreadable", problems=(), text=str(exc))
     return CheckedFile(file=name, status="valid", policy_id=policy.policy_id, digest=policy_digest(policy))
-
-
-def _completed(name: str, exc: PolicyError) -> dict[str, str]:
-    """Return the text about an invalid policy and, if only fields are missing, a command that adds these fields."""
-    found = None
-    if name.isprintable():
-        with contextlib.suppress(UsageError):
-            found = completion(read_bounded(Path(name), "policy", MAX_BYTES))
-    if found is None:
-        return {"text": str(exc)}
-    command = found.line(f"{name.removesuffix('.json')}.complete.json")
-    exc.fix, exc.stop = f"{ADVICE}\n  To write a complete policy: {command}", ""
-    text = str(exc)
-    if found.left_out:
-        text += f"\n  No flag sets {', '.join(found.left_out[:_LEFT_OUT])}"
-    return {"text": text, "completed_by": command}
-
-
-def _digest(options: argparse.Namespace) -> int:
-    from hashlib import sha256
-
-    policy, data = read_policy(options.file)
-    digest = policy_digest(policy)
-    of_file = f"sha256:{sha256(data).hexdigest()}"
-    report = policies.DigestReport(policy_id=policy.policy_id, digest=digest, file_digest=of_file)
-    if not print_document(report, options):
-        show(digest)
-    return 0
 
 
 def _explain(options: argparse.Namespace) -> int:
@@ -283,37 +240,6 @@ def _explain(options: argparse.Namespace) -> int:
         for line in _explanation_lines(found):
             show(line)
     return 0 if found.carried_out else REFUSED
-
-
-def _diff(options: argparse.Namespace) -> int:
-    from x07_sandbox.policy.differences import differences
-
-    (first, _), (second, _) = read_policy(options.first), read_policy(options.second)
-    changes = tuple(differences(first, second))
-    if print_document(policies.DiffReport(same=not changes, changes=changes), options):
-        return DIFFERENT if changes else 0
-    docs = {field.path: field.doc for field in fields()}
-    for effect, verb in (("granted", "grants"), ("withdrawn", "withdraws"), ("changed", "changes")):
-        found = [change for change in changes if change.effect == effect]
-        if found:
-            show(f"the second policy {verb}:")
-        for change in found:
-            show(f"  {change.field} ({_as_note(docs[change.field])}): {_in_words(change)}")
-    return DIFFERENT if changes else 0
-
-
-def _as_note(doc: str) -> str:
-    """Return a sentence as a note in parentheses: without a full stop, and without a capital unless it is a name."""
-    start = doc[:1].lower() if doc[1:2].islower() else doc[:1]
-    return f"{start}{doc[1:].removesuffix('.')}"
-
-
-def _in_words(change: Change) -> str:
-    """Describe the change of a field. The values are ASCII JSON, since the text of a policy is not trusted."""
-    before, after = _json_text(change.before), _json_text(change.after)
-    if change.before is None:
-        return f"{after} added"
-    return f"{before} removed" if change.after is None else f"{after} instead of {before}"
 
 
 def _schema(options: argparse.Namespace) -> int:

@@ -328,17 +328,14 @@ def toolchain_for(path: str, head: bytes = b"") -> Toolchain:
             return toolchain
     if head.startswith((_ELF, b"#!")):
         return BY_NAME["executable"]
-    from shlex import quote  # both are imported only for this error
-
-    from x07_sandbox.programs.other_languages import advice
+    from shlex import quote  # only for this error
 
     known = ", ".join(suffix for toolchain in TOOLCHAINS for suffix in toolchain.suffixes)
     raise UsageError(
         f"cannot run {path}",
         f"no toolchain handles {f'{suffix} files' if suffix else 'files without a suffix'}, and the file is neither "
         "an ELF executable nor a script with a #! line",
-        advice(path)
-        or (
+        (
             f"Rename the file (known suffixes: {known}), add a #! line, or choose a toolchain: ",
             Command(f"x07 run --toolchain T {quote(path)}"),
         ),

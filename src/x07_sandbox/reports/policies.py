@@ -1,4 +1,4 @@
-"""The documents of `x07 policy check`, `check --host`, `digest`, `explain` and `diff`."""
+"""The documents of `x07 policy check`, `check --host` and `explain`."""
 
 from typing import Any, Final, Literal
 
@@ -7,7 +7,6 @@ from msgspec import UNSET, UnsetType
 
 from x07_sandbox.policy.controls import Control, Refusal
 from x07_sandbox.policy.denials import HowToAllow
-from x07_sandbox.policy.differences import Change
 from x07_sandbox.policy.problems import Problem
 
 
@@ -15,7 +14,6 @@ class CheckedFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """The result of checking one policy.
 
     file: the path or name that the user gave. policy_id, digest: only for a valid policy. problems, text: the errors.
-    completed_by: the command that makes a complete policy from an incomplete one.
     """
 
     file: str
@@ -24,7 +22,6 @@ class CheckedFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     digest: str | UnsetType = UNSET
     problems: tuple[Problem, ...] | UnsetType = UNSET
     text: str | UnsetType = UNSET
-    completed_by: str | UnsetType = UNSET
 
 
 class CheckReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -55,15 +52,6 @@ class HostReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     reason: str
     how_to_allow: HowToAllow | None
     resolved_later: bool
-
-
-class DigestReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Digests of a policy. digest: equal for all equivalent documents. file_digest: digest of the document's bytes."""
-
-    schema_version: Literal["x07.sandbox.policy.digest@0.1.0"] = "x07.sandbox.policy.digest@0.1.0"
-    policy_id: str
-    digest: str
-    file_digest: str
 
 
 class ExplainedControl(Control, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -118,11 +106,3 @@ class ExplainReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     controls: tuple[ExplainedControl, ...]
     refusals: tuple[Refusal, ...]
     never_reached: tuple[NeverReached, ...] = ()
-
-
-class DiffReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The differences between two policies: what the second one grants, withdraws or changes."""
-
-    schema_version: Literal["x07.sandbox.policy.diff@0.1.0"] = "x07.sandbox.policy.diff@0.1.0"
-    same: bool
-    changes: tuple[Change, ...]

@@ -24,7 +24,7 @@ _RUNNER: Final = (runner_report.CompileRunReport, runner_report.RunOsReport)
 # The documents that have only one type. The version in the type names the file.
 _ALONE: Final[tuple[type[msgspec.Struct], ...]] = (
     *(attestation.Attestation, preview.Preview, document.FailureReport, doctor.DoctorReport, conform.ConformReport),
-    *(policies.CheckReport, policies.HostReport, policies.DigestReport, policies.ExplainReport, policies.DiffReport),
+    *(policies.CheckReport, policies.HostReport, policies.ExplainReport),
     *(verbs.PolicyInitReport, verbs.InitReport, verbs.BuildReport, verbs.ListReport, verbs.LoadReport),
     *(verbs.RemoveReport, verbs.VerifyReport, verbs.PoolReport, listing.PsReport, listing.InspectReport),
     *(sandboxes.SandboxesReport, sandboxes.CommandDocument, sandboxes.FilesReport, sandboxes.ForwardReport),
