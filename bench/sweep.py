@@ -16,12 +16,13 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from x07_sandbox.backends.registry import find
 from x07_sandbox.host.processes import Identity, own_identity
-from x07_sandbox.housekeeping.pruner import Pruner
-from x07_sandbox.housekeeping.sweep import sweep_jobs
-from x07_sandbox.library import requests
+from x07_sandbox.library import upkeep
+from x07_sandbox.records.pruning import Pruner
 from x07_sandbox.records.record import Claim, create_record, mark_done, new_run_id, write_owner
 from x07_sandbox.records.stopping import live_records
+from x07_sandbox.records.sweep import sweep_jobs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -54,7 +55,7 @@ def _round(count: int) -> tuple[float, float]:
         for expected in (count, 0):
             pruner = Pruner(lambda _text: None, dry_run=False)
             started = time.monotonic()
-            live = sweep_jobs(pruner, None)
+            live = sweep_jobs(pruner, find)
             times.append(time.monotonic() - started)
             if (len(live), len(pruner.removed)) != (count, expected):
                 raise SystemExit(f"a timed sweep removed the wrong jobs: {len(live)} are live")
@@ -67,9 +68,9 @@ def _before_a_run(count: int) -> float:
             mark_done(_add_record(_DEAD))
         times = []
         for _ in range(5):
-            requests._not_before = 0.0  # noqa: SLF001 - as in a new process
+            upkeep._not_before = 0.0  # noqa: SLF001 - as in a new process
             started = time.monotonic()
-            requests.sweep_before_start()
+            upkeep.sweep_before_start()
             times.append(time.monotonic() - started)
         return statistics.median(times)
 

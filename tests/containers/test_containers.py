@@ -22,7 +22,6 @@ from tests.conftest import need
 from tests.engines import REFERENCE, ctr
 from tests.vm.jail_helpers import temporary_user
 from x07_sandbox import exec_command
-from x07_sandbox.backends.base import Orphan
 from x07_sandbox.backends.container import reaper
 from x07_sandbox.backends.container.create import engine_gaps
 from x07_sandbox.backends.containerd.backend import ContainerdBackend
@@ -30,7 +29,7 @@ from x07_sandbox.backends.engines import engine as the_engine
 from x07_sandbox.backends.engines import load
 from x07_sandbox.images.store import find_image
 from x07_sandbox.policy.default import default_policy
-from x07_sandbox.records.stopping import live_records
+from x07_sandbox.records.stopping import Orphan, live_records
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -8,7 +8,7 @@ import pytest
 
 from tests.command import x07
 from x07_sandbox import Sandbox, SandboxError
-from x07_sandbox.housekeeping.listing import list_jobs
+from x07_sandbox.records.listing import list_jobs
 
 WAIT_S = 60.0
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tests.process.conftest import Backend, left, started
-from x07_sandbox.housekeeping.sweep import sweep
+from x07_sandbox.library.cleanup import sweep
 from x07_sandbox.records.reader import all_stored
 
 if TYPE_CHECKING:

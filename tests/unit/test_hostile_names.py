@@ -30,10 +30,10 @@ from x07_sandbox.integrations.mcp_answers import errors, reason_of, untrusted
 from x07_sandbox.integrations.mcp_calls import CallError
 from x07_sandbox.library.files import _infos
 from x07_sandbox.policy.denials import Denial, Hint, HowToAllow
+from x07_sandbox.records.runs import all_runs
 from x07_sandbox.reports.document import render_json
 from x07_sandbox.reports.html import page
 from x07_sandbox.reports.sandboxes import FileRow, FilesReport
-from x07_sandbox.sessions.folder import all_runs
 from x07_sandbox.sessions.result import ChangedName, Changes, LeftOutEntry, Result, draft_result
 from x07_sandbox.sessions.saved_changes import summarize
 from x07_sandbox.sessions.transfers import TerminalFilter

@@ -22,9 +22,9 @@ from x07_sandbox.cli.main import main
 from x07_sandbox.errors import HostError, ImageError, UsageError
 from x07_sandbox.host import paths
 from x07_sandbox.host.arch import host_arch
-from x07_sandbox.housekeeping.prune import prune
 from x07_sandbox.images import base as bases
 from x07_sandbox.images import boot, build, guestcode, manifest, recipe, sources, store, verify
+from x07_sandbox.library.cleanup import prune
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

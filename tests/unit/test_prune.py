@@ -24,12 +24,13 @@ from x07_sandbox.host.locks import file_lock, lock_for_removal, lock_shared
 from x07_sandbox.host.paths import private_dir
 from x07_sandbox.host.processes import Identity, own_identity
 from x07_sandbox.host.verdicts import Verdict
-from x07_sandbox.housekeeping.prune import prune
-from x07_sandbox.housekeeping.pruner import PARTS, Part, PruneReport, everything
 from x07_sandbox.images import manifest, store
+from x07_sandbox.library.cleanup import prune
 from x07_sandbox.programs.artifacts import artifact_key
+from x07_sandbox.records.pruning import PARTS, Part, PruneReport, everything
 from x07_sandbox.records.record import Claim, JobRecord, create_record, mark_done, write_owner
-from x07_sandbox.sessions.folder import APPLYING, RunFolder
+from x07_sandbox.records.runs import APPLYING
+from x07_sandbox.sessions.folder import RunFolder
 
 DAY_MS = 86_400_000
 DIGEST = "sha256:" + "ab" * 32

@@ -14,11 +14,11 @@ from tests.unit.test_prune import DIGEST, age, image, job, run_folder, swept
 from x07_sandbox import run_program
 from x07_sandbox.host.locks import lock_shared
 from x07_sandbox.host.paths import private_dir
-from x07_sandbox.housekeeping.pruner import Pruner
-from x07_sandbox.housekeeping.records import prune_records
-from x07_sandbox.housekeeping.retention import MARK, retain_records
 from x07_sandbox.images import store
+from x07_sandbox.library.upkeep import retain_records
+from x07_sandbox.records.pruning import Pruner, prune_records
 from x07_sandbox.records.record import JobRecord
+from x07_sandbox.records.runs import RETENTION
 
 
 @pytest.fixture(autouse=True)
@@ -111,7 +111,7 @@ def test_records_are_removed_once_an_hour_and_announced_once() -> None:
     job(1)
     retain_records(said.append)
     assert said == []
-    mark = _state().parent / "runs" / MARK
+    mark = _state().parent / "runs" / RETENTION
     for number in (1, 2):
         old = run_folder(job(8, number=number))
         retain_records(said.append)
@@ -138,7 +138,7 @@ def test_each_run_removes_old_records(tmp_path: Path, monkeypatch: pytest.Monkey
             assert done.code == 0
             assert ("removed the records of 1 old run" in done.err) == (number == 0)
         assert not old.exists()
-        os.utime(_state().parent / "runs" / MARK, (0, 0))
+        os.utime(_state().parent / "runs" / RETENTION, (0, 0))
 
 
 def test_removal_goes_on_where_it_stopped() -> None:

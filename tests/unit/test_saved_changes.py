@@ -18,16 +18,15 @@ from x07_sandbox.cli.main import main
 from x07_sandbox.errors import UsageError
 from x07_sandbox.files.changes import Change, ChangeSet, Node, Refused, RootChanges, encode
 from x07_sandbox.host.paths import private_dir
-from x07_sandbox.housekeeping.listing import known_run
-from x07_sandbox.housekeeping.prune import prune
-from x07_sandbox.sessions.folder import all_runs
+from x07_sandbox.library.cleanup import prune
+from x07_sandbox.records.runs import all_runs, known_run
 from x07_sandbox.sessions.result import draft_result
 from x07_sandbox.sessions.saved_changes import command, find_saved, is_here, undo_saved
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from x07_sandbox.housekeeping.pruner import Part
+    from x07_sandbox.records.pruning import Part
 
 
 FOLDER = Node(kind="folder", mode=0o755)

@@ -11,7 +11,7 @@ import pytest
 
 from x07_sandbox.host.linux import boot_id, pid_namespace
 from x07_sandbox.host.processes import Identity, own_identity
-from x07_sandbox.records.reader import StoredJob, all_stored, read_stored
+from x07_sandbox.records.reader import Now, StoredJob, all_stored, here_and_now, judge, read_stored, state_of
 from x07_sandbox.records.record import (
     Claim,
     JobRecord,
@@ -22,7 +22,6 @@ from x07_sandbox.records.record import (
     runner_instance,
     write_owner,
 )
-from x07_sandbox.records.stop_rules import Now, here_and_now, judge, state_of
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -15,13 +15,15 @@ import pytest
 
 from tests.contract.test_one_file_backend import registered
 from tests.unit.test_stop_rules import GONE, edit, recorded
-from x07_sandbox.backends.base import Orphan
 from x07_sandbox.backends.process.backend import NoneBackend
-from x07_sandbox.backends.registry import BackendRow, create
+from x07_sandbox.backends.registry import BackendRow, create, find
 from x07_sandbox.host import clocks
 from x07_sandbox.host.processes import Identity, identify, own_identity
-from x07_sandbox.housekeeping.sweep import SweepReport, sweep, why_kept
+from x07_sandbox.library.cleanup import sweep
+from x07_sandbox.records.pruning import Pruner
 from x07_sandbox.records.record import Claim, JobRecord, create_record, mark_done, new_run_id, runner_instance
+from x07_sandbox.records.stopping import Orphan
+from x07_sandbox.records.sweep import SweepReport, sweep_jobs, why_kept
 from x07_sandbox.sessions.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -357,8 +359,10 @@ def test_a_sweep_on_an_unused_host_creates_nothing(state: Path) -> None:
 def test_a_sweep_ends_with_its_budget() -> None:
     """A sweep ends with its time budget, and the next one continues."""
     record = recorded(GONE)
-    assert sweep(dry_run=False, progress=lambda _text: None, budget_s=0).removed == ()
-    assert names(sweep(dry_run=False, progress=lambda _text: None, budget_s=60)) == [record.job_id]
+    for budget_s, removed in ((0, []), (60, [record.job_id])):
+        pruner = Pruner(lambda _text: None, dry_run=False)
+        sweep_jobs(pruner, find, budget_s)
+        assert [row.name for row in pruner.removed] == removed
 
 
 def test_a_job_of_another_machine_is_kept() -> None:

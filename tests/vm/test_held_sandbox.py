@@ -23,7 +23,7 @@ import pytest
 from tests.vm.conftest import left_behind, marked, owners
 from x07_sandbox import AsyncSandbox, Ended, Sandbox, SandboxError
 from x07_sandbox.host.linux import process_ids
-from x07_sandbox.sessions.folder import SOCKET, all_runs
+from x07_sandbox.records.runs import SOCKET, all_runs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -28,18 +28,17 @@ backends.qemu.template backends.registry backends.selection
 channel.connection channel.contents channel.link channel.messages channel.streams
 cli.console cli.main cli.parser cli.run cli.std_streams
 errors
-host.arch host.cancel host.clocks host.close_on_fork host.decoding host.linux host.locks host.memory host.os_errors
-host.paths host.poll host.processes host.settings host.threads host.variables host.verdicts
-housekeeping.retention
+host.arch host.cancel host.clocks host.close_on_fork host.decoding host.launcher host.linux host.locks host.memory
+host.os_errors host.paths host.poll host.processes host.settings host.threads host.variables host.verdicts
 images.guestcode images.manifest images.scratch images.store images.verify
 jail.bwrap jail.cgroups jail.criu jail.forms jail.seccomp jail.uids
-library.requests
+library.requests library.upkeep
 network.summary
 options
 policy.confinement policy.control_table policy.controls policy.decode policy.default policy.denials policy.environment
 policy.features policy.model policy.outcomes policy.problems policy.reasons policy.rules policy.sizes
 programs.artifacts programs.toolchains
-records.active records.admission records.launcher records.record
+records.admission records.record records.runs
 sessions.artifact sessions.execution sessions.folder sessions.job sessions.phase sessions.phase_specs sessions.prepare
 sessions.program sessions.request sessions.result sessions.run sessions.session sessions.transfers
 """

@@ -11,12 +11,12 @@ import pytest
 
 from tests.vm.conftest import Sandbox, owners, wait_done
 from x07_sandbox.host.clocks import unix_ms
-from x07_sandbox.housekeeping.prune import prune
+from x07_sandbox.library.cleanup import prune
 
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
 
-    from x07_sandbox.housekeeping.pruner import PruneReport
+    from x07_sandbox.records.pruning import PruneReport
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(180)]
 

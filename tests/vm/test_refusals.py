@@ -17,7 +17,7 @@ from x07_sandbox import Pool, SandboxError, run_program
 from x07_sandbox.errors import RefusedError
 from x07_sandbox.policy.decode import decode_policy
 from x07_sandbox.policy.default import default_policy, render_policy
-from x07_sandbox.sessions.folder import runs_dir
+from x07_sandbox.records.runs import runs_dir
 
 if TYPE_CHECKING:
     from collections.abc import Callable

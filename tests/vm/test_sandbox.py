@@ -23,7 +23,7 @@ import pytest
 from tests.vm.conftest import left_behind, marked, owners, usual_start
 from x07_sandbox import AsyncSandbox, Ended, Pool, Process, Sandbox, SandboxError
 from x07_sandbox.library import forwarding
-from x07_sandbox.sessions.folder import all_runs
+from x07_sandbox.records.runs import all_runs
 from x07_sandbox.sessions.session import Session
 
 if TYPE_CHECKING:

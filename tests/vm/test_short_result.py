@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.published import document
-from x07_sandbox.sessions.folder import all_runs
+from x07_sandbox.records.runs import all_runs
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -25,7 +25,7 @@ from x07_sandbox.conformance.behaviours import BEHAVIOURS, Behaviour
 from x07_sandbox.conformance.harness import Bench, open_bench, remaining
 from x07_sandbox.conformance.run import check_behaviour
 from x07_sandbox.errors import ImageError
-from x07_sandbox.housekeeping.sweep import sweep
+from x07_sandbox.library.cleanup import sweep
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Final, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Final, Literal, NamedTuple, Protocol
 
 import msgspec
 
@@ -338,21 +338,3 @@ class Backend(Protocol):
 
     def stop(self, record: JobRecord) -> bool:
         """Stop a job from any process. Return whether it is proven and recorded as gone. Raises SandboxError."""
-
-
-class Orphan(msgspec.Struct, frozen=True, kw_only=True):
-    """An instance in a container engine. id: the engine's name for it. labels: as the engine reports them."""
-
-    id: str
-    labels: Mapping[str, str]
-
-
-@runtime_checkable
-class HoldsInstances(Protocol):
-    """A backend whose instances belong to a daemon or engine, and so can outlive their record."""
-
-    def orphans(self) -> Sequence[Orphan]:
-        """Return the instances with x07's labels, which anybody can set (housekeeping/sweep). Raises SandboxError."""
-
-    def remove(self, orphan: Orphan) -> bool:
-        """Remove an instance that `orphans` returned, and return whether it is proven gone. Raises SandboxError."""

@@ -144,3 +144,8 @@ BY_NAME: Final = {row.name: row for row in _ROWS}
 def create(name: str) -> Backend:
     """Return a new instance of the backend *name*, without probing it."""
     return BY_NAME[name].factory(name)
+
+
+def find(name: str) -> Backend | None:
+    """Return a new instance of the backend *name*, or None if this version has no such backend."""
+    return create(name) if name in BY_NAME else None

@@ -26,7 +26,7 @@ from x07_sandbox.host.paths import closing_fd
 from x07_sandbox.host.poll import write_all
 from x07_sandbox.host.variables import text
 from x07_sandbox.images.store import DEFAULT, arch_of
-from x07_sandbox.library.requests import sweep_before_start
+from x07_sandbox.library.upkeep import sweep_before_start
 from x07_sandbox.options import COPIED, FILE_SIZE, GRANTS, GROUPS, LIMITS, OF_X07
 from x07_sandbox.programs.toolchains import OUTPUT
 from x07_sandbox.reports.document import render_json

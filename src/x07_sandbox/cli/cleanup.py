@@ -7,9 +7,8 @@ from typing import Final
 from x07_sandbox.cli.console import say, show, size
 from x07_sandbox.cli.json_output import print_document
 from x07_sandbox.cli.parser import add_document_flags, switch
-from x07_sandbox.housekeeping.prune import disk_usage, prune
-from x07_sandbox.housekeeping.pruner import PARTS
-from x07_sandbox.housekeeping.sweep import sweep
+from x07_sandbox.library.cleanup import disk_usage, prune, sweep
+from x07_sandbox.records.pruning import PARTS
 
 _SWEEP_EPILOG: Final = """x07 sweep removes:
   processes, containers, control groups and files of runs whose x07 process is dead or whose deadline has passed

@@ -390,7 +390,7 @@ def _attempt(choice: Choice, doing: str, *, scale: bool) -> tuple[Result, Sandbo
     import shutil
 
     from x07_sandbox.host.cancel import Cancel
-    from x07_sandbox.sessions.folder import all_runs
+    from x07_sandbox.records.runs import all_runs
     from x07_sandbox.sessions.request import RunCaller, RunRequest
     from x07_sandbox.sessions.run import attempt
 

@@ -256,7 +256,7 @@ def _requirements(chunks: list[str] | None) -> list[str] | None:
 
 
 def _list(options: argparse.Namespace) -> int:
-    from x07_sandbox.housekeeping.images import image_sizes
+    from x07_sandbox.library.cleanup import image_sizes
 
     own, saved, total = image_sizes()
     rows = tuple(
@@ -334,11 +334,13 @@ def _damaged_row(image: DamagedImage) -> ImageRow:
 
 
 def _remove(options: argparse.Namespace) -> int:
-    from x07_sandbox.housekeeping.images import remove_images
-    from x07_sandbox.housekeeping.pruner import Pruner
+    from x07_sandbox.images.pruning import remove_images
+    from x07_sandbox.library.cleanup import prune_saved
+    from x07_sandbox.records.pruning import Pruner
 
     pruner = Pruner(Progress("image rm"), dry_run=False)
-    removed = remove_images(options.names, pruner)
+    removed, gone = remove_images(options.names, pruner)
+    prune_saved(pruner, gone)
     done = pruner.report()
     report = RemoveReport(
         images=tuple(RemovedName(name=name, digest=digest) for name, digest in removed.items()),

@@ -3,12 +3,14 @@
 import argparse
 from typing import Final
 
+from x07_sandbox.backends.registry import find
 from x07_sandbox.cli.console import say, show_table
 from x07_sandbox.cli.json_output import print_document
 from x07_sandbox.cli.parser import add_document_flags, nonempty, switch
 from x07_sandbox.host.clocks import unix_ms
-from x07_sandbox.housekeeping.kill import KillReport, kill_run
-from x07_sandbox.housekeeping.listing import JobLine, inspect_run, known_run, list_jobs
+from x07_sandbox.records.listing import JobLine, inspect_run, list_jobs
+from x07_sandbox.records.runs import known_run
+from x07_sandbox.records.stopping import KillReport, kill_run
 
 _PS_EPILOG: Final = """A run is one call of x07 run or x07 exec. Each VM or container that a run starts is a job.
 
@@ -121,7 +123,7 @@ def add_kill(parser: argparse.ArgumentParser) -> None:
 
 def _kill(options: argparse.Namespace) -> int:
     run = named_run(options.run)
-    was_live, ended = kill_run(run)
+    was_live, ended = kill_run(run, find)
     if not print_document(KillReport(run=run, jobs_ended=ended), options):
         say(f"run {run} ended" if was_live else f"run {run} had already ended")
     return 0

@@ -15,8 +15,7 @@ from x07_sandbox.cli.jobs import named_run
 from x07_sandbox.cli.parser import nonempty, switch
 from x07_sandbox.errors import Command, UsageError
 from x07_sandbox.host.locks import is_locked
-from x07_sandbox.housekeeping.listing import run_folder
-from x07_sandbox.sessions.folder import NET_LOG, find_run
+from x07_sandbox.records.runs import NET_LOG, find_run, run_folder
 from x07_sandbox.sessions.transfers import TerminalFilter
 
 _EPILOG: Final = """x07 logs prints the program's standard output to standard output, and its standard error to

@@ -148,7 +148,7 @@ def _recover() -> None:
     """Finish or roll back changes to files that a killed command left partly applied."""
     from x07_sandbox.errors import SandboxError
     from x07_sandbox.host.paths import state_dir
-    from x07_sandbox.sessions.folder import APPLYING, runs_dir
+    from x07_sandbox.records.runs import APPLYING, runs_dir
 
     with contextlib.suppress(SandboxError, OSError):  # the verb itself reports an unusable state folder
         if os.listdir(runs_dir(state_dir()) / APPLYING):  # noqa: PTH208 - usually empty: spare the import
@@ -160,7 +160,7 @@ def _recover() -> None:
 def _retain(verb: str) -> None:
     """After a run, remove old records of runs."""
     if verb in _RUNS:
-        from x07_sandbox.housekeeping.retention import retain_records
+        from x07_sandbox.library.upkeep import retain_records
 
         with contextlib.suppress(KeyboardInterrupt):  # the run has ended, and the next one continues
             retain_records(_say)

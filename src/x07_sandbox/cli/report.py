@@ -11,15 +11,9 @@ from x07_sandbox.cli.jobs import named_run, span
 from x07_sandbox.cli.parser import file_path, nonempty, switch
 from x07_sandbox.errors import Command, HostError, SandboxError, UsageError
 from x07_sandbox.host.clocks import unix_ms
-from x07_sandbox.housekeeping.listing import (
-    RecentRun,
-    program_of,
-    recent_runs,
-    run_folder,
-    started_ms,
-)
 from x07_sandbox.library.held import stored_result
-from x07_sandbox.sessions.folder import find_run
+from x07_sandbox.records.listing import RecentRun, program_of, recent_runs
+from x07_sandbox.records.runs import find_run, run_folder, started_ms
 from x07_sandbox.sessions.result import Result
 
 _EPILOG: Final = """The page shows how the run ended, its times, limits, denials, connections, output and

@@ -126,6 +126,15 @@ def is_folder(path: Path) -> bool:
     return os.path.isdir(path)  # noqa: PTH112 - as above
 
 
+def entries(folder: Path) -> list[Path]:
+    """Return the sorted paths of a folder's entries, or an empty list if the folder does not exist."""
+    try:
+        with os.scandir(folder) as found:
+            return sorted(folder / entry.name for entry in found)
+    except FileNotFoundError:
+        return []
+
+
 def find_program(name: str) -> str | None:
     """Return the absolute path of the program *name*, itself an absolute path or a name in PROGRAMS; None if missing.
 

@@ -50,10 +50,10 @@ from x07_sandbox.library.held_messages import (
     packed,
     start_message,
 )
+from x07_sandbox.records.runs import SOCKET, all_runs
 from x07_sandbox.sessions.command import AnySandbox, Command, CommandEnd, CommandStart, terminal_kind
 from x07_sandbox.sessions.execution import Execution
 from x07_sandbox.sessions.files import FileServer
-from x07_sandbox.sessions.folder import SOCKET, all_runs
 from x07_sandbox.sessions.result import Result
 from x07_sandbox.sessions.shared import SharedSession
 from x07_sandbox.sessions.transfers import CommandStreams, Inbox

@@ -58,7 +58,7 @@ from x07_sandbox.library.held_messages import (
 )
 from x07_sandbox.library.keyword_names import keyword
 from x07_sandbox.library.opening import open_sandbox
-from x07_sandbox.sessions.folder import SOCKET, all_runs
+from x07_sandbox.records.runs import SOCKET, all_runs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

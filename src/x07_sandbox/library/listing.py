@@ -10,9 +10,9 @@ from x07_sandbox.host.clocks import unix_ms
 from x07_sandbox.host.locks import is_locked
 from x07_sandbox.host.paths import state_dir
 from x07_sandbox.library.held import HeldSandbox, status_of
+from x07_sandbox.records.runs import SANDBOX, SOCKET, all_runs, described, is_named, runs_with
 from x07_sandbox.reports.sandboxes import SandboxInfo
 from x07_sandbox.sessions.command import record_of
-from x07_sandbox.sessions.folder import SANDBOX, SOCKET, all_runs, described, is_named, runs_with
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

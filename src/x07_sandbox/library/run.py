@@ -248,9 +248,9 @@ def run_once(
     """
     from x07_sandbox.backends.lease import PoolClient
     from x07_sandbox.backends.selection import choice_from_environment
-    from x07_sandbox.housekeeping.retention import retain_records
     from x07_sandbox.library.keyword_names import keyword
     from x07_sandbox.library.requests import carry_out, make_request
+    from x07_sandbox.library.upkeep import retain_records
     from x07_sandbox.sessions.request import RunCaller
     from x07_sandbox.sessions.transfers import memory_file
 

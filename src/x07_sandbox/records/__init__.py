@@ -1,1 +1,1 @@
-"""Job records, labels, launching and stopping."""
+"""Job records: writing, reading, listing, stopping, sweeping and pruning them."""

@@ -12,7 +12,7 @@ import os
 import re
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import msgspec
 from msgspec.structs import asdict, replace
@@ -27,6 +27,9 @@ from x07_sandbox.host.processes import Identity
 
 JOB_SCHEMA: Final = "x07.vm.job@0.1.0"
 OWNER_SCHEMA: Final = "x07.sandbox.owner@0.1.0"
+JOB_NAME: Final = re.compile(r"((\d{1,15})-(\d{1,10})-\d{1,10})-([a-z][a-z0-9-]{0,63})")
+Ended = Literal["done", "reaped"]
+ENDS: Final[tuple[Ended, ...]] = ("done", "reaped")
 _MACHINE_ID: Final = Path("/etc/machine-id")
 _INSTANCE_ID: Final = re.compile(r"ri-[0-9a-f]{32}\n?")
 
@@ -190,6 +193,17 @@ def write_owner(
             "labels": record.labels(),
         },
     )
+
+
+def unfinished_jobs(root: Path, most: int | None = None) -> list[str]:
+    """Check the *most* newest jobs. Return the names of those without a `done` or `reaped` file, newest first."""
+    try:
+        names = [name for name in os.listdir(root) if JOB_NAME.fullmatch(name)]  # noqa: PTH208 - names are wanted
+    except OSError:
+        return []
+    names.sort(reverse=True)  # the names start with the run's time
+    place = os.fspath(root)
+    return [name for name in names[:most] if not any(os.path.lexists(f"{place}/{name}/{end}") for end in ENDS)]
 
 
 def mark_done(record: JobRecord) -> None:

@@ -1,18 +1,67 @@
-"""Stopping a job by its record, from any process."""
+"""Stopping jobs by their records, from any process: one job, or all jobs of a run."""
 
+import contextlib
+import os
 import signal
-from collections.abc import Callable
-from typing import Final
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final, Literal, Protocol, runtime_checkable
 
+import msgspec
+
+from x07_sandbox.errors import Command, HostError
 from x07_sandbox.host import settings
 from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.linux import boot_id, boot_ms, pid_namespace, sees_every_process
+from x07_sandbox.host.locks import is_locked
+from x07_sandbox.host.paths import closing_fd, state_dir
 from x07_sandbox.host.processes import Identity, is_alive, kill_identity, processes_with_mark, wait_gone
-from x07_sandbox.records.reader import StoredJob, all_stored, read_stored
-from x07_sandbox.records.record import JobRecord, mark_reaped
+from x07_sandbox.records.reader import StoredJob, all_stored, here_and_now, read_stored, state_of
+from x07_sandbox.records.record import JOB_NAME, JobRecord, mark_reaped, runner_instance, unfinished_jobs
+from x07_sandbox.records.runs import KILL, run_folder
 
 _GONE_S: Final = 10.0
 _GRACE_S: Final = 2.0
+_RUN_GONE_S: Final = 30.0
+_ASKED_S: Final = 5.0  # for the run's x07 process to end the run itself
+_LOOK_AGAIN_S: Final = 0.02
+
+
+class Stops(Protocol):
+    """The part of a backend that stops jobs."""
+
+    def stop(self, record: JobRecord) -> bool:
+        """Stop a job from any process. Return whether it is proven and recorded as gone. Raises SandboxError."""
+
+
+class Orphan(msgspec.Struct, frozen=True, kw_only=True):
+    """An instance in a container engine. id: the engine's name for it. labels: as the engine reports them."""
+
+    id: str
+    labels: Mapping[str, str]
+
+
+@runtime_checkable
+class HoldsInstances(Protocol):
+    """A backend whose instances belong to a daemon or engine, and so can outlive their record."""
+
+    def orphans(self) -> Sequence[Orphan]:
+        """Return the instances with x07's labels, which anybody can set (records/sweep). Raises SandboxError."""
+
+    def remove(self, orphan: Orphan) -> bool:
+        """Remove an instance that `orphans` returned, and return whether it is proven gone. Raises SandboxError."""
+
+
+# Returns the backend with a name, or None if this version has no such backend.
+FindBackend = Callable[[str], Stops | None]
+
+
+class KillReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A run that has ended. jobs_ended: the number of jobs that this command ended; 0 if it had none in progress."""
+
+    schema_version: Literal["x07.sandbox.kill@0.1.0"] = "x07.sandbox.kill@0.1.0"
+    run: str
+    jobs_ended: int
 
 
 def live_records(backend: str) -> list[JobRecord]:
@@ -70,3 +119,70 @@ def _ended(processes: list[Identity], mark: str) -> bool:
     # process that is ending shows no mark for its last moments.
     deadline = deadline if signalled else Deadline.after(_GRACE_S)
     return all(wait_gone(one, deadline.left_s()) or not is_alive(one) for one in processes)
+
+
+def kill_run(run: str, find: FindBackend) -> tuple[bool, int]:
+    """End a run. Return whether the run was in progress, and how many jobs were ended.
+
+    The x07 process that started the run is asked to cancel it. That process is not signalled, since it may be any
+    program that uses the library. If it does not do so soon, or is dead, the run's jobs are ended from here. Jobs that
+    it starts meanwhile (a retry, the next phase) are ended too. Raises HostError if the run does not end.
+    """
+    deadline, ended = Deadline.after(_RUN_GONE_S), set[str]()
+    asked = _ask(run)
+    alone_until = Deadline.after(_ASKED_S if asked else 0)
+    while True:
+        jobs = _open_jobs(run)
+        if not is_locked(run_folder(run)):
+            if not jobs:
+                return asked or bool(ended), len(ended)
+            if all(stored.record is None for stored in jobs):  # this user may not end these jobs
+                raise _not_ended(run, jobs)
+        if asked and not alone_until.passed():
+            ended.update(stored.folder.name for stored in jobs)
+        else:
+            ended.update(stored.folder.name for stored in jobs if _stopped(stored, find))
+        if deadline.passed():
+            raise _not_ended(run, jobs)
+        time.sleep(_LOOK_AGAIN_S)  # there is no event for another process's next job
+
+
+def _ask(run: str) -> bool:
+    """Ask the run's x07 process to cancel the run. Return whether there is such a process."""
+    with contextlib.suppress(OSError):  # nobody reads the pipe, or there is none
+        fd = os.open(run_folder(run) / KILL, os.O_WRONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+        with closing_fd(fd):
+            return os.write(fd, b"k") == 1
+    return False
+
+
+def _open_jobs(run: str) -> list[StoredJob]:
+    root = state_dir()
+    names = [name for name in unfinished_jobs(root) if (match := JOB_NAME.fullmatch(name)) and match[1] == run]
+    if not names:
+        return []
+    instance = runner_instance(root)
+    return [stored for name in names if (stored := read_stored(root / name, instance)) is not None]
+
+
+def _stopped(stored: StoredJob, find: FindBackend) -> bool:
+    """Stop one job, unless it is about to start. Return whether its machine is proven gone."""
+    record = stored.record
+    if record is None or (backend := find(record.backend)) is None:
+        return False
+    if not isinstance(backend, HoldsInstances) and state_of(stored, here_and_now()) == "starting":
+        return False
+    return backend.stop(record)
+
+
+def _not_ended(run: str, jobs: list[StoredJob]) -> HostError:
+    what, kill = f"cannot end run {run}", f"kill {run.split('-')[1]}"
+    unclear = next((stored for stored in jobs if stored.record is None), None)
+    if unclear is not None:
+        why = f"the state of its job {unclear.folder.name} is not known ({unclear.why})"
+        return HostError(what, why, f"Run x07 inspect {run}, or x07 sweep")
+    if not jobs:
+        why = "it has no job now, because it is waiting or copying files"
+        return HostError(what, why, ("End its process: ", Command(kill)))
+    fix = ("End its process and remove what it leaves: ", Command(f"{kill}; x07 sweep"))
+    return HostError(what, "its job does not end", fix)

@@ -11,9 +11,9 @@ from typing import Any, Final
 import msgspec
 
 from x07_sandbox.files import changes
-from x07_sandbox.housekeeping import kill, listing, prune, pruner, sweep
 from x07_sandbox.images import manifest
 from x07_sandbox.policy.schema import render_schema
+from x07_sandbox.records import listing, pruning, stopping, sweep
 from x07_sandbox.reports import conform, doctor, document, policies, sandboxes, verbs
 from x07_sandbox.reports import result as short_result
 from x07_sandbox.sessions import preview, result
@@ -28,7 +28,7 @@ _ALONE: Final[tuple[type[msgspec.Struct], ...]] = (
     *(verbs.PolicyInitReport, verbs.InitReport, verbs.BuildReport, verbs.ListReport, verbs.LoadReport),
     *(verbs.RemoveReport, verbs.VerifyReport, verbs.PoolReport, listing.PsReport, listing.InspectReport),
     *(sandboxes.SandboxesReport, sandboxes.CommandDocument, sandboxes.FilesReport, sandboxes.ForwardReport),
-    *(pruner.PruneReport, sweep.SweepReport, kill.KillReport, prune.DfReport),
+    *(pruning.PruneReport, sweep.SweepReport, stopping.KillReport, pruning.DfReport),
     *(bundle.BundleReport, bundle.BundleFacts, bundle.VmManifest),
 )
 # Documents of X07's own tools, whose files have X07's names.

@@ -18,7 +18,7 @@ from x07_sandbox.errors import BackendError, UsageError
 from x07_sandbox.host.decoding import prepared
 from x07_sandbox.policy.denials import Denial, Hint
 from x07_sandbox.policy.outcomes import Verdict
-from x07_sandbox.sessions.folder import SANDBOX, all_runs
+from x07_sandbox.records.runs import SANDBOX, all_runs
 from x07_sandbox.sessions.result import CommandReport
 
 if TYPE_CHECKING:

@@ -31,7 +31,7 @@ from x07_sandbox.network.summary import Contact, NetworkUse
 from x07_sandbox.policy.connections import hosts_in
 from x07_sandbox.policy.denials import Denial, HowToAllow
 from x07_sandbox.policy.observed import NETWORK
-from x07_sandbox.sessions.folder import NET_LOG
+from x07_sandbox.records.runs import NET_LOG
 
 if TYPE_CHECKING:
     from x07_sandbox.channel.messages import Denied

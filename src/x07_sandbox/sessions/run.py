@@ -28,8 +28,9 @@ from x07_sandbox.policy.denials import CONNECTS, Denial, Hint, HowToAllow, Outco
 from x07_sandbox.policy.problems import PolicyError
 from x07_sandbox.programs.toolchains import COMMAND, OUTPUT
 from x07_sandbox.records.record import new_run_id
+from x07_sandbox.records.runs import REQUEST
 from x07_sandbox.sessions.artifact import obtain_artifact
-from x07_sandbox.sessions.folder import REQUEST, RunFolder
+from x07_sandbox.sessions.folder import RunFolder
 from x07_sandbox.sessions.job import JobEnd, run_job, worded_report
 from x07_sandbox.sessions.phase_specs import run_spec
 from x07_sandbox.sessions.prepare import Prepared, Step, image_in_use, output_caps, prepare, wants_scaling

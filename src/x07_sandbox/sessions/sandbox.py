@@ -35,10 +35,10 @@ from x07_sandbox.policy.outcomes import Verdict, cancelled_verdict, classify, li
 from x07_sandbox.programs.toolchains import COMMAND, OUTPUT, SOURCE_FOLDER, Source
 from x07_sandbox.records.admission import SANDBOXES, admitted
 from x07_sandbox.records.record import new_run_id
+from x07_sandbox.records.runs import SANDBOX
 from x07_sandbox.sessions.command import AnySandbox, Command, CommandEnd, SandboxRecord, terminal_kind
 from x07_sandbox.sessions.execution import FILES
 from x07_sandbox.sessions.files import FileServer
-from x07_sandbox.sessions.folder import SANDBOX
 from x07_sandbox.sessions.job import gate_for, started, without_account
 from x07_sandbox.sessions.request import Program, check_arguments, check_variables, in_memory, sha256_text
 from x07_sandbox.sessions.result import EMPTY_OUTPUT, Changes, CommandReport, Diff, PhaseReport, Result, draft_result

@@ -17,7 +17,7 @@ from x07_sandbox.errors import Command, HostError, SandboxError, UsageError, esc
 from x07_sandbox.host.locks import OnWait, is_locked, lock_fd_held, lock_for_removal
 from x07_sandbox.host.paths import private_dir, read_bounded, state_dir
 from x07_sandbox.policy.guest_paths import is_below
-from x07_sandbox.sessions.folder import APPLYING, RUN_NAME, all_runs, find_run, runs_dir, runs_with
+from x07_sandbox.records.runs import APPLYING, RUN_NAME, all_runs, find_run, runs_dir, runs_with
 from x07_sandbox.sessions.result import ChangedName, Changes, ChangesState
 
 if TYPE_CHECKING:

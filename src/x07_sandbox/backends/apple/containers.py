@@ -6,12 +6,12 @@ from typing import Any, Final
 import msgspec
 
 from x07_sandbox.backends.apple.create import create_argv, described, differences, image_names, options_in
-from x07_sandbox.backends.base import Orphan
 from x07_sandbox.backends.container.create import ContainerSpec
 from x07_sandbox.backends.container.engine import bounded_labels
 from x07_sandbox.backends.container.runtime import CONTAINERS_MAX, CREATE, is_name, removing_program, until_gone
 from x07_sandbox.backends.engines import Answer, Client
 from x07_sandbox.errors import BackendError
+from x07_sandbox.records.stopping import Orphan
 
 _DOCTOR: Final = "Run x07 doctor"
 

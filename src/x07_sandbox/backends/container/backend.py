@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import msgspec
 
-from x07_sandbox.backends.base import Availability, Job, Orphan
+from x07_sandbox.backends.base import Availability, Job
 from x07_sandbox.backends.container import instance as containers
 from x07_sandbox.backends.container.create import engine_gaps, is_beside, is_roots_podman, names_file
 from x07_sandbox.backends.container.engine import IMAGE_IDS, EngineRuntime
@@ -28,7 +28,7 @@ from x07_sandbox.images.guestcode import read_guest_code
 from x07_sandbox.images.verify import OpenImage
 from x07_sandbox.policy.features import LEAVES_TREE, NO_ROOT, NOT_OBSERVED, VM_CAPABILITIES, Features
 from x07_sandbox.records.record import JobRecord
-from x07_sandbox.records.stopping import stop_recorded
+from x07_sandbox.records.stopping import Orphan, stop_recorded
 
 _REFERENCE_MAX: Final = 512
 # Where root's podman finds its store. A podman that reads another file is asked for its images each time.

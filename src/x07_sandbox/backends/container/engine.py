@@ -5,12 +5,12 @@ from typing import Final
 
 import msgspec
 
-from x07_sandbox.backends.base import Orphan
 from x07_sandbox.backends.container.create import ContainerSpec, create_argv, differences
 from x07_sandbox.backends.container.runtime import CONTAINERS_MAX, CREATE, until_gone
 from x07_sandbox.backends.engines import Engine, container_id, is_id
 from x07_sandbox.errors import BackendError
 from x07_sandbox.host.verdicts import forget
+from x07_sandbox.records.stopping import Orphan
 
 IMAGE_IDS: Final = "podman-image"  # the kind of verdict that holds an image's id (backend)
 

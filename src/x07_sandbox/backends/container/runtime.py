@@ -8,9 +8,9 @@ from typing import Any, Final, Protocol
 
 import msgspec
 
-from x07_sandbox.backends.base import Orphan
 from x07_sandbox.backends.container.create import ContainerSpec
 from x07_sandbox.host.clocks import Deadline
+from x07_sandbox.records.stopping import Orphan
 
 CONTAINERS_MAX: Final = 1000
 CREATE: Final = "cannot create the container"

@@ -7,7 +7,6 @@ from typing import Any, Final
 
 import msgspec
 
-from x07_sandbox.backends.base import Orphan
 from x07_sandbox.backends.container.create import ContainerSpec
 from x07_sandbox.backends.container.engine import bounded_labels
 from x07_sandbox.backends.container.runtime import CONTAINERS_MAX, CREATE, is_name, removing_program, until_gone
@@ -16,6 +15,7 @@ from x07_sandbox.backends.engines import Answer, Client
 from x07_sandbox.errors import BackendError, Flag, HostError
 from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.processes import kill_identity, processes_with_mark, wait_gone
+from x07_sandbox.records.stopping import Orphan
 
 _STEP_S: Final = 5.0
 _SHIM_S: Final = 1.0

@@ -8,7 +8,6 @@ from typing import Final
 
 import msgspec
 
-from x07_sandbox.backends.base import Orphan
 from x07_sandbox.backends.container.create import ContainerSpec
 from x07_sandbox.backends.container.engine import bounded_labels
 from x07_sandbox.backends.container.runtime import CONTAINERS_MAX, CREATE, is_name, removing_program, until_gone
@@ -17,6 +16,7 @@ from x07_sandbox.backends.gvisor.bundle import GROUPS, config
 from x07_sandbox.errors import BackendError, UsageError
 from x07_sandbox.host.os_errors import raised_as
 from x07_sandbox.host.paths import read_bounded, replace_file
+from x07_sandbox.records.stopping import Orphan
 
 _CONFIG_MAX: Final = 1 << 20
 _CGROUPS: Final = Path("/sys/fs/cgroup")

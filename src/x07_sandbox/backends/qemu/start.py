@@ -22,6 +22,7 @@ from x07_sandbox.errors import HostError
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import Arch, host_arch, is_foreign
 from x07_sandbox.host.close_on_fork import FdGroup
+from x07_sandbox.host.launcher import Launch
 from x07_sandbox.host.linux import fd_path, processor, require_own_proc
 from x07_sandbox.host.memory import memory_file
 from x07_sandbox.host.os_errors import out_of_cpu_time
@@ -35,7 +36,6 @@ from x07_sandbox.jail.cgroups import make_groups
 from x07_sandbox.jail.criu import CRIU, PID, Criu
 from x07_sandbox.jail.forms import Form, jail_form, namespace_flags, needed_files
 from x07_sandbox.jail.uids import lease_uid
-from x07_sandbox.records.launcher import Launch
 from x07_sandbox.records.record import Claim, JobRecord, create_record, drop_unstarted, new_run_id
 
 MISCALIBRATED: Final = "its kernel calibrated its timer wrong, as happens on an overloaded host"

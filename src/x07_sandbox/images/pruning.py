@@ -1,24 +1,21 @@
-"""Removal of images without a name, bases (images/base) and saved VMs without an image, and incomplete builds."""
+"""Removal of images without a name, of bases (images/base) without an image, and of incomplete builds."""
 
 import os
 import re
-from collections import Counter
 from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 
-from x07_sandbox.backends.registry import BY_NAME, create
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host.locks import file_lock
-from x07_sandbox.host.paths import cache_dir
+from x07_sandbox.host.paths import cache_dir, entries
 from x07_sandbox.host.variables import text
-from x07_sandbox.housekeeping.pruner import Pruner, entries, sizes_by_file, sweep_temporaries
 from x07_sandbox.images.base import read_base, remove_work
 from x07_sandbox.images.build import leftovers, remove_from_store
 from x07_sandbox.images.store import all_names, check_name, damaged_images, images_dir, list_images, remove_name
+from x07_sandbox.records.pruning import Pruner, sweep_temporaries
 
 _BASE = re.compile(r"base-[0-9a-f]{32}")
-_IMAGE = re.compile(r"[0-9a-f]{64}")
 
 
 def prune_images(pruner: Pruner) -> set[str]:
@@ -45,22 +42,20 @@ def prune_images(pruner: Pruner) -> set[str]:
         return doomed
 
 
-def prune_saved(pruner: Pruner, gone: set[str]) -> None:
-    """Remove saved VMs of missing images and of images with a digest in *gone*. Raises SandboxError."""
-    if not os.path.lexists(cache_dir()):
-        return
-    images = {image.digest for image in list_images()} - gone
-    for backend in map(create, BY_NAME):
-        if backend.cloning is None:
+def _prune_bases(folder: Path, needed: set[str], pruner: Pruner) -> None:
+    for path in entries(folder):
+        if not _BASE.fullmatch(path.name):
             continue
-        on_wait = partial(pruner.progress, "waiting until another process has saved a VM")
-        for one in backend.cloning.prunable(images, on_wait):
-            remove = pruner.remove if one.kind == "leftover" else pruner.remove_own
-            remove(one.kind, one.path, one.why, one.remove)
+        base = read_base(path)
+        if base is None:
+            pruner.keep("base", path, "it is damaged or has an unknown format. x07 image build replaces it if needed")
+        elif base.digest not in needed:
+            remove = partial(remove_from_store, progress=pruner.progress)
+            pruner.remove_own("base", path, "no image uses it", remove)
 
 
-def remove_images(names: Collection[str], pruner: Pruner) -> dict[str, str]:
-    """Remove the images called *names* and everything that only they use, and return the digest of each image.
+def remove_images(names: Collection[str], pruner: Pruner) -> tuple[dict[str, str], set[str]]:
+    """Remove the images called *names* and the bases of them alone. Return their digests, and those of removed images.
 
     An image stays if it has another name or X07_VM_GUEST_IMAGE_DIGEST refers to it. Current runs keep the files that
     they have open. Raises UsageError before any removal if an image does not exist, and SandboxError if the store
@@ -88,33 +83,4 @@ def remove_images(names: Collection[str], pruner: Pruner) -> dict[str, str]:
         for path in entries(folder):
             if _BASE.fullmatch(path.name) and (base := read_base(path)) is not None and base.digest in unneeded:
                 pruner.remove_own("base", path, "no image uses it", remove)
-    prune_saved(pruner, {f"sha256:{digest}" for digest in doomed})
-    return {name: f"sha256:{digest}" for name, digest in removed.items()}
-
-
-def image_sizes() -> tuple[dict[str, int], dict[str, int], int]:
-    """Return the disk space of each image's own files, of its saved VMs, and of all of them. Raises SandboxError.
-
-    The dictionaries have digests as keys. A file that several images share counts only in the sum of all.
-    """
-    places = [path for path in entries(cache_dir() / "images") if _IMAGE.fullmatch(path.name)]
-    images = {f"sha256:{path.name}": sizes_by_file(path) for path in places}
-    owners = Counter(file for files in images.values() for file in files)
-    own = {name: sum(size for file, size in files.items() if owners[file] == 1) for name, files in images.items()}
-    saved = Counter[str]()
-    for backend in map(create, BY_NAME):
-        saved.update({} if backend.cloning is None else backend.cloning.saved_bytes())
-    everywhere = sizes_by_file(cache_dir() / "images") | sizes_by_file(cache_dir() / "templates")
-    return own, saved, sum(everywhere.values())
-
-
-def _prune_bases(folder: Path, needed: set[str], pruner: Pruner) -> None:
-    for path in entries(folder):
-        if not _BASE.fullmatch(path.name):
-            continue
-        base = read_base(path)
-        if base is None:
-            pruner.keep("base", path, "it is damaged or has an unknown format. x07 image build replaces it if needed")
-        elif base.digest not in needed:
-            remove = partial(remove_from_store, progress=pruner.progress)
-            pruner.remove_own("base", path, "no image uses it", remove)
+    return {name: f"sha256:{digest}" for name, digest in removed.items()}, {f"sha256:{digest}" for digest in doomed}

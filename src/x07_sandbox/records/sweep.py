@@ -1,8 +1,7 @@
-"""Sweep: end and remove what dead x07 processes left, and nothing else.
+"""Sweep: end and remove the jobs that dead x07 processes left, and nothing else.
 
-It ends this user's jobs whose x07 process is dead or whose deadline has passed (records/stop_rules). It removes folders
-of jobs that never started, an engine's containers without a record, folders past their retention time and saved VMs
-without an image. It rolls back incomplete file changes. Everything else stays and is reported.
+It ends this user's jobs whose x07 process is dead or whose deadline has passed (records/reader). It removes folders of
+jobs that never started, and an engine's containers without a record. Everything else stays and is reported.
 
 Sweeps and running x07 processes may work concurrently. A sweep locks a job's folder while it decides about the job and
 ends it. If the folder is already locked, the sweep skips the job.
@@ -11,34 +10,29 @@ ends it. If the folder is already locked, the sweep skips the job.
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Final, Literal, cast
 
 import msgspec
 
-from x07_sandbox.backends.base import HoldsInstances
-from x07_sandbox.backends.registry import BY_NAME, create
 from x07_sandbox.errors import SandboxError
 from x07_sandbox.host import settings
 from x07_sandbox.host.clocks import Deadline, unix_ms
 from x07_sandbox.host.locks import is_locked
 from x07_sandbox.host.paths import private_dir, state_dir
 from x07_sandbox.host.processes import identify
-from x07_sandbox.housekeeping.pruner import Pruner, Row, entries
-from x07_sandbox.housekeeping.records import doomed_name, prune_records
-from x07_sandbox.records.active import ENDS, JOB_NAME, unfinished_jobs
-from x07_sandbox.records.reader import StoredJob, locked_stored
-from x07_sandbox.records.record import runner_instance
-from x07_sandbox.records.stop_rules import Now, here_and_now, judge
-from x07_sandbox.sessions.folder import APPLYING, KILL, RUN_NAME, SOCKET, runs_dir
+from x07_sandbox.records.pruning import Pruner, Row, doomed_name
+from x07_sandbox.records.reader import Now, StoredJob, here_and_now, judge, locked_stored
+from x07_sandbox.records.record import ENDS, JOB_NAME, runner_instance, unfinished_jobs
+from x07_sandbox.records.runs import run_folder
+from x07_sandbox.records.stopping import FindBackend, HoldsInstances
 
 # job: a job that was ended, cleaned up and recorded as reaped. unstarted: the folder of a job that never started.
 # instance: a container without a job's record. changes: incomplete file changes. record, run: folders past their
 # retention time.
 Kind = Literal["job", "unstarted", "instance", "changes", "record", "run", "template", "leftover"]
 _AT_START: Final = 512  # the newest jobs, to bound the cost of a start
-_ALL: Final = 1 << 30
 _UNIX_MS: Final = re.compile(r"[0-9]{1,16}")
 _ORPHANS_MAX: Final = 4096
 _RUN_PID: Final = re.compile(r"[^-]*-([0-9]{1,10})(?:-|\Z)")
@@ -69,20 +63,10 @@ class SweepReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     kept: tuple[Swept, ...]
 
 
-def sweep(*, dry_run: bool, progress: Callable[[str], None], budget_s: float | None = None) -> SweepReport:
-    """Remove what dead x07 processes left. Raises SandboxError if a folder of this tool cannot be used.
-
-    budget_s: sweep only jobs, newest first, and begin no further job after this time. None: sweep everything.
-    """
-    pruner = Pruner(progress, dry_run=dry_run)
-    if os.path.lexists(state_dir()):
-        live = sweep_jobs(pruner, budget_s)
-        if budget_s is None:
-            _sweep_orphans(pruner, live)
-            _sweep_changes(pruner)
-            _sweep_leftovers(pruner)
+def sweep_report(pruner: Pruner) -> SweepReport:
+    """Return the report on everything that a sweep removed or kept."""
     removed, kept = _swept(pruner.removed, records="record"), _swept(pruner.kept, records="job")
-    return SweepReport(dry_run=dry_run, removed=removed, kept=kept)
+    return SweepReport(dry_run=pruner.dry_run, removed=removed, kept=kept)
 
 
 def _swept(rows: Iterable[Row], *, records: str) -> tuple[Swept, ...]:
@@ -96,21 +80,24 @@ def _swept(rows: Iterable[Row], *, records: str) -> tuple[Swept, ...]:
     return tuple(found.values())
 
 
-def sweep_jobs(pruner: Pruner, budget_s: float | None) -> set[str]:
-    """End the jobs that may be ended, and return the names of live jobs. budget_s: see `sweep`. Raises SandboxError."""
+def sweep_jobs(pruner: Pruner, find: FindBackend, budget_s: float | None = None) -> set[str]:
+    """End the jobs that may be ended, and return the names of live jobs. Raises SandboxError.
+
+    budget_s: check only the newest jobs, and begin no further job after this time. None: check all jobs.
+    """
     root = private_dir(state_dir())
     instance, now, live = runner_instance(root), here_and_now(), set()
     deadline = None if budget_s is None else Deadline.after(budget_s)
-    for name in unfinished_jobs(root, _ALL if budget_s is None else _AT_START):
+    for name in unfinished_jobs(root, None if budget_s is None else _AT_START):
         if deadline is not None and deadline.passed():
             break
         with locked_stored(root / name, instance) as stored:
-            if stored is None or not _settled(pruner, stored, now):
+            if stored is None or not _settled(pruner, find, stored, now):
                 live.add(name)
     return live
 
 
-def _settled(pruner: Pruner, stored: StoredJob, now: Now) -> bool:
+def _settled(pruner: Pruner, find: FindBackend, stored: StoredJob, now: Now) -> bool:
     """Sweep one job, whose folder the caller has locked. Return False if the job counts as live."""
     judgement = judge(stored, now)
     name = stored.folder.name
@@ -123,20 +110,21 @@ def _settled(pruner: Pruner, stored: StoredJob, now: Now) -> bool:
         return stored.standing != "unowned"
     if judgement.fate in {"live", "ended"}:
         return judgement.fate == "ended"
-    if not pruner.dry_run and (problem := _not_stopped(stored)):
+    if not pruner.dry_run and (problem := _not_stopped(stored, find)):
         pruner.kept.append(Row("job", name, f"{judgement.why}, and {problem}", failed=True))
     else:
         pruner.removed.append(Row("job", name, judgement.why))
     return True
 
 
-def _not_stopped(stored: StoredJob) -> str:
+def _not_stopped(stored: StoredJob, find: FindBackend) -> str:
     """Stop a job by its record. Return why the job is not proven gone, or "" if it is."""
-    assert stored.record is not None  # noqa: S101 - the job is ours
-    if stored.record.backend not in BY_NAME:
-        return f"this version has no backend {stored.record.backend!a}"
+    record = stored.record
+    assert record is not None  # noqa: S101 - the job is ours
+    if (backend := find(record.backend)) is None:
+        return f"this version has no backend {record.backend!a}"
     try:
-        return "" if create(stored.record.backend).stop(stored.record) else "nothing proves that its processes are gone"
+        return "" if backend.stop(record) else "nothing proves that its processes are gone"
     except SandboxError as exc:
         return f"it cannot be stopped ({exc.what}: {exc.why})"
     except OSError as exc:  # the other jobs must be swept all the same
@@ -153,7 +141,7 @@ def _why_unstarted(stored: StoredJob) -> str:
     match = JOB_NAME.fullmatch(stored.folder.name)
     if match is None or stored.standing != "unowned" or os.path.lexists(stored.folder / "owner.json"):
         return ""
-    run = runs_dir(state_dir()) / match[1]
+    run = run_folder(match[1])
     backend = stored.job.backend if stored.job is not None else ""
     ours = backend in _OWN_BACKENDS or match[4] not in _UPSTREAM_PHASES or run.is_dir()
     if not ours or is_locked(run) or not _holds_nothing(stored.folder):
@@ -213,11 +201,10 @@ def _is_over(job: str) -> bool:
     return JOB_NAME.fullmatch(job) is not None and any(os.path.lexists(state_dir() / job / name) for name in ENDS)
 
 
-def _sweep_orphans(pruner: Pruner, live: Collection[str]) -> None:
-    """Remove this tool's containers without a live job from every container engine. live: names of the live jobs."""
+def sweep_orphans(pruner: Pruner, backends: Mapping[str, object], live: Collection[str]) -> None:
+    """Remove this tool's containers without a live job from every engine. live: names of the live jobs."""
     instance = runner_instance(state_dir())
-    for name in BY_NAME:
-        backend: object = create(name)
+    for name, backend in backends.items():
         if not isinstance(backend, HoldsInstances):
             continue
         try:
@@ -238,34 +225,3 @@ def _sweep_orphans(pruner: Pruner, live: Collection[str]) -> None:
                     pruner.kept.append(Row("instance", called, "it was removed, but still exists", failed=True))
         except SandboxError as exc:
             pruner.kept.append(Row("instance", name, f"{exc.what}: {exc.why}"))
-
-
-def _sweep_changes(pruner: Pruner) -> None:
-    """Roll back or complete file changes that were interrupted."""
-    from x07_sandbox.sessions.saved_changes import recover_all
-
-    folder = runs_dir(state_dir()) / APPLYING
-    before = {path.name for path in entries(folder) if RUN_NAME.fullmatch(path.name)}
-    if not pruner.dry_run:
-        recover_all(pruner.progress)
-    left = set() if pruner.dry_run else {path.name for path in entries(folder)}
-    for run in sorted(before):
-        if run in left:
-            pruner.kept.append(Row("changes", run, "its changes are being applied, or cannot be recovered yet"))
-        else:
-            pruner.removed.append(Row("changes", run, "its changes were applied incompletely"))
-
-
-def _sweep_leftovers(pruner: Pruner) -> None:
-    """Remove expired folders, saved VMs without an image, and what dead x07 processes left beside their jobs."""
-    from x07_sandbox.housekeeping.images import prune_saved
-    from x07_sandbox.jail.cgroups import remove_abandoned_groups
-
-    prune_records(pruner)
-    prune_saved(pruner, set())
-    if not pruner.dry_run:
-        remove_abandoned_groups()
-        for run in entries(runs_dir(state_dir())):  # pipes and sockets of dead x07 processes
-            if RUN_NAME.fullmatch(run.name) and not is_locked(run):
-                for name in (KILL, SOCKET):
-                    (run / name).unlink(missing_ok=True)

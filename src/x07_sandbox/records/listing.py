@@ -1,4 +1,4 @@
-"""Reports on runs and jobs, for `x07 ps` and `x07 inspect`, and the look-up of runs by id."""
+"""Reports on runs and jobs, for `x07 ps`, `x07 inspect` and `x07 report`."""
 
 import contextlib
 import os
@@ -7,18 +7,25 @@ from typing import Final, Literal, NamedTuple, TypeVar
 
 import msgspec
 
-from x07_sandbox.errors import Command, UsageError
+from x07_sandbox.errors import UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.clocks import unix_ms
 from x07_sandbox.host.decoding import prepared
 from x07_sandbox.host.locks import is_locked
-from x07_sandbox.host.paths import read_bounded, state_dir
+from x07_sandbox.host.paths import read_bounded
 from x07_sandbox.host.processes import Identity
-from x07_sandbox.housekeeping.pruner import entries
-from x07_sandbox.records.active import JOB_NAME
-from x07_sandbox.records.reader import JobDocument, StoredJob, all_stored
-from x07_sandbox.records.stop_rules import Now, here_and_now, judge, overdue_ms, state_of
-from x07_sandbox.sessions.folder import KILL, REQUEST, RUN_NAME, SANDBOX, described, is_named, runs_dir
+from x07_sandbox.records.reader import (
+    JobDocument,
+    Now,
+    StoredJob,
+    all_stored,
+    here_and_now,
+    judge,
+    overdue_ms,
+    state_of,
+)
+from x07_sandbox.records.record import JOB_NAME
+from x07_sandbox.records.runs import KILL, REQUEST, SANDBOX, run_folder, run_names, started_ms
 
 _T = TypeVar("_T", bound=msgspec.Struct)
 _LIVE: Final = frozenset({"starting", "running", "ending", "orphaned", "expired"})
@@ -153,8 +160,7 @@ def list_jobs(*, everything: bool = False) -> PsReport:
     lines = [_line(stored, now) for stored in all_stored()]
     jobs = [line for line in lines if everything or line.state in _LIVE]
     busy = {line.run for line in jobs if line.state in _LIVE}
-    runs = (path.name for path in entries(runs_dir(state_dir())) if RUN_NAME.fullmatch(path.name))
-    newest = sorted(runs, reverse=True)[:_WAITING_MAX]
+    newest = sorted(run_names(), reverse=True)[:_WAITING_MAX]
     waiting = [_waiting(run) for run in newest if run not in busy and is_locked(run_folder(run))]
     return PsReport(jobs=tuple(sorted([*jobs, *waiting], key=lambda line: (line.created_unix_ms, line.job_id))))
 
@@ -238,14 +244,7 @@ def _job(stored: StoredJob, now: Now) -> JobReport:
 
 def recent_runs(most: int) -> list[RecentRun]:
     """Return the last *most* runs and sandboxes of this user, newest first."""
-    runs = [path.name for path in entries(runs_dir(state_dir())) if RUN_NAME.fullmatch(path.name)]
-    runs.sort(key=started_ms, reverse=True)
-    return [_recent(run) for run in runs[:most]]
-
-
-def started_ms(run: str) -> int:
-    """Return when a run started, in milliseconds since 1970."""
-    return int(run.partition("-")[0])
+    return [_recent(run) for run in sorted(run_names(), key=started_ms, reverse=True)[:most]]
 
 
 def _recent(run: str) -> RecentRun:
@@ -266,26 +265,3 @@ def _read(path: Path, max_bytes: int, kind: type[_T]) -> _T | None:
     with contextlib.suppress(UsageError, msgspec.MsgspecError, RecursionError):
         return msgspec.json.decode(read_bounded(path, "file", max_bytes), type=prepared(kind))
     return None
-
-
-def run_folder(run: str) -> Path:
-    """Return the folder of a run's files. The folder may not exist."""
-    return runs_dir(state_dir()) / run
-
-
-def known_run(word: str) -> str:
-    """Return the id of the run that *word* names: a run id, a unique prefix of one, or a job id. Raises UsageError."""
-    job = JOB_NAME.fullmatch(word)
-    wanted = job[1] if job else word
-    names = set()
-    if os.path.lexists(state_dir()):
-        names = {match[1] for path in entries(state_dir()) if (match := JOB_NAME.fullmatch(path.name))}
-        names |= {path.name for path in entries(runs_dir(state_dir())) if RUN_NAME.fullmatch(path.name)}
-    found = sorted(name for name in names if is_named(name, wanted))
-    if not found:
-        why = f"no run has {described(wanted)}"
-        raise UsageError(f"cannot find run {word}", why, ("To list all runs: ", Command("x07 ps --all")))
-    if len(found) > 1:
-        why = f"{len(found)} run ids start with {word}, such as {found[0]}"
-        raise UsageError(f"the run id {word} is ambiguous", why, "Use more digits of the id")
-    return found[0]

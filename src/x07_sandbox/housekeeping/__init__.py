@@ -1,1 +1,0 @@
-"""Listing and removal of unused state and cache files."""
