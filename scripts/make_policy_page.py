@@ -18,7 +18,7 @@ from x07_sandbox.policy.controls import make_plan
 from x07_sandbox.policy.default import default_policy, render_policy
 from x07_sandbox.policy.features import vm_features
 from x07_sandbox.policy.model import OPTIONAL_SECTIONS
-from x07_sandbox.policy.rules import RULES
+from x07_sandbox.policy.problems import RULES
 from x07_sandbox.policy.schema import fields, host_fields, policy_schema
 from x07_sandbox.policy.templates import TEMPLATES
 

@@ -1,25 +1,36 @@
 """The table of a run's options: one row for each flag of `x07 run` and each keyword of `run_program`.
 
-Parsers, argument checks, error messages, help and reference pages are made from these rows. The typed signatures in
-`library` are written out for type checkers, and a test compares them with this table.
+Parsers, argument checks, error messages, help and reference pages are made from these rows. `FORMS` says once how a
+value of each kind is read from text, written as text, and passed from Python. The typed signatures in `library` are
+written out for type checkers, and a test compares them with this table.
 """
 
 from __future__ import annotations
 
-from typing import Final, Literal
+import collections.abc
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 import msgspec
 
 from x07_sandbox.host.settings import BUILD_S_MAX, GIB, MIB, QUEUE_S
 from x07_sandbox.host.variables import SANDBOX_BACKENDS
 
-# The form of a value: `cli/parser` has a reader for text, and `library/arguments` a check, for each kind.
+if TYPE_CHECKING:
+    from x07_sandbox.errors import Flag
+
 # fmt: off
 Kind = Literal[
     "text", "name", "file", "folder", "size", "seconds", "number", "choice", "toolchain", "switch", "maybe",
     "list", "names", "patterns", "words", "variables", "contents", "policy", "source", "function",
 ]
 # fmt: on
+_UNITS: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+_SIZE: Final = re.compile(r"([0-9]{1,12})(?:(\.[0-9]{1,6})?([KMG])(?:i?B)?)?", re.IGNORECASE | re.ASCII)
+_NUMBER_CHARS: Final = 32
 
 
 class Option(msgspec.Struct, frozen=True):
@@ -29,7 +40,7 @@ class Option(msgspec.Struct, frozen=True):
     metavar: the word for the value in help texts; "" stands for the choices.
     sets: the field of RunRequest, such as "limits.mem_bytes"; "" if the command itself uses the value.
     keyword: the keyword of `run_program`; "" if Python does not have the option.
-    least, most: the range of a number, in the unit of the value.
+    least, most: the range of a number, in bytes, in seconds or in *unit*.
     choices: the accepted words.
     default: the value if the flag is not given. A flag with a default may be repeated, and the last value counts.
     field: the policy field that the option adds to or relaxes; "" for a limit, which *sets* names.
@@ -66,6 +77,129 @@ class Option(msgspec.Struct, frozen=True):
         """Whether the value is a list, to which each flag adds one item."""
         return self.kind in {"list", "names", "patterns", "variables"}
 
+    def read(self, text: str) -> Any:  # noqa: ANN401 - of the kind's type
+        """Return the value that *text* stands for. Raises ValueError, whose text is the reason."""
+        return FORMS[self.kind].read(self, text)
+
+    def flag_text(self, value: float) -> str:
+        """Return the flag with a value, such as `--cpu-time 2.5`."""
+        return f"{self.flag} {FORMS[self.kind].write(value)}"
+
+    def argument(self, value: Any) -> Any:  # noqa: ANN401 - as above
+        """Return a value in the form of the keyword's argument, whose limits of time are in seconds."""
+        return value / 1000 if self.kind == "seconds" else value
+
+    def range_fault(self, number: float) -> str:
+        """Return the problem with a number that is out of range, or "" for a valid one. It has the unit of *most*."""
+        if self.least <= number <= self.most:
+            return ""
+        least, most = (size_text(int(end)) if self.kind == "size" else str(end) for end in (self.least, self.most))
+        return f"must be at least {least} and at most {most}{' seconds' if self.kind == 'seconds' else ''}"
+
+
+def parse_size(text: str) -> int | None:
+    """Return the number of bytes of a size such as 512M, 1.5G or a plain number, or None for any other text."""
+    found = _SIZE.fullmatch(text.strip())
+    if found is None:
+        return None
+    number, fraction, unit = found[1], found[2] or "", (found[3] or "").upper()
+    return int(float(number + fraction) * _UNITS[unit]) if fraction else int(number) * _UNITS[unit]
+
+
+def size_text(size: int) -> str:
+    """Return a size in the form that flags accept: 1536M for 1.5 GiB."""
+    unit = next(unit for unit in ("G", "M", "K", "") if size % _UNITS[unit] == 0)
+    return f"{size // _UNITS[unit]}{unit}"
+
+
+def milliseconds(seconds: float) -> int:
+    """Return a limit of time in milliseconds, at least 1."""
+    return max(1, round(seconds * 1000))
+
+
+def read_seconds(text: str, most: float) -> float:
+    """Return a time in seconds above 0, such as 2 or 0.5. Raises ValueError."""
+    try:
+        value = float(text) if text.isascii() and len(text) < _NUMBER_CHARS else 0.0
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= most:  # NaN is not
+        raise ValueError(f"give a time above 0 and up to {most:g} seconds, not {text!r}")
+    return value
+
+
+def _read_size(row: Option, text: str) -> int:
+    fault = "is not a size; write a number of bytes, or a number with K, M or G, such as 512M"
+    if (size := parse_size(text)) is None or (fault := row.range_fault(size)):
+        raise ValueError(f"{text!r} {fault}")
+    return size
+
+
+def _read_number(row: Option, text: str) -> int:
+    low, high = int(row.least), int(row.most)
+    if not (text.isascii() and text.isdigit() and len(text) <= len(str(high)) and low <= int(text) <= high):
+        raise ValueError(f"give a whole number of {row.unit} from {low} to {high}, not {text!r}")
+    return int(text)
+
+
+def _read_name(_row: Option, text: str) -> str:
+    if not text:
+        raise ValueError("the name is empty")
+    return text
+
+
+def _read_folder(_row: Option, text: str) -> Path:
+    if not text:  # as from an unset shell variable; it does not mean `.`
+        raise ValueError("the name of the folder is empty")
+    return Path(text)
+
+
+def _read_pattern(_row: Option, text: str) -> str:
+    if text in {"", ".", ".."} or "/" in text:  # one with a slash would match nothing
+        raise ValueError(f"{text!r} is not a pattern for a name; it must not be empty or contain a slash")
+    return text
+
+
+class Form(NamedTuple):
+    """How values of one kind are read, written and passed.
+
+    read: returns the value for the text of a flag. Raises ValueError, whose text is the reason.
+    write: returns the text for a value, as the flag takes it.
+    types, expected: the types of an argument from Python, and their words in messages; None if others check it.
+    """
+
+    read: Callable[[Option, str], Any] = lambda _row, text: text
+    write: Callable[[Any], str] = str
+    types: Any = None
+    expected: str = ""
+
+
+FORMS: Final[dict[Kind, Form]] = {
+    "text": Form(types=str, expected="str"),
+    "toolchain": Form(types=str, expected="str"),
+    "choice": Form(types=str, expected="str"),
+    "name": Form(_read_name),
+    "names": Form(_read_name),
+    "file": Form(lambda row, text: Path(_read_name(row, text))),
+    "folder": Form(_read_folder),
+    "policy": Form(),
+    "source": Form(types=str | bytes, expected="str or bytes"),
+    "words": Form(types=collections.abc.Sequence, expected="a list of str"),
+    "list": Form(types=collections.abc.Sequence, expected="a list of str"),
+    "patterns": Form(_read_pattern, types=collections.abc.Sequence, expected="a list of str"),
+    "size": Form(_read_size, size_text, str | int, "a size such as '1G' or a number of bytes"),
+    "seconds": Form(
+        lambda row, text: milliseconds(read_seconds(text, row.most)),
+        lambda ms: f"{ms / 1000:.3f}".rstrip("0").rstrip("."),
+        float | int,
+        "a number",
+    ),
+    "number": Form(_read_number, str, int, "int"),
+    "switch": Form(types=bool, expected="a bool"),
+    "variables": Form(types=collections.abc.Mapping, expected="a mapping of str to str"),
+    "contents": Form(types=collections.abc.Mapping, expected="a mapping of str to str or bytes"),
+}
+"""The form of each kind of value. A limit of time is in milliseconds, and a size in bytes."""
 
 CHANGES: Final = ("apply", "all-or-nothing", "keep", "discard")
 
@@ -105,6 +239,17 @@ COPIED: Final = (
 OF_POLICIES: Final = (*LIMITS, FILE_SIZE, *GRANTS, *COPIED)
 """The options that change the policy. `x07 policy new` and `x07 policy init` have them too."""
 
+OF_APPLY: Final = (
+    Option("--only", "PATH", "apply only changes to PATH (absolute, or relative to a folder granted to the run), "
+           "or to names like '*.py'", "names", keyword="only"),
+    Option("--skip", "PATH", "skip changes to PATH, which may be a pattern too", "list", keyword="skip"),
+    Option("--allow-protected", "PATTERN", "also apply changes to protected names such as .git or Jenkinsfile",
+           "names", keyword="allow_protected"),
+    Option("--allow-hidden", "", "also apply changes to dotfiles", "switch"),
+    Option("--allow-symlinks", "", "also apply symbolic links", "switch"),
+)
+"""The options of `x07 apply`. In messages, the values of one flag are quoted for a shell."""
+
 INPUTS: Final = (
     Option("--input", "FILE", "standard input of the program (default: the standard input of x07)",
            "file", "input", "input", manifest="run.input"),
@@ -131,6 +276,12 @@ OF_X07: Final = (
     Option("--auto-ffi", "", "whether to compile the native code of packages", "maybe", only="run", level="x07"),
 )
 """The options for X07's compiler."""
+
+
+def flag_for_file(size: int) -> str:
+    """Return the flag that allows a file of *size* bytes to be copied, rounded up to MiB."""
+    return FILE_SIZE.flag_text(min(-(-size >> 20) << 20, int(FILE_SIZE.most)))
+
 
 # The options of a run, by their groups in help texts.
 GROUPS: Final[dict[str, tuple[Option, ...]]] = {
@@ -230,3 +381,23 @@ _OTHERS: Final = (
 OPTIONS: Final = (*(row for rows in GROUPS.values() for row in rows), *_OTHERS)
 BY_FLAG: Final = {row.flag: row for row in OPTIONS if row.flag}
 BY_KEYWORD: Final = {row.keyword: row for row in OPTIONS if row.keyword}
+_KEYWORDS: Final = {row.flag: row for row in (*OPTIONS, *OF_APPLY) if row.keyword}
+
+
+def keyword(flag: Flag) -> str:
+    """Return the keyword for a flag, for callers from Python: `--memory 1G` becomes `memory="1G"`.
+
+    A flag without a keyword stays.
+    """
+    name, _, value = flag.partition(" ")
+    if name == "--sandbox-backend":  # Python callers select the backend by a variable
+        return f"X07_SANDBOX_BACKEND={value}"
+    row = _KEYWORDS.get(name)
+    if row is None or not value:
+        return flag if row is None else row.keyword
+    if row in OF_APPLY:
+        from shlex import split  # few messages need it
+
+        return f"{row.keyword}={json.dumps(split(value))}"
+    shown = value if row.kind in {"seconds", "number"} else json.dumps([value] if row.repeats else value)
+    return f"{row.keyword}={shown}"

@@ -33,15 +33,12 @@ from x07_sandbox.host import paths
 from x07_sandbox.host.cancel import Cancel
 from x07_sandbox.images.store import set_name
 from x07_sandbox.library.arguments import checked_options
-from x07_sandbox.library.keyword_names import keyword
-from x07_sandbox.library.options import CommandOptions, RunOptions
 from x07_sandbox.library.requests import make_request
-from x07_sandbox.library.run import OPTIONS
-from x07_sandbox.options import BY_FLAG, BY_KEYWORD, LIMITS
+from x07_sandbox.library.run import OPTIONS, CommandOptions, RunOptions
+from x07_sandbox.options import BY_FLAG, BY_KEYWORD, LIMITS, keyword
 from x07_sandbox.options import OPTIONS as OPTIONS_TABLE
+from x07_sandbox.policy.changes import LimitChanges, Overrides
 from x07_sandbox.policy.default import default_policy, render_policy
-from x07_sandbox.policy.limits import LimitChanges
-from x07_sandbox.policy.overrides import Overrides
 from x07_sandbox.policy.problems import PolicyError
 from x07_sandbox.policy.schema import fields as schema_fields
 from x07_sandbox.policy.schema import range_of

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from x07_sandbox.errors import UsageError
 from x07_sandbox.policy.decode import MAX_BYTES, MAX_PROBLEMS, accept, decode_policy, parse
 from x07_sandbox.policy.default import default_policy, render_policy
-from x07_sandbox.policy.explain import schema_problems
 from x07_sandbox.policy.model import Policy
 from x07_sandbox.policy.problems import PolicyError, Problem
+from x07_sandbox.policy.schema import schema_problems
 
 DEFAULT = render_policy(default_policy())
 JSON = st.recursive(

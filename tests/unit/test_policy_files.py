@@ -9,8 +9,14 @@ from jsonschema import Draft202012Validator
 
 from scripts.make_policy_page import PAGE, render
 from x07_sandbox.policy.decode import decode_policy
-from x07_sandbox.policy.default import canonical_json, default_policy, policy_digest, render_policy
-from x07_sandbox.policy.environment import VARIABLES, program_environment
+from x07_sandbox.policy.default import (
+    VARIABLES,
+    canonical_json,
+    default_policy,
+    policy_digest,
+    program_environment,
+    render_policy,
+)
 from x07_sandbox.policy.model import Policy, leaf_values
 from x07_sandbox.policy.schema import fields, policy_schema, render_schema
 from x07_sandbox.policy.templates import TEMPLATES

@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from x07_sandbox.errors import Flag
 from x07_sandbox.host.cancel import BY_KILL
-from x07_sandbox.library.keyword_names import keyword
+from x07_sandbox.options import keyword
 from x07_sandbox.policy.default import default_policy
 from x07_sandbox.policy.denials import Outcome
 from x07_sandbox.policy.features import WORDS, Isolation, vm_features

@@ -7,8 +7,7 @@ import pytest
 
 from x07_sandbox.policy.decode import decode_policy
 from x07_sandbox.policy.default import default_policy, render_policy
-from x07_sandbox.policy.problems import PolicyError
-from x07_sandbox.policy.rules import RULES, regex_lite_fault
+from x07_sandbox.policy.problems import RULES, PolicyError, regex_lite_fault
 
 DB = {"enabled": True, "drivers": {"sqlite": False, "postgres": False, "mysql": False}}
 LISTS = (

@@ -14,10 +14,9 @@ from msgspec.structs import replace
 from x07_sandbox.errors import Cancelled, RefusedError, UsageError
 from x07_sandbox.host.cancel import Cancel
 from x07_sandbox.host.settings import OUTPUT_MAX_BYTES
+from x07_sandbox.policy.changes import LimitChanges, Overrides
 from x07_sandbox.policy.default import default_policy, render_policy
-from x07_sandbox.policy.limits import LimitChanges
 from x07_sandbox.policy.model import HostPorts
-from x07_sandbox.policy.overrides import Overrides
 from x07_sandbox.sessions.host_files import effective_roots
 from x07_sandbox.sessions.program import load_program
 from x07_sandbox.sessions.request import (

@@ -35,10 +35,10 @@ from x07_sandbox.files.copy import NUMBER_MAX
 from x07_sandbox.files.journal import Head, Place
 from x07_sandbox.host.cancel import Cancel, Notice
 from x07_sandbox.host.paths import closing_fd, private_dir
+from x07_sandbox.policy.changes import Overrides
 from x07_sandbox.policy.default import default_policy, render_policy
 from x07_sandbox.policy.denials import HowToAllow
 from x07_sandbox.policy.guest_paths import OUT
-from x07_sandbox.policy.overrides import Overrides
 from x07_sandbox.sessions.folder import RunFolder
 from x07_sandbox.sessions.host_files import HostFiles
 from x07_sandbox.sessions.patches import patch_chunks

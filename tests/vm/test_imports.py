@@ -35,8 +35,8 @@ jail.bwrap jail.cgroups jail.criu jail.forms jail.seccomp jail.uids
 library.requests library.upkeep
 network.summary
 options
-policy.confinement policy.control_table policy.controls policy.decode policy.default policy.denials policy.environment
-policy.features policy.model policy.outcomes policy.problems policy.reasons policy.rules policy.sizes
+policy.confinement policy.control_table policy.controls policy.decode policy.default policy.denials policy.features
+policy.model policy.outcomes policy.problems policy.reasons policy.sizes
 programs.artifacts programs.toolchains
 records.admission records.record records.runs
 sessions.artifact sessions.execution sessions.folder sessions.job sessions.phase sessions.phase_specs sessions.prepare

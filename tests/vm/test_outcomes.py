@@ -27,8 +27,7 @@ from tests.conftest import sample
 from tests.vm.conftest import BEHAVE, PROGRAMS, Artifacts, Ran, Sandbox, left_behind, marked, owners, wait_done
 from x07_sandbox.host.cancel import Cancel
 from x07_sandbox.jail.cgroups import HostGroups
-from x07_sandbox.policy.default import default_policy
-from x07_sandbox.policy.environment import VARIABLES
+from x07_sandbox.policy.default import VARIABLES, default_policy
 from x07_sandbox.policy.model import leaf_values
 
 if TYPE_CHECKING:

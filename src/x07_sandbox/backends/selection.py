@@ -4,14 +4,17 @@ The requested backend is used or refused, but never replaced by another. Isolati
 the user's consent.
 """
 
+from __future__ import annotations
+
 import os
+from functools import cached_property
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 from msgspec.structs import replace
 
-from x07_sandbox.backends.registry import BY_NAME, BackendRow, Class, Platform
+from x07_sandbox.backends.registry import BY_NAME, BackendRow, Class, Platform, create
 from x07_sandbox.errors import RefusedError, UsageError
 from x07_sandbox.host.paths import find_program
 from x07_sandbox.host.variables import (
@@ -22,6 +25,9 @@ from x07_sandbox.host.variables import (
     flag,
     text,
 )
+
+if TYPE_CHECKING:
+    from x07_sandbox.backends.base import Backend
 
 ACCEPT_FLAG: Final = "--i-accept-weaker-isolation"
 ACCEPT_VARIABLE: Final = "X07_I_ACCEPT_WEAKER_ISOLATION"
@@ -43,10 +49,15 @@ class BackendRequest(msgspec.Struct, frozen=True, kw_only=True):
     flags: tuple[str, ...] = ("--sandbox-backend", "--backend")
 
 
-class Choice(msgspec.Struct, frozen=True, kw_only=True):
+class Choice(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     """The selected backend, by name."""
 
     backend: str
+
+    @cached_property
+    def made(self) -> Backend:
+        """The backend, which was not probed yet."""
+        return create(self.backend)
 
     @property
     def sandbox_backend(self) -> Class:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
-from x07_sandbox.backends.registry import create
 from x07_sandbox.backends.selection import backend_request, select, this_platform
 from x07_sandbox.cli.atomic_output import artifact_file
 from x07_sandbox.cli.console import say, write_stdout
@@ -91,7 +90,7 @@ def _choice(bundle: Bundle) -> Choice:
 
 def require_images(choice: Choice, what: str, fix: str) -> None:
     """Raise RefusedError if the backend uses no guest image. what, fix: for the message."""
-    if not create(choice.backend).uses_image:
+    if not choice.made.uses_image:
         why = f"a bundle runs in a guest image, and the backend {choice.backend} uses none"
         raise RefusedError(what, why, fix, code="no-image-used")
 

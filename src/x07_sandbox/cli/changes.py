@@ -23,8 +23,9 @@ from x07_sandbox.cli.changes_text import (
 )
 from x07_sandbox.cli.console import say
 from x07_sandbox.cli.json_output import deliver, document_wanted
-from x07_sandbox.cli.parser import add_document_flags, nonempty, repeated, switch
+from x07_sandbox.cli.parser import add_document_flags, add_row, nonempty, switch
 from x07_sandbox.files.changes import ChangeSet
+from x07_sandbox.options import OF_APPLY
 from x07_sandbox.sessions.patches import include_applied, patch_chunks
 from x07_sandbox.sessions.refusals import apply_command, denials_and_entries
 from x07_sandbox.sessions.result import Changes
@@ -75,18 +76,8 @@ def add_apply(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `x07 apply`."""
     parser.epilog = _APPLY_EPILOG
     add_run_argument(parser)
-    doc = "apply only changes to PATH (absolute, or relative to a folder granted to the run), or to names like '*.py'"
-    repeated(parser, "--only", "PATH", doc, type=nonempty)
-    repeated(parser, "--skip", "PATH", "skip changes to PATH, which may be a pattern too")
-    repeated(
-        parser,
-        "--allow-protected",
-        "PATTERN",
-        "also apply changes to protected names such as .git or Jenkinsfile",
-        type=nonempty,
-    )
-    switch(parser, "--allow-hidden", "also apply changes to dotfiles")
-    switch(parser, "--allow-symlinks", "also apply symbolic links")
+    for row in OF_APPLY:
+        add_row(parser, row)
     add_document_flags(parser, "print what was done, or the error, as one JSON object")
     parser.set_defaults(carry_out=_apply)
 

@@ -9,7 +9,7 @@ import sys
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from x07_sandbox.cli.parser import add_help_levels, help_level, option, seconds, switch, whole_number
-from x07_sandbox.cli.sandbox import add_shared_options, given_keywords, shared_rows
+from x07_sandbox.cli.sandbox import add_shared_options, given_keywords
 from x07_sandbox.errors import Command, UsageError
 from x07_sandbox.host.settings import LIFETIME_MAX_S
 from x07_sandbox.policy.outcomes import SIGNAL_BASE
@@ -86,18 +86,18 @@ def _serve(options: argparse.Namespace) -> int:
 
 def _checked(given: dict[str, Any], choice: Choice) -> Preview:
     """Check now what would make each call fail, and update the image if necessary. Raises SandboxError."""
-    from x07_sandbox.backends.registry import create
     from x07_sandbox.host.cancel import Cancel
     from x07_sandbox.images.store import find_image
+    from x07_sandbox.library.arguments import SANDBOX, checked_options
     from x07_sandbox.library.requests import make_request
     from x07_sandbox.sessions.prepare import current_image
     from x07_sandbox.sessions.preview import preview
     from x07_sandbox.sessions.request import RunCaller
 
-    backend = create(choice.backend)
+    backend = choice.made
     if backend.uses_image and backend.engine_images is None:
         current_image(find_image(given.get("image")))
-    request = make_request(((row, given.get(row.keyword)) for row in shared_rows()), command=("true",))
+    request = make_request(checked_options(given, SANDBOX), command=("true",))
     found = preview(request, RunCaller(cancel=Cancel(), choice=choice))
     found.plan.require(() if request.overrides is None else request.overrides.given)
     return found

@@ -6,12 +6,11 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn
 
 from x07_sandbox.cli.console import write_stdout
 from x07_sandbox.errors import UsageError
-from x07_sandbox.options import BY_FLAG, DOCUMENT, GROUPS, INPUTS, Option
+from x07_sandbox.options import BY_FLAG, DOCUMENT, GROUPS, INPUTS, Option, read_seconds
 
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite
@@ -56,19 +55,24 @@ _EXAMPLES: Final = """examples:
   x07 run --json prog.py | jq .outcome    print everything about the run as one JSON object
   x07 help run                            show the options of a command
 """
-_NUMBER_CHARS: Final = 32
 _WIDTH: Final = 110  # columns of help
+
+
+def type_of(row: Option) -> Callable[[str], Any]:
+    """Return the option type (see add_argument) for the values of *row*."""
+
+    def read(text: str) -> Any:  # noqa: ANN401 - of the row's kind
+        try:
+            return row.read(text)
+        except ValueError as exc:
+            raise argparse.ArgumentTypeError(str(exc)) from None
+
+    return read
 
 
 def whole_number(lo: int, hi: int, what: str) -> Callable[[str], int]:
     """Return an option type: a whole number of *what* from *lo* to *hi*."""
-
-    def read(text: str) -> int:
-        if not (text.isascii() and text.isdigit() and len(text) <= len(str(hi)) and lo <= int(text) <= hi):
-            raise argparse.ArgumentTypeError(f"give a whole number of {what} from {lo} to {hi}, not {text!r}")
-        return int(text)
-
-    return read
+    return type_of(Option("", "", "", "number", least=lo, most=hi, unit=what))
 
 
 def seconds(most: int) -> Callable[[str], float]:
@@ -76,42 +80,16 @@ def seconds(most: int) -> Callable[[str], float]:
 
     def read(text: str) -> float:
         try:
-            value = float(text) if text.isascii() and len(text) < _NUMBER_CHARS else 0.0
-        except ValueError:
-            value = 0.0
-        if not 0 < value <= most:  # NaN is not
-            raise argparse.ArgumentTypeError(f"give a time above 0 and up to {most} seconds, not {text!r}")
-        return value
+            return read_seconds(text, most)
+        except ValueError as exc:
+            raise argparse.ArgumentTypeError(str(exc)) from None
 
     return read
 
 
-def folder_path(text: str) -> Path:
-    """Option type: a folder. An empty name, as from an unset shell variable, is an error and does not mean `.`."""
-    if not text:
-        raise argparse.ArgumentTypeError("the name of the folder is empty")
-    return Path(text)
-
-
-def nonempty(text: str) -> str:
-    """Option type: a text that is not empty."""
-    if not text:
-        raise argparse.ArgumentTypeError("the name is empty")
-    return text
-
-
-def file_path(text: str) -> Path:
-    """Option type: the path of a file."""
-    return Path(nonempty(text))
-
-
-def name_pattern(text: str) -> str:
-    """Option type: a pattern for one name. A pattern with a slash is an error, since it would match nothing."""
-    if text in {"", ".", ".."} or "/" in text:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a pattern for a name; it must not be empty or contain a slash"
-        )
-    return text
+folder_path: Final = type_of(Option("", "", "", "folder"))
+nonempty: Final = type_of(Option("", "", "", "name"))
+file_path: Final = type_of(Option("", "", "", "file"))
 
 
 def variable(text: str) -> tuple[str, str]:
@@ -124,33 +102,12 @@ def variable(text: str) -> tuple[str, str]:
     return name, os.environ[name]
 
 
-def _size(text: str, row: Option) -> int:
-    """Option type: a size in bytes, such as 512M or 1G, in the range of *row*."""
-    from x07_sandbox.policy.limits import parse_size, range_fault
-
-    fault = "is not a size; write a number of bytes, or a number with K, M or G, such as 512M"
-    if (size := parse_size(text)) is None or (fault := range_fault(row, size)):
-        raise argparse.ArgumentTypeError(f"{text!r} {fault}")
-    return size
-
-
 def _choices(row: Option) -> tuple[str, ...] | None:
     if row.kind == "toolchain":
         from x07_sandbox.programs.toolchains import BY_NAME
 
         return tuple(BY_NAME)
     return row.choices or None
-
-
-def _reader(row: Option) -> Callable[[str], Any] | None:
-    """Return the option type for the kind of *row*, or None for any text."""
-    if row.kind == "size":
-        return lambda text: _size(text, row)
-    if row.kind == "seconds":
-        return seconds(int(row.most))
-    if row.kind == "number":
-        return whole_number(int(row.least), int(row.most), row.unit)
-    return _TYPES.get(row.kind)
 
 
 class Once(argparse.Action):
@@ -184,15 +141,6 @@ def switch(to: argparse._ActionsContainer, flag: str, help: str) -> None:  # noq
     to.add_argument(flag, action="store_true", help=help)
 
 
-_TYPES: Final[dict[str, Callable[[str], Any]]] = {
-    "name": nonempty,
-    "names": nonempty,
-    "file": file_path,
-    "folder": folder_path,
-    "patterns": name_pattern,
-}
-
-
 def add_row(to: argparse._ActionsContainer, row: Option) -> None:
     """Add the flag of a row of the table of options."""
     words: dict[str, Any] = {"dest": row.name, "help": row.help}
@@ -201,7 +149,7 @@ def add_row(to: argparse._ActionsContainer, row: Option) -> None:
     elif row.kind == "maybe":
         words |= {"action": argparse.BooleanOptionalAction}
     else:
-        words |= {"metavar": row.metavar or None, "type": _reader(row), "choices": _choices(row)}
+        words |= {"metavar": row.metavar or None, "type": type_of(row), "choices": _choices(row)}
         if row.repeats:
             words |= {"action": "append", "default": []}
         else:
@@ -223,11 +171,13 @@ def add_groups(parser: argparse.ArgumentParser, command: Literal["run", "exec"])
 
 
 def given_rows(options: argparse.Namespace, rows: Iterable[Option]) -> Iterator[tuple[Option, Any]]:
-    """Yield the options of a request, with their values; None for a flag that was not given."""
+    """Yield the options of a request that were given, with their values. Raises UsageError."""
     for row in rows:
-        if row.flag and row.sets:
-            value = getattr(options, row.name)
-            yield row, None if value is False or value == [] else value
+        value = getattr(options, row.name) if row.flag and row.sets else None
+        if row.repeats and value:
+            value = dict(map(variable, value)) if row.kind == "variables" else tuple(value)
+        if value is not None and value is not False and value != []:
+            yield row, value
 
 
 def help_level(action: argparse.Action) -> str:

@@ -144,7 +144,7 @@ def host_report(
 ) -> HostReport:
     """Decide about a connection as the egress gate does. source: path or name of the policy. Raises SandboxError."""
     from x07_sandbox.network.settings import read_settings
-    from x07_sandbox.policy.overrides import denied_hosts
+    from x07_sandbox.policy.changes import denied_hosts
 
     request = rules.parse_request(endpoint, transport)
     # Connections to a loopback address stay in the guest, so the user's settings do not apply.

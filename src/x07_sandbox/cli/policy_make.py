@@ -16,13 +16,11 @@ from x07_sandbox.host.os_errors import raised_as
 from x07_sandbox.host.paths import is_folder, real_path
 from x07_sandbox.library.requests import make_request
 from x07_sandbox.options import OF_POLICIES
+from x07_sandbox.policy.changes import Overrides
 from x07_sandbox.policy.default import render_policy
-from x07_sandbox.policy.from_flags import NewPolicy, make_policy
-from x07_sandbox.policy.limits import LimitChanges
 from x07_sandbox.policy.model import Policy
-from x07_sandbox.policy.overrides import Overrides
-from x07_sandbox.policy.rules import is_policy_id
-from x07_sandbox.policy.templates import TEMPLATES
+from x07_sandbox.policy.problems import is_policy_id
+from x07_sandbox.policy.templates import TEMPLATES, make_policy
 from x07_sandbox.programs.project import project_root, write_document
 from x07_sandbox.reports.verbs import PolicyInitReport
 from x07_sandbox.sessions.request import read_spec_file
@@ -84,35 +82,38 @@ def file_name(template: str) -> str:
 def new(options: argparse.Namespace) -> int:
     """Print the policy that the flags describe, and return the exit code. Raises UsageError."""
     template = options.template or "default"
-    notes = f"Made by x07 policy new from the template {template}."
-    policy = _made(options, "--id", NewPolicy(template=template, policy_id=f"custom.{template}", notes=notes))
+    made, _ = _made(options, template, "--id")
+    policy_id = options.policy_id or f"custom.{template}"
+    policy = replace(made, policy_id=policy_id, notes=f"Made by x07 policy new from the template {template}.")
     deliver(render_policy(policy), options, always=True)
     return 0
 
 
-def _made(options: argparse.Namespace, id_flag: str, wanted: NewPolicy) -> Policy:
-    """Return the policy *wanted* with the changes of the flags. Raises UsageError."""
+def _made(options: argparse.Namespace, template: str, id_flag: str) -> tuple[Policy, bool]:
+    """Return a template with the changes of the flags, and whether there are any. Raises UsageError."""
     name = options.policy_id
     if name is not None and not is_policy_id(name):
         why = "an id has 1 to 64 letters, digits, '_', '.' or '-'"
         raise UsageError(f"cannot use {id_flag} {name!r}", why, "Use another id")
-    changed = make_request(given_rows(options, OF_POLICIES))
-    overrides = changed.overrides or Overrides()
-    overrides = replace(
-        overrides,
-        allow_read_root=(*overrides.allow_read_root, *options.read),
-        allow_write_root=(*overrides.allow_write_root, *options.write),
-    )
-    if changed.limits is not None or overrides.given:
-        wanted = replace(wanted, limits=changed.limits or LimitChanges(), overrides=overrides)
-        if wanted.notes is None:
-            wanted = replace(wanted, notes=f"Made by x07 policy init from the template {wanted.template}.")
-    return make_policy(wanted if name is None else replace(wanted, policy_id=name), read_spec_file)
+    asked = make_request(given_rows(options, OF_POLICIES))
+    overrides = asked.overrides
+    if options.read or options.write:
+        overrides = overrides or Overrides()
+        overrides = replace(
+            overrides,
+            allow_read_root=(*overrides.allow_read_root, *options.read),
+            allow_write_root=(*overrides.allow_write_root, *options.write),
+        )
+    policy = make_policy(template, asked.limits, overrides, read_spec_file)
+    return policy, asked.limits is not None or overrides is not None
 
 
 def init(options: argparse.Namespace) -> int:
     """Write the policy file, print what was done, and return the exit code. Raises SandboxError."""
-    policy = _made(options, "--policy-id", NewPolicy(template=options.template))
+    policy, changed = _made(options, options.template, "--policy-id")
+    if changed:
+        policy = replace(policy, notes=f"Made by x07 policy init from the template {options.template}.")
+    policy = replace(policy, policy_id=options.policy_id or policy.policy_id)
     data = render_policy(policy)
     root = project_root(options.project)
     folder, parts = root, Path(*BASE_FOLDER, file_name(options.template)).parts

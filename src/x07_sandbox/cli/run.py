@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any
 from msgspec.structs import replace
 
 from x07_sandbox.backends.lease import PoolClient
-from x07_sandbox.backends.registry import create
 from x07_sandbox.backends.selection import backend_request, select, this_platform
 from x07_sandbox.cli.console import LiveLine, say
-from x07_sandbox.cli.parser import add_groups, add_help_levels, given_rows, help_level, variable
+from x07_sandbox.cli.parser import add_groups, add_help_levels, given_rows, help_level
 from x07_sandbox.errors import Command, ImageError, SandboxError, UsageError, escaped
 from x07_sandbox.host.cancel import cancelled_by_signals
 from x07_sandbox.host.paths import is_folder
@@ -314,8 +313,7 @@ def request_of(options: argparse.Namespace, cancel: Cancel) -> RunRequest:
         source=source,
         toolchain=toolchain,
         args=tuple(words),
-        env=dict(map(variable, options.env)),
-        input=options.input if options.input_b64 is None else _decoded(options.input_b64),
+        **({} if options.input_b64 is None else {"input": _decoded(options.input_b64)}),
         executable=options.compiled_out is not None,
         cache=not options.no_cache,
     )
@@ -456,7 +454,7 @@ def need_image(choice: Choice, ref: str | None) -> None:
     """On a terminal, build or update the default image if the run needs it. Elsewhere, a run without it is refused."""
     from x07_sandbox.images.store import find_image, image_is_current
 
-    backend = create(choice.backend)
+    backend = choice.made
     if ref is not None or not sys.stderr.isatty() or not backend.uses_image or backend.engine_images is not None:
         return
     from x07_sandbox.cli.image import build_with_progress

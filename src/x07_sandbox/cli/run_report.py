@@ -19,7 +19,6 @@ from x07_sandbox.host.paths import is_file, is_folder
 from x07_sandbox.host.variables import flag
 from x07_sandbox.library.requests import carry_out
 from x07_sandbox.policy.outcomes import REFUSED_EXIT
-from x07_sandbox.policy.overrides import check_grants, derive_policy
 from x07_sandbox.policy.problems import PolicyError
 from x07_sandbox.programs.project import project_root, write_document
 from x07_sandbox.programs.toolchains import ARTIFACT, OUTPUT, PROGRAM_FOLDER, Protocol
@@ -117,20 +116,14 @@ def with_derived_file(
     root = project_root(request.program if program.project and request.program and is_file(request.program) else None)
     if request.program is not None and is_folder(request.program):
         root = request.program
-    base, data = requests.read_policy(request.policy)
-    name = requests.name_of_policy(request.policy)
-    check_grants(base, request.overrides, built_in=requests.is_built_in(request.policy))
-    derived = derive_policy(base, data, name, request.overrides, read_spec_file=requests.read_spec_file)
-    parts = (".x07", "policies", "_generated", derived.file_name)
+    granted, name = requests.derived_policy(request, gate=False)
+    parts = (".x07", "policies", "_generated", name)
     place = root.joinpath(*parts)
     fix = f"Make {place.parent} writable, or omit the flags that change the policy"
-    write_document(root, parts, derived.data, overwrite=True, fix=fix)
+    write_document(root, parts, granted.data, overwrite=True, fix=fix)
     say(f"using derived policy {place}", "x07 run")
-    limits = request.limits
-    if limits is not None:  # the derived file has the same author
-        limits = replace(limits, may_raise=requests.is_built_in(request.policy))
-    request = replace(request, policy=place, overrides=None, limits=limits)
-    return request, requests.effective_policy_of(request)._replace(denied=derived.denied)
+    policy = requests.with_limits(granted._replace(base=str(place)), request.limits)
+    return replace(request, policy=place, overrides=None), policy
 
 
 class ReportRequest(msgspec.Struct, frozen=True, kw_only=True):

@@ -26,7 +26,6 @@ from x07_sandbox.cli.parser import (
     option,
     repeated,
     seconds,
-    variable,
     whole_number,
 )
 from x07_sandbox.errors import BackendError, Cancelled, SandboxError, UsageError
@@ -162,8 +161,7 @@ def shared_rows() -> list[Option]:
 
 def given_keywords(options: argparse.Namespace) -> dict[str, Any]:
     """Return the given options that a sandbox shares with runs, by keyword. Raises UsageError."""
-    given = {row.keyword: value for row, value in given_rows(options, shared_rows()) if value is not None}
-    return given | ({"env": dict(map(variable, options.env))} if options.env else {})
+    return {row.keyword: row.argument(value) for row, value in given_rows(options, shared_rows())}
 
 
 def _name(text: str) -> str:

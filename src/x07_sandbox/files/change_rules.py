@@ -18,7 +18,7 @@ from x07_sandbox.files.dependencies import renames, with_dependents
 from x07_sandbox.files.incoming import ReportedEntry
 from x07_sandbox.files.protected import Protection
 from x07_sandbox.host import settings
-from x07_sandbox.policy.limits import size_text
+from x07_sandbox.options import size_text
 
 _SPECIAL_BITS: Final = 0o7000
 _SPLITS_MAX: Final = 8

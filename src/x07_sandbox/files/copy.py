@@ -27,9 +27,9 @@ from x07_sandbox.files.contents import add_zeros
 from x07_sandbox.files.roots import Mount, Tree
 from x07_sandbox.host import beneath, settings
 from x07_sandbox.host.paths import closing_fd
+from x07_sandbox.options import flag_for_file, size_text
 from x07_sandbox.policy.guest_paths import is_below
-from x07_sandbox.policy.limits import FILE_BYTES, flag_for_file, size_text
-from x07_sandbox.policy.model import Policy
+from x07_sandbox.policy.model import FILE_BYTES, Policy
 
 # x07's own limits, used if the policy has 0, as FILE_BYTES is.
 ENTRIES: Final = 10_000

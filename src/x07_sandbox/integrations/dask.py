@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from distributed import Future as Task
 
-    from x07_sandbox.library.options import RunOptions
+    from x07_sandbox.library.run import RunOptions
 
 RESOURCE: Final = "X07"
 """The resource of Dask of which each running program takes 1: start workers with --resources X07=2."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections.abc
 import math
 import os
 from pathlib import Path
@@ -15,7 +14,7 @@ from x07_sandbox.host.settings import LIFETIME_MAX_S
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping
 
-    from x07_sandbox.options import Kind, Option
+    from x07_sandbox.options import Option
     from x07_sandbox.policy.model import Policy
     from x07_sandbox.sessions.request import Loader
 
@@ -27,22 +26,6 @@ _WHAT: Final = {
     "x07_sandbox.load_policy": "cannot load a policy",
     "x07_sandbox.Pool": "cannot start a pool",
     SANDBOX: "cannot open a sandbox",
-}
-_TEXTS: Final = (collections.abc.Sequence, "a list of str")
-_EXPECTED: Final[dict[Kind, tuple[Any, str]]] = {
-    "text": (str, "str"),
-    "toolchain": (str, "str"),
-    "choice": (str, "str"),
-    "source": (str | bytes, "str or bytes"),
-    "words": _TEXTS,
-    "list": _TEXTS,
-    "patterns": _TEXTS,
-    "number": (int, "int"),
-    "size": (str | int, "a size such as '1G' or a number of bytes"),
-    "seconds": (float | int, "a number"),
-    "switch": (bool, "a bool"),
-    "variables": (collections.abc.Mapping, "a mapping of str to str"),
-    "contents": (collections.abc.Mapping, "a mapping of str to str or bytes"),
 }
 
 
@@ -79,8 +62,7 @@ def _checked(row: Option, value: Any, function: str) -> Any:  # noqa: ANN401 - o
     name = row.keyword
     if row.kind in {"words", "list"} and isinstance(value, list | tuple):
         value = [os.fspath(word) if isinstance(word, os.PathLike) else word for word in value]
-    if row.kind in _EXPECTED:
-        _check_type(row, value, function)
+    _check_type(row, value, function)
     match row.kind:
         case "file" | "folder":
             value = Path(_path_text(name, value, "a path", function))
@@ -103,11 +85,15 @@ def _checked(row: Option, value: Any, function: str) -> Any:  # noqa: ANN401 - o
 
 def _check_type(row: Option, value: Any, function: str) -> None:  # noqa: ANN401 - as above
     """Raise UsageError for a value of a wrong type."""
-    kinds, expected = _EXPECTED[row.kind]
-    texts = expected == _TEXTS[1]
-    unlike = (texts and isinstance(value, str | bytes)) or (kinds is not bool and isinstance(value, bool))
-    if unlike or not isinstance(value, kinds):
-        raise bad_argument(row.keyword, f"is {type(value).__name__}, not {expected}", function)
+    from x07_sandbox.options import FORMS
+
+    form = FORMS[row.kind]
+    if form.types is None:
+        return
+    texts = row.kind in {"words", "list", "patterns"}
+    unlike = (texts and isinstance(value, str | bytes)) or (form.types is not bool and isinstance(value, bool))
+    if unlike or not isinstance(value, form.types):
+        raise bad_argument(row.keyword, f"is {type(value).__name__}, not {form.expected}", function)
     if texts and row.kind != "words" and not all(isinstance(word, str) for word in value):  # the run checks words
         raise bad_argument(row.keyword, "is not a list of str", function)
 
@@ -125,16 +111,15 @@ def _encoded(text: str | bytes) -> bytes:
     return text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text
 
 
-def _number(row: Option, value: Any, function: str) -> float:  # noqa: ANN401 - as above
-    """Return the value of a numeric option, sizes in bytes. Raises UsageError for a value out of range."""
-    from x07_sandbox.policy.limits import parse_size, range_fault
+def _number(row: Option, value: Any, function: str) -> int:  # noqa: ANN401 - as above
+    """Return the value of a numeric option: bytes, milliseconds or a number. Raises UsageError."""
+    from x07_sandbox.options import milliseconds, parse_size
 
     number = parse_size(value) if isinstance(value, str) else value
     if number is None:
-        raise bad_argument(
-            row.keyword, f"is {value!r}, which is not a size: use bytes, or a text such as '512M'", function
-        )
-    fault = range_fault(row, number)
+        why = f"is {value!r}, which is not a size: use bytes, or a text such as '512M'"
+        raise bad_argument(row.keyword, why, function)
+    fault = row.range_fault(number)
     if row.kind == "seconds":
         if not 0 < number < _SECONDS_BOUND:  # rejects NaN
             fault = f"must be above 0 and at most {row.most:g}"
@@ -142,7 +127,7 @@ def _number(row: Option, value: Any, function: str) -> float:  # noqa: ANN401 - 
             fault = ""  # it is rounded up
     if fault:
         raise bad_argument(row.keyword, f"is {value!r}, but {fault}", function)
-    return number
+    return milliseconds(number) if row.kind == "seconds" else number
 
 
 def loaders_for(path: Path | None) -> tuple[Loader, ...]:

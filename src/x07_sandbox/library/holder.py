@@ -56,8 +56,8 @@ from x07_sandbox.library.held_messages import (
     Watch,
     packed,
 )
-from x07_sandbox.library.keyword_names import keyword
 from x07_sandbox.library.opening import open_sandbox
+from x07_sandbox.options import keyword
 from x07_sandbox.records.runs import SOCKET, all_runs
 
 if TYPE_CHECKING:

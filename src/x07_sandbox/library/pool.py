@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from x07_sandbox.host.cancel import Cancel
-    from x07_sandbox.library.options import RunOptions
+    from x07_sandbox.library.run import RunOptions
     from x07_sandbox.library.sandbox import Sandbox, SandboxOptions
     from x07_sandbox.sessions.result import Result
 

@@ -229,7 +229,7 @@ class Process:
                     on_output(name, data)
         if not self._command.ended:
             raise TimeoutError("nobody waits for the command any more")
-        from x07_sandbox.library.keyword_names import keyword
+        from x07_sandbox.options import keyword
 
         end = self._command.ending()
         ending = end.verdict

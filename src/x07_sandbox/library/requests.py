@@ -18,31 +18,21 @@ if TYPE_CHECKING:
 
 
 def make_request(given: Iterable[tuple[Option, Any]], **fields: Any) -> RunRequest:  # noqa: ANN401 - of many types
-    """Return the request that *given* options describe. Values of None are ignored. fields: fields of the request."""
-    limits: dict[str, Any] = {}
-    overrides: dict[str, Any] = {}
-    parts = {"limits": limits, "overrides": overrides}
-    asked: dict[str, Any] = {}
+    """Return the request that *given* options describe, which have a value other than None. fields: of the request."""
+    parts: dict[str, dict[str, Any]] = {"": {}, "limits": {}, "overrides": {}}
     for row, value in given:
-        if value is not None:
-            part, _, field = row.sets.rpartition(".")
-            parts.get(part, asked)[field] = _stored(row, value)
-    if limits:
-        from x07_sandbox.policy.limits import LimitChanges  # few requests change the policy
+        part, _, field = row.sets.rpartition(".")
+        parts[part][field] = value
+    asked = parts[""]
+    if limits := parts["limits"]:
+        from x07_sandbox.policy.changes import LimitChanges  # few requests change the policy
 
         asked["limits"] = LimitChanges(**limits)
-    if any(overrides.values()):
-        from x07_sandbox.policy.overrides import Overrides
+    if any((overrides := parts["overrides"]).values()):
+        from x07_sandbox.policy.changes import Overrides
 
         asked["overrides"] = Overrides(**overrides)
     return RunRequest(**(asked | fields))
-
-
-def _stored(row: Option, value: Any) -> Any:  # noqa: ANN401 - as above
-    """Return the value in the form of RunRequest: a tuple for a list, and milliseconds for seconds."""
-    if row.kind == "seconds":
-        return max(1, round(value * 1000))
-    return tuple(value) if isinstance(value, list) else value
 
 
 def carry_out(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Self, TypedDict, TypeVar, Unpack
 
 # Modules that run programs are imported on the first run, so that importing this one is cheap.
 from x07_sandbox.errors import ArgumentError, SandboxError
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
     from x07_sandbox.backends.base import MachineSource
     from x07_sandbox.host.cancel import Cancel
-    from x07_sandbox.library.options import CommandOptions, RunOptions
     from x07_sandbox.policy.model import Policy
     from x07_sandbox.sessions.result import Result
 
@@ -30,6 +29,48 @@ _T = TypeVar("_T")
 # Outcomes of runs in which the program did not start.
 _NOT_RUN = frozenset({"usage-error", "refused", "backend-error", "internal-error"})
 _CHUNK = 64 * 1024
+
+
+class CommandOptions(TypedDict, total=False):
+    """The keyword arguments that `run_program` and `exec_command` share, except args, input, read_only and check."""
+
+    files: Mapping[str, str | bytes] | Mapping[Path, str | bytes] | None
+    max_files_bytes: int
+    policy: str | os.PathLike[str] | Policy | None
+    env: Mapping[str, str] | None
+    timeout_s: float | None
+    memory: str | int | None
+    cpu_s: float | None
+    procs: int | None
+    fds: int | None
+    max_file_size: str | int | None
+    build_timeout_s: float | None
+    scale_limits: bool | None
+    image: str | None
+    ca: str | os.PathLike[str] | None
+    max_output_bytes: int | None
+    changes: Literal["apply", "all-or-nothing", "keep", "discard"]
+    out: str | os.PathLike[str] | None
+    allow_hosts: Sequence[str]
+    deny_hosts: Sequence[str]
+    read_roots: Sequence[str | os.PathLike[str]]
+    write_roots: Sequence[str | os.PathLike[str]]
+    allow_hidden: bool
+    allow_symlinks: bool
+    hide: Sequence[str]
+    reveal: Sequence[str]
+    guest_root: bool
+    on_output: Callable[[Literal["stdout", "stderr"], bytes], object] | None
+
+
+class RunOptions(CommandOptions, total=False):
+    """All keyword arguments of `run_program` except program, args, input and check."""
+
+    source: str | bytes | None
+    toolchain: str | None
+    command: Sequence[str | os.PathLike[str]]
+    workdir: str | os.PathLike[str] | None
+    read_only: bool
 
 
 def run_program(  # noqa: PLR0913 - each is a keyword
@@ -248,9 +289,9 @@ def run_once(
     """
     from x07_sandbox.backends.lease import PoolClient
     from x07_sandbox.backends.selection import choice_from_environment
-    from x07_sandbox.library.keyword_names import keyword
     from x07_sandbox.library.requests import carry_out, make_request
     from x07_sandbox.library.upkeep import retain_records
+    from x07_sandbox.options import keyword
     from x07_sandbox.sessions.request import RunCaller
     from x07_sandbox.sessions.transfers import memory_file
 

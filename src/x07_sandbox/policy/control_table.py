@@ -11,7 +11,7 @@ from typing import Final, Literal
 import msgspec
 
 from x07_sandbox.policy.confinement import entry_path, names_everything, prefixes_into
-from x07_sandbox.policy.environment import VARIABLES
+from x07_sandbox.policy.default import VARIABLES
 from x07_sandbox.policy.features import Features
 from x07_sandbox.policy.model import SCHEMA_VERSION, Policy, paths
 

@@ -9,8 +9,8 @@ import msgspec
 
 from x07_sandbox.errors import Flag, RefusedError, Text, listed
 from x07_sandbox.policy.control_table import TABLE, Answer, PlanInput, State
+from x07_sandbox.policy.default import VARIABLES, program_environment
 from x07_sandbox.policy.denials import HowToAllow
-from x07_sandbox.policy.environment import VARIABLES, program_environment
 from x07_sandbox.policy.model import Limits, Policy, leaf_values
 from x07_sandbox.policy.sizes import command_limits, ram_class_bytes
 

@@ -1,6 +1,6 @@
 """Decoder from bytes to a valid Policy. On failure, it raises one error that lists every problem.
 
-`accept` decides: one msgspec conversion, then the rules. The schema (explain.py) only describes what is wrong with a
+`accept` decides: one msgspec conversion, then the rules. The schema (schema.py) only describes what is wrong with a
 document that was not accepted.
 """
 
@@ -15,8 +15,7 @@ import msgspec
 
 from x07_sandbox.host.decoding import prepared
 from x07_sandbox.policy.model import Policy
-from x07_sandbox.policy.problems import ADVICE, HUGE, PolicyError, Problem, json_path
-from x07_sandbox.policy.rules import rule_problems
+from x07_sandbox.policy.problems import ADVICE, HUGE, PolicyError, Problem, json_path, rule_problems
 
 MAX_BYTES = 1 << 20
 MAX_PROBLEMS = 100
@@ -43,6 +42,13 @@ def decode_policy(data: bytes, *, source: str) -> Policy:
     if policy is None:
         raise _invalid(document, source)
     return policy
+
+
+def check_policy(policy: Policy, *, source: str) -> None:
+    """Raise PolicyError with all problems of a policy that was changed. source: its name in errors."""
+    document = msgspec.json.decode(msgspec.json.encode(policy))
+    if accept(document) is None:
+        raise _invalid(document, source)
 
 
 def parse(data: bytes, *, source: str) -> object:
@@ -81,7 +87,7 @@ def accept(document: object) -> Policy | None:
 
 def _invalid(document: object, source: str) -> PolicyError:
     """Return the error with the problems of an invalid document: at most one for each place and kind of check."""
-    from x07_sandbox.policy.explain import schema_problems
+    from x07_sandbox.policy.schema import schema_problems
 
     found = list(islice(_text_problems(document), MAX_PROBLEMS + 1))
     too_deep = any(problem.message == _TOO_DEEP for problem in found)

@@ -1,8 +1,8 @@
 """The policy document x07.run-os-policy@0.1.0 as one typed model.
 
 Ranges, defaults and one-line descriptions are defined here. The decoder, schemas/run-os-policy.schema.json and
-docs/reference/policy.md are made from them. rules.py contains the rules that a schema cannot express. An absent section
-is ``UNSET``. OPTIONAL_SECTIONS and ``Policy.threads_in_force`` give the effective values of absent sections.
+docs/reference/policy.md are made from them. problems.py contains the rules that a schema cannot express. An absent
+section is ``UNSET``. OPTIONAL_SECTIONS and ``Policy.threads_in_force`` give the effective values of absent sections.
 """
 
 from typing import Annotated, Literal
@@ -278,6 +278,7 @@ class Policy(Section, frozen=True, kw_only=True):
 
 ABSENT_LANGUAGE = Language(allow_unsafe=False, allow_ffi=False)  # without the section, both are forbidden
 ABSENT_THREADS = Threads(enabled=True, max_workers=0, max_blocking=4, max_queue=1024)
+FILE_BYTES = 16 << 20  # in place of 0 in max_read_bytes and max_write_bytes
 # Effective values of absent sections.
 OPTIONAL_SECTIONS = {
     "db": Db(enabled=False, drivers=Drivers(sqlite=False, postgres=False, mysql=False)),

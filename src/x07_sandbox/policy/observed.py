@@ -13,12 +13,12 @@ import msgspec
 
 from x07_sandbox.channel.messages import Denied
 from x07_sandbox.host.decoding import prepared
+from x07_sandbox.policy.changes import NAMES, FlagReach
 from x07_sandbox.policy.confinement import confinement
 from x07_sandbox.policy.denials import STARTS, Denial, GuestMount, HowToAllow
 from x07_sandbox.policy.guest_paths import OUT, WRITABLE, guest_path, is_below
-from x07_sandbox.policy.limits import FlagReach, flag_text
 from x07_sandbox.policy.model import Policy
-from x07_sandbox.policy.rules import rule_problems
+from x07_sandbox.policy.problems import rule_problems
 from x07_sandbox.policy.schema import largest
 
 PERMISSIONS: Final = "permissions"  # in place of a field if no field controls it
@@ -31,7 +31,7 @@ _SECCOMP: Final = "the guest's seccomp filter"
 _RLIMITS: Final = "the guest's resource limits"
 _MOUNTS: Final = "the guest's mounts"
 _LANDLOCK: Final = "the guest's Landlock rules"
-# What a rule (policy/rules) may require first, and the value to suggest.
+# What a rule (policy/decode) may require first, and the value to suggest.
 _REQUIRED_FIRST: Final[dict[str, tuple[str, object]]] = {
     "$.process.allow_execs": ("$.process.allow_exec_prefixes", ["/usr/bin/"]),
     "$.process.max_live": ("$.process.max_live", 16),
@@ -157,7 +157,7 @@ def _advise_higher(policy: Policy, field: str, current: int, reach: FlagReach) -
     if current >= most:
         return None
     value = min(most, max(2 * current, current + 1), *([top] if top > current else []))
-    flag = flag_text(named.removeprefix("limits."), value) if top > current else None
+    flag = NAMES[named.removeprefix("limits.")].flag_text(value) if top > current else None
     if flag is not None and not reach.policy_too:
         return _advise_flag(flag)
     return advise(policy, field, value, flag)

@@ -1,7 +1,8 @@
-"""The JSON Schema made from the model, and a description of every field for docs/reference/policy.md."""
+"""The JSON Schema made from the model, and what is made from it: descriptions of every field, and of violations."""
 
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -10,9 +11,33 @@ import msgspec
 
 from x07_sandbox.host.decoding import prepared
 from x07_sandbox.policy.model import SCHEMA_VERSION, Policy
+from x07_sandbox.policy.problems import HUGE, MISSING, Problem, json_path
 
 _REF = "#/$defs/"
 _KINDS = {"boolean": "true or false", "integer": "integer", "string": "string", "array": "list"}
+_SHOWN_CHARS = 40
+_KEY_CHARS = 64  # of a misspelt key: difflib is quadratic
+_ELSEWHERE_CUTOFF = 0.9
+_TYPES: dict[str, tuple[type, str]] = {
+    "object": (dict, "an object"),
+    "array": (list, "a list"),
+    "string": (str, "a string"),
+    "integer": (int, "an integer"),
+    "boolean": (bool, "true or false"),
+}
+_ANY = (object, "any value")
+_RANGE = "must be from {minimum} to {maximum}, not {shown}"
+_LENGTH = "must have {minLength} to {maxLength} characters, not {length}"
+# For each keyword of the schema: whether a value of the right type violates it, and the message.
+_KEYWORDS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
+    "minimum": (lambda value, least: value < least, _RANGE),
+    "maximum": (lambda value, most: value > most, _RANGE),
+    "minLength": (lambda value, least: len(value) < least, _LENGTH),
+    "maxLength": (lambda value, most: len(value) > most, _LENGTH),
+    "maxItems": (lambda value, most: len(value) > most, "must have at most {maxItems} entries, not {length}"),
+    "enum": (lambda value, choices: value not in choices, "must be {choices}, not {shown}"),
+    "pattern": (lambda value, pattern: re.search(pattern, value) is None, "must match {pattern}, not {shown}"),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,3 +122,76 @@ def _bounds(schema: Mapping[str, Any]) -> str:
 def render_schema() -> bytes:
     """Return the content of schemas/run-os-policy.schema.json."""
     return (json.dumps(policy_schema(), indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def schema_problems(document: object) -> Iterator[Problem]:
+    """Yield one problem for each place in *document* (a json.loads value) that violates the schema."""
+    yield from _problems(policy_schema(), (), document)
+
+
+def _problems(schema: Mapping[str, Any], place: tuple[str | int, ...], value: Any) -> Iterator[Problem]:  # noqa: ANN401
+    if "$ref" in schema:
+        schema = policy_schema()["$defs"][schema["$ref"].rpartition("/")[2]]
+    kind: Any
+    kind, words = _TYPES.get(schema.get("type", ""), _ANY)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        yield Problem(json_path(place), f"must be {words}, not {_shown(value)}", _suggest_value(schema, value))
+        return
+    if kind is dict:
+        properties = schema["properties"]
+        for name in (name for name in properties if name in value):
+            yield from _problems(properties[name], (*place, name), value[name])
+        for name in (name for name in schema.get("required", ()) if name not in value):
+            yield Problem(json_path((*place, name)), MISSING)
+        missing = [name for name in properties if name not in value]
+        for name in (name for name in value if name not in properties):
+            yield Problem(json_path((*place, name)), "is not a field of the policy", _suggest(name, missing))
+    elif kind is list:
+        for index, entry in enumerate(value):
+            yield from _problems(schema["items"], (*place, index), entry)
+    if message := _violation(schema, value):
+        yield Problem(json_path(place), message, _suggest_value(schema, value))
+
+
+def _violation(schema: Mapping[str, Any], value: object) -> str:
+    """Return how a value of the right type violates its schema, or "" if it does not."""
+    for keyword, (violates, message) in _KEYWORDS.items():
+        if keyword in schema and violates(value, schema[keyword]):
+            length = len(value) if isinstance(value, (str, list)) else 0
+            choices = " or ".join(map(json.dumps, schema.get("enum", ())))
+            words = {"minLength": 0, **schema, "shown": _shown(value), "length": length, "choices": choices}
+            return message.format(**words)
+    return ""
+
+
+def _shown(value: object) -> str:
+    """Return a value as escaped, truncated JSON. For a list or object, return only its kind."""
+    if isinstance(value, dict):
+        return "an object"
+    if isinstance(value, list):
+        return "a list"
+    if isinstance(value, str) and len(value) > _SHOWN_CHARS:
+        return json.dumps(value[:_SHOWN_CHARS]) + "..."
+    if isinstance(value, int) and abs(value) >= HUGE:
+        return "a number with that many digits"
+    return json.dumps(value)
+
+
+def _suggest(name: str, here: list[str]) -> str | None:
+    """Return the field that the author probably meant: from the same section if possible, else from another."""
+    import difflib  # only for a rejected document
+
+    name = name[:_KEY_CHARS].lower()
+    if close := difflib.get_close_matches(name, here, n=1):
+        return close[0]
+    by_name = {field.path.rpartition(".")[2]: field.path for field in fields()}
+    elsewhere = difflib.get_close_matches(name, by_name, n=1, cutoff=_ELSEWHERE_CUTOFF)
+    return by_name[elsewhere[0]] if elsewhere else None
+
+
+def _suggest_value(schema: Mapping[str, Any], value: object) -> str | None:
+    if schema.get("type") == "integer" and isinstance(value, str):
+        return value.strip() if value.strip().isdecimal() and len(value) <= _SHOWN_CHARS else None
+    if schema.get("type") == "boolean" and isinstance(value, str):
+        return {"true": "true", "false": "false"}.get(value.strip().lower())
+    return None

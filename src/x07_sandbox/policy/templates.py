@@ -1,17 +1,22 @@
-"""The policies that `x07 policy init` writes: this tool's default, and the X07 language's eight policy templates.
+"""The built-in policies: this tool's default, and the X07 language's eight policy templates; and policies from them.
 
 All values of the templates come from X07. A test compares them with the checksums of X07's own documents.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from msgspec.structs import replace
 
 from x07_sandbox.errors import UsageError
-from x07_sandbox.policy.default import default_policy
+from x07_sandbox.policy.default import default_policy, render_policy
 from x07_sandbox.policy.model import ABSENT_LANGUAGE, Db, DbNet, Drivers, Fs, Limits, Policy, Sqlite
+
+if TYPE_CHECKING:
+    from x07_sandbox.policy.changes import LimitChanges, Overrides, ReadFile
 
 _MIB: Final = 1 << 20
 _DEFAULT: Final = default_policy()
@@ -157,3 +162,25 @@ def built_in(name: str) -> Policy | None:
     except KeyError:
         known = ", ".join(f"{BUILT_IN}{template}" for template in TEMPLATES)
         raise UsageError(f"unknown policy {name}", "no such built-in policy", f"Use one of {known}") from None
+
+
+def make_policy(
+    template: str, limits: LimitChanges | None, overrides: Overrides | None, read_spec_file: ReadFile
+) -> Policy:
+    """Return a template with these changes. Raises UsageError if a policy cannot hold one of the values.
+
+    A grant enables the section that it belongs to. read_spec_file: see `derive_policy`.
+    """
+    from x07_sandbox.policy.changes import change_limits, derive_policy  # most users of templates change none
+
+    base = policy = TEMPLATES[template]
+    if limits is not None:
+        policy = change_limits(policy, limits, may_raise=True, source=f"{BUILT_IN}{template}")
+    if overrides is not None:
+        if overrides.allows:
+            policy = replace(policy, net=replace(policy.net, enabled=True, allow_tcp=True))
+        if overrides.allow_read_root or overrides.allow_write_root or overrides.include:
+            policy = replace(policy, fs=replace(policy.fs, enabled=True))
+        data = render_policy(policy)
+        policy = derive_policy(policy, data, template, overrides, read_spec_file=read_spec_file, may_relax=True).policy
+    return replace(policy, policy_id=base.policy_id, notes=base.notes)

@@ -45,9 +45,9 @@ from x07_sandbox.host.paths import (
     replace_file,
     state_dir,
 )
+from x07_sandbox.options import flag_for_file
 from x07_sandbox.policy.denials import Denial, GuestMount
 from x07_sandbox.policy.guest_paths import OUT, PROGRAM, WORK
-from x07_sandbox.policy.limits import flag_for_file
 from x07_sandbox.programs.toolchains import PROJECT_FOLDER
 from x07_sandbox.records.record import state_home
 from x07_sandbox.records.runs import runs_dir

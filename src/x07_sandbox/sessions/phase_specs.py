@@ -14,7 +14,7 @@ from x07_sandbox.channel.messages import Close, CommandLimits, Exec, Left, Mount
 from x07_sandbox.errors import RefusedError
 from x07_sandbox.host import settings
 from x07_sandbox.policy.confinement import UNCONFINED, Confinement, confinement
-from x07_sandbox.policy.environment import program_environment
+from x07_sandbox.policy.default import program_environment
 from x07_sandbox.policy.model import Policy
 from x07_sandbox.policy.sizes import build_limits, command_limits, ram_class_bytes, tmp_bytes
 from x07_sandbox.programs.toolchains import (

@@ -14,7 +14,6 @@ import msgspec
 from msgspec.structs import replace
 
 from x07_sandbox.backends.base import Availability, Backend
-from x07_sandbox.backends.registry import create
 from x07_sandbox.backends.selection import Choice, choice_from_environment
 from x07_sandbox.errors import Flag, HostError, RefusedError, Text, UsageError, printable
 from x07_sandbox.host import settings
@@ -23,6 +22,7 @@ from x07_sandbox.host.paths import settings_file
 from x07_sandbox.host.variables import flag, text
 from x07_sandbox.images.store import DEFAULT, Image, find_image, image_is_current
 from x07_sandbox.images.verify import OpenImage, open_image
+from x07_sandbox.options import BY_FLAG
 from x07_sandbox.policy.controls import Plan, make_plan
 from x07_sandbox.programs.toolchains import COMMAND, Toolchain, require_packages
 from x07_sandbox.sessions.program import load_program
@@ -121,7 +121,7 @@ def prepare(
     yield draft
     check_variables(request, effective_policy.policy)
     choice = caller.choice or choice_from_environment()
-    backend = create(choice.backend)
+    backend = choice.made
     image = None
     if backend.uses_image:
         with caller.cancel.waiting():
@@ -236,11 +236,9 @@ def _check_cpu_time(request: RunRequest, program: Program) -> None:
     """Raise UsageError if the requested CPU limit is above the X07 program's own limit, which would still apply."""
     limits, own_ms = request.limits, program.cpu_ms
     if limits is not None and limits.cpu_ms is not None and own_ms is not None and own_ms < limits.cpu_ms:
-        from x07_sandbox.policy.limits import flag_text  # imported only for this error
-
         why = f"the X07 program's own limit is {own_ms / 1000:g} s"
         fix = f"Add --cpu-time-limit-seconds {-(-limits.cpu_ms // 1000)}, or raise the limit in the program's profile"
-        raise UsageError(("cannot use ", Flag(flag_text("cpu_ms", limits.cpu_ms))), why, fix)
+        raise UsageError(("cannot use ", Flag(BY_FLAG["--cpu-time"].flag_text(limits.cpu_ms))), why, fix)
 
 
 def wants_scaling(prepared: Prepared) -> bool:

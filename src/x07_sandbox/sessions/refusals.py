@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Final
 
 from x07_sandbox.files.changes import ChangeSet, Refused, RootChanges, display_name
+from x07_sandbox.options import flag_for_file
 from x07_sandbox.policy.denials import Denial, HowToAllow
-from x07_sandbox.policy.limits import flag_for_file
 from x07_sandbox.sessions.result import LeftOutEntry
 
 _ENTRIES_MAX: Final = 100

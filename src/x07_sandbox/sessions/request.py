@@ -27,9 +27,8 @@ from x07_sandbox.sessions.transfers import InFile, OutFile, memory_file, read_al
 if TYPE_CHECKING:
     from x07_sandbox.backends.base import MachineSource
     from x07_sandbox.backends.selection import Choice
-    from x07_sandbox.policy.limits import FlagReach, LimitChanges
+    from x07_sandbox.policy.changes import FlagReach, LimitChanges, Overrides
     from x07_sandbox.policy.model import Limits
-    from x07_sandbox.policy.overrides import Overrides
 
     Loader = Callable[["RunRequest", "RunCaller", Path, contextlib.ExitStack], tuple["RunRequest", "Program"] | None]
 else:
@@ -60,7 +59,8 @@ class EffectivePolicy(NamedTuple):
     """The policy that applies to a run. base: the policy's path, `built-in:TEMPLATE` or id.
 
     denied: denied ports by host, from --deny-host; None stands for all ports.
-    own: the limits before the request changed any; None if the request changed none.
+    own: the limits before the request changed any; None if the request changed none. may_raise: whether flags may raise
+    the limits.
     """
 
     policy: Policy
@@ -72,7 +72,7 @@ class EffectivePolicy(NamedTuple):
 
     def reach(self) -> FlagReach:
         """Return how far flags can raise the limits."""
-        from x07_sandbox.policy.limits import flag_reach  # few runs need it
+        from x07_sandbox.policy.changes import flag_reach  # few runs need it
 
         return flag_reach(self.own, self.policy.limits, may_raise=self.may_raise)
 
@@ -270,26 +270,36 @@ def _check_own(policy: Policy, given: ProjectPolicy) -> None:
 
 def effective_policy_of(request: RunRequest) -> EffectivePolicy:
     """Return the policy with all changes of the request applied. Raises UsageError, PolicyError, RefusedError."""
+    return with_limits(derived_policy(request, gate=True)[0], request.limits)
+
+
+def derived_policy(request: RunRequest, *, gate: bool) -> tuple[EffectivePolicy, str]:
+    """Return the policy with the grants of the request, and the usual name of its file; "" if there are no grants.
+
+    gate: see `derive_policy`. Raises UsageError, PolicyError, RefusedError.
+    """
     policy, data = read_policy(request.policy)
-    base = name_of_policy(request.policy)
-    denied: Mapping[str, set[int] | None] = {}
-    if request.overrides is not None:
-        from x07_sandbox.policy.overrides import check_grants, derive_policy
+    base, built_in = name_of_policy(request.policy), is_built_in(request.policy)
+    if request.overrides is None:
+        return EffectivePolicy(policy, data, base, may_raise=built_in), ""
+    from x07_sandbox.policy.changes import derive_policy
 
-        check_grants(policy, request.overrides, built_in=is_built_in(request.policy))
-        derived = derive_policy(policy, data, base, request.overrides, read_spec_file=read_spec_file, gate=True)
-        policy, data, denied = derived.policy, derived.data, derived.denied
-    own, may_raise = None, is_built_in(request.policy)
-    if request.limits is not None:
-        from x07_sandbox.policy.limits import change_limits
+    derived = derive_policy(
+        policy, data, base, request.overrides, read_spec_file=read_spec_file, may_relax=built_in, gate=gate
+    )
+    return EffectivePolicy(derived.policy, derived.data, base, derived.denied, may_raise=built_in), derived.file_name
 
-        if request.limits.may_raise is not None:
-            may_raise = request.limits.may_raise
-        changed = change_limits(policy, request.limits, may_raise=may_raise, source=base)
-        if changed != policy:
-            own, data = policy.limits, render_policy(changed)
-            policy = decode_policy(data, source="with changed limits")
-    return EffectivePolicy(policy, data, base, denied, own, may_raise)
+
+def with_limits(found: EffectivePolicy, limits: LimitChanges | None) -> EffectivePolicy:
+    """Return a policy with other limits. Raises UsageError."""
+    if limits is None:
+        return found
+    from x07_sandbox.policy.changes import change_limits
+
+    changed = change_limits(found.policy, limits, may_raise=found.may_raise, source=found.base)
+    if changed == found.policy:
+        return found
+    return found._replace(policy=changed, data=render_policy(changed), own=found.policy.limits)
 
 
 def name_of_policy(given: str | Path | Policy | ProjectPolicy | None) -> str:

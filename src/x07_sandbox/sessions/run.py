@@ -305,7 +305,7 @@ def with_setter(ending: Verdict, prepared: Prepared) -> Verdict:
         return limit_set_by(ending, option=Flag("--cpu-time-limit-seconds"))
     for name in () if changes is None else changes.given():
         if field == f"limits.{name}":
-            from x07_sandbox.policy.limits import NAMES
+            from x07_sandbox.policy.changes import NAMES
 
             return limit_set_by(ending, option=Flag(NAMES[name].flag))
     return ending

@@ -1,22 +1,30 @@
-"""Flags that add hosts and folders to a policy or remove hosts, such as `--allow-host`.
+"""Changes that a caller makes to a policy: limits such as `--memory 1G`, and grants such as `--allow-host`. Pure.
 
-The result is deterministic: the policy's own entries, then new entries in the order given, files before flags.
+The author of a policy may raise its limits up to the schema's maximum. Everybody else may only lower them. Grants add
+hosts and folders, or remove hosts. The result is deterministic: the policy's own entries, then new entries in the
+order given, files before flags.
 """
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Final, NoReturn
 
 import msgspec
 from msgspec.structs import replace
 
 from x07_sandbox.errors import Flag, Text, UsageError
-from x07_sandbox.policy.decode import decode_policy
+from x07_sandbox.options import FILE_SIZE, LIMITS, Option
+from x07_sandbox.policy.decode import check_policy
 from x07_sandbox.policy.default import canonical_json, render_policy
 from x07_sandbox.policy.hosts import Addresses, covers, is_name, meaning
-from x07_sandbox.policy.model import HostPorts, Net, Policy
+from x07_sandbox.policy.model import FILE_BYTES, HostPorts, Limits, Net, Policy
 
-# Checked per flag for a better message; decode_policy checks the result again, and the number of entries.
+NAMES: Final[Mapping[str, Option]] = MappingProxyType({row.sets.removeprefix("limits."): row for row in LIMITS})
+"""The option for each field of a policy's limits."""
+_FILE_FIELDS: Final = ("max_read_bytes", "max_write_bytes")  # set by --max-file-size
+
+# Checked per flag for a better message; check_policy checks the result again, and the number of entries.
 _PORT_LAST: Final = 65_535
 _HOST_MAX_BYTES: Final = 255
 _ROOT_MAX_CHARS: Final = 4096
@@ -27,8 +35,72 @@ _ALLOW_FORM: Final = "Write HOST:PORT[,PORT...], such as example.org:443 or [200
 _DENY_FORM: Final = "Write HOST:PORT[,PORT...] or HOST:*, such as example.org:443 or example.org:*"
 
 ReadFile = Callable[[str], bytes]
-# The ports of each host, in the order given; None means all ports.
-Hosts = Mapping[str, set[int] | None]  # the ports of each host; None stands for all
+# The ports of each host, in the order given; None stands for all ports.
+Hosts = Mapping[str, set[int] | None]
+
+
+class LimitChanges(msgspec.Struct, frozen=True, kw_only=True):
+    """Limits that the caller set; None keeps the policy's limit."""
+
+    mem_bytes: int | None = None
+    cpu_ms: int | None = None
+    wall_ms: int | None = None
+    procs: int | None = None
+    fds: int | None = None
+    file_bytes: int | None = None  # of one file that is copied, in or back
+
+    def given(self) -> dict[str, int]:
+        """Return the limits that are set, by field."""
+        return {field: value for field in NAMES if (value := getattr(self, field)) is not None}
+
+
+class FlagReach(msgspec.Struct, frozen=True):
+    """How far flags can raise the effective limits."""
+
+    tops: Mapping[str, int] = MappingProxyType({})  # the largest value that a flag can set, by path ("limits.fds")
+    policy_too: bool = True  # whether a change of the policy could also raise the limits
+
+
+def change_limits(policy: Policy, changes: LimitChanges, *, may_raise: bool, source: str) -> Policy:
+    """Return *policy* with the caller's limits. source: the policy's name. Raises UsageError for a forbidden limit.
+
+    If limits may be raised, a new procs limit also raises a smaller process.max_live, and a new wall_ms also raises a
+    smaller cpu_ms.
+    """
+    given = changes.given()
+    if may_raise and "cpu_ms" not in given and given.get("wall_ms", 0) > policy.limits.cpu_ms:
+        given["cpu_ms"] = given["wall_ms"]
+    wanted = [(NAMES[field], value, f"limits.{field}", getattr(policy.limits, field)) for field, value in given.items()]
+    process, fs = policy.process, policy.fs
+    if (procs := given.get("procs")) is not None and process.may_spawn and process.max_live < procs:
+        wanted.append((NAMES["procs"], procs, "process.max_live", process.max_live))
+        process = replace(process, max_live=procs)
+    if size := changes.file_bytes:
+        wanted += [(FILE_SIZE, size, f"fs.{name}", getattr(fs, name) or FILE_BYTES) for name in _FILE_FIELDS]
+        fs = replace(fs, **dict.fromkeys(_FILE_FIELDS, size))
+    for row, value, path, held in wanted:
+        if value > held and not may_raise:
+            raise _too_large(row, value, path, held, source)
+    return replace(policy, limits=replace(policy.limits, **given), process=process, fs=fs)
+
+
+def _too_large(row: Option, value: int, path: str, held: int, source: str) -> UsageError:
+    """Return the error for a limit above the limit *held* of a policy, if the caller may only lower limits."""
+    limit = row.flag_text(held)
+    allowed = f"{limit.partition(' ')[2]}{' s' if row.kind == 'seconds' else ''}"
+    why = f"the policy {source} allows at most {allowed} ({path})"
+    fix = (f"Set {path} to {value} in the policy, or use ", Flag(limit))
+    return UsageError(("cannot use ", Flag(row.flag_text(value))), why, fix).caused_by(path, value)
+
+
+def flag_reach(own: Limits | None, current: Limits, *, may_raise: bool) -> FlagReach:
+    """Return how far flags can raise the limits *current*. own: the limits of the unchanged policy, or None."""
+    if may_raise:
+        return FlagReach({row.sets: int(row.most * (1000 if row.kind == "seconds" else 1)) for row in LIMITS})
+    if own is None:
+        return FlagReach()
+    tops = {f"limits.{field}": getattr(own, field) for field in NAMES if getattr(own, field) > getattr(current, field)}
+    return FlagReach(tops, policy_too=False)
 
 
 class Overrides(msgspec.Struct, frozen=True, kw_only=True):
@@ -65,30 +137,32 @@ class Overrides(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Derived(msgspec.Struct, frozen=True, kw_only=True):
-    """A policy derived from a base policy by overrides."""
+    """A policy derived from a base policy by overrides. data: its document. file_name: the document's usual name."""
 
     policy: Policy
-    data: bytes  # the document's bytes
-    digest: str  # 8 hexadecimal digits of a hash of base and overrides
-    file_name: str  # the document's usual file name
+    data: bytes
+    file_name: str
     denied: Hosts
 
 
-def derive_policy(
+def derive_policy(  # noqa: PLR0913 - the policy, the overrides, and four facts about them
     base: Policy,
     base_bytes: bytes,
     base_path: str,
     overrides: Overrides,
     *,
     read_spec_file: ReadFile,
+    may_relax: bool = False,
     gate: bool = False,
 ) -> Derived:
     """Return *base* with *overrides* applied. A denied host stays denied even if another flag allows it.
 
     base_bytes: the base policy's bytes as read. base_path: the name for the notes. read_spec_file: returns the bounded
-    content of a file of host specs, or raises UsageError. gate: whether an egress gate also enforces denials, so that a
-    part of a network may be denied. Raises UsageError for the first flag that cannot be applied.
+    content of a file of host specs, or raises UsageError. may_relax: whether overrides may grant what only the author
+    of *base* may. gate: whether an egress gate also enforces denials, so that a part of a network may be denied.
+    Raises UsageError for the first flag that cannot be applied.
     """
+    _need_author(base, overrides, may_relax=may_relax)
     _need_sections(base, overrides)
     allow = _by_host(_specs("--allow-host", overrides.allow_host_file, overrides.allow_host, read_spec_file))
     deny = _by_host(_specs("--deny-host", overrides.deny_host_file, overrides.deny_host, read_spec_file))
@@ -106,23 +180,22 @@ def derive_policy(
     asked |= {"let_in": sorted(overrides.include)} if overrides.include else {}
     digest = hashlib.sha256(base_bytes + canonical_json(asked)).hexdigest()[:_DIGEST_CHARS]
     mark = f".g{digest}"
-    made = replace(
+    policy = replace(
         base,
         policy_id=base.policy_id[: _ID_MAX_BYTES - len(mark)] + mark,
         notes=_notes(base, base_path, digest),
         net=_net(base.net, allow, deny, raise_dns=overrides.allows, gate=gate) if overrides.hosts else base.net,
         fs=replace(
             base.fs,
-            read_roots=(*base.fs.read_roots, *(one for one in read_roots if one not in base.fs.read_roots)),
-            write_roots=(*base.fs.write_roots, *(one for one in write_roots if one not in base.fs.write_roots)),
-            deny_hidden=base.fs.deny_hidden and "hidden" not in overrides.include,
-            allow_symlinks=base.fs.allow_symlinks or "symlinks" in overrides.include,
+            read_roots=tuple(dict.fromkeys((*base.fs.read_roots, *read_roots))),
+            write_roots=tuple(dict.fromkeys((*base.fs.write_roots, *write_roots))),
+            deny_hidden=base.fs.deny_hidden and not overrides.allow_hidden,
+            allow_symlinks=base.fs.allow_symlinks or overrides.allow_symlinks,
         ),
     )
-    data = render_policy(made)
     name = f"{base.policy_id}{mark}.policy.json"
-    policy = decode_policy(data, source=name)
-    return Derived(policy=policy, data=data, digest=digest, file_name=name, denied=deny)
+    check_policy(policy, source=name)
+    return Derived(policy=policy, data=render_policy(policy), file_name=name, denied=deny)
 
 
 def denied_hosts(given: Sequence[str]) -> dict[str, set[int] | None]:
@@ -130,13 +203,13 @@ def denied_hosts(given: Sequence[str]) -> dict[str, set[int] | None]:
     return _by_host(_specs("--deny-host", (), given, lambda _name: b""))
 
 
-def check_grants(base: Policy, overrides: Overrides, *, built_in: bool) -> None:
-    """Raise UsageError if flags grant what only the author of *base* may. built_in: whether flags may relax *base*."""
-    for word, field, current, value in (
+def _need_author(base: Policy, overrides: Overrides, *, may_relax: bool) -> None:
+    """Raise UsageError if flags grant what only the author of *base* may."""
+    for word, field, is_granted, value in (
         ("hidden", "deny_hidden", not base.fs.deny_hidden, False),
         ("symlinks", "allow_symlinks", base.fs.allow_symlinks, True),
     ):
-        if word in overrides.include and not current and not built_in:
+        if word in overrides.include and not is_granted and not may_relax:
             why = f"policy {base.policy_id} does not allow it; flags can relax only built-in policies"
             fix = f"Set fs.{field} to {str(value).lower()} in the policy"
             what = ("cannot use ", Flag(f"--allow-{word}"))
