@@ -22,9 +22,8 @@ from x07_sandbox.backends.qemu.hot import VARIABLE, hot_template, opened_hot
 from x07_sandbox.backends.qemu.machine import QMP_QUIT
 from x07_sandbox.backends.qemu.start import QemuJob, start_qemu
 from x07_sandbox.backends.qemu.template import opened_template, template_for
-from x07_sandbox.channel.messages import Close, Exec, Open, Room
+from x07_sandbox.channel.messages import Exec
 from x07_sandbox.conformance.box import Box
-from x07_sandbox.host import settings
 from x07_sandbox.host.cancel import Cancel
 from x07_sandbox.host.linux import children_of
 from x07_sandbox.host.paths import state_dir
@@ -35,13 +34,13 @@ from x07_sandbox.policy.confinement import UNCONFINED
 from x07_sandbox.policy.controls import make_plan, run_limits
 from x07_sandbox.policy.default import default_policy, render_policy
 from x07_sandbox.policy.features import vm_features
-from x07_sandbox.policy.sizes import ram_class_bytes, tmp_bytes
+from x07_sandbox.policy.sizes import ram_class_bytes
 from x07_sandbox.programs.toolchains import ARTIFACT
 from x07_sandbox.records.record import Claim, create_record, new_run_id
 from x07_sandbox.reports.document import render_json
-from x07_sandbox.sessions.phase import CWD, PhaseSpec, input_files, run_phase
 from x07_sandbox.sessions.request import in_memory
 from x07_sandbox.sessions.session import Session
+from x07_sandbox.sessions.specs import CWD, SessionSpec, opening
 from x07_sandbox.sessions.transfers import CommandStreams, Receivers, Sink, memory_file
 
 if TYPE_CHECKING:
@@ -192,50 +191,38 @@ class Floor:
         keep_fd = memory_file(b"", stack)
         stdout = Sink("stdout", keep_fd=keep_fd, live_fd=None, max_bytes=1 << 20)
         stderr = Sink("stderr", keep_fd=memory_file(b"", stack), live_fd=None, max_bytes=1 << 20)
-        cancel = Cancel()
-        stack.callback(cancel.close)
-        stdin_fd = memory_file(data, stack)
-        greet(instance)
-        given = CommandStreams(stdin_fd=stdin_fd, stdout=stdout, stderr=stderr)
-        run_phase(self._spec(stack), instance, given, cancel)
+        given = CommandStreams(stdin_fd=memory_file(data, stack), stdout=stdout, stderr=stderr)
+        spec = self._spec(stack)
+        self._opened(instance, spec, stack).run(spec.order, given, spec.wall_ms, spec.receivers)
         return os.pread(keep_fd, 1 << 20, 0)
 
-    def _spec(self, stack: contextlib.ExitStack) -> PhaseSpec:
+    def _spec(self, stack: contextlib.ExitStack) -> SessionSpec:
         policy = default_policy()
         program = in_memory(self.artifact, ARTIFACT, 0o755, stack)
-        files = program, in_memory(render_policy(policy), "/x07/in/policy.json", 0o644, stack)
+        files = [program, in_memory(render_policy(policy), "/x07/in/policy.json", 0o644, stack)]
         limits = run_limits(policy).for_guest()
-        return PhaseSpec(
+        return SessionSpec(
             name="run",
-            opening=Open(
-                hostname=settings.GUEST_HOSTNAME,
-                mem_bytes=limits.mem_bytes,
-                tasks=limits.tasks,
-                tmp_bytes=tmp_bytes(limits.mem_bytes),
-                files=input_files(files),
-                mounts=[],
-                confine=UNCONFINED.for_guest(),
-                network=None,
-                out_writable=False,
-                room=Room(0, 0),
-            ),
+            opening=opening(UNCONFINED, limits, files, out_writable=False),
             order=Exec(1, [ARTIFACT], {}, CWD, limits),
-            closing=Close(1, None, None),
-            files=files,
+            files=tuple(files),
             receivers=Receivers(),
             wall_ms=policy.limits.wall_ms,
             ram_bytes=self.kind.ram_bytes,
             filters=UNCONFINED.filters,
         )
 
+    @staticmethod
+    def _opened(instance: QemuInstance, spec: SessionSpec, stack: contextlib.ExitStack) -> Session:
+        greet(instance)
+        cancel = stack.enter_context(contextlib.closing(Cancel()))
+        return Session(instance, cancel, spec.opening, spec.files)
+
     def sandbox(self, stack: contextlib.ExitStack) -> Box:
         """Open a session in a clone, for many commands."""
         instance = stack.enter_context(self._started(deadline_s=_SANDBOX_S))
-        greet(instance)
-        session = Session(instance, stack.enter_context(contextlib.closing(Cancel())), None)
         spec = self._spec(stack)
-        session.open(spec.opening, spec.files)
-        return Box(session, instance, spec.order.limits)
+        return Box(self._opened(instance, spec, stack), instance, spec.order.limits)
 
     @contextlib.contextmanager
     def idle(self) -> Iterator[int]:
@@ -251,8 +238,6 @@ class Floor:
         with self._started() as instance, contextlib.ExitStack() as stack:
             read_fd, write_fd = os.pipe()
             stack.callback(os.close, read_fd)
-            cancel = Cancel()
-            stack.callback(cancel.close)
             started = threading.Event()
             sinks = [
                 Sink(name, keep_fd=memory_file(b"", stack), live_fd=None, max_bytes=1 << 20)
@@ -262,8 +247,7 @@ class Floor:
             given = CommandStreams(stdin_fd=read_fd, stdout=sinks[0], stderr=sinks[1], on_started=started.set)
 
             def run() -> None:
-                greet(instance)
-                run_phase(spec, instance, given, cancel)
+                self._opened(instance, spec, stack).run(spec.order, given, spec.wall_ms, spec.receivers)
 
             thread = threading.Thread(target=run)
             thread.start()

@@ -27,7 +27,7 @@ from x07_sandbox.policy.model import Policy
 from x07_sandbox.reports.result import render_result
 from x07_sandbox.sessions.host_files import effective_roots
 from x07_sandbox.sessions.private_files import FILES_MAX, LeftFiles, work_files
-from x07_sandbox.sessions.program import load_program
+from x07_sandbox.sessions.program import loaded
 from x07_sandbox.sessions.request import RunCaller, RunRequest
 from x07_sandbox.sessions.result import draft_result
 
@@ -57,7 +57,7 @@ def roots(policy: Policy | None = None, **words: Any) -> tuple[Root, ...]:  # no
     """The roots of a command run with these arguments."""
     with contextlib.ExitStack() as stack:
         cancel = stack.enter_context(contextlib.closing(Cancel()))
-        request, program = load_program(RunRequest(command=("make",), **words), RunCaller(cancel=cancel), stack)
+        request, program = loaded(RunRequest(command=("make",), **words), RunCaller(cancel=cancel), stack)
         return effective_roots(request, program, policy or default_policy())
 
 

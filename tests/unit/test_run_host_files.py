@@ -45,7 +45,7 @@ from x07_sandbox.sessions.patches import patch_chunks
 from x07_sandbox.sessions.prepare import Prepared
 from x07_sandbox.sessions.program import load_program
 from x07_sandbox.sessions.request import EffectivePolicy, RunCaller, RunRequest
-from x07_sandbox.sessions.result import ChangedName, Changes, draft_result
+from x07_sandbox.sessions.result import ChangedName, Changes, Draft
 from x07_sandbox.sessions.run import attempt, copy_in, failure
 from x07_sandbox.sessions.saved_changes import apply_saved, find_saved, recover_all, undo_saved
 from x07_sandbox.sessions.selection import Grants, select_changes
@@ -64,7 +64,7 @@ class Run:
     def __init__(self, root: Path, stack: contextlib.ExitStack) -> None:
         self.root = root
         root.mkdir()
-        self.draft = draft_result(RUN)
+        self.draft = Draft(RUN)
         self.folder = RunFolder(RUN, stack)
         self.stack = stack
         self.cancel = Cancel()
@@ -95,18 +95,13 @@ class Run:
             availability=unused,
             plan=unused,
         )
-        step = copy_in(prepared, self.draft, self.folder, self.stack)
-        try:
-            while True:
-                self.draft = next(step)
-        except StopIteration as end:
-            found, self.draft = end.value
-            assert isinstance(found, HostFiles)
-            return found
+        found = copy_in(prepared, self.draft, self.folder, self.stack)
+        assert isinstance(found, HostFiles)
+        return found
 
     def denial(self, field: str) -> Denial:
         """The only denial of that field."""
-        (found,) = [denial for denial in self.draft.denials if denial.field == field]
+        (found,) = [denial for denial in self.draft.result.denials if denial.field == field]
         return found
 
     def back(self, files: HostFiles, *entries: Entry) -> tuple[Changes, list[Denial], str]:
@@ -150,7 +145,7 @@ def test_the_reveal_flag_reveals_one_name(run: Run, name: str) -> None:
     assert flags[::2] == ["--reveal", "--reveal"]  # of the other one too
     assert not flags[1].startswith("-")
     assert len(flags) == 4
-    run.draft = draft_result(RUN)
+    run.draft = Draft(RUN)
     assert set(run.files(changes="discard", reveal=(flags[1],)).copied[0].nodes) == {"", name}
 
 
@@ -189,7 +184,7 @@ def test_entries_that_nothing_allows_say_so(run: Run) -> None:
     with (run.root / "large").open("wb") as file:
         file.truncate(NUMBER_MAX + 1)
     run.files({"allow_symlinks": False})
-    ways = {denial.subject.split(":")[0]: denial.how_to_allow for denial in run.draft.denials}
+    ways = {denial.subject.split(":")[0]: denial.how_to_allow for denial in run.draft.result.denials}
     assert (ways["pipe"], ways["out"], ways["large"]) == (None, None, None)
     assert ways["in"] is not None
     assert (ways["in"].json_path, ways["in"].value) == ("$.fs.allow_symlinks", True)
@@ -359,7 +354,7 @@ def test_large_files_are_named_also_after_a_success(run: Run) -> None:
         os.truncate(run.root / f"f{number}", (number + 1) << 20)
     words = {"changes": "discard", "named": "built-in:default"}
     run.files({"max_read_bytes": 1 << 20}, **words)
-    (line,) = denial_lines(msgspec.structs.replace(result(), denials=run.draft.denials))
+    (line,) = denial_lines(msgspec.structs.replace(result(), denials=run.draft.result.denials))
     assert line == (
         "denied: copying f6, f5, f4, f3, f2 and 1 more into the VM (larger than 1M, fs.max_read_bytes). "
         "To allow it, use --max-file-size 7M"
@@ -931,7 +926,7 @@ def test_a_secret_that_is_a_root_is_not_listed_as_left_out(run: Run) -> None:
     """A root that a root around it leaves out travels by itself, and no denial names it."""
     (run.root / "k.pem").touch()
     run.files({"write_roots": (str(run.root), f"{run.root}/k.pem")}, changes="discard")
-    assert run.draft.denials == []
+    assert run.draft.result.denials == []
 
 
 def test_a_root_at_another_place_has_its_mount_there(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,7 +38,6 @@ from x07_sandbox.channel.messages import (
     Left,
     Message,
     Open,
-    Output,
     Room,
     Seed,
     Seeded,
@@ -55,8 +54,9 @@ from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.policy.outcomes import Stage, classify
 from x07_sandbox.sessions import execution
 from x07_sandbox.sessions.execution import Facts
-from x07_sandbox.sessions.phase import PhaseSpec, input_files, run_phase
 from x07_sandbox.sessions.private_files import LeftFiles
+from x07_sandbox.sessions.session import Session
+from x07_sandbox.sessions.specs import input_files
 from x07_sandbox.sessions.transfers import CommandStreams, InFile, OutFile, Receivers, Sink, memory_file
 
 if TYPE_CHECKING:
@@ -203,45 +203,35 @@ class Run:
             InFile(path=f"/x07/in/{number}", mode=0o644, kind="file", fd=memory_file(data, stack), size=len(data))
             for number, data in enumerate(files)
         )
-        output = receivers.output
-        spec = PhaseSpec(
-            name="run",
-            opening=Open(
-                hostname="x07",
-                mem_bytes=LIMITS.mem_bytes,
-                tasks=LIMITS.tasks,
-                tmp_bytes=1 << 20,
-                files=input_files(ins),
-                mounts=[],
-                confine=Confine(threads=True, spawn=True, execute=True, programs=None, prefixes=[], alone=True),
-                network=None,
-                out_writable=output is not None,
-                room=Room(0, 0),
-            ),
-            order=Exec(1, ["true"], {}, "/", LIMITS),
-            closing=Close(
-                1,
-                None if output is None else Output(output.path, output.max_bytes),
-                None if receivers.left is None else Left(1, 1 << 20),
-            ),
-            files=ins,
-            receivers=receivers,
-            wall_ms=int(WALL_S * 1000),
-            ram_bytes=0,
-            filters=(),
+        opening = Open(
+            hostname="x07",
+            mem_bytes=LIMITS.mem_bytes,
+            tasks=LIMITS.tasks,
+            tmp_bytes=1 << 20,
+            files=input_files(ins),
+            mounts=[],
+            confine=Confine(threads=True, spawn=True, execute=True, programs=None, prefixes=[], alone=True),
+            network=None,
+            out_writable=receivers.output is not None,
+            room=Room(0, 0),
         )
+        if receivers.left is not None:
+            receivers = replace(receivers, left_wanted=Left(1, 1 << 20))
         given = CommandStreams(stdin_fd=stdin_fd, stdout=sinks[0], stderr=sinks[1])
         threads = stack.enter_context(ThreadPoolExecutor(1))
         stack.callback(self.cancel)  # a test that has failed waits for nothing
-        self.facts: Future[Facts] = threads.submit(self._carry_out, spec, given)
+        self.facts: Future[Facts] = threads.submit(self._carry_out, opening, ins, given, receivers)
 
-    def _carry_out(self, spec: PhaseSpec, given: CommandStreams) -> Facts:
+    def _carry_out(
+        self, opening: Open, files: tuple[InFile, ...], given: CommandStreams, receivers: Receivers
+    ) -> Facts:
         instance = cast("Instance", self.machine)
         try:
             greet(instance, cancel_fd=self.cancel.fd)
         except NoAnswerError as exc:
             return Facts(evidence=evidence_of(exc.failure, self.cancel.signal))
-        return run_phase(spec, instance, given, self.cancel)
+        session = Session(instance, self.cancel, opening, files)
+        return session.run(Exec(1, ["true"], {}, "/", LIMITS), given, int(WALL_S * 1000), receivers)
 
     def begin(self, *, started: bool = False) -> None:
         """Go through the handshake up to CLOSE, which the host sends right after EXEC. started: answer STARTED."""

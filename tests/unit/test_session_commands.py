@@ -27,8 +27,8 @@ from x07_sandbox.host.cancel import Cancel
 from x07_sandbox.policy.outcomes import Stage
 from x07_sandbox.sessions import execution
 from x07_sandbox.sessions.files import FileServer
-from x07_sandbox.sessions.phase import input_files
 from x07_sandbox.sessions.session import Session
+from x07_sandbox.sessions.specs import input_files
 from x07_sandbox.sessions.transfers import CommandStreams, Inbox, InFile, Receivers, Sink, memory_file
 
 if TYPE_CHECKING:
@@ -65,11 +65,10 @@ class Pair:
         greeting = Greeting(Connection(ours.fileno(), Role.HOST, State.READY), 0.0, {})
         cancel = stack.enter_context(contextlib.closing(Cancel()))
         machine.greeting = greeting  # type: ignore[attr-defined]
-        self.session = Session(cast("Instance", machine), cancel, None)
         opening = Open(
             "x07", 1 << 20, 8, 1 << 20, input_files(files), [], FREE, None, out_writable=False, room=Room(0, 0)
         )
-        self.session.open(opening, files)
+        self.session = Session(cast("Instance", machine), cancel, opening, files)
         self.turn()
         self.guest.until(Open)
 
@@ -201,7 +200,7 @@ def test_closing_awaits_the_end_of_all_commands(pair: Pair) -> None:
     assert not pair.session.until(lambda: False)
     facts = pair.session.facts(command)
     assert (pair.session.over, facts.evidence.channel_error, facts.closed) == (True, None, CLOSED)
-    assert pair.session.close(None, None, Receivers()) == CLOSED
+    assert pair.session.close(Receivers()) == CLOSED
 
 
 def test_output_in_memory_holds_up_the_guest(pair: Pair) -> None:

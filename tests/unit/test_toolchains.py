@@ -31,7 +31,7 @@ from x07_sandbox.programs.toolchains import (
     toolchain_for,
     toolchain_named,
 )
-from x07_sandbox.sessions.hint_context import missing_interpreter
+from x07_sandbox.sessions.denials import missing_interpreter
 from x07_sandbox.sessions.program import load_program
 from x07_sandbox.sessions.request import Program, RunCaller, RunRequest
 from x07_sandbox.sessions.transfers import InFile

@@ -71,7 +71,7 @@ def test_the_output_limit_of_an_x07_project(project: Path, profile: str, flag: i
     with loaded(program=project, profile=profile, max_output_bytes=flag) as (request, argv):
         assert request.max_output_bytes == most
         assert argv[argv.index("--max-output-bytes") + 1] == str(most)
-        assert output_caps(request, X07) == (most + 4, 256 * 1024)
+        assert output_caps(request, X07.protocol) == (most + 4, 256 * 1024)
 
 
 @pytest.mark.parametrize("profiles", [{"foo": PROFILE}, {"dev": PROFILE}, {"dev": {"world": "run-os"}}, {}])
@@ -93,7 +93,7 @@ def test_os_runner_ignores_profiles(
 @pytest.mark.parametrize(("given", "cap"), [(None, settings.OUTPUT_MAX_BYTES), (0, 0), (9, 9)])
 def test_other_programs_have_one_limit_for_both_streams(given: int | None, cap: int) -> None:
     """Programs of our toolchains have the same limit for both streams."""
-    assert output_caps(RunRequest(max_output_bytes=given), BY_NAME["c"]) == (cap, cap)
+    assert output_caps(RunRequest(max_output_bytes=given), BY_NAME["c"].protocol) == (cap, cap)
 
 
 def test_a_zero_is_a_limit_like_any_other() -> None:

@@ -31,7 +31,7 @@ from msgspec.structs import replace
 from x07_sandbox.backends.base import MachineKind, NoAnswerError
 from x07_sandbox.backends.handshake import evidence_of, greet
 from x07_sandbox.backends.qemu.start import Hot, QemuJob, Warming, start_qemu
-from x07_sandbox.channel.messages import Close, Exec, Open, Room
+from x07_sandbox.channel.messages import Exec
 from x07_sandbox.errors import BackendError
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import host_arch
@@ -46,7 +46,8 @@ from x07_sandbox.policy.controls import run_limits
 from x07_sandbox.policy.default import default_policy
 from x07_sandbox.policy.outcomes import classify
 from x07_sandbox.records.record import Claim, create_record, new_run_id
-from x07_sandbox.sessions.phase import CWD, PhaseSpec, run_phase
+from x07_sandbox.sessions.session import Session
+from x07_sandbox.sessions.specs import CWD, opening
 from x07_sandbox.sessions.transfers import CommandStreams, Receivers, Sink
 
 if TYPE_CHECKING:
@@ -226,34 +227,15 @@ def phase(order: dict[str, Any]) -> None:
             sinks.append(Sink(name, keep_fd=keep_fd, live_fd=None, max_bytes=settings.MIB))
         instance = stack.enter_context(started(order))
         limits = run_limits(default_policy()).for_guest()
-        spec = PhaseSpec(
-            name="run",
-            opening=Open(
-                hostname=settings.GUEST_HOSTNAME,
-                mem_bytes=limits.mem_bytes,
-                tasks=limits.tasks,
-                tmp_bytes=0,
-                files=[],
-                mounts=[],
-                confine=UNCONFINED.for_guest(),
-                network=None,
-                out_writable=False,
-                room=Room(0, 0),
-            ),
-            order=Exec(1, ["/bin/true"], {}, CWD, limits),
-            closing=Close(1, None, None),
-            files=(),
-            receivers=Receivers(),
-            wall_ms=1000,
-            ram_bytes=0,
-            filters=(),
-        )
+        opened = opening(UNCONFINED, limits, [], out_writable=False)
+        command = Exec(1, ["/bin/true"], {}, CWD, limits)
         given = CommandStreams(stdin_fd=None, stdout=sinks[0], stderr=sinks[1])
         before = status_kib("VmRSS")
         clock = Deadline.after(0)
         try:
             greet(instance, boot_s=order["boot_s"])
-            evidence = run_phase(spec, instance, given, cancel).evidence
+            session = Session(instance, cancel, opened)
+            evidence = session.run(command, given, 1000, Receivers()).evidence
         except NoAnswerError as exc:
             evidence = evidence_of(exc.failure)
         verdict = classify(evidence)

@@ -39,8 +39,8 @@ policy.confinement policy.control_table policy.controls policy.decode policy.def
 policy.model policy.outcomes policy.problems policy.reasons policy.sizes
 programs.artifacts programs.toolchains
 records.admission records.record records.runs
-sessions.artifact sessions.execution sessions.folder sessions.job sessions.phase sessions.phase_specs sessions.prepare
-sessions.program sessions.request sessions.result sessions.run sessions.session sessions.transfers
+sessions.artifact sessions.denials sessions.execution sessions.folder sessions.job sessions.prepare sessions.program
+sessions.request sessions.result sessions.run sessions.session sessions.specs sessions.transfers
 """
 # Beyond what a bare interpreter has. Absent because costly: dataclasses (with inspect, ast, dis), asyncio, logging,
 # tempfile, shutil, random, http, ssl.

@@ -60,12 +60,15 @@ def _rejection(path: Path, taken: Mapping[Path, str]) -> str:
     return taken.get(real_path(path), "")
 
 
-def files_read(request: RunRequest, program: Program) -> list[Path]:
-    """Return the files that a run reads besides those named on the command line: project files, standard input."""
-    found = list(program.read)
+def files_read(request: RunRequest, program: Program | None, stdin_fd: int | None = None) -> list[Path]:
+    """Return the files that a run reads besides those named on the command line: project files, standard input.
+
+    stdin_fd: standard input of a run without a program.
+    """
+    found = [] if program is None else list(program.read)
     if isinstance(request.policy, ProjectPolicy):
         found.append(request.policy.path)
-    fd = program.input_fd
+    fd = stdin_fd if program is None else program.input_fd
     if request.input is None and fd is not None and stat.S_ISREG(os.fstat(fd).st_mode):
         found.append(Path(os.readlink(f"/proc/self/fd/{fd}")))  # noqa: PTH115 - of a descriptor
     return found

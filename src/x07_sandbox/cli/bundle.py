@@ -32,7 +32,7 @@ from x07_sandbox.programs.toolchains import OUTPUT
 from x07_sandbox.reports.document import render_json
 from x07_sandbox.sessions.program import load_program
 from x07_sandbox.sessions.request import EffectivePolicy, Program, RunRequest, effective_policy_of
-from x07_sandbox.sessions.run import attempt, build_steps
+from x07_sandbox.sessions.run import attempt
 from x07_sandbox.x07 import bundle
 from x07_sandbox.x07.runner_report import Built, mode_of, report_of, target_of
 
@@ -153,7 +153,7 @@ def _build(options: argparse.Namespace, caller: RunCaller, path: Path, stack: co
     policy, artifact = effective_policy_of(request), artifact_file(stack)
     caller = replace(caller, program=program, policy=policy, artifact=artifact)
     sweep_before_start()
-    result, error = attempt(request, caller, build_steps)
+    result, error = attempt(request, caller, build_only=True)
     caller.cancel.check()
     if error is not None:
         raise error

@@ -24,7 +24,7 @@ from x07_sandbox.host.variables import text
 from x07_sandbox.library.requests import carry_out, make_request
 from x07_sandbox.options import OF_X07, OPTIONS
 from x07_sandbox.policy.outcomes import REFUSED_EXIT, ending_line
-from x07_sandbox.sessions.program import load_program, toolchain_of_text
+from x07_sandbox.sessions.program import loaded, toolchain_of_text
 from x07_sandbox.sessions.request import RunCaller
 from x07_sandbox.sessions.transfers import read_all
 
@@ -192,12 +192,12 @@ def _loaded(
 
     Return the request with the settings of the project, and the caller with the program.
     """
-    request, program = load_program(request, caller, stack)
+    request, program = loaded(request, caller, stack)
     from x07_sandbox.cli.atomic_output import check_outputs, files_read
 
     if outputs:
-        check_outputs(outputs, files_read(request, program))
-    if program.toolchain.protocol is None:
+        check_outputs(outputs, files_read(request, program, caller.stdin_fd))
+    if program is None or program.toolchain.protocol is None:
         return request, replace(caller, program=program)
     from x07_sandbox.cli.run_report import with_derived_file
 

@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from x07_sandbox.backends.base import Instance, Job, MachineKind, Needs, RootPlace
-from x07_sandbox.channel.messages import Closed, CommandLimits, Exec, Exited, InputFile, Mount, Open, Room
+from x07_sandbox.backends.base import Instance, RootPlace
+from x07_sandbox.channel.messages import Closed, CommandLimits, Exec, Exited, Mount, Room
 from x07_sandbox.conformance.harness import ANSWER_S, Bench, BrokenError, expect
 from x07_sandbox.host import settings
 from x07_sandbox.host.cancel import Caller, Cancel
@@ -17,8 +17,8 @@ from x07_sandbox.policy.confinement import UNCONFINED
 from x07_sandbox.policy.sizes import RAM_CLASSES
 from x07_sandbox.records.record import Claim, new_run_id
 from x07_sandbox.sessions.files import FileServer
-from x07_sandbox.sessions.phase import CWD
 from x07_sandbox.sessions.session import Session
+from x07_sandbox.sessions.specs import CWD, SessionSpec, opening
 from x07_sandbox.sessions.transfers import CommandStreams, InFile, Receivers, Sink, memory_file
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ class Box:
 
     def close(self, changes: Incoming | None = None) -> Closed | None:
         """Close the sandbox, and take its changes."""
-        return self.session.close(None, None, Receivers(changes=changes))
+        return self.session.close(Receivers(changes=changes))
 
 
 @contextlib.contextmanager
@@ -159,35 +159,23 @@ def opened(bench: Bench, root: bytes = b"", *, guest_root: bool = False, **limit
     guest_root: whether programs are root inside.
     """
     most = _LIMITS._replace(**limits)
-    tmp_bytes = 16 * settings.MIB
-    needs = Needs(
-        mem_bytes=most.mem_bytes,
-        tmp_bytes=tmp_bytes,
-        tasks=most.tasks,
-        fds=most.fds,
-        files_bytes=len(root),
-        places=(RootPlace(at=ROOT, write=True),) if root else (),
-    )
-    opening = Open(
-        hostname=settings.GUEST_HOSTNAME,
-        mem_bytes=most.mem_bytes,
-        tasks=most.tasks,
-        tmp_bytes=tmp_bytes,
-        files=[InputFile("", 0o755, "tree", len(root))] if root else [],
-        mounts=[Mount(tree=0, sub="", at=ROOT, write=True, changes=True)] if root else [],
-        confine=UNCONFINED.for_guest(),
-        network=None,
-        out_writable=False,
-        room=Room(settings.MIB, settings.MIB),
-        root=guest_root,
-    )
-    kind = MachineKind(image=bench.image, ram_bytes=RAM_CLASSES[0])
-    claim = Claim(run_id=new_run_id(), phase="run", wall_ms=_SANDBOX_MS)
+    mounts = [Mount(tree=0, sub="", at=ROOT, write=True, changes=True)] if root else []
+    room = Room(settings.MIB, settings.MIB)
     with contextlib.ExitStack() as stack:
+        files = [InFile(path="", mode=0o755, kind="tree", fd=memory_file(root, stack), size=len(root))] if root else []
+        spec = SessionSpec(
+            name="run",
+            opening=opening(UNCONFINED, most, files, mounts, None, room, out_writable=False, root=guest_root),
+            order=Exec(0, [], _ENV, CWD, most),
+            files=tuple(files),
+            receivers=Receivers(),
+            wall_ms=_SANDBOX_MS,
+            ram_bytes=RAM_CLASSES[0],
+            filters=UNCONFINED.filters,
+            places=(RootPlace(at=ROOT, write=True),) if root else (),
+        )
         cancel = stack.enter_context(contextlib.closing(Cancel()))
-        job = Job(claim=claim, kind=kind, caller=Caller(cancel=cancel), needs=needs)
-        instance = stack.enter_context(bench.backend.start(job))
-        session = Session(instance, cancel, None)
-        tree = InFile(path="", mode=0o755, kind="tree", fd=memory_file(root, stack), size=len(root))
-        session.open(opening, (tree,) if root else ())
+        claim = Claim(run_id=new_run_id(), phase=spec.name, wall_ms=spec.wall_ms)
+        instance = stack.enter_context(bench.backend.start(spec.job(claim, bench.image, Caller(cancel=cancel))))
+        session = Session(instance, cancel, spec.opening, spec.files)
         yield Box(session, instance, most, ANSWER_S * (_EMULATED if bench.features.emulated else 1))

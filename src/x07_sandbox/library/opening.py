@@ -51,7 +51,7 @@ def open_sandbox(
     if isinstance(wait_s, bool) or wait_s != 0:
         wrong = bad_argument("wait_s", f"is {wait_s!r}, not a number of seconds from 0", SANDBOX)
         wait_s = checked_seconds("wait_s", wait_s, wrong)
-    request = replace(make_request(checked_options(of_runs, SANDBOX), command=("sandbox",)), queue_s=wait_s)
+    request = replace(make_request(checked_options(of_runs, SANDBOX)), queue_s=wait_s)
     sweep_before_start()
     caller = RunCaller(cancel=cancel, progress=progress, choice=selected, machines=machines or PoolClient(), word=word)
     return OpenSandbox(request, caller, life)

@@ -303,14 +303,6 @@ TOOLCHAINS: Final = (
     ),
 )
 BY_NAME: Final = {toolchain.name: toolchain for toolchain in TOOLCHAINS}
-# For `x07 exec`; users cannot select it. A command without a slash is looked up in the guest.
-COMMAND: Final = Toolchain(
-    name="command",
-    suffixes=(),
-    build=None,
-    start=lambda source: [source.name],
-    doc="A command installed in the guest image.",
-)
 
 
 def toolchain_named(name: str) -> Toolchain:

@@ -7,24 +7,23 @@ import os
 from typing import TYPE_CHECKING
 
 import msgspec
-from msgspec.structs import replace
 
 from x07_sandbox.host import settings
 from x07_sandbox.host.decoding import prepared as prepared_model
 from x07_sandbox.programs import artifacts
 from x07_sandbox.programs.toolchains import build_driver
-from x07_sandbox.sessions.job import JobEnd, run_job, worded_report
-from x07_sandbox.sessions.phase_specs import build_spec
+from x07_sandbox.sessions.job import JobEnd, run_job
 from x07_sandbox.sessions.request import sha256_text
-from x07_sandbox.sessions.result import BuildOutput, Result
+from x07_sandbox.sessions.result import BuildOutput
+from x07_sandbox.sessions.specs import build_spec
 
 if TYPE_CHECKING:
     from x07_sandbox.policy.outcomes import Verdict
     from x07_sandbox.sessions.folder import RunFolder
-    from x07_sandbox.sessions.prepare import Prepared, Step
+    from x07_sandbox.sessions.prepare import Prepared
+    from x07_sandbox.sessions.request import Program
+    from x07_sandbox.sessions.result import Draft
     from x07_sandbox.sessions.transfers import OutFile
-
-    Built = tuple[Verdict | None, Result]
 
 
 class _CachedBuild(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -34,31 +33,33 @@ class _CachedBuild(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     output: BuildOutput
 
 
-def obtain_artifact(prepared: Prepared, draft: Result, folder: RunFolder, artifact: OutFile) -> Step[Built]:
-    """Fill *artifact* with the file that the run executes. Raises SandboxError.
+def obtain_artifact(
+    prepared: Prepared, program: Program, draft: Draft, folder: RunFolder, artifact: OutFile
+) -> Verdict | None:
+    """Fill *artifact* with the file that the run executes, and *draft* with the facts about the build.
 
-    Return the verdict if the build failed, else None; and *draft* with the facts about the build.
+    Return the verdict if the build failed, else None. Raises SandboxError.
     """
-    program, toolchain = prepared.program, prepared.program.toolchain
-    if artifact.complete or toolchain.build is None:
+    if artifact.complete or program.toolchain.build is None:
         if not artifact.complete:
             artifact.complete = artifact.take(program.data)
-        return None, replace(draft, artifact_from="caller")
+        draft.set(artifact_from="caller")
+        return None
     # The compiler is unknown without an image, so nothing is cached.
     if prepared.image is None or not prepared.request.cache:
-        return (yield from _build(prepared, draft, folder, artifact))
-    key = _key(prepared, prepared.image.manifest.digest)
+        return _build(prepared, program, draft, folder, artifact)
+    key = _key(prepared, program, prepared.image.manifest.digest)
     if (known := _recall(key, artifact)) is not None:
-        return _from_cache(prepared, draft, known)
+        return _from_cache(prepared, program, draft, known)
     most_s = min((prepared.request.build_wall_ms or settings.BUILD_WALL_MS) / 1000, prepared.request.queue_s)
     with artifacts.build_lock(key, prepared.caller.cancel.pause, most_s, prepared.caller.progress) as mostly_waited:
         if mostly_waited and (known := _recall(key, artifact)) is not None:
-            return _from_cache(prepared, draft, known)
-        return (yield from _build(prepared, draft, folder, artifact, key))
+            return _from_cache(prepared, program, draft, known)
+        return _build(prepared, program, draft, folder, artifact, key)
 
 
-def _key(prepared: Prepared, image_digest: str) -> str:
-    program, toolchain = prepared.program, prepared.program.toolchain
+def _key(prepared: Prepared, program: Program, image_digest: str) -> str:
+    toolchain = program.toolchain
     assert toolchain.build is not None  # noqa: S101 - for the type checker
     extras = None if toolchain.protocol is None else toolchain.protocol.build_extras(prepared.policy.data)
     more = [] if extras is None else [sha256_text(part) for part in extras.key]
@@ -66,20 +67,21 @@ def _key(prepared: Prepared, image_digest: str) -> str:
     return artifacts.artifact_key(image_digest, toolchain.name, toolchain.build(program.source), program.sha256, *more)
 
 
-def _from_cache(prepared: Prepared, draft: Result, known: _CachedBuild) -> Built:
-    draft = replace(draft, artifact_from="cache", build=known.output)
+def _from_cache(prepared: Prepared, program: Program, draft: Draft, known: _CachedBuild) -> Verdict | None:
+    draft.set(artifact_from="cache", build=known.output)
     if known.status == 0:
-        return None, draft
+        return None
     from x07_sandbox.policy.outcomes import Evidence, Stage, classify
 
     ending = classify(Evidence(stage=Stage.COLLECT, wait_status=known.status << 8))
-    return _verdict(prepared, ending), replace(draft, stdout=known.output.stdout, stderr=known.output.stderr)
+    draft.set(stdout=known.output.stdout, stderr=known.output.stderr)
+    return _verdict(prepared, program, ending)
 
 
-def _verdict(prepared: Prepared, found: Verdict) -> Verdict:
+def _verdict(prepared: Prepared, program: Program, found: Verdict) -> Verdict:
     from x07_sandbox.policy.outcomes import build_verdict
 
-    subject = "check of the source" if prepared.program.toolchain.archive else "compiler"
+    subject = "check of the source" if program.toolchain.archive else "compiler"
     return build_verdict(found, prepared.request.build_wall_ms or settings.BUILD_WALL_MS, subject)
 
 
@@ -93,31 +95,32 @@ def _failed_by_itself(end: JobEnd) -> bool:
 
 
 def _build(
-    prepared: Prepared, draft: Result, folder: RunFolder, artifact: OutFile, key: str | None = None
-) -> Step[Built]:
+    prepared: Prepared, program: Program, draft: Draft, folder: RunFolder, artifact: OutFile, key: str | None = None
+) -> Verdict | None:
     """Build the program, and store what a later build would repeat under *key*, if there is one."""
     from x07_sandbox.policy.outcomes import verdict
 
-    draft = replace(draft, artifact_from="build")
-    yield draft
-    prepared.caller.progress(f"building {prepared.program.source.name or 'the project'} in a separate VM")
+    draft.set(artifact_from="build")
+    prepared.caller.progress(f"building {program.source.name or 'the project'} in a separate VM")
     with contextlib.ExitStack() as stack:
-        end = run_job(prepared, build_spec(prepared, artifact, stack), draft.run, folder)
-    ending = _verdict(prepared, end.ending)
-    report = worded_report(end.report, ending, prepared.caller.word)
-    build, phases = BuildOutput(stdout=report.stdout, stderr=report.stderr), {**draft.phases, "build": report}
-    draft = replace(draft, phases=phases, build=build, jail=end.jail, warnings=[*draft.warnings, *end.warnings])
+        end = run_job(prepared, build_spec(prepared, program, artifact, stack), folder)
+    ending = _verdict(prepared, program, end.ending)
+    report = end.report(ending, prepared.caller.word)
+    build = BuildOutput(stdout=report.stdout, stderr=report.stderr)
+    draft.set_phase("build", report)
+    draft.set(build=build, jail=end.job.instance.jail)
+    draft.warn(*end.job.warnings)
     built = ending.outcome == "ok" and artifact.complete
     if key is not None and (built or _failed_by_itself(end)):
         notes = msgspec.json.encode(_CachedBuild(ending.exit_code or 0, build))
         artifacts.store_artifact(key, artifact.fd, artifact.size, artifact.sha256(), notes)
     if built:
-        return None, draft
-    draft = replace(draft, stdout=report.stdout, stderr=report.stderr)
+        return None
+    draft.set(stdout=report.stdout, stderr=report.stderr)
     if ending.outcome != "ok":
-        return ending, draft
+        return ending
     problem = (end.facts.closed and end.facts.closed.output_problem) or "is incomplete"
-    return verdict("build-failed", "not-built", {"problem": problem}, fault="program"), draft
+    return verdict("build-failed", "not-built", {"problem": problem}, fault="program")
 
 
 def _recall(key: str, artifact: OutFile) -> _CachedBuild | None:

@@ -102,7 +102,7 @@ class HostFiles:
         writable = change_roots(self.trees)
         self._mounts = mounts_of(self.trees)
         given = {root.guest: root.given for root in roots}
-        if request.workdir is not None and not program.project:
+        if request.workdir is not None and not prepared.project:
             given[WORK] = "."  # the value that --allow-write-root would need
         self.areas = [
             GuestMount(given=given[mount.at], at=mount.at, write=mount.write, host=mount.host)
@@ -298,17 +298,17 @@ class HostFiles:
         self._place.rmdir()
 
 
-def base_folder(request: RunRequest, program: Program) -> Path:
+def base_folder(request: RunRequest, program: Program | None) -> Path:
     """Return the base of relative roots: the project's folder, --workdir or the current folder. Raises UsageError."""
-    if program.project and request.program is not None:
+    if program is not None and program.project and request.program is not None:
         path = Path(request.program)
         return real_path(path if is_folder(path) else path.parent)
     return real_path(Path()) if request.workdir is None else working_folder(request.workdir)
 
 
-def effective_roots(request: RunRequest, program: Program, policy: Policy) -> tuple[Root, ...]:
+def effective_roots(request: RunRequest, program: Program | None, policy: Policy) -> tuple[Root, ...]:
     """Return the host folders that a run opens to its program. Raises RefusedError, UsageError."""
-    start = PROJECT_FOLDER if program.project else PROGRAM if request.workdir is None else WORK
+    start = PROJECT_FOLDER if program is not None and program.project else PROGRAM if request.workdir is None else WORK
     roots = roots_of(policy, base_folder(request, program), start)
     if request.workdir is not None:
         roots = (*roots, workdir_root(request, program, policy, request.workdir))

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Generator
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Final
 
 import msgspec
-from msgspec.structs import replace
 
 from x07_sandbox.backends.base import Availability, Backend
 from x07_sandbox.backends.selection import Choice, choice_from_environment
@@ -24,8 +22,7 @@ from x07_sandbox.images.store import DEFAULT, Image, find_image, image_is_curren
 from x07_sandbox.images.verify import OpenImage, open_image
 from x07_sandbox.options import BY_FLAG
 from x07_sandbox.policy.controls import Plan, make_plan
-from x07_sandbox.programs.toolchains import COMMAND, Toolchain, require_packages
-from x07_sandbox.sessions.program import load_program
+from x07_sandbox.programs.toolchains import Protocol, require_packages
 from x07_sandbox.sessions.request import (
     EffectivePolicy,
     Program,
@@ -39,7 +36,7 @@ from x07_sandbox.sessions.request import (
     read_whole,
     sha256_text,
 )
-from x07_sandbox.sessions.result import ControlReport, Result
+from x07_sandbox.sessions.result import ControlReport, Draft
 from x07_sandbox.sessions.transfers import memory_file
 
 if TYPE_CHECKING:
@@ -48,16 +45,14 @@ if TYPE_CHECKING:
 else:
     Egress = object  # msgspec reads annotations; its module is loaded where it is needed
 
-_T = TypeVar("_T")
 _A_VM: Final = Flag("--sandbox-backend vm")
-# A step of a run: it yields drafts of the result and returns the data for the next step.
-Step = Generator[Result, None, _T]
 
 
 class Prepared(msgspec.Struct, frozen=True):
     """A checked request. Its plan may still contain refusals.
 
     request: what the user asked for, with the settings of the project's manifest.
+    program: None for a command of the image, and for a sandbox.
     image, egress: None if the run uses none.
     stdin_fd: the program's input, if any.
     whole_input: the input of a program with a protocol, before it was framed.
@@ -66,7 +61,7 @@ class Prepared(msgspec.Struct, frozen=True):
 
     request: RunRequest
     caller: RunCaller
-    program: Program
+    program: Program | None
     policy: EffectivePolicy
     image: OpenImage | None
     backend: Backend
@@ -87,38 +82,46 @@ class Prepared(msgspec.Struct, frozen=True):
         """The name by which the user selected the image."""
         return _image_name(self.request)
 
+    @property
+    def protocol(self) -> Protocol | None:
+        """The conventions of the program, if it has any."""
+        return None if self.program is None else self.program.toolchain.protocol
 
-def output_caps(request: RunRequest, toolchain: Toolchain) -> tuple[int, int]:
+    @property
+    def project(self) -> bool:
+        """Whether the program has a manifest."""
+        return self.program is not None and self.program.project
+
+    @property
+    def cpu_ms(self) -> int | None:
+        """The CPU time limit from the program's own options, if there is one."""
+        return None if self.program is None else self.program.cpu_ms
+
+
+def output_caps(request: RunRequest, protocol: Protocol | None) -> tuple[int, int]:
     """Return the limits in bytes for a run's standard output and standard error."""
     most = settings.OUTPUT_MAX_BYTES if request.max_output_bytes is None else request.max_output_bytes
-    return (most, most) if toolchain.protocol is None else toolchain.protocol.output_caps(most)
-
-
-def final_value(step: Step[_T]) -> _T:
-    """Run a step to its end, ignore the drafts that it yields, and return its value."""
-    while True:
-        try:
-            next(step)
-        except StopIteration as end:
-            value: _T = end.value
-            return value
+    return (most, most) if protocol is None else protocol.output_caps(most)
 
 
 def prepare(
-    request: RunRequest, caller: RunCaller, draft: Result, stack: contextlib.ExitStack, *, dry: bool = False
-) -> Step[tuple[Prepared, Result]]:
+    request: RunRequest,
+    program: Program | None,
+    caller: RunCaller,
+    draft: Draft,
+    stack: contextlib.ExitStack,
+    *,
+    dry: bool = False,
+) -> Prepared:
     """Read and check the whole request. Raises SandboxError. dry: read no input, update no image and boot no guest."""
-    program = caller.program
-    if program is None:
-        request, program = load_program(request, caller, stack)
-    draft = _known(draft, source=program.sha256)
-    yield draft
+    if program is not None:
+        draft.set_digests(source=program.sha256)
     check_arguments(request)
     stdin_fd, whole_input = _input(request, program, caller, stack, dry=dry)
     effective_policy = caller.policy or effective_policy_of(request)
     _check_cpu_time(request, program)
-    draft = _known(replace(draft, policy=printable(effective_policy.base)), policy=sha256_text(effective_policy.data))
-    yield draft
+    draft.set(policy=printable(effective_policy.base))
+    draft.set_digests(policy=sha256_text(effective_policy.data))
     check_variables(request, effective_policy.policy)
     choice = caller.choice or choice_from_environment()
     backend = choice.made
@@ -126,29 +129,30 @@ def prepare(
     if backend.uses_image:
         with caller.cancel.waiting():
             image = _image(request, backend, stack, dry=dry)
-        draft = _known(draft, image=image.manifest.digest)
-        yield draft
-        require_packages(program.toolchain, image.manifest.holds(), lambda: image_in_use(image, _image_name(request)))
+        draft.set_digests(image=image.manifest.digest)
+        if program is not None:
+            own, name = image, _image_name(request)
+            require_packages(program.toolchain, own.manifest.holds(), lambda: image_in_use(own, name))
         check_pinned(image.manifest.digest)
         check_own_image(image.manifest.digest, caller.image_digest)
     else:
         _refuse_image(request, choice)
-        _require_programs(program, choice)
+        if program is not None:
+            _require_programs(program, choice)
     availability = backend.probe(image, boot=not dry)
     _require_own_architecture(request, image, availability, backend)
     _require_hardware(request, availability)
     _require_host_files(request, availability, backend)
     _require_guest_root(request, availability, backend)
+    cpu_ms = None if program is None else program.cpu_ms
     by_proxy = effective_policy.policy.may_connect and _proxy_resolves()
-    plan = make_plan(effective_policy.policy, availability.features, cpu_ms=program.cpu_ms, proxy_resolves=by_proxy)
-    draft = replace(
-        draft,
+    plan = make_plan(effective_policy.policy, availability.features, cpu_ms=cpu_ms, proxy_resolves=by_proxy)
+    draft.set(
         isolation=availability.features.isolation,
         backend=backend.name,
         controls=[ControlReport(field=c.field, state=c.state, by=c.by, why=c.why) for c in plan.controls],
-        warnings=[*draft.warnings, *availability.warnings],
     )
-    yield draft
+    draft.warn(*availability.warnings)
     egress = None if plan.refusals else _egress(effective_policy)
     return Prepared(
         request=request,
@@ -163,16 +167,17 @@ def prepare(
         whole_input=whole_input,
         egress=egress,
         ca=_certificates(request, egress),
-    ), draft
+    )
 
 
 def _input(
-    request: RunRequest, program: Program, caller: RunCaller, stack: contextlib.ExitStack, *, dry: bool
+    request: RunRequest, program: Program | None, caller: RunCaller, stack: contextlib.ExitStack, *, dry: bool
 ) -> tuple[int | None, bytes]:
     """Return a descriptor of the program's input, and the whole input of a program with a protocol."""
+    own_fd = caller.stdin_fd if program is None else program.input_fd
     with caller.cancel.waiting():  # opening a pipe may block
-        stdin_fd = open_input(request, program.input_fd, stack, wait=not dry)
-    if (protocol := program.toolchain.protocol) is None:
+        stdin_fd = open_input(request, own_fd, stack, wait=not dry)
+    if program is None or (protocol := program.toolchain.protocol) is None:
         return stdin_fd, b""
     need_policy(request, protocol)
     if dry:
@@ -232,9 +237,9 @@ def _proxy_resolves() -> bool:
     return read_settings().proxy_resolves
 
 
-def _check_cpu_time(request: RunRequest, program: Program) -> None:
+def _check_cpu_time(request: RunRequest, program: Program | None) -> None:
     """Raise UsageError if the requested CPU limit is above the X07 program's own limit, which would still apply."""
-    limits, own_ms = request.limits, program.cpu_ms
+    limits, own_ms = request.limits, None if program is None else program.cpu_ms
     if limits is not None and limits.cpu_ms is not None and own_ms is not None and own_ms < limits.cpu_ms:
         why = f"the X07 program's own limit is {own_ms / 1000:g} s"
         fix = f"Add --cpu-time-limit-seconds {-(-limits.cpu_ms // 1000)}, or raise the limit in the program's profile"
@@ -256,10 +261,6 @@ def wants_scaling(prepared: Prepared) -> bool:
     from x07_sandbox.host.user_settings import scale_when_emulated  # few users have settings
 
     return scale_when_emulated()
-
-
-def _known(draft: Result, **digests: str) -> Result:
-    return replace(draft, digests=replace(draft.digests, **digests))
 
 
 def _image(request: RunRequest, backend: Backend, stack: contextlib.ExitStack, *, dry: bool) -> OpenImage:
@@ -295,8 +296,6 @@ def _refuse_image(request: RunRequest, choice: Choice) -> None:
 
 def _require_programs(program: Program, choice: Choice) -> None:
     toolchain, source = program.toolchain, program.source
-    if toolchain is COMMAND:  # looked up in PATH when it runs
-        return
     argvs = [toolchain.start(source), *([] if toolchain.build is None else [toolchain.build(source)])]
     for path in (argv[0] for argv in argvs):
         if not path.startswith("/x07/") and not os.access(path, os.X_OK):

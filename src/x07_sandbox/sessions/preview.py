@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import msgspec
 
 from x07_sandbox.files.roots import Root, trees_of
 from x07_sandbox.policy.controls import Plan
-from x07_sandbox.programs.toolchains import COMMAND
 from x07_sandbox.records.record import new_run_id
 from x07_sandbox.sessions.host_files import effective_roots
-from x07_sandbox.sessions.prepare import Prepared, final_value, prepare, wants_scaling
-from x07_sandbox.sessions.result import Scaling, draft_result
+from x07_sandbox.sessions.prepare import Prepared, prepare, wants_scaling
+from x07_sandbox.sessions.program import loaded
+from x07_sandbox.sessions.result import Draft, Scaling
 
 if TYPE_CHECKING:
     from x07_sandbox.network.rules import Allowlist, Denied, Entry
-    from x07_sandbox.sessions.request import RunCaller, RunRequest
+    from x07_sandbox.sessions.request import Program, RunCaller, RunRequest
 
 SCHEMA: Final = "x07.sandbox.preview@0.1.0"
 
@@ -57,19 +57,17 @@ class Preview(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 def preview(request: RunRequest, caller: RunCaller) -> Preview:
     """Return the preview of a request. Raises SandboxError if a run would be refused before files are copied."""
     with contextlib.ExitStack() as stack:
-        ready, draft = final_value(prepare(request, caller, draft_result(new_run_id()), stack, dry=True))
-        request, program, toolchain = ready.request, ready.program, ready.program.toolchain
+        draft = Draft(new_run_id())
+        request, program = loaded(request, caller, stack)
+        ready = prepare(request, program, caller, draft, stack, dry=True)
         roots = effective_roots(request, program, ready.policy.policy)
         if not ready.plan.refusals:
             trees_of(roots)  # checks them
         ready, scaling = _scaled(ready)
         allowlist = ready.egress and ready.egress.allowlist
-        digests = {name: digest for name, digest in msgspec.structs.asdict(draft.digests).items() if digest}
+        digests = {name: digest for name, digest in msgspec.structs.asdict(draft.result.digests).items() if digest}
         return Preview(
-            toolchain=toolchain.name,
-            build=None if toolchain.build is None else toolchain.build(program.source),
-            run=[*toolchain.start(program.source), *request.args],
-            files=[] if toolchain is COMMAND else list(program.source.files) or [program.source.name],
+            **_of_program(request, program),
             roots=roots,
             digests=digests,
             image=ready.image_name,
@@ -81,6 +79,19 @@ def preview(request: RunRequest, caller: RunCaller) -> Preview:
             blocked_hosts=_blocked(allowlist) if allowlist else (),
             proxy_resolves=allowlist.settings.proxy_resolves if allowlist else False,
         )
+
+
+def _of_program(request: RunRequest, program: Program | None) -> dict[str, Any]:
+    """Return the fields about the program."""
+    if program is None:
+        return {"toolchain": "command", "build": None, "run": [*request.command, *request.args], "files": []}
+    toolchain, source = program.toolchain, program.source
+    return {
+        "toolchain": toolchain.name,
+        "build": None if toolchain.build is None else toolchain.build(source),
+        "run": [*toolchain.start(source), *request.args],
+        "files": list(source.files) or [source.name],
+    }
 
 
 def _scaled(ready: Prepared) -> tuple[Prepared, Scaling | None]:

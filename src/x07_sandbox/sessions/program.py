@@ -14,7 +14,6 @@ from x07_sandbox.host import settings
 from x07_sandbox.host.paths import is_folder, read_bounded
 from x07_sandbox.policy.decode import MAX_BYTES as POLICY_MAX_BYTES
 from x07_sandbox.programs.toolchains import (
-    COMMAND,
     PROJECT_FOLDER,
     SOURCE_FOLDER,
     Source,
@@ -41,6 +40,13 @@ if TYPE_CHECKING:
 _HEAD_BYTES = 256
 
 
+def loaded(request: RunRequest, caller: RunCaller, stack: contextlib.ExitStack) -> tuple[RunRequest, Program | None]:
+    """Return the request with the settings of its project, and its program; None for a command of the image."""
+    if caller.program is not None or request.command:
+        return request, caller.program
+    return load_program(request, caller, stack)
+
+
 def load_program(request: RunRequest, caller: RunCaller, stack: contextlib.ExitStack) -> tuple[RunRequest, Program]:
     """Read the program. Return the request, with the settings of a manifest, and the program. Raises UsageError."""
     request, program = _load(request, caller, stack)
@@ -53,8 +59,6 @@ def load_program(request: RunRequest, caller: RunCaller, stack: contextlib.ExitS
 
 
 def _load(request: RunRequest, caller: RunCaller, stack: contextlib.ExitStack) -> tuple[RunRequest, Program]:
-    if request.command:
-        return _from_command(request, stack)
     if request.source is not None:
         reject_profile(request, "the source")
         return request, _from_text(request, request.source, stack)
@@ -75,17 +79,6 @@ def _load(request: RunRequest, caller: RunCaller, stack: contextlib.ExitStack) -
         why = f"it has more than {settings.SOURCE_MAX_BYTES} bytes"
         raise UsageError(f"cannot run {path}", why, "Use a smaller source file")
     return request, single_file(toolchain, name, data, request, stack)
-
-
-def _from_command(request: RunRequest, stack: contextlib.ExitStack) -> tuple[RunRequest, Program]:
-    name, *args = request.command
-    if not name or "\0" in name:
-        raise UsageError(
-            "cannot run the command", "its name is empty or contains a NUL byte", "Use a name such as make"
-        )
-    file = in_memory(b"", f"{SOURCE_FOLDER}/command", 0o644, stack)
-    program = Program(toolchain=COMMAND, source=Source(name=name), data=b"", file=file, sha256=sha256_text(b""))
-    return replace(request, args=(*args, *request.args)), program
 
 
 def reject_profile(request: RunRequest, what: str) -> None:

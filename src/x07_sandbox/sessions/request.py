@@ -181,9 +181,12 @@ class RunCaller(Caller, frozen=True, kw_only=True):
 
 def check_arguments(request: RunRequest) -> None:
     """Raise UsageError for arguments and variables that execve(2) would reject."""
+    if request.command and (not request.command[0] or "\0" in request.command[0]):
+        why = "its name is empty or contains a NUL byte"
+        raise UsageError("cannot run the command", why, "Use a name such as make")
     what = f"cannot run {request.program or ''.join(request.command[:1]) or 'the source'} with these arguments"
     total = 0
-    for number, arg in enumerate((*request.command[:1], *request.args), start=0 if request.command else 1):
+    for number, arg in enumerate((*request.command, *request.args), start=0 if request.command else 1):
         if not isinstance(arg, str):
             raise UsageError(what, f"argument {number} is not a string", "Pass strings")
         size = len(os.fsencode(arg)) + 1

@@ -350,7 +350,7 @@ EMPTY_OUTPUT = Output(bytes=0, truncated=False, text="")
 
 
 def draft_result(run: str) -> Result:
-    """Return the first draft of a result, without any facts. The steps of the run fill in the fields."""
+    """Return the first draft of a result, without any facts."""
     return Result(
         run=run,
         outcome="internal-error",
@@ -366,3 +366,30 @@ def draft_result(run: str) -> Result:
         denials=[],
         warnings=[],
     )
+
+
+class Draft:
+    """The result of a run in progress, as far as it is known: an interrupted run ends with it."""
+
+    def __init__(self, run: str) -> None:
+        self.result = draft_result(run)
+
+    def set(self, **fields: Any) -> None:  # noqa: ANN401 - fields of a result
+        """Fill in fields."""
+        self.result = replace(self.result, **fields)
+
+    def set_digests(self, **digests: str | None) -> None:
+        """Fill in digests."""
+        self.set(digests=replace(self.result.digests, **digests))
+
+    def set_phase(self, name: str, report: PhaseReport) -> None:
+        """Add the report about a phase."""
+        self.set(phases={**self.result.phases, name: report})
+
+    def deny(self, *denials: Denial) -> None:
+        """Add denials."""
+        self.set(denials=[*self.result.denials, *denials])
+
+    def warn(self, *warnings: str) -> None:
+        """Add warnings."""
+        self.set(warnings=[*self.result.warnings, *warnings])

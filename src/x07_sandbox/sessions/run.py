@@ -1,11 +1,13 @@
-"""One run from request to result. Each step replaces the draft, and the last draft becomes the result."""
+"""One run from request to result: a session with one command, and before it perhaps another one for the build.
+
+Each step fills in the draft of the result, so an interrupted run ends with what is known.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,30 +25,28 @@ from x07_sandbox.errors import (
     UsageError,
 )
 from x07_sandbox.host import settings
-from x07_sandbox.policy.controls import run_limits
-from x07_sandbox.policy.denials import CONNECTS, Denial, Hint, HowToAllow, Outcome
+from x07_sandbox.policy.denials import Denial, HowToAllow, Outcome
 from x07_sandbox.policy.problems import PolicyError
-from x07_sandbox.programs.toolchains import COMMAND, OUTPUT
+from x07_sandbox.programs.toolchains import OUTPUT
 from x07_sandbox.records.record import new_run_id
 from x07_sandbox.records.runs import REQUEST
 from x07_sandbox.sessions.artifact import obtain_artifact
 from x07_sandbox.sessions.folder import RunFolder
-from x07_sandbox.sessions.job import JobEnd, run_job, worded_report
-from x07_sandbox.sessions.phase_specs import run_spec
-from x07_sandbox.sessions.prepare import Prepared, Step, image_in_use, output_caps, prepare, wants_scaling
-from x07_sandbox.sessions.result import Discarded, PhaseReport, Result, draft_result
+from x07_sandbox.sessions.job import JobEnd, run_job
+from x07_sandbox.sessions.prepare import Prepared, output_caps, prepare, wants_scaling
+from x07_sandbox.sessions.program import loaded
+from x07_sandbox.sessions.result import Discarded, Draft, Result
+from x07_sandbox.sessions.specs import run_spec
 from x07_sandbox.sessions.transfers import TAIL_BYTES
 
 if TYPE_CHECKING:
-    from x07_sandbox.channel.messages import Closed, Denied
-    from x07_sandbox.network.summary import NetworkUse
+    from x07_sandbox.channel.messages import Closed
     from x07_sandbox.policy.outcomes import Verdict
+    from x07_sandbox.sessions.denials import Ending
     from x07_sandbox.sessions.host_files import HostFiles
-    from x07_sandbox.sessions.phase import PhaseSpec
-    from x07_sandbox.sessions.request import ChangesChoice, RunCaller, RunRequest
+    from x07_sandbox.sessions.request import ChangesChoice, Program, RunCaller, RunRequest
+    from x07_sandbox.sessions.specs import SessionSpec
     from x07_sandbox.sessions.transfers import OutFile
-
-    Steps = Callable[[RunRequest, RunCaller, Result, RunFolder, contextlib.ExitStack], Iterator[Result]]
 
 SCALING_HINT = "the VM is emulated; --scale-limits multiplies the time limits by its slowdown"
 
@@ -57,28 +57,35 @@ _KNOWN_OUTCOMES: tuple[tuple[tuple[type[SandboxError], ...], Outcome], ...] = (
 )
 
 
-def attempt(request: RunRequest, caller: RunCaller, steps: Steps | None = None) -> tuple[Result, SandboxError | None]:
+def attempt(request: RunRequest, caller: RunCaller, *, build_only: bool = False) -> tuple[Result, SandboxError | None]:
     """Carry out one run; return the result and the error that caused it, if any. Only a bug raises an exception.
 
-    steps: `build_steps` to only build the program; None for a whole run.
+    build_only: whether the run ends once the program is in the caller's file for it.
     """
-    draft = draft_result(new_run_id())
+    draft = Draft(new_run_id())
     try:
         with contextlib.ExitStack() as stack:
-            folder = make_folder(request, caller, draft.run, stack)
-            for known in (steps or _steps)(request, caller, draft, folder, stack):
-                draft = known
-            store_result(folder, draft)
-            return draft, None
+            folder = make_folder(request, caller, draft.result.run, stack)
+            (_build if build_only else _run)(request, caller, draft, folder, stack)
+            store_result(folder, draft.result)
+            return draft.result, None
     except (SandboxError, OSError, MemoryError) as exc:
         return ended_by(exc, draft, caller)
 
 
-def make_folder(request: RunRequest, caller: RunCaller, run_id: str, stack: contextlib.ExitStack) -> RunFolder:
-    """Make the folder of a run, in which `x07 ps` finds the run and `x07 kill` a way to end it. Raises HostError."""
+def make_folder(
+    request: RunRequest, caller: RunCaller, run_id: str, stack: contextlib.ExitStack, name: str = ""
+) -> RunFolder:
+    """Make the folder of a run, in which `x07 ps` finds the run and `x07 kill` a way to end it. Raises HostError.
+
+    name: by which `x07 ps` shows the run, instead of its program or command. Arguments may hold secrets.
+    """
     folder = RunFolder(run_id, stack)
     folder.accept_kill(caller.cancel)
-    _store(folder.path / REQUEST, _request_document(request))
+    named = name or request.program or "".join(request.command[:1])
+    program = os.fsencode(named).decode("utf-8", "backslashreplace") if named else None
+    document = {"schema_version": "x07.sandbox.request@0.1.0", "program": program}
+    _store(folder.path / REQUEST, msgspec.json.encode(document))
     return folder
 
 
@@ -87,109 +94,104 @@ def store_result(folder: RunFolder, result: Result) -> None:
     _store(folder.path / "result.json", msgspec.json.encode(result.document()))
 
 
-def ended_by(
-    exc: SandboxError | OSError | MemoryError, draft: Result, caller: RunCaller
-) -> tuple[Result, SandboxError]:
+def ended_by(exc: SandboxError | OSError | MemoryError, draft: Draft, caller: RunCaller) -> tuple[Result, SandboxError]:
     """Return the result of a run that *exc* has ended, and the error to raise. A bug is raised instead."""
     if isinstance(exc, SandboxError):
         exc.word_for(caller.word)
-        return ended(_with_cause(draft, exc), verdict_of(exc, caller.cancel.signal)), exc
+        _note_cause(draft, exc)
+        return ended(draft.result, verdict_of(exc, caller.cancel.signal)), exc
     from x07_sandbox.host.os_errors import host_error
 
     if (error := host_error(exc)) is None:
         raise exc
-    return ended(draft, verdict_of(error)), error
+    return ended(draft.result, verdict_of(error)), error
 
 
 def failure(exc: Exception, signalled: int | None = None) -> Result:
     """Return the result for *exc*, an error before the start or a bug. signalled: the signal that cancelled the run."""
     from x07_sandbox.policy.outcomes import verdict
 
-    draft = draft_result(new_run_id())
+    draft = Draft(new_run_id())
     if isinstance(exc, SandboxError):
-        return ended(_with_cause(draft, exc), verdict_of(exc, signalled))
-    return ended(draft, verdict("internal-error", "bug", {"problem": f"{type(exc).__name__}: {exc}"}))
+        _note_cause(draft, exc)
+        return ended(draft.result, verdict_of(exc, signalled))
+    return ended(draft.result, verdict("internal-error", "bug", {"problem": f"{type(exc).__name__}: {exc}"}))
 
 
-def _steps(
-    request: RunRequest, caller: RunCaller, draft: Result, folder: RunFolder, stack: contextlib.ExitStack
-) -> Iterator[Result]:
-    """Carry out the steps of a run, and yield a more complete result after each."""
-    from x07_sandbox.policy.outcomes import limit_set_by, with_denied_tasks
-
-    prepared, host_files, draft = yield from planned(request, caller, draft, folder, stack)
-    artifact = caller.artifact or folder.out_file(OUTPUT, settings.ARTIFACT_MAX_BYTES)
-    failed, draft = yield from obtain_artifact(prepared, draft, folder, artifact)
-    if failed is not None:
-        yield ended(draft, failed, caller.word)
-        return
-    draft = replace(draft, digests=replace(draft.digests, artifact=f"sha256:{artifact.sha256()}"))
-    spec, draft = described(prepared, artifact, host_files, draft, stack)
-    yield draft
-    end = run_job(prepared, spec, draft.run, folder)
-    ending = end.ending
-    if _has_fixed_output(end, prepared):
-        ending = limit_set_by(ending, fixed="fixed")
-    ending = with_setter(ending, prepared)
-    ending = without_command(ending, end.facts.evidence.exec_errno, prepared, prepared.program.source.name)
-    draft = _with_denials(draft, prepared, spec, end)
-    ending = with_denied_tasks(ending, draft.denials)
-    draft = _with_run(draft, end, worded_report(end.report, ending, caller.word))
+def _run(request: RunRequest, caller: RunCaller, draft: Draft, folder: RunFolder, stack: contextlib.ExitStack) -> None:
+    """Carry out a run."""
+    request, program = loaded(request, caller, stack)
+    prepared, host_files = planned(request, program, caller, draft, folder, stack)
+    artifact: OutFile | None = None
+    if program is not None:
+        artifact = caller.artifact or folder.out_file(OUTPUT, settings.ARTIFACT_MAX_BYTES)
+        failed = obtain_artifact(prepared, program, draft, folder, artifact)
+        if failed is not None:
+            draft.result = ended(draft.result, failed, caller.word)
+            return
+        draft.set_digests(artifact=f"sha256:{artifact.sha256()}")
+    spec = described(prepared, artifact, host_files, draft, stack)
+    end = run_job(prepared, spec, folder)
+    ending = _concluded(end, prepared, spec, draft)
+    _fill_in(draft, end, ending.verdict, caller)
     left = {} if spec.receivers.left is None else spec.receivers.left.files()
-    draft = replace(draft, files=left, files_discarded=_discarded(end.facts.closed, left))
-    yield draft
-    why_kept = "" if ending.outcome in {"ok", "failed"} else "the program did not end by itself"
-    yield settled(draft, host_files, request.changes, why_kept, ending, caller.word)
+    draft.set(files=left, files_discarded=_discarded(end.facts.closed, left))
+    why_kept = "" if ending.verdict.outcome in {"ok", "failed"} else "the program did not end by itself"
+    settle(draft, host_files, request.changes, why_kept, ending.verdict, caller.word)
 
 
-def build_steps(
-    request: RunRequest, caller: RunCaller, draft: Result, folder: RunFolder, stack: contextlib.ExitStack
-) -> Iterator[Result]:
-    """Carry out the steps of a run until the program is in the caller's file for it, and yield results like a run."""
+def _build(
+    request: RunRequest, caller: RunCaller, draft: Draft, folder: RunFolder, stack: contextlib.ExitStack
+) -> None:
+    """Carry out the steps of a run until the program is in the caller's file for it."""
     from x07_sandbox.policy.outcomes import verdict
 
-    prepared, draft = yield from prepare(request, caller, draft, stack)
+    request, program = loaded(request, caller, stack)
+    prepared = prepare(request, program, caller, draft, stack)
     prepared.plan.require(() if request.overrides is None else request.overrides.given)
     assert caller.artifact is not None  # noqa: S101 - for the type checker
-    ending, draft = yield from obtain_artifact(prepared, draft, folder, caller.artifact)
+    assert program is not None  # noqa: S101 - as above
+    ending = obtain_artifact(prepared, program, draft, folder, caller.artifact)
     if ending is None:
-        draft = replace(draft, digests=replace(draft.digests, artifact=f"sha256:{caller.artifact.sha256()}"))
+        draft.set_digests(artifact=f"sha256:{caller.artifact.sha256()}")
         ending = replace(verdict("ok", "built"), exit_code=0)
-    yield ended(draft, ending, caller.word)
+    draft.result = ended(draft.result, ending, caller.word)
 
 
 def planned(
-    request: RunRequest, caller: RunCaller, draft: Result, folder: RunFolder, stack: contextlib.ExitStack
-) -> Step[tuple[Prepared, HostFiles | None, Result]]:
+    request: RunRequest,
+    program: Program | None,
+    caller: RunCaller,
+    draft: Draft,
+    folder: RunFolder,
+    stack: contextlib.ExitStack,
+) -> tuple[Prepared, HostFiles | None]:
     """Check and plan a request, and copy its host files for the guest. Raises SandboxError."""
-    prepared, draft = yield from prepare(request, caller, draft, stack)
+    prepared = prepare(request, program, caller, draft, stack)
     overrides = request.overrides
     if overrides is not None:
         _store(folder.path / "policy.json", prepared.policy.data)
-    refusals = [_denial(refusal.field, refusal.why, refusal.how_to_allow) for refusal in prepared.plan.refusals]
-    draft = _more(draft, refusals)
-    yield draft
+    draft.deny(*(_denial(refusal.field, refusal.why, refusal.how_to_allow) for refusal in prepared.plan.refusals))
     prepared.plan.require(() if overrides is None else overrides.given)
-    host_files, draft = yield from copy_in(prepared, draft, folder, stack)
-    prepared, draft = _scaled(prepared, draft)
-    draft = replace(draft, limits=prepared.plan.limits.of_policy())
-    yield draft
-    return prepared, host_files, draft
+    host_files = copy_in(prepared, draft, folder, stack)
+    prepared = _scaled(prepared, draft)
+    draft.set(limits=prepared.plan.limits.of_policy())
+    return prepared, host_files
 
 
 def described(
-    prepared: Prepared, artifact: OutFile, host_files: HostFiles | None, draft: Result, stack: contextlib.ExitStack
-) -> tuple[PhaseSpec, Result]:
-    """Return the description of the run phase, and the draft with what it says of the program."""
+    prepared: Prepared,
+    artifact: OutFile | None,
+    host_files: HostFiles | None,
+    draft: Draft,
+    stack: contextlib.ExitStack,
+) -> SessionSpec:
+    """Return the description of the session, and note its filters."""
     spec = run_spec(prepared, artifact, stack, host_files)
-    if prepared.program.toolchain is COMMAND:
-        digests = replace(draft.digests, source=None, artifact=None)
-        draft = replace(draft, digests=digests, artifact_from=None)
-    return spec, replace(draft, filters=_filters(prepared, spec))
-
-
-def _more(draft: Result, denials: list[Denial]) -> Result:
-    return replace(draft, denials=[*draft.denials, *denials])
+    if prepared.image is not None:
+        known = prepared.image.manifest.filters
+        draft.set(filters={name: f"sha256:{known[name].sha256}" for name in spec.filters})
+    return spec
 
 
 def verdict_of(exc: SandboxError, signalled: int | None = None) -> Verdict:
@@ -220,22 +222,20 @@ def ended(draft: Result, ending: Verdict, word: Callable[[Flag], str] = str, *, 
     )
 
 
-def _with_cause(draft: Result, exc: SandboxError) -> Result:
-    if exc.policy_cause is None:
-        return draft
-    field, value = exc.policy_cause
-    how = None if value is None else HowToAllow(json_path=f"$.{field}", value=value)
-    return _more(draft, [_denial(field, f"{exc.what}: {exc.why}", how)])
+def _note_cause(draft: Draft, exc: SandboxError) -> None:
+    """Note the field of the policy that caused an error, if there is one."""
+    if exc.policy_cause is not None:
+        field, value = exc.policy_cause
+        how = None if value is None else HowToAllow(json_path=f"$.{field}", value=value)
+        draft.deny(_denial(field, f"{exc.what}: {exc.why}", how))
 
 
-def copy_in(
-    prepared: Prepared, draft: Result, folder: RunFolder, stack: contextlib.ExitStack
-) -> Step[tuple[HostFiles | None, Result]]:
-    """Copy any host files of a run for the guest. Add denials of left-out entries to the draft. Raises SandboxError."""
+def copy_in(prepared: Prepared, draft: Draft, folder: RunFolder, stack: contextlib.ExitStack) -> HostFiles | None:
+    """Copy any host files of a run for the guest, and note what was left out. Raises SandboxError."""
     request, policy, caller = prepared.request, prepared.policy.policy, prepared.caller
     roots = policy.fs.enabled and (policy.fs.read_roots or policy.fs.write_roots)
     if request.out is None and request.workdir is None and not roots:
-        return None, draft
+        return None
     # Imported only for runs with files.
     from x07_sandbox.files.copy import EntriesError
     from x07_sandbox.sessions.host_files import HostFiles, too_many
@@ -246,74 +246,50 @@ def copy_in(
         try:
             host_files = HostFiles(prepared, folder, stack)
         except EntriesError as exc:
-            yield _more(draft, [too_many(policy, "copy", exc.why)])
+            draft.deny(too_many(policy, "copy", exc.why))
             raise
-    return host_files, _more(draft, host_files.denials())
+    draft.deny(*host_files.denials())
+    return host_files
 
 
-def _filters(prepared: Prepared, spec: PhaseSpec) -> dict[str, str]:
-    if prepared.image is None:
-        return {}
-    known = prepared.image.manifest.filters
-    return {name: f"sha256:{known[name].sha256}" for name in spec.filters}
-
-
-def _with_run(draft: Result, end: JobEnd, report: PhaseReport) -> Result:
-    digests = replace(draft.digests, output=f"sha256:{end.output_sha256}")
-    problem, warnings = end.facts.input_problem, [*draft.warnings, *end.warnings]
-    if problem:
-        warnings.append(f"the input could not be read to its end: {problem}")
-    if end.facts.input_sha256 is not None:
-        digests = replace(digests, input=f"sha256:{end.facts.input_sha256}")
-    return replace(
-        draft,
-        phases={**draft.phases, "run": report},
-        stdout=report.stdout,
-        stderr=report.stderr,
-        jail=end.jail,
-        digests=digests,
-        net=end.net,
-        input_problem=problem or None,
-        warnings=warnings,
-    )
-
-
-def _scaled(prepared: Prepared, draft: Result) -> tuple[Prepared, Result]:
+def _scaled(prepared: Prepared, draft: Draft) -> Prepared:
     if not wants_scaling(prepared):
-        return prepared, draft
+        return prepared
     from x07_sandbox.sessions.scaling import measured_factor, scale  # most runs are not scaled
 
     try:
         prepared, scaling, warnings = scale(prepared, measured_factor(prepared))
     except (HostError, BackendError) as exc:
-        return prepared, replace(
-            draft,
-            warnings=[
-                *draft.warnings,
-                f"the limits were not scaled ({exc.what}: {exc.why}). {exc.fix}{exc.stop}",
-            ],
-        )
-    return prepared, replace(draft, scaling=scaling, warnings=[*draft.warnings, *warnings])
+        draft.warn(f"the limits were not scaled ({exc.what}: {exc.why}). {exc.fix}{exc.stop}")
+        return prepared
+    draft.set(scaling=scaling)
+    draft.warn(*warnings)
+    return prepared
 
 
-def with_setter(ending: Verdict, prepared: Prepared) -> Verdict:
-    """Return the verdict with the flag that set a reached limit, if the limit is not the policy's."""
-    from x07_sandbox.policy.outcomes import limit_set_by
-
-    field, cpu_ms, changes = ending.limited_by, prepared.program.cpu_ms, prepared.request.limits
-    if field == "limits.cpu_ms" and cpu_ms is not None and cpu_ms < prepared.policy.policy.limits.cpu_ms:
-        return limit_set_by(ending, option=Flag("--cpu-time-limit-seconds"))
-    for name in () if changes is None else changes.given():
-        if field == f"limits.{name}":
-            from x07_sandbox.policy.changes import NAMES
-
-            return limit_set_by(ending, option=Flag(NAMES[name].flag))
-    return ending
+def _fill_in(draft: Draft, end: JobEnd, ending: Verdict, caller: RunCaller) -> None:
+    """Note what is known about the run's job."""
+    report, facts = end.report(ending, caller.word), end.facts
+    draft.set_phase("run", report)
+    problem = facts.input_problem
+    draft.set(
+        stdout=report.stdout,
+        stderr=report.stderr,
+        jail=end.job.instance.jail,
+        net=end.net,
+        input_problem=problem or None,
+    )
+    draft.set_digests(output=f"sha256:{end.streams[0].sha256()}")
+    if facts.input_sha256 is not None:
+        draft.set_digests(input=f"sha256:{facts.input_sha256}")
+    draft.warn(*end.job.warnings)
+    if problem:
+        draft.warn(f"the input could not be read to its end: {problem}")
 
 
 def _has_fixed_output(end: JobEnd, prepared: Prepared) -> bool:
     """Return whether no flag changes the exceeded output limit."""
-    return prepared.program.toolchain.protocol is not None and end.facts.evidence.output_overflow == "stderr"
+    return prepared.protocol is not None and end.facts.evidence.output_overflow == "stderr"
 
 
 def _discarded(closed: Closed | None, taken: dict[str, bytes]) -> Discarded:
@@ -323,150 +299,94 @@ def _discarded(closed: Closed | None, taken: dict[str, bytes]) -> Discarded:
     return Discarded(count=max(0, count), bytes=max(0, size))
 
 
-def without_command(ending: Verdict, exec_errno: int, prepared: Prepared, word: str) -> Verdict:
-    """Return the verdict on the command *word*, with advice if there is no such command."""
-    if prepared.program.toolchain is not COMMAND or exec_errno != errno.ENOENT:
-        return ending
-    name, image = ascii(word)[1:-1], prepared.image_name
-    if prepared.image is None:
-        return replace(ending, code="command-not-on-host", params={"name": name})
-    if "/" in name or prepared.image.manifest.program is not None:
-        return replace(ending, code="command-not-in-vm", params={"name": name})
-    from x07_sandbox.policy.packages import package_of_program
+def _concluded(end: JobEnd, prepared: Prepared, spec: SessionSpec, draft: Draft) -> Ending:
+    """Return how the program ended, and note what it was denied."""
+    from x07_sandbox.sessions.denials import Observed, ending_of
 
-    flag, package = package_of_program(name)
-    add = "To add a Python package" if flag == "--pip" else "To add the Debian package that has it"
-    add = add if package == "PACKAGE" else "To add it"
-    command = image_in_use(prepared.image, image).adding(flag, [package]).text
-    params = {"name": name, "image": image, "advice": add, "command": command}
-    return replace(ending, code="command-not-in-image", params=params)
+    found, exited = end.ending, end.facts.exited
+    if _has_fixed_output(end, prepared):
+        from x07_sandbox.policy.outcomes import limit_set_by
+
+        found = limit_set_by(found, fixed="fixed")
+    seen = Observed(spec.order, end.facts, end.net, _tail(end))
+    ending = ending_of(found, seen, prepared, spec, known=draft.result.denials)
+    lost = ending.lost + (0 if exited is None else exited.denials_lost)
+    denials = [*ending.denials, *_of_limits(end, found.outcome, prepared, spec, draft)]
+    draft.set(denials=denials, denials_lost=lost, hints=ending.hints)
+    return ending
 
 
-def _with_denials(draft: Result, prepared: Prepared, spec: PhaseSpec, end: JobEnd) -> Result:
-    exited, refused, outcome = end.facts.exited, end.facts.denied, end.ending.outcome
-    tasks, disk, memory = 0, False, False
-    if exited is not None:
-        draft = replace(draft, denials_lost=exited.denials_lost)
-        tasks, disk, memory = exited.tasks_refused, exited.disk_full, exited.memory_full
-    disconnected = end.net is not None and end.net.denied
-    if outcome == "ok" and not (refused or tasks or disk or memory or disconnected):
-        return draft
+def _of_limits(end: JobEnd, outcome: Outcome, prepared: Prepared, spec: SessionSpec, draft: Draft) -> list[Denial]:
+    """Return the denials for limits that the program reached."""
+    exited = end.facts.exited
+    disk, memory = (False, False) if exited is None else (exited.disk_full, exited.memory_full)
+    if outcome == "ok" and not (disk or memory):
+        return []
     from x07_sandbox.policy import observed  # imported only for programs that were denied something
     from x07_sandbox.policy.outcomes import mostly_waited
 
-    policy, program = prepared.policy.policy, prepared.program
-    reach = prepared.policy.reach()
-    found, more = denied(refused, end.net, prepared, spec, spec.order.cwd, _tail(end))
-    denials = [*found, *draft.denials]
-    draft = replace(draft, denials_lost=draft.denials_lost + more)
-    if tasks:
-        denials.append(observed.more_tasks(policy, run_limits(policy).max_live, tasks, reach))
-    if disk:
-        denials.append(observed.disk_full())
+    policy, reach = prepared.policy.policy, prepared.policy.reach()
+    denials = [observed.disk_full()] if disk else []
     if memory:
         denials.append(observed.memory_full(policy, reach))
-    if limit := observed.limit_hit(outcome, policy, reach, cpu_ms=program.cpu_ms):
+    if limit := observed.limit_hit(outcome, policy, reach, cpu_ms=prepared.cpu_ms):
         scalable = outcome in {"timeout", "cpu-limit"} and prepared.availability.features.emulated
         scalable = scalable and not (outcome == "timeout" and mostly_waited(end.facts.evidence, spec.limits_shown))
-        if scalable and draft.scaling is None and prepared.request.scale_limits is not False:
+        if scalable and draft.result.scaling is None and prepared.request.scale_limits is not False:
             limit = replace(limit, reason=SCALING_HINT)
         denials.append(limit)
     if outcome == "output-limit":
-        stream, caps = str(end.facts.evidence.output_overflow), output_caps(prepared.request, program.toolchain)
-        denials.append(observed.too_much_output(stream, None if _has_fixed_output(end, prepared) else caps[0]))
-    return replace(draft, denials=denials, hints=without_repetition(_hints(outcome, prepared, spec, end), denials))
-
-
-def denied(
-    refused: Sequence[Denied], net: NetworkUse | None, prepared: Prepared, spec: PhaseSpec, cwd: str, tail: bytes
-) -> tuple[list[Denial], int]:
-    """Return what a command was denied, and the number of denials that the list does not contain.
-
-    refused: what the guest reported. net: what the gate reported, if there is one. tail: the end of the output.
-    """
-    from x07_sandbox.policy import observed
-
-    policy = prepared.policy
-    found, more = observed.denials(refused, policy.policy, spec.areas, cwd, policy.reach()), 0
-    connections: list[Denial] = []
-    if net is not None and prepared.egress is not None:
-        from x07_sandbox.sessions.egress import denials as denied_connections
-
-        connections, more = denied_connections(net, prepared.egress.allowlist, tail.decode("utf-8", "replace"))
-    elif any(one.by == observed.NETWORK for one in refused):
-        from x07_sandbox.sessions.egress import denials_without_gate
-
-        boundary = prepared.availability.features.words.boundary
-        connections = denials_without_gate(refused, policy, boundary, tail.decode("utf-8", "replace"))
-    return [*found, *connections], more
-
-
-def without_repetition(hints: list[Hint], denials: Sequence[Denial]) -> list[Hint]:
-    """Return the hints without those on connections, if the denials name connections."""
-    if any(one.action in CONNECTS for one in denials):
-        return [hint for hint in hints if hint.kind != "network"]
-    return hints
-
-
-def _hints(outcome: str, prepared: Prepared, spec: PhaseSpec, end: JobEnd) -> list[Hint]:
-    if outcome == "ok":
-        return []
-    from x07_sandbox.sessions.hint_context import hints_for, missing_interpreter
-
-    if tail := _tail(end):
-        return hints_for(tail, prepared, spec)
-    if end.facts.evidence.exec_errno == errno.ENOENT:
-        return missing_interpreter(prepared.program, image_in_use(prepared.image, prepared.image_name))
-    return []
+        most = None if _has_fixed_output(end, prepared) else output_caps(prepared.request, prepared.protocol)[0]
+        denials.append(observed.too_much_output(str(end.facts.evidence.output_overflow), most))
+    return denials
 
 
 def _tail(end: JobEnd) -> bytes:
     """Return the ends of both outputs of the program."""
-    sizes = [(fd, os.fstat(fd).st_size) for fd in end.output_fds]
+    sizes = [(fd, os.fstat(fd).st_size) for fd in reversed(end.fds)]
     return b"\n".join(os.pread(fd, TAIL_BYTES, max(0, size - TAIL_BYTES)) for fd, size in sizes if size)
 
 
-def settled(
-    draft: Result,
+def settle(
+    draft: Draft,
     host_files: HostFiles | None,
     choice: ChangesChoice,
     why_kept: str,
     ending: Verdict,
     word: Callable[[Flag], str],
-) -> Result:
-    """Apply, save or discard any changes to host files (`HostFiles.settle`), and return the result.
+) -> None:
+    """Apply, save or discard any changes to host files (`HostFiles.settle`), and complete the result.
 
     An invalid report by the guest replaces *ending*.
     """
     if host_files is None:
-        return ended(draft, ending, word)
+        draft.result = ended(draft.result, ending, word)
+        return
     from x07_sandbox.errors import PeerError
     from x07_sandbox.policy.outcomes import REFUSED_EXIT, cancelled_verdict, verdict
 
     try:
         changes, refused, warning = host_files.settle(choice, why_kept)
     except PeerError as exc:
-        return ended(draft, verdict("guest-lost", "protocol", {"problem": exc.why}, fault="program"))
-    draft = replace(_more(draft, refused), changes=changes)
+        lost = verdict("guest-lost", "protocol", {"problem": exc.why}, fault="program")
+        draft.result = ended(draft.result, lost)
+        return
+    draft.deny(*refused)
+    draft.set(changes=changes)
     if warning:
-        draft = replace(draft, warnings=[*draft.warnings, warning])
+        draft.warn(warning)
     if host_files.cancelled_by is not None:
-        return ended(draft, cancelled_verdict(host_files.cancelled_by, "cancelled-before-apply"))
+        cancelled = cancelled_verdict(host_files.cancelled_by, "cancelled-before-apply")
+        draft.result = ended(draft.result, cancelled)
+        return
     not_applied = ending.outcome == "ok" and changes.reason
-    return ended(draft, ending, word, exit_code=REFUSED_EXIT if not_applied else None)
+    draft.result = ended(draft.result, ending, word, exit_code=REFUSED_EXIT if not_applied else None)
 
 
 def _denial(field: str, why: str, how: HowToAllow | None) -> Denial:
     return Denial(
         field=field, action="plan", subject=why, enforced_by="plan", observed_by="host", count=1, how_to_allow=how
     )
-
-
-def _request_document(request: RunRequest) -> bytes:
-    """Return the data about a run that `x07 ps` shows. It omits the program's arguments, which may hold secrets."""
-    named = request.program or "".join(request.command[:1])
-    program = os.fsencode(named).decode("utf-8", "backslashreplace") if named else None
-    return msgspec.json.encode({"schema_version": "x07.sandbox.request@0.1.0", "program": program})
 
 
 def _store(path: Path, data: bytes) -> None:

@@ -29,46 +29,33 @@ from x07_sandbox.host.cancel import Notice
 from x07_sandbox.host.clocks import unix_ms
 from x07_sandbox.host.paths import open_private_file, replace_file
 from x07_sandbox.network.summary import NetworkUse
-from x07_sandbox.policy.controls import run_limits
 from x07_sandbox.policy.denials import CONNECTS
-from x07_sandbox.policy.outcomes import Verdict, cancelled_verdict, classify, limit_set_by, verdict, with_denied_tasks
-from x07_sandbox.programs.toolchains import COMMAND, OUTPUT, SOURCE_FOLDER, Source
-from x07_sandbox.records.admission import SANDBOXES, admitted
+from x07_sandbox.policy.outcomes import Verdict, cancelled_verdict, classify, limit_set_by, verdict
+from x07_sandbox.records.admission import SANDBOXES
 from x07_sandbox.records.record import new_run_id
 from x07_sandbox.records.runs import SANDBOX
 from x07_sandbox.sessions.command import AnySandbox, Command, CommandEnd, SandboxRecord, terminal_kind
+from x07_sandbox.sessions.denials import Observed, ending_of
 from x07_sandbox.sessions.execution import FILES
 from x07_sandbox.sessions.files import FileServer
-from x07_sandbox.sessions.job import gate_for, started, without_account
-from x07_sandbox.sessions.request import Program, check_arguments, check_variables, in_memory, sha256_text
-from x07_sandbox.sessions.result import EMPTY_OUTPUT, Changes, CommandReport, Diff, PhaseReport, Result, draft_result
-from x07_sandbox.sessions.run import (
-    denied,
-    described,
-    ended_by,
-    make_folder,
-    planned,
-    settled,
-    store_result,
-    verdict_of,
-    with_setter,
-    without_command,
-    without_repetition,
-)
-from x07_sandbox.sessions.session import Session
+from x07_sandbox.sessions.job import SessionJob
+from x07_sandbox.sessions.request import check_arguments, check_variables
+from x07_sandbox.sessions.result import Changes, CommandReport, Diff, Draft, Result
+from x07_sandbox.sessions.run import described, ended_by, make_folder, planned, settle, store_result, verdict_of
 from x07_sandbox.sessions.shared import SharedSession
+from x07_sandbox.sessions.specs import in_folder
 from x07_sandbox.sessions.transfers import CommandStreams, Inbox, Receivers, Unwanted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from x07_sandbox.backends.base import Instance
     from x07_sandbox.files.incoming import Incoming
-    from x07_sandbox.policy.denials import Denial, Hint
+    from x07_sandbox.policy.denials import Denial
     from x07_sandbox.policy.outcomes import Evidence
     from x07_sandbox.sessions.command import CommandStart
-    from x07_sandbox.sessions.execution import Execution, Facts
+    from x07_sandbox.sessions.execution import Execution
     from x07_sandbox.sessions.request import ChangesChoice, RunCaller, RunRequest
+    from x07_sandbox.sessions.session import Session
 
 _DISCARD_S: Final = 5.0  # for the guest to report the ends of commands, if its changes are not wanted
 _PATH_MAX: Final = 4095
@@ -103,7 +90,6 @@ class OpenSandbox(AnySandbox):
         self._caller = caller
         self._life = life
         self._stack = contextlib.ExitStack()
-        self._warnings: list[str] = []
         self._numbers = itertools.count(1)
         self._log_fd = -1
         self._cancelled_by: int | None = None
@@ -118,7 +104,7 @@ class OpenSandbox(AnySandbox):
         self._memory_peak_bytes = 0
         self._opened_at = time.monotonic()
         self._extended_s: float | None = None  # by the last `extend`
-        self._draft = draft_result(self.run)
+        self._draft = Draft(self.run)
         try:
             self._open(request)
         except (SandboxError, OSError, MemoryError) as exc:
@@ -132,39 +118,19 @@ class OpenSandbox(AnySandbox):
 
     def _open(self, request: RunRequest) -> None:
         stack, caller = self._stack, self._caller
-        self._folder = make_folder(request, caller, self.run, stack)
+        self._folder = make_folder(request, caller, self.run, stack, "sandbox")
         self._log_fd = open_private_file(self._folder.path / "commands.jsonl", os.O_WRONLY | os.O_APPEND)
         stack.callback(self._close_log)
-        file = in_memory(b"", f"{SOURCE_FOLDER}/command", 0o644, stack)
-        none = Program(toolchain=COMMAND, source=Source(name="sandbox"), data=b"", file=file, sha256=sha256_text(b""))
-        for_program = replace(caller, program=none)
-        steps = planned(request, for_program, self._draft, self._folder, stack)
-        while True:
-            try:
-                self._draft = next(steps)
-            except StopIteration as end:
-                self.prepared, self._host_files, self._draft = end.value
-                break
-        artifact = self._folder.out_file(OUTPUT, 0)
-        spec, self._draft = described(self.prepared, artifact, self._host_files, self._draft, stack)
+        self.prepared, self._host_files = planned(request, None, caller, self._draft, self._folder, stack)
+        spec = described(self.prepared, None, self._host_files, self._draft, stack)
         self._spec = replace(spec, wall_ms=settings.LIFETIME_MAX_S * 1000)
         self._limits = self._command_limits(request)
-        self._machine = stack.enter_context(contextlib.ExitStack())
-        slot = admitted(
-            cancel_fd=caller.cancel.fd,
-            timeout_s=request.queue_s,
-            progress=lambda text: caller.progress(Notice(text)),
-            slots=SANDBOXES,
-        )
-        self._machine.enter_context(slot)
-        self._gate = self._machine.enter_context(gate_for(self.prepared, self._spec, self._folder))
-        self._vm = self._machine.enter_context(contextlib.ExitStack())
-        self._instance = self._started()
-        gate_fd = relay_fd = None
-        if self._gate is not None:
-            gate_fd, relay_fd = self._gate.pidfd, self._gate.connect(self._instance.net_fd, self._vm)
-        self._loop = Session(self._instance, caller.cancel, gate_fd, relay_fd)
-        self._loop.open(self._spec.opening, self._spec.files)
+
+        def progress(text: str) -> None:
+            caller.progress(Notice(text))
+
+        self._job = stack.enter_context(SessionJob(self.prepared, self._spec, self._folder, SANDBOXES, progress))
+        self._loop = self._opened_session()
         self._opened_at, self._opened_unix_ms = time.monotonic(), unix_ms()
         until_s = self._opened_at + self._life.lifetime_s
         self.session = SharedSession(self._loop, until_s, self._life.idle_s, self._on_end)
@@ -179,9 +145,9 @@ class OpenSandbox(AnySandbox):
             tags=dict(self._life.tags),
             opened_unix_ms=self._opened_unix_ms,
             until_unix_ms=unix_ms() + round(left_s * 1000),
-            backend=self._draft.backend or "",
-            image=self._draft.digests.image,
-            left_out=tuple(one for one in self._draft.denials if one.action == "copy"),
+            backend=self._draft.result.backend or "",
+            image=self._draft.result.digests.image,
+            left_out=tuple(one for one in self._draft.result.denials if one.action == "copy"),
         )
         replace_file(self._folder.path / SANDBOX, msgspec.json.encode(record))
 
@@ -195,9 +161,9 @@ class OpenSandbox(AnySandbox):
             os.close(self._log_fd)
             self._log_fd = -1
 
-    def _started(self) -> Instance:
+    def _opened_session(self) -> Session:
         try:
-            return started(self.prepared, self._spec, self.run, self._vm, self._warnings)
+            return self._job.open()
         except NoAnswerError as exc:
             if exc.failure.kind != "cancelled":
                 raise
@@ -230,15 +196,13 @@ class OpenSandbox(AnySandbox):
         request = self.prepared.request
         words = [*given.argv]
         if not service:
-            checked = replace(request, command=tuple(words[:1]), args=tuple(words[1:]), env={**given.env})
+            checked = replace(request, command=tuple(words), args=(), env={**given.env})
             check_arguments(checked)
             check_variables(checked, self.prepared.policy.policy)
         cwd = posixpath.normpath(posixpath.join(self.cwd, given.cwd or ""))
         if "\0" in cwd or len(os.fsencode(cwd)) > _PATH_MAX:
             why = f"it contains a NUL byte, or is longer than {_PATH_MAX} bytes"
             raise UsageError("cannot use the folder of the command", why, "Use another folder")
-        if words and "/" in words[0]:
-            words[0] = posixpath.normpath(posixpath.join(cwd, words[0]))
         asked_ms = None if given.timeout_s is None else max(1, round(given.timeout_s * 1000))
         limits_ms = [] if service else [limit for limit in (self._wall_ms, asked_ms) if limit is not None]
         wall_ms = min(limits_ms, default=None)
@@ -250,7 +214,17 @@ class OpenSandbox(AnySandbox):
             self.require_open()
             number = next(self._numbers)
             limits = self._limits._replace(fds=_SERVER_FILES) if service == FILES else self._limits
-            order = Exec(number, words, env, cwd, limits, service, given.merge, given.terminal, detached=given.detached)
+            order = Exec(
+                number,
+                in_folder(words, cwd),
+                env,
+                cwd,
+                limits,
+                service,
+                given.merge,
+                given.terminal,
+                detached=given.detached,
+            )
             command = Command(self, self.session.execute(order, streams, wall_ms), (out, err), wall_ms)
             self._commands[number] = command
             self._net_before[number] = self._net
@@ -276,7 +250,7 @@ class OpenSandbox(AnySandbox):
         """See `AnySandbox.at_end`."""
         with self._starting:
             self.require_open()
-            self._machine.callback(call)
+            self._job.at_end(call)
 
     def extend(self, lifetime_s: float) -> None:
         """See `AnySandbox.extend`."""
@@ -315,19 +289,14 @@ class OpenSandbox(AnySandbox):
         if command.wall_ms is not None:
             shown = replace(shown, wall_ms=command.wall_ms)
         features = self.prepared.availability.features
-        ending = classify(facts.evidence, features=features, limits=shown)
-        if ending.outcome == "timeout" and command.wall_ms != self._wall_ms:
-            ending = limit_set_by(ending, option=_TIMEOUT)
-        ending = with_setter(ending, self.prepared)
-        ending = without_command(ending, facts.evidence.exec_errno, self.prepared, "".join(execution.order.argv[:1]))
-        tail = command.tail()
-        denials = self._denials(command, facts, tail)
-        hints: list[Hint] = []
-        if ending.outcome != "ok" and tail.strip():
-            from x07_sandbox.sessions.hint_context import hints_for
-
-            hints = without_repetition(hints_for(tail, self.prepared, self._spec), denials)
-        ending = with_denied_tasks(ending, denials)
+        found = classify(facts.evidence, features=features, limits=shown)
+        if found.outcome == "timeout" and command.wall_ms != self._wall_ms:
+            found = limit_set_by(found, option=_TIMEOUT)
+        net = self._denied_since(command)
+        seen = Observed(execution.order, facts, net, command.tail())
+        ending, denials, hints, _ = ending_of(found, seen, self.prepared, self._spec)
+        if net is None:
+            self._note_connections(denials)
         report = CommandReport(
             id=execution.order.id,
             name=_shown(execution.order.argv[:1]),
@@ -353,30 +322,17 @@ class OpenSandbox(AnySandbox):
             verdict=ending, report=report, denials=tuple(denials), hints=tuple(hints), memory_peak_bytes=peak
         )
 
-    def _denials(self, command: Command, facts: Facts, tail: bytes) -> list[Denial]:
-        """Return what a command was denied. tail: the end of its output.
+    def _denied_since(self, command: Command) -> NetworkUse | None:
+        """Return what the gate has denied since the last command ended before this one started; None without a gate.
 
-        The gate does not know commands. So connections that it denied since the last command ended before this one
-        started are those of this command, and of all that ran beside it.
+        The gate does not know commands. So these are the connections of this command, and of all that ran beside it.
         """
-        net = None
-        if self._gate is not None and (now := self._gate.account_so_far()) is not None:
-            from x07_sandbox.sessions.egress import new_denials
+        if (now := self._job.connections()) is None:
+            return None
+        from x07_sandbox.sessions.egress import new_denials
 
-            net = new_denials(now, self._net_before.get(command.id, NetworkUse()))
-            self._net = now
-        tasks = 0 if facts.exited is None else facts.exited.tasks_refused
-        if not (facts.denied or tasks or (net and net.denied)):
-            return []
-        found, _ = denied(facts.denied, net, self.prepared, self._spec, command.execution.order.cwd, tail)
-        if self._gate is None:
-            self._note_connections(found)
-        if tasks:
-            from x07_sandbox.policy import observed
-
-            policy = self.prepared.policy
-            found.append(observed.more_tasks(policy.policy, run_limits(policy.policy).max_live, tasks, policy.reach()))
-        return found
+        before, self._net = self._net_before.get(command.id, NetworkUse()), now
+        return new_denials(now, before)
 
     def _note_connections(self, denials: Sequence[Denial]) -> None:
         """Keep what a command without connections tried, for the result, as the gate does for others."""
@@ -387,7 +343,7 @@ class OpenSandbox(AnySandbox):
                 self._tried[key] = replace(one, count=count)
 
     def _since_release(self, command: Command) -> float:
-        return (command.began_at - self._instance.greeting.released_at) * 1000
+        return (command.began_at - self._job.instance.greeting.released_at) * 1000
 
     # the end
 
@@ -418,64 +374,46 @@ class OpenSandbox(AnySandbox):
         draft = self._draft
         try:
             with self._stack:
-                draft = self._closed(why, choice)
-                store_result(self._folder, draft)
+                self._close(why, choice)
+                store_result(self._folder, draft.result)
         except (SandboxError, OSError, MemoryError) as exc:
-            draft, _ = ended_by(exc, draft, self._caller)
-        self.result = draft
+            draft.result, _ = ended_by(exc, draft, self._caller)
+        self.result = draft.result
         atexit.unregister(self._at_exit)
 
-    def _closed(self, why: str, choice: ChangesChoice) -> Result:
-        host_files, discards = self._host_files, choice == "discard"
+    def _close(self, why: str, choice: ChangesChoice) -> None:
+        draft, job, host_files, discards = self._draft, self._job, self._host_files, choice == "discard"
         receivers = Receivers(changes=Unwanted() if host_files is None or discards else host_files.incoming)
         within_s = _DISCARD_S if discards else settings.CHANGES_OUT_S
         with self.session.using():
-            closed = self._loop.close(None, None, receivers, within_s)
+            closed = self._loop.close(receivers, within_s)
         if closed is None and not discards and why == "closed":
             why = "lost"
         evidence = self._loop.evidence()
         for command in list(self._commands.values()):
             if not command.execution.order.service:
                 command.ending()
-        self._vm.close()
-        net = None if self._gate is None else self._gate.account()
-        if self._gate is not None and net is None:
-            evidence = without_account(evidence, self._gate, self._warnings)
-        self._machine.close()
-        ending = self._verdict(why, evidence)
-        opened_ms = round((self._opened_at - self._instance.greeting.released_at) * 1000, 1)
-        lasted_ms = round((time.monotonic() - self._opened_at) * 1000, 1)
-        report = PhaseReport(
-            job_id=self._instance.record.job_id,
-            start=self._instance.start_mode,
-            outcome=ending.outcome,
-            reason_code=ending.code,
-            reason=ending.reason_for(self._caller.word),
-            times_ms=self._instance.greeting.times_ms | {"opened": opened_ms, "end": opened_ms + lasted_ms},
-            stdout=EMPTY_OUTPUT,
-            stderr=EMPTY_OUTPUT,
+        evidence, net = job.end(evidence)
+        ending, released_at = self._verdict(why, evidence), job.instance.greeting.released_at
+        times_s = {"opened": self._opened_at - released_at, "end": time.monotonic() - released_at}
+        report = job.report(
+            ending,
+            self._caller.word,
+            job.instance.greeting.times_ms | {name: round(at * 1000, 1) for name, at in times_s.items()},
             cpu_ms=round(sum(one.cpu_ms for one in self._reports)),
             memory_peak_bytes=self._memory_peak_bytes,
-            tasks_peak=0,
         )
-        denied = [*self._tried.values()]
-        lost = 0
+        denied, lost = [*self._tried.values()], 0
         if net is not None and net.denied and self.prepared.egress is not None:
             from x07_sandbox.sessions.egress import denials as denied_connections
 
             denied, lost = denied_connections(net, self.prepared.egress.allowlist)
-        draft = replace(
-            self._draft,
-            denials=[*self._draft.denials, *denied],
-            denials_lost=lost,
-            phases={"run": report},
-            jail=self._instance.jail,
-            net=net,
-            commands=tuple(self._reports),
-            warnings=[*self._draft.warnings, *self._warnings, *self._instance.notes],
-        )
+        draft.deny(*denied)
+        draft.set_phase("run", report)
+        draft.set(denials_lost=lost, jail=job.instance.jail, net=net, commands=tuple(self._reports))
+        draft.warn(*job.warnings)
         why_kept = "" if ending.code == "closed" else ending.reason_for(self._caller.word)
-        return settled(draft, host_files, choice, why_kept, ending, self._caller.word)
+        settle(draft, host_files, choice, why_kept, ending, self._caller.word)
 
     def _verdict(self, why: str, evidence: Evidence) -> Verdict:
         if self.session.problem is not None:

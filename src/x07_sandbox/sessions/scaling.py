@@ -26,12 +26,12 @@ from x07_sandbox.policy.default import default_policy, render_policy
 from x07_sandbox.policy.schema import largest
 from x07_sandbox.programs.toolchains import OUTPUT
 from x07_sandbox.records.record import new_run_id
-from x07_sandbox.sessions.folder import RunFolder
+from x07_sandbox.sessions.folder import RunFolder, output_of
 from x07_sandbox.sessions.job import run_job
-from x07_sandbox.sessions.phase_specs import run_spec
 from x07_sandbox.sessions.program import load_program
 from x07_sandbox.sessions.request import EffectivePolicy, RunCaller, RunRequest
 from x07_sandbox.sessions.result import Scaling
+from x07_sandbox.sessions.specs import run_spec
 
 if TYPE_CHECKING:
     from x07_sandbox.sessions.prepare import Prepared
@@ -136,9 +136,10 @@ def _guest_times(prepared: Prepared) -> list[float]:
         stack.callback(shutil.rmtree, folder.path, ignore_errors=True)
         artifact = folder.out_file(OUTPUT, settings.ARTIFACT_MAX_BYTES)
         artifact.complete = artifact.take(program.data)
-        end = run_job(work, run_spec(work, artifact, stack), folder.path.name, folder)
+        end = run_job(work, run_spec(work, artifact, stack), folder)
+        stdout = output_of(end.streams[0], end.fds[0])
     caller.cancel.check()
-    if end.ending.outcome == "ok" and (found := _printed(end.report.stdout.data)) is not None:
+    if end.ending.outcome == "ok" and (found := _printed(stdout.data)) is not None:
         return found
     why = f"the test program ended as {end.ending.outcome}: {end.ending.reason}"
     fix = ("To check this host: ", Command("x07 doctor"))

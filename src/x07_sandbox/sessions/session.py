@@ -15,16 +15,13 @@ from x07_sandbox.channel import streams
 from x07_sandbox.channel.link import COMMANDS_MAX, DATA_MAX, State, Stream
 from x07_sandbox.channel.messages import (
     Changes,
-    Close,
     Closed,
     Denied,
     Exec,
     Exited,
     Failed,
-    Left,
     Message,
     Open,
-    Output,
     Resize,
     Started,
     Stop,
@@ -62,32 +59,44 @@ class Session:
 
     Commands may be started and stopped at any time. Between calls of `until` or `turn`, no data is moved and no
     deadline is enforced.
-    gate_fd: becomes readable when the egress gate has ended. relay_fd: takes the relay's bytes to the gate, if the
-    relay shares the channel. waiting: entered for each wait, so that other threads can use the session meanwhile.
+    waiting: entered for each wait, so that other threads can use the session meanwhile.
     """
 
     def __init__(
-        self, instance: Instance, cancel: Cancel, gate_fd: int | None = None, relay_fd: int | None = None
+        self,
+        instance: Instance,
+        cancel: Cancel,
+        opening: Open,
+        files: Sequence[InFile] = (),
+        gate_fds: tuple[int, int | None] | None = None,
     ) -> None:
+        """Open the session on an instance whose agent has answered, and send its files.
+
+        gate_fds: a descriptor that becomes readable when the egress gate has ended, and one that takes the relay's
+        bytes to the gate, if the relay shares the channel. None without a gate.
+        """
         self.waiting: contextlib.AbstractContextManager[object] = _ALONE
         self._instance = instance
         self._cancel = cancel
-        self._gate_fd = gate_fd
-        self._relay_fd = relay_fd
+        self._gate_fd: int | None = None
+        self._relay_fd: int | None = None
+        if gate_fds is not None:
+            self._gate_fd, self._relay_fd = gate_fds
         self._carrier: Carrier | None = None
         self._connection = instance.greeting.connection
         self._link = self._connection.link
-        self._start_limit: Limit | None = None  # for copying in, and for the start of commands
         self._close_limit: Limit | None = None
         self._seen: dict[str, Any] = {}  # fields of `Evidence`
         self._over = False
-        self._files: list[_Copy] = []
         self._executions: dict[int, Execution] = {}  # that run, or whose output is being passed on
         self._wanted: list[Arrival] = []  # asked for, and not yet opened by the guest
         self._arrivals: dict[int, Arrival] = {}  # by the numbers of their streams
         self._receivers: Receivers | None = None  # once the session is to close
         self._last: Execution | None = None  # after which the session closes
         self._closed: Closed | None = None
+        self._link.send(opening)
+        self._files = [_Copy(file, self._link.open(Stream.INPUT, number)) for number, file in enumerate(files)]
+        self._start_limit: Limit | None = Limit(settings.COPY_IN_S)  # for copying in, and for the start of commands
 
     # what the caller asks for
 
@@ -100,12 +109,6 @@ class Session:
     def busy(self) -> bool:
         """Whether a command is starting or running, other than the file server."""
         return any(not one.ended and one.order.service != FILES for one in self._executions.values())
-
-    def open(self, opening: Open, files: Sequence[InFile]) -> None:
-        """Open the session, and send its files."""
-        self._link.send(opening)
-        self._files = [_Copy(file, self._link.open(Stream.INPUT, number)) for number, file in enumerate(files)]
-        self._start_limit = Limit(settings.COPY_IN_S)
 
     def execute(self, order: Exec, given: CommandStreams, wall_ms: int | None) -> Execution:
         """Start a command once all files have arrived. wall_ms: see `Execution`. Raises UsageError."""
@@ -156,33 +159,24 @@ class Session:
         self._wanted.append(Arrival(receiver))
         return self._wanted[-1]
 
-    def close_after(self, execution: Execution, order: Close, receivers: Receivers) -> None:
-        """Close the session once *execution* has ended, and take what *order* asks for."""
-        self._link.send(order)
-        self._last, self._receivers = execution, receivers
+    def run(self, order: Exec, given: CommandStreams, wall_ms: int, receivers: Receivers) -> Facts:
+        """Run one command, and close the session after it. Return what is known about the command."""
+        self._last, self._receivers = self.execute(order, given, wall_ms), receivers
+        self._link.send(receivers.closing(order.id))
+        self.until(lambda: False)
+        return self.facts(self._last)
 
-    def close(
-        self,
-        output: Output | None,
-        left: Left | None,
-        receivers: Receivers,
-        within_s: float = settings.CHANGES_OUT_S,
-    ) -> Closed | None:
+    def close(self, receivers: Receivers, within_s: float = settings.CHANGES_OUT_S) -> Closed | None:
         """End all commands, take what is asked for, and close the session. Return None if it was lost before.
 
         within_s: how long the guest may take without progress.
         """
         if not self._over:
-            self._link.send(Close(0, output, left))
+            self._link.send(receivers.closing())
             self._receivers, self._close_limit = receivers, Limit(within_s)
             self._take_no_more(*self._executions.values())
             self.until(lambda: False)
         return self._closed
-
-    def run(self, execution: Execution) -> Facts:
-        """Run the loop until the session is closed. Return what is known about *execution*."""
-        self.until(lambda: False)
-        return self.facts(execution)
 
     def until(self, done: Callable[[], bool], within_s: float | None = None) -> bool:
         """Run the loop until *done* returns True, the session is over, or time is up. Return the value of *done*."""

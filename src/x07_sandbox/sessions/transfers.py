@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import msgspec
 
+from x07_sandbox.channel.messages import Close, Left, Output
 from x07_sandbox.errors import BackendError, escaped
 from x07_sandbox.host import memory
 from x07_sandbox.host.poll import Event, wait_readable, wait_writable, write_all
@@ -288,12 +289,18 @@ class Receivers(msgspec.Struct, frozen=True, kw_only=True):
     """The receivers of what the guest sends when a session closes; None for what is not wanted.
 
     changes: a files/incoming.Incoming that takes changes to the trees. left: a sessions/private_files.LeftFiles that
-    takes files of the private folders.
+    takes files of the private folders. left_wanted: which of these are sent or counted.
     """
 
     output: OutFile | None = None
     changes: Any = None
     left: Any = None
+    left_wanted: Left | None = None
+
+    def closing(self, after: int = 0) -> Close:
+        """Return the message that closes a session once the command *after* has ended; 0 for at once."""
+        out = self.output
+        return Close(after, None if out is None else Output(out.path, out.max_bytes), self.left_wanted)
 
 
 class Unwanted:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 from msgspec.structs import replace
 
 from x07_sandbox.backends.handshake import greet
-from x07_sandbox.channel.messages import Close, Exec, Left
+from x07_sandbox.channel.messages import Exec, Left
 from x07_sandbox.errors import BackendError
 from x07_sandbox.host import settings
 from x07_sandbox.policy.confinement import UNCONFINED, confinement
@@ -21,9 +21,9 @@ from x07_sandbox.policy.outcomes import classify
 from x07_sandbox.policy.sizes import build_limits, command_limits, ram_class_bytes
 from x07_sandbox.programs.toolchains import ARTIFACT
 from x07_sandbox.sessions.execution import FILES
-from x07_sandbox.sessions.phase import CWD, PhaseSpec, needs_of, run_phase
-from x07_sandbox.sessions.phase_specs import opening, run_environment
 from x07_sandbox.sessions.request import in_memory
+from x07_sandbox.sessions.session import Session
+from x07_sandbox.sessions.specs import CWD, SessionSpec, opening, run_environment
 from x07_sandbox.sessions.transfers import CommandStreams, Receivers, Sink, memory_file
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def warm_up(instance: Instance, kind: MachineKind, cloning: Cloning, cancel: Can
 def needs_of_programs(kind: MachineKind) -> Needs:
     """Return what the warm-up programs need of an instance of this kind."""
     with contextlib.ExitStack() as stack:
-        return needs_of(_spec(kind, [], stack))
+        return _spec(kind, [], stack).needs
 
 
 def _run(instance: Instance, kind: MachineKind, argv: list[str], cancel: Cancel) -> None:
@@ -80,24 +80,24 @@ def _run(instance: Instance, kind: MachineKind, argv: list[str], cancel: Cancel)
             for name in ("stdout", "stderr")
         )
         streams = CommandStreams(stdin_fd=memory_file(_INPUT if argv else b"", stack), stdout=out, stderr=err)
-        ending = classify(run_phase(spec, instance, streams, cancel).evidence)
+        session = Session(instance, cancel, spec.opening, spec.files)
+        ending = classify(session.run(spec.order, streams, spec.wall_ms, spec.receivers).evidence)
     if ending.outcome != "ok":
         raise BackendError("cannot warm up a VM", f"{''.join(argv[:1])}: {ending.reason}", "Run x07 doctor")
 
 
-def _spec(kind: MachineKind, argv: list[str], stack: contextlib.ExitStack) -> PhaseSpec:
-    """Return the description of a phase like those of users' programs, which runs *argv*."""
+def _spec(kind: MachineKind, argv: list[str], stack: contextlib.ExitStack) -> SessionSpec:
+    """Return the description of a session like those of users' programs, which runs *argv*."""
     policy, running = default_policy(), kind.runtime == "run"
     limits = run_limits(policy).for_guest() if running else command_limits(build_limits(), settings.BUILD_TASKS)
     confine = confinement(policy, CWD) if running else UNCONFINED
     files = [in_memory(_PYTHON, ARTIFACT, 0o755, stack)]
-    return PhaseSpec(
+    return SessionSpec(
         name="run" if running else "build",
         opening=opening(confine, limits, files, out_writable=not running),
         order=Exec(1, argv, run_environment(policy, {}, {}), CWD, limits, "" if argv else FILES),
-        closing=Close(1, None, Left(0, 0) if running else None),
         files=tuple(files),
-        receivers=Receivers(),
+        receivers=Receivers(left_wanted=Left(0, 0) if running else None),
         wall_ms=_WALL_MS,
         ram_bytes=ram_class_bytes(limits.mem_bytes),
         filters=confine.filters,

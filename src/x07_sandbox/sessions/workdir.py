@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from x07_sandbox.sessions.request import Program, RunRequest
 
 
-def workdir_root(request: RunRequest, program: Program, policy: Policy, workdir: Path) -> Root:
+def workdir_root(request: RunRequest, program: Program | None, policy: Policy, workdir: Path) -> Root:
     """Return the root for *workdir*. The program starts in a copy of that folder. Raises RefusedError, UsageError."""
     what = _cannot_use(workdir)
-    if program.toolchain.protocol is not None:
+    if program is not None and program.toolchain.protocol is not None:
         roots = ("Use ", Flag("--allow-read-root"), " or ", Flag("--allow-write-root"))
         raise UsageError(what, "an X07 program sees only the folders of its policy", roots)
     if not policy.fs.enabled:
@@ -32,7 +32,7 @@ def workdir_root(request: RunRequest, program: Program, policy: Policy, workdir:
         why = "it is hidden, and fs.deny_hidden is true"
         raise RefusedError(what, why, fix, code="workdir-hidden").caused_by("fs.deny_hidden", value=False)
     host = working_folder(workdir)
-    if request.files and program.toolchain.build is None:
+    if request.files and (program is None or program.toolchain.build is None):
         why = "`files` are placed in the private working folder, which workdir replaces"
         raise UsageError(what, why, "Write the files to the folder of workdir, or do not use workdir")
     return Root(field="--workdir", given=str(workdir), host=str(host), guest=WORK, write=not request.read_only)

@@ -1,4 +1,4 @@
-"""The descriptions of a run's two phases: build and run."""
+"""The description of a session: of a build, and of a run or a sandbox."""
 
 from __future__ import annotations
 
@@ -7,32 +7,37 @@ import os
 import posixpath
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
-from x07_sandbox.backends.base import RootPlace
-from x07_sandbox.channel.messages import Close, CommandLimits, Exec, Left, Mount, Network, Open, Output, Room
+import msgspec
+
+from x07_sandbox.backends.base import Job, MachineKind, Needs, RootPlace
+from x07_sandbox.channel.messages import CommandLimits, Exec, InputFile, Left, Mount, Network, Open, Room
 from x07_sandbox.errors import RefusedError
 from x07_sandbox.host import settings
 from x07_sandbox.policy.confinement import UNCONFINED, Confinement, confinement
 from x07_sandbox.policy.default import program_environment
+from x07_sandbox.policy.denials import GuestMount
 from x07_sandbox.policy.model import Policy
 from x07_sandbox.policy.sizes import build_limits, command_limits, ram_class_bytes, tmp_bytes
 from x07_sandbox.programs.toolchains import (
     ARTIFACT,
-    COMMAND,
     PROGRAM_FOLDER,
     PROJECT_FOLDER,
     SOURCE_FOLDER,
     build_driver,
 )
-from x07_sandbox.sessions.phase import CWD, PhaseSpec, input_files
-from x07_sandbox.sessions.request import Program, in_memory
+from x07_sandbox.sessions.request import in_memory
 from x07_sandbox.sessions.transfers import InFile, OutFile, Receivers
 
 if TYPE_CHECKING:
+    from x07_sandbox.host.cancel import Caller
+    from x07_sandbox.images.verify import OpenImage
+    from x07_sandbox.records.record import Claim
     from x07_sandbox.sessions.host_files import HostFiles
     from x07_sandbox.sessions.prepare import Prepared
     from x07_sandbox.sessions.private_files import LeftFiles
+    from x07_sandbox.sessions.request import Program
 
 # PYTHONUNBUFFERED: a timeout would lose buffered output. PYTHONDONTWRITEBYTECODE: the folders of programs are
 # read-only.
@@ -52,6 +57,60 @@ _CA_VARIABLES: Final = (
 _NO_ROOM: Final = Room(0, 0)
 # For a program with a manifest, the private working folder is mounted at the folder in which relative roots appear.
 _PROJECT_MOUNT: Final = Mount(tree=None, sub="", at=PROJECT_FOLDER, write=True, changes=False)
+
+
+CWD: Final = "/opt/x07"
+
+
+class SessionSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """The description of a session. The caller owns the descriptors.
+
+    order: the command of a build or a run; for a sandbox, what all its commands have in common.
+    filters: names of the image's seccomp filters for the commands.
+    limits_shown: the limits that messages show.
+    places: the guest folders with host files, for the backend.
+    areas: the mounted host folders, for the advice in denials.
+    """
+
+    name: Literal["build", "run"]
+    opening: Open
+    order: Exec
+    files: tuple[InFile, ...]
+    receivers: Receivers
+    wall_ms: int
+    ram_bytes: int
+    filters: tuple[str, ...]
+    places: tuple[RootPlace, ...] = ()
+    areas: tuple[GuestMount, ...] = ()
+    limits_shown: Any = None
+
+    @property
+    def needs(self) -> Needs:
+        """The facts about the session that a backend may need before it starts an instance."""
+        opening, limits = self.opening, self.order.limits
+        confine = opening.confine
+        return Needs(
+            mem_bytes=limits.mem_bytes,
+            tmp_bytes=opening.tmp_bytes,
+            tasks=limits.tasks,
+            fds=limits.fds,
+            files_bytes=sum(file.size for file in self.files),
+            out=opening.out_writable,
+            places=self.places,
+            closed=not confine.execute or confine.programs is not None,
+            alone=confine.alone,
+        )
+
+    def job(self, claim: Claim, image: OpenImage | None, caller: Caller, **how: Any) -> Job:  # noqa: ANN401 - fields of a job
+        """Return the job in which a backend starts an instance for the session. how: further fields of `Job`."""
+        network = self.opening.network is not None
+        kind = MachineKind(image=image, ram_bytes=self.ram_bytes, runtime=self.name, network=network)
+        return Job(claim=claim, kind=kind, caller=caller, needs=self.needs, **how)
+
+
+def input_files(files: Sequence[InFile]) -> list[InputFile]:
+    """Return the descriptions of *files* for the guest."""
+    return [InputFile(file.path, file.mode, file.kind, file.size) for file in files]
 
 
 def run_environment(
@@ -74,9 +133,9 @@ def run_environment(
     return {**env, **named, **program_environment(policy)}
 
 
-def build_spec(prepared: Prepared, artifact: OutFile, stack: contextlib.ExitStack) -> PhaseSpec:
-    """Return the description of the build phase, which writes the built program to *artifact*."""
-    program, toolchain = prepared.program, prepared.program.toolchain
+def build_spec(prepared: Prepared, program: Program, artifact: OutFile, stack: contextlib.ExitStack) -> SessionSpec:
+    """Return the description of the build, which writes the built program to *artifact*."""
+    toolchain = program.toolchain
     assert toolchain.build is not None  # noqa: S101 - for the type checker
     files, env = [program.file], dict(_ENVIRONMENT)
     if toolchain.archive:
@@ -88,11 +147,10 @@ def build_spec(prepared: Prepared, artifact: OutFile, stack: contextlib.ExitStac
     wall_ms = prepared.request.build_wall_ms
     limits = build_limits(wall_ms)
     order = Exec(1, toolchain.build(program.source), env, CWD, command_limits(limits, settings.BUILD_TASKS))
-    return PhaseSpec(
+    return SessionSpec(
         name="build",
         opening=opening(UNCONFINED, order.limits, files, out_writable=True),
         order=order,
-        closing=Close(1, Output(artifact.path, artifact.max_bytes), None),
         files=tuple(files),
         receivers=Receivers(output=artifact),
         wall_ms=wall_ms or settings.BUILD_WALL_MS,
@@ -130,14 +188,15 @@ def opening(  # noqa: PLR0913 - what a session consists of
 
 
 def run_spec(
-    prepared: Prepared, artifact: OutFile, stack: contextlib.ExitStack, host_files: HostFiles | None = None
-) -> PhaseSpec:
-    """Return the description of the run phase, which executes *artifact*."""
+    prepared: Prepared, artifact: OutFile | None, stack: contextlib.ExitStack, host_files: HostFiles | None = None
+) -> SessionSpec:
+    """Return the description of a run, which executes *artifact* or a command, or of a sandbox, which has neither."""
     request, program, limits = prepared.request, prepared.program, prepared.plan.limits
-    policy, archive, protocol = prepared.policy.policy, program.toolchain.archive, program.toolchain.protocol
-    path, kind = (PROGRAM_FOLDER, "archive") if archive else (ARTIFACT, "file")
+    policy, protocol, project = prepared.policy.policy, prepared.protocol, prepared.project
+    archive = program is not None and program.toolchain.archive
     files = [in_memory(prepared.policy.data, f"{SOURCE_FOLDER}/policy.json", 0o644, stack)]
-    if program.toolchain is not COMMAND:
+    if artifact is not None:
+        path, kind = (PROGRAM_FOLDER, "archive") if archive else (ARTIFACT, "file")
         files.insert(0, InFile(path=path, mode=0o755, kind=kind, fd=artifact.fd, size=artifact.size))
     if protocol is not None:
         more = protocol.run_files(prepared.whole_input)
@@ -150,8 +209,8 @@ def run_spec(
 
         files.append(in_memory(prepared.ca, CA_FILE, 0o644, stack))
         env = {**dict.fromkeys(_CA_VARIABLES, CA_FILE), **env}
-    cwd = PROJECT_FOLDER if program.project else CWD
-    if image is not None and image.workdir and not (program.project or request.files):
+    cwd = PROJECT_FOLDER if project else CWD
+    if image is not None and image.workdir and not (project or request.files):
         cwd = image.workdir
     if request.workdir is not None:
         from x07_sandbox.policy.guest_paths import WORK  # imported only for runs with files
@@ -162,13 +221,13 @@ def run_spec(
         from x07_sandbox.sessions.private_files import work_files
 
         files.append(work_files(request.files, stack))
-    mounts = [_PROJECT_MOUNT] if program.project else []
+    mounts = [_PROJECT_MOUNT] if project else []
     places: tuple[RootPlace, ...] = ()
     if host_files is not None:
         places = host_files.places()
         mounts += host_files.mounts(len(files))
         files += host_files.files
-    confine = confinement(policy, PROJECT_FOLDER if program.project else cwd, alone=not (archive or protocol))
+    confine = confinement(policy, PROJECT_FOLDER if project else cwd, alone=not (archive or protocol))
     if confine.programs is not None and (image is not None or request.guest_root):
         # The folders without programs (guest/boot/places) are those of our own image, and root can replace programs.
         what = "cannot limit which programs are executed"
@@ -177,8 +236,8 @@ def run_spec(
         raise RefusedError(what, why, fix, code="execs-not-limited")
     network = None if prepared.egress is None else prepared.egress.view
     room = _NO_ROOM if host_files is None else host_files.room()
-    order = Exec(1, [*_start(program, cwd), *request.args], env, cwd, limits.for_guest())
-    return PhaseSpec(
+    order = Exec(1, [*_start(prepared, cwd), *request.args], env, cwd, limits.for_guest())
+    return SessionSpec(
         name="run",
         opening=opening(
             confine,
@@ -191,28 +250,37 @@ def run_spec(
             root=request.guest_root,
         ),
         order=order,
-        closing=Close(1, None, left),
         files=tuple(files),
-        receivers=Receivers(changes=None if host_files is None else host_files.incoming, left=left_files),
+        receivers=Receivers(
+            changes=None if host_files is None else host_files.incoming, left=left_files, left_wanted=left
+        ),
         wall_ms=limits.wall_ms,
         ram_bytes=limits.ram_bytes,
         filters=confine.filters,
-        places=(*([RootPlace(at=PROJECT_FOLDER, write=True)] if program.project else []), *places),
+        places=(*([RootPlace(at=PROJECT_FOLDER, write=True)] if project else []), *places),
         areas=() if host_files is None else tuple(host_files.areas),
         limits_shown=limits,
     )
 
 
-def _start(program: Program, cwd: str) -> list[str]:
-    start = program.toolchain.start(program.source)
-    if program.toolchain is COMMAND and "/" in start[0]:
-        start[0] = posixpath.normpath(posixpath.join(cwd, start[0]))
-    return start
+def _start(prepared: Prepared, cwd: str) -> list[str]:
+    """Return the command line without the arguments of the request, or [] for a sandbox."""
+    if (program := prepared.program) is not None:
+        return program.toolchain.start(program.source)
+    return in_folder(prepared.request.command, cwd)
+
+
+def in_folder(argv: Sequence[str], cwd: str) -> list[str]:
+    """Return a command line with a path to its program that does not depend on the folder in which it starts."""
+    words = [*argv]
+    if words and "/" in words[0]:
+        words[0] = posixpath.normpath(posixpath.join(cwd, words[0]))
+    return words
 
 
 def _left(prepared: Prepared, stack: contextlib.ExitStack) -> tuple[Left | None, LeftFiles | None]:
     request = prepared.request
-    if prepared.program.toolchain.protocol is not None:
+    if prepared.protocol is not None:
         return None, None
     if not request.max_files_bytes:  # only counted; with --workdir not even that
         return None if request.workdir is not None else Left(0, 0), None
