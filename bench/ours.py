@@ -24,9 +24,9 @@ from x07_sandbox.backends.qemu.start import QemuJob, start_qemu
 from x07_sandbox.backends.qemu.template import opened_template, template_for
 from x07_sandbox.channel.messages import Exec
 from x07_sandbox.conformance.box import Box
-from x07_sandbox.host.cancel import Cancel
 from x07_sandbox.host.linux import children_of
 from x07_sandbox.host.paths import state_dir
+from x07_sandbox.host.waiting import Cancel
 from x07_sandbox.images.store import find_image
 from x07_sandbox.images.verify import open_image
 from x07_sandbox.library.pool import Pool

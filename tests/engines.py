@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from x07_sandbox.backends.engines import engine, load
-from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.linux import of_process
 from x07_sandbox.host.processes import processes_with_mark, wait_gone
+from x07_sandbox.host.waiting import Deadline
 from x07_sandbox.images.archive import write_archive
 from x07_sandbox.images.build import build_image
 

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
         SandboxError,
         UsageError,
     )
-    from x07_sandbox.host.version import __version__
+    from x07_sandbox.host.settings import __version__
     from x07_sandbox.library.async_sandbox import AsyncSandbox
     from x07_sandbox.library.changes import apply, diff, undo
     from x07_sandbox.library.file_info import FileInfo
@@ -107,7 +107,7 @@ _NAMES_BY_MODULE = {
         *("ArgumentError", "BackendError", "Cancelled", "HostError", "ImageError", "RefusedError", "SandboxError"),
         "UsageError",
     ),
-    "host.version": ("__version__",),
+    "host.settings": ("__version__",),
     "library.changes": ("apply", "diff", "undo"),
     "library.async_sandbox": ("AsyncSandbox",),
     "library.file_info": ("FileInfo",),

@@ -28,8 +28,7 @@ from x07_sandbox.conformance.behaviours import BEHAVIOURS
 from x07_sandbox.conformance.harness import open_bench
 from x07_sandbox.conformance.run import check_behaviour, conform
 from x07_sandbox.host.close_on_fork import FdGroup
-from x07_sandbox.host.launcher import Launch, launch
-from x07_sandbox.host.processes import own_identity
+from x07_sandbox.host.processes import Launch, launch, own_identity
 from x07_sandbox.jail.bwrap import supervisor_argv
 from x07_sandbox.policy.features import Features
 from x07_sandbox.records.record import JobRecord, create_record, mark_done

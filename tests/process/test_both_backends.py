@@ -19,7 +19,7 @@ from x07_sandbox.backends.base import Job, MachineKind
 from x07_sandbox.channel.link import State, Stream
 from x07_sandbox.channel.messages import Left
 from x07_sandbox.errors import HostError
-from x07_sandbox.host.cancel import Caller, Cancel
+from x07_sandbox.host.waiting import Caller, Cancel
 from x07_sandbox.records.stopping import live_records
 
 if TYPE_CHECKING:

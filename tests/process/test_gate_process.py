@@ -16,7 +16,7 @@ import pytest
 from x07_sandbox.channel import egress
 from x07_sandbox.channel.egress import Target
 from x07_sandbox.channel.streams import Role, Streams
-from x07_sandbox.host.poll import wait_readable
+from x07_sandbox.host.waiting import wait_readable
 from x07_sandbox.network.processes import GateConfig, GateProcess, gate_running
 from x07_sandbox.network.rules import NetSettings
 from x07_sandbox.policy.default import default_policy, render_policy

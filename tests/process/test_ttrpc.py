@@ -15,8 +15,7 @@ from tests.conftest import need
 from tests.engines import containerd, missing
 from x07_sandbox.backends.firecracker.ttrpc import UNIMPLEMENTED, CallError, call, create_vm, stop_vm
 from x07_sandbox.backends.protobuf import encode
-from x07_sandbox.host.clocks import Deadline
-from x07_sandbox.host.poll import wait_readable
+from x07_sandbox.host.waiting import Deadline, wait_readable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -20,7 +20,7 @@ from x07_sandbox.channel.trees import Entry, Kind, segment
 from x07_sandbox.cli.main import main
 from x07_sandbox.errors import PeerError, RefusedError, UsageError
 from x07_sandbox.guest.trees import LOOKED_AT_MAX, Tree, left_files, stream_of
-from x07_sandbox.host.cancel import Cancel
+from x07_sandbox.host.waiting import Cancel
 from x07_sandbox.policy.default import default_policy
 from x07_sandbox.policy.guest_paths import PROGRAM, WORK, guest_path
 from x07_sandbox.policy.model import Policy

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from x07_sandbox.cli.console import LiveLine
-from x07_sandbox.host.cancel import Notice
+from x07_sandbox.host.waiting import Notice
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from x07_sandbox.backends.base import Needs, RootPlace
 from x07_sandbox.backends.container.create import ContainerSpec, create_argv, differences, engine_gaps
 from x07_sandbox.backends.engines import DEFAULT_REFERENCE, Answer, check_reference, container_id, engine
 from x07_sandbox.errors import HostError, UsageError
-from x07_sandbox.host.version import __version__
+from x07_sandbox.host.settings import __version__
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -16,7 +16,7 @@ from tests.command import x07 as command
 from tests.published import document
 from x07_sandbox.cli import json_output, main
 from x07_sandbox.errors import Cancelled, UsageError
-from x07_sandbox.host.cancel import cancelled_by_signals
+from x07_sandbox.host.waiting import cancelled_by_signals
 from x07_sandbox.images.store import check_name
 from x07_sandbox.reports.schemas import schemas
 

@@ -16,7 +16,7 @@ from x07_sandbox.errors import Cancelled, UsageError
 from x07_sandbox.files.pack import ENTRIES_MAX, FILES_MAX, pack_files, pack_tree
 from x07_sandbox.guest.unpack import unpack
 from x07_sandbox.host import settings
-from x07_sandbox.host.cancel import Cancel
+from x07_sandbox.host.waiting import Cancel
 
 NAMES = st.text(st.characters(codec="utf-8", categories=("L", "N", "P")), min_size=1, max_size=12)
 

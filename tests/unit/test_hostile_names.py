@@ -25,7 +25,7 @@ from x07_sandbox.cli.denials_text import say_denials
 from x07_sandbox.cli.sandbox import _fields, _line
 from x07_sandbox.errors import PeerError, SandboxError, escaped
 from x07_sandbox.files.changes import Change, ChangeSet, Node, RootChanges, encode, in_json
-from x07_sandbox.host.clocks import unix_ms
+from x07_sandbox.host.waiting import unix_ms
 from x07_sandbox.integrations.mcp_answers import errors, reason_of, untrusted
 from x07_sandbox.integrations.mcp_calls import CallError
 from x07_sandbox.library.files import _infos

@@ -96,6 +96,6 @@ def test_an_editable_install_has_the_same_commands(source: Path, tmp_path: Path)
     commands = installed(build("editable", source, tmp_path), tmp_path / "venv")
     for name in NAMES:
         assert (commands / name).read_bytes() == (ROOT / "launchers" / name).read_bytes()
-    version = source / "src" / "x07_sandbox" / "host" / "version.py"
+    version = source / "src" / "x07_sandbox" / "host" / "settings.py"
     version.write_text(version.read_text().replace(__version__, "9.9"))
     assert ran([commands / "x07", "--version"], tmp_path) == "x07-sandbox 9.9\n"

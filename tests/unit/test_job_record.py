@@ -16,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from x07_sandbox.errors import HostError
-from x07_sandbox.host.clocks import unix_ms
 from x07_sandbox.host.linux import boot_id, boot_ms, pid_namespace
 from x07_sandbox.host.processes import identify
+from x07_sandbox.host.waiting import unix_ms
 from x07_sandbox.records import record as records
 from x07_sandbox.records.record import (
     Claim,

@@ -30,7 +30,7 @@ from x07_sandbox import (
 from x07_sandbox.cli.parser import add_groups, given_rows
 from x07_sandbox.errors import ArgumentError, Command, Flag, ImageError, UsageError
 from x07_sandbox.host import paths
-from x07_sandbox.host.cancel import Cancel
+from x07_sandbox.host.waiting import Cancel
 from x07_sandbox.images.store import set_name
 from x07_sandbox.library.arguments import checked_options
 from x07_sandbox.library.requests import make_request
@@ -342,7 +342,7 @@ def test_the_manifest_provides_defaults(tmp_path: Path) -> None:
 
 # Each module costs every caller's start: the rest is loaded by the first call.
 IMPORTED = """
-errors host host.settings host.threads host.version
+errors host host.settings
 library library.arguments library.async_sandbox library.file_info library.pool library.processes library.run
 library.sandbox
 network network.summary

@@ -67,7 +67,7 @@ near, _far = socket.socketpair()
 for call, words in (
     (linux.require_linux, ()), (linux.path_flag, ()),
     (linux.new_memory_file, ()), (linux.new_unnamed_file, (Path("/tmp"),)), (linux.boot_ms, ()),
-    (linux.allowed_cores, ()), (linux.peer_of, (near,)), (linux.open_pidfd, (1,)), (linux.send_signal, (0, 0)),
+    (linux.cores, ()), (linux.peer_of, (near,)), (linux.open_pidfd, (1,)), (linux.send_signal, (0, 0)),
     (linux.boot_id, ()), (linux.require_own_proc, ()), (linux.of_process, (1, "stat")), (linux.sync, (0,)),
     (linux.openat2, (0, "x", 0, 0)), (linux.renameat2, (0, "x", 0, "y", 0)), (linux.children_of, (1,)),
     (identify, (1,)), (is_alive, (Identity(pid=1, start_ticks=0),)),

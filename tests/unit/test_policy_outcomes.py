@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from x07_sandbox.errors import Flag
-from x07_sandbox.host.cancel import BY_KILL
+from x07_sandbox.host.waiting import BY_KILL
 from x07_sandbox.options import keyword
 from x07_sandbox.policy.default import default_policy
 from x07_sandbox.policy.denials import Outcome

@@ -12,8 +12,8 @@ import pytest
 from msgspec.structs import replace
 
 from x07_sandbox.errors import Cancelled, RefusedError, UsageError
-from x07_sandbox.host.cancel import Cancel
 from x07_sandbox.host.settings import OUTPUT_MAX_BYTES
+from x07_sandbox.host.waiting import Cancel
 from x07_sandbox.policy.changes import LimitChanges, Overrides
 from x07_sandbox.policy.default import default_policy, render_policy
 from x07_sandbox.policy.model import HostPorts

@@ -19,7 +19,7 @@ from tests.command import x07
 from tests.published import document
 from tests.unit.test_images_manifest import MANIFEST
 from x07_sandbox.cli.main import main
-from x07_sandbox.host import clocks
+from x07_sandbox.host import waiting
 from x07_sandbox.host.locks import file_lock, lock_for_removal, lock_shared
 from x07_sandbox.host.paths import private_dir
 from x07_sandbox.host.processes import Identity, own_identity
@@ -47,7 +47,7 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def age(path: Path, days: float) -> None:
     """Make a file or tree look untouched for *days*."""
-    then = (clocks.unix_ms() - days * DAY_MS) / 1000
+    then = (waiting.unix_ms() - days * DAY_MS) / 1000
     for below in path.iterdir() if path.is_dir() and not path.is_symlink() else ():
         age(below, days)
     os.utime(path, (then, then), follow_symlinks=False)
@@ -55,7 +55,7 @@ def age(path: Path, days: float) -> None:
 
 def run_id(days: float, number: int = 0) -> str:
     """The id of a run that started *days* ago."""
-    return f"{int(clocks.unix_ms() - days * DAY_MS)}-{GONE.pid}-{number}"
+    return f"{int(waiting.unix_ms() - days * DAY_MS)}-{GONE.pid}-{number}"
 
 
 def job(days: float, *, done: bool = True, runner: Identity = GONE, number: int = 0) -> JobRecord:

@@ -26,11 +26,10 @@ from x07_sandbox.backends.qemu.template import (
     templates_dir,
 )
 from x07_sandbox.errors import ImageError
-from x07_sandbox.host.cancel import Remark
-from x07_sandbox.host.clocks import unix_ms
 from x07_sandbox.host.linux import boot_ms
 from x07_sandbox.host.locks import lock_for_removal
 from x07_sandbox.host.verdicts import forget
+from x07_sandbox.host.waiting import Remark, unix_ms
 from x07_sandbox.images.manifest import Part, Piece, ScratchDisk
 from x07_sandbox.policy.sizes import RAM_CLASSES
 

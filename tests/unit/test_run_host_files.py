@@ -33,8 +33,8 @@ from x07_sandbox.files.apply import ConflictError
 from x07_sandbox.files.changes import Change, ChangeSet, Node, RootChanges, encode
 from x07_sandbox.files.copy import NUMBER_MAX
 from x07_sandbox.files.journal import Head, Place
-from x07_sandbox.host.cancel import Cancel, Notice
 from x07_sandbox.host.paths import closing_fd, private_dir
+from x07_sandbox.host.waiting import Cancel, Notice
 from x07_sandbox.policy.changes import Overrides
 from x07_sandbox.policy.default import default_policy, render_policy
 from x07_sandbox.policy.denials import HowToAllow

@@ -49,8 +49,7 @@ from x07_sandbox.channel.streams import Event, Role
 from x07_sandbox.channel.trees import Entry, Kind
 from x07_sandbox.files.incoming import Incoming
 from x07_sandbox.host import settings
-from x07_sandbox.host.cancel import Cancel
-from x07_sandbox.host.clocks import Deadline
+from x07_sandbox.host.waiting import Cancel, Deadline
 from x07_sandbox.policy.outcomes import Stage, classify
 from x07_sandbox.sessions import execution
 from x07_sandbox.sessions.execution import Facts

@@ -23,7 +23,7 @@ from x07_sandbox.channel.streams import Role
 from x07_sandbox.errors import BackendError, PeerError, UsageError
 from x07_sandbox.files.incoming import Incoming
 from x07_sandbox.host import settings
-from x07_sandbox.host.cancel import Cancel
+from x07_sandbox.host.waiting import Cancel
 from x07_sandbox.policy.outcomes import Stage
 from x07_sandbox.sessions import execution
 from x07_sandbox.sessions.files import FileServer

@@ -17,7 +17,7 @@ from tests.contract.test_one_file_backend import registered
 from tests.unit.test_stop_rules import GONE, edit, recorded
 from x07_sandbox.backends.process.backend import NoneBackend
 from x07_sandbox.backends.registry import BackendRow, create, find
-from x07_sandbox.host import clocks
+from x07_sandbox.host import waiting
 from x07_sandbox.host.processes import Identity, identify, own_identity
 from x07_sandbox.library.cleanup import sweep
 from x07_sandbox.records.pruning import Pruner
@@ -229,7 +229,7 @@ def unstarted(*, phase: str = "run", backend: str = "qemu", pid: int = GONE.pid,
     run_id = new_run_id().split("-")
     claim = Claim(run_id=f"{run_id[0]}-{pid}-{run_id[2]}", phase=phase, wall_ms=1000)
     record = create_record(claim, backend=backend, image_digest="")
-    then = clocks.unix_ms() / 1000 - age_s
+    then = waiting.unix_ms() / 1000 - age_s
     os.utime(record.folder, (then, then))
     return record
 

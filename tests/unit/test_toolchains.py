@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from x07_sandbox.errors import RefusedError, UsageError
 from x07_sandbox.host.arch import ARCHES
-from x07_sandbox.host.cancel import Cancel
+from x07_sandbox.host.waiting import Cancel
 from x07_sandbox.policy.packages import ImageInUse
 from x07_sandbox.programs.manifest import FILE, SCHEMA, decode_manifest
 from x07_sandbox.programs.new_manifest import sandbox_manifest

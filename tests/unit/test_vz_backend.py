@@ -18,7 +18,7 @@ from x07_sandbox.backends.vz.backend import VzBackend
 from x07_sandbox.backends.vz.start import helper_argv
 from x07_sandbox.channel.messages import PROTOCOL
 from x07_sandbox.errors import HostError, ImageError
-from x07_sandbox.host.cancel import Caller, Cancel
+from x07_sandbox.host.waiting import Caller, Cancel
 from x07_sandbox.images import manifest
 from x07_sandbox.images.verify import OpenImage
 from x07_sandbox.images.vz_bundle import SCHEMA, Bundle, OpenBundle

@@ -18,7 +18,7 @@ from tests.published import document
 from x07_sandbox.cli import os_runner
 from x07_sandbox.cli.main import main
 from x07_sandbox.host import settings
-from x07_sandbox.host.cancel import Cancel
+from x07_sandbox.host.waiting import Cancel
 from x07_sandbox.policy.default import default_policy, render_policy
 from x07_sandbox.programs.toolchains import BY_NAME
 from x07_sandbox.reports.schemas import schemas

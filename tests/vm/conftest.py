@@ -22,10 +22,10 @@ import pytest
 from x07_sandbox.backends.qemu.backend import known_verdict
 from x07_sandbox.backends.qemu.hot import unsupported
 from x07_sandbox.host import settings
-from x07_sandbox.host.cancel import Cancel
 from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.paths import cache_dir
 from x07_sandbox.host.processes import Identity, has_mark, is_alive
+from x07_sandbox.host.waiting import Cancel
 from x07_sandbox.policy.default import default_policy, render_policy
 from x07_sandbox.programs.toolchains import OUTPUT, Source, toolchain_for
 from x07_sandbox.sessions.request import RunCaller, RunRequest

@@ -35,10 +35,9 @@ from x07_sandbox.channel.messages import Exec
 from x07_sandbox.errors import BackendError
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import host_arch
-from x07_sandbox.host.cancel import Cancel
-from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.linux import children_of
 from x07_sandbox.host.paths import state_dir, unnamed_file
+from x07_sandbox.host.waiting import Cancel, Deadline
 from x07_sandbox.images.store import find_image
 from x07_sandbox.images.verify import open_image
 from x07_sandbox.policy.confinement import UNCONFINED

@@ -19,7 +19,7 @@ from x07_sandbox.conformance.harness import open_bench
 from x07_sandbox.conformance.run import check_behaviour
 from x07_sandbox.errors import HostError, SandboxError
 from x07_sandbox.host.arch import arch_named, is_foreign
-from x07_sandbox.host.cancel import Cancel
+from x07_sandbox.host.waiting import Cancel
 from x07_sandbox.images import foreign, kernel, vz_bundle
 from x07_sandbox.images.build import build_image
 from x07_sandbox.library.pool_prepare import prepare_clones

@@ -18,7 +18,7 @@ from x07_sandbox.cli.main import main
 from x07_sandbox.errors import BackendError
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import host_arch
-from x07_sandbox.host.clocks import Deadline
+from x07_sandbox.host.waiting import Deadline
 from x07_sandbox.images.verify import open_image
 from x07_sandbox.library.warm import WarmMachines
 

@@ -42,7 +42,7 @@ from x07_sandbox.backends.qemu.template import (
     templates_dir,
 )
 from x07_sandbox.cli.main import main
-from x07_sandbox.host import clocks, linux, settings
+from x07_sandbox.host import linux, settings, waiting
 from x07_sandbox.host.arch import ARCHES, host_arch
 from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.paths import cache_folder
@@ -131,15 +131,15 @@ def test_a_clones_clock_is_the_runners(either: Sandbox, monkeypatch: pytest.Monk
 
     def found() -> tuple[float, float, dict[str, object]]:
         """Return how far its clock was ahead of ours before and after the run, and its other values."""
-        began = clocks.unix_ns()
+        began = waiting.unix_ns()
         values = seen(either.run_text("random_values.py", RANDOM, cache=True))
         its = float(str(values.pop("time")))
-        return its - began / 1e9, its - clocks.unix_ns() / 1e9, values
+        return its - began / 1e9, its - waiting.unix_ns() / 1e9, values
 
     before_s, after_s, now = found()
     assert before_s > -1
     assert after_s < 1
-    monkeypatch.setattr(handshake, "unix_ns", lambda: clocks.unix_ns() + 3600 * 10**9)
+    monkeypatch.setattr(handshake, "unix_ns", lambda: waiting.unix_ns() + 3600 * 10**9)
     before_s, after_s, later = found()
     assert before_s > 3599
     assert after_s < 3601
@@ -346,7 +346,7 @@ def test_a_pool_boots_cold_if_a_clone_does_not_answer(saved: Sandbox, monkeypatc
     machines = WarmMachines(1, progress=said.append)
     machines.start()
     with contextlib.closing(machines):
-        assert machines.wait_ready(clocks.Deadline.after(120))
+        assert machines.wait_ready(waiting.Deadline.after(120))
     assert [
         text
         for text in said

@@ -28,8 +28,8 @@ backends.qemu.template backends.registry backends.selection
 channel.connection channel.contents channel.link channel.messages channel.streams
 cli.console cli.main cli.parser cli.run cli.std_streams
 errors
-host.arch host.cancel host.clocks host.close_on_fork host.decoding host.launcher host.linux host.locks host.memory
-host.os_errors host.paths host.poll host.processes host.settings host.threads host.variables host.verdicts
+host.arch host.close_on_fork host.decoding host.linux host.locks host.os_errors host.paths host.processes host.settings
+host.variables host.verdicts host.waiting
 images.guestcode images.manifest images.scratch images.store images.verify
 jail.bwrap jail.cgroups jail.criu jail.forms jail.seccomp jail.uids
 library.requests library.upkeep

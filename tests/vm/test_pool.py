@@ -32,9 +32,9 @@ from x07_sandbox.backends.lease import PoolClient
 from x07_sandbox.backends.qemu.backend import QemuBackend
 from x07_sandbox.backends.qemu.bounds import VMM_BYTES
 from x07_sandbox.errors import HostError, UsageError
-from x07_sandbox.host import clocks, settings
-from x07_sandbox.host.cancel import Caller, Cancel
+from x07_sandbox.host import settings, waiting
 from x07_sandbox.host.processes import own_identity
+from x07_sandbox.host.waiting import Caller, Cancel
 from x07_sandbox.images.verify import open_image
 from x07_sandbox.library import warm
 from x07_sandbox.library.warm import WarmMachines
@@ -235,7 +235,7 @@ def test_a_warm_machine_is_as_new(state: Path, tmp_path: Path) -> None:
     assert found == clone
     one, other = (json.loads(result.stdout.text or "") for result in values)
     assert [name for name in one if one[name] == other[name]] == []
-    assert abs(one["time"] - clocks.unix_ms() / 1000) < 60
+    assert abs(one["time"] - waiting.unix_ms() / 1000) < 60
     assert left_behind(state) == []
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.vm.conftest import Sandbox, owners, wait_done
-from x07_sandbox.host.clocks import unix_ms
+from x07_sandbox.host.waiting import unix_ms
 from x07_sandbox.library.cleanup import prune
 
 if TYPE_CHECKING:

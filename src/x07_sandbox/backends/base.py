@@ -14,8 +14,8 @@ from x07_sandbox.channel.connection import Connection
 from x07_sandbox.errors import BackendError
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import Arch, host_arch
-from x07_sandbox.host.cancel import Caller, Cancel
 from x07_sandbox.host.processes import Identity
+from x07_sandbox.host.waiting import Caller, Cancel
 from x07_sandbox.images.verify import OpenImage
 from x07_sandbox.policy.features import Features
 from x07_sandbox.policy.sizes import used_ram_bytes

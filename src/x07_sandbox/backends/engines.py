@@ -17,7 +17,7 @@ from x07_sandbox.errors import BackendError, HostError, UsageError, printable
 from x07_sandbox.host.os_errors import raised_as
 from x07_sandbox.host.paths import cache_folder, find_program
 from x07_sandbox.host.processes import output_of
-from x07_sandbox.host.version import __version__
+from x07_sandbox.host.settings import __version__
 
 if TYPE_CHECKING:
     from x07_sandbox.images.store import Image

@@ -15,7 +15,7 @@ from x07_sandbox.channel.messages import PROTOCOL, Failed, Hello, Message, Seed,
 from x07_sandbox.channel.streams import Event, Role
 from x07_sandbox.errors import PeerError
 from x07_sandbox.host import settings
-from x07_sandbox.host.clocks import Deadline, unix_ns
+from x07_sandbox.host.waiting import Deadline, unix_ns
 from x07_sandbox.policy.outcomes import Evidence
 
 _EXIT_S: Final = 5.0  # for an instance whose channel ended to end itself, so that its exit status is known

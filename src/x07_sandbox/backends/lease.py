@@ -20,7 +20,7 @@ from x07_sandbox.errors import BackendError
 from x07_sandbox.host import close_on_fork
 from x07_sandbox.host.linux import fd_path, path_flag, peer_of
 from x07_sandbox.host.paths import cache_folder, closing_fd, state_dir
-from x07_sandbox.host.poll import wait_readable
+from x07_sandbox.host.waiting import wait_readable
 from x07_sandbox.records.record import record_from, record_values
 
 PROTOCOL: Final = 3

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from x07_sandbox.errors import RefusedError, SandboxError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.paths import closing_fd, private_dir, real_path, state_dir
-from x07_sandbox.host.poll import write_all
+from x07_sandbox.host.waiting import write_all
 from x07_sandbox.policy.outcomes import REFUSED_EXIT
 from x07_sandbox.programs.toolchains import OUTPUT
 from x07_sandbox.sessions.folder import unnamed_file

@@ -23,8 +23,8 @@ from x07_sandbox.cli.run_report import from_project
 from x07_sandbox.errors import Command, RefusedError, UsageError, escaped
 from x07_sandbox.host.os_errors import raised_as
 from x07_sandbox.host.paths import closing_fd
-from x07_sandbox.host.poll import write_all
 from x07_sandbox.host.variables import text
+from x07_sandbox.host.waiting import write_all
 from x07_sandbox.images.store import DEFAULT, arch_of
 from x07_sandbox.library.upkeep import sweep_before_start
 from x07_sandbox.options import COPIED, FILE_SIZE, GRANTS, GROUPS, LIMITS, OF_X07

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import IO, Final
 
 from x07_sandbox.errors import escaped, printable
-from x07_sandbox.host.cancel import Notice, Remark
+from x07_sandbox.host.waiting import Notice, Remark
 
 _KIB = 1024
 _COLOURS: Final = {"good": "32", "BAD": "1;31", "note": "33"}

@@ -302,7 +302,7 @@ def _folders() -> Finding:
 
 def _cgroups() -> Finding:
     """Return whether x07 can create control groups around a VM monitor. It creates and removes some, as a run does."""
-    from x07_sandbox.host.clocks import unix_ms
+    from x07_sandbox.host.waiting import unix_ms
     from x07_sandbox.jail.cgroups import make_groups
 
     version = "2" if Path("/sys/fs/cgroup/cgroup.controllers").exists() else "1"
@@ -314,7 +314,7 @@ def _cgroups() -> Finding:
 
 def _capacity() -> Finding:
     """Return how many runs this user may have at the same time on this host."""
-    from x07_sandbox.host.memory import cores, memory_bytes
+    from x07_sandbox.host.linux import cores, memory_bytes
     from x07_sandbox.records.admission import MEMORY_PER_MACHINE, max_running
 
     memory, each = memory_bytes(), MEMORY_PER_MACHINE >> 30
@@ -389,7 +389,7 @@ def _attempt(choice: Choice, doing: str, *, scale: bool) -> tuple[Result, Sandbo
     """Run a program that does nothing. It needs everything that any run needs, so doctor has no list of its own."""
     import shutil
 
-    from x07_sandbox.host.cancel import Cancel
+    from x07_sandbox.host.waiting import Cancel
     from x07_sandbox.records.runs import all_runs
     from x07_sandbox.sessions.request import RunCaller, RunRequest
     from x07_sandbox.sessions.run import attempt

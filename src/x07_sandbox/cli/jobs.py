@@ -7,7 +7,7 @@ from x07_sandbox.backends.registry import find
 from x07_sandbox.cli.console import say, show_table
 from x07_sandbox.cli.json_output import print_document
 from x07_sandbox.cli.parser import add_document_flags, nonempty, switch
-from x07_sandbox.host.clocks import unix_ms
+from x07_sandbox.host.waiting import unix_ms
 from x07_sandbox.records.listing import JobLine, inspect_run, list_jobs
 from x07_sandbox.records.runs import known_run
 from x07_sandbox.records.stopping import KillReport, kill_run

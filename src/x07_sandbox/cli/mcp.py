@@ -86,7 +86,7 @@ def _serve(options: argparse.Namespace) -> int:
 
 def _checked(given: dict[str, Any], choice: Choice) -> Preview:
     """Check now what would make each call fail, and update the image if necessary. Raises SandboxError."""
-    from x07_sandbox.host.cancel import Cancel
+    from x07_sandbox.host.waiting import Cancel
     from x07_sandbox.images.store import find_image
     from x07_sandbox.library.arguments import SANDBOX, checked_options
     from x07_sandbox.library.requests import make_request

@@ -27,10 +27,10 @@ from x07_sandbox.cli.run_report import ReportRequest, run_and_report
 from x07_sandbox.cli.std_streams import prepare_streams
 from x07_sandbox.errors import Command, RefusedError, SandboxError, UsageError
 from x07_sandbox.host import settings
-from x07_sandbox.host.cancel import cancelled_by_signals
 from x07_sandbox.host.paths import is_folder
 from x07_sandbox.host.settings import MIB
 from x07_sandbox.host.variables import SANDBOX_BACKENDS, check_environment, flag, text
+from x07_sandbox.host.waiting import cancelled_by_signals
 from x07_sandbox.options import Option
 from x07_sandbox.programs.manifest import FILE
 from x07_sandbox.reports.document import render_json

@@ -279,7 +279,7 @@ def parser_for(words: list[str]) -> argparse.ArgumentParser:
     from importlib import import_module
 
     known = words[:1] if words and words[0] in VERBS else []
-    version = "" if known else import_module("x07_sandbox.host.version").__version__  # it precedes the verb
+    version = "" if known else import_module("x07_sandbox.host.settings").__version__  # it precedes the verb
     parser = Parser(
         prog="x07", description="Run an untrusted program in a throw-away virtual machine (VM).", epilog=_EXAMPLES
     )

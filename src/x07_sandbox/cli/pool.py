@@ -14,9 +14,9 @@ from x07_sandbox.cli.json_output import document_wanted, print_document
 from x07_sandbox.cli.parser import add_document_flags, inner_verb, whole_number
 from x07_sandbox.errors import Command, HostError, UsageError
 from x07_sandbox.host import settings
-from x07_sandbox.host.background import start_in_background
 from x07_sandbox.host.decoding import prepared
 from x07_sandbox.host.linux import peer_of
+from x07_sandbox.host.processes import start_in_background
 from x07_sandbox.reports.verbs import PoolReport, PoolStatus
 
 _EPILOG: Final = """x07 run takes a waiting VM if there is one, and the pool then starts another one. Each VM runs only

@@ -10,7 +10,7 @@ from x07_sandbox.cli.console import show, show_table
 from x07_sandbox.cli.jobs import named_run, span
 from x07_sandbox.cli.parser import file_path, nonempty, switch
 from x07_sandbox.errors import Command, HostError, SandboxError, UsageError
-from x07_sandbox.host.clocks import unix_ms
+from x07_sandbox.host.waiting import unix_ms
 from x07_sandbox.library.held import stored_result
 from x07_sandbox.records.listing import RecentRun, program_of, recent_runs
 from x07_sandbox.records.runs import find_run, run_folder, started_ms

@@ -17,10 +17,10 @@ from x07_sandbox.backends.selection import backend_request, select, this_platfor
 from x07_sandbox.cli.console import LiveLine, say
 from x07_sandbox.cli.parser import add_groups, add_help_levels, given_rows, help_level
 from x07_sandbox.errors import Command, ImageError, SandboxError, UsageError, escaped
-from x07_sandbox.host.cancel import cancelled_by_signals
 from x07_sandbox.host.paths import is_folder
 from x07_sandbox.host.settings import SOURCE_MAX_BYTES
 from x07_sandbox.host.variables import text
+from x07_sandbox.host.waiting import cancelled_by_signals
 from x07_sandbox.library.requests import carry_out, make_request
 from x07_sandbox.options import OF_X07, OPTIONS
 from x07_sandbox.policy.outcomes import REFUSED_EXIT, ending_line
@@ -31,7 +31,7 @@ from x07_sandbox.sessions.transfers import read_all
 if TYPE_CHECKING:
     from x07_sandbox.backends.selection import Choice
     from x07_sandbox.cli.parser import Parser
-    from x07_sandbox.host.cancel import Cancel
+    from x07_sandbox.host.waiting import Cancel
     from x07_sandbox.sessions.request import Loader, RunRequest
     from x07_sandbox.sessions.result import Result
 

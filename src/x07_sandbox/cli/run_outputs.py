@@ -12,7 +12,7 @@ from x07_sandbox.cli.atomic_output import (
 )
 from x07_sandbox.cli.changes_text import changes_json
 from x07_sandbox.files.changes import ChangeSet
-from x07_sandbox.host.poll import write_all
+from x07_sandbox.host.waiting import write_all
 from x07_sandbox.records.runs import NET_LOG, all_runs
 from x07_sandbox.reports.result import render_result
 from x07_sandbox.sessions.patches import patch_chunks

@@ -183,8 +183,8 @@ def _tag(text: str) -> tuple[str, str]:
 
 def _create(options: argparse.Namespace) -> int:
     from x07_sandbox.cli.run import choose_backend, need_image
-    from x07_sandbox.host.cancel import cancelled_by_signals
     from x07_sandbox.host.variables import text
+    from x07_sandbox.host.waiting import cancelled_by_signals
     from x07_sandbox.library.held import create
     from x07_sandbox.library.held_messages import Create
     from x07_sandbox.library.listing import list_sandboxes, require_new_name

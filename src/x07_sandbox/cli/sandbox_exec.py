@@ -17,8 +17,8 @@ from x07_sandbox.cli.json_output import document_wanted, print_document
 from x07_sandbox.cli.parser import add_document_flags, nonempty, option, repeated, seconds, switch, variable
 from x07_sandbox.errors import Command as CommandText
 from x07_sandbox.errors import SandboxError, UsageError
-from x07_sandbox.host.poll import write_all
 from x07_sandbox.host.settings import LIFETIME_MAX_S, OUTPUT_MAX_BYTES
+from x07_sandbox.host.waiting import write_all
 from x07_sandbox.policy.outcomes import SIGNAL_BASE, ending_line
 
 if TYPE_CHECKING:

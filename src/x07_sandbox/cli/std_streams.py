@@ -32,7 +32,7 @@ class _RetryingFile(io.FileIO):
                 return memoryview(data).nbytes
             if count is not None:
                 return count
-            from x07_sandbox.host.poll import wait_writable  # seldom needed
+            from x07_sandbox.host.waiting import wait_writable  # seldom needed
 
             wait_writable(self.fileno())
 

@@ -25,9 +25,9 @@ from x07_sandbox.backends.base import Job, MachineKind, Needs
 from x07_sandbox.conformance import commands
 from x07_sandbox.conformance.harness import ANSWER_S, Bench, expect, policy_with, remaining
 from x07_sandbox.host import settings
-from x07_sandbox.host.cancel import Caller, Cancel
 from x07_sandbox.host.paths import cache_folder
 from x07_sandbox.host.processes import own_identity
+from x07_sandbox.host.waiting import Caller, Cancel
 from x07_sandbox.images.store import find_image
 from x07_sandbox.policy.denials import CONNECTS
 from x07_sandbox.policy.model import HostPorts

@@ -19,11 +19,10 @@ from msgspec.structs import replace
 from x07_sandbox.backends.registry import create
 from x07_sandbox.backends.selection import Choice
 from x07_sandbox.host import settings
-from x07_sandbox.host.cancel import Cancel
 from x07_sandbox.host.paths import state_dir
-from x07_sandbox.host.poll import wait_readable
 from x07_sandbox.host.processes import has_mark
 from x07_sandbox.host.variables import inherited_environment
+from x07_sandbox.host.waiting import Cancel, wait_readable
 from x07_sandbox.images.store import find_image
 from x07_sandbox.images.verify import OpenImage, open_image
 from x07_sandbox.policy.default import default_policy

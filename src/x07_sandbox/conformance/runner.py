@@ -8,7 +8,7 @@ import sys
 
 from x07_sandbox.conformance.harness import caller, request
 from x07_sandbox.errors import printable
-from x07_sandbox.host.cancel import Cancel
+from x07_sandbox.host.waiting import Cancel
 from x07_sandbox.sessions.run import attempt
 
 

@@ -15,7 +15,7 @@ from x07_sandbox.errors import BackendError, PeerError
 from x07_sandbox.host import beneath
 from x07_sandbox.host.linux import fd_path
 from x07_sandbox.host.paths import closing_fd
-from x07_sandbox.host.poll import write_all
+from x07_sandbox.host.waiting import write_all
 
 if TYPE_CHECKING:
     from types import TracebackType

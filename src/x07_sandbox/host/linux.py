@@ -17,9 +17,12 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from x07_sandbox.errors import Command, HostError
+from x07_sandbox.host.waiting import write_all
 
 _FIRST_PID_NAMESPACE: Final = "pid:[4026531836]"  # linux/proc_ns.h: PROC_PID_INIT_INO
 _CREDENTIALS: Final = struct.Struct("3i")  # struct ucred: pid, uid, gid
+_ROOT: Final = Path("/")
+_GROUPS: Final = "sys/fs/cgroup"
 _OCTAL: Final = re.compile(rb"\\([0-7]{3})")  # escapes of blanks and others in mountinfo
 _OPENAT2: Final = 437  # the same on every architecture
 _OPEN_HOW: Final = struct.Struct("3Q")  # struct open_how: flags, mode, resolve
@@ -44,6 +47,18 @@ def new_memory_file() -> int:
     return fd
 
 
+def memory_file(data: bytes) -> int:
+    """Return a file in memory with the content *data*, at offset 0. The caller owns the returned descriptor."""
+    fd = new_memory_file()
+    try:
+        write_all(fd, data)
+        os.lseek(fd, 0, os.SEEK_SET)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
 def new_unnamed_file(folder: Path) -> int:
     """Return an owned descriptor of an empty file without a name on the disk of *folder*. Raises OSError, HostError."""
     return os.open(folder, _only_here(os, "O_TMPFILE") | os.O_RDWR | os.O_CLOEXEC, 0o600)
@@ -58,11 +73,6 @@ def path_flag() -> int:
 def boot_ms() -> int:
     """Return milliseconds since boot, including suspend."""
     return time.clock_gettime_ns(_only_here(time, "CLOCK_BOOTTIME")) // 1_000_000
-
-
-def allowed_cores() -> int:
-    """Return the number of cores that the CPU affinity of this process allows."""
-    return len(_only_here(os, "sched_getaffinity")(0))
 
 
 def peer_of(connection: socket.socket) -> tuple[int, int]:
@@ -157,6 +167,67 @@ def processor(*names: str) -> list[str]:
     except OSError as exc:
         raise HostError("cannot inspect the processor", f"{exc.strerror} (/proc/cpuinfo)", "Mount /proc") from exc
     return sorted({line for line in lines if line.partition("\t")[0] in names})
+
+
+# memory and cores: those of the host, or fewer if a cgroup or a CPU affinity limits this process
+
+
+def memory_bytes(root: Path = _ROOT) -> int:
+    """Return the available memory in bytes. root: the folder that contains proc and sys."""
+    found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for path in _group_files(root, "memory", "memory.max", "memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # no such cgroup, or "max"
+            found = min(found, int(path.read_text("ascii")))
+    return found
+
+
+def spare_bytes(root: Path = _ROOT) -> int:
+    """Return how much memory new processes can get without swapping, or 0 if unknown. root: the folder of proc and sys.
+
+    The limit of a container counts as if nothing of it were used, since most of what is used are cached files.
+    """
+    with contextlib.suppress(OSError):
+        for line in (root / "proc/meminfo").read_text("ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return min(memory_bytes(root), int(line.split()[1]) << 10)
+    return 0
+
+
+def _group_files(root: Path, controller: str, name: str, old_name: str) -> Iterator[Path]:
+    """Yield files that may contain a memory or CPU limit, from all cgroups of this process.
+
+    name: the file's name in cgroup v2. old_name: the file's name in cgroup v1.
+    """
+    try:
+        lines = (root / "proc/self/cgroup").read_text("utf-8", "surrogateescape").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, group = line.split(":", 2)
+        if controllers == "":
+            folder, file = root / _GROUPS, name
+        elif controller in controllers.split(","):
+            folder, file = root / _GROUPS / controller, old_name
+        else:
+            continue
+        yield folder / file
+        for part in group.strip("/").split("/"):
+            folder /= part
+            yield folder / file
+
+
+def cores(root: Path = _ROOT) -> int:
+    """Return how many cores this process may use; part of a core counts as one. root: the folder of proc and sys."""
+    found = len(_only_here(os, "sched_getaffinity")(0))
+    for path in _group_files(root, "cpu", "cpu.max", "cpu.cfs_quota_us"):
+        with contextlib.suppress(OSError, ValueError):  # no such cgroup, or "max"
+            words = path.read_text("ascii").split()
+            if len(words) == 1:  # cgroup v1 has two files
+                words.append(path.with_name("cpu.cfs_period_us").read_text("ascii"))
+            quota, period = map(int, words)
+            if quota > 0 < period:  # -1: no limit
+                found = min(found, -(-quota // period))
+    return max(1, found)
 
 
 # files

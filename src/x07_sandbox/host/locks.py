@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Final
 
 from x07_sandbox.host import close_on_fork
-from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.paths import closing_fd, open_private_file
+from x07_sandbox.host.waiting import LOOK_AGAIN_S, Deadline
 
-LOOK_AGAIN_S: Final = 0.02
 Pause = Callable[[], None]
 OnWait = Callable[[str], Pause | None]
 """Called with the path of a folder before a wait for its lock. For the result see `lock_fd_held`."""

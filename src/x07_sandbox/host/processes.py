@@ -1,23 +1,31 @@
-"""Processes identified by pid, start time and boot, since a pid alone is reused.
+"""Processes: starting them, and identifying them by pid, start time and boot, since a pid alone is reused.
 
 A mark is a random text that x07 puts into the arguments of a job's processes, to recognize them later.
+
+One thread starts every virtual machine of this process. The kernel sends the parent-death signal when the *thread* that
+started a child ends (prctl(2)), so this thread must live as long as the process.
 """
 
 import contextlib
 import errno
 import os
+import queue
 import signal
 import subprocess
+import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Annotated, Final
+from typing import IO, Annotated, Final
 
 import msgspec
 
 from x07_sandbox.errors import HostError
+from x07_sandbox.host import close_on_fork, start_thread
 from x07_sandbox.host.linux import of_process, open_pidfd, process_ids, send_signal
 from x07_sandbox.host.paths import closing_fd
-from x07_sandbox.host.poll import wait_readable
+from x07_sandbox.host.variables import inherited_environment
+from x07_sandbox.host.waiting import wait_readable
 
 COMMAND_ENVIRONMENT: Final = MappingProxyType({"PATH": "/usr/bin:/bin", "LC_ALL": "C"})
 
@@ -110,3 +118,98 @@ def wait_gone(identity: Identity, timeout_s: float) -> bool:
     """Wait at most *timeout_s* until a process has ended. Return whether it has ended."""
     with _pidfd(identity.pid) as pidfd:
         return pidfd is None or not is_alive(identity) or wait_readable(pidfd, timeout_s)
+
+
+class Launch(msgspec.Struct, frozen=True, kw_only=True):
+    """A child process to start. The caller owns the descriptors and keeps them open until the child has started.
+
+    stdio_fd: the child's standard input and output; None stands for /dev/null. env: None sets only PATH and LC_ALL.
+    """
+
+    argv: list[str]
+    pass_fds: tuple[int, ...]
+    stderr_fd: int
+    stdio_fd: int | None = None
+    env: dict[str, str] | None = None
+
+
+_Answer = queue.SimpleQueue["subprocess.Popen[bytes] | OSError"]
+_requests: queue.SimpleQueue[tuple[Launch, _Answer]] = queue.SimpleQueue()
+_lock = threading.Lock()
+_thread: threading.Thread | None = None
+
+
+def need_exit_statuses() -> None:
+    """Raise HostError if this process ignores SIGCHLD: the kernel then discards the exit status of its children."""
+    if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
+        why = "SIGCHLD is ignored, so the exit status of the VM would be lost"
+        fix = "Restore its default: signal.signal(signal.SIGCHLD, signal.SIG_DFL)"
+        raise HostError("cannot start a virtual machine", why, fix)
+
+
+def launch(request: Launch) -> subprocess.Popen[bytes]:
+    """Start a child process from the launcher thread. Raises HostError, or OSError if the program cannot be started."""
+    need_exit_statuses()
+    global _thread  # noqa: PLW0603 - one thread per process
+    with _lock:
+        if _thread is None or not _thread.is_alive():  # no thread survives a fork
+            _thread = start_thread(threading.Thread(target=_serve, name="x07-launcher", daemon=True))
+    answer: _Answer = queue.SimpleQueue()
+    _requests.put((request, answer))
+    child = answer.get()
+    if isinstance(child, OSError):
+        raise child
+    return child
+
+
+def _serve() -> None:
+    # Children inherit this thread's signal mask. If SIGALRM were blocked, the timer of their deadline would do nothing.
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    while True:
+        request, answer = _requests.get()
+        try:
+            with close_on_fork.no_fork():
+                child: subprocess.Popen[bytes] | OSError = subprocess.Popen(
+                    request.argv,
+                    stdin=subprocess.DEVNULL if request.stdio_fd is None else request.stdio_fd,
+                    stdout=subprocess.DEVNULL if request.stdio_fd is None else request.stdio_fd,
+                    stderr=request.stderr_fd,
+                    pass_fds=request.pass_fds,
+                    env=COMMAND_ENVIRONMENT if request.env is None else request.env,
+                    cwd="/",
+                    start_new_session=True,
+                )
+        except OSError as exc:
+            child = exc
+        answer.put(child)
+
+
+def start_in_background(
+    module: str,
+    *words: str,
+    ready_fd: int | None = None,
+    errors: IO[bytes],
+    stdin: int = subprocess.DEVNULL,
+    cwd: str | None = None,
+) -> subprocess.Popen[bytes]:
+    """Run *module* in a session of its own, isolated from this user's Python settings. Raises OSError.
+
+    The process inherits *ready_fd*, if there is one; its number is the last argument. errors: its standard error.
+    """
+    ready = [] if ready_fd is None else [ready_fd]
+    with close_on_fork.no_fork():
+        return subprocess.Popen(
+            [sys.executable, "-I", "-m", module, *words, *map(str, ready)],
+            stdin=stdin,
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+            pass_fds=ready,
+            start_new_session=True,
+            cwd=cwd,
+            env=inherited_environment(),
+        )
+
+
+def reap_later(child: subprocess.Popen[bytes]) -> None:
+    """Reap *child* once it has ended, in a thread. Raises OSError if no thread can be started."""
+    start_thread(threading.Thread(target=child.wait, name="x07-reaper", daemon=True))

@@ -1,6 +1,8 @@
-"""Constants that a policy does not control."""
+"""Constants: the version of this package, and what a policy does not control."""
 
 from typing import Final
+
+__version__ = "0.1.0.dev0"
 
 KIB: Final = 1024
 MIB: Final = 1024 * KIB

@@ -15,7 +15,7 @@ from pathlib import Path
 from x07_sandbox.errors import HostError, ImageError
 from x07_sandbox.host.linux import new_memory_file, open_pidfd
 from x07_sandbox.host.paths import SYSTEM, closing_fd, find_program
-from x07_sandbox.host.poll import wait_readable
+from x07_sandbox.host.waiting import wait_readable
 
 PACKAGES = {
     "apt-cache": "apt",

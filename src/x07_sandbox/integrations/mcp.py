@@ -20,7 +20,7 @@ from mcp.server import Server
 from mcp.server.stdio import stdio_server
 from mcp_types.version import MODERN_PROTOCOL_VERSIONS
 
-from x07_sandbox.host.version import __version__
+from x07_sandbox.host.settings import __version__
 from x07_sandbox.integrations.mcp_answers import Running
 from x07_sandbox.integrations.mcp_calls import ARGUMENTS, CallError, schema_of
 from x07_sandbox.integrations.mcp_tools import Tools

@@ -16,9 +16,9 @@ from typing import Final
 import msgspec
 import msgspec.structs
 
-from x07_sandbox.host.clocks import unix_ms
 from x07_sandbox.host.linux import sees_every_process
 from x07_sandbox.host.processes import identify
+from x07_sandbox.host.waiting import unix_ms
 
 _ROOT: Final = Path("/sys/fs/cgroup")
 _PARENT: Final = "x07-sandbox"

@@ -56,7 +56,7 @@ class AsyncSandbox:
 
     async def open(self) -> Self:
         """Open the sandbox. Raises SandboxError."""
-        from x07_sandbox.host.cancel import Cancel
+        from x07_sandbox.host.waiting import Cancel
 
         if self._opened is not None:
             raise UsageError("cannot open the sandbox", "it was opened before", "Make a new one")

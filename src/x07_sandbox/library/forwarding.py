@@ -9,7 +9,7 @@ import threading
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.errors import SandboxError
-from x07_sandbox.host.threads import start_thread
+from x07_sandbox.host import start_thread
 from x07_sandbox.sessions.command import CommandStart
 from x07_sandbox.sessions.execution import CONNECT
 

@@ -21,9 +21,9 @@ from x07_sandbox.channel.link import Stream
 from x07_sandbox.channel.messages import CommandLimits, Exec
 from x07_sandbox.errors import BackendError, Cancelled, HostError, SandboxError, UsageError
 from x07_sandbox.host import close_on_fork
-from x07_sandbox.host.background import reap_later, start_in_background
 from x07_sandbox.host.decoding import prepared
 from x07_sandbox.host.linux import peer_of
+from x07_sandbox.host.processes import reap_later, start_in_background
 from x07_sandbox.library.held_messages import (
     Answer,
     AskChanges,

@@ -25,11 +25,10 @@ import msgspec
 from x07_sandbox.backends.handshake import input_poll
 from x07_sandbox.backends.lease import socket_address
 from x07_sandbox.errors import SandboxError, UsageError
-from x07_sandbox.host.cancel import Cancel
+from x07_sandbox.host import start_thread
 from x07_sandbox.host.linux import peer_of
 from x07_sandbox.host.os_errors import host_error
-from x07_sandbox.host.poll import Event, wait_readable, write_all
-from x07_sandbox.host.threads import start_thread
+from x07_sandbox.host.waiting import Cancel, Event, wait_readable, write_all
 from x07_sandbox.library.held_messages import (
     AskChanges,
     AskStatus,

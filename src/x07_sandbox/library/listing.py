@@ -6,9 +6,9 @@ import os
 from typing import TYPE_CHECKING
 
 from x07_sandbox.errors import ArgumentError, Command, UsageError
-from x07_sandbox.host.clocks import unix_ms
 from x07_sandbox.host.locks import is_locked
 from x07_sandbox.host.paths import state_dir
+from x07_sandbox.host.waiting import unix_ms
 from x07_sandbox.library.held import HeldSandbox, status_of
 from x07_sandbox.records.runs import SANDBOX, SOCKET, all_runs, described, is_named, runs_with
 from x07_sandbox.reports.sandboxes import SandboxInfo

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from x07_sandbox.backends.base import MachineSource
     from x07_sandbox.errors import Flag
-    from x07_sandbox.host.cancel import Cancel
+    from x07_sandbox.host.waiting import Cancel
 
 OF_SANDBOXES: Final = ("lifetime_s", "idle_s", "backend", "name", "tags", "wait_s")
 """The keywords of `Sandbox` that runs do not have."""

@@ -9,8 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Unpack
 
 from x07_sandbox.errors import UsageError
-from x07_sandbox.host import settings
-from x07_sandbox.host.threads import start_thread
+from x07_sandbox.host import settings, start_thread
 from x07_sandbox.library.arguments import bad_argument, check_names
 from x07_sandbox.library.run import OPTIONS, check_result, run_once
 
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
     from types import TracebackType
 
-    from x07_sandbox.host.cancel import Cancel
+    from x07_sandbox.host.waiting import Cancel
     from x07_sandbox.library.run import RunOptions
     from x07_sandbox.library.sandbox import Sandbox, SandboxOptions
     from x07_sandbox.sessions.result import Result
@@ -46,7 +45,7 @@ class _RunFuture(Future[Any]):
 
         The future stays pending meanwhile, because the standard library does not cancel one that is running.
         """
-        from x07_sandbox.host.cancel import Cancel
+        from x07_sandbox.host.waiting import Cancel
 
         end: Callable[[], None]
         try:
@@ -119,7 +118,7 @@ class Pool(Executor):
 
     def wait_ready(self, timeout_s: float = settings.QUEUE_S) -> bool:
         """Wait until all VMs are ready; return False after a timeout. Raises SandboxError if no VM can be started."""
-        from x07_sandbox.host.clocks import Deadline
+        from x07_sandbox.host.waiting import Deadline
 
         return self._machines.wait_ready(Deadline.after(timeout_s))
 

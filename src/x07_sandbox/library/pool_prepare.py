@@ -7,7 +7,7 @@ from x07_sandbox.backends.base import MachineKind
 from x07_sandbox.backends.registry import create
 from x07_sandbox.backends.selection import BackendRequest, select, this_platform
 from x07_sandbox.host import settings
-from x07_sandbox.host.cancel import Caller, Cancel
+from x07_sandbox.host.waiting import Caller, Cancel
 from x07_sandbox.images.store import Image
 from x07_sandbox.images.verify import open_image
 from x07_sandbox.policy.default import default_policy

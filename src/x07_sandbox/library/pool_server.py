@@ -27,14 +27,13 @@ from x07_sandbox.backends.handshake import input_poll
 from x07_sandbox.backends.lease import ANSWER_S, GONE_S, PROTOCOL, SOCKET, handover, pool_dir, receive, send
 from x07_sandbox.errors import HostError, SandboxError, UsageError
 from x07_sandbox.host import settings
-from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.decoding import prepared
 from x07_sandbox.host.linux import open_pidfd, peer_of
 from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.os_errors import host_error
 from x07_sandbox.host.paths import state_dir
-from x07_sandbox.host.poll import Event, wait_readable
 from x07_sandbox.host.processes import identify
+from x07_sandbox.host.waiting import Deadline, Event, wait_readable
 from x07_sandbox.library.warm import WarmMachine, WarmMachines
 from x07_sandbox.records.record import Claim
 

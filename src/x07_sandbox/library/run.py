@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypedDict, TypeVar, Unpack
 
 # Modules that run programs are imported on the first run, so that importing this one is cheap.
 from x07_sandbox.errors import ArgumentError, SandboxError
+from x07_sandbox.host import start_thread
 from x07_sandbox.host.settings import FILES_BYTES
-from x07_sandbox.host.threads import start_thread
 from x07_sandbox.library.arguments import bad_argument, check_names, check_one_program, checked_options, loaders_for
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from x07_sandbox.backends.base import MachineSource
-    from x07_sandbox.host.cancel import Cancel
+    from x07_sandbox.host.waiting import Cancel
     from x07_sandbox.policy.model import Policy
     from x07_sandbox.sessions.result import Result
 
@@ -158,7 +158,7 @@ def run_program(  # noqa: PLR0913 - each is a keyword
     details, or is None if the call itself is wrong. With *check*, also raises SandboxError unless `Result.ok`.
     """
     options = {name: value for name, value in locals().items() if name != "check"}
-    from x07_sandbox.host.cancel import Cancel
+    from x07_sandbox.host.waiting import Cancel
 
     with contextlib.closing(Cancel()) as cancel:
         return check_result(*run_uninterrupted(cancel, lambda: run_once(cancel, **options)), check=check)
@@ -259,7 +259,7 @@ async def run_program_async(
 ) -> Result:
     """Run a program like `run_program`, without blocking the event loop. A cancelled call first ends the VM."""
     check_names("run_program_async", options, OPTIONS)
-    from x07_sandbox.host.cancel import Cancel
+    from x07_sandbox.host.waiting import Cancel
     from x07_sandbox.library.in_thread import in_thread
 
     with contextlib.closing(Cancel()) as cancel:

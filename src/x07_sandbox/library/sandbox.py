@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from x07_sandbox.backends.base import MachineSource
-    from x07_sandbox.host.cancel import Cancel
+    from x07_sandbox.host.waiting import Cancel
     from x07_sandbox.library.files import Files
     from x07_sandbox.library.processes import Ended, ExecOptions, Keep
     from x07_sandbox.policy.denials import Denial
@@ -135,7 +135,7 @@ class Sandbox:
         given = {
             name: value for name, value in locals().items() if name not in own and value is not _DEFAULTS.get(name, own)
         }
-        from x07_sandbox.host.cancel import Cancel as NewCancel
+        from x07_sandbox.host.waiting import Cancel as NewCancel
         from x07_sandbox.library.opening import open_sandbox
 
         cancel = NewCancel() if cancel is None else cancel
@@ -163,7 +163,7 @@ class Sandbox:
 
         name: a name by which `connect` finds it. options: see `Sandbox`.
         """
-        from x07_sandbox.host.cancel import Cancel as NewCancel
+        from x07_sandbox.host.waiting import Cancel as NewCancel
         from x07_sandbox.library.held import create
         from x07_sandbox.library.held_messages import Create
         from x07_sandbox.library.listing import require_new_name
@@ -447,7 +447,7 @@ class Sandbox:
 
 def _teller(on_progress: Callable[[str], object] | None, opened: Sequence[object] = ()) -> Callable[[str], None]:
     """Return a function for lines of progress, until *opened* has an item. It logs each `Notice`."""
-    from x07_sandbox.host.cancel import Notice
+    from x07_sandbox.host.waiting import Notice
 
     def tell(text: str) -> None:
         if isinstance(text, Notice) and not opened:

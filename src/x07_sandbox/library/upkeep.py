@@ -11,8 +11,8 @@ import time
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.errors import SandboxError
-from x07_sandbox.host.clocks import unix_ms
 from x07_sandbox.host.paths import state_dir
+from x07_sandbox.host.waiting import unix_ms
 from x07_sandbox.records.record import JOB_NAME, unfinished_jobs
 from x07_sandbox.records.runs import RETENTION, runs_dir
 

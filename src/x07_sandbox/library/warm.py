@@ -18,10 +18,9 @@ from x07_sandbox.backends.registry import create
 from x07_sandbox.backends.selection import choice_from_environment
 from x07_sandbox.errors import BackendError, Cancelled, Command, HostError, SandboxError, UsageError
 from x07_sandbox.host import settings
-from x07_sandbox.host.cancel import Caller, Cancel
-from x07_sandbox.host.clocks import Deadline
-from x07_sandbox.host.memory import memory_bytes
+from x07_sandbox.host.linux import memory_bytes
 from x07_sandbox.host.processes import Identity, own_identity
+from x07_sandbox.host.waiting import Caller, Cancel, Deadline
 from x07_sandbox.images.store import find_image
 from x07_sandbox.images.verify import open_image
 from x07_sandbox.policy.default import default_policy

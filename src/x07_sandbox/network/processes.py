@@ -18,10 +18,10 @@ import msgspec
 from x07_sandbox.errors import HostError
 from x07_sandbox.host import close_on_fork
 from x07_sandbox.host.decoding import prepared
-from x07_sandbox.host.launcher import Launch, launch
-from x07_sandbox.host.memory import memory_file
+from x07_sandbox.host.linux import memory_file
 from x07_sandbox.host.os_errors import raised_as
-from x07_sandbox.host.poll import wait_readable
+from x07_sandbox.host.processes import Launch, launch
+from x07_sandbox.host.waiting import wait_readable
 from x07_sandbox.jail.uids import lease_uid
 from x07_sandbox.network.rules import DeniedHosts, NetSettings
 from x07_sandbox.network.settings import settings_to_json

@@ -20,12 +20,12 @@ import msgspec
 
 from x07_sandbox.errors import SandboxError
 from x07_sandbox.host import settings
-from x07_sandbox.host.clocks import Deadline, unix_ms
 from x07_sandbox.host.linux import boot_id, pid_namespace
 from x07_sandbox.host.locks import file_lock, is_locked, lock_for_removal
 from x07_sandbox.host.paths import entries, private_dir, state_dir, why_not_ours
 from x07_sandbox.host.processes import is_alive
 from x07_sandbox.host.user_settings import DiskLimits, disk_limits
+from x07_sandbox.host.waiting import Deadline, unix_ms
 from x07_sandbox.records.reader import StoredJob, read_stored
 from x07_sandbox.records.record import JOB_NAME, runner_instance
 from x07_sandbox.records.runs import APPLYING, RUN_NAME, runs_dir, started_ms

@@ -19,11 +19,11 @@ from msgspec.structs import asdict, replace
 
 from x07_sandbox.errors import HostError
 from x07_sandbox.host import settings
-from x07_sandbox.host.clocks import unix_ms
 from x07_sandbox.host.linux import boot_id, boot_ms, pid_namespace
 from x07_sandbox.host.os_errors import fix_for, raised_as
 from x07_sandbox.host.paths import private_dir, replace_file, state_dir
 from x07_sandbox.host.processes import Identity
+from x07_sandbox.host.waiting import unix_ms
 
 JOB_SCHEMA: Final = "x07.vm.job@0.1.0"
 OWNER_SCHEMA: Final = "x07.sandbox.owner@0.1.0"
@@ -47,7 +47,7 @@ class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
     """The fixed facts about a job.
 
     mark: the random text among the arguments of the job's processes, which identifies them. deadline_boot_ms: the
-    deadline on the boot clock (host/clocks.boot_ms), which does not jump.
+    deadline on the boot clock (host/waiting.boot_ms), which does not jump.
     """
 
     job_id: str

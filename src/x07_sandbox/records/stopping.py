@@ -11,11 +11,11 @@ import msgspec
 
 from x07_sandbox.errors import Command, HostError
 from x07_sandbox.host import settings
-from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.linux import boot_id, boot_ms, pid_namespace, sees_every_process
 from x07_sandbox.host.locks import is_locked
 from x07_sandbox.host.paths import closing_fd, state_dir
 from x07_sandbox.host.processes import Identity, is_alive, kill_identity, processes_with_mark, wait_gone
+from x07_sandbox.host.waiting import Deadline
 from x07_sandbox.records.reader import StoredJob, all_stored, here_and_now, read_stored, state_of
 from x07_sandbox.records.record import JOB_NAME, JobRecord, mark_reaped, runner_instance, unfinished_jobs
 from x07_sandbox.records.runs import KILL, run_folder

@@ -18,10 +18,10 @@ import msgspec
 
 from x07_sandbox.errors import SandboxError
 from x07_sandbox.host import settings
-from x07_sandbox.host.clocks import Deadline, unix_ms
 from x07_sandbox.host.locks import is_locked
 from x07_sandbox.host.paths import private_dir, state_dir
 from x07_sandbox.host.processes import identify
+from x07_sandbox.host.waiting import Deadline, unix_ms
 from x07_sandbox.records.pruning import Pruner, Row, doomed_name
 from x07_sandbox.records.reader import Now, StoredJob, here_and_now, judge, locked_stored
 from x07_sandbox.records.record import ENDS, JOB_NAME, runner_instance, unfinished_jobs

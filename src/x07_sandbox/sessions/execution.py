@@ -12,7 +12,7 @@ from x07_sandbox.backends.handshake import input_poll, read_deadline
 from x07_sandbox.channel.link import COMMANDS_MAX, DATA_MAX, Stream
 from x07_sandbox.channel.messages import DENIED_MAX, Closed, Denied, Exec, Exited, Failed
 from x07_sandbox.errors import PeerError
-from x07_sandbox.host.clocks import Deadline
+from x07_sandbox.host.waiting import Deadline
 from x07_sandbox.policy.outcomes import Evidence, Stage
 
 if TYPE_CHECKING:

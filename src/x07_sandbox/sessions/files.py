@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Final
 from x07_sandbox.channel.files import Answer, Buffer, Request, answer_of, encode
 from x07_sandbox.channel.messages import CommandLimits, Exec
 from x07_sandbox.errors import BackendError
-from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.settings import FILES_S
+from x07_sandbox.host.waiting import Deadline
 from x07_sandbox.sessions.execution import FILES
 from x07_sandbox.sessions.transfers import CommandStreams, Inbox
 

@@ -16,7 +16,7 @@ from x07_sandbox.sessions.result import Output, output_with
 from x07_sandbox.sessions.transfers import ROOM, OutFile, Sink
 
 if TYPE_CHECKING:
-    from x07_sandbox.host.cancel import Cancel
+    from x07_sandbox.host.waiting import Cancel
 
 
 class RunFolder:

@@ -33,7 +33,6 @@ from x07_sandbox.files.incoming import Incoming
 from x07_sandbox.files.protected import Protection, repository_around, work_trees
 from x07_sandbox.files.roots import Mount, Root, Tree, change_roots, mounts_of, roots_of, trees_of
 from x07_sandbox.host import settings
-from x07_sandbox.host.cancel import Notice
 from x07_sandbox.host.paths import (
     cache_dir,
     closing_fd,
@@ -45,6 +44,7 @@ from x07_sandbox.host.paths import (
     replace_file,
     state_dir,
 )
+from x07_sandbox.host.waiting import Notice
 from x07_sandbox.options import flag_for_file
 from x07_sandbox.policy.denials import Denial, GuestMount
 from x07_sandbox.policy.guest_paths import OUT, PROGRAM, WORK

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
 
-    from x07_sandbox.host.cancel import Cancel
+    from x07_sandbox.host.waiting import Cancel
     from x07_sandbox.network.processes import GateProcess
     from x07_sandbox.network.summary import NetworkUse
     from x07_sandbox.policy.outcomes import Evidence, Verdict

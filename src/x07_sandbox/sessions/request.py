@@ -16,8 +16,8 @@ import msgspec
 
 from x07_sandbox.errors import Flag, RefusedError, UsageError
 from x07_sandbox.host import settings
-from x07_sandbox.host.cancel import Caller
 from x07_sandbox.host.paths import read_bounded
+from x07_sandbox.host.waiting import Caller
 from x07_sandbox.policy.decode import MAX_BYTES, decode_policy
 from x07_sandbox.policy.default import default_policy, render_policy
 from x07_sandbox.policy.model import Policy

@@ -25,9 +25,8 @@ from x07_sandbox.backends.base import NoAnswerError
 from x07_sandbox.channel.messages import DENIED_MAX, CommandLimits, Exec
 from x07_sandbox.errors import Cancelled, Flag, SandboxError, UsageError
 from x07_sandbox.host import settings
-from x07_sandbox.host.cancel import Notice
-from x07_sandbox.host.clocks import unix_ms
 from x07_sandbox.host.paths import open_private_file, replace_file
+from x07_sandbox.host.waiting import Notice, unix_ms
 from x07_sandbox.network.summary import NetworkUse
 from x07_sandbox.policy.denials import CONNECTS
 from x07_sandbox.policy.outcomes import Verdict, cancelled_verdict, classify, limit_set_by, verdict

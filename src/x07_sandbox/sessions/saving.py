@@ -20,12 +20,11 @@ from x07_sandbox.backends.base import MachineKind
 from x07_sandbox.backends.registry import create
 from x07_sandbox.errors import HostError
 from x07_sandbox.host import settings
-from x07_sandbox.host.background import reap_later, start_in_background
-from x07_sandbox.host.cancel import Caller, Notice, cancelled_by_signals
-from x07_sandbox.host.memory import spare_bytes
+from x07_sandbox.host.linux import spare_bytes
 from x07_sandbox.host.paths import cache_dir, open_private_file
-from x07_sandbox.host.processes import Identity, identify, is_alive
+from x07_sandbox.host.processes import Identity, identify, is_alive, reap_later, start_in_background
 from x07_sandbox.host.verdicts import Verdict
+from x07_sandbox.host.waiting import Caller, Notice, cancelled_by_signals
 from x07_sandbox.images.store import find_image
 from x07_sandbox.images.verify import open_image
 from x07_sandbox.sessions.warm_up import warm_up

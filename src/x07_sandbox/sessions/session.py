@@ -35,7 +35,7 @@ from x07_sandbox.sessions.execution import CONNECT, CONNECTIONS_MAX, FILES, FILL
 if TYPE_CHECKING:
     from x07_sandbox.backends.base import Instance
     from x07_sandbox.channel.carrier import Carrier
-    from x07_sandbox.host.cancel import Cancel
+    from x07_sandbox.host.waiting import Cancel
     from x07_sandbox.sessions.transfers import CommandStreams, Inbox, InFile, Receivers, Sink
 
 _IDLE_S: Final = 60.0  # between two turns of the loop without any deadline

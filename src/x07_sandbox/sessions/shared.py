@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from x07_sandbox.channel.link import Stream
 from x07_sandbox.errors import SandboxError
-from x07_sandbox.host.poll import Event
-from x07_sandbox.host.threads import start_thread
+from x07_sandbox.host import start_thread
+from x07_sandbox.host.waiting import Event
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -31,7 +31,7 @@ from x07_sandbox.sessions.request import in_memory
 from x07_sandbox.sessions.transfers import InFile, OutFile, Receivers
 
 if TYPE_CHECKING:
-    from x07_sandbox.host.cancel import Caller
+    from x07_sandbox.host.waiting import Caller
     from x07_sandbox.images.verify import OpenImage
     from x07_sandbox.records.record import Claim
     from x07_sandbox.sessions.host_files import HostFiles

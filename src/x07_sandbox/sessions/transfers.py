@@ -16,9 +16,8 @@ import msgspec
 
 from x07_sandbox.channel.messages import Close, Left, Output
 from x07_sandbox.errors import BackendError, escaped
-from x07_sandbox.host import memory
-from x07_sandbox.host.poll import Event, wait_readable, wait_writable, write_all
-from x07_sandbox.host.threads import start_thread
+from x07_sandbox.host import linux, start_thread
+from x07_sandbox.host.waiting import Event, wait_readable, wait_writable, write_all
 
 _CHUNK: Final = 64 * 1024
 TAIL_BYTES: Final = 32 * 1024  # of each output stream of a failed command, for hints
@@ -328,6 +327,6 @@ def read_all(fd: int, most: int) -> bytes:
 
 def memory_file(data: bytes, stack: contextlib.ExitStack) -> int:
     """Return a file in memory with the content *data*, at offset 0. *stack* closes it."""
-    fd = memory.memory_file(data)
+    fd = linux.memory_file(data)
     stack.callback(os.close, fd)
     return fd

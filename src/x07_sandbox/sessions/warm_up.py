@@ -28,7 +28,7 @@ from x07_sandbox.sessions.transfers import CommandStreams, Receivers, Sink, memo
 
 if TYPE_CHECKING:
     from x07_sandbox.backends.base import Cloning, Instance, MachineKind, Needs
-    from x07_sandbox.host.cancel import Cancel
+    from x07_sandbox.host.waiting import Cancel
 
 _INPUT: Final = b'hello\n"world"\n'
 _WALL_MS: Final = 30_000

@@ -18,7 +18,7 @@ from x07_sandbox.errors import RefusedError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.decoding import prepared, why_invalid
 from x07_sandbox.host.paths import read_bounded
-from x07_sandbox.host.version import __version__
+from x07_sandbox.host.settings import __version__
 from x07_sandbox.policy.decode import MAX_BYTES as POLICY_MAX_BYTES
 from x07_sandbox.programs.toolchains import Source
 from x07_sandbox.reports.document import render_json

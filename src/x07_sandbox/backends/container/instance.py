@@ -18,11 +18,10 @@ from x07_sandbox.channel.egress import RESOLV_CONF
 from x07_sandbox.errors import BackendError, Flag, HostError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.close_on_fork import FdGroup
-from x07_sandbox.host.launcher import Launch, launch
 from x07_sandbox.host.linux import boot_ms, open_pidfd
 from x07_sandbox.host.os_errors import raised_as
 from x07_sandbox.host.paths import read_bounded
-from x07_sandbox.host.processes import identify, own_identity
+from x07_sandbox.host.processes import Launch, identify, launch, own_identity
 from x07_sandbox.images.verify import OpenImage
 from x07_sandbox.records.record import JobRecord, create_record, drop_unstarted, mark_done, write_owner
 

@@ -9,7 +9,7 @@ from typing import Any, Final, Protocol
 import msgspec
 
 from x07_sandbox.backends.container.create import ContainerSpec
-from x07_sandbox.host.clocks import Deadline
+from x07_sandbox.host.waiting import Deadline
 from x07_sandbox.records.stopping import Orphan
 
 CONTAINERS_MAX: Final = 1000

@@ -13,8 +13,8 @@ from x07_sandbox.backends.container.runtime import CONTAINERS_MAX, CREATE, is_na
 from x07_sandbox.backends.containerd.create import FDS_MAX, create_argv, differences
 from x07_sandbox.backends.engines import Answer, Client
 from x07_sandbox.errors import BackendError, Flag, HostError
-from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.processes import kill_identity, processes_with_mark, wait_gone
+from x07_sandbox.host.waiting import Deadline
 from x07_sandbox.records.stopping import Orphan
 
 _STEP_S: Final = 5.0

@@ -12,8 +12,8 @@ from typing import Final
 
 from x07_sandbox.backends.protobuf import Message, encode
 from x07_sandbox.errors import BackendError, Command, HostError, printable
-from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.os_errors import raised_as
+from x07_sandbox.host.waiting import Deadline
 
 ANSWER_MAX: Final = 4 << 20  # the protocol's own limit
 _HEADER: Final = struct.Struct(">IIBB")  # length of the message, stream, type, flags

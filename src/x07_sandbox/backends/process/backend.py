@@ -15,8 +15,8 @@ from x07_sandbox.backends.process.agentcode import PYTHON, agent_code
 from x07_sandbox.backends.process.start import files_folder, remove_folder, start_confined, start_unconfined
 from x07_sandbox.channel.link import State
 from x07_sandbox.errors import HostError
-from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.verdicts import Verdict, file_state
+from x07_sandbox.host.waiting import Deadline
 from x07_sandbox.images.verify import OpenImage
 from x07_sandbox.jail.bwrap import BWRAP, PERL, SETPRIV
 from x07_sandbox.jail.cgroups import program_groups, remove_groups

@@ -15,9 +15,8 @@ from x07_sandbox.backends.jailed import Ends, Start, StreamInstance, running
 from x07_sandbox.backends.process.agentcode import FILES, Sandbox, agent_argv, agent_code, sandbox_argv, this_system
 from x07_sandbox.errors import BackendError, HostError
 from x07_sandbox.host import settings
-from x07_sandbox.host.launcher import Launch
-from x07_sandbox.host.linux import require_own_proc
-from x07_sandbox.host.memory import memory_file
+from x07_sandbox.host.linux import memory_file, require_own_proc
+from x07_sandbox.host.processes import Launch
 from x07_sandbox.jail.bwrap import may_nest, supervisor_argv
 from x07_sandbox.jail.cgroups import program_groups
 from x07_sandbox.jail.uids import lease_uid

@@ -39,12 +39,11 @@ from x07_sandbox.channel.link import State
 from x07_sandbox.errors import BackendError, HostError, ImageError, SandboxError, worded
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import ARCHES, Arch, host_arch, is_foreign
-from x07_sandbox.host.cancel import Caller
-from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.os_errors import host_error
 from x07_sandbox.host.processes import Identity
 from x07_sandbox.host.verdicts import Verdict, file_state, forget, validity
+from x07_sandbox.host.waiting import Caller, Deadline
 from x07_sandbox.images.verify import OpenImage
 from x07_sandbox.jail.forms import jail_form
 from x07_sandbox.policy.features import Features, vm_features

@@ -13,8 +13,8 @@ from x07_sandbox.backends.qemu.machine import QMP_CONTINUE, QMP_QUIT, Paths, qmp
 from x07_sandbox.errors import BackendError
 from x07_sandbox.host import close_on_fork, settings
 from x07_sandbox.host.os_errors import raised_as
-from x07_sandbox.host.poll import wait_readable
 from x07_sandbox.host.processes import Identity
+from x07_sandbox.host.waiting import wait_readable
 from x07_sandbox.jail.cgroups import HostGroups
 from x07_sandbox.records.record import Claim, JobRecord, renamed_record, renewed_record
 

@@ -22,12 +22,10 @@ from x07_sandbox.errors import HostError
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import Arch, host_arch, is_foreign
 from x07_sandbox.host.close_on_fork import FdGroup
-from x07_sandbox.host.launcher import Launch
-from x07_sandbox.host.linux import fd_path, processor, require_own_proc
-from x07_sandbox.host.memory import memory_file
+from x07_sandbox.host.linux import fd_path, memory_file, processor, require_own_proc
 from x07_sandbox.host.os_errors import out_of_cpu_time
 from x07_sandbox.host.paths import unnamed_file
-from x07_sandbox.host.processes import Identity
+from x07_sandbox.host.processes import Identity, Launch
 from x07_sandbox.images.manifest import ScratchDisk
 from x07_sandbox.images.scratch import write_disk
 from x07_sandbox.images.verify import OpenImage

@@ -30,8 +30,6 @@ from x07_sandbox.channel.link import State
 from x07_sandbox.channel.messages import Warm
 from x07_sandbox.errors import BackendError, Command, HostError, ImageError
 from x07_sandbox.host import settings
-from x07_sandbox.host.cancel import Notice, Remark
-from x07_sandbox.host.clocks import Deadline, unix_ms
 from x07_sandbox.host.decoding import prepared
 from x07_sandbox.host.linux import boot_id, boot_ms, processor
 from x07_sandbox.host.locks import file_lock, is_locked, lock_for_removal, lock_shared
@@ -43,8 +41,8 @@ from x07_sandbox.host.paths import (
     unnamed_file,
     why_not_ours,
 )
-from x07_sandbox.host.poll import write_all
 from x07_sandbox.host.verdicts import Verdict, file_state, validity
+from x07_sandbox.host.waiting import Deadline, Notice, Remark, unix_ms, write_all
 from x07_sandbox.images.manifest import Part, ScratchDisk
 from x07_sandbox.images.scratch import read_disk
 from x07_sandbox.images.store import list_images

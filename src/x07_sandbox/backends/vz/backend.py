@@ -22,14 +22,13 @@ from x07_sandbox.backends.prerequisites import Need, require
 from x07_sandbox.backends.vz.start import remove_scratch, started
 from x07_sandbox.errors import HostError, ImageError
 from x07_sandbox.host.arch import host_arch
-from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.decoding import prepared
 from x07_sandbox.host.linux import require_linux
 from x07_sandbox.host.os_errors import raised_as
 from x07_sandbox.host.paths import find_program
-from x07_sandbox.host.poll import wait_readable
 from x07_sandbox.host.processes import COMMAND_ENVIRONMENT
 from x07_sandbox.host.variables import text
+from x07_sandbox.host.waiting import Deadline, wait_readable
 from x07_sandbox.images.verify import OpenImage
 from x07_sandbox.images.vz_bundle import OpenBundle, open_bundle
 from x07_sandbox.policy.features import Features, vm_features

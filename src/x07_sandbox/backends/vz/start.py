@@ -16,10 +16,10 @@ import msgspec
 from x07_sandbox.backends.base import Job
 from x07_sandbox.backends.jailed import Ends, Start, StreamInstance, running
 from x07_sandbox.errors import BackendError, HostError
-from x07_sandbox.host.launcher import Launch
 from x07_sandbox.host.linux import require_own_proc
 from x07_sandbox.host.os_errors import raised_as
 from x07_sandbox.host.paths import private_dir, state_dir
+from x07_sandbox.host.processes import Launch
 from x07_sandbox.images.scratch import write_disk
 from x07_sandbox.images.vz_bundle import OpenBundle
 from x07_sandbox.records.record import JobRecord, create_record, drop_unstarted, state_home

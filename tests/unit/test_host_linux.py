@@ -1,4 +1,4 @@
-"""The usable memory under cgroup limits."""
+"""The usable memory and cores under CPU affinity, cgroup limits and quotas."""
 
 from __future__ import annotations
 
@@ -7,13 +7,22 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from x07_sandbox.host.memory import memory_bytes, spare_bytes
+from x07_sandbox.host.linux import cores, memory_bytes, spare_bytes
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 ALL = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 MIB = 1 << 20
+HERE = 8
+
+
+def put(root: Path, groups: str, limits: dict[str, str]) -> None:
+    """Write the files of control groups below *root*."""
+    for name, text in ({"proc/self/cgroup": groups} | {f"sys/fs/cgroup/{n}": t for n, t in limits.items()}).items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
 
 
 @pytest.mark.parametrize(
@@ -33,10 +42,7 @@ MIB = 1 << 20
 )
 def test_a_control_group_may_allow_less(tmp_path: Path, groups: str, limits: dict[str, str], expected: int) -> None:
     """The usable memory is the minimum of the host's memory and all cgroup limits, v1 and v2."""
-    for name, text in ({"proc/self/cgroup": groups} | {f"sys/fs/cgroup/{n}": t for n, t in limits.items()}).items():
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+    put(tmp_path, groups, limits)
     assert memory_bytes(tmp_path) == expected
 
 
@@ -50,3 +56,26 @@ def test_spare_memory_is_what_the_kernel_can_give(tmp_path: Path) -> None:
     (tmp_path / "sys/fs/cgroup").mkdir(parents=True)
     (tmp_path / "sys/fs/cgroup/memory.max").write_text(f"{MIB}\n")
     assert spare_bytes(tmp_path) == MIB
+
+
+@pytest.mark.parametrize(
+    ("groups", "limits", "expected"),
+    [
+        ("0::/\n", {}, HERE),
+        ("0::/\n", {"cpu.max": "max 100000\n"}, HERE),
+        ("0::/\n", {"cpu.max": "200000 100000\n"}, 2),
+        ("0::/a/b\n", {"a/cpu.max": "150000 100000\n", "a/b/cpu.max": "max 100000\n"}, 2),
+        ("0::/\n", {"cpu.max": "5000 100000\n"}, 1),
+        ("0::/\n", {"cpu.max": "6400000 100000\n"}, HERE),
+        ("3:cpu,cpuacct:/b\n", {"cpu/b/cpu.cfs_quota_us": "300000\n", "cpu/b/cpu.cfs_period_us": "100000\n"}, 3),
+        ("3:cpu:/\n", {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, HERE),
+        ("3:cpu:/\n", {"cpu/cpu.cfs_quota_us": "1000\n"}, HERE),
+    ],
+)
+def test_a_control_group_may_allow_fewer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, groups: str, limits: dict[str, str], expected: int
+) -> None:
+    """The usable cores are the minimum of affinity and all cgroup quotas, v1 and v2."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: set(range(HERE)))
+    put(tmp_path, groups, limits)
+    assert cores(tmp_path) == expected

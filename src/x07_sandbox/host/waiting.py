@@ -1,21 +1,126 @@
-"""Cancellation of a run by a signal, another thread or the caller."""
+"""Waiting: deadlines on a monotonic clock, descriptors, and cancellation by a signal, another thread or the caller.
+
+It uses poll(2), since select(2) does not accept descriptors above 1023. Wall time is for records only.
+"""
 
 import contextlib
 import os
+import select
 import signal
 import threading
+import time
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Final
+from typing import Final, Self
 
 import msgspec
 
 from x07_sandbox.errors import Cancelled
-from x07_sandbox.host.locks import LOOK_AGAIN_S
-from x07_sandbox.host.poll import Event, wait_readable
-from x07_sandbox.host.threads import start_thread
+from x07_sandbox.host import start_thread
 
+LOOK_AGAIN_S: Final = 0.02  # the polling interval where there is no event
 BY_KILL: Final = -1  # in place of a signal
+_STOPPED_S: Final = 0.5  # a process this late was stopped or got no CPU
+
+
+def unix_ms() -> int:
+    """Return the wall clock in milliseconds since 1970; for records and labels only."""
+    return time.time_ns() // 1_000_000
+
+
+def unix_ns() -> int:
+    """Return the wall clock in nanoseconds since 1970, to set a guest's clock."""
+    return time.time_ns()
+
+
+class Deadline(msgspec.Struct, frozen=True):
+    """A deadline that nested calls share. at: a time in seconds, as *clock* returns it."""
+
+    at: float
+    clock: Callable[[], float] = time.monotonic
+
+    @classmethod
+    def after(cls, seconds: float) -> Self:
+        """Return the deadline *seconds* from now."""
+        return cls(time.monotonic() + seconds)
+
+    def left_s(self) -> float:
+        """Return the seconds left, or 0.0 once the deadline has passed."""
+        return max(0.0, self.at - self.clock())
+
+    def late_s(self) -> float:
+        """Return the seconds since the deadline; 0.0 before the deadline."""
+        return max(0.0, self.clock() - self.at)
+
+    def missed_while_stopped(self) -> bool:
+        """Return whether the deadline passed while this process itself was stopped, for example by Ctrl-Z."""
+        return self.late_s() > _STOPPED_S
+
+    def passed(self) -> bool:
+        """Return whether the deadline has passed."""
+        return self.clock() >= self.at
+
+
+class Event:
+    """A flag for event loops. Its descriptor *fd* is readable while the flag is set."""
+
+    def __init__(self) -> None:
+        self.fd, self._write_fd = os.pipe()
+        for fd in (self.fd, self._write_fd):
+            os.set_blocking(fd, False)
+
+    def set(self) -> None:
+        """Set the flag. A signal handler may call this."""
+        with contextlib.suppress(BlockingIOError):  # it is set already
+            os.write(self._write_fd, b"\1")
+
+    def set_by_signals(self) -> None:
+        """Let every signal that has a Python handler set the flag, for a main thread that waits for it.
+
+        The kernel may run the C part of a handler in another thread. Then nothing would interrupt the wait (signal(7)).
+        """
+        signal.set_wakeup_fd(self._write_fd, warn_on_full_buffer=False)
+
+    def clear(self) -> None:
+        """Clear the flag."""
+        with contextlib.suppress(BlockingIOError):
+            while os.read(self.fd, 4096):
+                pass
+
+    def move_to(self, owned_fd: int) -> None:
+        """Use a descriptor that is open for reading and writing from now on, under the number of *fd*. Close it."""
+        for fd in (self.fd, self._write_fd):
+            os.dup2(owned_fd, fd, inheritable=False)
+        os.close(owned_fd)
+
+    def close(self) -> None:
+        """Close the descriptors."""
+        os.close(self.fd)
+        os.close(self._write_fd)
+
+
+def wait_readable(fd: int, timeout_s: float | None = None) -> bool:
+    """Wait until a descriptor is readable or at its end. Return False on timeout. timeout_s: None for no limit."""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(None if timeout_s is None else max(0, int(timeout_s * 1000))))
+
+
+def wait_writable(fd: int) -> None:
+    """Wait until a non-blocking descriptor is writable or its reader has closed it."""
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    poll.poll()
+
+
+def write_all(fd: int, data: bytes) -> None:
+    """Write all of *data* unbuffered, also if *fd* is non-blocking. Raises OSError."""
+    view = memoryview(data)
+    while view:
+        try:
+            view = view[os.write(fd, view) :]
+        except BlockingIOError:
+            wait_writable(fd)
 
 
 class Cancel:
