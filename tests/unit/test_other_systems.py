@@ -118,7 +118,8 @@ def test_on_a_mac_a_run_is_refused_with_the_call_that_is_missing(tmp_path: Path,
     """On a Mac, the runner names a call that only Linux has, instead of failing with a traceback."""
     (tmp_path / "prog.py").write_text("print(1)\n", encoding="ascii")
     words = tuple(str(tmp_path / word) if word == "prog.py" else word for word in words)
-    done = run(ON_A_MAC, *words, X07_VM_STATE_DIR=str(tmp_path / "jobs"))
+    folders = {"X07_VM_STATE_DIR": str(tmp_path / "jobs"), "X07_VM_CACHE_DIR": str(tmp_path / "cache")}
+    done = run(ON_A_MAC, *words, **folders)
     assert done.returncode not in {0, 70}
     assert done.stderr.count("\n") == 1
     assert "cannot run programs on this system: it lacks " in done.stderr

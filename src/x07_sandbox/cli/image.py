@@ -18,6 +18,7 @@ from x07_sandbox.cli.json_output import deliver, print_document
 from x07_sandbox.cli.parser import add_document_flags, folder_path, inner_verb, nonempty, switch
 from x07_sandbox.errors import SandboxError, UsageError
 from x07_sandbox.host.arch import arch_named, is_foreign
+from x07_sandbox.host.linux import require_linux
 from x07_sandbox.images.build import build_image
 from x07_sandbox.images.store import (
     DEFAULT,
@@ -256,6 +257,7 @@ def _requirements(chunks: list[str] | None) -> list[str] | None:
 
 
 def _list(options: argparse.Namespace) -> int:
+    require_linux()  # the sizes of saved VMs need all backends
     from x07_sandbox.library.cleanup import image_sizes
 
     own, saved, total = image_sizes()
