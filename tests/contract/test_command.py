@@ -9,7 +9,7 @@ import pytest
 
 from x07_sandbox.backends.registry import create
 from x07_sandbox.cli.main import main
-from x07_sandbox.conformance import run
+from x07_sandbox.conformance import behaviours
 from x07_sandbox.conformance.behaviours import BEHAVIOURS, Behaviour
 from x07_sandbox.conformance.harness import expect
 
@@ -43,6 +43,6 @@ def test_conform_exits_with_1_on_a_failure(capsys: pytest.CaptureFixture[str], m
     """`x07 conform` names each failure with the expected and the actual value, and exits with 1."""
     wrong = Behaviour(name="sum", group="channel", promise="It adds.", check=lambda _bench: expect("sum", 4, 5))
     gaps = [behaviour for behaviour in BEHAVIOURS if behaviour.name in create("none").known_gaps]
-    monkeypatch.setattr(run, "BEHAVIOURS", (*gaps, wrong))
+    monkeypatch.setattr(behaviours, "BEHAVIOURS", (*gaps, wrong))
     assert main(list(WORDS)) == 1
     assert capsys.readouterr().out.splitlines()[-1] == "FAILED  none channel sum: sum: expected 4, got 5"

@@ -14,9 +14,8 @@ from tests.engines import apple_container
 from x07_sandbox.backends.engines import CLIENTS
 from x07_sandbox.backends.registry import BY_NAME
 from x07_sandbox.conformance import commands
-from x07_sandbox.conformance.behaviours import BEHAVIOURS, Behaviour
+from x07_sandbox.conformance.behaviours import BEHAVIOURS, Behaviour, check_behaviour
 from x07_sandbox.conformance.harness import open_bench
-from x07_sandbox.conformance.run import check_behaviour
 from x07_sandbox.errors import SandboxError
 from x07_sandbox.images.build import build_image
 

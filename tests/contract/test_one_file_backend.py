@@ -23,10 +23,9 @@ from x07_sandbox.backends.process.agentcode import agent_argv, agent_code
 from x07_sandbox.backends.process.backend import NoneBackend
 from x07_sandbox.backends.process.start import remove_folder
 from x07_sandbox.backends.registry import BackendRow
-from x07_sandbox.conformance import harness, runner
-from x07_sandbox.conformance.behaviours import BEHAVIOURS
+from x07_sandbox.conformance import harness
+from x07_sandbox.conformance.behaviours import BEHAVIOURS, check_behaviour, conform
 from x07_sandbox.conformance.harness import open_bench
-from x07_sandbox.conformance.run import check_behaviour, conform
 from x07_sandbox.host.close_on_fork import FdGroup
 from x07_sandbox.host.processes import Launch, launch, own_identity
 from x07_sandbox.jail.bwrap import supervisor_argv
@@ -189,4 +188,4 @@ def test_a_backend_that_claims_a_known_gap_fails() -> None:
 
 if __name__ == "__main__":
     with registered(ROW, OneFile):
-        runner.main(sys.argv[1:])
+        harness.main(sys.argv[1:])

@@ -14,9 +14,8 @@ from tests.conftest import VZ_HELPER, vz_on_linux
 from x07_sandbox.backends.vz import backend as vz_backend
 from x07_sandbox.cli.main import main
 from x07_sandbox.conformance import commands
-from x07_sandbox.conformance.behaviours import BEHAVIOURS, Behaviour
+from x07_sandbox.conformance.behaviours import BEHAVIOURS, Behaviour, check_behaviour
 from x07_sandbox.conformance.harness import open_bench
-from x07_sandbox.conformance.run import check_behaviour
 from x07_sandbox.errors import HostError, SandboxError
 from x07_sandbox.host.arch import arch_named, is_foreign
 from x07_sandbox.host.waiting import Cancel
@@ -71,7 +70,7 @@ int main(void)
 RUNNER_ON_A_MAC = f"""
 import sys
 from x07_sandbox.backends.vz import backend
-from x07_sandbox.conformance.runner import main
+from x07_sandbox.conformance.harness import main
 from x07_sandbox.host.arch import arch_named
 from x07_sandbox.sessions import prepare
 backend.host_arch = lambda: arch_named({NAME!r})

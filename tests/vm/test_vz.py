@@ -21,9 +21,8 @@ import pytest
 from tests.conftest import overwrite, vz_on_linux
 from x07_sandbox import Sandbox, exec_command
 from x07_sandbox.backends.registry import create
-from x07_sandbox.conformance.behaviours import BEHAVIOURS, Behaviour
+from x07_sandbox.conformance.behaviours import BEHAVIOURS, Behaviour, check_behaviour
 from x07_sandbox.conformance.harness import Bench, open_bench, remaining
-from x07_sandbox.conformance.run import check_behaviour
 from x07_sandbox.errors import ImageError
 from x07_sandbox.library.cleanup import sweep
 

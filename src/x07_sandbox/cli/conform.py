@@ -10,7 +10,7 @@ from x07_sandbox.backends.selection import backend_request, select, this_platfor
 from x07_sandbox.cli.console import LiveLine, show
 from x07_sandbox.cli.json_output import print_document
 from x07_sandbox.cli.parser import add_document_flags, add_row, option
-from x07_sandbox.conformance.run import Verdict, conform
+from x07_sandbox.conformance.behaviours import Verdict, conform
 from x07_sandbox.host.paths import cache_folder
 from x07_sandbox.options import BY_FLAG
 from x07_sandbox.reports.conform import ConformReport

@@ -1,4 +1,4 @@
-"""The behaviours that every backend must have, with the programs and observations that prove them.
+"""The behaviours that every backend must have, with the programs and observations that prove them, and their check.
 
 An observation runs a program as a user would and returns facts by name. It runs once for all behaviours that use it.
 """
@@ -14,22 +14,36 @@ import shutil
 import signal
 import socket
 import tempfile
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 import msgspec
 
 from x07_sandbox.backends.base import Job, MachineKind, Needs
 from x07_sandbox.conformance import commands
-from x07_sandbox.conformance.harness import ANSWER_S, Bench, expect, policy_with, remaining
+from x07_sandbox.conformance.harness import (
+    ANSWER_S,
+    RUNNER,
+    Bench,
+    BrokenError,
+    Facts,
+    expect,
+    fact,
+    open_bench,
+    policy_with,
+    remaining,
+)
+from x07_sandbox.errors import printable
 from x07_sandbox.host import settings
 from x07_sandbox.host.paths import cache_folder
 from x07_sandbox.host.processes import own_identity
 from x07_sandbox.host.waiting import Caller, Cancel
 from x07_sandbox.images.store import find_image
 from x07_sandbox.policy.denials import CONNECTS
+from x07_sandbox.policy.features import Isolation
 from x07_sandbox.policy.model import HostPorts
 from x07_sandbox.policy.sizes import RAM_CLASSES
 from x07_sandbox.records.record import Claim, new_run_id
@@ -40,7 +54,6 @@ if TYPE_CHECKING:
 Group = Literal[
     "channel", "files", "outcome", "deadline", "stop", "limits", "isolation", "network", "images", "roots", "commands"
 ]
-Facts = dict[str, Any]
 Check = Callable[[Bench], None]
 
 
@@ -57,11 +70,26 @@ class Behaviour(msgspec.Struct, frozen=True, kw_only=True):
     needs: str = ""
 
 
+class Verdict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The outcome of checking one behaviour. reason: empty if it passed. seconds: duration of the check."""
+
+    name: str
+    group: str
+    promise: str
+    verdict: Literal["passed", "failed", "gap", "skipped"]
+    reason: str = ""
+    seconds: float = 0.0
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The outcomes of all behaviours of one backend."""
+
+    backend: str
+    isolation: Isolation
+    verdicts: tuple[Verdict, ...]
+
+
 # harness.LAUNCHER runs these programs. It provides the names json, os, signal, sys, time and tried().
-
-
-def _fact(observe: Callable[[Bench], Facts], name: str, expected: object = True) -> Check:  # noqa: FBT002 - of any type
-    return lambda bench: expect(name, expected, bench.cached(observe)[name])
 
 
 def _ends(outcome: str, exit_code: int, code: str, **limits: int) -> Check:
@@ -417,23 +445,23 @@ def _folders(bench: Bench) -> Facts:
 _WRITTEN: Final = {"same": "before", "changed": "after", "added": "new"}
 _TABLE: Final[Mapping[Group, tuple[tuple[str, str, Check], ...]]] = {
     "channel": (
-        ("arguments", "The program gets its arguments unchanged.", _fact(_seen, "arguments", list(_ARGS))),
+        ("arguments", "The program gets its arguments unchanged.", fact(_seen, "arguments", list(_ARGS))),
         ("variables", "The program gets the variables that the user named.",
-            _fact(_seen, "its named variable", _ENV["CONFORMANCE"])),
+            fact(_seen, "its named variable", _ENV["CONFORMANCE"])),
         ("input", "Input arrives complete and in order, and then ends.",
-            _fact(_echoed, "digests of the input", (_SHA256, f"sha256:{_SHA256}"))),
-        ("outputs", "Both outputs arrive complete and separate.", _fact(_echoed, "both outputs are whole")),
+            fact(_echoed, "digests of the input", (_SHA256, f"sha256:{_SHA256}"))),
+        ("outputs", "Both outputs arrive complete and separate.", fact(_echoed, "both outputs are whole")),
         ("streaming", "Input and output are streamed while the program runs.",
-            _fact(_talked, "lines", ["ready", "ONE", "TWO"])),
-        ("end-of-input", "The program sees the end of streamed input.", _fact(_talked, "outcome", "ok")),
+            fact(_talked, "lines", ["ready", "ONE", "TWO"])),
+        ("end-of-input", "The program sees the end of streamed input.", fact(_talked, "outcome", "ok")),
         ("unread-input", "A program that reads no input can end before its input does.", _unread),
     ),
     "files": (
         ("artifact", "The output of a build arrives unchanged and is what runs.", _artifact),
         ("files-beside", "Files passed with the program are in the program's folder.", _beside),
-        ("work-folder", "The program can write files in the folder where it starts.", _fact(_seen, "its file exists")),
+        ("work-folder", "The program can write files in the folder where it starts.", fact(_seen, "its file exists")),
         ("fresh-folder", "A run finds no files of an earlier run.",
-            _fact(_seen, "the next run finds its file", expected=False)),
+            fact(_seen, "the next run finds its file", expected=False)),
     ),
     "outcome": (
         ("exit-status", "The program's exit status is reported.", _ends("failed", 7, "sys.exit(7)")),
@@ -441,58 +469,58 @@ _TABLE: Final[Mapping[Group, tuple[tuple[str, str, Check], ...]]] = {
         ("signal", "The signal that ended a program is reported.", _ends("signalled", 128 + signal.SIGABRT, _ABORT)),
         ("output-limit", "Output is stored up to its limit. Then the program is ended.", _flooded),
         ("left-status", "The exit status counts even if the program leaves processes behind.",
-            _fact(_left, _END, ("failed", 5))),
-        ("left-processes", "Processes that a program leaves behind are killed.", _fact(_left, "processes left", [])),
+            fact(_left, _END, ("failed", 5))),
+        ("left-processes", "Processes that a program leaves behind are killed.", fact(_left, "processes left", [])),
     ),
     "deadline": (
-        ("deadline", "A program that ignores signals is ended at its deadline.", _fact(_late, _END, ("timeout", 124))),
+        ("deadline", "A program that ignores signals is ended at its deadline.", fact(_late, _END, ("timeout", 124))),
         ("deadline-of-children", "Child processes of such a program are ended too.",
-         _fact(_late, "processes left", [])),
-        ("grace", "A program is ended within a grace period after its deadline.", _fact(_late, "grace", "met")),
+         fact(_late, "processes left", [])),
+        ("grace", "A program is ended within a grace period after its deadline.", fact(_late, "grace", "met")),
         ("stopped-program", "A program stopped by a signal is ended at its deadline.",
             _ends("timeout", 124, _STAND, wall_ms=_WALL_MS)),
     ),
     "stop": (
         ("cancel", "A cancelled run ends and leaves nothing behind.", _cancelled),
-        ("listed", "A job is listed only while it is alive.", _fact(_stopped, "jobs listed afterwards", 0)),
+        ("listed", "A job is listed only while it is alive.", fact(_stopped, "jobs listed afterwards", 0)),
         ("stop-by-record", "Another process can stop a job by its record. Nothing is left behind.", _gone_when_stopped),
-        ("stop-again", "Stopping a job again succeeds.", _fact(_stopped, "stop returned", [True, True])),
+        ("stop-again", "Stopping a job again succeeds.", fact(_stopped, "stop returned", [True, True])),
         ("killed-runner", "If the x07 process that started a job is killed, the job ends.",
-         _fact(_killed, "processes left", [])),
+         fact(_killed, "processes left", [])),
         ("killed-record", "A job of a killed x07 process is no longer listed once it is stopped.",
-            _fact(_killed, "jobs listed afterwards", 0)),
+            fact(_killed, "jobs listed afterwards", 0)),
         ("unused-instance", "An unused instance ends with its caller.", _unused),
     ),
     "limits": (
         ("cpu", "A program and its children end at their CPU time limit.", _ends("cpu-limit", 124, _BURN, cpu_ms=500)),
         ("memory", "A program over its memory limit is killed and reported as `oom`.",
             _ends("oom", 137, _EAT, mem_bytes=144 * settings.MIB)),
-        ("descriptors", "A process has no more open descriptors than allowed.", _fact(_counted, "descriptors", _FDS)),
-        ("tasks", "A program has no more processes than allowed.", _fact(_counted, "children", _PROCS)),
-        ("core-dumps", "No core file is written.", _fact(_counted, "core files have content", expected=False)),
+        ("descriptors", "A process has no more open descriptors than allowed.", fact(_counted, "descriptors", _FDS)),
+        ("tasks", "A program has no more processes than allowed.", fact(_counted, "children", _PROCS)),
+        ("core-dumps", "No core file is written.", fact(_counted, "core files have content", expected=False)),
     ),
     "isolation": (
-        ("no-network", "The program has no network interface.", _fact(_seen, "interfaces", [])),
+        ("no-network", "The program has no network interface.", fact(_seen, "interfaces", [])),
         ("observed-connections", "Without a network, the connections and lookups that a program tries are reported.",
-            _fact(_unconnected, "denied", ["1.1.1.1:443", "[2606:4700:4700::1111]:443", "x07-conform.invalid"])),
+            fact(_unconnected, "denied", ["1.1.1.1:443", "[2606:4700:4700::1111]:443", "x07-conform.invalid"])),
         ("no-host-servers", "The program reaches no server on the host.",
-            _fact(_seen, "host server answers", expected=False)),
+            fact(_seen, "host server answers", expected=False)),
         ("no-host-files", "The program cannot open a file of the host.",
-            _fact(_seen, "host file opens", expected=False)),
-        ("no-host-variables", "The program gets no variable of its caller.", _fact(_seen, "other variables", [])),
+            fact(_seen, "host file opens", expected=False)),
+        ("no-host-variables", "The program gets no variable of its caller.", fact(_seen, "other variables", [])),
         ("no-host-processes", "The program sees no process of the host.",
-            _fact(_seen, "caller in /proc", expected=False)),
-        ("no-capabilities", "The program has no capabilities.", _fact(_seen, "capabilities", 0)),
-        ("no-more-tasks", "A policy without threads and children is enforced.", _fact(_dared, "tasks started", [])),
-        ("no-execution", "A policy without execution is enforced.", _fact(_dared, "programs executed", [])),
+            fact(_seen, "caller in /proc", expected=False)),
+        ("no-capabilities", "The program has no capabilities.", fact(_seen, "capabilities", 0)),
+        ("no-more-tasks", "A policy without threads and children is enforced.", fact(_dared, "tasks started", [])),
+        ("no-execution", "A policy without execution is enforced.", fact(_dared, "programs executed", [])),
         ("honest-plan", "The plan does not report a known gap as `enforced`.", _honest_plan),
     ),
     "network": (
-        ("unlisted-name", "A name not in the policy does not resolve.", _fact(_connected, "unlisted", "unknown")),
+        ("unlisted-name", "A name not in the policy does not resolve.", fact(_connected, "unlisted", "unknown")),
         ("gate-asked", "The gate sees each connection, including refused ones.",
-            _fact(_connected, "the gate saw", ["10.255.255.1", "unlisted.example", "x07-conform.invalid"])),
+            fact(_connected, "the gate saw", ["10.255.255.1", "unlisted.example", "x07-conform.invalid"])),
         ("connect-fails", "A program's connect() fails if the gate refuses the connection.",
-            _fact(_connected, "special", "refused")),
+            fact(_connected, "special", "refused")),
     ),
     "images": (
         ("image-digest", "The result contains the digest of the image.",
@@ -503,9 +531,9 @@ _TABLE: Final[Mapping[Group, tuple[tuple[str, str, Check], ...]]] = {
     ),
     "roots": (
         ("read-root", "The program can read a copy of a folder but not change it.",
-            _fact(_folders, "printed", ["before", "read-only"])),
-        ("write-root", "Only changes in a write root are copied back.", _fact(_folders, "write", _WRITTEN)),
-        ("out-folder", "Files in `/x07/out` are copied back.", _fact(_folders, "out", {"report": "report"})),
+            fact(_folders, "printed", ["before", "read-only"])),
+        ("write-root", "Only changes in a write root are copied back.", fact(_folders, "write", _WRITTEN)),
+        ("out-folder", "Files in `/x07/out` are copied back.", fact(_folders, "out", {"report": "report"})),
     ),
     "commands": commands.ROWS,
 }  # fmt: skip
@@ -524,3 +552,34 @@ BEHAVIOURS: Final = tuple(
     for group, rows in _TABLE.items()
     for name, promise, check in rows
 )
+
+
+def conform(
+    name: str, *, runner: Sequence[str] = RUNNER, on_verdict: Callable[[Verdict], object] = lambda _verdict: None
+) -> Report:
+    """Check all behaviours of the backend *name*. Raises SandboxError if it cannot run here. runner: see Bench."""
+    verdicts = []
+    with open_bench(name, runner) as bench:
+        for behaviour in BEHAVIOURS:
+            verdicts.append(check_behaviour(behaviour, bench))
+            on_verdict(verdicts[-1])
+        return Report(backend=name, isolation=bench.features.isolation, verdicts=tuple(verdicts))
+
+
+def check_behaviour(behaviour: Behaviour, bench: Bench) -> Verdict:
+    """Check one behaviour, unless it is a known gap of the backend or this host lacks a requirement."""
+    known = Verdict(name=behaviour.name, group=behaviour.group, promise=behaviour.promise, verdict="passed")
+    verdict = partial(msgspec.structs.replace, known)
+    if reason := bench.backend.known_gaps.get(behaviour.name):
+        return verdict(verdict="gap", reason=reason)
+    if behaviour.needs and behaviour.needs not in bench.features.can_enforce:
+        return verdict(verdict="skipped", reason=f"the backend cannot enforce {behaviour.needs} on this host")
+    started = time.monotonic()
+    failed = {}
+    try:
+        behaviour.check(bench)
+    except BrokenError as exc:
+        failed = {"verdict": "failed", "reason": printable(str(exc))}
+    except Exception as exc:  # noqa: BLE001 - whatever a backend does wrong is a verdict on it
+        failed = {"verdict": "failed", "reason": printable(f"{type(exc).__name__}: {exc}")}
+    return verdict(seconds=round(time.monotonic() - started, 2), **failed)

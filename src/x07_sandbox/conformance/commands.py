@@ -8,15 +8,14 @@ import hashlib
 import os
 import secrets
 import signal
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.channel.files import Request
 from x07_sandbox.channel.link import COMMANDS_MAX
 from x07_sandbox.channel.trees import Entry, Kind
 from x07_sandbox.conformance.box import ROOT, Box, opened
-from x07_sandbox.conformance.harness import Bench, BrokenError, expect, remaining
+from x07_sandbox.conformance.harness import Bench, BrokenError, Facts, expect, fact, remaining
 from x07_sandbox.errors import UsageError
 from x07_sandbox.files.incoming import Incoming
 from x07_sandbox.host import settings
@@ -26,7 +25,6 @@ from x07_sandbox.sessions.transfers import memory_file
 if TYPE_CHECKING:
     from x07_sandbox.sessions.files import FileServer
 
-Facts = dict[str, Any]
 _AT_ONCE: Final = 3
 _EACH_WAY: Final = 10 * settings.MIB
 IN_A_ROW: Final = 1000
@@ -319,11 +317,6 @@ def _own_cpu(bench: Bench) -> None:
         expect("ends of the busy commands", [(-signal.SIGKILL, True)] * 2, ends)
         idle.execution.end_input()
         expect("end of the idle command", (0, False), (box.code(idle), idle.exited.cpu_exceeded))
-
-
-def fact(observe: Callable[[Bench], Facts], name: str, expected: object = True) -> Callable[[Bench], None]:  # noqa: FBT002 - of any type
-    """Return a check of one fact that *observe* returns."""
-    return lambda bench: expect(name, expected, bench.cached(observe)[name])
 
 
 SEEN: Final = ("ok", b"two", ["closed", "d", "file", "loop"], "one two")

@@ -1,4 +1,9 @@
-"""The test bench for behaviours: runs small programs on one backend, in this process or in another one."""
+"""The test bench for behaviours: runs small programs on one backend, in this process or in another one.
+
+As a program, it carries out one long run, so that a check can stop the run by its record or kill the process:
+`python -m x07_sandbox.conformance.harness BACKEND CODE [ARGUMENTS]`. It prints the program's output, then a line with
+the outcome and the reason.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +23,7 @@ from msgspec.structs import replace
 
 from x07_sandbox.backends.registry import create
 from x07_sandbox.backends.selection import Choice
+from x07_sandbox.errors import printable
 from x07_sandbox.host import settings
 from x07_sandbox.host.paths import state_dir
 from x07_sandbox.host.processes import has_mark
@@ -40,6 +46,7 @@ if TYPE_CHECKING:
     from x07_sandbox.sessions.result import Result
 
 _T = TypeVar("_T")
+Facts = dict[str, Any]
 # The only program that is built. The first argument is the code of a check, so all runs share one artifact.
 LAUNCHER: Final = b"""import json, os, signal, sys, time
 def tried(act, *words):
@@ -47,7 +54,7 @@ def tried(act, *words):
     except (OSError, RuntimeError): return None
 exec(sys.argv[1])
 """
-RUNNER: Final = (sys.executable, "-I", "-m", "x07_sandbox.conformance.runner")
+RUNNER: Final = (sys.executable, "-I", "-m", "x07_sandbox.conformance.harness")
 ANSWER_S: Final = 30.0  # timeout for what takes well under a second on an idle host
 _POLL_S: Final = 0.02
 _LINE_MAX: Final = 4096
@@ -61,6 +68,11 @@ def expect(what: str, expected: object, found: object) -> None:
     """Raise BrokenError unless both values are equal."""
     if found != expected:
         raise BrokenError(f"{what}: expected {str(expected)[:300]}, got {str(found)[:300]}")
+
+
+def fact(observe: Callable[[Bench], Facts], name: str, expected: object = True) -> Callable[[Bench], None]:  # noqa: FBT002 - of any type
+    """Return a check of one fact that *observe* returns."""
+    return lambda bench: expect(name, expected, bench.cached(observe)[name])
 
 
 def policy_with(*, limits: Mapping[str, Any] | None = None, **sections: Mapping[str, Any]) -> Policy:
@@ -152,7 +164,7 @@ class Bench:
     def in_process(
         self, code: str, *args: str, env: Mapping[str, str] | None = None
     ) -> Iterator[tuple[subprocess.Popen[bytes], Callable[[], str]]]:
-        """Run *code* from another process (conformance/runner). Yield that process and a reader of its output lines."""
+        """Run *code* from another process (`main`). Yield that process and a reader of its output lines."""
         argv = [*self._runner, self.backend.name, code, *args]
         environment = {**inherited_environment(), **(env or {})}
         with subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=environment) as runner:
@@ -214,3 +226,14 @@ def open_bench(name: str, runner: Sequence[str] = RUNNER) -> Iterator[Bench]:
         artifact = OutFile(path=OUTPUT, fd=memory_file(b"", stack), max_bytes=settings.ARTIFACT_MAX_BYTES)
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=f"x07-conformance-{name}-"))
         yield Bench(name, Path(folder), image, artifact, runner)
+
+
+def main(words: list[str]) -> None:
+    """Run the program that *words* describe, and print how the run ended."""
+    with contextlib.closing(Cancel()) as cancel:
+        result, _ = attempt(request(*words[1:]), caller(words[0], cancel, live_stdout=1))
+    sys.stdout.write(f"{result.outcome}: {printable(result.reason)}\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

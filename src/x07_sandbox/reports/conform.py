@@ -4,7 +4,7 @@ from typing import Literal
 
 import msgspec
 
-from x07_sandbox.conformance.run import Report
+from x07_sandbox.conformance.behaviours import Report
 
 
 class ConformReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
