@@ -17,8 +17,7 @@ from tests.command import x07
 from x07_sandbox.errors import UsageError
 from x07_sandbox.files.pack import pack_tree
 from x07_sandbox.policy.templates import TEMPLATES
-from x07_sandbox.programs.manifest import FILE, decode_manifest
-from x07_sandbox.programs.new_manifest import ROWS, sandbox_manifest
+from x07_sandbox.programs.project import FILE, ROWS, decode_manifest, sandbox_manifest
 from x07_sandbox.x07.project import choose_profile, decode_project, first_project
 
 if TYPE_CHECKING:

@@ -42,7 +42,7 @@ from x07_sandbox.policy.default import default_policy, render_policy
 from x07_sandbox.policy.problems import PolicyError
 from x07_sandbox.policy.schema import fields as schema_fields
 from x07_sandbox.policy.schema import range_of
-from x07_sandbox.programs.manifest import Manifest, RunTable
+from x07_sandbox.programs.project import Manifest, RunTable
 from x07_sandbox.sessions.program import load_program
 from x07_sandbox.sessions.request import RunCaller, RunRequest
 

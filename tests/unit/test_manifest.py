@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from x07_sandbox.errors import UsageError
-from x07_sandbox.programs.manifest import MAX_BYTES, decode_manifest, find_manifest
+from x07_sandbox.programs.project import MAX_BYTES, decode_manifest, find_manifest
 
 HEAD = 'schema_version = "x07.sandbox.project@0.1.0"\n'
 MAKE = HEAD + 'toolchain = "make"\nfiles = ["Makefile", "src/**"]\nartifact = "bin/prog"\n'

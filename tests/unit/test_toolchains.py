@@ -15,8 +15,7 @@ from x07_sandbox.errors import RefusedError, UsageError
 from x07_sandbox.host.arch import ARCHES
 from x07_sandbox.host.waiting import Cancel
 from x07_sandbox.policy.packages import ImageInUse
-from x07_sandbox.programs.manifest import FILE, SCHEMA, decode_manifest
-from x07_sandbox.programs.new_manifest import sandbox_manifest
+from x07_sandbox.programs.project import FILE, SCHEMA, decode_manifest, sandbox_manifest
 from x07_sandbox.programs.toolchains import (
     ARTIFACT,
     BY_NAME,

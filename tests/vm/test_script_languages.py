@@ -9,8 +9,7 @@ import pytest
 
 from tests.conftest import FULL
 from x07_sandbox import run_program
-from x07_sandbox.programs.manifest import FILE
-from x07_sandbox.programs.new_manifest import sandbox_manifest
+from x07_sandbox.programs.project import FILE, sandbox_manifest
 
 if TYPE_CHECKING:
     from tests.vm.conftest import Sandbox

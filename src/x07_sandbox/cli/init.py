@@ -16,9 +16,7 @@ from x07_sandbox.errors import UsageError
 from x07_sandbox.host.os_errors import raised_as
 from x07_sandbox.host.paths import real_path
 from x07_sandbox.policy.templates import TEMPLATES
-from x07_sandbox.programs.manifest import FILE
-from x07_sandbox.programs.new_manifest import ROWS, sandbox_manifest
-from x07_sandbox.programs.project import MANIFEST, project_root, write_document
+from x07_sandbox.programs.project import FILE, ROWS, X07_JSON, project_root, sandbox_manifest, write_document
 from x07_sandbox.reports.verbs import InitReport
 from x07_sandbox.x07.project import first_project
 
@@ -31,7 +29,7 @@ _NO_SOURCES: Final = frozenset({"__pycache__", "bin", "build", "deps", "dist", "
 _EPILOG: Final = f"""With --toolchain, x07 init writes {FILE}, which lists the sources in DIR. See
 docs/reference/programs.md.
 
-Without --toolchain, x07 init writes {MANIFEST} for a project in the X07 language. The file defines one profile,
+Without --toolchain, x07 init writes {X07_JSON} for a project in the X07 language. The file defines one profile,
 `sandbox`, which says how to run the project and which policy file to use. To create the policy file, run x07 policy
 init. The project also needs a lock file. To create it, run x07 pkg lock with the X07 language's own tool, which is
 also called x07.
@@ -79,7 +77,7 @@ def _init(options: argparse.Namespace) -> int:
         data = sandbox_manifest(options.toolchain, files, entry=options.entry, artifact=options.artifact)
     with usable():
         folder.mkdir(parents=True, exist_ok=True)  # only now: an error above leaves no empty folder
-    root, name = real_path(folder), MANIFEST if options.toolchain is None else FILE
+    root, name = real_path(folder), X07_JSON if options.toolchain is None else FILE
     status = write_document(root, (name,), data, overwrite=False)
     report = InitReport(toolchain=options.toolchain or "x07", project_root=str(root), out=name, status=status)
     silent = print_line(report, options) or options.quiet_json

@@ -32,7 +32,7 @@ from x07_sandbox.host.settings import MIB
 from x07_sandbox.host.variables import SANDBOX_BACKENDS, check_environment, flag, text
 from x07_sandbox.host.waiting import cancelled_by_signals
 from x07_sandbox.options import Option
-from x07_sandbox.programs.manifest import FILE
+from x07_sandbox.programs.project import FILE
 from x07_sandbox.reports.document import render_json
 from x07_sandbox.sessions.program import load_program
 from x07_sandbox.sessions.request import Program, RunCaller, RunRequest, effective_policy_of

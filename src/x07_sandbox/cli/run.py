@@ -380,9 +380,9 @@ def _refuse_command(options: argparse.Namespace) -> None:
 def _project_here() -> str | None:
     """Return the manifest of the X07 project around the current folder, or None. Raises UsageError."""
     from x07_sandbox.host.paths import is_file
-    from x07_sandbox.programs.project import MANIFEST, project_root
+    from x07_sandbox.programs.project import X07_JSON, project_root
 
-    manifest = project_root(None) / MANIFEST
+    manifest = project_root(None) / X07_JSON
     return str(manifest) if is_file(manifest) else None
 
 
@@ -410,7 +410,7 @@ def _example(command: str) -> tuple[str, ...]:
 
 def _no_program() -> UsageError:
     """Return the error for a missing PROGRAM. Only X07 projects may omit PROGRAM, as with X07's own command."""
-    from x07_sandbox.programs.manifest import FILE
+    from x07_sandbox.programs.project import FILE
 
     fix = _example("x07 run prog.py")
     if os.path.lexists(FILE):

@@ -7,8 +7,7 @@ from msgspec import Meta
 
 from x07_sandbox.images.manifest import ProgramRoot
 from x07_sandbox.policy.templates import TEMPLATES
-from x07_sandbox.programs.new_manifest import ROWS
-from x07_sandbox.programs.project import Status
+from x07_sandbox.programs.project import ROWS, Status
 
 _TOOLCHAINS: Final = sorted([*(row.name for row in ROWS), "x07"])
 

@@ -158,7 +158,7 @@ def _beside(prepared: Prepared) -> LocalModules | None:
 
     from x07_sandbox.policy.hints import LocalModules
     from x07_sandbox.policy.packages import Adding
-    from x07_sandbox.programs.manifest import FILE
+    from x07_sandbox.programs.project import FILE
 
     folder, name = path.parent, path.name
     where = str(folder) if not str(folder).startswith("-") else f"./{folder}"

@@ -150,8 +150,7 @@ def _from_project(
     request: RunRequest, caller: RunCaller, path: Path, stack: contextlib.ExitStack
 ) -> tuple[RunRequest, Program]:
     from x07_sandbox.files.pack import pack_tree
-    from x07_sandbox.programs.manifest import MAX_BYTES, decode_manifest, find_manifest
-    from x07_sandbox.programs.project import ProjectFolder
+    from x07_sandbox.programs.project import MAX_BYTES, ProjectFolder, decode_manifest, find_manifest
 
     reject_overridden_options(request, f"the project {path}", "its manifest sets these options")
     place = find_manifest(path)
