@@ -12,7 +12,7 @@ from tests.apple_container import VERSIONS
 from tests.conftest import FULL
 from tests.engines import apple_container
 from x07_sandbox import Sandbox, exec_command
-from x07_sandbox.backends.apple.backend import AppleBackend
+from x07_sandbox.backends.apple import AppleBackend
 from x07_sandbox.backends.registry import BY_NAME
 from x07_sandbox.errors import BackendError, HostError, ImageError
 

@@ -23,10 +23,10 @@ from tests.engines import REFERENCE, ctr
 from tests.vm.jail_helpers import temporary_user
 from x07_sandbox import exec_command
 from x07_sandbox.backends.container import reaper
-from x07_sandbox.backends.container.create import engine_gaps
-from x07_sandbox.backends.containerd.backend import ContainerdBackend
+from x07_sandbox.backends.containerd import ContainerdBackend
 from x07_sandbox.backends.engines import engine as the_engine
 from x07_sandbox.backends.engines import load
+from x07_sandbox.backends.podman import engine_gaps
 from x07_sandbox.images.store import find_image
 from x07_sandbox.policy.default import default_policy
 from x07_sandbox.records.stopping import Orphan, live_records
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from tests.engines import EngineUnderTest
-    from x07_sandbox.backends.engines import Engine
+    from x07_sandbox.backends.engines import Client
     from x07_sandbox.records.record import JobRecord
 
 pytestmark = [pytest.mark.root]
@@ -247,7 +247,7 @@ def test_a_container_ends_at_its_deadline(engine: EngineUnderTest, tmp_path: Pat
     assert (tmp_path / "reaped").exists()
 
 
-def client(engine: EngineUnderTest) -> Engine:
+def client(engine: EngineUnderTest) -> Client:
     """Return the engine's client as the backend uses it."""
     assert engine.name != "containerd"
     assert engine.name != "apple-container"

@@ -15,8 +15,8 @@ import pytest
 
 from tests.fuzz.fuzz_ttrpc import field, frame
 from x07_sandbox import Sandbox, exec_command
-from x07_sandbox.backends.firecracker import backend as firecracker
-from x07_sandbox.backends.firecracker.ttrpc import HEADER_SIZE
+from x07_sandbox.backends import firecracker
+from x07_sandbox.backends.firecracker import HEADER_SIZE
 from x07_sandbox.backends.protobuf import Message
 from x07_sandbox.errors import BackendError, HostError
 

@@ -19,9 +19,7 @@ from x07_sandbox.backends import registry
 from x07_sandbox.backends.base import Availability, Cloning, Greeting, Job
 from x07_sandbox.backends.handshake import greet
 from x07_sandbox.backends.jailed import Jailed, Start, inner_process
-from x07_sandbox.backends.process.agentcode import agent_argv, agent_code
-from x07_sandbox.backends.process.backend import NoneBackend
-from x07_sandbox.backends.process.start import remove_folder
+from x07_sandbox.backends.process import NoneBackend, agent_argv, agent_code, remove_folder
 from x07_sandbox.backends.registry import BackendRow
 from x07_sandbox.conformance import harness
 from x07_sandbox.conformance.behaviours import BEHAVIOURS, check_behaviour, conform

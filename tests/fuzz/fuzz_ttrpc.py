@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import struct
 
-from x07_sandbox.backends.firecracker.ttrpc import ANSWER_MAX, HEADER_SIZE, CallError, message_size, payload_of
+from x07_sandbox.backends.firecracker import ANSWER_MAX, HEADER_SIZE, CallError, message_size, payload_of
 from x07_sandbox.backends.protobuf import FIELDS_MAX, Message
 
 TEXT_MAX = 600

@@ -13,8 +13,7 @@ import pytest
 
 from tests.conftest import need
 from tests.process.conversation import Conversation, Ended, Program
-from x07_sandbox.backends.process.backend import NoneBackend, OsBackend
-from x07_sandbox.backends.process.start import start_confined, start_unconfined
+from x07_sandbox.backends.process import NoneBackend, OsBackend, start_confined, start_unconfined
 from x07_sandbox.errors import HostError
 from x07_sandbox.host.processes import has_mark
 from x07_sandbox.records.record import Claim, JobRecord, create_record, new_run_id

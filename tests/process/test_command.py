@@ -12,7 +12,7 @@ import pytest
 from tests.command import x07
 from tests.conftest import need
 from tests.hostile_folder import BIN, HostileFolder
-from x07_sandbox.backends.process.agentcode import agent_code
+from x07_sandbox.backends.process import agent_code
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
     from tests.process.conftest import Backend
     from x07_sandbox.backends.jailed import StreamInstance
-    from x07_sandbox.backends.process.backend import NoneBackend, OsBackend
+    from x07_sandbox.backends.process import NoneBackend, OsBackend
 
 pytestmark = pytest.mark.timeout(120)
 MOST_S = 30.0

@@ -18,7 +18,7 @@ from x07_sandbox.channel.trees import Kind as Record
 from x07_sandbox.jail import cgroups
 
 if TYPE_CHECKING:
-    from x07_sandbox.backends.process.backend import OsBackend
+    from x07_sandbox.backends.process import OsBackend
 
 pytestmark = pytest.mark.user
 

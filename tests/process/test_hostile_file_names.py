@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from x07_sandbox.backends.process.backend import OsBackend
+    from x07_sandbox.backends.process import OsBackend
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(120)]
 

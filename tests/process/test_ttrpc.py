@@ -13,7 +13,7 @@ import pytest
 
 from tests.conftest import need
 from tests.engines import containerd, missing
-from x07_sandbox.backends.firecracker.ttrpc import UNIMPLEMENTED, CallError, call, create_vm, stop_vm
+from x07_sandbox.backends.firecracker import UNIMPLEMENTED, CallError, call, create_vm, stop_vm
 from x07_sandbox.backends.protobuf import encode
 from x07_sandbox.host.waiting import Deadline, wait_readable
 

@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from tests.apple_container import VERSIONS, create_options
 from tests.unit.test_container_commands import WANTED, after
-from x07_sandbox.backends.apple.create import (
+from x07_sandbox.backends.apple import (
     create_argv,
     described,
     differences,

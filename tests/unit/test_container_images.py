@@ -12,10 +12,8 @@ from msgspec.structs import replace
 
 from tests.unit.test_container_commands import WANTED
 from tests.unit.test_images_manifest import MANIFEST
-from x07_sandbox.backends.container.backend import EngineBackend
-from x07_sandbox.backends.container.create import names_file
-from x07_sandbox.backends.container.engine import EngineRuntime
 from x07_sandbox.backends.engines import engine
+from x07_sandbox.backends.podman import EngineBackend, EngineRuntime, names_file
 from x07_sandbox.errors import BackendError
 from x07_sandbox.images import manifest
 from x07_sandbox.images.guestcode import read_guest_code
@@ -114,7 +112,7 @@ def test_another_client_or_a_failed_container_makes_the_id_unknown(podman: Podma
     """A changed client is asked again, and so is podman after it failed to create a container from a stored id."""
     assert (digest(), podman.calls()) == (FIRST, ["info", "image"])
     with pytest.raises(BackendError, match="cannot create the container"):
-        EngineRuntime(engine("podman")).create(replace(WANTED, runtime="podman"))
+        EngineRuntime(client=engine("podman")).create(replace(WANTED, runtime="podman"))
     assert (digest(), podman.calls()) == (FIRST, ["create", "image"])
     podman.client.write_text(podman.client.read_text(encoding="ascii") + "# changed\n", encoding="ascii")
     assert (digest(), podman.calls()) == (FIRST, ["info", "image"])
@@ -140,6 +138,6 @@ def test_the_file_of_names_is_known_for_a_store_alone(store: dict[str, Any], hos
 
 def test_a_run_in_a_container_imports_little() -> None:
     """A run in a container does not import what only loads images into engines."""
-    show = "import sys; from x07_sandbox.backends.container import backend; print(*sys.modules)"
+    show = "import sys; from x07_sandbox.backends import podman; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", show], capture_output=True, text=True, check=True)
     assert not {"dataclasses", "tarfile", "tempfile", "x07_sandbox.images.archive"} & set(done.stdout.split())

@@ -10,8 +10,8 @@ import pytest
 from msgspec.structs import replace
 
 from tests.unit.test_container_commands import WANTED, after
-from x07_sandbox.backends.containerd.create import create_argv, differences
-from x07_sandbox.backends.firecracker.backend import FirecrackerBackend
+from x07_sandbox.backends.containerd import create_argv, differences
+from x07_sandbox.backends.firecracker import FirecrackerBackend
 
 RUNC = "io.containerd.runc.v2"
 

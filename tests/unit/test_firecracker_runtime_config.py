@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from x07_sandbox.backends.firecracker.runtime_config import MACHINES, RUNTIME_CONFIG_MAX, runtime_config
+from x07_sandbox.backends.firecracker import MACHINES, RUNTIME_CONFIG_MAX, runtime_config
 
 GOOD: dict[str, object] = {
     "firecracker_binary_path": "/usr/local/bin/firecracker",

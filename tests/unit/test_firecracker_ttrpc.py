@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.fuzz.fuzz_ttrpc import failed, field, frame, one_input
-from x07_sandbox.backends.firecracker.ttrpc import (
+from x07_sandbox.backends.firecracker import (
     ANSWER_MAX,
     HEADER_SIZE,
     UNIMPLEMENTED,

@@ -8,8 +8,7 @@ from msgspec.structs import replace
 
 from tests.unit.test_container_commands import WANTED
 from x07_sandbox.backends.engines import Client
-from x07_sandbox.backends.gvisor.bundle import config
-from x07_sandbox.backends.gvisor.runsc import Runsc
+from x07_sandbox.backends.gvisor import Runsc, config
 from x07_sandbox.records.stopping import Orphan
 
 if TYPE_CHECKING:

@@ -98,15 +98,20 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
 
 
 def test_every_backend_is_behind_the_registry() -> None:
-    """Only the registry may import a backend."""
+    """Only the registry may import a backend, whether that is a module or a package."""
     match project():
         case {
             "tool": {"importlinter": {"contracts": [_, _, {"protected_modules": list(protected), **rest}, shared, *_]}}
         }:
-            packages = {f"x07_sandbox.backends.{path.parent.name}" for path in SOURCE.glob("backends/*/__init__.py")}
-            assert {*protected, *shared["protected_modules"]} == packages
-            assert rest["allowed_importers"] == ["x07_sandbox.backends.registry"]
-            assert set(shared["allowed_importers"]) <= {*packages, "x07_sandbox.backends.registry"}
+            registry, room = "x07_sandbox.backends.registry", "x07_sandbox.backends."
+            graph = grimp.build_graph("x07_sandbox", cache_dir=None)
+            imported = {name for name in graph.find_modules_directly_imported_by(registry) if name.startswith(room)}
+            # A backend is a module, or a package with a module `backend`.
+            backends = {name.removesuffix(".backend") for name in imported} - {f"{room}base"}
+            packages = {f"{room}{path.parent.name}" for path in SOURCE.glob("backends/*/__init__.py")}
+            assert {*protected, *shared["protected_modules"]} == backends | packages
+            assert rest["allowed_importers"] == [registry]
+            assert set(shared["allowed_importers"]) <= {*backends, *packages, registry}
         case _:
             pytest.fail("pyproject.toml: the third contract lists the backends")
 

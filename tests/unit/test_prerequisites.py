@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from x07_sandbox.backends.container.backend import EngineBackend
+from x07_sandbox.backends.podman import EngineBackend
 from x07_sandbox.backends.prerequisites import Found, Looks, Need, check, require, unmet
 from x07_sandbox.backends.qemu.start import needs_of
 from x07_sandbox.backends.registry import BY_NAME, Platform, create

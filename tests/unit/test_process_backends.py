@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from x07_sandbox.backends.process.agentcode import AGENT, FILES, Sandbox, System, sandbox_argv
+from x07_sandbox.backends.process import AGENT, FILES, Sandbox, System, sandbox_argv
 from x07_sandbox.channel.messages import CommandLimits, Confine, Exec, Mount, Open, Room
 from x07_sandbox.guest.agent import platform_from_args
 from x07_sandbox.guest.confine import MACHINE

@@ -9,7 +9,7 @@ import pytest
 from msgspec.structs import replace
 
 from tests.published import document
-from x07_sandbox.backends.container.backend import EngineBackend
+from x07_sandbox.backends.podman import EngineBackend
 from x07_sandbox.cli import main
 from x07_sandbox.cli.parser import parser_for
 from x07_sandbox.policy.controls import make_plan

@@ -15,7 +15,7 @@ import pytest
 
 from tests.contract.test_one_file_backend import registered
 from tests.unit.test_stop_rules import GONE, edit, recorded
-from x07_sandbox.backends.process.backend import NoneBackend
+from x07_sandbox.backends.process import NoneBackend
 from x07_sandbox.backends.registry import BackendRow, create, find
 from x07_sandbox.host import waiting
 from x07_sandbox.host.processes import Identity, identify, own_identity

@@ -14,8 +14,7 @@ from msgspec.structs import replace
 from tests import vz_helper
 from tests.unit.test_images_manifest import MANIFEST
 from x07_sandbox.backends.base import Job, MachineKind
-from x07_sandbox.backends.vz.backend import VzBackend
-from x07_sandbox.backends.vz.start import helper_argv
+from x07_sandbox.backends.vz import VzBackend, helper_argv
 from x07_sandbox.channel.messages import PROTOCOL
 from x07_sandbox.errors import HostError, ImageError
 from x07_sandbox.host.waiting import Caller, Cancel
@@ -129,7 +128,7 @@ def test_a_helper_that_cannot_start_a_vm_is_refused(helper: Path, script: str, w
 
 def test_a_helper_that_hangs_is_killed(helper: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A preflight without an answer ends after its timeout."""
-    monkeypatch.setattr("x07_sandbox.backends.vz.backend._PREFLIGHT_S", 0.2)
+    monkeypatch.setattr("x07_sandbox.backends.vz._PREFLIGHT_S", 0.2)
     started = time.monotonic()
     with pytest.raises(HostError, match="no valid answer within"):
         probe_with(helper, "exec sleep 60")

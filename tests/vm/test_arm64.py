@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.conftest import VZ_HELPER, vz_on_linux
-from x07_sandbox.backends.vz import backend as vz_backend
+from x07_sandbox.backends import vz as vz_backend
 from x07_sandbox.cli.main import main
 from x07_sandbox.conformance import commands
 from x07_sandbox.conformance.behaviours import BEHAVIOURS, Behaviour, check_behaviour
@@ -69,7 +69,7 @@ int main(void)
 # Runs a program as on a Mac with a processor of this architecture.
 RUNNER_ON_A_MAC = f"""
 import sys
-from x07_sandbox.backends.vz import backend
+from x07_sandbox.backends import vz as backend
 from x07_sandbox.conformance.harness import main
 from x07_sandbox.host.arch import arch_named
 from x07_sandbox.sessions import prepare

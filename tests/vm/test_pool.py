@@ -30,7 +30,7 @@ from x07_sandbox.backends import lease
 from x07_sandbox.backends.base import Job, MachineKind
 from x07_sandbox.backends.lease import PoolClient
 from x07_sandbox.backends.qemu.backend import QemuBackend
-from x07_sandbox.backends.qemu.bounds import VMM_BYTES
+from x07_sandbox.backends.qemu.instance import VMM_BYTES
 from x07_sandbox.errors import HostError, UsageError
 from x07_sandbox.host import settings, waiting
 from x07_sandbox.host.processes import own_identity

@@ -6,7 +6,7 @@ import contextlib
 import os
 import re
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -27,6 +27,7 @@ CLIENTS: Final[dict[Name, Need]] = {
     "podman": Need("program", "podman", "podman", "X07_VM_PODMAN_BIN"),
     "docker": Need("program", "docker", "docker.io", "X07_VM_DOCKER_BIN"),
 }
+DOCTOR: Final = "Run x07 doctor"
 _ANSWER_MAX: Final = 8 << 20
 _CALL_S: Final = 30.0
 # How podman and docker, ctr, Apple's container and runsc say that an object does not exist. Other errors have similar
@@ -37,7 +38,6 @@ _ABSENT: Final = re.compile(
     r"\bloading (?:container|sandbox): file does not exist",
     re.IGNORECASE,
 )
-_ID: Final = re.compile(r"[0-9a-f]{64}")
 CLIENT_ENV: Final = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin:/usr/local/bin", "LC_ALL": "C"}
 # The client sees only these of the caller's variables: others could lead it to another engine.
 _KEPT: Final = ("HOME", "XDG_RUNTIME_DIR", "DBUS_SESSION_BUS_ADDRESS")
@@ -54,14 +54,6 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     def absent(self) -> bool:
         """Whether the call failed because the object does not exist."""
         return self.status != 0 and _ABSENT.search(self.error) is not None
-
-    def single_object(self, engine: str) -> dict[str, Any]:
-        """Return the one object that an `inspect` call printed. Raises BackendError."""
-        try:
-            (made,) = msgspec.json.decode(self.text, type=list[dict[str, Any]])
-        except (msgspec.DecodeError, ValueError) as exc:
-            raise BackendError(f"cannot use {engine}", self.error or str(exc), "Run x07 doctor") from exc
-        return made
 
 
 class Client(msgspec.Struct, frozen=True, kw_only=True):
@@ -85,7 +77,7 @@ class Client(msgspec.Struct, frozen=True, kw_only=True):
             why = f"{self.name} {words[0]} did not answer within {timeout_s:.0f} s"
             raise BackendError(what, why, f"Check that {self.name} works: {self.name} ps") from exc
         except OSError as exc:
-            raise BackendError(what, f"{exc.strerror} ({self.binary})", "Run x07 doctor") from exc
+            raise BackendError(what, f"{exc.strerror} ({self.binary})", DOCTOR) from exc
         output, error = done.stdout[:_ANSWER_MAX], done.stderr[-4096:]
         return Answer(
             status=done.returncode,
@@ -93,21 +85,30 @@ class Client(msgspec.Struct, frozen=True, kw_only=True):
             error=printable(" ".join(error.decode("utf-8", "replace").split()))[-500:],
         )
 
+    def objects(self, answer: Answer, fix: str = DOCTOR) -> list[dict[str, Any]]:
+        """Return the objects that a call printed as JSON, or none if it said that there are none. Raises BackendError.
 
-class Engine(Client, frozen=True, kw_only=True):
-    """podman or docker."""
+        fix: for the error.
+        """
+        if answer.absent:
+            return []
+        if answer.status:
+            raise BackendError(f"cannot use {self.name}", answer.error or f"status {answer.status}", fix)
+        try:
+            found = msgspec.json.decode(answer.text, type=dict[str, Any] | list[dict[str, Any]])
+        except msgspec.DecodeError as exc:
+            raise BackendError(f"cannot use {self.name}", answer.error or str(exc), fix) from exc
+        return [found] if isinstance(found, dict) else found
 
-    name: Name
 
-    @property
-    def place(self) -> str:
-        """Text that identifies the engine among several on one host: its client, and its socket if one was chosen."""
-        return f"{self.binary} {self.env.get('DOCKER_HOST', '')}".rstrip()
+def client_of(name: str, program: Need, *options: str, env: Mapping[str, str] = CLIENT_ENV) -> Client:
+    """Return the client of the runtime *name*. program: its client's program. Raises HostError if that is missing."""
+    require([program], f"cannot use {name}")
+    return Client(name=name, binary=find_program(program.place) or program.name, env=dict(env), options=options)
 
 
-def engine(name: Name) -> Engine:
+def engine(name: Name) -> Client:
     """Return the engine of this host. Raises HostError if there is none, or if DOCKER_HOST is another machine."""
-    require([CLIENTS[name]], f"cannot use {name}")
     env = {key: os.environ[key] for key in _KEPT if key in os.environ} | CLIENT_ENV
     env["PODMAN_IGNORE_CGROUPSV1_WARNING"] = "1"
     # The clients are Go programs that live for milliseconds. By default a quarter of that is garbage collection.
@@ -121,18 +122,7 @@ def engine(name: Name) -> Engine:
             env["DOCKER_HOST"] = host
         # The user's configuration may add variables to containers or lead to another machine.
         env["DOCKER_CONFIG"] = "/nonexistent"
-    return Engine(name=name, binary=find_program(CLIENTS[name].place) or name, env=env)
-
-
-def container_id(answer: Answer) -> str:
-    """Return the id printed by a create call, or "" if there is none."""
-    last = answer.text.strip().rpartition("\n")[2].strip()
-    return last if not answer.status and is_id(last) else ""
-
-
-def is_id(word: str) -> bool:
-    """Return whether *word* is a full container id."""
-    return _ID.fullmatch(word) is not None
+    return client_of(name, CLIENTS[name], env=env)
 
 
 DEFAULT_REFERENCE: Final = f"ghcr.io/x07lang/x07-guest-runner:{__version__}"
@@ -153,7 +143,7 @@ def check_reference(reference: str) -> str:
 
 def load(
     image: Image, reference: str, names: Sequence[Name], progress: Callable[[str], None], archive: Path | None = None
-) -> tuple[str, tuple[Name, ...]]:
+) -> tuple[str, tuple[str, ...]]:
     """Load *image* as *reference* into engines. Return its id, and the engines that have it now.
 
     names: the engines; () for all of this host. archive: a file to write the image to as well. Raises SandboxError.

@@ -84,43 +84,43 @@ def _qemu(_name: str) -> Backend:
 
 
 def _process(name: str) -> Backend:
-    from x07_sandbox.backends.process.backend import NoneBackend, OsBackend
+    from x07_sandbox.backends.process import NoneBackend, OsBackend
 
     return OsBackend() if name == "os" else NoneBackend()
 
 
 def _container(name: str) -> Backend:
-    from x07_sandbox.backends.container.backend import EngineBackend
+    from x07_sandbox.backends.podman import EngineBackend
 
     return EngineBackend("podman" if name == "podman" else "docker")
 
 
 def _containerd(_name: str) -> Backend:
-    from x07_sandbox.backends.containerd.backend import ContainerdBackend
+    from x07_sandbox.backends.containerd import ContainerdBackend
 
     return ContainerdBackend()
 
 
 def _gvisor(_name: str) -> Backend:
-    from x07_sandbox.backends.gvisor.backend import GvisorBackend
+    from x07_sandbox.backends.gvisor import GvisorBackend
 
     return GvisorBackend()
 
 
 def _firecracker(_name: str) -> Backend:
-    from x07_sandbox.backends.firecracker.backend import FirecrackerBackend
+    from x07_sandbox.backends.firecracker import FirecrackerBackend
 
     return FirecrackerBackend()
 
 
 def _apple(_name: str) -> Backend:
-    from x07_sandbox.backends.apple.backend import AppleBackend
+    from x07_sandbox.backends.apple import AppleBackend
 
     return AppleBackend()
 
 
 def _vz(_name: str) -> Backend:
-    from x07_sandbox.backends.vz.backend import VzBackend
+    from x07_sandbox.backends.vz import VzBackend
 
     return VzBackend()
 

@@ -1,38 +1,46 @@
-"""Backends whose jobs run in containers; `podman` and `docker` are `EngineBackend`."""
+"""What the backends share that run a job in a container: the backend itself, its images, and the started container."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
+import socket
+import subprocess
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 
-from x07_sandbox.backends.base import Availability, Job
-from x07_sandbox.backends.container import instance as containers
-from x07_sandbox.backends.container.create import engine_gaps, is_beside, is_roots_podman, names_file
-from x07_sandbox.backends.container.engine import IMAGE_IDS, EngineRuntime
-from x07_sandbox.backends.container.runtime import Runtime, is_name
-from x07_sandbox.backends.engines import CLIENTS, DEFAULT_REFERENCE, Engine, Name, engine, is_id
+from x07_sandbox.backends.base import Greeting, Job, StartMode
+from x07_sandbox.backends.container import reaper
+from x07_sandbox.backends.container.runtime import ContainerSpec, Runtime, is_ours
+from x07_sandbox.backends.engines import DEFAULT_REFERENCE
 from x07_sandbox.backends.handshake import greet
-from x07_sandbox.errors import BackendError, HostError, ImageError
-from x07_sandbox.host.paths import find_program
+from x07_sandbox.backends.jailed import Ends, RunningAgent
+from x07_sandbox.backends.prerequisites import Need
+from x07_sandbox.channel.egress import RESOLV_CONF
+from x07_sandbox.errors import BackendError, Flag, HostError, ImageError, UsageError
+from x07_sandbox.host import settings
+from x07_sandbox.host.linux import boot_ms, open_pidfd
+from x07_sandbox.host.os_errors import raised_as
+from x07_sandbox.host.paths import read_bounded
+from x07_sandbox.host.processes import Launch, identify, launch, own_identity
 from x07_sandbox.host.variables import text
-from x07_sandbox.host.verdicts import Verdict, file_state
 from x07_sandbox.images import manifest
 from x07_sandbox.images.guestcode import read_guest_code
 from x07_sandbox.images.verify import OpenImage
 from x07_sandbox.policy.features import LEAVES_TREE, NO_ROOT, NOT_OBSERVED, VM_CAPABILITIES, Features
-from x07_sandbox.records.record import JobRecord
+from x07_sandbox.records.record import JobRecord, create_record, drop_unstarted, mark_done, write_owner
 from x07_sandbox.records.stopping import Orphan, stop_recorded
 
 _REFERENCE_MAX: Final = 512
-# Where root's podman finds its store. A podman that reads another file is asked for its images each time.
-_STORAGE_CONF: Final = ("/etc/containers/storage.conf", "/usr/share/containers/storage.conf")
+_EXIT_S: Final = 10.0
+_RESOLV_CONF: Final = "resolv.conf"
+_ENGINE: Final = "engine"
+_ENGINE_MAX: Final = 8192
 GAPS: Final = {
     "connect-fails": "the relay accepts a connection before the gate decides, and resets it if the gate refuses",
     "observed-connections": NOT_OBSERVED,
@@ -41,45 +49,57 @@ GAPS: Final = {
     "damaged-image": "the engine stores the image, and only its id is checked",
 }
 # What a container with our agent can enforce.
-HELD: Final = VM_CAPABILITIES - {"held-connections", "observed-connections", "command-groups"}
-WARNING: Final = "the program's system calls reach this host's kernel"
+_HELD: Final = VM_CAPABILITIES - {"held-connections", "observed-connections", "command-groups"}
+SHARED_KERNEL: Final = Features(isolation="container", own_kernel=False, can_enforce=_HELD)
+SHARED_KERNEL_WARNING: Final = "the program's system calls reach this host's kernel"
+OWN_MACHINE: Final = Features(isolation="vm-hardware", own_kernel=True, can_enforce=_HELD)
+OWN_MACHINE_GAPS: Final = GAPS | {"root-inside": "in its VM, the program is in a container with few rights"}
 
 
 class ContainerBackend(ABC):
     """The common part of the backends that run a job in a container.
 
-    other: what to do if a job was started with another runtime of this host.
+    variables: those that select the runtime, for an error about a job that was started with another one.
     """
 
     name: str
     uses_image = True
     cloning = None
-    other: str
+    needs: Sequence[Need]
+    known_gaps: Mapping[str, str] = GAPS
+    features = SHARED_KERNEL
+    variables: tuple[str, ...]
 
     @abstractmethod
     def _runtime(self) -> Runtime:
         """Return the runtime of this host. Raises HostError."""
 
+    def least_features(self) -> Features:
+        """Return the features of a container that runs x07's agent."""
+        return self.features
+
     @contextlib.contextmanager
-    def start(self, job: Job) -> Iterator[containers.ContainerInstance]:
+    def start(self, job: Job) -> Iterator[ContainerInstance]:
         """Start a job and wait until its agent has answered. Raises NoAnswerError, BackendError, HostError."""
         assert job.kind.image is not None  # noqa: S101 - for the type checker
-        with containers.started(self._runtime(), job, job.kind.image) as instance:
+        with _started(self._runtime(), job, job.kind.image) as instance:
             greet(instance, cancel_fd=job.caller.cancel.fd, meanwhile=job.meanwhile)
             yield instance
 
     def stop(self, record: JobRecord) -> bool:
         """Remove a recorded job's container and files. Return whether the container is proven gone."""
         return stop_recorded(
-            record, lambda _stored: self._removed(record) and containers.remove_files(record.folder), signals=False
+            record, lambda _stored: self._removed(record) and _remove_files(record.folder), signals=False
         )
 
     def _removed(self, record: JobRecord) -> bool:
         runtime = self._runtime()
-        if (other := containers.recorded_runtime(record.folder)) not in {"", runtime.place}:
+        if (other := _recorded_runtime(record.folder)) not in {"", runtime.place}:
             why = f"it was started with another {self.name}: {other}"
-            raise BackendError("cannot stop the container", why, self.other)
-        name = containers.container_name(record)
+            values = "value that it had" if len(self.variables) == 1 else "values that they had"
+            fix = f"Set {' and '.join(self.variables)} to the {values} when it was started"
+            raise BackendError("cannot stop the container", why, fix)
+        name = container_name(record)
         if (found := runtime.find(name)) is None:
             return runtime.remove(name)  # of a container that was never created there may be a VM
         # Anyone with access to the runtime can use that name.
@@ -102,7 +122,7 @@ class ContainerBackend(ABC):
 
     def remove(self, orphan: Orphan) -> bool:
         """Remove a container that `orphans` returned, and return whether it is proven gone."""
-        return (is_id(orphan.id) or is_name(orphan.id)) and self._runtime().remove(orphan.id)
+        return is_ours(orphan.id) and self._runtime().remove(orphan.id)
 
 
 class WithImages(ContainerBackend):
@@ -112,7 +132,11 @@ class WithImages(ContainerBackend):
 
     @abstractmethod
     def _image(self, wanted: str) -> tuple[str, object]:
-        """Return the id and the labels of an image. Raises HostError, BackendError, and ImageError with `fix_image`."""
+        """Return the id and the labels of an image. Raises HostError, BackendError, and ImageError (`_missing`)."""
+
+    def _missing(self, wanted: str, why: str = "") -> ImageError:
+        why = why or f"{self.name} does not have it"
+        return ImageError(f"there is no guest image {wanted}", why, self.fix_image)
 
     @property
     def fix_image(self) -> str:
@@ -130,6 +154,8 @@ class WithImages(ContainerBackend):
         if len(wanted) > _REFERENCE_MAX or wanted.startswith("-"):
             raise ImageError(f"there is no guest image {wanted[:80]!r}", "this is not an image name", "Use NAME:TAG")
         identity, labels = self._image(wanted)
+        if not identity:
+            raise ImageError(f"cannot use the image {wanted}", f"{self.name} reports no id for it", self.fix_image)
         if not (data := manifest.manifest_in(labels)):
             why = "it lacks x07's labels, so x07's agent is not in it"
             raise ImageError(f"cannot use the image {wanted}", why, self.fix_image)
@@ -141,104 +167,173 @@ class WithImages(ContainerBackend):
         return OpenImage(fds={}, manifest=msgspec.structs.replace(found, digest=digest))
 
 
-class EngineBackend(WithImages):
-    """The backend for one container engine of this host."""
+class ContainerInstance(RunningAgent):
+    """A started container. reaper_fd: readable once the reaper has ended; None until it is known."""
 
-    known_gaps: Mapping[str, str] = GAPS
+    reaper_fd: int | None = None
+    spec: ContainerSpec
+    net_fd: int | None = None
+    notes: tuple[str, ...] = ()
+    greeting: Greeting
+    start_mode: StartMode = "cold"
 
-    def __init__(self, name: Name) -> None:
-        self.name = name
-        self._kind = name
-        self.needs = (CLIENTS[name],)
-        self.other = f"Set X07_VM_{name.upper()}_BIN and DOCKER_HOST to the values that they had when it was started"
+    def __init__(
+        self, runtime: Runtime, record: JobRecord, container: str, client: subprocess.Popen[bytes], ends: Ends
+    ) -> None:
+        self.record = record
+        self.jail = f"a container of {runtime.name}"
+        self.pidfd = open_pidfd(client.pid)
+        self._runtime = runtime
+        self._container = container
+        self.client = client
+        self.channel_fd = ends.channel_fd
+        self.shown = (ends.errors,)
+        self._gone = False
 
-    def _image(self, wanted: str) -> tuple[str, object]:
-        """Return the id and the labels of an image. Raises ImageError, HostError."""
-        client = self._engine()
-        kept, names = self._image_ids(client, wanted)
-        if kept is not None and (known := kept.read()):
-            return str(known["id"]), known["labels"]
-        answer = client.call("image", "inspect", wanted)
-        if answer.status:
-            why = answer.error or f"{self.name} does not have it"
-            raise ImageError(f"there is no guest image {wanted}", why, self.fix_image)
-        image = answer.single_object(self.name)
-        if not image.get("Id"):
-            raise ImageError(f"cannot use the image {wanted}", f"{self.name} reports no id for it", self.fix_image)
-        identity, labels = str(image["Id"]), (image.get("Config") or {}).get("Labels") or image.get("Labels")
-        if kept is not None and is_beside(names, image):
-            kept.write({"id": identity, "labels": labels})
-        return identity, labels
+    def side_fds(self) -> tuple[int, ...]:
+        """Return the descriptors of the error stream and the reaper."""
+        return super().side_fds() + (() if self.reaper_fd is None else (self.reaper_fd,))
 
-    def _image_ids(self, client: Engine, wanted: str) -> tuple[Verdict | None, str]:
-        """Return the stored id and labels of an image of root's podman, valid until a name changes, and `names_file`.
+    def drain(self, fd: int) -> None:
+        """Read the error stream, or end the run because nothing but its reaper would keep its deadline."""
+        if fd == self.reaper_fd:
+            self.reaper_fd = None
+            self.notes += ("the run was ended because the container's reaper had ended",)
+            self.client.kill()
+        else:
+            super().drain(fd)
 
-        None: nothing shows whether names have changed. Labels are part of what the id is a digest of.
-        """
-        limits = self._limits(client)
-        if limits is None or not (names := self._checked(client, limits)):
-            return None, ""
+    def exit_status(self) -> int | None:
+        """Return the exit status of the runtime's client, which is that of the container."""
+        return self.client.poll()
+
+    def stop(self) -> bool:
+        """Remove the container and return whether it is proven gone. May be called again."""
+        if not self._gone:
+            self._gone = self._runtime.remove(self._container)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.client.wait(_EXIT_S)
+            if self.client.poll() is None:
+                self.client.kill()
+                self.client.wait()
+        return self._gone
+
+
+@contextlib.contextmanager
+def _started(runtime: Runtime, job: Job, image: OpenImage) -> Iterator[ContainerInstance]:
+    """Create and start a container, and remove it when the context ends. Raises BackendError, HostError."""
+    record = create_record(job.claim, backend=runtime.name, image_digest=image.manifest.digest)
+    with contextlib.ExitStack() as stack:
+        stack.callback(drop_unstarted, record)
+        # First of all: if this process is killed, the sweep finds what it left by the record's name.
+        write_owner(record, runner=own_identity(), processes={}, cgroups=())
+        ends = Ends(stack)
+        runner_r, runner_w = os.pipe()
+        ends.given.add(runner_r)
+        stack.callback(os.close, runner_w)
+        instance = reaper_process = None
         try:
-            return Verdict(IMAGE_IDS, limits.path.name, wanted, key=file_state(names)), names
-        except OSError:
-            return None, ""
+            spec = _spec(runtime, job, record, image)
+            reaper_process = _start_reaper(runtime, record, job.claim.deadline_s, runner_r)
+            container = runtime.create(spec)
+            argv, env = runtime.attach_argv(container), runtime.client.env
+            client = launch(Launch(argv=argv, pass_fds=(), stderr_fd=ends.stderr_fd, stdio_fd=ends.far_fd, env=env))
+            instance = ContainerInstance(runtime, record, container, client, ends)
+            instance.spec = spec
+            instance.reaper_fd = open_pidfd(reaper_process.pid)
+            stack.callback(os.close, instance.reaper_fd)
+            ends.given.close()
+            # The job's processes are the runtime's; these two only serve it.
+            found = {"client": identify(instance.client.pid), "reaper": identify(reaper_process.pid)}
+            processes = {name: identity for name, identity in found.items() if identity is not None}
+            write_owner(record, runner=own_identity(), processes=processes, cgroups=())
+            yield instance
+        finally:
+            if instance is not None:
+                _hang_up(instance.channel_fd)
+                stack.callback(os.close, instance.pidfd)
+            if reaper_process is not None:
+                stack.callback(_leave, reaper_process)
+            gone = runtime.remove(container_name(record)) if instance is None else instance.stop()
+            _remove_files(record.folder)
+            if gone:
+                with contextlib.suppress(OSError):
+                    os.write(runner_w, b"g")
+                with contextlib.suppress(HostError):  # on a full disk the sweep records it later
+                    mark_done(record)
+                if reaper_process is not None:
+                    reaper_process.wait()
 
-    def _limits(self, client: Engine) -> Verdict | None:
-        """Return the stored check of root's podman, valid until the host reboots, or None for other engines."""
-        # A rootless podman depends on the session that calls it, docker on its daemon.
-        if self._kind != "podman" or os.geteuid() != 0:
-            return None
-        settings = [file_state(path) if Path(path).exists() else path for path in _STORAGE_CONF]
-        return Verdict(self.name, file_state(client.binary), *client.options, key=settings)
 
-    def _checked(self, client: Engine, limits: Verdict | None, *, again: bool = False) -> str:
-        """Check that the engine enforces limits, unless that is stored in *limits*. Return its `names_file`, or "".
+def _leave(reaper_process: subprocess.Popen[bytes]) -> None:
+    """Let the reaper go on if the container could not be removed. Its object would warn about that."""
+    if reaper_process.poll() is None:
+        reaper_process.returncode = 0
 
-        Raises HostError if the engine fails or would ignore a limit.
-        """
-        # `podman info` takes longer than creating a container.
-        if limits is not None and not again and "names" in (known := limits.read()):
-            return str(known["names"])
-        info = self._info(client)
-        if gaps := engine_gaps(self._kind, info):
-            ignored = f"{self.name} would ignore the limit on {' and '.join(gaps)} here"
-            why = f"{ignored} (rootless, or without control groups)"
-            raise HostError(f"cannot use {self.name}", why, "Use control groups of version 2, or run as root")
-        if limits is None or not is_roots_podman(info):
-            return ""
-        names = names_file(info, _STORAGE_CONF)
-        limits.write({"names": names})
-        return names
 
-    def _runtime(self) -> EngineRuntime:
-        return EngineRuntime(self._engine())
+def _hang_up(channel_fd: int) -> None:
+    """End the input of the agent, which then exits. The runtime removes an ended container sooner than it kills one."""
+    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(channel_fd)) as channel:
+        channel.shutdown(socket.SHUT_WR)
 
-    def least_features(self) -> Features:
-        """Return the features of a container that runs x07's agent."""
-        return Features(isolation="container", own_kernel=False, can_enforce=HELD)
 
-    def probe(self, image: OpenImage | None = None, *, boot: bool = True) -> Availability:  # noqa: ARG002 - needs no image
-        """Return what the engine can limit here. Raises HostError if the engine fails or would ignore a limit."""
-        client = self._engine()
-        self._checked(client, self._limits(client), again=not boot)
-        proof = f"{self.name} answers and enforces limits on memory and tasks"
-        return Availability(features=self.least_features(), proof=proof, warnings=(WARNING,))
+def _write_files(runtime: Runtime, record: JobRecord, *, network: bool) -> Path:
+    """Write the container's files into the folder of the job's record. Return the file for /etc/resolv.conf."""
+    resolv_conf = record.folder / _RESOLV_CONF
+    try:
+        (record.folder / _ENGINE).write_text(runtime.place, encoding="utf-8")
+        resolv_conf.write_text(RESOLV_CONF if network else "", encoding="ascii")
+        resolv_conf.chmod(0o644)
+    except OSError as exc:
+        why = f"{exc.strerror} ({exc.filename})"
+        raise HostError("cannot make the job's files", why, "Free disk space") from exc
+    return resolv_conf
 
-    def _info(self, client: Engine) -> dict[str, Any]:
-        answer = client.call("info", "--format", "json" if client.name == "podman" else "{{json .}}")
-        try:
-            info: dict[str, Any] = json.loads(answer.text) if not answer.status else {}
-        except ValueError:
-            info = {}
-        if not info or info.get("ServerErrors"):
-            why = answer.error or str(info.get("ServerErrors", "it printed no information"))[:300]
-            raise HostError(f"cannot use {self.name}", why, f"Check that it works: {self.name} info")
-        return info
 
-    def _engine(self) -> Engine:
-        client = engine(self._kind)
-        # crun, podman's default runtime, refuses a host that mixes both versions of control groups.
-        mixed = all(Path("/sys/fs/cgroup", name).exists() for name in ("memory", "unified/cgroup.procs"))
-        if client.name == "podman" and mixed and (find_program("/usr/sbin/runc") or find_program("/usr/bin/runc")):
-            return msgspec.structs.replace(client, options=("--runtime", "runc"))
-        return client
+def _remove_files(folder: Path) -> bool:
+    """Remove the container's files. Return True. Raises OSError."""
+    for name in (_RESOLV_CONF, _ENGINE):
+        (folder / name).unlink(missing_ok=True)
+    return True
+
+
+def _recorded_runtime(folder: Path) -> str:
+    """Return the runtime that started a job's container, or "" if that is unknown."""
+    try:
+        return read_bounded(folder / _ENGINE, "record", _ENGINE_MAX).decode("utf-8", "replace")
+    except (OSError, UsageError):
+        return ""
+
+
+def _spec(runtime: Runtime, job: Job, record: JobRecord, image: OpenImage) -> ContainerSpec:
+    assert job.needs is not None  # noqa: S101 - sessions/job sets them
+    spec = ContainerSpec(
+        runtime=runtime.name,
+        image=image.manifest.digest,
+        name=container_name(record),
+        mark=record.mark,
+        labels=record.labels(),
+        needs=job.needs,
+        resolv_conf=str(_write_files(runtime, record, network=job.kind.network)),
+        network=job.kind.network,
+    )
+    for path in (spec.resolv_conf, *spec.tmpfs()):
+        if "," in path or ":" in path:
+            why = f"{path!r} has a comma or a colon, which {runtime.name} does not accept in a path"
+            fix = ("Rename the folder, or use ", Flag("--sandbox-backend vm"))
+            raise HostError("cannot mount a folder in the container", why, fix)
+    return spec
+
+
+def _start_reaper(runtime: Runtime, record: JobRecord, deadline_s: int, runner_fd: int) -> subprocess.Popen[bytes]:
+    """Start the process that removes the container after its deadline or this process's end. Raises BackendError."""
+    until = (boot_ms() + settings.CLEANUP_MS) / 1000 + deadline_s
+    removing = runtime.removing_argv(container_name(record))
+    argv = [sys.executable, "-I", "-S", reaper.__file__, str(record.folder), str(until), str(runner_fd), *removing]
+    with raised_as(BackendError, "cannot start the reaper", "Run x07 doctor"):
+        return launch(Launch(argv=argv, pass_fds=(runner_fd,), stderr_fd=subprocess.DEVNULL, env=runtime.client.env))
+
+
+def container_name(record: JobRecord) -> str:
+    """Return the name of a job's container."""
+    return f"x07-{record.job_id}"

@@ -31,8 +31,7 @@ from x07_sandbox.backends.prerequisites import KVM, NO_KVM, Need, check
 from x07_sandbox.backends.qemu import hot as processes
 from x07_sandbox.backends.qemu import start as starts
 from x07_sandbox.backends.qemu import template as templates
-from x07_sandbox.backends.qemu.bounds import NotStartedError
-from x07_sandbox.backends.qemu.instance import LeasedInstance, QemuInstance
+from x07_sandbox.backends.qemu.instance import LeasedInstance, NotStartedError, QemuInstance
 from x07_sandbox.backends.qemu.start import QemuJob, start_qemu
 from x07_sandbox.backends.qemu.template import Template, TransientError
 from x07_sandbox.channel.link import State

@@ -22,8 +22,7 @@ import msgspec.structs
 from x07_sandbox.backends.base import Instance, MachineKind, NoAnswerError
 from x07_sandbox.backends.handshake import greet, wait_for_exit
 from x07_sandbox.backends.qemu import start as starts
-from x07_sandbox.backends.qemu.bounds import hard_limit
-from x07_sandbox.backends.qemu.instance import QemuInstance
+from x07_sandbox.backends.qemu.instance import QemuInstance, hard_limit
 from x07_sandbox.backends.qemu.machine import QMP_PAUSE, Paths
 from x07_sandbox.backends.qemu.start import Hot, Saved, Warming
 from x07_sandbox.backends.qemu.template import (

@@ -15,8 +15,18 @@ import msgspec
 from x07_sandbox.backends.base import HandshakeFailure, MachineKind, StartMode
 from x07_sandbox.backends.jailed import BoundedStream, Start, running, socket_ends
 from x07_sandbox.backends.prerequisites import KVM, Need, require
-from x07_sandbox.backends.qemu.bounds import TASKS, VMM_BYTES, Limits, NotStartedError, bound, hard_limit, limits_of
-from x07_sandbox.backends.qemu.instance import HostSide, QemuInstance, ReleasePipe
+from x07_sandbox.backends.qemu.instance import (
+    TASKS,
+    VMM_BYTES,
+    HostSide,
+    Limits,
+    NotStartedError,
+    QemuInstance,
+    ReleasePipe,
+    bound,
+    hard_limit,
+    limits_of,
+)
 from x07_sandbox.backends.qemu.machine import OVERCOMMIT, Machine, Origin, Paths, qemu_argv
 from x07_sandbox.errors import HostError
 from x07_sandbox.host import settings

@@ -1,23 +1,109 @@
-"""The command line that creates a container of Apple's `container`, and the check of the created one. No I/O.
+"""The `apple-container` backend: a container in a virtual machine of Apple's `container`.
 
 The options and the JSON are those of versions 0.6 to 1.2 (github.com/apple/container, Sources/Services/
 ContainerAPIService/Client: Flags.swift, Parser.swift, Utility.swift). Which options a version has is read from its help
 text.
 """
 
+from __future__ import annotations
+
+import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from typing import Any, Final
 
-from x07_sandbox.backends.container.create import ContainerSpec
+from x07_sandbox.backends.base import Availability
+from x07_sandbox.backends.container.backend import OWN_MACHINE, OWN_MACHINE_GAPS, WithImages
+from x07_sandbox.backends.container.runtime import ContainerSpec, Runtime
+from x07_sandbox.backends.engines import CLIENT_ENV, client_of
+from x07_sandbox.backends.prerequisites import Need
 from x07_sandbox.errors import HostError
+from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.settings import MIB
+from x07_sandbox.images.verify import OpenImage
 
 _OPTION: Final = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 _NEEDED: Final = frozenset({"--name", "--network", "--no-dns", "--mount", "--label", "--memory", "--cpus", "--uid"})
 _MEMORY_LEAST_MIB: Final = 200  # version 0.10 and newer refuse less
-_AGENT_FDS: Final = 64
+
+
+class AppleBackend(WithImages):
+    """The backend for Apple's `container` on this Mac."""
+
+    name = "apple-container"
+    needs = (Need("program", "container", "", "X07_VM_APPLE_CONTAINER_BIN"),)
+    known_gaps = OWN_MACHINE_GAPS
+    features = OWN_MACHINE
+    variables = ("X07_VM_APPLE_CONTAINER_BIN",)
+
+    @property
+    def fix_image(self) -> str:
+        """What to do if there is no suitable image."""
+        return "Run x07 image load --archive FILE, and then container image load --input FILE"
+
+    def _runtime(self) -> AppleContainers:
+        # Not SSH_AUTH_SOCK, which its client would pass on, nor anything else of the caller.
+        env = CLIENT_ENV | {key: os.environ[key] for key in ("HOME",) if key in os.environ}
+        return AppleContainers(client=client_of(self.name, self.needs[0], env=env))
+
+    def _image(self, wanted: str) -> tuple[str, object]:
+        """Return the digest of an image, and the labels of its variant for this host. Raises ImageError."""
+        client = self._runtime().client
+        if not (found := client.objects(client.call("image", "inspect", wanted))):
+            raise self._missing(wanted)
+        return image_labels(found[0], host_arch().deb)
+
+    def probe(self, image: OpenImage | None = None, *, boot: bool = True) -> Availability:  # noqa: ARG002 - needs no image
+        """Return what VMs can limit here. Raises HostError, BackendError if they cannot be used."""
+        runtime = self._runtime()
+        status = runtime.client.call("system", "status")
+        if status.status:
+            why = status.error or "its service does not run"
+            raise HostError(f"cannot use {self.name}", why, "Start its service: container system start")
+        runtime.options()
+        return Availability(features=self.features, proof="Apple's container answers")
+
+
+class AppleContainers(Runtime, frozen=True, kw_only=True):
+    """Apple's `container` on this host. See `Runtime`."""
+
+    def options(self) -> frozenset[str]:
+        """Return the options of `container create` of this version. Raises HostError, BackendError."""
+        return options_in(self.client.call("create", "--help").text)
+
+    def images(self) -> dict[str, str]:
+        """Return the digests of all images, by name. Raises BackendError."""
+        return image_names(self.client.objects(self.client.call("image", "list", "--format", "json")))
+
+    def create(self, spec: ContainerSpec) -> str:
+        """Create a container, check it against *spec*, and return its name. Raises BackendError, HostError."""
+        options = self.options()
+        words = create_argv(spec, self.image_name(spec.image), options)
+        return self.created(spec, words, lambda made: differences(spec, made, options))
+
+    def inspect(self, container: str) -> Mapping[str, Any] | None:
+        """Return the configuration of a container. Before version 1.0 an unknown name gave an empty list."""
+        found = map(described, self.client.objects(self.client.call("inspect", container)))
+        return next((made for name, made in found if name == container), None)
+
+    def labels_in(self, made: Mapping[str, Any]) -> Mapping[str, object] | None:
+        """Return the labels in such a configuration."""
+        return made.get("labels")
+
+    def names(self) -> Iterable[str]:
+        """Return the names of the containers with x07's label. Raises BackendError."""
+        found = map(described, self.client.objects(self.client.call("list", "--all", "--format", "json")))
+        return (name for name, made in found if (made.get("labels") or {}).get("io.x07.schema") == "1")
+
+    def attach_argv(self, container: str) -> list[str]:
+        """Return the command that starts a container and carries its standard streams."""
+        return self.client.argv("start", "--attach", "--interactive", container)
+
+    def try_remove(self, container: str) -> bool:
+        """End the VM of a container, and remove both. Raises BackendError."""
+        self.client.call("delete", "--force", container)
+        return self.inspect(container) is None  # its words for an unknown container differ between versions
 
 
 def options_in(help_text: str) -> frozenset[str]:
@@ -48,8 +134,7 @@ def create_argv(spec: ContainerSpec, reference: str, options: AbstractSet[str]) 
     if "--read-only" in options:
         yield "--read-only"
     if "--ulimit" in options:
-        fds = spec.needs.fds + _AGENT_FDS
-        yield from ("--ulimit", f"nofile={fds}:{fds}")
+        yield from ("--ulimit", f"nofile={spec.fds}:{spec.fds}")
     if "--cap-drop" in options:
         yield from ("--cap-drop", "ALL")
         for name in spec.listening_capabilities:
@@ -83,7 +168,7 @@ def differences(spec: ContainerSpec, made: Mapping[str, Any], options: AbstractS
         or (made.get("capDrop") == ["ALL"] and set(made.get("capAdd") or ()) == set(spec.listening_capabilities)),
         "its limit on memory": resources.get("memoryInBytes") == memory_mib(spec) * MIB and resources.get("cpus") == 1,
         "its mounts": mounts == {(place, "tmpfs") for place in spec.tmpfs()},
-        "its labels": all(labels.get(label) == value for label, value in spec.labels.items()),
+        "its labels": spec.labels.items() <= labels.items(),
     }
     return [name for name, right in seen.items() if not right]
 

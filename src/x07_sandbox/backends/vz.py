@@ -1,4 +1,6 @@
-"""The `vz` backend. Its helper program and their protocol: docs/backends/vz.md.
+"""The `vz` backend: a virtual machine of Apple's Virtualization framework, started by a helper program of ours.
+
+The helper and its protocol: docs/backends/vz.md.
 
 On a Mac, this backend has never run: `probe` says which call x07's runner lacks there. Tests run it on Linux, with a
 stand-in for the helper.
@@ -7,9 +9,12 @@ stand-in for the helper.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import subprocess
+import tempfile
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Final, Literal
 
@@ -17,28 +22,29 @@ import msgspec
 
 from x07_sandbox.backends.base import Availability, Job
 from x07_sandbox.backends.handshake import greet
-from x07_sandbox.backends.jailed import StreamInstance
+from x07_sandbox.backends.jailed import Ends, Start, StreamInstance, running
 from x07_sandbox.backends.prerequisites import Need, require
-from x07_sandbox.backends.vz.start import remove_scratch, started
-from x07_sandbox.errors import HostError, ImageError
+from x07_sandbox.errors import BackendError, HostError, ImageError
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.decoding import prepared
-from x07_sandbox.host.linux import require_linux
+from x07_sandbox.host.linux import require_linux, require_own_proc
 from x07_sandbox.host.os_errors import raised_as
-from x07_sandbox.host.paths import find_program
-from x07_sandbox.host.processes import COMMAND_ENVIRONMENT
+from x07_sandbox.host.paths import find_program, private_dir, state_dir
+from x07_sandbox.host.processes import COMMAND_ENVIRONMENT, Launch
 from x07_sandbox.host.variables import text
 from x07_sandbox.host.waiting import Deadline, wait_readable
+from x07_sandbox.images.scratch import write_disk
 from x07_sandbox.images.verify import OpenImage
 from x07_sandbox.images.vz_bundle import OpenBundle, open_bundle
 from x07_sandbox.policy.features import Features, vm_features
-from x07_sandbox.records.record import JobRecord
+from x07_sandbox.records.record import JobRecord, create_record, drop_unstarted, state_home
 from x07_sandbox.records.stopping import stop_recorded
 
 BUNDLE: Final = "X07_VM_VZ_GUEST_BUNDLE"
 _CANNOT: Final = "cannot use vz"
 _PREFLIGHT_S: Final = 10.0
 _PREFLIGHT_MAX: Final = 4096
+_NO_SPACE: Final = "Free disk space, or set X07_VM_STATE_DIR"
 _SIGN: Final = "Build the helper again with scripts/build_vz_helper.sh, which signs it with the entitlement"
 
 
@@ -147,3 +153,75 @@ def _preflight(helper: str) -> Preflight:
     except msgspec.MsgspecError as exc:
         why = f"{helper} preflight gave no valid answer within {_PREFLIGHT_S:.0f} s ({exc})"
         raise HostError(_CANNOT, why, "Build the helper of this version with scripts/build_vz_helper.sh") from exc
+
+
+def helper_argv(helper: str, opened: OpenBundle, job: Job, disks: tuple[Path, Path], net_fd: int | None) -> list[str]:
+    """Return the helper's command line. disks: the empty scratch disk, and the job's, whose path has the job's mark."""
+    bundle = opened.bundle
+    options = {
+        "kernel": opened.path(bundle.kernel),
+        "initrd": opened.path(bundle.initrd),
+        "command-line": opened.command_line,
+        "root": opened.path(bundle.rootfs),
+        "scratch-from": str(disks[0]),
+        "scratch": str(disks[1]),
+        "mem-bytes": str(job.kind.ram_bytes),
+        "wall-ms": str(job.claim.deadline_s * 1000),
+    }
+    if bundle.program is not None and job.kind.has_program_root:
+        options["program"] = opened.path(bundle.program)
+    if net_fd is not None:
+        options["net-fd"] = str(net_fd)
+    return [helper, "run", *(word for name, value in options.items() for word in (f"--{name}", value))]
+
+
+@contextlib.contextmanager
+def started(helper: str, opened: OpenBundle, job: Job) -> Iterator[StreamInstance]:
+    """Start a VM. When the context ends, it is gone and recorded as gone. Raises BackendError, HostError."""
+    if opened.digest != job.kind.image_digest:
+        raise BackendError("cannot start the virtual machine", f"{opened.folder} was replaced", "Try again")
+    empty = empty_disk(opened)
+    record = create_record(job.claim, backend="vz", image_digest=opened.digest)
+    with contextlib.ExitStack() as stack:
+        stack.callback(drop_unstarted, record)
+        require_own_proc()
+        ends = Ends(stack, network=job.kind.network)
+        passed = () if ends.far_net_fd is None else (ends.far_net_fd,)
+        argv = helper_argv(helper, opened, job, (empty, scratch_path(record)), ends.far_net_fd)
+        request = Launch(argv=argv, pass_fds=passed, stderr_fd=ends.stderr_fd, stdio_fd=ends.far_fd)
+        jail = f"a process of its own ({helper})"
+        start = Start(record, jail, ends.given, 0, partial(remove_scratch, record), name="the virtual machine")
+        yield stack.enter_context(running(start, request, partial(StreamInstance, start, ends), _ended_at_once))
+
+
+def _ended_at_once(status: int | None) -> BackendError:
+    return BackendError("cannot start the virtual machine", f"the helper exited with status {status}", "Try again")
+
+
+def scratch_path(record: JobRecord) -> Path:
+    """Return the path of a job's scratch disk. It has the job's mark, which identifies the helper's process."""
+    return record.folder / f"scratch-{record.mark}"
+
+
+def remove_scratch(record: JobRecord) -> bool:
+    """Remove a job's scratch disk, which a killed helper leaves. Return True. Raises OSError."""
+    scratch_path(record).unlink(missing_ok=True)
+    return True
+
+
+def empty_disk(opened: OpenBundle) -> Path:
+    """Return the empty scratch disk that the helper clones, made once for all bundles that need the same one.
+
+    It is beside the jobs' folders, since a clone must be on the same volume. Raises HostError, ImageError.
+    """
+    folder = private_dir(state_home(private_dir(state_dir())) / "vz")
+    recipe = msgspec.json.encode((opened.bundle.scratch, opened.bundle.scratch_disk))
+    path = folder / f"{hashlib.sha256(recipe).hexdigest()[:32]}.disk"
+    if not os.path.lexists(path):
+        with raised_as(HostError, f"cannot make {path}", _NO_SPACE), tempfile.TemporaryDirectory(dir=folder) as place:
+            made = Path(place, "disk")
+            with made.open("xb") as file:
+                write_disk(opened.fds["scratch"], opened.bundle.scratch_disk, file.fileno())
+                os.fsync(file.fileno())
+            made.rename(path)
+    return path

@@ -1,1 +1,0 @@
-"""firecracker-containerd: jobs in microVMs of Firecracker, started through containerd."""

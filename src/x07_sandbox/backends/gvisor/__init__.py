@@ -1,1 +1,0 @@
-"""The `gvisor` backend: gVisor's runtime `runsc`, without a container engine."""
