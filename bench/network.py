@@ -44,7 +44,7 @@ from x07_sandbox.images import cpio, kernel
 from x07_sandbox.images.build import build_image
 from x07_sandbox.images.store import find_image, image_is_current
 from x07_sandbox.policy.default import default_policy, render_policy
-from x07_sandbox.policy.sizes import ram_class_bytes
+from x07_sandbox.policy.guest import ram_class_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

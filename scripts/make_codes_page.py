@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write the table of reasons and the kinds of hints of docs/reference/codes.md, from policy/reasons and policy/denials.
+"""Write the tables of reasons and kinds of hints in docs/reference/codes.md.
 
 python -m scripts.make_codes_page        in an environment that has x07-sandbox
 """
@@ -11,7 +11,7 @@ from typing import get_args, get_type_hints
 
 from scripts.pages import filled
 from x07_sandbox.policy.denials import Hint
-from x07_sandbox.policy.reasons import REASONS
+from x07_sandbox.policy.outcomes import REASONS
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "reference" / "codes.md"
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from scripts.make_codes_page import PAGE, render
 from x07_sandbox.backends.base import NOT_IMPORTED, SLOW_IMPORT
 from x07_sandbox.errors import PeerError
-from x07_sandbox.policy.reasons import REASONS, sentence
+from x07_sandbox.policy.outcomes import REASONS, sentence
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

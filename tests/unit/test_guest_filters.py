@@ -23,7 +23,7 @@ from x07_sandbox.guest import filters as guest_filters
 from x07_sandbox.guest.boot import filters, places
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.kernel import TOKEN_BYTES
-from x07_sandbox.policy.confinement import Confinement
+from x07_sandbox.policy.guest import Confinement
 
 SOURCES: Final = Path(filters.__file__).parents[3]
 LINE: Final = struct.Struct("=HBBI")

@@ -345,7 +345,6 @@ IMPORTED = """
 errors host host.settings
 library library.arguments library.async_sandbox library.file_info library.pool library.processes library.run
 library.sandbox
-network network.summary
 policy policy.denials policy.features policy.model
 reports reports.sandboxes
 sessions sessions.result

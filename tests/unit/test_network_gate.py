@@ -39,7 +39,7 @@ from x07_sandbox.policy.model import HostPorts
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 
-    from x07_sandbox.network.summary import NetworkUse
+    from x07_sandbox.policy.denials import NetworkUse
     from x07_sandbox.policy.model import Policy
 
 P = ParamSpec("P")

@@ -15,8 +15,8 @@ from x07_sandbox.network.guest_view import guest_view
 from x07_sandbox.network.ledger import Ledger
 from x07_sandbox.network.names import parse_guest_host
 from x07_sandbox.network.rules import Allowlist, Decision, Request, decide, make_allowlist, parse_request
-from x07_sandbox.network.summary import Contact
 from x07_sandbox.policy.default import default_policy
+from x07_sandbox.policy.denials import Contact
 from x07_sandbox.policy.model import Db, DbNet, Drivers, HostPorts, Policy
 from x07_sandbox.sessions.egress import denials
 

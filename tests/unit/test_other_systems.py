@@ -18,7 +18,7 @@ SOURCE: Final = ROOT / "src" / "x07_sandbox"
 HELPER: Final = ROOT / "tests" / "vz_helper.py"
 # Not the tests of commands: these start processes that have all calls. Not a test of a run: it needs unnamed files.
 TESTS: Final = (
-    *("policy_controls", "policy_grants", "policy_hints", "policy_observed", "policy_outcomes", "policy_sizes"),
+    *("policy_controls", "policy_grants", "policy_hints", "policy_observed", "policy_outcomes", "policy_guest"),
     *("channel_*", "egress_frames", "policy_decode", "policy_differences", "policy_environment"),
     *("policy_limits", "policy_overrides", "policy_rules", "result_document", "short_result"),
 )

@@ -7,13 +7,12 @@ import msgspec
 import pytest
 
 from x07_sandbox.errors import RefusedError
-from x07_sandbox.policy.confinement import confinement
-from x07_sandbox.policy.control_table import TABLE
-from x07_sandbox.policy.controls import Plan, make_plan
+from x07_sandbox.policy.controls import TABLE, Plan, make_plan
 from x07_sandbox.policy.decode import decode_policy
 from x07_sandbox.policy.default import default_policy, render_policy
 from x07_sandbox.policy.denials import HowToAllow
 from x07_sandbox.policy.features import VM_CAPABILITIES, Features
+from x07_sandbox.policy.guest import confinement
 from x07_sandbox.policy.model import Policy
 from x07_sandbox.policy.schema import fields
 

@@ -9,10 +9,9 @@ from tests.unit.test_refused_lines import result
 from x07_sandbox.cli.denials_text import denial_lines
 from x07_sandbox.policy.default import default_policy
 from x07_sandbox.policy.denials import GuestMount, HowToAllow
-from x07_sandbox.policy.guest_paths import WORK
-from x07_sandbox.policy.hints import hints
+from x07_sandbox.policy.guest import WORK
+from x07_sandbox.policy.hints import ImageInUse, hints
 from x07_sandbox.policy.model import HostPorts
-from x07_sandbox.policy.packages import ImageInUse
 
 START = "/opt/x07"
 POLICY = default_policy()

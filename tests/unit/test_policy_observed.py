@@ -13,10 +13,9 @@ from x07_sandbox.policy.changes import flag_reach
 from x07_sandbox.policy.decode import decode_policy
 from x07_sandbox.policy.default import default_policy
 from x07_sandbox.policy.denials import GuestMount, Hint, HowToAllow
-from x07_sandbox.policy.hints import LocalModules, hints
+from x07_sandbox.policy.hints import Adding, LocalModules, hints
 from x07_sandbox.policy.model import Policy
 from x07_sandbox.policy.observed import denials, limit_hit, more_tasks, too_much_output
-from x07_sandbox.policy.packages import Adding
 from x07_sandbox.policy.templates import TEMPLATES
 
 if TYPE_CHECKING:

@@ -9,9 +9,8 @@ from msgspec.structs import replace
 
 from x07_sandbox.cli.denials_text import denial_lines, for_flags, say_denials
 from x07_sandbox.cli.os_runner import OPTIONS
-from x07_sandbox.network.summary import Contact, NetworkUse
-from x07_sandbox.policy.denials import Denial, Hint, HowToAllow, Outcome
-from x07_sandbox.policy.packages import Adding
+from x07_sandbox.policy.denials import Contact, Denial, Hint, HowToAllow, NetworkUse, Outcome
+from x07_sandbox.policy.hints import Adding
 from x07_sandbox.sessions.result import EMPTY_OUTPUT, Digests, Result
 
 DEFAULT = "built-in:default"

@@ -18,8 +18,7 @@ from hypothesis import strategies as st
 from tests.browser import missing, running
 from tests.command import x07
 from x07_sandbox import Ended
-from x07_sandbox.network.summary import Contact, NetworkUse
-from x07_sandbox.policy.denials import Denial, Hint, HowToAllow
+from x07_sandbox.policy.denials import Contact, Denial, Hint, HowToAllow, NetworkUse
 from x07_sandbox.policy.model import Limits
 from x07_sandbox.reports.html import PATCH_MAX, fragment, page, visible
 from x07_sandbox.sessions.result import (

@@ -38,7 +38,7 @@ from x07_sandbox.host.waiting import Cancel, Notice
 from x07_sandbox.policy.changes import Overrides
 from x07_sandbox.policy.default import default_policy, render_policy
 from x07_sandbox.policy.denials import HowToAllow
-from x07_sandbox.policy.guest_paths import OUT
+from x07_sandbox.policy.guest import OUT
 from x07_sandbox.sessions.folder import RunFolder
 from x07_sandbox.sessions.host_files import HostFiles
 from x07_sandbox.sessions.patches import patch_chunks

@@ -13,8 +13,8 @@ from x07_sandbox.host import settings
 from x07_sandbox.host.user_settings import scale_when_emulated
 from x07_sandbox.policy.controls import run_limits
 from x07_sandbox.policy.default import default_policy
+from x07_sandbox.policy.guest import build_limits
 from x07_sandbox.policy.outcomes import Evidence, Stage, build_verdict, classify
-from x07_sandbox.policy.sizes import build_limits
 from x07_sandbox.sessions.scaling import _WORK, _printed, scaled_limits
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from x07_sandbox.errors import RefusedError, UsageError
 from x07_sandbox.host.arch import ARCHES
 from x07_sandbox.host.waiting import Cancel
-from x07_sandbox.policy.packages import ImageInUse
+from x07_sandbox.policy.hints import ImageInUse
 from x07_sandbox.programs.project import FILE, SCHEMA, decode_manifest, sandbox_manifest
 from x07_sandbox.programs.toolchains import (
     ARTIFACT,

@@ -32,7 +32,7 @@ from x07_sandbox.images.verify import open_image
 from x07_sandbox.jail.bwrap import SETPRIV
 from x07_sandbox.jail.criu import CRIU
 from x07_sandbox.policy.default import default_policy
-from x07_sandbox.policy.sizes import ram_class_bytes
+from x07_sandbox.policy.guest import ram_class_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

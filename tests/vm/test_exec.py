@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from tests.command import x07 as command
 from tests.vm.conftest import left_behind
 from x07_sandbox import Pool, exec_command, exec_command_async, load_policy, run_program, run_program_async
-from x07_sandbox.policy.guest_paths import WORK
+from x07_sandbox.policy.guest import WORK
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -33,10 +33,9 @@ host.variables host.verdicts host.waiting
 images.guestcode images.manifest images.scratch images.store images.verify
 jail.bwrap jail.cgroups jail.criu jail.forms jail.seccomp jail.uids
 library.requests library.upkeep
-network.summary
 options
-policy.confinement policy.control_table policy.controls policy.decode policy.default policy.denials policy.features
-policy.model policy.outcomes policy.problems policy.reasons policy.sizes
+policy.controls policy.decode policy.default policy.denials policy.features policy.guest policy.model policy.outcomes
+policy.problems
 programs.artifacts programs.toolchains
 records.admission records.record records.runs
 sessions.artifact sessions.denials sessions.execution sessions.folder sessions.job sessions.prepare sessions.program

@@ -28,7 +28,7 @@ from x07_sandbox.host.paths import cache_folder
 from x07_sandbox.host.processes import Identity, wait_gone
 from x07_sandbox.host.verdicts import forget, stored_in
 from x07_sandbox.library.images import prepare_image
-from x07_sandbox.policy.sizes import RAM_CLASSES
+from x07_sandbox.policy.guest import RAM_CLASSES
 from x07_sandbox.sessions import saving
 
 if TYPE_CHECKING:

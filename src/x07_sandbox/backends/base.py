@@ -18,7 +18,7 @@ from x07_sandbox.host.processes import Identity
 from x07_sandbox.host.waiting import Caller, Cancel
 from x07_sandbox.images.verify import OpenImage
 from x07_sandbox.policy.features import Features
-from x07_sandbox.policy.sizes import used_ram_bytes
+from x07_sandbox.policy.guest import used_ram_bytes
 from x07_sandbox.records.record import Claim, JobRecord
 
 # Booted, cloned from a saved machine, restored from a saved process of such a clone, or taken from a pool.

@@ -21,9 +21,9 @@ from x07_sandbox.host.paths import settings_file
 from x07_sandbox.network import rules
 from x07_sandbox.network.names import pattern_text
 from x07_sandbox.network.settings import read_settings
-from x07_sandbox.policy.confinement import confinement
 from x07_sandbox.policy.controls import make_plan
 from x07_sandbox.policy.default import policy_digest
+from x07_sandbox.policy.guest import confinement
 from x07_sandbox.policy.model import Policy, leaf_values
 from x07_sandbox.policy.problems import PolicyError
 from x07_sandbox.policy.schema import render_schema

@@ -44,8 +44,8 @@ from x07_sandbox.host.waiting import Caller, Cancel
 from x07_sandbox.images.store import find_image
 from x07_sandbox.policy.denials import CONNECTS
 from x07_sandbox.policy.features import Isolation
+from x07_sandbox.policy.guest import RAM_CLASSES
 from x07_sandbox.policy.model import HostPorts
-from x07_sandbox.policy.sizes import RAM_CLASSES
 from x07_sandbox.records.record import Claim, new_run_id
 
 if TYPE_CHECKING:

@@ -28,7 +28,7 @@ from x07_sandbox.files.roots import Mount, Tree
 from x07_sandbox.host import beneath, settings
 from x07_sandbox.host.paths import closing_fd
 from x07_sandbox.options import flag_for_file, size_text
-from x07_sandbox.policy.guest_paths import is_below
+from x07_sandbox.policy.guest import is_below
 from x07_sandbox.policy.model import FILE_BYTES, Policy
 
 # x07's own limits, used if the policy has 0, as FILE_BYTES is.

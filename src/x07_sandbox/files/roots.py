@@ -10,7 +10,7 @@ import msgspec
 from x07_sandbox.errors import Flag, UsageError
 from x07_sandbox.host.paths import collapse_leading_slashes
 from x07_sandbox.options import BY_FLAG, GRANTS
-from x07_sandbox.policy.guest_paths import guest_path, is_below
+from x07_sandbox.policy.guest import guest_path, is_below
 from x07_sandbox.policy.model import Policy
 
 

@@ -16,7 +16,7 @@ import msgspec
 from x07_sandbox.errors import RefusedError, SandboxError, UsageError, escaped
 from x07_sandbox.integrations.mcp_calls import ERRORS_MAX, OUTPUT_MAX, CallError, marked, shown
 from x07_sandbox.library.processes import Kept
-from x07_sandbox.policy.reasons import REASONS
+from x07_sandbox.policy.outcomes import REASONS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator, Sequence

@@ -11,7 +11,7 @@ from x07_sandbox.host.waiting import Caller, Cancel
 from x07_sandbox.images.store import Image
 from x07_sandbox.images.verify import open_image
 from x07_sandbox.policy.default import default_policy
-from x07_sandbox.policy.sizes import ram_class_bytes
+from x07_sandbox.policy.guest import ram_class_bytes
 from x07_sandbox.sessions.warm_up import warm_up
 
 
@@ -19,7 +19,7 @@ def prepare_clones(image: Image, progress: Callable[[str], None], *, for_pools: 
     """Save the VMs for builds and ordinary runs, if the default backend can clone VMs. Raises SandboxError.
 
     These are three kinds of VM, of the sizes that builds and the default limits need. A run with more memory than such
-    a VM has (policy/sizes) is of another kind, which is saved in the background once there is such a run
+    a VM has (policy/guest) is of another kind, which is saved in the background once there is such a run
     (sessions/saving). Saved processes are also made again every 12 hours, after a reboot or an update of criu or a
     library, and for each user and set of resource limits (`hot_template`).
     for_pools: save only the kind that pools keep ready. A failure is then no error, since pools boot VMs instead.

@@ -14,7 +14,7 @@ from x07_sandbox.channel import egress
 from x07_sandbox.channel.streams import Streams
 from x07_sandbox.network.first_bytes import Inspector
 from x07_sandbox.network.protocols import InspectionError
-from x07_sandbox.network.summary import Contact
+from x07_sandbox.policy.denials import Contact
 
 _LINGER: Final = struct.pack("ii", 1, 0)
 # Shared: asyncio delivers its content before it requests the buffer again.

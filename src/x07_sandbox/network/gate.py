@@ -21,7 +21,7 @@ from x07_sandbox.network.ledger import Ledger
 from x07_sandbox.network.names import parse_guest_host
 from x07_sandbox.network.protocols import InspectionError
 from x07_sandbox.network.rules import Allowlist, Decision, Request, Transport, decide, denied_name
-from x07_sandbox.network.summary import Contact
+from x07_sandbox.policy.denials import Contact
 
 WAITING_MAX: Final = 256  # requests that wait until the limits of connections allow them
 NAMES_MAX: Final = 1024

@@ -25,10 +25,9 @@ import msgspec
 from x07_sandbox.jail.own_limits import confine
 from x07_sandbox.network.dialler import Dialler, ResolverClient, bind_reveals_own
 from x07_sandbox.network.gate import Gate, mode_of
-from x07_sandbox.network.ledger import Ledger
+from x07_sandbox.network.ledger import ACCOUNT, Ledger
 from x07_sandbox.network.rules import Allowlist, make_allowlist
 from x07_sandbox.network.settings import settings_from_json
-from x07_sandbox.network.summary import ACCOUNT
 from x07_sandbox.policy.decode import decode_policy
 
 READY: Final = "ready"

@@ -23,9 +23,10 @@ from x07_sandbox.host.os_errors import raised_as
 from x07_sandbox.host.processes import Launch, launch
 from x07_sandbox.host.waiting import wait_readable
 from x07_sandbox.jail.uids import lease_uid
+from x07_sandbox.network.ledger import ACCOUNT
 from x07_sandbox.network.rules import DeniedHosts, NetSettings
 from x07_sandbox.network.settings import settings_to_json
-from x07_sandbox.network.summary import ACCOUNT, NetworkUse
+from x07_sandbox.policy.denials import NetworkUse
 
 READY_S: Final = 20.0
 _END_S: Final = 5.0

@@ -1,7 +1,7 @@
 """Hints on what a failed program lacked, derived from the end of its output.
 
 A missing file, package or variable is not a denial, because most programs probe for many. The text is hostile, so no
-host file or program is looked up by a name from it.
+host file or program is looked up by a name from it. Tables name the Debian packages of well-known programs and modules.
 """
 
 from __future__ import annotations
@@ -12,18 +12,9 @@ import re
 from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from x07_sandbox.policy.connections import connection_hints
 from x07_sandbox.policy.denials import GuestMount, Hint, HowToAllow
-from x07_sandbox.policy.guest_paths import PROGRAM, guest_path, is_below
+from x07_sandbox.policy.guest import PROGRAM, guest_path, is_below
 from x07_sandbox.policy.observed import advise, advise_loading, advise_root
-from x07_sandbox.policy.packages import (
-    DEFAULT_IMAGE,
-    Adding,
-    ImageInUse,
-    is_known_program,
-    package_of_module,
-    package_of_program,
-)
 
 if TYPE_CHECKING:
     from x07_sandbox.policy.model import Policy
@@ -76,6 +67,51 @@ _VARIABLES: Final = tuple(
         r"^[^:\n]{1,255}: \d+: ([A-Za-z_]\w{0,99}): parameter not set(?: or null)?$",
     )
 )
+
+
+_IMAGE_NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+
+
+class Adding(NamedTuple):
+    """A command that adds something, and a flag for the next run; "" if that needs none."""
+
+    command: str
+    next_flag: str = ""
+
+    @property
+    def text(self) -> str:
+        """Both in one phrase."""
+        return f"{self.next_flag}, after {self.command}" if self.next_flag else self.command
+
+    @property
+    def how(self) -> HowToAllow:
+        """Both as advice."""
+        next_flag = self.next_flag or None
+        return HowToAllow(json_path=None, value=None, flag=self.text, command=self.command, next_flag=next_flag)
+
+
+class ImageInUse(NamedTuple):
+    """The image of a run, to which a package may be added. name: as the user wrote it. Lists: see images/manifest."""
+
+    name: str = "default"
+    include: tuple[str, ...] = ()
+    pip: tuple[str, ...] = ()
+    preload: tuple[str, ...] = ()
+    on_host: bool = False  # the backend uses the host's programs instead of an image
+
+    def adding(self, flag: str, packages: Sequence[str]) -> Adding:
+        """Return what adds *packages*: a command and, for an image without a name, a flag for the next run."""
+        if self.on_host:
+            return Adding(f"{'apt-get' if flag == '--include' else 'pip'} install {' '.join(packages)}")
+        lists = {"--include": self.include, "--pip": self.pip, "--preload": self.preload}
+        lists[flag] = (*lists[flag], *packages)
+        if _IMAGE_NAME.fullmatch(self.name):  # the image keeps the lists that are not given
+            return Adding(f"x07 image build --name {self.name} {flag} {','.join(lists[flag])}")
+        words = " ".join(f"{name} {','.join(values)}" for name, values in lists.items() if values)
+        return Adding(f"x07 image build --name mine {words}", "--image mine")
+
+
+DEFAULT_IMAGE: Final = ImageInUse()
 
 
 class LocalModules(NamedTuple):
@@ -200,3 +236,148 @@ def _module(name: str, local: LocalModules | None, image: ImageInUse) -> Hint:
     if local is not None and name in local.modules:
         how = local.adding.how
     return Hint(subject=f"the Python module {name}", how=how)
+
+
+# connections that a program without network tried
+
+_HOST: Final = r"(?P<host>[A-Za-z0-9][A-Za-z0-9.-]{0,252})"
+_PORT: Final = r"(?P<port>\d{1,5})"
+# DNS labels; none of these characters is special to a shell.
+_DOMAIN: Final = re.compile(r"(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.)+[A-Za-z0-9]{1,63}", re.ASCII)
+_LOCAL: Final = re.compile(r"127\.|0\.0\.0\.0|localhost")
+# Messages that name the host: urllib3; curl, git and ssh; curl; wget; Node; Node; Go; Go.
+_NAMED: Final = tuple(
+    re.compile(pattern, re.ASCII)
+    for pattern in (
+        rf"HTTPS?Connection(?:Pool)?\(host='{_HOST}', port={_PORT}\)",
+        rf"Could not resolve host(?:name)?:? {_HOST}",
+        rf"Failed to connect to {_HOST} port {_PORT}",
+        rf"unable to resolve host address ['\u2018]{_HOST}",
+        rf"getaddrinfo (?:ENOTFOUND|EAI_AGAIN) {_HOST}",
+        rf"connect (?:ENETUNREACH|EHOSTUNREACH|ECONNREFUSED) {_HOST}:{_PORT}",
+        rf"dial tcp: lookup {_HOST}",
+        rf"dial tcp {_HOST}:{_PORT}: connect: (?:network is unreachable|connection refused)",
+    )
+)
+# Messages without a host: the resolvers of C, Python and Rust; the kernel.
+_FAILED: Final = re.compile(
+    r"Temporary failure in name resolution|Name or service not known|No address associated with hostname"
+    r"|failed to lookup address information|[Nn]etwork is unreachable|[Cc]ould not resolve host|Connection refused",
+    re.ASCII,
+)
+# Text near such a message that may name the host, as in a traceback: a URL, or a (host, port) pair.
+_NEARBY: Final = tuple(
+    re.compile(pattern, re.ASCII)
+    for pattern in (
+        rf"(?P<scheme>https?)://{_HOST}(?::{_PORT})?",
+        rf"\(\s{{0,3}}['\"]{_HOST}['\"],\s{{0,3}}{_PORT}\s{{0,3}}\)",
+    )
+)
+_URLS: Final = re.compile(rf"(?P<scheme>https?|ssh)://{_HOST}(?::{_PORT})?", re.ASCII)
+_PORTS: Final = {"http": 80, "https": 443, "ssh": 22}
+_PORT_MAX: Final = 65_535
+_MOST_HOSTS: Final = 2
+
+
+def connection_hints(text: str, policy: Policy) -> Iterator[Hint]:
+    """Yield hints on at most two unreachable hosts, or one hint without a host if the text contains none."""
+    if policy.may_connect:  # the gate reports each denied connection
+        return
+    failed = _FAILED.search(text)
+    found = dict.fromkeys(itertools.islice(hosts_in(text, nearby=failed is not None), _MOST_HOSTS))
+    for host, port in found:
+        yield _connection(f"the connection to {host}:{port}", f"{host}:{port}", policy)
+    if not found and failed is not None and failed[0] != "Connection refused":  # refused by this machine itself
+        yield _connection("a connection", "HOST:PORT", policy)
+
+
+def _connection(subject: str, host: str, policy: Policy) -> Hint:
+    how = HowToAllow(json_path=None, value=None, flag=f"--allow-host {host}")
+    if not policy.net.enabled:
+        how = advise(policy, "net.enabled", value=True) or how
+    return Hint(subject=subject, kind="network", how=how)
+
+
+def hosts_in(text: str, *, nearby: bool) -> Iterator[tuple[str, int]]:
+    """Yield hosts and ports that are safe to paste. nearby: whether to search more than failure messages."""
+    ports = {match["host"].lower(): _port(match) for match in _URLS.finditer(text)}
+    for pattern in (*_NAMED, *(_NEARBY if nearby else ())):
+        for match in pattern.finditer(text):
+            host = match["host"].rstrip(".").lower()
+            port = _port(match, ports.get(host) or 443)
+            if _DOMAIN.fullmatch(host) and not _LOCAL.match(host) and port:
+                yield host, port
+
+
+def _port(match: re.Match[str], otherwise: int = 443) -> int:
+    """Return the port in the match, else the scheme's port, else *otherwise*. Return 0 for an invalid port."""
+    parts = match.groupdict()
+    if parts.get("port"):
+        number = int(parts["port"])
+        return number if number <= _PORT_MAX else 0
+    return _PORTS.get(parts.get("scheme") or "", otherwise)
+
+
+# packages
+
+# Well-known programs: a missing file of such a name means the program. Packages have the same names.
+_SAME_NAME: Final = (
+    *("cargo", "cmake", "curl", "ffmpeg", "fish", "g++", "gawk", "gcc", "git", "jq", "less", "lua5.4", "make", "npm"),
+    *("perl", "ruby", "rustc", "sqlite3", "unzip", "vim", "wget", "zip", "zsh"),
+)
+_PROGRAMS: Final = dict(zip(_SAME_NAME, _SAME_NAME, strict=True)) | {
+    "Rscript": "r-base-core",
+    "cc": "gcc",
+    "convert": "imagemagick",
+    "go": "golang-go",
+    "java": "default-jre-headless",
+    "javac": "default-jdk-headless",
+    "lua": "lua5.4",
+    "node": "nodejs",
+    "npx": "npm",
+    "php": "php-cli",
+    "pkg-config": "pkg-config",
+    "psql": "postgresql-client",
+    "pytest": "python3-pytest",
+    "rg": "ripgrep",
+    "ssh": "openssh-client",
+    "tclsh": "tcl",
+    "tsc": "node-typescript",
+    "xz": "xz-utils",
+}
+_PIP: Final = frozenset({"pip", "pip3"})
+# Modules whose package has another name than python3-NAME.
+_MODULES: Final = {"cv2": "opencv", "dns": "dnspython", "tkinter": "tk"}
+# Modules whose package is python3-NAME, in lower case and with '-' for '_'.
+_PLAIN_MODULES: Final = frozenset(
+    {
+        *("PIL", "aiohttp", "attr", "babel", "bs4", "click", "colorama", "cryptography", "dateutil", "django"),
+        *("docutils", "fastapi", "flask", "h5py", "httpx", "hypothesis", "jinja2", "jsonschema", "lxml", "mako"),
+        *("markdown", "markupsafe", "matplotlib", "mpmath", "msgpack", "networkx", "nltk", "numba", "numpy"),
+        *("openpyxl", "packaging", "pandas", "pexpect", "pkg_resources", "psutil", "psycopg2", "pydantic", "pygments"),
+        *("pymysql", "pyparsing", "pytest", "redis", "regex", "requests", "rich", "scipy", "seaborn", "serial"),
+        *("setuptools", "simplejson", "six", "skimage", "sklearn", "sqlalchemy", "statsmodels", "sympy", "tabulate"),
+        *("toml", "tornado", "tqdm", "typing_extensions", "ujson", "urllib3", "websockets", "wheel", "xarray"),
+        *("yaml", "zmq"),
+    }
+)
+
+
+def is_known_program(name: str) -> bool:
+    """Return whether a missing file of this name is a program rather than a user's file."""
+    return name in _PROGRAMS or name in _PIP
+
+
+def package_of_program(name: str) -> tuple[str, str]:
+    """Return the `x07 image build` flag and the package for a program, or a placeholder for an unknown package."""
+    return ("--pip", "PACKAGE") if name in _PIP else ("--include", _PROGRAMS.get(name, "PACKAGE"))
+
+
+def package_of_module(name: str) -> tuple[str, str]:
+    """Return the `x07 image build` flag and the package for a Python module, or a placeholder for an unknown package.
+
+    A PyPI package of the module's name may be anybody's, and the name comes from the program's output.
+    """
+    if name in _MODULES or name in _PLAIN_MODULES:
+        return "--include", f"python3-{_MODULES.get(name, name.lower().replace('_', '-'))}"
+    return "--pip", "PACKAGE"

@@ -14,9 +14,8 @@ import msgspec
 from x07_sandbox.channel.messages import Denied
 from x07_sandbox.host.decoding import prepared
 from x07_sandbox.policy.changes import NAMES, FlagReach
-from x07_sandbox.policy.confinement import confinement
 from x07_sandbox.policy.denials import STARTS, Denial, GuestMount, HowToAllow
-from x07_sandbox.policy.guest_paths import OUT, WRITABLE, guest_path, is_below
+from x07_sandbox.policy.guest import OUT, WRITABLE, confinement, guest_path, is_below
 from x07_sandbox.policy.model import Policy
 from x07_sandbox.policy.problems import rule_problems
 from x07_sandbox.policy.schema import largest

@@ -13,7 +13,7 @@ import msgspec
 from x07_sandbox.errors import Command, Flag, RefusedError, UsageError
 
 if TYPE_CHECKING:
-    from x07_sandbox.policy.packages import ImageInUse
+    from x07_sandbox.policy.hints import ImageInUse
 
 
 class BuildExtras(msgspec.Struct, frozen=True, kw_only=True):

@@ -20,10 +20,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from x07_sandbox.channel.messages import Exec
-    from x07_sandbox.network.summary import NetworkUse
-    from x07_sandbox.policy.hints import LocalModules
+    from x07_sandbox.policy.denials import NetworkUse
+    from x07_sandbox.policy.hints import ImageInUse, LocalModules
     from x07_sandbox.policy.outcomes import Verdict
-    from x07_sandbox.policy.packages import ImageInUse
     from x07_sandbox.sessions.execution import Facts
     from x07_sandbox.sessions.prepare import Prepared
     from x07_sandbox.sessions.request import Program
@@ -115,7 +114,7 @@ def _without_command(ending: Verdict, exec_errno: int, prepared: Prepared, order
         return replace(ending, code="command-not-on-host", params={"name": name})
     if "/" in name or prepared.image.manifest.program is not None:
         return replace(ending, code="command-not-in-vm", params={"name": name})
-    from x07_sandbox.policy.packages import package_of_program
+    from x07_sandbox.policy.hints import package_of_program
 
     flag, package = package_of_program(name)
     add = "To add a Python package" if flag == "--pip" else "To add the Debian package that has it"
@@ -156,8 +155,7 @@ def _beside(prepared: Prepared) -> LocalModules | None:
         return None
     import shlex
 
-    from x07_sandbox.policy.hints import LocalModules
-    from x07_sandbox.policy.packages import Adding
+    from x07_sandbox.policy.hints import Adding, LocalModules
     from x07_sandbox.programs.project import FILE
 
     folder, name = path.parent, path.name

@@ -27,9 +27,8 @@ from x07_sandbox.network.rules import (
     split_port,
 )
 from x07_sandbox.network.settings import LIMITS, read_settings
-from x07_sandbox.network.summary import Contact, NetworkUse
-from x07_sandbox.policy.connections import hosts_in
-from x07_sandbox.policy.denials import Denial, HowToAllow
+from x07_sandbox.policy.denials import Contact, Denial, HowToAllow, NetworkUse
+from x07_sandbox.policy.hints import hosts_in
 from x07_sandbox.policy.observed import NETWORK
 from x07_sandbox.records.runs import NET_LOG
 

@@ -47,7 +47,7 @@ from x07_sandbox.host.paths import (
 from x07_sandbox.host.waiting import Notice
 from x07_sandbox.options import flag_for_file
 from x07_sandbox.policy.denials import Denial, GuestMount
-from x07_sandbox.policy.guest_paths import OUT, PROGRAM, WORK
+from x07_sandbox.policy.guest import OUT, PROGRAM, WORK
 from x07_sandbox.programs.toolchains import PROJECT_FOLDER
 from x07_sandbox.records.record import state_home
 from x07_sandbox.records.runs import runs_dir

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from x07_sandbox.host.waiting import Cancel
     from x07_sandbox.network.processes import GateProcess
-    from x07_sandbox.network.summary import NetworkUse
+    from x07_sandbox.policy.denials import NetworkUse
     from x07_sandbox.policy.outcomes import Evidence, Verdict
     from x07_sandbox.sessions.execution import Facts
     from x07_sandbox.sessions.folder import RunFolder

@@ -40,7 +40,7 @@ from x07_sandbox.sessions.result import ControlReport, Draft
 from x07_sandbox.sessions.transfers import memory_file
 
 if TYPE_CHECKING:
-    from x07_sandbox.policy.packages import ImageInUse
+    from x07_sandbox.policy.hints import ImageInUse
     from x07_sandbox.sessions.egress import Egress
 else:
     Egress = object  # msgspec reads annotations; its module is loaded where it is needed
@@ -272,7 +272,7 @@ def _image(request: RunRequest, backend: Backend, stack: contextlib.ExitStack, *
 
 def image_in_use(image: OpenImage | None, name: str) -> ImageInUse:
     """Return the image of a run, called *name* by the user, for advice on what it lacks."""
-    from x07_sandbox.policy.packages import ImageInUse  # most runs need no advice
+    from x07_sandbox.policy.hints import ImageInUse  # most runs need no advice
 
     if image is None:
         return ImageInUse(on_host=True)

@@ -10,7 +10,7 @@ from x07_sandbox.channel.trees import Entry, Kind, segment
 from x07_sandbox.files.changes import parent_folders
 from x07_sandbox.files.incoming import Incoming
 from x07_sandbox.files.pack import pack_files
-from x07_sandbox.policy.guest_paths import PROGRAM
+from x07_sandbox.policy.guest import PROGRAM
 from x07_sandbox.sessions.transfers import InFile, memory_file
 
 FILES_MAX: Final = 10_000

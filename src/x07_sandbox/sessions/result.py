@@ -9,8 +9,7 @@ from typing import Any, Final, Literal
 import msgspec
 from msgspec.structs import replace
 
-from x07_sandbox.network.summary import NetworkUse
-from x07_sandbox.policy.denials import Denial, Hint, Outcome
+from x07_sandbox.policy.denials import Denial, Hint, NetworkUse, Outcome
 from x07_sandbox.policy.features import Isolation
 from x07_sandbox.policy.model import Limits
 

@@ -27,8 +27,7 @@ from x07_sandbox.errors import Cancelled, Flag, SandboxError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.paths import open_private_file, replace_file
 from x07_sandbox.host.waiting import Notice, unix_ms
-from x07_sandbox.network.summary import NetworkUse
-from x07_sandbox.policy.denials import CONNECTS
+from x07_sandbox.policy.denials import CONNECTS, NetworkUse
 from x07_sandbox.policy.outcomes import Verdict, cancelled_verdict, classify, limit_set_by, verdict
 from x07_sandbox.records.admission import SANDBOXES
 from x07_sandbox.records.record import new_run_id

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from x07_sandbox.errors import Command, HostError, SandboxError, UsageError, escaped
 from x07_sandbox.host.locks import OnWait, is_locked, lock_fd_held, lock_for_removal
 from x07_sandbox.host.paths import private_dir, read_bounded, state_dir
-from x07_sandbox.policy.guest_paths import is_below
+from x07_sandbox.policy.guest import is_below
 from x07_sandbox.records.runs import APPLYING, RUN_NAME, all_runs, find_run, runs_dir, runs_with
 from x07_sandbox.sessions.result import ChangedName, Changes, ChangesState
 

@@ -15,11 +15,18 @@ from x07_sandbox.backends.base import Job, MachineKind, Needs, RootPlace
 from x07_sandbox.channel.messages import CommandLimits, Exec, InputFile, Left, Mount, Network, Open, Room
 from x07_sandbox.errors import RefusedError
 from x07_sandbox.host import settings
-from x07_sandbox.policy.confinement import UNCONFINED, Confinement, confinement
 from x07_sandbox.policy.default import program_environment
 from x07_sandbox.policy.denials import GuestMount
+from x07_sandbox.policy.guest import (
+    UNCONFINED,
+    Confinement,
+    build_limits,
+    command_limits,
+    confinement,
+    ram_class_bytes,
+    tmp_bytes,
+)
 from x07_sandbox.policy.model import Policy
-from x07_sandbox.policy.sizes import build_limits, command_limits, ram_class_bytes, tmp_bytes
 from x07_sandbox.programs.toolchains import (
     ARTIFACT,
     PROGRAM_FOLDER,
@@ -213,7 +220,7 @@ def run_spec(
     if image is not None and image.workdir and not (project or request.files):
         cwd = image.workdir
     if request.workdir is not None:
-        from x07_sandbox.policy.guest_paths import WORK  # imported only for runs with files
+        from x07_sandbox.policy.guest import WORK  # imported only for runs with files
 
         cwd = WORK
     left, left_files = _left(prepared, stack)

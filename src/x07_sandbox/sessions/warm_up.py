@@ -14,11 +14,10 @@ from x07_sandbox.backends.handshake import greet
 from x07_sandbox.channel.messages import Exec, Left
 from x07_sandbox.errors import BackendError
 from x07_sandbox.host import settings
-from x07_sandbox.policy.confinement import UNCONFINED, confinement
 from x07_sandbox.policy.controls import run_limits
 from x07_sandbox.policy.default import default_policy
+from x07_sandbox.policy.guest import UNCONFINED, build_limits, command_limits, confinement, ram_class_bytes
 from x07_sandbox.policy.outcomes import classify
-from x07_sandbox.policy.sizes import build_limits, command_limits, ram_class_bytes
 from x07_sandbox.programs.toolchains import ARTIFACT
 from x07_sandbox.sessions.execution import FILES
 from x07_sandbox.sessions.request import in_memory

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from x07_sandbox.errors import Command, Flag, RefusedError, Text, UsageError, escaped
 from x07_sandbox.files.roots import Root
 from x07_sandbox.host.paths import cache_dir, collapse_leading_slashes, is_folder, real_path, state_dir
-from x07_sandbox.policy.guest_paths import WORK
+from x07_sandbox.policy.guest import WORK
 
 if TYPE_CHECKING:
     from x07_sandbox.policy.model import Policy

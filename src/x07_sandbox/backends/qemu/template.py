@@ -57,7 +57,7 @@ from x07_sandbox.images.verify import (
 )
 from x07_sandbox.policy.controls import run_limits
 from x07_sandbox.policy.default import canonical_json, default_policy
-from x07_sandbox.policy.sizes import build_limits, command_limits, tmp_bytes
+from x07_sandbox.policy.guest import build_limits, command_limits, tmp_bytes
 
 SCHEMA: Final = "x07.sandbox.template@0.3.0"
 MANIFEST: Final = "template.json"

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from x07_sandbox.policy import sizes
-from x07_sandbox.policy.sizes import RAM_CLASSES, ram_class_bytes, used_ram_bytes
+from x07_sandbox.policy import guest
+from x07_sandbox.policy.guest import RAM_CLASSES, ram_class_bytes, used_ram_bytes
 
 MIB = 1 << 20
 LARGEST = 17_179_869_184  # that a policy may ask for
@@ -34,7 +34,7 @@ def test_sizes_by_example(mem_bytes: int, ram_mib: int) -> None:
 def test_the_documented_table_is_true() -> None:
     """The documented memory limits are the largest that fit."""
     named = [
-        int(number) for number in re.findall(r"^\| \d+ [MG]iB \| (\d+) MiB \|$", sizes.__doc__ or "", re.MULTILINE)
+        int(number) for number in re.findall(r"^\| \d+ [MG]iB \| (\d+) MiB \|$", guest.__doc__ or "", re.MULTILINE)
     ]
     assert len(named) == len(RAM_CLASSES) - 1
     for mebibytes, ram in zip(named, RAM_CLASSES, strict=False):
