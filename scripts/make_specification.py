@@ -116,7 +116,7 @@ PAGES = (
         "Compilers read hostile input, so they run in a VM of their own without network. One file with a recorded "
         "digest goes on to the VM of the run.",
         (
-            *("unit/artifacts", "unit/files_pack", "unit/guest_unpack", "unit/toolchains", "vm/python_program"),
+            *("unit/artifacts", "unit/files_pack", "unit/guest_trees", "unit/toolchains", "vm/python_program"),
             *("vm/script_languages", "vm/toolchains", "vm/x07_programs"),
         ),
     ),

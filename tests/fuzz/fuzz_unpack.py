@@ -1,75 +1,88 @@
-"""Fuzz target: unpacking an archive.
+"""Fuzz target: unpacking a tree.
 
-An input is the archive. Invariants:
+The first byte says where the rest is unpacked: as a program's files in the guest, or as a folder on the host, and how
+it is cut. Invariants:
 
-* it is unpacked, or ArchiveError or one of a few OSErrors says why not;
+* it is unpacked, or our error or one of a few OSErrors says why not;
 * nothing outside the target folder is created or changed, whatever the names are;
-* inside are only plain files and folders with one name each, no set-id bits, nothing that others can write;
-* at most the allowed number of bytes is written, and no read asks for more than a megabyte at once.
+* inside are only files with one name each, folders, and on the host links; none has a set-id bit, and of a program's
+  files none can be written by others;
+* at most the allowed number of bytes is written.
 """
 
 from __future__ import annotations
 
 import errno
-import io
 import os
 import stat
 import tempfile
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
+from unittest.mock import patch
 
-from x07_sandbox.guest.unpack import ArchiveError, unpack
+from x07_sandbox.errors import BackendError, PeerError
+from x07_sandbox.files import unpack as on_host
+from x07_sandbox.guest import trees as in_guest
+from x07_sandbox.guest.errors import JobError
+
+if TYPE_CHECKING:
+    from x07_sandbox.channel.trees import Unpacker
 
 MOST_BYTES: Final = 8 * 1024
-READ_MAX: Final = 1024 * 1024
-# What a name can run into in an empty folder: used twice, below a file, its folder missing, too long.
-EXPECTED: Final = {errno.EEXIST, errno.ENOTDIR, errno.ENOENT, errno.ENAMETOOLONG}
-MODE_MOST: Final = 0o755
+# What a name can run into in an empty folder: used twice, below a file, below a link, its folder missing, too long.
+EXPECTED: Final = {errno.EEXIST, errno.ENOTDIR, errno.ELOOP, errno.ENOENT, errno.ENAMETOOLONG}
 # In memory, where there is a file system for it: the fuzzer makes thousands of folders a second.
 PLACE: Final = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # noqa: S108 - a folder of our own is made in it
+ON_HOST: Final = 0x80  # of the first byte; the rest of it is the size of the pieces
 
 
-class Watched(io.BytesIO):
-    """An archive that refuses large and unbounded reads."""
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        """Read as a file does, but only with a bounded size."""
-        assert size is not None
-        assert 0 <= size <= READ_MAX, f"a read of {size} bytes"
-        return super().read(size)
-
-
-def entries(target: Path) -> list[tuple[Path, os.stat_result]]:
-    """Yield everything below a folder, without following links."""
-    return [(path, path.lstat()) for path in target.rglob("*")]
-
-
-def check_inside(target: Path, count: int | None) -> None:
-    """Check the unpacked entries; count: the number of entries if unpacking succeeded."""
-    found = entries(target)
-    assert count is None or len(found) == count, f"{count} entries, and {len(found)} are there"
+def check_inside(target: Path, *, host: bool) -> None:
+    """Check the unpacked entries."""
+    found = [(path, path.lstat()) for path in target.rglob("*")]
     assert sum(info.st_size for _, info in found if stat.S_ISREG(info.st_mode)) <= MOST_BYTES
     for path, info in found:
-        assert stat.S_ISDIR(info.st_mode) or (stat.S_ISREG(info.st_mode) and info.st_nlink == 1), path
-        assert not stat.S_IMODE(info.st_mode) & ~MODE_MOST, path
+        link = host and stat.S_ISLNK(info.st_mode)
+        assert link or stat.S_ISDIR(info.st_mode) or (stat.S_ISREG(info.st_mode) and info.st_nlink == 1), path
+        assert link or not stat.S_IMODE(info.st_mode) & ~(0o777 if host else 0o755), path
+
+
+def unpack(target: Path, data: bytes, step: int, *, host: bool) -> None:
+    """Unpack a stream to a folder. Raises PeerError, BackendError, JobError, OSError."""
+    unpacker: Unpacker
+    if host:
+        unpacker = on_host.Unpacker(target)
+    else:
+        target.mkdir()
+        unpacker = in_guest.ProgramTree(str(target))
+    try:
+        for at in range(0, len(data), step):
+            unpacker.write(data[at : at + step])
+        if not host:
+            unpacker.finish()
+    finally:
+        unpacker.close()
 
 
 def one_input(data: bytes) -> None:
     """Check one input. Raises AssertionError, or any exception that the code under test must not raise."""
-    with tempfile.TemporaryDirectory(prefix="x07-fuzz-", dir=PLACE) as name:
+    first = data[0] if data else 0
+    host, step = bool(first & ON_HOST), (first & ~ON_HOST) or len(data) or 1
+    with (
+        tempfile.TemporaryDirectory(prefix="x07-fuzz-", dir=PLACE) as name,
+        patch.multiple(in_guest if not host else on_host, BYTES_MAX=MOST_BYTES),
+    ):
         base = Path(name)
         (base / "outside").write_bytes(b"kept")
+        (base / "a" / "b").mkdir(parents=True)
         target = base / "a" / "b" / "target"
-        target.mkdir(parents=True)
-        count = None
         try:
-            count = unpack(Watched(data), str(target), most_bytes=MOST_BYTES)
-        except ArchiveError:
+            unpack(target, data[1:], step, host=host)
+        except (PeerError, BackendError, JobError):
             pass
         except OSError as exc:
             if exc.errno not in EXPECTED:
                 raise
-        check_inside(target, count)
+        check_inside(target, host=host)
         around = sorted(path.relative_to(base).as_posix() for path in base.rglob("*") if target not in path.parents)
         assert around == ["a", "a/b", "a/b/target", "outside"]
         assert (base / "outside").read_bytes() == b"kept"

@@ -24,7 +24,7 @@ from tests.fuzz.fuzz_images import DOCUMENTS, OUTER, SUMMED, TWICE, ZIPPED, arch
 from tests.fuzz.fuzz_observed import POLICIES
 from tests.fuzz.fuzz_ttrpc import failed, field
 from tests.fuzz.fuzz_ttrpc import frame as response
-from tests.fuzz.fuzz_unpack import MOST_BYTES
+from tests.fuzz.fuzz_unpack import MOST_BYTES, ON_HOST
 from tests.vm.programs.lies import EXITED
 from x07_sandbox.channel import egress, streams
 from x07_sandbox.channel.link import WINDOW, Stream
@@ -45,9 +45,8 @@ from x07_sandbox.channel.messages import (
     Warmed,
     encode,
 )
-from x07_sandbox.channel.trees import Entry, segment
+from x07_sandbox.channel.trees import Entry, file_record, segment
 from x07_sandbox.channel.trees import Kind as R
-from x07_sandbox.images import cpio
 from x07_sandbox.policy.default import default_policy, render_policy
 from x07_sandbox.reports.document import render_json
 from x07_sandbox.x07.runner_report import runner_report
@@ -141,25 +140,35 @@ def channel_seeds() -> dict[str, bytes]:
 
 
 def unpack_seeds() -> dict[str, bytes]:
-    """Return archives as the build makes them, and hostile ones."""
-    tree = [cpio.folder("program"), cpio.file("program/main.py", b"print(1)\n"), cpio.file("program/run", b"#!", 0o755)]
-    small = cpio.pack([cpio.file("f", b"12345")])
-    size_at = 54
-    folder = cpio.pack([cpio.folder("d"), cpio.file("f", bytes(MOST_BYTES + 1))])
+    """Return streams as the build makes them, and hostile ones. The first byte says where they are unpacked."""
+    end, host = Entry(R.END, b"").encoded(), bytes([ON_HOST])
+    small, folder = file_record(b"f", b"12345"), Entry(R.FOLDER, b"program", mode=0o755).encoded()
+    main, run = file_record(b"program/main.py", b"print(1)\n"), file_record(b"program/run", b"#!", 0o755)
+    link = Entry(R.LINK, b"l", target=b"/etc").encoded()
+    large = Entry(R.FILE, b"f", mode=0o644, size=MOST_BYTES + 1).encoded()
+    head = Entry(R.FILE, b"f", mode=0o644, size=5).encoded()
+    streams_ = {
+        "empty": end,
+        "tree": folder + main + run + end,
+        "large": file_record(b"zeros", bytes(MOST_BYTES)) + end,
+        "twice": small + small + end,
+        "up": file_record(b"../outside", b"x") + end,
+        "under-a-file": small + file_record(b"f/g", b"x") + end,
+        "link": link + file_record(b"l/passwd", b"x") + end,
+        "link-replaced": Entry(R.LINK, b"f", target=b"../../../outside").encoded() + small + end,
+        "device": Entry(R.UNSUPPORTED, b"null", mode=stat.S_IFCHR | 0o666).encoded() + end,
+        "set-id": file_record(b"s", b"x", 0o6777) + end,
+        "long-name": file_record(b"x" * 256, b"") + end,
+        "hole": large + segment(MOST_BYTES + 1, hole=True) + end,
+        "bomb": Entry(R.FILE, b"f", size=1 << 40).encoded() + segment(1 << 40, hole=True) + end,
+        # Of the format that was used before, where a signed number made room for files over the limit.
+        "found/negative-folder": Entry(R.FOLDER, b"d", mode=0xFFFF).encoded() + large + segment((1 << 63) - 1),
+        "found/negative-file": head + segment((1 << 63) - 1, hole=True) + small,
+    }
+    cut = bytes([7])
     return {
-        "empty": cpio.pack([]),
-        "tree": cpio.pack(tree),
-        "large": cpio.pack([cpio.file("zeros", bytes(MOST_BYTES))]),
-        "twice": small[:-124] + small,
-        "up": cpio.pack([cpio.file("../outside", b"x")]),
-        "under-a-file": cpio.pack([cpio.file("f", b"x"), cpio.file("f/g", b"x")]),
-        "link": cpio.pack([cpio.Entry("l", stat.S_IFLNK | 0o777, b"/etc"), cpio.file("l/passwd", b"x")]),
-        "device": cpio.pack([cpio.Entry("null", stat.S_IFCHR | 0o666)]),
-        "set-id": cpio.pack([cpio.file("s", b"x", 0o6777)]),
-        "long-name": cpio.pack([cpio.file("x" * 256, b"")]),
-        # int() accepted a sign: a folder of -256 MiB made room for files over the limit, and -1 byte read a whole file.
-        "found/negative-folder": folder[:size_at] + b"-FFFFFFF" + folder[size_at + 8 :],
-        "found/negative-file": small[:size_at] + b"-0000001" + small[size_at + 8 :],
+        **{name: cut + data for name, data in streams_.items()},
+        **{f"{name}-host": host + data for name, data in streams_.items() if not name.startswith("found/")},
     }
 
 

@@ -26,7 +26,7 @@ WATCHED: Final = {
     "observed": ["x07_sandbox.policy"],
     "patch": ["x07_sandbox.files.patch"],
     "ttrpc": ["x07_sandbox.backends.firecracker", "x07_sandbox.backends.protobuf"],
-    "unpack": ["x07_sandbox.guest"],
+    "unpack": ["x07_sandbox.channel", "x07_sandbox.files", "x07_sandbox.guest"],
 }
 
 

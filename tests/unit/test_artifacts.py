@@ -14,6 +14,7 @@ import pytest
 
 from x07_sandbox.errors import Cancelled
 from x07_sandbox.host import settings
+from x07_sandbox.programs import artifacts
 from x07_sandbox.programs.artifacts import (
     HEADER_BYTES,
     NOTES_MAX_BYTES,
@@ -49,6 +50,20 @@ def recalled(key: str) -> bytes | None:
             return None
         data = os.pread(found.fd, found.size, HEADER_BYTES)
         return data if hashlib.sha256(data).hexdigest() == found.sha256 else None
+
+
+def test_an_artifact_of_the_last_release_is_built_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An artifact in an earlier format, under its own key or that of today, is not used."""
+    key = artifact_key("image", "python", ["python3"], "source")
+    with monkeypatch.context() as earlier:
+        earlier.setattr(artifacts, "SCHEMA", "x07.sandbox.artifact@0.3.0")
+        old_key = artifact_key("image", "python", ["python3"], "source")
+        keep(old_key)
+        keep(key)
+        assert recalled(old_key) == DATA
+    assert old_key != key
+    assert recalled(key) is None
+    assert recalled(old_key) is None
 
 
 def test_stored_artifact_is_returned(cache: Path) -> None:

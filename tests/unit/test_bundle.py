@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 import jsonschema
 import pytest
+from msgspec.structs import replace
 
 from tests.command import x07
 from x07_sandbox.cli.bundle import publish
@@ -17,6 +18,7 @@ from x07_sandbox.errors import RefusedError
 from x07_sandbox.policy.default import default_policy, render_policy
 from x07_sandbox.programs.toolchains import Source
 from x07_sandbox.reports.schemas import schemas
+from x07_sandbox.sessions.request import sha256_text
 from x07_sandbox.x07.bundle import (
     FACTS,
     FILES,
@@ -110,6 +112,23 @@ def test_a_start_refuses_another_digest_in_the_launcher(tmp_path: Path) -> None:
         (folder_of(launcher) / name).write_bytes(data)
     with pytest.raises(RefusedError, match=FACTS):
         read_bundle(launcher, digest)
+
+
+@pytest.mark.parametrize("toolchain", ["shell", "c"])
+def test_a_bundle_of_the_last_release_is_refused_only_if_its_form_has_changed(tmp_path: Path, toolchain: str) -> None:
+    """A bundled script of the last release is refused with what to do; a bundled executable is the same today."""
+    facts = replace(FACTS_OF_A_PROGRAM, toolchain=toolchain, schema_version="x07.sandbox.bundle@0.1.0")
+    launcher, files = render_bundle(MANIFEST, facts, POLICY, b"070701 and the rest of an archive")
+    publish(tmp_path / "prog", launcher, files, force=False)
+    (digest,) = DIGEST.findall(launcher)
+    if toolchain == "c":
+        assert read_bundle(tmp_path / "prog", digest.decode()).facts == replace(
+            facts, launcher=sha256_text(launcher_text()), files=json.loads(files[FACTS])["files"]
+        )
+        return
+    with pytest.raises(RefusedError, match="older version of x07-sandbox made it") as refused:
+        read_bundle(tmp_path / "prog", digest.decode())
+    assert (refused.value.code, refused.value.fix) == ("bundle-changed", "Make it again with x07 bundle")
 
 
 @pytest.mark.parametrize("name", FILES)

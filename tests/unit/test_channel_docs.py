@@ -137,7 +137,7 @@ RECORD_MEANING: Final = {
     "CommandLimits.core_bytes": "Size of a core file, or -1 for no limit.",
     "InputFile.path": "Where the agent puts the file.",
     "InputFile.mode": "Its permission bits.",
-    "InputFile.kind": "`file`, `archive` or `tree`.",
+    "InputFile.kind": "`file` or `tree`.",
     "InputFile.size": "Number of bytes on the stream.",
     "Mount.tree": "Number of the input file, a tree; null for the private working folder.",
     "Mount.sub": "The part of the tree to mount; empty for all of it.",

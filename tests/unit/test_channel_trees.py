@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from x07_sandbox.channel.trees import NAME_MAX, Entry, Hole, Kind, Piece, Reader, check_name, segment
+from x07_sandbox.channel.trees import NAME_MAX, NO_TIME, Entry, Hole, Kind, Piece, Reader, check_name, segment
 from x07_sandbox.errors import PeerError
 
 PARTS = (
@@ -47,7 +47,7 @@ def encoded(kind: Kind, name: bytes, more: object) -> tuple[bytes, list[object]]
         return data, [*heard, "end"]
     mode = more if isinstance(more, int) else 0
     target = more if isinstance(more, bytes) else b""
-    mtime_ns = -len(name) if kind in {Kind.FOLDER, Kind.LINK} else 0
+    mtime_ns = -len(name) if kind in {Kind.FOLDER, Kind.LINK} else NO_TIME
     entry = Entry(kind, name, mode=mode, mtime_ns=mtime_ns, target=target)
     return entry.encoded(), [(kind, name, mode, mtime_ns, 0, target)]
 
@@ -87,7 +87,7 @@ def test_a_stream_is_read_as_it_was_written_however_it_is_cut(
         data += part
         expected += heard
     data += Entry(Kind.END, b"").encoded()
-    expected.append((Kind.END, b"", 0, 0, 0, b""))
+    expected.append((Kind.END, b"", 0, NO_TIME, 0, b""))
     reader, at, number = Reader(), 0, 0
     found: list[object] = []
     while at < len(data):

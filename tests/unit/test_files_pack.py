@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import io
 import os
 import tempfile
 from pathlib import Path
@@ -14,17 +13,24 @@ from hypothesis import strategies as st
 
 from x07_sandbox.errors import Cancelled, UsageError
 from x07_sandbox.files.pack import ENTRIES_MAX, FILES_MAX, pack_files, pack_tree
-from x07_sandbox.guest.unpack import unpack
+from x07_sandbox.guest.trees import ProgramTree
 from x07_sandbox.host import settings
 from x07_sandbox.host.waiting import Cancel
 
 NAMES = st.text(st.characters(codec="utf-8", categories=("L", "N", "P")), min_size=1, max_size=12)
 
 
-def unpacked(archive: bytes) -> dict[str, bytes]:
-    """The files of an archive as the guest unpacks them."""
+def unpack(tree: bytes, folder: Path) -> None:
+    """Unpack a program's files as the guest does."""
+    unpacker = ProgramTree(str(folder))
+    unpacker.write(tree)
+    unpacker.finish()
+
+
+def unpacked(tree: bytes) -> dict[str, bytes]:
+    """The files of a tree stream as the guest unpacks them."""
     with tempfile.TemporaryDirectory() as folder:
-        unpack(io.BytesIO(archive), folder, most_bytes=1 << 30)
+        unpack(tree, Path(folder))
         root = Path(folder)
         return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
@@ -42,33 +48,31 @@ def test_patterns_select_files(tmp_path: Path) -> None:
     tree(tmp_path, "Makefile", "src/a.c", "src/deep/b.c", "src/.secret", ".env", ".git/config", "other.txt")
     packed = pack_tree(tmp_path, ["Makefile", "src/**", "src/a.c"])
     assert sorted(packed.files) == ["Makefile", "src/a.c", "src/deep/b.c"]
-    assert unpacked(packed.archive) == packed.files
+    assert unpacked(packed.tree) == packed.files
     assert sorted(pack_tree(tmp_path, ["**"]).files) == ["Makefile", "other.txt", "src/a.c", "src/deep/b.c"]
     assert list(pack_tree(tmp_path, [".env"]).files) == [".env"]
 
 
-def test_the_same_tree_is_the_same_archive(tmp_path: Path) -> None:
-    """The same files give the same archive, whatever their order, times and owners."""
+def test_the_same_files_are_the_same_stream(tmp_path: Path) -> None:
+    """The same files give the same stream, whatever their order, times and owners."""
     tree(tmp_path, "a.c", "b/c.c")
     first = pack_tree(tmp_path, ["a.c", "b/*"])
     os.utime(tmp_path / "a.c", (1, 1))
-    assert pack_tree(tmp_path, ["b/*", "a.c"]).archive == first.archive
+    assert pack_tree(tmp_path, ["b/*", "a.c"]).tree == first.tree
     (tmp_path / "a.c").chmod(0o755)
-    assert pack_tree(tmp_path, ["b/*", "a.c"]).archive != first.archive
+    assert pack_tree(tmp_path, ["b/*", "a.c"]).tree != first.tree
 
 
-@pytest.mark.parametrize(
-    ("mtime_ns", "arrives"), [(1_700_000_000_123_456_789,) * 2, (5,) * 2, (1 << 62, 0xFFFFFFFF * 10**9)]
-)
-def test_an_archive_with_mtimes_is_unpacked_with_them(tmp_path: Path, mtime_ns: int, arrives: int) -> None:
+@pytest.mark.parametrize(("mtime_ns", "arrives"), [(1_700_000_000_123_456_789,) * 2, (5,) * 2, (1 << 60,) * 2, (0, 0)])
+def test_a_stream_with_mtimes_is_unpacked_with_them(tmp_path: Path, mtime_ns: int, arrives: int) -> None:
     """Files keep their mtimes to the nanosecond, while the digest ignores mtimes."""
     tree(tmp_path / "in", "gen.c")
     os.utime(tmp_path / "in/gen.c", ns=(0, mtime_ns))
     packed = pack_tree(tmp_path / "in", ["**"], mtimes=True)
     (tmp_path / "out").mkdir()
-    unpack(io.BytesIO(packed.timed), str(tmp_path / "out"), most_bytes=1 << 20)
+    unpack(packed.timed, tmp_path / "out")
     assert (tmp_path / "out/gen.c").stat().st_mtime_ns == arrives
-    assert packed.archive == pack_tree(tmp_path / "in", ["**"]).archive != packed.timed
+    assert packed.tree == pack_tree(tmp_path / "in", ["**"]).tree != packed.timed
 
 
 def huge(path: Path) -> None:
@@ -192,7 +196,7 @@ def test_packing_ends_when_it_is_cancelled(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["", "/a", "a//b", "../a", "a/..", "./a", "a\0", "a\nb", "a" * 256, "a/" * 600 + "b", "TRAILER!!!", "TRAILER!!!/a"],
+    ["", "/a", "a//b", "../a", "a/..", "./a", "a\0", "a\nb", "a" * 256, "a/" * 600 + "b"],
 )
 def test_an_escaping_name_is_refused(name: str) -> None:
     """Files given in memory need relative, plain names."""
@@ -220,4 +224,4 @@ def test_any_files_arrive_as_they_were_or_are_refused(files: dict[str, bytes]) -
         packed = pack_files(files, "the files")
     except UsageError:
         return
-    assert unpacked(packed.archive) == files
+    assert unpacked(packed.tree) == files

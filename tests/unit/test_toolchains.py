@@ -95,7 +95,7 @@ def test_every_toolchain_runs_a_text_or_needs_a_project(row: Toolchain) -> None:
             return
         _, program = load_program(request, caller, stack)
     assert program.source.name == f"main{row.suffixes[0] if row.suffixes else ''}"
-    assert row.start(program.source)[-1] == (f"/x07/in/program/{program.source.name}" if row.archive else ARTIFACT)
+    assert row.start(program.source)[-1] == (f"/x07/in/program/{program.source.name}" if row.packs else ARTIFACT)
     assert row.build is None or row.build(program.source)[0].startswith("/")
 
 
@@ -110,7 +110,7 @@ def test_every_toolchain_has_a_manifest(row: Toolchain) -> None:
     manifest, found = decode_manifest(data, source=FILE)
     assert found is row
     assert (manifest.entry is None, manifest.artifact is None) == (row.entries is None, not row.artifact)
-    takes_args = not (row.archive or row.build is None)
+    takes_args = not (row.packs or row.build is None)
     with contextlib.nullcontext() if takes_args else pytest.raises(UsageError, match=r"cannot have \[build\] args"):
         decode_manifest(data + b'[build]\nargs = ["-g"]\n', source=FILE)
 

@@ -17,7 +17,7 @@ from x07_sandbox.channel.streams import Message as Bounds
 from x07_sandbox.channel.streams import Role
 from x07_sandbox.errors import ChannelUsageError, PeerError
 
-PROTOCOL: Final = 3
+PROTOCOL: Final = 4
 COUNT_MAX: Final = 2**63 - 1
 ID_MAX: Final = 2**32 - 1  # of commands
 TEXT_MAX: Final = 2000  # characters of a text from the guest
@@ -81,7 +81,7 @@ class Seeded(NamedTuple):
 
 
 class InputFile(NamedTuple):
-    """A file that the host sends. kind: "file", "archive" or "tree". size: the number of bytes on the stream."""
+    """A file that the host sends. kind: "file" or "tree" (channel/trees). size: the number of bytes on the stream."""
 
     path: str
     mode: int

@@ -199,7 +199,7 @@ def _make_report(
         policy=wanted.policy.policy,
         policy_bytes=wanted.policy.data,
         policy_path=wanted.policy_path,
-        artifact_path=PROGRAM_FOLDER if toolchain.archive else ARTIFACT,
+        artifact_path=PROGRAM_FOLDER if toolchain.packs else ARTIFACT,
         input_len_bytes=input_size,
         weaker_isolation=wanted.accepted,
         denied=wanted.policy.denied,

@@ -14,13 +14,25 @@ import re
 import shlex
 import stat
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import BinaryIO, Final, Literal
 
 import msgspec
 
 from x07_sandbox.channel.contents import parts
-from x07_sandbox.channel.trees import NAME_MAX, Entry, Kind, segment
+from x07_sandbox.channel.trees import (
+    CHANGED,
+    FOLDER_FLAGS,
+    NAME_MAX,
+    TRIES,
+    Entry,
+    Found,
+    Kind,
+    entry_of,
+    file_record,
+    segment_of,
+    walk,
+)
 from x07_sandbox.errors import RefusedError, UsageError
 from x07_sandbox.files.changes import Node, Rule, parent_folders
 from x07_sandbox.files.contents import add_zeros
@@ -36,9 +48,7 @@ ENTRIES: Final = 10_000
 DEPTH: Final = 64
 DEPTH_MAX: Final = 256  # one open folder each
 NUMBER_MAX: Final = (1 << 32) - 1  # of a policy's fields
-_TRIES: Final = 3
-# Errors if a name was removed after its stat, or replaced by a link, a folder or a socket.
-_CHANGED: Final = {errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.EINVAL, errno.ENXIO}
+_MODE: Final = 0o777
 _FULL: Final = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NAMES_MAX: Final = 5
 # Names that usually hold secrets: left out everywhere, unless --reveal names them.
@@ -154,6 +164,7 @@ class _Walk:
         self._bounds = bounds
         self._out = out
         self._left = most_bytes
+        self._device = 0
         self._written = [mount.sub for mount in tree.mounts if mount.write]
         self._subs = {mount.sub for mount in tree.mounts if mount.sub}
         self._ways = self._subs | parent_folders(self._subs)
@@ -166,13 +177,15 @@ class _Walk:
         top = self._open()
         if top is not None:
             with closing_fd(top) as fd:
-                info = os.fstat(fd)
+                self._device = os.fstat(fd).st_dev
                 if self._tree.only:
-                    only = self._tree.only
-                    self._retried(lambda: self._file(fd, only, only, info.st_dev), only)
+                    only = os.fsencode(self._tree.only)
+                    self._take(Found(only, os.stat(only, dir_fd=fd, follow_symlinks=False), -1, fd, only))
                 else:
-                    self._put(Entry(Kind.FOLDER, b"", mode=info.st_mode & 0o777, mtime_ns=info.st_mtime_ns), "")
-                    self._folders(fd, "", info.st_dev)
+                    for found in walk(
+                        fd, wanted=self._wanted, enters=lambda _: True, failed=self._failed, one_disk=True
+                    ):
+                        self._take(found)
         self._places()
         self._out.write(Entry(Kind.END, b"").encoded())
 
@@ -211,7 +224,7 @@ class _Walk:
                 continue
             self._present.add(name)
             if name == mount.sub and mount.single:
-                self._out.write(Entry(Kind.FILE, os.fsencode(name), mode=0o644).encoded())
+                self._out.write(file_record(os.fsencode(name), b""))
                 # Counted as present, so that the file may be removed together with its folder.
                 self._count(name, Node(kind="file", mode=0o644, sha256=hashlib.sha256().hexdigest()))
             else:
@@ -227,61 +240,54 @@ class _Walk:
             fix = "Check the path and its permissions"
             raise UsageError(f"cannot copy {host} into the VM", exc.strerror or str(exc), fix) from exc
 
-    def _folders(self, fd: int, prefix: str, device: int) -> None:
-        """Pack the entries of a folder. The depth is limited, so this function may call itself."""
-        for part in self._names(fd, prefix.removesuffix("/")):
-            inner = self._entry(fd, part, f"{prefix}{part}", device)
-            if inner is not None:
-                with closing_fd(inner):
-                    self._folders(inner, f"{prefix}{part}/", device)
+    def _wanted(self, folder_fd: int, raw: bytes) -> bool:
+        name = os.fsdecode(raw)
+        part = name.rpartition("/")[2]
+        if not (reason := self._why_skip(part, name)):
+            return True
+        self._skip(reason, name, name.count("/") + 1 if reason == "deep" else 0)
+        left = self.copied.left_out.get(reason)
+        if left is not None and reason == "hidden" and not (self._bounds.allow_symlinks or left.links):
+            left.links = _holds_links(folder_fd, part)
+        return False
 
-    def _names(self, fd: int, name: str) -> list[str]:
-        try:
-            return sorted(os.listdir(fd))
-        except FileNotFoundError:
-            return []  # it was just removed
-        except OSError:
-            self._skip("unreadable", name)
-            return []
+    def _failed(self, raw: bytes, exc: OSError) -> None:
+        reason: Reason = "changing" if exc.errno in CHANGED else "unreadable"
+        self._skip("other-disk" if exc.errno == errno.EXDEV else reason, os.fsdecode(raw))
 
-    def _entry(self, folder: int, part: str, name: str, device: int) -> int | None:
-        if reason := self._why_skip(part, name):
-            self._skip(reason, name, name.count("/") + 1 if reason == "deep" else 0)
-            left = self.copied.left_out.get(reason)
-            if left is not None and reason == "hidden" and not (self._bounds.allow_symlinks or left.links):
-                left.links = _holds_links(folder, part)
-            return None
-        return self._retried(lambda: self._packed(folder, part, name, device), name)
-
-    def _retried(self, pack: Callable[[], int | None], name: str) -> int | None:
-        for _ in range(_TRIES):
+    def _take(self, found: Found) -> None:
+        """Pack an entry. Start again if it changes meanwhile."""
+        name = os.fsdecode(found.name)
+        if found.fd >= 0:
+            self._put(entry_of(found.name, found.info, _MODE), name)
+            return
+        for left in reversed(range(TRIES)):
             start = self._out.tell()
             try:
-                return pack()
+                self._packed(found, name)
             except OSError as exc:
                 if exc.filename is None:  # the error is about the stream
                     raise
                 if exc.errno == errno.ENOENT and not self._tree.only:
-                    return None  # it was just removed
-                if exc.errno not in _CHANGED:
-                    self._skip("unreadable", name)
-                    return None
+                    return  # it was just removed
+                if exc.errno not in CHANGED or not left:
+                    self._failed(found.name, exc)
+                    return
                 self._out.seek(start)
                 self._out.truncate()
-        self._skip("changing", name)
-        return None
+            else:
+                return
 
-    def _packed(self, folder: int, part: str, name: str, device: int) -> int | None:
-        info = os.stat(part, dir_fd=folder, follow_symlinks=False)
-        if stat.S_ISDIR(info.st_mode):
-            return self._folder(folder, part, name, device)
+    def _packed(self, found: Found, name: str) -> None:
+        info = os.stat(found.part, dir_fd=found.folder_fd, follow_symlinks=False)
         if stat.S_ISLNK(info.st_mode):
-            self._link(folder, part, name, info.st_mtime_ns)
+            self._link(found, name, info)
         elif stat.S_ISREG(info.st_mode):
-            self._file(folder, part, name, device)
+            self._file(found, name)
+        elif stat.S_ISDIR(info.st_mode):  # it has replaced another entry
+            raise _changed(name)
         else:
             self._skip("special", name)
-        return None
 
     def _why_skip(self, part: str, name: str) -> Reason | None:
         bounds = self._bounds
@@ -297,61 +303,41 @@ class _Walk:
             return "deep"
         return None
 
-    def _folder(self, folder: int, part: str, name: str, device: int) -> int | None:
-        fd = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
-        info = os.fstat(fd)
-        if info.st_dev != device:
-            os.close(fd)
-            self._skip("other-disk", name)
-            return None
-        mode, mtime_ns = info.st_mode & 0o777, info.st_mtime_ns
-        try:
-            self._put(Entry(Kind.FOLDER, os.fsencode(name), mode=mode, mtime_ns=mtime_ns), name)
-        except BaseException:
-            os.close(fd)
-            raise
-        return fd
-
-    def _link(self, folder: int, part: str, name: str, mtime_ns: int) -> None:
-        target = os.readlink(part, dir_fd=folder)
-        if not link_stays_inside(name, target):
+    def _link(self, found: Found, name: str, info: os.stat_result) -> None:
+        target = found.target()
+        if not link_stays_inside(name, os.fsdecode(target)):
             self._skip("link-out", name)
-            return
-        if not self._bounds.allow_symlinks:
+        elif not self._bounds.allow_symlinks:
             self._skip("link", name)
-            return
-        self._put(Entry(Kind.LINK, os.fsencode(name), mtime_ns=mtime_ns, target=os.fsencode(target)), name)
+        else:
+            self._put(entry_of(found.name, info, _MODE, target), name)
 
-    def _file(self, folder: int, part: str, name: str, device: int) -> None:
-        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-        with closing_fd(os.open(part, flags, dir_fd=folder)) as fd:
+    def _file(self, found: Found, name: str) -> None:
+        with closing_fd(found.open()) as fd:
             before = os.fstat(fd)
             if not stat.S_ISREG(before.st_mode):  # it was replaced after its stat
-                raise _changed(part)
+                raise _changed(name)
             if before.st_size > self._bounds.read_bytes:
                 self._skip("large", name, before.st_size)
                 return
-            if before.st_dev != device:
+            if before.st_dev != self._device:
                 self._skip("other-disk", name)
                 return
             try:
-                sha256 = self._content(fd, before, name)
+                sha256 = self._content(fd, entry_of(found.name, before, _MODE))
             except OSError as exc:
                 if exc.errno in _FULL:  # of the stream. Other errors concern the file, such as EIO after it shrank
                     raise
-                raise _changed(part) from exc
+                raise _changed(name) from exc
             if _state(before) != _state(os.fstat(fd)):
-                raise _changed(part)
-        self._count(name, Node(kind="file", mode=before.st_mode & 0o777, size=before.st_size, sha256=sha256))
+                raise _changed(name)
+        self._count(name, Node(kind="file", mode=before.st_mode & _MODE, size=before.st_size, sha256=sha256))
 
-    def _content(self, fd: int, info: os.stat_result, name: str) -> str:
-        size = info.st_size
-        entry = Entry(Kind.FILE, os.fsencode(name), mode=info.st_mode & 0o777, mtime_ns=info.st_mtime_ns, size=size)
+    def _content(self, fd: int, entry: Entry) -> str:
         self._out.write(entry.encoded())
         digest = hashlib.sha256()
-        for part in parts(fd, size):
+        for part in parts(fd, entry.size):
             if isinstance(part, int):
-                self._out.write(segment(part, hole=True))
                 add_zeros(digest, part)
             else:
                 self._left -= len(part)
@@ -360,8 +346,8 @@ class _Walk:
                     raise RefusedError(
                         "cannot copy the files into the VM", why, "Use smaller folders", code="files-too-large"
                     )
-                self._out.write(segment(len(part)) + part)
                 digest.update(part)
+            self._out.write(segment_of(part))
         return digest.hexdigest()
 
     def _put(self, entry: Entry, name: str) -> None:
@@ -453,7 +439,7 @@ def value_for(reason: Reason, most: int, bounds: Bounds) -> int | bool | None:
 def _holds_links(folder: int, part: str) -> bool:
     """Return whether *part* is a folder that has symbolic links among its first entries."""
     try:
-        fd = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+        fd = os.open(part, FOLDER_FLAGS | os.O_NOFOLLOW, dir_fd=folder)
     except OSError:
         return False
     with closing_fd(fd), os.scandir(fd) as entries:
@@ -474,8 +460,8 @@ def _any_of(patterns: Sequence[str]) -> re.Pattern[str] | None:
     return re.compile("|".join(fnmatch.translate(pattern.lower()) for pattern in patterns)) if patterns else None
 
 
-def _changed(part: str) -> OSError:
-    return OSError(errno.EINVAL, os.strerror(errno.EINVAL), part)
+def _changed(name: str) -> OSError:
+    return OSError(errno.EINVAL, os.strerror(errno.EINVAL), name)
 
 
 def _state(info: os.stat_result) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Packing of selected host files as one archive. Links that lead out of the tree are not followed."""
+"""Packing of selected host files as one tree (channel/trees). Links that lead out of the tree are not followed."""
 
 import fnmatch
 import glob
@@ -11,9 +11,10 @@ from typing import Final, NamedTuple
 
 import msgspec
 
+from x07_sandbox.channel.trees import NO_TIME, Entry, Kind, file_record
 from x07_sandbox.errors import Flag, UsageError
+from x07_sandbox.files.changes import parent_folders
 from x07_sandbox.host import settings
-from x07_sandbox.images.cpio import TRAILER, Entry, file, folder, pack
 from x07_sandbox.programs.project import ProjectFolder
 
 FILES_MAX: Final = 10_000
@@ -22,9 +23,9 @@ _PATH_MAX: Final = 1024
 
 
 class Packed(msgspec.Struct, frozen=True, kw_only=True):
-    """A newc archive (cpio(5)) and its files. archive: without mtimes, so its digest is stable. timed: with mtimes."""
+    """A tree stream and its files. tree: without mtimes, so its digest is stable. timed: with mtimes."""
 
-    archive: bytes
+    tree: bytes
     files: dict[str, bytes]
     timed: bytes = b""
 
@@ -58,14 +59,21 @@ def pack_tree(
             raise folder.refused(f"its files {many}", "List fewer files, or remove files that are not needed")
     ordered = dict(sorted(found.items()))
     return Packed(
-        archive=_archive({name: (data, mode, 0) for name, (data, mode, _) in ordered.items()}),
+        tree=tree_of({name: (data, mode, NO_TIME) for name, (data, mode, _) in ordered.items()}),
         files={name: data for name, (data, _, _) in ordered.items()},
-        timed=_archive(ordered) if mtimes else b"",
+        timed=tree_of(ordered) if mtimes else b"",
     )
 
 
 def pack_files(files: Mapping[str, bytes], what: str) -> Packed:
-    """Pack files from memory. Raises UsageError. what: a description of the files, for messages."""
+    """Pack files from memory. Raises UsageError like `check_files`."""
+    check_files(files, what)
+    ordered = dict(sorted(files.items()))
+    return Packed(tree=tree_of({name: (data, 0o644, NO_TIME) for name, data in ordered.items()}), files=ordered)
+
+
+def check_files(files: Mapping[str, bytes], what: str) -> None:
+    """Raise UsageError for files that cannot be packed together. what: a description of the files, for messages."""
     total = sum(map(len, files.values()))
     if len(files) > FILES_MAX or total > settings.SOURCE_MAX_BYTES:
         most = f"the limit is {FILES_MAX} files of {settings.SOURCE_MAX_BYTES // settings.MIB} MiB together"
@@ -80,8 +88,6 @@ def pack_files(files: Mapping[str, bytes], what: str) -> Packed:
     for name in files:
         if any(str(parent) in names for parent in PurePosixPath(name).parents):
             raise UsageError(f"cannot use {what}", f"{name!r} is below a file", "Rename one of them")
-    ordered = dict(sorted(files.items()))
-    return Packed(archive=_archive({name: (data, 0o644, 0) for name, data in ordered.items()}), files=ordered)
 
 
 def check_name(name: str, what: str) -> None:
@@ -90,20 +96,16 @@ def check_name(name: str, what: str) -> None:
     sizes = [len(part.encode("utf-8", "surrogatepass")) for part in parts]
     # os.fsdecode replaces bytes that are not UTF-8 by surrogates, which are not printable.
     plain = all(part not in {"", ".", ".."} and part.isprintable() for part in parts)
-    if parts[0] == TRAILER:
-        raise UsageError(f"cannot use {what}", f"the name {TRAILER} marks the end of an archive", "Rename that file")
     if not plain or max(sizes) > _PART_MAX or sum(sizes) + len(sizes) > _PATH_MAX:
         why = f"{name!r} is not a plain relative path"
         raise UsageError(f"cannot use {what}", why, "Use names without '..', '//' and control characters")
 
 
-def _archive(files: Mapping[str, tuple[bytes, int, int]]) -> bytes:
-    folders: dict[str, Entry] = {}
-    for name in files:
-        for parent in reversed(PurePosixPath(name).parents):
-            if str(parent) != ".":
-                folders.setdefault(str(parent), folder(str(parent)))
-    return pack([*folders.values(), *(file(name, *content) for name, content in files.items())])
+def tree_of(files: Mapping[str, tuple[bytes, int, int]]) -> bytes:
+    """Return the tree stream of files in memory: content, mode and mtime (or NO_TIME) by name. Folders are added."""
+    folders = (Entry(Kind.FOLDER, name.encode(), mode=0o755).encoded() for name in sorted(parent_folders(files)))
+    records = (file_record(name.encode(), *content) for name, content in files.items())
+    return b"".join([*folders, *records, Entry(Kind.END, b"").encoded()])
 
 
 ENTRIES_MAX: Final = 50_000

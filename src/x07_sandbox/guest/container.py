@@ -132,13 +132,13 @@ class ContainerTree(Tree):
             super()._make(entry)
 
     def _close_file(self) -> None:
-        assert self._entry is not None  # noqa: S101 - for the type checker
+        assert self._entry is not None  # noqa: S101 - a file is open
         with as_program_user(self._owner(self._entry.name)):
             super()._close_file()
 
-    def _finish_folder(self, folder: bytes, mode: int, mtime_ns: int | None) -> None:
-        with as_program_user(self._owner(folder)):
-            super()._finish_folder(folder, mode, mtime_ns)
+    def _finish_folder(self, entry: Entry) -> None:
+        with as_program_user(self._owner(entry.name)):
+            super()._finish_folder(entry)
 
 
 class Contained(OnSharedKernel):

@@ -16,11 +16,11 @@ from typing import Any, Final
 from x07_sandbox.channel import files
 from x07_sandbox.channel.contents import next_data
 from x07_sandbox.channel.files import Answer, Buffer, FileInfo, Request
-from x07_sandbox.channel.trees import Entry, Kind, can_hold_names, segment
+from x07_sandbox.channel.trees import FOLDER_FLAGS, Entry, Kind, Unpacker, can_hold_names, entry_of, segment, walk
 from x07_sandbox.errors import PeerError
 from x07_sandbox.guest.errors import JobError
 from x07_sandbox.guest.system import write_all
-from x07_sandbox.guest.trees import Tree, content, walk
+from x07_sandbox.guest.trees import content
 
 _READ: Final = 128 * 1024
 _ERRORS: Final = 2
@@ -216,34 +216,32 @@ class FileServer:
 
     def _put(self, request: Request) -> Iterator[Answer | bytes]:
         """Create a tree at a new path."""
-        trees: list[Tree] = []
+        trees: list[Unpacker] = []
 
         def begin() -> None:
             os.mkdir(request.path)
-            trees.append(Tree(request.path, None))
+            trees.append(Unpacker(os.open(request.path, FOLDER_FLAGS), _PERMISSIONS))
 
         failed = self._consume(request.size, begin, lambda piece: trees[0].write(piece))  # noqa: PLW0108 - no tree before
         if not failed:
-            trees[0].finish()
+            failed = _errno_of(trees[0].finish) if trees[0].ended else errno.EINVAL
         yield Answer(failed)
 
     def _get(self, request: Request) -> Iterator[Answer | bytes]:
-        info = os.lstat(request.path)
-        if not stat.S_ISDIR(info.st_mode):
-            raise NotADirectoryError(errno.ENOTDIR, "")
-        yield Answer(0)
-        top = os.fsencode(request.path)
-        yield Entry(Kind.FOLDER, b"", mode=info.st_mode & _PERMISSIONS, mtime_ns=info.st_mtime_ns).encoded()
-        for path, below, found in walk(top):
-            if stat.S_ISDIR(found.st_mode):
-                mode = found.st_mode & _PERMISSIONS
-                yield Entry(Kind.FOLDER, below, mode=mode, mtime_ns=found.st_mtime_ns).encoded()
-                complete = can_hold_names(below)
-            else:
-                complete = yield from content(path, below, found)
-            if not complete:
-                yield Entry(Kind.UNSUPPORTED, below, mode=found.st_mode & 0xFFFF).encoded()
-        yield Entry(Kind.END, b"").encoded()
+        fd = os.open(request.path, FOLDER_FLAGS | os.O_NOFOLLOW)
+        try:
+            yield Answer(0)
+            for found in walk(fd):
+                complete = can_hold_names(found.name)
+                if found.fd >= 0:
+                    yield entry_of(found.name, found.info, _PERMISSIONS).encoded()
+                else:
+                    complete = yield from content(found.path, found.name, found.info)
+                if not complete:
+                    yield Entry(Kind.UNSUPPORTED, found.name, mode=found.info.st_mode).encoded()
+            yield Entry(Kind.END, b"").encoded()
+        finally:
+            os.close(fd)
 
 
 def _whole(fd: int, offset: int, most: int) -> bytes:

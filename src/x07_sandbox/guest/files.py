@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 from typing import TYPE_CHECKING, Final
 
@@ -12,51 +11,45 @@ from x07_sandbox.guest.confine import CWD
 from x07_sandbox.guest.environment import IN_MEMORY_BYTES, Environment
 from x07_sandbox.guest.errors import JobError
 from x07_sandbox.guest.system import write_all
-from x07_sandbox.guest.unpack import ArchiveError, unpack
+from x07_sandbox.guest.trees import ProgramTree, Tree
 
 if TYPE_CHECKING:
     from x07_sandbox.channel.messages import InputFile
-    from x07_sandbox.guest.trees import Tree
 
-_UNPACKED_MAX: Final = 4 << 30
 _FOLDER: Final = "/x07/in/"
 SYSTEM_CA: Final = "/etc/ssl/certs/ca-certificates.crt"
 
 
 class IncomingFiles:
-    """The input files of a session. Trees are unpacked while they arrive, archives once they are complete.
+    """The input files of a session. Trees are unpacked while they arrive.
 
-    trees: each tree, by the number of its file. work: the tree of the working folder, or None. on_disk: whether files
-    are on disk, not in memory. ca: the file to mount at SYSTEM_CA, or "".
+    trees: each tree of host files, by the number of its file. work: the tree of the working folder, or None.
+    on_disk: whether the other files are on disk, not in memory. ca: the file to mount at SYSTEM_CA, or "".
     """
 
     def __init__(self, files: list[InputFile], environment: Environment) -> None:
-        self.on_disk = sum(file.size for file in files if file.kind != "tree") > IN_MEMORY_BYTES
+        in_folder = [file.kind == "file" or file.path.startswith(_FOLDER) for file in files]
+        self.on_disk = sum(file.size for file, own in zip(files, in_folder, strict=True) if own) > IN_MEMORY_BYTES
         self.trees: dict[int, Tree] = {}
         self.work: Tree | None = None
         self.ca = ""
         self._mounts = environment.platform.namespaces
         self._folder = environment.folder(on_disk=self.on_disk)
         self._files = files
-        self._open: dict[int, int] = {}
-        self._archives: dict[int, io.BytesIO] = {}
-        self._left: dict[int, int] = {}
+        self._open: dict[int, int | Tree | ProgramTree] = {}  # descriptors and trees
+        self._left = {number: file.size for number, file in enumerate(files)}
         for number, file in enumerate(files):
-            self._left[number] = file.size
-            if file.kind == "tree":
+            if file.kind == "file":
+                flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+                self._open[number] = os.open(self._path(file), flags, file.mode)
+            elif in_folder[number]:
+                os.mkdir(self._path(file), 0o755)
+                self._open[number] = ProgramTree(self._path(file))
+            else:
                 in_work = file.path == CWD
                 tree = environment.platform.work_tree() if in_work else environment.platform.tree(number)
-                self.trees[number] = tree
+                self._open[number] = self.trees[number] = tree
                 self.work = tree if in_work else self.work
-                continue
-            if file.kind == "archive" and not self.on_disk:
-                self._archives[number] = io.BytesIO()
-                continue
-            archive = f"{environment.platform.scratch}/{number}.cpio" if file.kind == "archive" else None
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-            self._open[number] = os.open(archive or self._path(file), flags, file.mode)
-            if archive:
-                os.unlink(archive)
 
     def _path(self, file: InputFile) -> str:
         name = file.path.removeprefix(_FOLDER)
@@ -70,35 +63,23 @@ class IncomingFiles:
         if left < 0:
             raise JobError("files", 0, f"file {number} is unknown, or longer than announced")
         self._left[number] = left
-        if number in self.trees:
-            self.trees[number].write(data)
-        elif number in self._archives:
-            self._archives[number].write(data)
+        target = self._open[number]
+        if isinstance(target, int):
+            write_all(target, data)
         else:
-            write_all(self._open[number], data)
+            target.write(data)
 
     def close(self, number: int) -> None:
-        """Close a complete file; unpack it if it is an archive. Raises JobError, OSError."""
+        """Close a complete file. Raises JobError, OSError."""
         if self._left.pop(number, 1) != 0:
             raise JobError("files", 0, f"file {number} is unknown or incomplete")
-        if number in self.trees:
-            self.trees[number].finish()
+        target, file = self._open.pop(number), self._files[number]
+        if not isinstance(target, int):
+            target.finish()
             return
-        fd = self._open.pop(number, None)
-        file = self._files[number]
-        if file.kind == "archive":
-            target = self._path(file)
-            os.mkdir(target, 0o755)
-            try:
-                with self._archives.pop(number) if fd is None else os.fdopen(fd, "rb") as archive:
-                    archive.seek(0)
-                    unpack(archive, target, most_bytes=_UNPACKED_MAX)
-            except ArchiveError as exc:
-                raise JobError("unpack", 0, str(exc)) from exc
-        elif fd is not None:
-            if file.path == CA_FILE:
-                self._add_system_certificates(fd, self._path(file))
-            os.close(fd)
+        if file.path == CA_FILE:
+            self._add_system_certificates(target, self._path(file))
+        os.close(target)
 
     def _add_system_certificates(self, fd: int, path: str) -> None:
         with contextlib.suppress(FileNotFoundError), open(SYSTEM_CA, "rb") as system:

@@ -8,27 +8,33 @@ then compares contents.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import stat
 import time
 from collections.abc import Collection, Generator, Iterator, Sequence
-from typing import Final, NamedTuple, TypeVar
+from typing import Final, NamedTuple
 
 from x07_sandbox.channel.contents import parts
-from x07_sandbox.channel.trees import Entry, Hole, Kind, Piece, Reader, can_hold_names, segment
+from x07_sandbox.channel.trees import (
+    CHANGED,
+    FOLDER_FLAGS,
+    Entry,
+    Kind,
+    Unpacker,
+    can_hold_names,
+    entry_of,
+    segment,
+    segment_of,
+    walk,
+)
 from x07_sandbox.errors import PeerError
 from x07_sandbox.guest.errors import JobError
-from x07_sandbox.guest.system import write_all
 
-T = TypeVar("T")
 _COARSE: Final = 5  # CLOCK_REALTIME_COARSE (clock_gettime(2)), the lower bound of inode timestamps
 _PERMISSIONS: Final = 0o7777
-_MINE: Final = 0o700
-_FOLDER_FLAGS: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-# What calls report if a command removes or replaces an entry at this moment.
-_CHANGED: Final = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EINVAL, errno.ENXIO})
 LOOKED_AT_MAX: Final = 100_000  # entries; further ones are neither counted nor sent
+ENTRIES_MAX: Final = 100_000  # of a program's files
+BYTES_MAX: Final = 4 << 30
 
 
 @contextlib.contextmanager
@@ -47,52 +53,34 @@ def as_program_user(uid: int | None) -> Iterator[None]:
         os.umask(mask)
 
 
-class Tree:
+class Tree(Unpacker):
     """One tree, unpacked by *uid* in an empty folder.
 
     names: the inode of each file and link, by name. folders: the mode of each folder, by name.
     """
 
     def __init__(self, folder: str, uid: int | None) -> None:
+        # A descriptor, since the program's user may not enter the parent folders.
+        super().__init__(os.open(folder, FOLDER_FLAGS), _PERMISSIONS)
         self._uid = uid
         self.folder = os.fsencode(folder)
-        # A descriptor, since the program's user may not enter the parent folders.
-        self._top = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self.names: dict[bytes, int] = {}
         self.folders: dict[bytes, int] = {b"": 0o755}
-        self._mtimes: dict[bytes, int] = {}  # of folders
         self.made_at_ns = 0
-        self._reader = Reader()
-        self._fd = -1
-        self._entry: Entry | None = None
-        self._position = 0
 
     def write(self, data: bytes) -> None:
         """Decode stream data, and create the entries in it. Raises JobError, OSError."""
         try:
             with as_program_user(self._uid):
-                for event in self._reader.feed(data):
-                    if isinstance(event, Piece):
-                        write_all(self._fd, event.data)
-                        self._position += len(event.data)
-                    elif isinstance(event, Hole):
-                        self._position = os.lseek(self._fd, event.size, os.SEEK_CUR)
-                    elif isinstance(event, Entry):
-                        self._make(event)
-                    else:
-                        self._close_file()
+                super().write(data)
         except PeerError as exc:
             raise JobError("files", 0, exc.why) from exc
 
     def finish(self) -> None:
-        """Finish the tree at the end of its stream. Raises JobError."""
-        if not self._reader.ended:
+        """Finish the tree at the end of its stream. Raises JobError, OSError."""
+        if not self.ended:
             raise JobError("files", 0, "a file tree is incomplete")
-        # Only now: creating an entry changes a folder's mtime, and needs write permission.
-        for name, mode in reversed(self.folders.items()):
-            if mode & _MINE != _MINE or name in self._mtimes:
-                self._finish_folder(name, mode, self._mtimes.get(name))
-        os.close(self._top)
+        super().finish()
         self.made_at_ns = time.clock_gettime_ns(time.CLOCK_REALTIME)  # some timestamps use the fine clock
 
     def wait(self) -> None:
@@ -108,44 +96,47 @@ class Tree:
             with contextlib.suppress(OSError):
                 yield os.lstat(self.folder + b"/" + name).st_ino, os.fsdecode(name)
 
-    def _finish_folder(self, folder: bytes, mode: int, mtime_ns: int | None) -> None:
-        if mode & _MINE != _MINE:
-            os.chmod(folder or b".", mode, dir_fd=self._top)
-        if mtime_ns is not None:
-            os.utime(folder or b".", ns=(mtime_ns, mtime_ns), dir_fd=self._top, follow_symlinks=False)
+    def _make(self, entry: Entry) -> None:
+        super()._make(entry)
+        if entry.kind is Kind.FOLDER:
+            self.folders[entry.name] = entry.mode
+
+    def _created(self, name: bytes, inode: int) -> None:
+        self.names[name] = inode
+
+
+class ProgramTree(Unpacker):
+    """The files of a program, unpacked in an empty folder. A hostile build may have made them: only files and folders.
+
+    Nobody else can write to what is made.
+    """
+
+    def __init__(self, folder: str) -> None:
+        super().__init__(os.open(folder, FOLDER_FLAGS), 0o755)
+        self._entries = self._bytes = 0
 
     def _make(self, entry: Entry) -> None:
-        name = entry.name
-        if entry.kind is Kind.END:
-            return
-        if entry.kind is Kind.FOLDER and not name:
-            self.folders[b""], self._mtimes[b""] = entry.mode, entry.mtime_ns
-            os.fchmod(self._top, entry.mode | _MINE)
-            return
-        if name.rpartition(b"/")[0] not in self.folders or name in self.names or name in self.folders or not name:
-            raise JobError("files", 0, f"{name[:200]!r} is a duplicate, or its folder is missing")
-        if entry.kind is Kind.FOLDER:
-            os.mkdir(name, entry.mode | _MINE, dir_fd=self._top)
-            self.folders[name], self._mtimes[name] = entry.mode, entry.mtime_ns
-        elif entry.kind is Kind.FILE:
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-            self._fd = os.open(name, flags, entry.mode, dir_fd=self._top)
-            self._entry, self._position = entry, 0
-        elif entry.kind is Kind.LINK:
-            os.symlink(entry.target, name, dir_fd=self._top)
-            os.utime(name, ns=(entry.mtime_ns, entry.mtime_ns), dir_fd=self._top, follow_symlinks=False)
-            self.names[name] = os.stat(name, dir_fd=self._top, follow_symlinks=False).st_ino
-        else:
-            raise JobError("files", 0, f"unexpected record {entry.kind.name}")
+        self._entries += 1
+        self._bytes += entry.size
+        if self._entries > ENTRIES_MAX or self._bytes > BYTES_MAX:
+            raise PeerError("bad file tree", f"it has more than {ENTRIES_MAX} entries or {BYTES_MAX} bytes")
+        if entry.kind is Kind.LINK:
+            self._refuse(entry)
+        super()._make(entry)
 
-    def _close_file(self) -> None:
-        entry, fd = self._entry, self._fd
-        assert entry is not None  # noqa: S101 - for the type checker
-        if os.fstat(fd).st_size < self._position:  # it ends with a hole
-            os.ftruncate(fd, self._position)
-        os.utime(fd, ns=(entry.mtime_ns, entry.mtime_ns))
-        self.names[entry.name] = os.fstat(fd).st_ino
-        os.close(fd)
+    def write(self, data: bytes) -> None:
+        """Create the entries in stream data. Raises JobError, OSError."""
+        try:
+            with as_program_user(None):
+                super().write(data)
+        except PeerError as exc:
+            raise JobError("unpack", 0, exc.why) from exc
+
+    def finish(self) -> None:
+        """Finish the files at the end of their stream. Raises JobError, OSError."""
+        if not self.ended:
+            raise JobError("unpack", 0, "the program's files are incomplete")
+        super().finish()
 
 
 class Room:
@@ -175,14 +166,18 @@ def changes(tree: Tree, sub: bytes, room: Room) -> Iterator[bytes]:
             yield from room.content(top, b"", info)
         return
     seen: set[bytes] = set()
-    yield from _changed_folder(tree, sub, top, b"", info.st_mode)
-    for path, below, info in walk(top):
-        name = prefix + below
-        seen.add(name)
-        if stat.S_ISDIR(info.st_mode):
-            yield from _changed_folder(tree, name, path, below, info.st_mode)
-        elif is_modified(tree, name, info):
-            yield from room.content(path, below, info)
+    top_fd = os.open(top, FOLDER_FLAGS)
+    try:
+        for found in walk(top_fd):
+            below = found.name
+            name = prefix + below if below else sub
+            seen.add(name)
+            if found.fd >= 0:
+                yield from _changed_folder(tree, name, found.path, below, found.info.st_mode)
+            elif is_modified(tree, name, found.info):
+                yield from room.content(found.path, below, found.info)
+    finally:
+        os.close(top_fd)
     gone = {name for name in (*tree.names, *tree.folders) if name.startswith(prefix) and name != sub} - seen
     for name in sorted(gone, reverse=True):  # folders after what was in them
         yield Entry(Kind.DELETED, name[len(prefix) :]).encoded()
@@ -206,57 +201,9 @@ def _has_attributes(path: bytes) -> bool:
     try:
         return bool(os.listxattr(path, follow_symlinks=False))
     except OSError as exc:
-        if exc.errno in _CHANGED:
+        if exc.errno in CHANGED:
             return False
         raise
-
-
-def walk(
-    top: bytes, *, hidden: bool = True, skipped: Collection[bytes] = ()
-) -> Iterator[tuple[bytes, bytes, os.stat_result]]:
-    """Yield path, relative name and stat result of every entry, and each folder before its entries.
-
-    The path holds until the next entry. It leads to the entry's folder by a descriptor, since a command may replace any
-    folder by a link at any moment. hidden: whether to include top-level names that begin with a dot. skipped: names to
-    leave out.
-    """
-    folders = [b""]
-    while folders:
-        folder = folders.pop()
-        try:
-            fd = _opened_folder(top, folder)
-        except OSError as exc:
-            if exc.errno in _CHANGED:
-                continue
-            raise
-        try:
-            inner = []
-            for name in sorted(map(os.fsencode, os.listdir(fd))):
-                below = folder + b"/" + name if folder else name
-                if below in skipped or not (hidden or folder or not below.startswith(b".")):
-                    continue
-                try:
-                    info = os.stat(name, dir_fd=fd, follow_symlinks=False)
-                except FileNotFoundError:
-                    continue
-                yield b"/proc/self/fd/%d/%s" % (fd, name), below, info
-                if stat.S_ISDIR(info.st_mode) and can_hold_names(below):
-                    inner.append(below)
-        finally:
-            os.close(fd)
-        folders += reversed(inner)
-
-
-def _opened_folder(top: bytes, below: bytes) -> int:
-    """Open a folder below *top*, without following a link on the way. Raises OSError."""
-    fd = os.open(top, _FOLDER_FLAGS)
-    for name in below.split(b"/") if below else ():
-        outer = fd
-        try:
-            fd = os.open(name, _FOLDER_FLAGS | os.O_NOFOLLOW, dir_fd=outer)
-        finally:
-            os.close(outer)
-    return fd
 
 
 def content(path: bytes, name: bytes, info: os.stat_result) -> Generator[bytes, None, bool]:
@@ -268,23 +215,23 @@ def content(path: bytes, name: bytes, info: os.stat_result) -> Generator[bytes, 
     fd = -1
     try:
         if stat.S_ISLNK(info.st_mode):
-            yield Entry(Kind.LINK, name, target=os.readlink(path)).encoded()
+            yield entry_of(name, info, _PERMISSIONS, os.readlink(path)).encoded()
             return True
         if not stat.S_ISREG(info.st_mode) or _has_attributes(path):
             yield Entry(Kind.UNSUPPORTED, name, mode=info.st_mode).encoded()
             return True
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as exc:
-        if exc.errno in _CHANGED:
+        if exc.errno in CHANGED:
             return True
         raise
     try:
         left = info.st_size
-        yield Entry(Kind.FILE, name, mode=info.st_mode & _PERMISSIONS, mtime_ns=info.st_mtime_ns, size=left).encoded()
+        yield entry_of(name, info, _PERMISSIONS).encoded()
         with contextlib.suppress(OSError):  # a command shortens it at this moment
             for part in parts(fd, left):
                 left -= part if isinstance(part, int) else len(part)
-                yield segment(part, hole=True) if isinstance(part, int) else segment(len(part)) + part
+                yield segment_of(part)
         if left:
             yield segment(left, hole=True)
         return not left
@@ -312,14 +259,19 @@ def left_files(
     count = size = sent_size = looked_at = 0
     sent: list[tuple[int, bytes, bytes, os.stat_result]] = []
     for number, folder in enumerate(folders):
-        entries = walk(os.fsencode(folder), hidden=number > 0, skipped=() if number else roots)
         old = None if number else inputs
-        while (entry := _next(entries)) is not None:
-            _, name, info = entry
-            looked_at += 1
+
+        def wanted(_folder_fd: int, name: bytes, *, in_work: bool = not number) -> bool:
+            return not in_work or not (name in roots or (name.startswith(b".") and b"/" not in name))
+
+        top_fd = os.open(folder, FOLDER_FLAGS)
+        # Not every agent is root, so some entries may be unreadable.
+        for found in walk(top_fd, wanted=wanted, failed=lambda _name, _exc: None):
+            name, info = found.name, found.info
+            looked_at += bool(name)
             if looked_at > LOOKED_AT_MAX:
-                return Left(count, size, sent)
-            if stat.S_ISDIR(info.st_mode) or (old is not None and not is_modified(old, name, info)):
+                break
+            if found.fd >= 0 or (old is not None and not is_modified(old, name, info)):
                 continue
             regular = stat.S_ISREG(info.st_mode)
             count += 1
@@ -327,15 +279,8 @@ def left_files(
             if regular and len(sent) < most_files and sent_size + info.st_size <= most_bytes:
                 sent_size += info.st_size
                 sent.append((number, os.fsencode(folder) + b"/" + name, name, info))
+        os.close(top_fd)
     return Left(count, size, sent)
-
-
-def _next(entries: Iterator[T]) -> T | None:
-    """Return the next item, or None at the end or if the item cannot be read (not every agent is root)."""
-    try:
-        return next(entries, None)
-    except OSError:
-        return None
 
 
 def stream_of(left: Left) -> Iterator[bytes]:
@@ -345,8 +290,6 @@ def stream_of(left: Left) -> Iterator[bytes]:
         if number != folder:
             folder = number
             yield Entry(Kind.ROOT, b"%d" % number).encoded()
-        pieces = content(path, name, info)
-        if (head := _next(pieces)) is not None:
-            yield head
-            yield from pieces
+        with contextlib.suppress(OSError):  # as above; nothing of the file is sent then
+            yield from content(path, name, info)
     yield Entry(Kind.END, b"").encoded()

@@ -5,18 +5,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 MAX_FILE_BYTES = 0xFFFFFFFF  # the size field has eight hexadecimal digits
-TRAILER = "TRAILER!!!"
-_MTIME_MAX_NS = 0xFFFFFFFF * 10**9
+_TRAILER = "TRAILER!!!"
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One file or folder; mode includes the type (stat.S_IFREG or stat.S_IFDIR). mtime_ns: 0 for none."""
+    """One file or folder; mode includes the type (stat.S_IFREG or stat.S_IFDIR)."""
 
     name: str
     mode: int
     data: bytes = b""
-    mtime_ns: int = 0
 
 
 def folder(name: str, mode: int = 0o755) -> Entry:
@@ -24,20 +22,19 @@ def folder(name: str, mode: int = 0o755) -> Entry:
     return Entry(name, stat.S_IFDIR | mode)
 
 
-def file(name: str, data: bytes, mode: int = 0o444, mtime_ns: int = 0) -> Entry:
+def file(name: str, data: bytes, mode: int = 0o444) -> Entry:
     """Return an entry for a regular file."""
-    return Entry(name, stat.S_IFREG | mode, data, mtime_ns)
+    return Entry(name, stat.S_IFREG | mode, data)
 
 
 def pack(entries: Sequence[Entry]) -> bytes:
-    """Return the archive, with owner root and inode numbers from 1.
+    """Return the archive, with owner root, inode numbers from 1 and no times.
 
-    The format has no field for nanoseconds of an mtime: rdevminor contains them.
     Raises ValueError for an empty, absolute or duplicate name, and for a file over MAX_FILE_BYTES.
     """
     out = bytearray()
     seen: set[str] = set()
-    for inode, entry in enumerate([*entries, Entry(TRAILER, 0)], start=1):
+    for inode, entry in enumerate([*entries, Entry(_TRAILER, 0)], start=1):
         if not entry.name or entry.name.startswith("/") or "\0" in entry.name or entry.name in seen:
             raise ValueError(f"bad name in archive: {entry.name!r}")
         seen.add(entry.name)
@@ -52,9 +49,8 @@ def pack(entries: Sequence[Entry]) -> bytes:
 def _header(inode: int, entry: Entry) -> bytes:
     size = check_size(entry.name, len(entry.data))
     links = 2 if stat.S_ISDIR(entry.mode) else 1
-    seconds, nanoseconds = divmod(max(0, min(entry.mtime_ns, _MTIME_MAX_NS)), 10**9)
     # inode mode uid gid nlink mtime filesize devmajor devminor rdevmajor rdevminor namesize check
-    fields = (inode, entry.mode, 0, 0, links, seconds, size, 0, 0, 0, nanoseconds, len(entry.name.encode()) + 1, 0)
+    fields = (inode, entry.mode, 0, 0, links, 0, size, 0, 0, 0, 0, len(entry.name.encode()) + 1, 0)
     return b"070701" + b"".join(b"%08X" % field for field in fields)
 
 

@@ -20,7 +20,7 @@ from x07_sandbox.host import settings
 from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.paths import cache_folder, closing_fd, least_recently_used
 
-SCHEMA: Final = "x07.sandbox.artifact@0.3.0"
+SCHEMA: Final = "x07.sandbox.artifact@0.4.0"
 HEADER_BYTES: Final = 512
 NOTES_MAX_BYTES: Final = settings.MIB
 

@@ -143,7 +143,7 @@ def _check(manifest: Manifest, toolchain: Toolchain, source: str) -> None:
     if toolchain.artifact != (manifest.artifact is not None):
         needs = "need `artifact`: the file that the build creates" if toolchain.artifact else "cannot have `artifact`"
         _wrong(source, f"{toolchain.name} projects {needs}")
-    if manifest.build.args and (toolchain.archive or toolchain.build is None):
+    if manifest.build.args and (toolchain.packs or toolchain.build is None):
         _wrong(source, f"{toolchain.name} projects cannot have [build] args")
 
 

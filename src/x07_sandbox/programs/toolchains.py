@@ -81,9 +81,10 @@ class Source(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return f"{self.folder}/{self.name}"
 
     @property
-    def driver(self) -> str:
-        """The path of the script `build_driver()` in the build VM, if the toolchain builds an archive."""
-        return f"{SOURCE_FOLDER}/{'driver.py' if self.name != 'driver.py' else 'build.py'}"
+    def driver(self) -> tuple[str, str]:
+        """The paths of the files of `build_driver()` in the build VM, if the toolchain packs the program."""
+        script, module = (f"own-{name}" if name == self.name else name for name in ("driver.py", "trees.py"))
+        return f"{SOURCE_FOLDER}/{script}", f"{SOURCE_FOLDER}/{module}"
 
     def with_suffixes(self, suffixes: tuple[str, ...]) -> list[str]:
         """Return the paths of the files that have one of these suffixes."""
@@ -100,8 +101,8 @@ class Toolchain(msgspec.Struct, frozen=True, kw_only=True):
     beside: tuple[str, ...] = ()  # suffixes and names of other files that `x07 init` includes
     # Returns the build's command line, which starts with a path. None: the source is the artifact.
     build: Callable[[Source], list[str]] | None
-    # Whether `build_driver()` builds. Its artifact is unpacked to PROGRAM_FOLDER; others are at ARTIFACT.
-    archive: bool = False
+    # Whether `build_driver()` builds. Its artifact is a tree, unpacked to PROGRAM_FOLDER; others are at ARTIFACT.
+    packs: bool = False
     start: Callable[[Source], list[str]] = lambda _source: [ARTIFACT]  # returns the program's command line
     needs: tuple[str, ...] = ()  # Debian packages of the image; "x07" stands for X07's own toolchain
     protocol: Protocol | None = None  # hooks for programs that need more than bytes and arguments
@@ -135,13 +136,13 @@ def _compiled_by(
     return build
 
 
-def _build_archive(source: Source, *check: str) -> list[str]:
+def _packed(source: Source, *check: str) -> list[str]:
     words = ["tree" if source.files else "file", source.folder, source.name, PROGRAM_FOLDER, OUTPUT]
-    return [_PYTHON, source.driver, *words, *check]
+    return [_PYTHON, *source.driver, *words, *check]
 
 
 def _checked_by(*check: str) -> Callable[[Source], list[str]]:
-    return lambda source: _build_archive(source, *check)
+    return lambda source: _packed(source, *check)
 
 
 def _started_by(*interpreter: str) -> Callable[[Source], list[str]]:
@@ -211,9 +212,10 @@ mv -T -- "$artifact" "$output"
 
 
 @cache
-def build_driver() -> bytes:
-    """Return the driver script for builds that create an archive."""
-    return (Path(__file__).parent / "data" / "build_archive.py").read_bytes()
+def build_driver() -> tuple[bytes, bytes]:
+    """Return the script for builds that pack the program as a tree, and the module channel/trees for it."""
+    package = Path(__file__).parents[1]
+    return (package / "programs/data/build_tree.py").read_bytes(), (package / "channel/trees.py").read_bytes()
 
 
 TOOLCHAINS: Final = (
@@ -236,8 +238,8 @@ TOOLCHAINS: Final = (
     Toolchain(
         name="python",
         suffixes=(".py",),
-        build=_build_archive,
-        archive=True,
+        build=_packed,
+        packs=True,
         start=_started_by(_PYTHON),
         needs=("python3",),
         entries=("main.py", "__main__.py", "app.py"),
@@ -246,8 +248,8 @@ TOOLCHAINS: Final = (
     Toolchain(
         name="shell",
         suffixes=(".sh", ".bash"),
-        build=lambda source: _build_archive(source, *_shell_check(source)),
-        archive=True,
+        build=lambda source: _packed(source, *_shell_check(source)),
+        packs=True,
         start=lambda source: [*_shell(source), f"{PROGRAM_FOLDER}/{source.name}"],
         needs=("bash",),
         entries=("main.sh", "run.sh", "main.bash"),
@@ -258,7 +260,7 @@ TOOLCHAINS: Final = (
         suffixes=(".js", ".mjs", ".cjs"),
         beside=("package.json",),
         build=_checked_by("/usr/bin/node", "--check"),
-        archive=True,
+        packs=True,
         start=_started_by("/usr/bin/node"),
         needs=("nodejs",),
         entries=("main.js", "main.mjs", "main.cjs", "index.js", "index.mjs", "index.cjs"),
@@ -269,7 +271,7 @@ TOOLCHAINS: Final = (
         suffixes=(".pl",),
         beside=(".pm",),
         build=_checked_by("/usr/bin/perl", "-I.", "-Ilib", "-c"),
-        archive=True,
+        packs=True,
         start=_started_by("/usr/bin/perl", f"-I{PROGRAM_FOLDER}", f"-I{PROGRAM_FOLDER}/lib"),
         needs=("perl-base",),
         entries=("main.pl",),
@@ -279,7 +281,7 @@ TOOLCHAINS: Final = (
         name="lua",
         suffixes=(".lua",),
         build=_checked_by("/usr/bin/luac5.4", "-p"),
-        archive=True,
+        packs=True,
         start=_started_by("/usr/bin/lua5.4", "-e", f"package.path = '{_LUA_PATH};' .. package.path"),
         needs=("lua5.4",),
         entries=("main.lua",),

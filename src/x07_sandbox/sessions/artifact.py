@@ -63,7 +63,7 @@ def _key(prepared: Prepared, program: Program, image_digest: str) -> str:
     assert toolchain.build is not None  # noqa: S101 - for the type checker
     extras = None if toolchain.protocol is None else toolchain.protocol.build_extras(prepared.policy.data)
     more = [] if extras is None else [sha256_text(part) for part in extras.key]
-    more += [sha256_text(build_driver())] if toolchain.archive else []
+    more += map(sha256_text, build_driver() if toolchain.packs else ())
     return artifacts.artifact_key(image_digest, toolchain.name, toolchain.build(program.source), program.sha256, *more)
 
 
@@ -81,7 +81,7 @@ def _from_cache(prepared: Prepared, program: Program, draft: Draft, known: _Cach
 def _verdict(prepared: Prepared, program: Program, found: Verdict) -> Verdict:
     from x07_sandbox.policy.outcomes import build_verdict
 
-    subject = "check of the source" if program.toolchain.archive else "compiler"
+    subject = "check of the source" if program.toolchain.packs else "compiler"
     return build_verdict(found, prepared.request.build_wall_ms or settings.BUILD_WALL_MS, subject)
 
 

@@ -147,7 +147,7 @@ class HostFiles:
         except OSError as exc:
             raise HostError("cannot store a copy of the program's files", exc.strerror or str(exc), ROOM) from exc
         self.copied.append(copied)
-        self.files.append(InFile(path=tree.host, mode=0, kind="tree", fd=packed.fd, size=size))
+        self.files.append(InFile(path="", mode=0, kind="tree", fd=packed.fd, size=size))
         return copied
 
     def mounts(self, first: int) -> list[GuestFolder]:

@@ -6,10 +6,8 @@ import time
 from collections.abc import Mapping
 from typing import Final
 
-from x07_sandbox.channel.trees import Entry, Kind, segment
-from x07_sandbox.files.changes import parent_folders
 from x07_sandbox.files.incoming import Incoming
-from x07_sandbox.files.pack import pack_files
+from x07_sandbox.files.pack import check_files, tree_of
 from x07_sandbox.policy.guest import PROGRAM
 from x07_sandbox.sessions.transfers import InFile, memory_file
 
@@ -48,11 +46,7 @@ class LeftFiles:
 
 def work_files(files: Mapping[str, bytes], stack: contextlib.ExitStack) -> InFile:
     """Return *files* as a file tree for the program's private working folder. Raises UsageError."""
-    packed = pack_files(files, "the files of the program").files
+    check_files(files, "the files of the program")
     now = time.time_ns()
-    entries = [Entry(Kind.FOLDER, os.fsencode(name), mode=0o755).encoded() for name in sorted(parent_folders(packed))]
-    for name, data in packed.items():
-        head = Entry(Kind.FILE, os.fsencode(name), mode=0o644, mtime_ns=now, size=len(data)).encoded()
-        entries += [head, segment(len(data)) + data] if data else [head]
-    tree = b"".join([*entries, Entry(Kind.END, b"").encoded()])
+    tree = tree_of({name: (data, 0o644, now) for name, data in files.items()})
     return InFile(path=PROGRAM, mode=0, kind="tree", fd=memory_file(tree, stack), size=len(tree))

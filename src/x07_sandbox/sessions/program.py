@@ -51,7 +51,7 @@ def load_program(request: RunRequest, caller: RunCaller, stack: contextlib.ExitS
     """Read the program. Return the request, with the settings of a manifest, and the program. Raises UsageError."""
     request, program = _load(request, caller, stack)
     program.toolchain.start(program.source)  # rejects a script for an unknown shell
-    if request.executable and program.toolchain.archive:
+    if request.executable and program.toolchain.packs:
         what = f"cannot save the compiled program of {request.program or 'the source'}"
         why = f"the toolchain {program.toolchain.name} makes no executable"
         raise UsageError(what, why, "Remove --compiled-out")
@@ -141,8 +141,8 @@ def _tree(toolchain: Toolchain, source: Source, packed: Packed, stack: contextli
         why = f"the names of the project's {len(packed.files)} files do not fit on a command line"
         fix = "List fewer files, or use the toolchain make"
         raise UsageError(f"cannot build the project with {toolchain.name}", why, fix)
-    data = packed.archive
-    file = replace(in_memory(packed.timed or data, PROJECT_FOLDER, 0o755, stack), kind="archive")
+    data = packed.tree
+    file = replace(in_memory(packed.timed or data, PROJECT_FOLDER, 0o755, stack), kind="tree")
     return Program(toolchain=toolchain, source=source, data=data, file=file, sha256=sha256_text(data))
 
 

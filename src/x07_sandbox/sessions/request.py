@@ -131,7 +131,7 @@ class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
 class Program(msgspec.Struct, frozen=True, kw_only=True):
     """A program that was read.
 
-    data: the source's bytes; an archive for a project.
+    data: the source's bytes; a tree for a project.
     file: the same bytes as a file for the build VM.
     project: whether the program has a manifest.
     lockfile: name of the lock file of an X07 project.

@@ -145,8 +145,9 @@ def build_spec(prepared: Prepared, program: Program, artifact: OutFile, stack: c
     toolchain = program.toolchain
     assert toolchain.build is not None  # noqa: S101 - for the type checker
     files, env = [program.file], dict(_ENVIRONMENT)
-    if toolchain.archive:
-        files.append(in_memory(build_driver(), program.source.driver, 0o644, stack))
+    if toolchain.packs:
+        driver = zip(build_driver(), program.source.driver, strict=True)
+        files += [in_memory(data, path, 0o644, stack) for data, path in driver]
     if toolchain.protocol is not None:
         extras = toolchain.protocol.build_extras(prepared.policy.data)
         files += [in_memory(data, path, 0o644, stack) for path, data in extras.files.items()]
@@ -200,10 +201,10 @@ def run_spec(
     """Return the description of a run, which executes *artifact* or a command, or of a sandbox, which has neither."""
     request, program, limits = prepared.request, prepared.program, prepared.plan.limits
     policy, protocol, project = prepared.policy.policy, prepared.protocol, prepared.project
-    archive = program is not None and program.toolchain.archive
+    is_tree = program is not None and program.toolchain.packs
     files = [in_memory(prepared.policy.data, f"{SOURCE_FOLDER}/policy.json", 0o644, stack)]
     if artifact is not None:
-        path, kind = (PROGRAM_FOLDER, "archive") if archive else (ARTIFACT, "file")
+        path, kind = (PROGRAM_FOLDER, "tree") if is_tree else (ARTIFACT, "file")
         files.insert(0, InFile(path=path, mode=0o755, kind=kind, fd=artifact.fd, size=artifact.size))
     if protocol is not None:
         more = protocol.run_files(prepared.whole_input)
@@ -234,7 +235,7 @@ def run_spec(
         places = host_files.places()
         mounts += host_files.mounts(len(files))
         files += host_files.files
-    confine = confinement(policy, PROJECT_FOLDER if project else cwd, alone=not (archive or protocol))
+    confine = confinement(policy, PROJECT_FOLDER if project else cwd, alone=not (is_tree or protocol))
     if confine.programs is not None and (image is not None or request.guest_root):
         # The folders without programs (guest/boot/places) are those of our own image, and root can replace programs.
         what = "cannot limit which programs are executed"

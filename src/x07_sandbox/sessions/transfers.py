@@ -25,7 +25,7 @@ ROOM: Final = "Free disk space, or set X07_VM_STATE_DIR to a folder on a larger 
 
 
 class InFile(msgspec.Struct, frozen=True, kw_only=True):
-    """A file to copy to *path* in the guest. kind: "file", "archive" or "tree" (channel/trees).
+    """A file to copy to *path* in the guest. kind: "file" or "tree" (channel/trees).
 
     fd: a descriptor that the caller owns. x07 reads the file from offset 0, so several jobs can use one descriptor.
     """

@@ -20,7 +20,7 @@ from x07_sandbox.host.decoding import prepared, why_invalid
 from x07_sandbox.host.paths import read_bounded
 from x07_sandbox.host.settings import __version__
 from x07_sandbox.policy.decode import MAX_BYTES as POLICY_MAX_BYTES
-from x07_sandbox.programs.toolchains import Source
+from x07_sandbox.programs.toolchains import BY_NAME, Source
 from x07_sandbox.reports.document import render_json
 from x07_sandbox.sessions.request import sha256_text
 from x07_sandbox.x07.runner_report import CompileRunReport, Target
@@ -59,9 +59,10 @@ class BundleFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     pinned: whether only the image of the manifest may be used.
     toolchain, source, project: of the program (`Program`). args: used if the caller gives none.
     denied: ports by host that --deny-host denies; null stands for all ports.
+    Version 0.1.0 packed programs without a compiler in another way; its other bundles are the same.
     """
 
-    schema_version: Literal["x07.sandbox.bundle@0.1.0"] = "x07.sandbox.bundle@0.1.0"
+    schema_version: Literal["x07.sandbox.bundle@0.1.0", "x07.sandbox.bundle@0.2.0"] = "x07.sandbox.bundle@0.2.0"
     launcher: Digest = _NO_DIGEST
     files: dict[str, Digest] = {}
     pinned: bool
@@ -190,6 +191,11 @@ def read_bundle(launcher: Path, digest: str) -> Bundle:
     folder = folder_of(launcher)
     facts = _decoded(_checked(launcher, folder / FACTS, digest, _FACTS_MAX_BYTES), BundleFacts, launcher)
     _checked(launcher, launcher, facts.launcher, settings.MIB, blank=digest)
+    toolchain = BY_NAME.get(facts.toolchain)
+    if facts.schema_version == "x07.sandbox.bundle@0.1.0" and toolchain is not None and toolchain.packs:
+        why = f"an older version of x07-sandbox made it, and packed its {facts.toolchain} program in another way"
+        fix = "Make it again with x07 bundle"
+        raise RefusedError(f"cannot start the bundle {launcher}", why, fix, code="bundle-changed")
     manifest, policy, payload = (
         _checked(launcher, folder / name, facts.files.get(name, ""), most) for name, most in _MAX_BYTES.items()
     )

@@ -148,9 +148,9 @@ def _loaded(
     return Program(
         toolchain=X07,
         source=Source(name="", folder=folder, files=tuple(packed.files), args=argv),
-        data=packed.archive,
-        file=replace(in_memory(packed.archive, folder, 0o755, stack), kind="archive"),
-        sha256=sha256_text(packed.archive),
+        data=packed.tree,
+        file=replace(in_memory(packed.tree, folder, 0o755, stack), kind="tree"),
+        sha256=sha256_text(packed.tree),
         cpu_ms=_cpu_ms(options),
     )
 

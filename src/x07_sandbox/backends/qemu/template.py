@@ -70,7 +70,8 @@ _COMMANDS: Final = {
     "run": [["/bin/true"], ["/usr/bin/python3", "-c", "pass"]],
     "build": [["/bin/true"], ["/bin/sh", "-c", _COMPILE]],
 }
-_OF_BUILDS: Final = ["importlib.util", "io", "os", "traceback"]  # imported by programs/data/build_archive.py
+# The imports of programs/data/build_tree.py.
+_OF_BUILDS: Final = ["enum", "importlib.util", "os", "struct", "traceback", "typing"]
 
 _SAVED: Final = '"status": "completed"'
 _NOT_SAVED: Final = '"status": "failed"'
