@@ -40,7 +40,7 @@ from x07_sandbox.backends.qemu import machine as machines
 from x07_sandbox.backends.qemu.start import tsc_khz
 from x07_sandbox.guest.system import children_of  # includes the children of all threads
 from x07_sandbox.host.arch import host_arch
-from x07_sandbox.images import cpio, kernel
+from x07_sandbox.images import boot, cpio
 from x07_sandbox.images.build import build_image
 from x07_sandbox.images.store import find_image, image_is_current
 from x07_sandbox.policy.default import default_policy, render_policy
@@ -343,15 +343,15 @@ def card_modules(release: str, work: Path) -> list[tuple[str, bytes]]:
         raise SystemExit(f"cannot download {package}: {done.stderr.strip()}\nRun apt-get update, then x07 image build")
     (deb,) = folder.glob("*.deb")
     subprocess.run(["dpkg-deb", "--extract", str(deb), str(folder / "tree")], check=True)
-    files = {kernel.module_name(path.name): path for path in (folder / "tree").rglob("*.ko*")}
+    files = {boot.module_name(path.name): path for path in (folder / "tree").rglob("*.ko*")}
     loaded: dict[str, bytes] = {}
 
     def needs(name: str) -> list[str]:
         data = files[name].read_bytes()
         loaded[name] = lzma.decompress(data) if files[name].suffix == ".xz" else data
-        return kernel.needed_modules(loaded[name])
+        return boot.needed_modules(loaded[name])
 
-    return [(name, loaded[name]) for name in kernel.load_order([DRIVER], needs)]
+    return [(name, loaded[name]) for name in boot.load_order([DRIVER], needs)]
 
 
 def show(found: dict[str, list[Figures]], pairs: list[tuple[float, float]]) -> None:

@@ -26,7 +26,7 @@ from unittest import mock
 from tests.hostile_images import BLOCK, END, damaged, file, mutated, summed
 from tests.oci_images import Entry, layer, layout
 from x07_sandbox.errors import ImageError, UsageError
-from x07_sandbox.images import layers, oci
+from x07_sandbox.images import oci
 
 BYTES_MAX: Final = 256 << 10
 LIMITS: Final = {"entries and folders": 100, "bytes in extended headers": 8 << 10, "steps from folder to folder": 5000}
@@ -113,9 +113,9 @@ def one_input(data: bytes) -> bool:
         resource.setrlimit(resource.RLIMIT_FSIZE, (BYTES_MAX, limits[1]))  # any byte more is an OSError
         try:
             with (
-                mock.patch.object(layers, "BYTES_MAX", BYTES_MAX),
                 mock.patch.object(oci, "BYTES_MAX", BYTES_MAX),
-                mock.patch.dict(layers.LIMITS, LIMITS),
+                mock.patch.object(oci, "BYTES_MAX", BYTES_MAX),
+                mock.patch.dict(oci.LIMITS, LIMITS),
             ):
                 oci.make_root(str(source), work, work / "root.tar", lambda _text: None)
         except (ImageError, UsageError):

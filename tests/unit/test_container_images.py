@@ -16,7 +16,7 @@ from x07_sandbox.backends.engines import engine
 from x07_sandbox.backends.podman import EngineBackend, EngineRuntime, names_file
 from x07_sandbox.errors import BackendError
 from x07_sandbox.images import manifest
-from x07_sandbox.images.guestcode import read_guest_code
+from x07_sandbox.images.store import read_guest_code
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -1,4 +1,4 @@
-"""Image builds reuse verified images and bases, rebuild damaged ones, and remember packages.
+"""Image builds reuse verified images and bases, rebuild damaged ones, and remember packages. Copies are whole.
 
 The images are fakes; tests/vm/test_image_build.py rebuilds real ones. No outside command is found here, so a build
 that has to create something ends at the first command that it needs.
@@ -18,12 +18,14 @@ import pytest
 
 from tests.conftest import overwrite
 from tests.published import document
+from tests.unit.test_images_verify import write_image
 from x07_sandbox.cli.main import main
 from x07_sandbox.errors import HostError, ImageError, UsageError
 from x07_sandbox.host import paths
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.images import base as bases
-from x07_sandbox.images import boot, build, guestcode, manifest, recipe, sources, store, verify
+from x07_sandbox.images import boot, build, manifest, sources, store, verify
+from x07_sandbox.images.build import add_image, pieces_of
 from x07_sandbox.library.cleanup import prune
 
 if TYPE_CHECKING:
@@ -67,12 +69,12 @@ def _make(include: Sequence[str]) -> str:
         manifest.Manifest(
             schema_version=manifest.SCHEMA,
             digest=manifest.NO_DIGEST,
-            recipe=recipe.RECIPE,
+            recipe=bases.RECIPE,
             arch=host_arch().name,
             suite=sources.release_codename(),
             include=list(include),
             base=base.digest,
-            guest_code=guestcode.read_guest_code().digest,
+            guest_code=store.read_guest_code().digest,
             kernel_release=base.kernel_release,
             parts=manifest.Parts(kernel=base.kernel, initrd=initrd, root=base.root, scratch=base.scratch),
             scratch_disk=base.scratch_disk,
@@ -89,7 +91,7 @@ def _make(include: Sequence[str]) -> str:
 def test_forbidden_namespaces_are_explained(tmp_path: Path) -> None:
     """A host without namespaces is told which container flag or which other host helps."""
     wrapper = Path(__file__).parents[1] / "vm" / "without_namespaces.py"
-    code = "from x07_sandbox.images.base import require_namespaces; require_namespaces()"
+    code = "from x07_sandbox.images.commands import require_namespaces; require_namespaces()"
     done = subprocess.run(
         [sys.executable, wrapper, sys.executable, "-c", code],
         env=os.environ | {"X07_VM_CACHE_DIR": str(tmp_path)},
@@ -291,3 +293,79 @@ def test_an_unused_base_is_pruned(science: store.Image) -> None:
     (store.images_dir() / "names" / "science").unlink()
     assert gone() == {science.folder.name, base.name}
     assert sorted(path.name for path in store.images_dir().iterdir()) == [".lock", "names"]
+
+
+Pieces = list[tuple[str, bytes]]
+
+
+def say(_text: str) -> None:
+    """Ignore progress."""
+
+
+@pytest.fixture
+def sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, Pieces]:
+    """The digest and the pieces of an image, and afterwards an empty store."""
+    monkeypatch.setenv("X07_VM_CACHE_DIR", str(tmp_path / "there"))
+    digest = write_image(store.images_dir() / "made")
+    (store.images_dir() / "made").rename(store.images_dir() / digest)
+    pieces = list(pieces_of(store.load(digest)))
+    monkeypatch.setenv("X07_VM_CACHE_DIR", str(tmp_path / "here"))
+    return f"sha256:{digest}", pieces
+
+
+def test_a_copy_has_the_digest_and_all_bytes(sent: tuple[str, Pieces]) -> None:
+    """A copied image is found by its digest and intact, and copying it again changes nothing."""
+    digest, pieces = sent
+    halves = [(name, half) for name, data in pieces[1:] for half in (data[: len(data) // 2], data[len(data) // 2 :])]
+    image = add_image(digest, [pieces[0], *halves], say)
+    assert (image.digest, store.find_image(digest)) == (digest, image)
+    assert verify.verify_image(image) == []
+    assert add_image(digest, [], say) == image
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda pieces: pieces[1:], "is not the manifest"),
+        (lambda _pieces: [], "is not the manifest"),
+        (lambda pieces: pieces[:-1], "is incomplete"),
+        (lambda pieces: [*pieces[:-1], (pieces[-1][0], pieces[-1][1][:-1] + b"?")], "is incomplete or damaged"),
+        (lambda pieces: [*pieces, pieces[-1]], "too large"),
+        (lambda pieces: [*pieces, ("../../escaped", b"")], "is not in the manifest"),
+        (
+            lambda pieces: [(pieces[0][0], pieces[0][1].replace(b"trixie", b"sid")), *pieces[1:]],
+            "digest does not match",
+        ),
+    ],
+)
+def test_a_wrong_copy_is_refused(sent: tuple[str, Pieces], change: object, why: str) -> None:
+    """If a piece is missing, changed, repeated or foreign, nothing is added and nothing is left."""
+    digest, pieces = sent
+    assert callable(change)
+    with pytest.raises(ImageError, match=why):
+        add_image(digest, change(pieces), say)
+    assert [name for name in os.listdir(store.images_dir()) if not name.startswith(".")] == []  # noqa: PTH208 - names
+    assert build.leftovers() == []
+
+
+def test_another_image_is_refused(sent: tuple[str, Pieces]) -> None:
+    """The pieces of an image cannot be added under another digest."""
+    with pytest.raises(ImageError, match="belongs to another image"):
+        add_image("sha256:" + "0" * 64, sent[1], say)
+
+
+def test_disk_from_the_head_is_a_sound_file_system(tmp_path: Path, need: Need) -> None:
+    """The scratch disk passes e2fsck and is reproducible."""
+    need(shutil.which("mke2fs", path="/usr/sbin:/sbin"), "mke2fs (package e2fsprogs)", installable=True)
+    head, disk = bases.make_scratch(tmp_path)
+    assert (head, disk) == bases.make_scratch(tmp_path)
+    assert len(head) < 256 * 1024
+    assert disk.bytes == 8 * 1024**3
+    (tmp_path / "head").write_bytes(head)
+    with (tmp_path / "head").open("rb") as part, (tmp_path / "disk").open("w+b") as file:
+        verify.write_disk(part.fileno(), disk, file.fileno())
+    checked = subprocess.run(
+        ["/usr/sbin/e2fsck", "-fn", str(tmp_path / "disk")], capture_output=True, text=True, check=False
+    )
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    assert list(tmp_path.glob("scratch-*")) == []

@@ -11,7 +11,7 @@ import pytest
 from x07_sandbox.errors import HostError, ImageError, UsageError
 from x07_sandbox.host import paths
 from x07_sandbox.host.arch import ARCHES
-from x07_sandbox.images import commands, guestcode, recipe
+from x07_sandbox.images import base, commands, store
 
 
 def _sh(script: str) -> list[str]:
@@ -104,17 +104,17 @@ def test_missing_command_names_its_package(monkeypatch: pytest.MonkeyPatch, tmp_
 def test_odd_package_names_are_refused(name: str) -> None:
     """Only valid package names reach apt."""
     with pytest.raises(UsageError, match="not a valid Debian package name"):
-        recipe.check_packages([name])
+        base.check_packages([name])
 
 
 def test_packages_are_sorted_and_counted_once() -> None:
     """The order of packages does not change the image."""
-    assert recipe.check_packages(["zip", "jq", "gcc", "zip"]) == ("jq", "zip")
+    assert base.check_packages(["zip", "jq", "gcc", "zip"]) == ("jq", "zip")
 
 
 def test_command_line_names_no_architecture_but_the_tables() -> None:
     """Build commands name only the chosen architecture."""
-    options = "\n".join(recipe.mmdebstrap_options(ARCHES["aarch64"], "trixie", (), "/k d.deb", "/s"))
+    options = "\n".join(base.mmdebstrap_options(ARCHES["aarch64"], "trixie", (), "/k d.deb", "/s"))
     assert "arm64" in options
     assert "aarch64-linux-gnu" in options
     assert "x86" not in options
@@ -124,12 +124,12 @@ def test_command_line_names_no_architecture_but_the_tables() -> None:
 
 def test_guest_code_is_the_guests_rooms_and_no_more() -> None:
     """The agent archive contains only guest, channel, errors, kernel and libseccomp."""
-    code = guestcode.read_guest_code()
+    code = store.read_guest_code()
     assert code.agent["__init__.py"] == b""
     modules = {"__init__.py", "errors.py", "kernel.py", "libseccomp.py"}
     assert {name.partition("/")[0] for name in code.agent} == {*modules, "channel", "guest"}
     assert not any(name.startswith("guest/boot/") for name in code.agent)
-    assert set(code.tools) == {guestcode.INIT, guestcode.PACK, guestcode.FILTERS, guestcode.PLACES}
+    assert set(code.tools) == {store.INIT, store.PACK, store.FILTERS, store.PLACES}
 
 
 def test_every_guest_file_counts_for_the_digest(tmp_path: Path) -> None:
@@ -139,20 +139,20 @@ def test_every_guest_file_counts_for_the_digest(tmp_path: Path) -> None:
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
-    digests = {guestcode.read_guest_code(tmp_path).digest}
+    digests = {store.read_guest_code(tmp_path).digest}
     for name in [*names, "guest/new.py"]:
         (tmp_path / name).write_text("changed")
-        digests.add(guestcode.read_guest_code(tmp_path).digest)
+        digests.add(store.read_guest_code(tmp_path).digest)
     assert len(digests) == len(names) + 2
-    last = guestcode.read_guest_code(tmp_path).digest
+    last = store.read_guest_code(tmp_path).digest
     (tmp_path / "cli").mkdir()
     (tmp_path / "cli" / "main.py").write_text("x")
-    assert guestcode.read_guest_code(tmp_path).digest == last
+    assert store.read_guest_code(tmp_path).digest == last
 
 
 @pytest.mark.parametrize("name", ["", "a-b", "1a", "a..b", "os;x", "a b", "é", "x" * 201, ".a"])
 def test_only_names_of_modules_are_preloaded(name: str) -> None:
     """Only valid module names can be preloaded."""
     with pytest.raises(UsageError, match="not a valid Python module name"):
-        recipe.check_modules([name])
-    assert recipe.check_modules(["numpy", "a.b", "numpy"]) == ("a.b", "numpy")
+        base.check_modules([name])
+    assert base.check_modules(["numpy", "a.b", "numpy"]) == ("a.b", "numpy")

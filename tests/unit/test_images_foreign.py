@@ -14,7 +14,7 @@ from x07_sandbox.cli.main import main
 from x07_sandbox.errors import HostError, RefusedError, UsageError
 from x07_sandbox.host import paths
 from x07_sandbox.host.arch import ARCHES, host_arch
-from x07_sandbox.images import build, foreign, store
+from x07_sandbox.images import build, commands, store
 from x07_sandbox.images.verify import OpenImage
 from x07_sandbox.policy.features import vm_features
 from x07_sandbox.sessions import prepare
@@ -62,14 +62,14 @@ def test_programs_that_cannot_be_executed_are_explained(tools: Path) -> None:
         build.build_image(name="other", arch=OTHER.name, progress=print)
     assert f"/usr/lib/binfmt.d/qemu-{OTHER.name}.conf" in str(caught.value.fix)
     arch_test(tools, 0)
-    foreign.require_execution(OTHER)
+    commands.require_execution(OTHER)
 
 
 def test_this_hosts_programs_need_no_emulation(tools: Path) -> None:
     """A build for this host's architecture needs no emulation, and its commands have the usual time limits."""
     arch_test(tools, 1)
-    foreign.require_execution(HOST)
-    assert foreign.slower(HOST) == 1 < foreign.slower(OTHER)
+    commands.require_execution(HOST)
+    assert commands.slower(HOST) == 1 < commands.slower(OTHER)
 
 
 def test_the_default_image_is_for_this_host() -> None:

@@ -11,7 +11,7 @@ import pytest
 from tests.published import document
 from x07_sandbox.cli.main import main
 from x07_sandbox.errors import ImageError, worded
-from x07_sandbox.images import manifest, scratch, store, verify
+from x07_sandbox.images import manifest, store, verify
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -339,7 +339,7 @@ def test_a_missing_default_image_names_the_others(image: store.Image) -> None:
 def test_scratch_disk_is_made_from_the_part(image: store.Image, tmp_path: Path) -> None:
     """A job's scratch disk is sparse, with its pieces in place."""
     with (tmp_path / "disk").open("w+b") as disk, verify.open_image(image) as opened:
-        scratch.write_disk(opened.fds["scratch"], opened.manifest.scratch_disk, disk.fileno())
+        verify.write_disk(opened.fds["scratch"], opened.manifest.scratch_disk, disk.fileno())
         disk.seek(0)
         assert disk.read() == bytes(8192) + b"s" * 4096 + bytes((1 << 20) - 12288)
         assert os.fstat(disk.fileno()).st_blocks * 512 < 1 << 20

@@ -15,8 +15,8 @@ import pytest
 from tests.conftest import overwrite
 from x07_sandbox.channel.messages import PROTOCOL
 from x07_sandbox.errors import ImageError
-from x07_sandbox.images import kernel, manifest, store, vz_bundle
-from x07_sandbox.images.guestcode import read_guest_code
+from x07_sandbox.images import boot, manifest, store, vz_bundle
+from x07_sandbox.images.store import read_guest_code
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -259,7 +259,7 @@ def test_a_damaged_image_gives_no_bundle(make: Make, tmp_path: Path) -> None:
 
 def test_an_arm64_kernel_package_has_the_image_itself() -> None:
     """The raw Image of Debian's arm64 kernel is used as it is."""
-    assert kernel.vmlinux(raw_image(), lambda data: data) == raw_image()
+    assert boot.vmlinux(raw_image(), lambda data: data) == raw_image()
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,9 @@ from x07_sandbox.conformance.harness import open_bench
 from x07_sandbox.errors import HostError, SandboxError
 from x07_sandbox.host.arch import arch_named, is_foreign
 from x07_sandbox.host.waiting import Cancel
-from x07_sandbox.images import foreign, kernel, vz_bundle
+from x07_sandbox.images import boot, vz_bundle
 from x07_sandbox.images.build import build_image
+from x07_sandbox.images.commands import require_execution
 from x07_sandbox.library.pool_prepare import prepare_clones
 from x07_sandbox.sessions import prepare
 from x07_sandbox.sessions.request import RunCaller, RunRequest
@@ -87,7 +88,7 @@ def arm64(need: Need) -> Image:
     binary = Path(arch.qemu_binary)
     need(binary.exists(), f"the command {binary} (Debian: apt-get install {arch.qemu_package})", installable=False)
     try:
-        foreign.require_execution(arch)
+        require_execution(arch)
     except HostError as exc:
         need(condition=False, reason=f"{exc.what}: {exc.why}. {exc.fix}", installable=False)
     made = build_image(name=NAME, arch=NAME, progress=print)
@@ -114,7 +115,7 @@ def test_the_image_has_a_raw_kernel_for_arm64(arm64: Image) -> None:
     assert {package.arch for package in made.packages} == {"all", "arm64"}
     data = (arm64.folder / made.parts.kernel.file).read_bytes()
     assert data[56:60] == b"ARM\x64"
-    assert kernel.bootable_release(data, "aarch64") == made.kernel_release
+    assert boot.bootable_release(data, "aarch64") == made.kernel_release
     assert build_image(name=NAME, progress=print) == arm64  # it keeps its architecture
 
 

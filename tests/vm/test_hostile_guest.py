@@ -22,7 +22,7 @@ from x07_sandbox.host import settings
 from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.paths import cache_dir
 from x07_sandbox.images.build import build_image
-from x07_sandbox.images.guestcode import GuestCode, read_guest_code
+from x07_sandbox.images.store import GuestCode, read_guest_code
 
 if TYPE_CHECKING:
     from x07_sandbox.images.store import Image

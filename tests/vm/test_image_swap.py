@@ -19,7 +19,7 @@ from tests.vm.jail_helpers import (
     own_tree,
     parse,
 )
-from x07_sandbox.images.scratch import write_disk
+from x07_sandbox.images.verify import write_disk
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -30,7 +30,7 @@ cli.console cli.main cli.parser cli.run cli.std_streams
 errors
 host.arch host.close_on_fork host.decoding host.linux host.locks host.os_errors host.paths host.processes host.settings
 host.variables host.verdicts host.waiting
-images.guestcode images.manifest images.scratch images.store images.verify
+images.manifest images.store images.verify
 jail.bwrap jail.cgroups jail.criu jail.forms jail.seccomp jail.uids
 library.requests library.upkeep
 options

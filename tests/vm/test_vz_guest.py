@@ -15,8 +15,7 @@ import pytest
 from tests.conftest import need
 from x07_sandbox.channel.messages import PROTOCOL
 from x07_sandbox.host.arch import host_arch
-from x07_sandbox.images.scratch import write_disk
-from x07_sandbox.images.verify import open_image
+from x07_sandbox.images.verify import open_image, write_disk
 from x07_sandbox.images.vz_bundle import COMMAND_LINE
 
 if TYPE_CHECKING:

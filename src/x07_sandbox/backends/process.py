@@ -34,7 +34,7 @@ from x07_sandbox.host.paths import cache_folder, replace_file
 from x07_sandbox.host.processes import Launch, output_of
 from x07_sandbox.host.verdicts import Verdict, file_state
 from x07_sandbox.host.waiting import Deadline
-from x07_sandbox.images.guestcode import FILTERS, PACK, PLACES, GuestCode, read_guest_code
+from x07_sandbox.images.store import FILTERS, PACK, PLACES, GuestCode, read_guest_code
 from x07_sandbox.images.verify import OpenImage
 from x07_sandbox.jail.bwrap import BWRAP, PERL, SETPRIV, may_nest, supervisor_argv
 from x07_sandbox.jail.cgroups import program_groups, remove_groups

@@ -33,8 +33,7 @@ from x07_sandbox.host.paths import find_program, private_dir, state_dir
 from x07_sandbox.host.processes import COMMAND_ENVIRONMENT, Launch
 from x07_sandbox.host.variables import text
 from x07_sandbox.host.waiting import Deadline, wait_readable
-from x07_sandbox.images.scratch import write_disk
-from x07_sandbox.images.verify import OpenImage
+from x07_sandbox.images.verify import OpenImage, write_disk
 from x07_sandbox.images.vz_bundle import OpenBundle, open_bundle
 from x07_sandbox.policy.features import Features, vm_features
 from x07_sandbox.records.record import JobRecord, create_record, drop_unstarted, state_home

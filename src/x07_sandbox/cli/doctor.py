@@ -280,8 +280,7 @@ def _architecture() -> Finding:
 
 
 def _image_tools() -> Finding:
-    from x07_sandbox.images.base import require_namespaces
-    from x07_sandbox.images.commands import missing_tools
+    from x07_sandbox.images.commands import missing_tools, require_namespaces
 
     subject, missing = "tools to build images", missing_tools()
     if not missing:

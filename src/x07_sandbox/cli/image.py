@@ -336,7 +336,7 @@ def _damaged_row(image: DamagedImage) -> ImageRow:
 
 
 def _remove(options: argparse.Namespace) -> int:
-    from x07_sandbox.images.pruning import remove_images
+    from x07_sandbox.images.build import remove_images
     from x07_sandbox.library.cleanup import prune_saved
     from x07_sandbox.records.pruning import Pruner
 

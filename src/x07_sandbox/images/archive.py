@@ -17,7 +17,7 @@ from x07_sandbox.channel.egress import RESOLV_CONF
 from x07_sandbox.errors import ImageError
 from x07_sandbox.host.arch import ARCHES
 from x07_sandbox.images import tar
-from x07_sandbox.images.base import remove_tree, unpack_root
+from x07_sandbox.images.commands import remove_tree, unpack_root
 from x07_sandbox.images.manifest import AGENT, ENTRY, LABEL
 from x07_sandbox.images.store import Image
 from x07_sandbox.policy.default import canonical_json

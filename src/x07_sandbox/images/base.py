@@ -3,34 +3,117 @@
 Making a base takes half a minute and needs the network. So images with the same recipe, architecture, suite and
 packages share a cached base. The X07 toolchain and Python packages are appended to a copy of a base. The second stage
 (boot.py) adds x07's own code.
+
+The root file system consists of Debian packages. mmdebstrap runs our hooks on the tree. Bump RECIPE when a change here
+or in boot.py changes the contents of a base.
 """
 
 import contextlib
 import fcntl
 import hashlib
 import os
-import pwd
+import re
+import shlex
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
 
-from x07_sandbox.errors import HostError, ImageError
+from x07_sandbox.errors import UsageError
 from x07_sandbox.host.arch import Arch
 from x07_sandbox.host.decoding import prepared
-from x07_sandbox.host.linux import mounts
-from x07_sandbox.host.locks import file_lock
-from x07_sandbox.host.paths import cache_dir
-from x07_sandbox.images import commands, foreign, kernel, manifest, recipe, scratch, sources, verify
+from x07_sandbox.images import boot, commands, manifest, sources, verify
 from x07_sandbox.policy.default import canonical_json
 
 BASE_SCHEMA = "x07.sandbox.image-base@0.1.0"
 NEEDED_BYTES = 2 * 1024**3  # the tree, its tar file and the packages
 TREE = "tree"
 TAR_FILE = "root.tar"
+RECIPE = 5
+PIP_LAYOUT = 2  # bump when a change in pip.py changes the contents of an image with Python packages
+PACKAGES = ("ca-certificates", "g++", "gcc", "iproute2", "libc6-dev", "libseccomp2", "make", "nftables", "python3")
+JOB_ID = 65532  # uid and gid of the program; guest/confine uses the same
+EROFS_UUID = "00000000-0000-4000-8000-000000000006"
+# Compared to lz4, lz4hc takes 3 s more and saves 20 of 149 MB; level 9 takes another 4 s for 2 MB.
+EROFS_OPTIONS = ("-zlz4hc,level=4", "-C65536")
+UNWANTED = ("man", "doc", "locale", "info", "lintian", "bug", "doc-base", "pixmaps")
+
+# UNWANTED excludes the folders of manual pages too, without which update-alternatives fails.
+MAN_FOLDERS = """
+for number in 1 2 3 4 5 6 7 8 9; do mkdir -p "$1/usr/share/man/man$number"; done
+"""
+# Hooks get the tree as $1 and run with `set -eu`.
+ACCOUNTS = f"""
+printf 'x07:x:{JOB_ID}:{JOB_ID}:x07:/opt/x07:/bin/sh\\n' >> "$1/etc/passwd"
+printf 'x07:x:{JOB_ID}:\\n' >> "$1/etc/group"
+mkdir -p "$1/x07" "$1/opt/x07"
+chmod 0755 "$1/x07" "$1/opt/x07"
+"""
+# Debian's byte code is checked against source times, which are all one date in an image: Python would compile it again
+# at every start.
+BYTE_CODE = """
+chroot "$1" sh -c 'cd /usr/lib; exec python3 -m compileall -q -f -j2 --invalidation-mode unchecked-hash $PWD/python3*'
+find "$1/usr/lib" -name '*.opt-*.pyc' -delete
+"""
+KERNEL = """
+mkdir "$1/x07-kernel"
+cd "$1/x07-kernel"
+export APT_CONFIG="$MMDEBSTRAP_APT_CONFIG"
+package=$(apt-cache depends --important {meta} | sed -n 's/^ *Depends: \\(linux-image-[0-9][^ ]*\\)$/\\1/p' | head -n 1)
+test -n "$package" || {{ echo 'no kernel package found below {meta}' >&2; exit 1; }}
+apt-get -q -o APT::Sandbox::User=root download "$package"
+mv -- *.deb kernel.deb
+"""
+# For programs that are root in the VM (--guest-root). Debian's own servers, whatever the host uses.
+APT = """
+if [ -x "$1/usr/bin/apt-get" ]; then
+mkdir -p "$1/etc/apt/apt.conf.d" "$1/etc/apt/preferences.d" "$1/etc/apt/sources.list.d" "$1/etc/apt/trusted.gpg.d"
+mkdir -p "$1/var/lib/apt/lists/partial" "$1/var/cache/apt/archives/partial"
+cat > "$1/etc/apt/sources.list.d/debian.sources" <<END
+Types: deb
+URIs: http://deb.debian.org/debian
+Suites: {suite} {suite}-updates
+Components: main
+Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg
+
+Types: deb
+URIs: http://deb.debian.org/debian-security
+Suites: {suite}-security
+Components: main
+Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg
+END
+fi
+"""
+# Remove traces of the host and the build: names of mirrors, resolvers and this machine; times; logs. The root is
+# read-only, so /var/tmp leads to the program's own /tmp.
+CLEAN = """
+rm -rf "$1/var/tmp"
+ln -s ../tmp "$1/var/tmp"
+rm -rf "$1/x07-kernel" "$1/etc/apt" "$1/var/log" "$1/var/cache" "$1/var/lib/apt"
+rm -f "$1/etc/dpkg/dpkg.cfg.d/99mmdebstrap" "$1/usr/bin/"*lto-dump* "$1/usr/libexec/gcc/"*/*/lto1
+rm -f "$1/usr/lib/{multiarch}/"lib?san.so* "$1/usr/lib/{multiarch}/"libhwasan.so*
+rm -f "$1/var/lib/dpkg/"*-old "$1/etc/"*- "$1/etc/resolv.conf" "$1/var/lib/dbus/machine-id" "$1/etc/.pwd.lock"
+rm -rf "$1/usr/share/man/"*
+mkdir -m 0755 "$1/var/log" "$1/var/cache"
+: > "$1/etc/resolv.conf"
+: > "$1/etc/machine-id"
+echo x07 > "$1/etc/hostname"
+printf '127.0.0.1 localhost\\n::1 localhost\\n' > "$1/etc/hosts"
+"""
+MODULE_NAME_MAX = 200
+SCRATCH_UUID = "00000000-0000-4000-8000-000000000007"
+HASH_SEED = "00000000-0000-4000-8000-000000000008"
+# Listed explicitly, so that defaults do not matter. Without flex_bg, an unused block group has no non-zero block.
+FEATURES = (
+    "none,dir_index,dir_nlink,ext_attr,extent,extra_isize,filetype,huge_file,large_file,metadata_csum,"
+    "sparse_super2,64bit"
+)
+EXTENDED = (
+    f"num_backup_sb=0,lazy_itable_init=1,assume_storage_prezeroed=1,nodiscard,hash_seed={HASH_SEED},root_owner=0:0"
+)
 
 
 class Base(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
@@ -51,6 +134,11 @@ class Base(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
         """Return all files of the base."""
         return [self.kernel, self.root, self.scratch, *self.boot, *self.net]
 
+    def modules(self, folder: Path) -> dict[str, Path]:
+        """Return the kernel modules in *folder*, by name in the initramfs."""
+        boot_files = {part.file: folder / part.file for part in self.boot}
+        return boot_files | {f"net/{part.file.removeprefix('net-')}": folder / part.file for part in self.net}
+
     @property
     def digest(self) -> str:
         """The digest of the base, which image manifests contain."""
@@ -69,9 +157,9 @@ class BaseSpec(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def key(self) -> str:
         """A hash of the inputs, for the name of the base's folder."""
-        words = [recipe.RECIPE, self.arch.deb, self.suite, list(self.include)]
+        words = [RECIPE, self.arch.deb, self.suite, list(self.include)]
         words += [self.x07] if self.x07 else []
-        words += [{"pip": sorted(self.pip), "layout": recipe.PIP_LAYOUT}] if self.pip else []
+        words += [{"pip": sorted(self.pip), "layout": PIP_LAYOUT}] if self.pip else []
         return hashlib.sha256(canonical_json(words)).hexdigest()[:32]
 
 
@@ -106,13 +194,13 @@ def make_base(work: Path, spec: BaseSpec, progress: Callable[[str], None]) -> Pa
     progress("extracting the kernel")
     argv = [commands.tool("dpkg-deb"), "--extract", str(work / "kernel.deb"), str(work / "kernel")]
     commands.run(argv, cwd=work, timeout_s=120)
-    parts = kernel.read_package(work / "kernel", _unzstd)
+    parts = boot.read_package(work / "kernel", _unzstd)
     progress("making the root file system")
     folder = work / "base"
     folder.mkdir(mode=0o700)
-    _mkfs(work, folder / "root.erofs", work / TAR_FILE)
+    make_root(work, folder / "root.erofs", work / TAR_FILE)
     (work / TAR_FILE).unlink()
-    head, disk = scratch.make_head(work)
+    head, disk = make_scratch(work)
     base = Base(
         schema_version=BASE_SCHEMA,
         kernel_release=parts.release,
@@ -139,28 +227,16 @@ def add_layer(work: Path, folder: Path, base: Base, tar: Path, *, x07: str = "")
             os.link(folder / part.file, made / part.file)
     root = made / base.root.file
     shutil.copyfile(folder / base.root.file, root)
-    _mkfs(work, root, tar, "--incremental=data")
+    make_root(work, root, tar, "--incremental=data")
     tar.unlink()
     _put_record(made, msgspec.structs.replace(base, root=part_of(made, base.root.file), x07=x07 or base.x07))
     return made
 
 
-def unpack_root(work: Path, image: Path) -> Path:
-    """Unpack a root file system, the file *image*, to a folder in *work*; return that folder. Raises SandboxError."""
-    root = work / "unpacked"
-    argv = [commands.tool("fsck.erofs"), f"--extract={root}", "--no-preserve", str(image)]
-    commands.run(argv, cwd=work, timeout_s=300)
-    return root
-
-
-def make_root(work: Path, target: Path, tar: Path) -> None:
-    """Make a root file system, the file *target*, of an archive. Raises SandboxError."""
-    _mkfs(work, target, tar)
-
-
-def _mkfs(work: Path, target: Path, tar: Path, *options: str) -> None:
-    argv = [commands.tool("mkfs.erofs"), "--quiet", *recipe.EROFS_OPTIONS, f"-T{commands.EPOCH}", *options]
-    commands.run([*argv, "-U", recipe.EROFS_UUID, "--tar=f", str(target), str(tar)], cwd=work, timeout_s=600)
+def make_root(work: Path, target: Path, tar: Path, *options: str) -> None:
+    """Make a root file system, the file *target*, of an archive. options: of mkfs.erofs. Raises SandboxError."""
+    argv = [commands.tool("mkfs.erofs"), "--quiet", *EROFS_OPTIONS, f"-T{commands.EPOCH}", *options]
+    commands.run([*argv, "-U", EROFS_UUID, "--tar=f", str(target), str(tar)], cwd=work, timeout_s=600)
 
 
 def _put_record(folder: Path, base: Base) -> None:
@@ -175,12 +251,10 @@ def _mmdebstrap(work: Path, spec: BaseSpec, progress: Callable[[str], None]) -> 
             settings.append(f'Dir::Etc::{option} "{path}";')
     tree = work / TREE
     tree.mkdir(mode=0o700)
-    check_space(work, NEEDED_BYTES)
-    require_namespaces()
-    argv = [*own_namespaces(), commands.tool("mmdebstrap"), "--mode=root", "--format=tar"]
-    argv += recipe.mmdebstrap_options(
-        spec.arch, spec.suite, spec.include, str(work / "kernel.deb"), str(work / "dpkg-status")
-    )
+    commands.check_space(work, NEEDED_BYTES)
+    commands.require_namespaces()
+    argv = [*commands.own_namespaces(), commands.tool("mmdebstrap"), "--mode=root", "--format=tar"]
+    argv += mmdebstrap_options(spec.arch, spec.suite, spec.include, str(work / "kernel.deb"), str(work / "dpkg-status"))
     argv += [f"--aptopt={setting}" for setting in settings]
     with (work / TAR_FILE).open("wb") as tar:
         # mmdebstrap's processes inherit the lock; `remove_work` waits for it.
@@ -188,89 +262,15 @@ def _mmdebstrap(work: Path, spec: BaseSpec, progress: Callable[[str], None]) -> 
         commands.run(
             [*argv, spec.suite, "-", str(work / "build.sources")],
             cwd=tree,
-            timeout_s=1800 * foreign.slower(spec.arch),
+            timeout_s=1800 * commands.slower(spec.arch),
             extra_env={"TMPDIR": str(tree)},
             stdout_fd=tar.fileno(),
             on_line=lambda line: progress(line[3:]) if line.startswith("I: ") else None,
         )
 
 
-def own_namespaces() -> list[str]:
-    """Return a command prefix that runs a command as root in namespaces of its own.
-
-    All processes of the command end with the command. mmdebstrap's own isolation leaves things behind: in mode "root",
-    mounts that the whole host sees; in mode "unshare", workers that outlive mmdebstrap and wait forever. So every user
-    runs mmdebstrap in mode "root" behind this prefix.
-    """
-    argv = [commands.tool("unshare"), "--mount", "--pid", "--fork", "--mount-proc", "--kill-child"]
-    if os.geteuid() != 0:
-        commands.tool("newuidmap")
-        _check_sub_uids()
-        argv += ["--user", "--map-root-user", "--map-auto"]
-    return [*argv, "--"]
-
-
-def require_namespaces() -> None:
-    """Raise HostError unless this user may create the namespaces in which an image is built."""
-    try:
-        commands.capture([*own_namespaces(), "/bin/true"])
-    except ImageError as exc:
-        why = f"namespaces are forbidden here ({' '.join(exc.why.split())})"
-        fix = "In a container, start it with --privileged. Or run x07 image build on a host that allows namespaces, and"
-        fix += f" copy ~/.cache/x07-sandbox/images from there to {cache_dir() / 'images'}"
-        raise HostError("cannot build the guest image", why, fix) from exc
-
-
-def _check_sub_uids() -> None:
-    """Raise HostError unless this user has subordinate uids and gids (subuid(5))."""
-    uid, what = os.geteuid(), "cannot build the guest image"
-    try:
-        name = pwd.getpwuid(uid).pw_name
-    except KeyError:
-        why = f"uid {uid} has no passwd entry, and so no subordinate uids"
-        raise HostError(what, why, "Build it as a user with a passwd entry, or as root") from None
-    for path in ("/etc/subuid", "/etc/subgid"):
-        try:
-            owners = {line.partition(":")[0] for line in Path(path).read_text(encoding="utf-8").splitlines()}
-        except OSError:
-            owners = set()
-        if not owners & {name, str(uid)}:
-            fix = f"As root, run usermod --add-subuids 100000-165535 --add-subgids 100000-165535 {name}"
-            raise HostError(what, f"{path} has no range for {name}", fix)
-
-
-def remove_work(work: Path, progress: Callable[[str], None]) -> None:
-    """Remove the folder of a finished or killed build, once all processes of that build have ended."""
-    with file_lock(work / TAR_FILE, on_wait=lambda: progress("waiting for the processes of a killed build")):
-        tree = work / TREE
-        if tree.exists() and os.geteuid() != 0:
-            # It belongs to subordinate uids.
-            argv = [*own_namespaces(), commands.tool("rm"), "-rf", "--one-file-system", str(tree)]
-            commands.run(argv, cwd=work, timeout_s=120)
-        remove_tree(work)
-
-
-def remove_tree(folder: Path) -> None:
-    """Remove a folder and everything below it. Raises ImageError if anything is mounted there."""
-    below = os.fsencode(f"{folder}/")
-    if any(mounted.place.startswith(below) for mounted in mounts()):
-        why, fix = "a file system is mounted below it", "Unmount it (see findmnt), then try again"
-        raise ImageError(f"cannot remove {folder}", why, fix)
-    shutil.rmtree(folder)
-
-
-def check_space(folder: Path, needed_bytes: int) -> None:
-    """Raise HostError if *folder* has too little free space."""
-    info = os.statvfs(folder)
-    free = info.f_bavail * info.f_frsize
-    if free < needed_bytes:
-        why = f"{folder.parent} has {free // 1024**2} MiB free, but a build needs {needed_bytes // 1024**2}"
-        fix = "Free some space, or set X07_VM_CACHE_DIR to a folder on a larger disk"
-        raise HostError("cannot build the guest image", why, fix)
-
-
 def _unzstd(data: bytes) -> bytes:
-    return commands.capture([commands.tool("zstd"), "-dcq"], data=data, max_bytes=kernel.MAX_KERNEL_BYTES)
+    return commands.capture([commands.tool("zstd"), "-dcq"], data=data, max_bytes=boot.MAX_KERNEL_BYTES)
 
 
 def _packages(work: Path) -> list[manifest.Package]:
@@ -284,6 +284,17 @@ def _packages(work: Path) -> list[manifest.Package]:
     name, version, arch = shown.decode().split()
     packages.append(manifest.Package(name=name, version=version, arch=arch))
     return sorted(packages, key=lambda package: (package.name, package.arch))
+
+
+def make_scratch(folder: Path) -> tuple[bytes, manifest.ScratchDisk]:
+    """Make an empty scratch disk in *folder*. Return its non-zero blocks and their offsets. Raises ImageError."""
+    with tempfile.NamedTemporaryFile(dir=folder, prefix="scratch-") as disk:
+        disk.truncate(verify.DISK_BYTES)
+        argv = [commands.tool("mke2fs"), "-q", "-F", "-t", "ext4", "-b", str(verify.BLOCK), "-I", "256", "-i", "16384"]
+        argv += ["-m", "0", "-U", SCRATCH_UUID, "-O", FEATURES, "-E", EXTENDED, disk.name]
+        env = {"E2FSPROGS_FAKE_TIME": str(commands.EPOCH), "MKE2FS_CONFIG": os.devnull}
+        commands.run(argv, cwd=folder, timeout_s=60, extra_env=env)
+        return verify.read_disk(disk.fileno())
 
 
 def put(folder: Path, name: str, data: bytes) -> manifest.Part:
@@ -301,3 +312,49 @@ def part_of(folder: Path, name: str) -> manifest.Part:
         os.fsync(file.fileno())
         size = os.fstat(file.fileno()).st_size
     return manifest.Part(file=name, sha256=digest, bytes=size)
+
+
+def check_packages(include: Sequence[str]) -> tuple[str, ...]:
+    """Return *include* sorted, without duplicates and default packages. Raises UsageError for an invalid name."""
+    for name in include:
+        if not re.fullmatch(r"[a-z0-9][a-z0-9+.-]{1,127}", name):
+            why, fix = "it is not a valid Debian package name", "Separate package names with commas"
+            raise UsageError(f"cannot add {name!r} to an image", why, fix)
+    return tuple(sorted(set(include) - set(PACKAGES)))
+
+
+def check_modules(preload: Sequence[str]) -> tuple[str, ...]:
+    """Return *preload* sorted, without duplicates. Raises UsageError for an invalid name."""
+    for name in preload:
+        if len(name) > MODULE_NAME_MAX or not all(part.isidentifier() and part.isascii() for part in name.split(".")):
+            why, fix = "it is not a valid Python module name", "Use module names that Python's import statement accepts"
+            raise UsageError(f"cannot preload {name!r}", why, fix)
+    return tuple(sorted(set(preload)))
+
+
+def mmdebstrap_options(arch: Arch, suite: str, include: Sequence[str], kernel_deb: str, dpkg_status: str) -> list[str]:
+    """Return mmdebstrap's options. kernel_deb, dpkg_status: paths on the host for the kernel package and dpkg's status.
+
+    The hook CLEAN removes apt's folders. mmdebstrap's own clean-up would create them again. /sys is skipped, since an
+    ordinary user cannot mount it.
+    """
+    options = ["--variant=essential", "--skip=cleanup/apt,chroot/mount/sys", f"--architectures={arch.deb}"]
+    options += [f"--include={','.join([*PACKAGES, *include])}"]
+    options += ['--aptopt=Acquire::Languages "none"', '--aptopt=APT::Install-Recommends "false"']
+    options.append("--dpkgopt=force-unsafe-io")  # after a crash, the tree is discarded
+    options += [f"--dpkgopt=path-exclude=/usr/share/{name}/*" for name in UNWANTED]
+    hooks = [
+        _script(KERNEL.format(meta=arch.kernel_package)),
+        f"download /x07-kernel/kernel.deb {shlex.quote(kernel_deb)}",
+        f"download /var/lib/dpkg/status {shlex.quote(dpkg_status)}",
+        _script(ACCOUNTS),
+        _script(BYTE_CODE),
+        _script(CLEAN.format(multiarch=arch.multiarch)),
+        _script(APT.format(suite=suite)),
+    ]
+    options.append(f"--setup-hook={_script(MAN_FOLDERS)}")
+    return options + [f"--customize-hook={hook}" for hook in hooks]
+
+
+def _script(text: str) -> str:
+    return "set -eu\n" + text.strip()

@@ -1,49 +1,76 @@
-"""The second stage of an image: the initramfs with init, modules and agent.
+"""What a machine boots: the kernel and its modules, from Debian's package, and the initramfs with init and agent.
 
-The image's own Python and compiler make the initramfs. They run in the built root, under bubblewrap without network.
-Byte code of another Python would not load in the guest, and the host need not have a compiler.
+The bzImage header is defined in the kernel's Documentation/arch/x86/boot.rst, protocol 2.08 and newer; that of an arm64
+Image in Documentation/arch/arm64/booting.rst.
+
+The initramfs is the second stage of an image. The image's own Python and compiler make it. They run in the built root,
+under bubblewrap without network. Byte code of another Python would not load in the guest, and the host need not have a
+compiler.
 """
 
-from collections.abc import Callable
+import lzma
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
+from x07_sandbox.errors import ImageError
 from x07_sandbox.host.arch import Arch
-from x07_sandbox.images import commands, cpio, foreign, guestcode
-from x07_sandbox.images.base import Base, check_space, remove_tree, unpack_root
-from x07_sandbox.images.guestcode import GuestCode
+from x07_sandbox.images import commands, cpio, store
+from x07_sandbox.images.store import GuestCode
 
 UNPACKED_MAX = 3  # unpacked size / size of a root file system; measured: 2.2
 _PAGE = 4096
 GCC = ("gcc", "-std=gnu17", "-static", "-Os", "-s", "-Wall", "-Wl,--build-id=none")
-COMPILE = (*GCC, "-o", "/opt/x07/init", "/x07/" + guestcode.INIT)
+COMPILE = (*GCC, "-o", "/opt/x07/init", "/x07/" + store.INIT)
 PYTHON = ("python3", "-I", "-S")
-FILTERS = (*PYTHON, "/x07/" + guestcode.FILTERS, "/opt/x07/data")
-PLACES = (*PYTHON, "/x07/" + guestcode.PLACES, "/opt/x07/data/places.json")
-PACK = (*PYTHON, "/x07/" + guestcode.PACK, "/x07/agent", "/opt/x07/data", "/opt/x07/agent.zip")
+FILTERS = (*PYTHON, "/x07/" + store.FILTERS, "/opt/x07/data")
+PLACES = (*PYTHON, "/x07/" + store.PLACES, "/opt/x07/data/places.json")
+PACK = (*PYTHON, "/x07/" + store.PACK, "/x07/agent", "/opt/x07/data", "/opt/x07/agent.zip")
 FILTER_SUFFIX = ".bpf"
+SIZE_BYTES = 4  # of the unpacked size, which follows the zstd stream
+MAX_KERNEL_BYTES = 512 * 1024 * 1024
+_ARM64, _X86 = slice(56, 60), slice(0x202, 0x206)  # where the magic numbers are
+# For init to reach the root file system, and for the mounts of every job.
+# fmt: off
+BOOT_MODULES = (
+    "libcrc32c", "virtio_mmio", "virtio_blk", "virtio_pci", "virtio_rng", "erofs", "overlay", "ext4", "virtio_console",
+)
+# For the relay's rules in jobs with a network policy.
+NET_MODULES = (
+    "nfnetlink", "nfnetlink_queue", "nf_tables", "nft_queue", "nft_tproxy", "nft_socket", "nf_tproxy_ipv4",
+    "nf_tproxy_ipv6", "nf_socket_ipv4", "nf_socket_ipv6", "nf_defrag_ipv4", "nf_defrag_ipv6", "nf_conntrack", "nft_ct",
+    "nft_reject", "nf_reject_ipv4", "nf_reject_ipv6", "nft_reject_ipv4", "nft_reject_ipv6", "nft_reject_inet",
+)
+# fmt: on
 
 
 def make_initrd(
-    work: Path, base_folder: Path, base: Base, arch: Arch, code: GuestCode, progress: Callable[[str], None]
+    work: Path,
+    root_file: Path,
+    modules: Mapping[str, Path],
+    arch: Arch,
+    code: GuestCode,
+    progress: Callable[[str], None],
 ) -> tuple[bytes, dict[str, bytes]]:
     """Return the initramfs with *code*, and its seccomp filters by name.
 
-    work: an empty folder. arch: the image's architecture, whose programs this host must be able to execute. Raises
-    SandboxError.
+    work: an empty folder. root_file: the image's root file system. modules: see `pack`. arch: the image's architecture,
+    whose programs this host must be able to execute. Raises SandboxError.
     """
-    check_space(work.parent, UNPACKED_MAX * base.root.bytes)
+    commands.check_space(work.parent, UNPACKED_MAX * root_file.stat().st_size)
     progress("unpacking the image's root file system, which contains the compiler")
-    root = unpack_root(work, base_folder / base.root.file)
+    root = commands.unpack_root(work, root_file)
     source, target = work / "source", work / "target"
     code.write(source)
     (target / "data").mkdir(parents=True)
     progress("compiling the guest agent")
     for command in (COMPILE, FILTERS, PLACES, PACK):
-        commands.run(bwrap_argv(root, source, target, command), cwd=work, timeout_s=120 * foreign.slower(arch))
+        commands.run(bwrap_argv(root, source, target, command), cwd=work, timeout_s=120 * commands.slower(arch))
     init, agent = (target / "init").read_bytes(), (target / "agent.zip").read_bytes()
     filters = {path.name: path.read_bytes() for path in sorted((target / "data").glob(f"*{FILTER_SUFFIX}"))}
-    remove_tree(root)
-    return pack(init, agent, base_folder, base, arch), filters
+    commands.remove_tree(root)
+    return pack(init, agent, modules, arch), filters
 
 
 def bwrap_argv(root: Path, source: Path, target: Path, command: tuple[str, ...]) -> list[str]:
@@ -57,8 +84,8 @@ def bwrap_argv(root: Path, source: Path, target: Path, command: tuple[str, ...])
     return [*argv, "--chdir", "/", "--", *command]
 
 
-def pack(init: bytes, agent: bytes, base_folder: Path, base: Base, arch: Arch) -> bytes:
-    """Return the initramfs. The file names of kernel modules are numbered in loading order."""
+def pack(init: bytes, agent: bytes, modules: Mapping[str, Path], arch: Arch) -> bytes:
+    """Return the initramfs. modules: files of kernel modules, by name below `modules/`, numbered in loading order."""
     entries = [
         cpio.file("init", init, 0o500),
         cpio.file("agent.zip", agent, 0o400),
@@ -66,11 +93,120 @@ def pack(init: bytes, agent: bytes, base_folder: Path, base: Base, arch: Arch) -
         cpio.folder("modules"),
         cpio.folder("modules/net"),
     ]
-    entries += [cpio.file(f"modules/{part.file}", (base_folder / part.file).read_bytes()) for part in base.boot]
-    entries += [
-        cpio.file(f"modules/net/{part.file.removeprefix('net-')}", (base_folder / part.file).read_bytes())
-        for part in base.net
-    ]
+    entries += [cpio.file(f"modules/{name}", path.read_bytes()) for name, path in modules.items()]
     archive, tail_bytes = cpio.pack(entries), arch.initrd_tail_bytes
     # The kernel ignores zeros behind the archive.
     return archive if tail_bytes is None else archive + b"\0" * ((tail_bytes - len(archive)) % _PAGE)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kernel:
+    """A kernel: its release, the ELF image, and (name, content) of modules in loading order."""
+
+    release: str
+    vmlinux: bytes
+    boot: tuple[tuple[str, bytes], ...]
+    net: tuple[tuple[str, bytes], ...]
+
+
+def vmlinux(image: bytes, unzstd: Callable[[bytes], bytes]) -> bytes:
+    """Return the ELF kernel inside a bzImage, or an arm64 Image as it is. Raises ImageError."""
+    if image[_ARM64] == b"ARMd":
+        return image
+    if image[4:8] == b"zimg":
+        raise _bad("it is an EFI zboot image, not a raw Image (arm64)")
+    if image[_X86] != b"HdrS":
+        raise _bad("it is neither a bzImage nor a raw Image (arm64)")
+    offset, length = (int.from_bytes(image[at : at + 4], "little") for at in (0x248, 0x24C))
+    start = ((image[0x1F1] or 4) + 1) * 512 + offset  # behind the setup sectors
+    elf = unzstd(image[start : start + length - SIZE_BYTES])
+    if elf[:4] != b"\x7fELF":
+        raise _bad("its payload is not an ELF file")
+    return elf
+
+
+def bootable_release(image: bytes, arch: str) -> str:
+    """Return the release of a bzImage (x86_64) or a raw Image (aarch64), or "" if *image* is something else."""
+    found = None
+    if arch == "aarch64" and image[_ARM64] == b"ARMd":
+        found = re.search(rb"Linux version ([!-~]{1,200}) ", image)
+    elif arch == "x86_64" and image[_X86] == b"HdrS":
+        version = 0x200 + int.from_bytes(image[0x20E:0x210], "little")
+        found = re.match(rb"([!-~]{1,200}) ", image[version : version + 256])
+    return found[1].decode() if found else ""
+
+
+def needed_modules(module: bytes) -> list[str]:
+    """Return the names of the modules on which a module depends, from its .modinfo section. Raises ImageError."""
+    found = re.search(rb"\0depends=([^\0]*)\0", module)
+    if found is None:
+        raise _bad_module("it does not say on which modules it depends")
+    return [module_name(name) for name in found[1].decode(errors="replace").split(",") if name]
+
+
+def load_order(wanted: Iterable[str], needs: Callable[[str], Iterable[str] | None]) -> list[str]:
+    """Return *wanted* and their dependencies, each after its own dependencies, in a fixed order.
+
+    Names have underscores, as the kernel shows them. needs: returns the dependencies of a module, or None for a module
+    to leave out.
+    """
+    order: list[str] = []
+
+    def visit(name: str) -> None:
+        if name not in order and (needed := needs(name)) is not None:
+            for other in sorted(needed):
+                visit(other)
+            order.append(name)
+
+    for name in wanted:
+        visit(name)
+    return order
+
+
+def read_package(root: Path, unzstd: Callable[[bytes], bytes]) -> Kernel:
+    """Read the kernel from the unpacked file tree of a linux-image package. Raises ImageError."""
+    images = list(root.glob("boot/vmlinuz-*"))
+    if len(images) != 1:
+        raise _bad(f"it contains {len(images)} kernels")
+    files = {module_name(path.name): path for path in root.rglob("*.ko*") if re.search(r"\.ko(\.xz)?$", path.name)}
+    built_in = {module_name(line) for path in root.rglob("modules.builtin") for line in path.read_text().splitlines()}
+    loaded: dict[str, bytes] = {}
+
+    def needs(name: str) -> list[str] | None:
+        if name not in files:
+            if name in built_in:
+                return None
+            raise _bad_module(f"there is no module {name}")
+        data = files[name].read_bytes()
+        # The package has no modules.dep (depmod makes it after installation), so read the modules themselves.
+        loaded[name] = _unxz(data) if files[name].suffix == ".xz" else data
+        return needed_modules(loaded[name])
+
+    boot = load_order(BOOT_MODULES, needs)
+    net = [name for name in load_order(NET_MODULES, needs) if name not in boot]
+    return Kernel(
+        release=images[0].name.removeprefix("vmlinuz-"),
+        vmlinux=vmlinux(images[0].read_bytes(), unzstd),
+        boot=tuple((name, loaded[name]) for name in boot),
+        net=tuple((name, loaded[name]) for name in net),
+    )
+
+
+def module_name(path: str) -> str:
+    """Return the kernel's name for a module file."""
+    return re.sub(r"\.ko(\.xz)?$", "", path.rpartition("/")[2]).replace("-", "_")
+
+
+def _unxz(data: bytes) -> bytes:
+    try:
+        return lzma.decompress(data)
+    except lzma.LZMAError as exc:
+        raise _bad_module(f"it cannot be unpacked ({exc})") from exc
+
+
+def _bad(why: str, what: str = "the kernel package") -> ImageError:
+    return ImageError(f"cannot use {what}", why, "Build the image on a Debian release that x07 supports (13)")
+
+
+def _bad_module(why: str) -> ImageError:
+    return _bad(why, "a kernel module in the package")

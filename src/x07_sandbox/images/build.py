@@ -1,12 +1,19 @@
-"""Building an image, or reusing an existing one: both stages, under the store's lock; packing of the X07 toolchain."""
+"""Changes of the user's images, under the store's lock: building, importing, receiving and removing them.
 
+A build reuses an existing image or base if it can. An image is copied to another computer as pieces of its files. The
+digest of the image is enough to trust a copy: it covers the manifest, which has the digests of all other files.
+"""
+
+import contextlib
 import errno
 import hashlib
 import os
+import re
 import stat
 import tarfile
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -15,16 +22,26 @@ import msgspec.structs
 from x07_sandbox.errors import Flag, HostError, ImageError, UsageError
 from x07_sandbox.host.arch import ARCHES, Arch, arch_named, host_arch, is_foreign
 from x07_sandbox.host.locks import file_lock
-from x07_sandbox.host.paths import cache_folder
+from x07_sandbox.host.paths import cache_dir, cache_folder, entries
+from x07_sandbox.host.variables import text
 from x07_sandbox.images import base as bases
-from x07_sandbox.images import boot, foreign, guestcode, manifest, recipe, sources, store, tar, verify
+from x07_sandbox.images import boot, commands, manifest, sources, store, tar, verify
 from x07_sandbox.images import pip as pips
-from x07_sandbox.images.store import Image
+from x07_sandbox.images.store import GuestCode, Image
+from x07_sandbox.records.pruning import Pruner, sweep_temporaries
 
 WORK_PREFIX = "image-"
 X07_TAR = "x07.tar"
 WHEELS = "wheels"
 SOURCES = "pip-sources"
+PROGRAM_FILE: Final = "program.erofs"
+_PLACE: Final = "usr/local/lib/x07"
+ENTRIES_MAX: Final = 100_000
+MAX_BYTES: Final = 2 * 1024**3
+_FIX: Final = "Choose a folder with the X07 toolchain for Linux: bin/x07-os-runner and the files it needs"
+_PIECE_BYTES: Final = 16 << 20
+_MANIFEST: Final = "manifest.json"
+_BASE = re.compile(r"base-[0-9a-f]{32}")
 
 
 class Extras(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,7 +71,7 @@ def build_image(  # noqa: PLR0913 - one keyword per ingredient
     x07: Path | None = None,
     progress: Callable[[str], None],
     fresh: bool = False,
-    code: guestcode.GuestCode | None = None,
+    code: GuestCode | None = None,
     arch: str | None = None,
 ) -> Image:
     """Build the image called *name*, or reuse an intact image with the same contents.
@@ -67,17 +84,13 @@ def build_image(  # noqa: PLR0913 - one keyword per ingredient
     """
     store.check_name(name)
     wanted = None if arch is None else arch_named(arch)
-    packages = None if include is None else recipe.check_packages(include)
-    modules = None if preload is None else recipe.check_modules(preload)
+    packages = None if include is None else bases.check_packages(include)
+    modules = None if preload is None else bases.check_modules(preload)
     requirements = None if pip is None else pips.check_requirements(pip)
-    images = store.images_dir()
-    with file_lock(images / ".lock", on_wait=lambda: progress("waiting for another image build")):
-        for folder in leftovers():
-            bases.remove_work(folder, progress)
+    with _locked(progress) as images:
         extras = _extras(name, wanted, packages, modules, progress, keeps_pip=requirements is None)
-        work = new_work()
-        builder = _Builder(work, images, progress, fresh=fresh, code=code or guestcode.read_guest_code())
-        try:
+        with _work_folder(progress) as work:
+            builder = _Builder(work, images, progress, fresh=fresh, code=code or store.read_guest_code())
             if x07 is not None:
                 progress(f"copying the X07 toolchain {x07}")
                 extras = msgspec.structs.replace(extras, x07=pack_toolchain(x07, work / X07_TAR))
@@ -86,8 +99,6 @@ def build_image(  # noqa: PLR0913 - one keyword per ingredient
                     progress(f"replacing the Python packages: {', '.join(wheel.name for wheel in extras.pip)}")
                 extras = msgspec.structs.replace(extras, pip=builder.download(extras, requirements))
             digest = builder.build(extras)
-        finally:
-            bases.remove_work(work, progress)
         store.set_name(name, digest)
     return store.load(digest, name)
 
@@ -100,23 +111,99 @@ def import_image(source: str, name: str, progress: Callable[[str], None]) -> tup
     from x07_sandbox.images import oci  # few images are imported
 
     store.check_name(name)
-    images = store.images_dir()
-    with file_lock(images / ".lock", on_wait=lambda: progress("waiting for another image build")):
-        for folder in leftovers():
-            bases.remove_work(folder, progress)
-        work = new_work()
-        try:
+    with _locked(progress) as images:
+        with _work_folder(progress) as work:
             program, left_out = oci.make_root(source, work, work / bases.TAR_FILE, progress)
             progress("making the root file system")
             file = work / PROGRAM_FILE
             bases.make_root(work, file, work / bases.TAR_FILE)
             (work / bases.TAR_FILE).unlink()
             extras = Extras(arch=host_arch(), program=program, program_file=file)
-            digest = _Builder(work, images, progress, fresh=False, code=guestcode.read_guest_code()).build(extras)
-        finally:
-            bases.remove_work(work, progress)
+            digest = _Builder(work, images, progress, fresh=False, code=store.read_guest_code()).build(extras)
         store.set_name(name, digest)
     return store.load(digest, name), left_out
+
+
+def pieces_of(image: Image) -> Iterator[tuple[str, bytes]]:
+    """Yield the names of the image's files with their content, in pieces; the manifest is first. Raises ImageError."""
+    subject = verify.subject_of(image)
+    with verify.opened_folder(image.folder, subject) as folder_fd:
+        for name in (_MANIFEST, *_files(image.manifest)):
+            with verify.opened_file(folder_fd, name, subject) as fd, os.fdopen(fd, "rb", closefd=False) as file:
+                while data := file.read(_PIECE_BYTES):
+                    yield name, data
+
+
+def add_image(digest: str, pieces: Iterable[tuple[str, bytes]], progress: Callable[[str], None]) -> Image:
+    """Add the image with this digest to the store, unless it is there. Raises ImageError; nothing is then added.
+
+    pieces: those of `pieces_of`. They are not trusted.
+    """
+    hexes = digest.removeprefix("sha256:")
+    with _locked(progress) as images:
+        if not (images / hexes).exists():
+            with _work_folder(progress) as work:
+                made = work / "image"
+                made.mkdir(mode=0o700)
+                _receive(made, digest, pieces)
+                made.rename(images / hexes)
+    return store.load(hexes)
+
+
+def prune_images(pruner: Pruner) -> set[str]:
+    """Remove unused images, and return their digests. Raises SandboxError if the image store cannot be used."""
+    if not os.path.lexists(cache_dir() / "images"):
+        return set()
+    folder = store.images_dir()
+    with file_lock(folder / ".lock", on_wait=lambda: pruner.progress("waiting for an image build to end")):
+        for left in leftovers():
+            pruner.remove("leftover", left, "a killed build left it", partial(remove_work, progress=pruner.progress))
+        sweep_temporaries(folder / "names", pruner)
+        images, doomed = store.list_images(), set()
+        remove = partial(_remove_from_store, progress=pruner.progress)
+        for image in images:
+            if not image.name and image.digest == text("X07_VM_GUEST_IMAGE_DIGEST"):
+                pruner.keep("image", image.folder, "X07_VM_GUEST_IMAGE_DIGEST refers to it")
+            elif not image.name:
+                doomed.add(image.digest)
+                pruner.remove_own("image", image.folder, "it has no name", remove)
+        for damaged in store.damaged_images():
+            place = folder / damaged.digest.removeprefix("sha256:")
+            pruner.keep("image", place, f"{damaged.problem.why}. {damaged.problem.fix}")
+        _prune_bases(folder, {image.manifest.base for image in images if image.digest not in doomed}, pruner)
+        return doomed
+
+
+def remove_images(names: Collection[str], pruner: Pruner) -> tuple[dict[str, str], set[str]]:
+    """Remove the images called *names* and the bases of them alone. Return their digests, and those of removed images.
+
+    An image stays if it has another name or X07_VM_GUEST_IMAGE_DIGEST refers to it. Current runs keep the files that
+    they have open. Raises UsageError before any removal if an image does not exist, and SandboxError if the store
+    cannot be used.
+    """
+    folder = store.images_dir()
+    with file_lock(folder / ".lock", on_wait=lambda: pruner.progress("waiting for an image build to end")):
+        known = store.all_names()
+        for name in names:
+            if store.check_name(name) not in known:
+                here = f"Use one of: {', '.join(sorted(known))}" if known else "See x07 image list"
+                raise UsageError(f"cannot remove the image {name!r}", "there is no such image", here)
+        removed = {name: known.pop(name) for name in dict.fromkeys(names)}
+        for name in removed:
+            store.remove_name(name)
+        pinned = (text("X07_VM_GUEST_IMAGE_DIGEST") or "").removeprefix("sha256:")
+        doomed = set(removed.values()) - set(known.values()) - {pinned}
+        made_of = {image.digest.removeprefix("sha256:"): image.manifest.base for image in store.list_images()}
+        unneeded = {made_of[digest] for digest in doomed & made_of.keys()}
+        unneeded -= {base for digest, base in made_of.items() if digest not in doomed}
+        remove = partial(_remove_from_store, progress=pruner.progress)
+        for digest in sorted(doomed):
+            if os.path.lexists(folder / digest):
+                pruner.remove_own("image", folder / digest, "it has no name any more", remove)
+        for path in entries(folder):
+            if _BASE.fullmatch(path.name) and (base := bases.read_base(path)) is not None and base.digest in unneeded:
+                pruner.remove_own("base", path, "no image uses it", remove)
+    return {name: f"sha256:{digest}" for name, digest in removed.items()}, {f"sha256:{digest}" for digest in doomed}
 
 
 def _extras(
@@ -150,8 +237,8 @@ def _extras(
             progress(f"keeping the {kind}: {', '.join(names)}")
     return Extras(
         arch=_architecture(name, arch, arch_named(old.arch)),
-        include=recipe.check_packages(old.include) if packages is None else packages,
-        preload=recipe.check_modules(old.preload) if modules is None else modules,
+        include=bases.check_packages(old.include) if packages is None else packages,
+        preload=bases.check_modules(old.preload) if modules is None else modules,
         x07=old.x07,
         pip=tuple(old.pip),
         program=old.program,
@@ -178,7 +265,7 @@ class _Builder:
     """One build. work: its private folder. images: the store's folder. fresh: do not reuse bases."""
 
     def __init__(
-        self, work: Path, images: Path, progress: Callable[[str], None], *, fresh: bool, code: guestcode.GuestCode
+        self, work: Path, images: Path, progress: Callable[[str], None], *, fresh: bool, code: GuestCode
     ) -> None:
         self._work = work
         self._images = images
@@ -191,30 +278,47 @@ class _Builder:
         base = None if self._fresh else bases.read_base(self._base_folder(extras))
         if base is not None and (digest := self._existing(base, extras)):
             return digest
-        foreign.require_execution(extras.arch)
+        commands.require_execution(extras.arch)
         folder, base = self._base(extras)
-        spec = extras.base_spec()
-        draft = manifest.Manifest(
-            schema_version=manifest.SCHEMA,
-            digest=manifest.NO_DIGEST,
-            recipe=recipe.RECIPE,
-            arch=spec.arch.name,
-            suite=spec.suite,
-            include=list(extras.include),
-            preload=list(extras.preload),
-            x07=extras.x07,
-            pip=list(extras.pip),
-            base=base.digest,
-            guest_code=self._code.digest,
-            kernel_release=base.kernel_release,
-            parts=manifest.Parts(kernel=base.kernel, initrd=base.kernel, root=base.root, scratch=base.scratch),
-            scratch_disk=base.scratch_disk,
-            packages=base.packages,
-            filters={},
-            program=extras.program,
+        boot_work, made = self._work / "boot", self._work / "image"
+        boot_work.mkdir(mode=0o700)
+        made.mkdir(mode=0o700)
+        root, modules = folder / base.root.file, base.modules(folder)
+        archive, filters = boot.make_initrd(boot_work, root, modules, extras.arch, self._code, self._progress)
+        for part in (base.kernel, base.root, base.scratch):
+            os.link(folder / part.file, made / part.file)
+        program = None
+        if extras.program_file is not None:
+            os.link(extras.program_file, made / PROGRAM_FILE)
+            program = bases.part_of(made, PROGRAM_FILE)
+        initrd = bases.put(made, "initrd.cpio", archive)
+        image = manifest.sealed(
+            manifest.Manifest(
+                schema_version=manifest.SCHEMA,
+                digest=manifest.NO_DIGEST,
+                recipe=bases.RECIPE,
+                arch=extras.arch.name,
+                suite=extras.base_spec().suite,
+                include=list(extras.include),
+                preload=list(extras.preload),
+                x07=extras.x07,
+                pip=list(extras.pip),
+                base=base.digest,
+                guest_code=self._code.digest,
+                kernel_release=base.kernel_release,
+                parts=manifest.Parts(
+                    kernel=base.kernel, initrd=initrd, root=base.root, scratch=base.scratch, program=program
+                ),
+                scratch_disk=base.scratch_disk,
+                packages=base.packages,
+                # Copies of the filters in the initramfs, for inspection.
+                filters={
+                    name.removesuffix(boot.FILTER_SUFFIX): bases.put(made, name, data) for name, data in filters.items()
+                },
+                program=extras.program,
+            )
         )
-        made = self._work / "image"
-        image = self._second_stage(made, folder, base, draft, extras.program_file)
+        bases.put(made, _MANIFEST, manifest.encode(image))
         target = self._images / image.digest.removeprefix("sha256:")
         if target.exists():  # damaged, since it was not reused
             target.rename(self._work / "old-image")
@@ -295,38 +399,36 @@ class _Builder:
                 why = "the package index has different files now"
                 raise ImageError("cannot rebuild the image", why, "Request its Python packages again: --pip NAME,...")
         self._progress("unpacking the root file system")
-        bases.check_space(work, boot.UNPACKED_MAX * base.root.bytes)
-        root = bases.unpack_root(work, below / base.root.file)
+        commands.check_space(work, boot.UNPACKED_MAX * base.root.bytes)
+        root = commands.unpack_root(work, below / base.root.file)
         self._progress("adding the Python packages")
         python = _python(base, extras.base_spec())
         tar = pips.make_layer(work, sorted((work / WHEELS).iterdir()), root, python.version)
-        bases.remove_tree(root)
+        commands.remove_tree(root)
         return bases.add_layer(work, below, base, tar)
-
-    def _second_stage(
-        self, made: Path, folder: Path, base: bases.Base, draft: manifest.Manifest, program: Path | None
-    ) -> manifest.Manifest:
-        """Make the image in the folder *made*: links to the base's files, the initramfs, and the manifest."""
-        made.mkdir(mode=0o700)
-        boot_work = made.with_name("boot")
-        boot_work.mkdir(mode=0o700)
-        archive, filters = boot.make_initrd(boot_work, folder, base, ARCHES[draft.arch], self._code, self._progress)
-        initrd = bases.put(made, "initrd.cpio", archive)
-        # Copies of the filters in the initramfs, for inspection.
-        copies = {name.removesuffix(boot.FILTER_SUFFIX): bases.put(made, name, data) for name, data in filters.items()}
-        for part in (base.kernel, base.root, base.scratch):
-            os.link(folder / part.file, made / part.file)
-        parts = msgspec.structs.replace(draft.parts, initrd=initrd)
-        if program is not None:
-            os.link(program, made / PROGRAM_FILE)
-            parts = msgspec.structs.replace(parts, program=bases.part_of(made, PROGRAM_FILE))
-        image = manifest.sealed(msgspec.structs.replace(draft, parts=parts, filters=copies))
-        bases.put(made, "manifest.json", manifest.encode(image))
-        return image
 
 
 def _python(base: bases.Base, spec: bases.BaseSpec) -> pips.GuestPython:
     return pips.guest_python({package.name: package.version for package in base.packages}, spec.arch.name)
+
+
+@contextlib.contextmanager
+def _locked(progress: Callable[[str], None]) -> Iterator[Path]:
+    """Lock the store, remove what killed builds left, and yield the store's folder."""
+    with file_lock(store.images_dir() / ".lock", on_wait=lambda: progress("waiting for another image build")):
+        for folder in leftovers():
+            remove_work(folder, progress)
+        yield store.images_dir()
+
+
+@contextlib.contextmanager
+def _work_folder(progress: Callable[[str], None]) -> Iterator[Path]:
+    """Yield the folder of a build, and remove it at the end; the caller must hold the store's lock."""
+    work = Path(tempfile.mkdtemp(prefix=WORK_PREFIX, dir=cache_folder("tmp")))
+    try:
+        yield work
+    finally:
+        remove_work(work, progress)
 
 
 def leftovers() -> list[Path]:
@@ -334,25 +436,64 @@ def leftovers() -> list[Path]:
     return sorted(cache_folder("tmp").glob(f"{WORK_PREFIX}*"))
 
 
-def new_work() -> Path:
-    """Make the folder of a build; the caller must hold the store's lock."""
-    return Path(tempfile.mkdtemp(prefix=WORK_PREFIX, dir=cache_folder("tmp")))
+def remove_work(work: Path, progress: Callable[[str], None]) -> None:
+    """Remove the folder of a finished or killed build, once all processes of that build have ended."""
+    with file_lock(work / bases.TAR_FILE, on_wait=lambda: progress("waiting for the processes of a killed build")):
+        tree = work / bases.TREE
+        if tree.exists() and os.geteuid() != 0:
+            # It belongs to subordinate uids.
+            argv = [*commands.own_namespaces(), commands.tool("rm"), "-rf", "--one-file-system", str(tree)]
+            commands.run(argv, cwd=work, timeout_s=120)
+        commands.remove_tree(work)
 
 
-def remove_from_store(folder: Path, progress: Callable[[str], None]) -> None:
+def _remove_from_store(folder: Path, progress: Callable[[str], None]) -> None:
     """Remove an image or a base atomically; the caller must hold the store's lock. Raises OSError, SandboxError."""
-    work = new_work()
-    try:
+    with _work_folder(progress) as work:
         folder.rename(work / "removed")
-    finally:
-        bases.remove_work(work, progress)
 
 
-PROGRAM_FILE: Final = "program.erofs"
-_PLACE: Final = "usr/local/lib/x07"
-ENTRIES_MAX: Final = 100_000
-MAX_BYTES: Final = 2 * 1024**3
-_FIX: Final = "Choose a folder with the X07 toolchain for Linux: bin/x07-os-runner and the files it needs"
+def _receive(folder: Path, digest: str, pieces: Iterable[tuple[str, bytes]]) -> None:
+    """Write the pieces into the folder, and compare the files with the digest. Raises ImageError."""
+    left = iter(pieces)
+    name, data = next(left, ("", b""))
+    if name != _MANIFEST:
+        raise _bad_copy(digest, "its first file is not the manifest")
+    described = manifest.decode(data, f"guest image {digest[:80]}")
+    if described.digest != digest:
+        raise _bad_copy(digest, "its manifest belongs to another image")
+    bases.put(folder, _MANIFEST, data)
+    parts = _files(described)
+    sizes = dict.fromkeys(parts, 0)
+    for name, data in left:
+        if name not in parts or sizes[name] + len(data) > parts[name].bytes:
+            raise _bad_copy(digest, f"{name[:80]!r} is not in the manifest, or too large")
+        sizes[name] += len(data)
+        with (folder / name).open("ab") as file:
+            file.write(data)
+    for name, part in parts.items():
+        if sizes[name] != part.bytes or bases.part_of(folder, name) != part:
+            raise _bad_copy(digest, f"{name} is incomplete or damaged")
+
+
+def _files(described: manifest.Manifest) -> dict[str, manifest.Part]:
+    return {part.file: part for part in (*described.parts.all(), *described.filters.values())}
+
+
+def _bad_copy(digest: str, why: str) -> ImageError:
+    return ImageError(f"cannot copy guest image {digest[:80]}", why, "Copy it again")
+
+
+def _prune_bases(folder: Path, needed: set[str], pruner: Pruner) -> None:
+    for path in entries(folder):
+        if not _BASE.fullmatch(path.name):
+            continue
+        base = bases.read_base(path)
+        if base is None:
+            pruner.keep("base", path, "it is damaged or has an unknown format. x07 image build replaces it if needed")
+        elif base.digest not in needed:
+            remove = partial(_remove_from_store, progress=pruner.progress)
+            pruner.remove_own("base", path, "no image uses it", remove)
 
 
 def pack_toolchain(source: Path, target: Path) -> str:

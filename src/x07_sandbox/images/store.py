@@ -1,4 +1,4 @@
-"""The user's images: one folder each, named by digest, and names that point to digests.
+"""The user's images: one folder each, named by digest, and names that point to digests. What makes an image current.
 
 images/<hex>/{manifest.json,vmlinux,initrd.cpio,root.erofs,scratch.head}
 images/names/<name>        the digest, one line
@@ -6,6 +6,7 @@ images/base-<key>/         first stage, whose files the images share by hard lin
 """
 
 import contextlib
+import hashlib
 import os
 import re
 from collections.abc import Iterator
@@ -17,14 +18,20 @@ from x07_sandbox.errors import Flag, ImageError, UsageError
 from x07_sandbox.host.arch import Arch, arch_named, host_arch
 from x07_sandbox.host.paths import cache_folder, private_dir, read_bounded, replace_file
 from x07_sandbox.host.variables import text
-from x07_sandbox.images import guestcode, manifest
+from x07_sandbox.images import manifest
 from x07_sandbox.images.manifest import Manifest
+from x07_sandbox.policy.default import canonical_json
 
 DEFAULT = "default"
 _NAME_MAX = 64
 PREFIX_DIGITS = 12
 PREFIX = re.compile(rf"[0-9a-f]{{{PREFIX_DIGITS},64}}")
 SEE_LIST = "See x07 image list"
+BOOT_RECIPE = 2  # bump when boot.py changes its output
+INIT = "guest/boot/init.c"
+PACK = "guest/boot/pack.py"
+FILTERS = "guest/boot/filters.py"
+PLACES = "guest/boot/places.py"
 
 
 class Image(msgspec.Struct, frozen=True, kw_only=True):
@@ -151,7 +158,7 @@ def _all() -> Iterator[Image | DamagedImage]:
 
 def image_is_current(image: Image) -> bool:
     """Return whether the image contains this installation's guest code. If not, rebuilding takes seconds."""
-    return image.manifest.guest_code == guestcode.read_guest_code().digest
+    return image.manifest.guest_code == read_guest_code().digest
 
 
 def load(digest: str, name: str = "") -> Image:
@@ -221,3 +228,38 @@ def _read(path: Path) -> bytes:
         return read_bounded(path, "file", manifest.MAX_BYTES)
     except UsageError as exc:
         raise ImageError(exc.what, exc.why, "Remove it, then try again") from exc
+
+
+class GuestCode(msgspec.Struct, frozen=True, kw_only=True):
+    """The contents of the guest's files, by path below the package."""
+
+    agent: dict[str, bytes]  # Python code that runs in the guest
+    tools: dict[str, bytes]  # files that only the second stage of an image build needs
+
+    @property
+    def digest(self) -> str:
+        """The value of `guest_code` in the manifest of an image with this code."""
+        files = {name: hashlib.sha256(data).hexdigest() for name, data in (self.agent | self.tools).items()}
+        return hashlib.sha256(canonical_json([BOOT_RECIPE, files])).hexdigest()
+
+    def write(self, folder: Path) -> None:
+        """Write the tools to *folder*, and the agent's package to the folder `agent` in it."""
+        files = self.tools | {f"agent/x07_sandbox/{name}": data for name, data in self.agent.items()}
+        for name, data in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(data)
+
+
+def read_guest_code(root: Path | None = None) -> GuestCode:
+    """Read the guest's files below *root*, by default this package. The guest gets an empty __init__ of the package."""
+    root = root or Path(__file__).parents[1]
+    alone = [root / f"{name}.py" for name in ("errors", "kernel", "libseccomp")]
+    paths = [*alone, *root.glob("channel/**/*.py"), *root.glob("guest/**/*.py")]
+    boot = root / "guest" / "boot"
+    agent = {
+        path.relative_to(root).as_posix(): path.read_bytes() for path in sorted(paths) if not path.is_relative_to(boot)
+    }
+    return GuestCode(
+        agent={"__init__.py": b""} | agent,
+        tools={name: (root / name).read_bytes() for name in (INIT, PACK, FILTERS, PLACES)},
+    )

@@ -1,10 +1,13 @@
-"""Opening and verifying an image's files.
+"""Opening and verifying an image's files, and reading and writing scratch disks.
 
 Each file is opened once, without following links, below the image folder's descriptor. The virtual machine gets the
 file's descriptor, so replacing the file later has no effect. A large file is hashed once per boot of the host, and
 again if fstat shows a change. Small files are hashed each time.
 
 The checks protect against accidents and other users, but not against the user's own processes.
+
+A scratch disk is an empty ext4 file system, stored as its few non-zero blocks. A job's disk is a sparse file with these
+blocks.
 """
 
 import contextlib
@@ -18,14 +21,15 @@ from pathlib import Path
 
 import msgspec
 
+from x07_sandbox.channel.contents import next_data
 from x07_sandbox.errors import HostError, ImageError
 from x07_sandbox.host.arch import Arch, arch_named
 from x07_sandbox.host.linux import mounts
-from x07_sandbox.host.os_errors import host_error
+from x07_sandbox.host.os_errors import host_error, raised_as
 from x07_sandbox.host.paths import closing_fd
 from x07_sandbox.host.verdicts import Verdict
 from x07_sandbox.images import manifest, store
-from x07_sandbox.images.manifest import Manifest, Part
+from x07_sandbox.images.manifest import Manifest, Part, Piece, ScratchDisk
 from x07_sandbox.images.store import Image
 
 FILE_MODE = 0o444
@@ -40,6 +44,9 @@ SETTLED_NS = 1_000_000_000
 # upper layer may be one. On others, each open hashes everything.
 TIMES_MOVE = frozenset({"ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs"})
 FIX = "Run x07 image build, and if it happens again check the disk"
+DISK_BYTES = 8 * 1024**3  # of a scratch disk
+BLOCK = 4096
+MAX_HEAD_BYTES = 4 * 1024 * 1024
 # A lack of resources does not mean that the file is damaged.
 _RUN_OUT = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 
@@ -215,6 +222,57 @@ def opened_file(folder_fd: int, name: str, subject: Subject) -> Iterator[int]:
             raise ImageError(f"cannot use {subject.name}", why, fix)
         os.set_blocking(fd, True)
         yield fd
+
+
+def read_disk(fd: int) -> tuple[bytes, ScratchDisk]:
+    """Return the non-zero blocks of the disk *fd* and their offsets. Raises ImageError if there are too many blocks."""
+    head = bytearray()
+    pieces: list[Piece] = []
+    for offset in _data_blocks(fd):
+        block = os.pread(fd, BLOCK, offset)
+        if not any(block):
+            continue
+        joins = pieces and pieces[-1].offset + pieces[-1].bytes == offset
+        begin = pieces.pop().offset if joins else offset
+        pieces.append(Piece(offset=begin, bytes=offset + BLOCK - begin))
+        head += block
+        if len(head) > MAX_HEAD_BYTES:
+            why = f"mke2fs wrote more than {MAX_HEAD_BYTES} bytes"
+            raise ImageError("cannot make the scratch disk", why, "Install Debian's e2fsprogs 1.47 or newer")
+    return bytes(head), ScratchDisk(bytes=DISK_BYTES, pieces=pieces)
+
+
+def _data_blocks(fd: int) -> list[int]:
+    blocks: list[int] = []
+    end = 0
+    while True:
+        start, end = next_data(fd, end, DISK_BYTES)
+        if start == end:
+            return blocks
+        blocks += range(start - start % BLOCK, end, BLOCK)
+        if len(blocks) > DISK_BYTES // BLOCK // 64:
+            why = "the cache is on a file system without sparse files"
+            fix = "Set X07_VM_CACHE_DIR to a folder on ext4, xfs or btrfs"
+            raise ImageError("cannot make the scratch disk", why, fix)
+
+
+def write_disk(scratch_fd: int, disk: ScratchDisk, fd: int) -> None:
+    """Write a scratch disk to the empty file *fd*. scratch_fd: the image's verified scratch file."""
+    what = "cannot make a scratch disk"
+    fix = "Raise the file size limit with ulimit -f, or set X07_VM_STATE_DIR to a folder on ext4, xfs or btrfs"
+    with raised_as(HostError, what, fix):
+        os.ftruncate(fd, disk.bytes)
+    position = 0
+    for piece in disk.pieces:
+        data = os.pread(scratch_fd, piece.bytes, position)
+        if len(data) != piece.bytes:
+            why = "the scratch part of the image was truncated"
+            raise ImageError(what, why, "Try again: x07 then verifies the image")
+        position += piece.bytes
+        written = 0
+        with raised_as(HostError, what, "Free disk space, or set X07_VM_STATE_DIR"):
+            while written < len(data):  # a full disk accepts a part before it fails
+                written += os.pwrite(fd, data[written:], piece.offset + written)
 
 
 def _check_manifest(folder_fd: int, image: Image, subject: Subject) -> None:

@@ -19,10 +19,9 @@ from x07_sandbox.channel.messages import PROTOCOL
 from x07_sandbox.errors import HostError, ImageError, UsageError
 from x07_sandbox.host.decoding import prepared
 from x07_sandbox.host.paths import private_dir, read_bounded
-from x07_sandbox.images import base, kernel, manifest, verify
-from x07_sandbox.images.guestcode import read_guest_code
+from x07_sandbox.images import base, boot, manifest, verify
 from x07_sandbox.images.manifest import Manifest, Part, ScratchDisk
-from x07_sandbox.images.store import Image
+from x07_sandbox.images.store import Image, read_guest_code
 
 SCHEMA: Final = "x07.sandbox.vz-bundle@0.1.0"
 SECTOR: Final = 512  # the framework refuses disks of other sizes
@@ -40,7 +39,7 @@ class Bundle(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     arch: of the Mac, as `uname -m` says on Linux. image: digest of the image. agent_protocol: version of the channel.
     image_manifest: the image's own manifest. rootfs, program: disks. scratch, scratch_disk: the recipe of an empty
-    scratch disk (images/scratch.py).
+    scratch disk (images/verify.py).
     """
 
     schema_version: str
@@ -103,9 +102,9 @@ def make_bundle(image: Image, out: Path, kernel_file: Path | None = None) -> Bun
             return written
 
         if kernel_file is None:
-            data = os.pread(opened.fds["kernel"], kernel.MAX_KERNEL_BYTES, 0)
+            data = os.pread(opened.fds["kernel"], boot.MAX_KERNEL_BYTES, 0)
         else:
-            data = read_bounded(kernel_file, "kernel", kernel.MAX_KERNEL_BYTES)
+            data = read_bounded(kernel_file, "kernel", boot.MAX_KERNEL_BYTES)
         check_kernel(data, made.arch, made.kernel_release)
         bundle = Bundle(
             schema_version=SCHEMA,
@@ -129,7 +128,7 @@ def make_bundle(image: Image, out: Path, kernel_file: Path | None = None) -> Bun
 
 def check_kernel(data: bytes, arch: str, release: str) -> None:
     """Raise ImageError unless the framework starts *data*, and it is the kernel for the image's modules."""
-    found = kernel.bootable_release(data, arch)
+    found = boot.bootable_release(data, arch)
     if found != release:
         why = f"its release is {found}" if found else f"it is not {'a raw Image' if arch == 'aarch64' else 'a bzImage'}"
         fix = f"Add --kernel FILE, with boot/vmlinuz-{release} of Debian's package linux-image-{release}"

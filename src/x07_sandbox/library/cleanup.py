@@ -13,8 +13,8 @@ from x07_sandbox.backends.registry import BY_NAME, create, find
 from x07_sandbox.host import settings, verdicts
 from x07_sandbox.host.locks import is_locked
 from x07_sandbox.host.paths import cache_dir, entries, private_dir, state_dir, why_not_ours
-from x07_sandbox.images.base import remove_tree
-from x07_sandbox.images.pruning import prune_images
+from x07_sandbox.images.build import prune_images
+from x07_sandbox.images.commands import remove_tree
 from x07_sandbox.images.store import list_images
 from x07_sandbox.jail.cgroups import remove_abandoned_groups
 from x07_sandbox.records.pruning import (

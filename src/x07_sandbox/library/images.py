@@ -21,8 +21,8 @@ def image_digest(name: str | None = None) -> str:
 
 def image_pieces(digest: str) -> Iterator[tuple[str, bytes]]:
     """Yield the files of an image in pieces, for `prepare_image` on another computer. Raises SandboxError."""
+    from x07_sandbox.images.build import pieces_of
     from x07_sandbox.images.store import find_image
-    from x07_sandbox.images.transfer import pieces_of
 
     return pieces_of(find_image(digest))
 
@@ -44,7 +44,7 @@ def prepare_image(digest: str, pieces: Iterable[tuple[str, bytes]], progress: Ca
 
     pieces: those of `image_pieces`; may be empty if the image is there. progress: called with lines of text.
     """
-    from x07_sandbox.images.transfer import add_image
+    from x07_sandbox.images.build import add_image
     from x07_sandbox.library.pool_prepare import prepare_clones
 
     prepare_clones(add_image(digest, pieces, progress), progress, for_pools=True)

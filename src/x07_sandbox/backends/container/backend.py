@@ -30,7 +30,7 @@ from x07_sandbox.host.paths import read_bounded
 from x07_sandbox.host.processes import Launch, identify, launch, own_identity
 from x07_sandbox.host.variables import text
 from x07_sandbox.images import manifest
-from x07_sandbox.images.guestcode import read_guest_code
+from x07_sandbox.images.store import read_guest_code
 from x07_sandbox.images.verify import OpenImage
 from x07_sandbox.policy.features import LEAVES_TREE, NO_ROOT, NOT_OBSERVED, VM_CAPABILITIES, Features
 from x07_sandbox.records.record import JobRecord, create_record, drop_unstarted, mark_done, write_owner

@@ -37,8 +37,7 @@ from x07_sandbox.host.os_errors import out_of_cpu_time
 from x07_sandbox.host.paths import unnamed_file
 from x07_sandbox.host.processes import Identity, Launch
 from x07_sandbox.images.manifest import ScratchDisk
-from x07_sandbox.images.scratch import write_disk
-from x07_sandbox.images.verify import OpenImage
+from x07_sandbox.images.verify import OpenImage, write_disk
 from x07_sandbox.jail.bwrap import BWRAP, PERL, SETPRIV, Jail, may_nest
 from x07_sandbox.jail.cgroups import make_groups
 from x07_sandbox.jail.criu import CRIU, PID, Criu

@@ -44,7 +44,6 @@ from x07_sandbox.host.paths import (
 from x07_sandbox.host.verdicts import Verdict, file_state, validity
 from x07_sandbox.host.waiting import Deadline, Notice, Remark, unix_ms, write_all
 from x07_sandbox.images.manifest import Part, ScratchDisk
-from x07_sandbox.images.scratch import read_disk
 from x07_sandbox.images.store import list_images
 from x07_sandbox.images.verify import (
     CHUNK_BYTES,
@@ -54,6 +53,7 @@ from x07_sandbox.images.verify import (
     opened_file,
     opened_folder,
     opened_parts,
+    read_disk,
 )
 from x07_sandbox.policy.controls import run_limits
 from x07_sandbox.policy.default import canonical_json, default_policy

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from x07_sandbox.errors import ImageError
-from x07_sandbox.images import kernel
+from x07_sandbox.images import boot
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -33,7 +33,7 @@ def _bzimage(elf: bytes, *, sectors: int = 4) -> bytes:
 @pytest.mark.parametrize("sectors", [0, 4, 27])
 def test_elf_is_found_behind_the_header(sectors: int) -> None:
     """The ELF kernel is extracted from a bzImage."""
-    assert kernel.vmlinux(_bzimage(ELF, sectors=sectors), lambda data: data) == ELF
+    assert boot.vmlinux(_bzimage(ELF, sectors=sectors), lambda data: data) == ELF
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_elf_is_found_behind_the_header(sectors: int) -> None:
 def test_damaged_image_is_refused(image: bytes, why: str) -> None:
     """A file that is no kernel image is rejected with the reason."""
     with pytest.raises(ImageError, match=why):
-        kernel.vmlinux(image, lambda data: data)
+        boot.vmlinux(image, lambda data: data)
 
 
 @given(st.binary(max_size=2000), st.booleans())
@@ -56,22 +56,22 @@ def test_any_bytes_give_a_kernel_or_an_error(data: bytes, header: bool) -> None:
     """Any bytes give a kernel or ImageError."""
     image = data[:0x202] + b"HdrS" + data[0x206:] if header else data
     with contextlib.suppress(ImageError):
-        kernel.vmlinux(image, lambda data: data)
+        boot.vmlinux(image, lambda data: data)
 
 
 def test_the_dependencies_of_a_module_are_read() -> None:
     """A module's dependencies are read from the module, and a file without them is an error."""
     module = b"\x7fELF..license=GPL\0depends=libcrc32c,nf-netlink\0\0name=x\0"
-    assert kernel.needed_modules(module) == ["libcrc32c", "nf_netlink"]
-    assert kernel.needed_modules(b"\0depends=\0") == []
+    assert boot.needed_modules(module) == ["libcrc32c", "nf_netlink"]
+    assert boot.needed_modules(b"\0depends=\0") == []
     with pytest.raises(ImageError, match="on which modules it depends"):
-        kernel.needed_modules(b"\x7fELF")
+        boot.needed_modules(b"\x7fELF")
 
 
 def test_modules_come_after_what_they_need() -> None:
     """Modules are loaded after their dependencies, in a fixed order."""
     depends = {"erofs": ["libcrc32c"], "libcrc32c": [], "overlay": [], "nft": ["nf", "libcrc32c"], "nf": ["libcrc32c"]}
-    order = kernel.load_order(["nft", "erofs", "overlay"], depends.__getitem__)
+    order = boot.load_order(["nft", "erofs", "overlay"], depends.__getitem__)
     assert order == ["libcrc32c", "nf", "nft", "erofs", "overlay"]
 
 
@@ -79,15 +79,15 @@ def test_modules_come_after_what_they_need() -> None:
 def test_any_order_holds_each_module_once_and_after_its_needs(graph: dict[str, set[str]]) -> None:
     """Any dependency graph without cycles gives a valid load order."""
     graph = {name: {needed for needed in needs if needed < name} for name, needs in graph.items()}
-    order = kernel.load_order(sorted(graph), graph.get)
+    order = boot.load_order(sorted(graph), graph.get)
     assert len(order) == len(set(order))
     assert all(order.index(needed) < order.index(name) for name in order for needed in graph[name] & graph.keys())
 
 
 def test_a_package_gives_its_kernel_and_the_modules_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel package gives the kernel and its modules in order, without built-in ones; a missing one is an error."""
-    monkeypatch.setattr(kernel, "BOOT_MODULES", ("ext4", "virtio_blk"))
-    monkeypatch.setattr(kernel, "NET_MODULES", ("nft_ct", "jbd2"))
+    monkeypatch.setattr(boot, "BOOT_MODULES", ("ext4", "virtio_blk"))
+    monkeypatch.setattr(boot, "NET_MODULES", ("nft_ct", "jbd2"))
     modules = tmp_path / "lib/modules/6.1/kernel"
     modules.mkdir(parents=True)
     (tmp_path / "boot").mkdir()
@@ -96,9 +96,9 @@ def test_a_package_gives_its_kernel_and_the_modules_in_order(tmp_path: Path, mon
     (modules / "ext4.ko.xz").write_bytes(lzma.compress(b"\0depends=jbd2,virtio_blk\0"))
     (modules / "jbd2.ko").write_bytes(b"\0depends=\0")
     with pytest.raises(ImageError, match="there is no module nft_ct"):
-        kernel.read_package(tmp_path, lambda data: data)
+        boot.read_package(tmp_path, lambda data: data)
     (modules / "nft-ct.ko").write_bytes(b"\0depends=jbd2\0")
-    found = kernel.read_package(tmp_path, lambda data: data)
+    found = boot.read_package(tmp_path, lambda data: data)
     names = [[name for name, _ in each] for each in (found.boot, found.net)]
     assert (found.release, found.vmlinux, names) == ("6.1", ELF, [["jbd2", "ext4"], ["nft_ct"]])
     assert dict(found.boot)["ext4"] == b"\0depends=jbd2,virtio_blk\0"
@@ -106,4 +106,4 @@ def test_a_package_gives_its_kernel_and_the_modules_in_order(tmp_path: Path, mon
 
 def test_file_names_give_the_kernels_names() -> None:
     """Module file names are mapped to kernel module names."""
-    assert kernel.module_name("kernel/drivers/char/hw_random/virtio-rng.ko.xz") == "virtio_rng"
+    assert boot.module_name("kernel/drivers/char/hw_random/virtio-rng.ko.xz") == "virtio_rng"
