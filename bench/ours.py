@@ -24,6 +24,7 @@ from x07_sandbox.backends.qemu.start import QemuJob, start_qemu
 from x07_sandbox.backends.qemu.template import opened_template, template_for
 from x07_sandbox.channel.messages import Exec
 from x07_sandbox.conformance.box import Box
+from x07_sandbox.host.documents import render_json
 from x07_sandbox.host.linux import children_of
 from x07_sandbox.host.paths import state_dir
 from x07_sandbox.host.waiting import Cancel
@@ -36,7 +37,6 @@ from x07_sandbox.policy.features import vm_features
 from x07_sandbox.policy.guest import UNCONFINED, ram_class_bytes
 from x07_sandbox.programs.toolchains import ARTIFACT
 from x07_sandbox.records.record import Claim, create_record, new_run_id
-from x07_sandbox.reports.document import render_json
 from x07_sandbox.sessions.request import in_memory
 from x07_sandbox.sessions.session import Session
 from x07_sandbox.sessions.specs import CWD, SessionSpec, opening

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final
 from bench.figures import WrongRunError
 from bench.ours import X07, check
 from x07_sandbox import Sandbox
-from x07_sandbox.reports.document import render_json
+from x07_sandbox.host.documents import render_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

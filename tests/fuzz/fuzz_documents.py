@@ -13,10 +13,10 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.errors import UsageError
+from x07_sandbox.host.documents import render_json
 from x07_sandbox.policy.decode import decode_policy
 from x07_sandbox.policy.default import render_policy
 from x07_sandbox.programs.project import decode_manifest
-from x07_sandbox.reports.document import render_json
 from x07_sandbox.sessions.result import EMPTY_OUTPUT, BuildOutput, Changes, Digests, Output, Result
 from x07_sandbox.x07.project import decode_project
 from x07_sandbox.x07.runner_report import Built, x07_report

@@ -9,7 +9,7 @@ import pytest
 
 from x07_sandbox.backends.registry import BY_NAME, Class, Platform
 from x07_sandbox.backends.selection import ACCEPT_FLAG, BackendRequest, Choice, select, usable_flags
-from x07_sandbox.cli.conform import backends_to_test
+from x07_sandbox.cli.doctor import backends_to_test
 from x07_sandbox.errors import RefusedError, SandboxError, UsageError
 from x07_sandbox.host.variables import SANDBOX_BACKENDS
 

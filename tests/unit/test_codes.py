@@ -30,7 +30,7 @@ FOREIGN = {
     "jail/forms.py": "ldd",
     "network/certificates.py": "PEM",
     "policy/outcomes.py": "the kernel and setpriv",
-    "reports/html.py": "a patch in git's format",
+    "sessions/html.py": "a patch in git's format",
     "backends/qemu/start.py": "bubblewrap",
     "guest/firewall.py": "a table of our own",
 }

@@ -19,21 +19,20 @@ from tests.command import x07
 from tests.hostile_names import FILES, NAMES, unseen
 from x07_sandbox.backends.jailed import BoundedStream
 from x07_sandbox.channel import files as channel
-from x07_sandbox.cli.changes_text import say_changes
 from x07_sandbox.cli.console import LiveLine, Progress, say, show, show_table
-from x07_sandbox.cli.denials_text import say_denials
+from x07_sandbox.cli.messages import say_changes, say_denials
 from x07_sandbox.cli.sandbox import _fields, _line
 from x07_sandbox.errors import PeerError, SandboxError, escaped
 from x07_sandbox.files.changes import Change, ChangeSet, Node, RootChanges, encode, in_json
+from x07_sandbox.host.documents import render_json
 from x07_sandbox.host.waiting import unix_ms
 from x07_sandbox.integrations.mcp_answers import errors, reason_of, untrusted
 from x07_sandbox.integrations.mcp_calls import CallError
 from x07_sandbox.library.files import _infos
 from x07_sandbox.policy.denials import Denial, Hint, HowToAllow
 from x07_sandbox.records.runs import all_runs
-from x07_sandbox.reports.document import render_json
-from x07_sandbox.reports.html import page
 from x07_sandbox.reports.sandboxes import FileRow, FilesReport
+from x07_sandbox.sessions.html import page
 from x07_sandbox.sessions.result import ChangedName, Changes, LeftOutEntry, Result, draft_result
 from x07_sandbox.sessions.saved_changes import summarize
 from x07_sandbox.sessions.transfers import TerminalFilter

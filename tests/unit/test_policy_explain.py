@@ -20,7 +20,7 @@ from x07_sandbox.policy.model import leaf_values
 from x07_sandbox.policy.schema import fields
 from x07_sandbox.policy.templates import TEMPLATES
 from x07_sandbox.programs.toolchains import TOOLCHAINS
-from x07_sandbox.reports.policies import IN_SANDBOX
+from x07_sandbox.reports.commands import IN_SANDBOX
 from x07_sandbox.x07.project import X07
 
 if TYPE_CHECKING:

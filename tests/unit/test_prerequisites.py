@@ -15,7 +15,7 @@ from x07_sandbox.cli.doctor import START, backend_state, platform_finding, proof
 from x07_sandbox.errors import HostError
 from x07_sandbox.host.arch import ARCHES
 from x07_sandbox.host.variables import VARIABLES
-from x07_sandbox.reports.doctor import BackendState, Finding
+from x07_sandbox.reports.commands import BackendState, Finding
 
 if TYPE_CHECKING:
     from pathlib import Path

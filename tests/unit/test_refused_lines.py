@@ -7,7 +7,7 @@ import re
 import pytest
 from msgspec.structs import replace
 
-from x07_sandbox.cli.denials_text import denial_lines, for_flags, say_denials
+from x07_sandbox.cli.messages import denial_lines, for_flags, say_denials
 from x07_sandbox.cli.os_runner import OPTIONS
 from x07_sandbox.policy.denials import Contact, Denial, Hint, HowToAllow, NetworkUse, Outcome
 from x07_sandbox.policy.hints import Adding

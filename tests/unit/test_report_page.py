@@ -20,7 +20,7 @@ from tests.command import x07
 from x07_sandbox import Ended
 from x07_sandbox.policy.denials import Contact, Denial, Hint, HowToAllow, NetworkUse
 from x07_sandbox.policy.model import Limits
-from x07_sandbox.reports.html import PATCH_MAX, fragment, page, visible
+from x07_sandbox.sessions.html import PATCH_MAX, fragment, page, visible
 from x07_sandbox.sessions.result import (
     BuildOutput,
     ChangedName,

@@ -23,10 +23,9 @@ import pytest
 
 from tests.unit.test_refused_lines import result
 from x07_sandbox.channel.trees import Entry, Kind, Reader
-from x07_sandbox.cli.changes_text import change_lines, changes_json, print_bytes, say_changes
-from x07_sandbox.cli.denials_text import denial_lines
 from x07_sandbox.cli.main import main
-from x07_sandbox.cli.run_outputs import write_diff
+from x07_sandbox.cli.messages import change_lines, denial_lines, print_bytes, say_changes
+from x07_sandbox.cli.outputs import changes_json, write_diff
 from x07_sandbox.errors import BackendError, HostError, RefusedError, SandboxError, UsageError
 from x07_sandbox.files import journal
 from x07_sandbox.files.apply import ConflictError

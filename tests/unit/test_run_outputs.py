@@ -14,9 +14,8 @@ import pytest
 
 from tests.published import document
 from x07_sandbox.cli import os_runner
-from x07_sandbox.cli.atomic_output import artifact_file
 from x07_sandbox.cli.main import main
-from x07_sandbox.cli.run_outputs import write_files
+from x07_sandbox.cli.outputs import artifact_file, write_files
 from x07_sandbox.errors import UsageError
 from x07_sandbox.policy.default import default_policy, render_policy
 from x07_sandbox.sessions.run import failure

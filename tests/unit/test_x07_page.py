@@ -9,7 +9,7 @@ from pathlib import Path
 from scripts.make_x07_page import PAGE, render
 from x07_sandbox.cli.os_runner import OPTIONS
 from x07_sandbox.policy.decode import decode_policy
-from x07_sandbox.x07 import attestation, runner_report
+from x07_sandbox.x07 import runner_report
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = PAGE.read_text(encoding="utf-8")
@@ -23,9 +23,9 @@ def test_its_tables_are_those_of_the_source() -> None:
 
 def test_it_names_the_versions_and_codes_that_are_made() -> None:
     """The page names every version and error code of the reports."""
-    made = (runner_report.SCHEMA, runner_report.WRAPPED_SCHEMA, attestation.SCHEMA)
+    made = (runner_report.SCHEMA, runner_report.WRAPPED_SCHEMA, runner_report.ATTESTATION_SCHEMA)
     assert all(
-        name in TEXT for name in (*made, attestation.POLICY_CODE, attestation.GUEST_CODE, attestation.WRITE_CODE)
+        name in TEXT for name in (*made, runner_report.POLICY_CODE, runner_report.GUEST_CODE, runner_report.WRITE_CODE)
     )
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
 from tests.fuzz.fuzz_documents import BUILT, result
-from x07_sandbox.reports.document import render_json
+from x07_sandbox.host.documents import render_json
 from x07_sandbox.reports.schemas import schemas
 from x07_sandbox.x07.project import PROTOCOL
 from x07_sandbox.x07.runner_report import (

@@ -13,22 +13,26 @@ import msgspec
 import pytest
 
 from x07_sandbox.errors import RefusedError
+from x07_sandbox.host.documents import render_json
 from x07_sandbox.policy.decode import decode_policy
 from x07_sandbox.policy.default import default_policy, render_policy
 from x07_sandbox.policy.outcomes import OUTCOMES, ExitRule
-from x07_sandbox.reports.document import render_json
+from x07_sandbox.reports.commands import PolicyInitReport
 from x07_sandbox.reports.schemas import schemas
-from x07_sandbox.reports.verbs import PolicyInitReport
 from x07_sandbox.sessions.result import EMPTY_OUTPUT, BuildOutput, Changes, Digests, Output, PhaseReport, Result
-from x07_sandbox.x07.attestation import Attestation, Attested, attest, network_mode, reference
 from x07_sandbox.x07.runner_report import (
+    Attestation,
+    Attested,
     Built,
     CompileRunReport,
     SolveReport,
     Target,
     World,
+    attest,
     failure_report,
     flat_report,
+    network_mode,
+    reference,
     runner_report,
     wrap,
 )

@@ -26,7 +26,7 @@ backends.base backends.handshake backends.jailed backends.lease backends.prerequ
 backends.qemu.hot backends.qemu.instance backends.qemu.machine backends.qemu.start
 backends.qemu.template backends.registry backends.selection
 channel.connection channel.contents channel.link channel.messages channel.streams
-cli.console cli.main cli.parser cli.run cli.std_streams
+cli.console cli.main cli.parser cli.run
 errors
 host.arch host.close_on_fork host.decoding host.linux host.locks host.os_errors host.paths host.processes host.settings
 host.variables host.verdicts host.waiting

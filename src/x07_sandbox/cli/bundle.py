@@ -1,11 +1,14 @@
-"""`x07 bundle`: make an executable that runs a program in a throw-away VM, under a policy that is part of it."""
+"""`x07 bundle`, which makes an executable that runs a program in a throw-away VM, and the start of such a bundle.
+
+The policy is part of the bundle. Its launcher starts it here: the files are checked, then the program runs with the
+code of `x07 run`.
+"""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import os
-import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,30 +16,51 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from msgspec.structs import replace
 
-from x07_sandbox.cli.atomic_output import artifact_file, check_outputs, files_read, write_bytes
-from x07_sandbox.cli.bundled import require_images
-from x07_sandbox.cli.console import show
+from x07_sandbox.backends.selection import backend_request, select, this_platform
+from x07_sandbox.cli.console import say, show, write_stdout
 from x07_sandbox.cli.json_output import print_document, shell_path
+from x07_sandbox.cli.outputs import artifact_file, check_outputs, files_read, write_bytes
 from x07_sandbox.cli.parser import add_document_flags, add_row, file_path, folder_path, option, switch
-from x07_sandbox.cli.run import choose_backend, is_x07_program, make_caller, named_program, need_image, request_of
+from x07_sandbox.cli.run import (
+    choose_backend,
+    is_x07_program,
+    make_caller,
+    named_program,
+    need_image,
+    report_run,
+    request_of,
+    stdin_of,
+)
 from x07_sandbox.cli.run_report import from_project
 from x07_sandbox.errors import Command, RefusedError, UsageError, escaped
+from x07_sandbox.host.documents import render_json
 from x07_sandbox.host.os_errors import raised_as
 from x07_sandbox.host.paths import closing_fd
 from x07_sandbox.host.variables import text
 from x07_sandbox.host.waiting import write_all
 from x07_sandbox.images.store import DEFAULT, arch_of
+from x07_sandbox.library.requests import carry_out
 from x07_sandbox.library.upkeep import sweep_before_start
 from x07_sandbox.options import COPIED, FILE_SIZE, GRANTS, GROUPS, LIMITS, OF_X07
-from x07_sandbox.programs.toolchains import OUTPUT
-from x07_sandbox.reports.document import render_json
+from x07_sandbox.policy.decode import decode_policy
+from x07_sandbox.programs.toolchains import OUTPUT, SOURCE_FOLDER, toolchain_named
 from x07_sandbox.sessions.program import load_program
-from x07_sandbox.sessions.request import EffectivePolicy, Program, RunRequest, effective_policy_of
+from x07_sandbox.sessions.request import (
+    EffectivePolicy,
+    Program,
+    RunRequest,
+    effective_policy_of,
+    in_memory,
+    sha256_text,
+)
 from x07_sandbox.sessions.run import attempt
 from x07_sandbox.x07 import bundle
-from x07_sandbox.x07.runner_report import Built, mode_of, report_of, target_of
+from x07_sandbox.x07.bundle import POLICY, Bundle, folder_of, read_bundle
+from x07_sandbox.x07.project import X07_ARTIFACT, arguments_as_input
+from x07_sandbox.x07.runner_report import FAILED_EXIT, NOT_FRAMED, Built, framed_output, mode_of, report_of, target_of
 
 if TYPE_CHECKING:
+    from x07_sandbox.backends.selection import Choice
     from x07_sandbox.sessions.request import RunCaller
     from x07_sandbox.sessions.result import Result
     from x07_sandbox.x07.runner_report import CompileRunReport
@@ -64,6 +88,7 @@ examples:
 
 exit code: 0 the bundle was written; 2 wrong usage; 125 refused, or the program could not be built
 """
+_WORDS = 3  # the launcher's path, the digest and --
 
 
 def add_bundle(parser: argparse.ArgumentParser) -> None:
@@ -108,13 +133,13 @@ class _Made(NamedTuple):
 def _bundle(options: argparse.Namespace) -> int:
     """Build the program and write the bundle. Raises SandboxError."""
     out: Path | None = options.launcher
-    named, _ = named_program(options)
-    if out is None or named is None or named == "-":
+    program, words = named_program(options)
+    if out is None or program is None or program == "-":
         why = "--out is missing" if out is None else "PROGRAM must be a file or a folder"
         raise UsageError("wrong usage", why, ("For example: ", Command("x07 bundle --out dist/prog prog.py")))
-    for_x07 = is_x07_program(Path(named))
+    for_x07 = is_x07_program(Path(program))
     if for_x07:
-        from_project(options, Path(named))
+        from_project(options, Path(program))
     _check_place(out, force=options.force)
     for path in _emitted(options.emit_dir):
         if os.path.lexists(path) and not options.force:
@@ -125,7 +150,9 @@ def _bundle(options: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack:
         need_image(choice, options.image or text("X07_VM_GUEST_IMAGE"))
         caller = make_caller(options, stack, choice, for_x07=for_x07)
-        made = _build(options, caller, Path(named), stack)
+        # An empty input: that of a bundle comes from its start.
+        request = replace(request_of(options, (program, words), caller.cancel), input=b"")
+        made = _build(options, request, caller, stack)
         report = _report(options, made)
         launcher, files = _render(made, pinned=options.pin_image)
         caller.progress("")
@@ -142,10 +169,10 @@ def _bundle(options: argparse.Namespace) -> int:
     return 0
 
 
-def _build(options: argparse.Namespace, caller: RunCaller, path: Path, stack: contextlib.ExitStack) -> _Made:
-    """Read and build the program at *path*. Raises SandboxError; if the build failed, after the compiler's output."""
-    # An empty input: that of a bundle comes from its start.
-    request, program = load_program(replace(request_of(options, caller.cancel), input=b""), caller, stack)
+def _build(options: argparse.Namespace, request: RunRequest, caller: RunCaller, stack: contextlib.ExitStack) -> _Made:
+    """Read and build the program. Raises SandboxError; if the build failed, after the compiler's output."""
+    path = request.program
+    request, program = load_program(request, caller, stack)
     read = [path, *(Path(name) for name in [options.policy] if name), *files_read(request, program)]
     outputs = {"--out": options.launcher, "--report-out": options.report_out}
     outputs |= {f"--emit-dir: {one.name}": one for one in _emitted(options.emit_dir) if one.parent.is_dir()}
@@ -266,4 +293,105 @@ def publish(out: Path, launcher: bytes, files: Mapping[str, bytes], *, force: bo
         why, fix = exc.strerror or str(exc), "Name another file, or free space there"
         raise RefusedError(f"cannot write {out}", why, fix, code="output-not-written") from exc
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        from shutil import rmtree  # a start of a bundle does not need it
+
+        rmtree(temporary, ignore_errors=True)
+
+
+def start_options(words: list[str]) -> argparse.Namespace:
+    """Return the options of a start. words: the launcher's path, the digest in it, --, and the program's arguments."""
+    none = dict.fromkeys(("artifact", "attest_runtime", "code", "report", "report_out", "stdin"))
+    return argparse.Namespace(carry_out=_start, words=words, json=False, no_pool=False, quiet_json=False, **none)
+
+
+def _start(options: argparse.Namespace) -> int:
+    """Check the bundle, run its program, and return the exit code of `x07 run`. Raises SandboxError."""
+    if len(options.words) < _WORDS:
+        raise UsageError(
+            "wrong usage", "only the launcher of a bundle uses this command", "Start the bundle by its path"
+        )
+    launcher, args = Path(options.words[0]), tuple(options.words[_WORDS:])
+    bundle = read_bundle(launcher, options.words[1])
+    choice = _choice(bundle)
+    request = _request(launcher, bundle, args)
+    with contextlib.ExitStack() as stack:
+        need_image(choice, request.image)
+        artifact = artifact_file(stack)
+        artifact.complete = artifact.take(bundle.payload)
+        program = _program(bundle, stack)
+        framed = program.toolchain.protocol is not None
+        policy_path = folder_of(launcher) / POLICY
+        policy = decode_policy(bundle.policy, source=str(policy_path))
+        caller = replace(
+            make_caller(options, stack, choice, for_x07=False),
+            program=program,
+            policy=EffectivePolicy(policy, bundle.policy, str(policy_path), bundle.facts.denied),
+            artifact=artifact,
+            image_digest=bundle.manifest.guest_digest if bundle.facts.pinned else None,
+        )
+        if framed:
+            caller = replace(caller, live_stdout=None)
+        else:
+            program = replace(program, input_fd=stdin_of(options, request, for_x07=False))
+            caller = replace(caller, program=program)
+        result, error = carry_out(request, caller, say)
+    code = report_run(result, error, [])
+    if not framed or result.outcome not in {"ok", "failed"}:
+        return code
+    output = framed_output(result.stdout.data)
+    write_stdout(output or b"")
+    if output is None and not code:
+        say(f"failed: {NOT_FRAMED}")
+        return FAILED_EXIT
+    return code
+
+
+def _choice(bundle: Bundle) -> Choice:
+    """Return the backend that variables select, else the one of the bundle. Raises UsageError, RefusedError."""
+    by_variable = text("X07_VM_BACKEND") or text("X07_SANDBOX_BACKEND") not in {None, "auto"}
+    named = None if by_variable else bundle.manifest.backend
+    choice = select(this_platform(), backend_request(backend=named, flags=()))
+    fix = "Unset X07_SANDBOX_BACKEND and X07_VM_BACKEND, or select a virtual machine"
+    require_images(choice, "cannot start the bundle", fix)
+    return choice
+
+
+def require_images(choice: Choice, what: str, fix: str) -> None:
+    """Raise RefusedError if the backend uses no guest image. what, fix: for the message."""
+    if not choice.made.uses_image:
+        why = f"a bundle runs in a guest image, and the backend {choice.backend} uses none"
+        raise RefusedError(what, why, fix, code="no-image-used")
+
+
+def _request(launcher: Path, bundle: Bundle, args: tuple[str, ...]) -> RunRequest:
+    """Return the request for the run; relative folders of the policy are below the current folder."""
+    facts, manifest = bundle.facts, bundle.manifest
+    if text("X07_VM_GUEST_IMAGE") not in {None, manifest.guest_image}:
+        why = f"X07_VM_GUEST_IMAGE names another guest image than the bundle, which uses {manifest.guest_image}"
+        raise RefusedError("cannot start the bundle", why, "Unset X07_VM_GUEST_IMAGE", code="image-not-pinned")
+    image = None if manifest.guest_image == DEFAULT else manifest.guest_image
+    request = RunRequest(
+        program=None if facts.project else launcher,  # of a project, it would be the base of relative folders
+        policy=folder_of(launcher) / POLICY,
+        args=args or facts.args,
+        env=facts.env,
+        image=manifest.guest_digest if facts.pinned else image,
+        max_output_bytes=facts.max_output_bytes,
+    )
+    if facts.toolchain != X07_ARTIFACT.name:
+        return request
+    name = launcher.name  # X07's programs see it as their first argument
+    return replace(request, args=(), input=arguments_as_input((name, *request.args)))
+
+
+def _program(bundle: Bundle, stack: contextlib.ExitStack) -> Program:
+    facts = bundle.facts
+    return Program(
+        toolchain=X07_ARTIFACT if facts.toolchain == X07_ARTIFACT.name else toolchain_named(facts.toolchain),
+        source=facts.source,
+        data=b"",
+        file=in_memory(b"", f"{SOURCE_FOLDER}/none", 0o644, stack),  # for a build VM, which no start has
+        sha256=sha256_text(bundle.payload),
+        project=facts.project,
+        cpu_ms=facts.cpu_ms,
+    )

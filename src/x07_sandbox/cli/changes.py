@@ -13,16 +13,10 @@ from typing import Final
 
 from msgspec.structs import replace
 
-from x07_sandbox.cli.changes_text import (
-    add_run_argument,
-    changes_json,
-    left_out,
-    print_bytes,
-    say_deleted,
-    summary,
-)
 from x07_sandbox.cli.console import say
 from x07_sandbox.cli.json_output import deliver, document_wanted
+from x07_sandbox.cli.messages import add_run_argument, left_out, print_bytes, say_deleted, summary
+from x07_sandbox.cli.outputs import changes_json
 from x07_sandbox.cli.parser import add_document_flags, add_row, nonempty, switch
 from x07_sandbox.files.changes import ChangeSet
 from x07_sandbox.options import OF_APPLY

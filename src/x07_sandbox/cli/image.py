@@ -34,7 +34,7 @@ from x07_sandbox.images.store import (
 )
 from x07_sandbox.images.verify import verify_image
 from x07_sandbox.library.pool_prepare import prepare_clones
-from x07_sandbox.reports.verbs import (
+from x07_sandbox.reports.commands import (
     BuildReport,
     ImageRow,
     ListReport,

@@ -11,13 +11,13 @@ from typing import Final
 from x07_sandbox.cli.console import say
 from x07_sandbox.cli.json_output import print_line, shell_path, show_written
 from x07_sandbox.cli.parser import add_document_flags, folder_path, nonempty
-from x07_sandbox.cli.policy_make import BASE_FOLDER, DIFFERENT, file_name
+from x07_sandbox.cli.policy import BASE_FOLDER, DIFFERENT, file_name
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host.os_errors import raised_as
 from x07_sandbox.host.paths import real_path
 from x07_sandbox.policy.templates import TEMPLATES
 from x07_sandbox.programs.project import FILE, ROWS, X07_JSON, project_root, sandbox_manifest, write_document
-from x07_sandbox.reports.verbs import InitReport
+from x07_sandbox.reports.commands import InitReport
 from x07_sandbox.x07.project import first_project
 
 _FILES_MAX: Final = 10_000

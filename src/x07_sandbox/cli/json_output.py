@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.cli.console import say, show, write_stdout
 from x07_sandbox.errors import RefusedError, SandboxError
-from x07_sandbox.reports.document import failure_report, plain, render_json
+from x07_sandbox.host.documents import plain, render_json
 
 if TYPE_CHECKING:
     import msgspec
@@ -55,11 +55,17 @@ def shell_path(path: Path) -> str:
 
 def print_failure(exc: Exception, options: argparse.Namespace | None = None) -> None:
     """Deliver an error as a document. Without options, print it to standard output. Raises OSError, RefusedError."""
-    document = render_json(failure_report(exc))
+    document = _failure(exc)
     if options is None:
         write_stdout(document)
     else:
         deliver(document, options)
+
+
+def _failure(exc: Exception) -> bytes:
+    from x07_sandbox.reports.commands import failure_report  # only for errors
+
+    return render_json(failure_report(exc))
 
 
 def deliver(document: bytes, options: argparse.Namespace, *, always: bool = False) -> bool:
@@ -69,7 +75,7 @@ def deliver(document: bytes, options: argparse.Namespace, *, always: bool = Fals
     standard output is reserved for the document, so that the caller prints no text there. Raises OSError, RefusedError.
     """
     if options.report_out is not None:
-        from x07_sandbox.cli.atomic_output import write_bytes
+        from x07_sandbox.cli.outputs import write_bytes
 
         write_bytes(options.report_out, document)
     reserved: bool = options.json or always
@@ -80,7 +86,7 @@ def deliver(document: bytes, options: argparse.Namespace, *, always: bool = Fals
 
 def carry_out_with_report(options: argparse.Namespace) -> int:
     """Carry out a verb with --report-out, and write an error to that file, too. Raises the error, or UsageError."""
-    from x07_sandbox.cli.atomic_output import UnwritableError, check_outputs, write_bytes
+    from x07_sandbox.cli.outputs import UnwritableError, check_outputs, write_bytes
 
     others = [getattr(options, name, None) for name in _FILES]
     paths = [Path(one) for value in others for one in (value if isinstance(value, list) else [value]) if one]
@@ -91,7 +97,7 @@ def carry_out_with_report(options: argparse.Namespace) -> int:
         if isinstance(exc, UnwritableError) and exc.path == options.report_out:
             raise
         try:
-            write_bytes(options.report_out, render_json(failure_report(exc)))
+            write_bytes(options.report_out, _failure(exc))
         except RefusedError as unwritten:  # must not hide the first error
             say(str(unwritten))
         raise

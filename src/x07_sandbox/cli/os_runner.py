@@ -19,21 +19,20 @@ from x07_sandbox import __version__
 from x07_sandbox.backends.lease import PoolClient
 from x07_sandbox.backends.registry import Platform
 from x07_sandbox.backends.selection import ACCEPT_VARIABLE, Choice, backend_request, select, this_platform, usable_flags
-from x07_sandbox.cli.atomic_output import check_outputs, files_read
-from x07_sandbox.cli.console import LiveLine, OutputError, say, write_stdout
-from x07_sandbox.cli.main import end_with
+from x07_sandbox.cli.console import LiveLine, OutputError, prepare_streams, say, write_stdout
+from x07_sandbox.cli.main import collect_rarely, end_with
+from x07_sandbox.cli.outputs import check_outputs, files_read
 from x07_sandbox.cli.parser import Parser, add_row
 from x07_sandbox.cli.run_report import ReportRequest, run_and_report
-from x07_sandbox.cli.std_streams import prepare_streams
 from x07_sandbox.errors import Command, RefusedError, SandboxError, UsageError
 from x07_sandbox.host import settings
+from x07_sandbox.host.documents import render_json
 from x07_sandbox.host.paths import is_folder
 from x07_sandbox.host.settings import MIB
 from x07_sandbox.host.variables import SANDBOX_BACKENDS, check_environment, flag, text
 from x07_sandbox.host.waiting import cancelled_by_signals
 from x07_sandbox.options import Option
 from x07_sandbox.programs.project import FILE
-from x07_sandbox.reports.document import render_json
 from x07_sandbox.sessions.program import load_program
 from x07_sandbox.sessions.request import Program, RunCaller, RunRequest, effective_policy_of
 from x07_sandbox.x07.programs import load_x07
@@ -164,6 +163,7 @@ _SANDBOXED: Final = "--world run-os-sandboxed --policy FILE"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return 0 for success, 1 for a report of a failure, 2 for an error without a report."""
+    collect_rarely()
     prepare_streams()
     try:
         for warning in check_environment(os.environ):

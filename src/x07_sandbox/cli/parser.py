@@ -44,7 +44,9 @@ VERBS: Final = {
 _MODULES: Final = {  # modules that have several verbs
     "exec": "run",
     **dict.fromkeys(("diff", "apply", "undo"), "changes"),
-    **dict.fromkeys(("ps", "inspect", "kill"), "jobs"),
+    **dict.fromkeys(("ps", "inspect", "kill", "logs", "report"), "runs"),
+    "completion": "help",
+    "conform": "doctor",
     **dict.fromkeys(("sweep", "df", "prune"), "cleanup"),
 }
 _EXAMPLES: Final = """examples:

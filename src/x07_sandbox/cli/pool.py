@@ -17,7 +17,7 @@ from x07_sandbox.host import settings
 from x07_sandbox.host.decoding import prepared
 from x07_sandbox.host.linux import peer_of
 from x07_sandbox.host.processes import start_in_background
-from x07_sandbox.reports.verbs import PoolReport, PoolStatus
+from x07_sandbox.reports.commands import PoolReport, PoolStatus
 
 _EPILOG: Final = """x07 run takes a waiting VM if there is one, and the pool then starts another one. Each VM runs only
 one program. A waiting VM uses memory, but almost no CPU time. The pool stops after --idle seconds without use.

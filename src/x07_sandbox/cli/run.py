@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from x07_sandbox.sessions.request import Loader, RunRequest
     from x07_sandbox.sessions.result import Result
 
+    Named = tuple[str | None, list[str]]
+
 
 def add_run(parser: Parser) -> None:
     """Add the arguments of `x07 run`."""
@@ -50,7 +52,7 @@ def add_run(parser: Parser) -> None:
 
 
 def _epilog(level: str) -> str:
-    from x07_sandbox.cli.run_help import of_run  # only for help
+    from x07_sandbox.cli.help import of_run  # only for help
 
     return of_run(level)
 
@@ -67,7 +69,7 @@ def add_exec(parser: Parser) -> None:
 
 
 def _exec_epilog(_level: str) -> str:
-    from x07_sandbox.cli.run_help import EXEC  # only for help
+    from x07_sandbox.cli.help import EXEC  # only for help
 
     return EXEC
 
@@ -98,7 +100,7 @@ def run_command(options: argparse.Namespace) -> int:
     try:
         return _dispatch(options)
     except SandboxError as exc:
-        from x07_sandbox.cli.run_failure import write_failure
+        from x07_sandbox.cli.outputs import write_failure
 
         write_failure(options, exc)
         raise
@@ -106,30 +108,31 @@ def run_command(options: argparse.Namespace) -> int:
 
 def _dispatch(options: argparse.Namespace) -> int:
     """Run the program. Programs in the X07 language run by the rules of X07's own command. Raises SandboxError."""
-    program, _ = named_program(options)
+    named = named_program(options)
     if _is_x07_artifact(options):
         from x07_sandbox.cli.run_report import with_x07_exits
 
-        return with_x07_exits(options, lambda: _carry_out(options, for_x07=False))
+        return with_x07_exits(options, lambda: _carry_out(options, named, for_x07=False))
+    program, _ = named
     if program is None or options.code is not None or not is_x07_program(Path(program)):
-        return _carry_out(options, for_x07=False)
+        return _carry_out(options, named, for_x07=False)
     from x07_sandbox.cli.run_report import from_project, with_x07_exits
 
     from_project(options, Path(program))
-    return with_x07_exits(options, lambda: _carry_out(options, for_x07=True))
+    return with_x07_exits(options, lambda: _carry_out(options, named, for_x07=True))
 
 
-def _carry_out(options: argparse.Namespace, *, for_x07: bool) -> int:
+def _carry_out(options: argparse.Namespace, named: Named, *, for_x07: bool) -> int:
     choice = choose_backend(options)
-    outputs = _checked_outputs(options)
+    outputs = _checked_outputs(options, named[0])
     with contextlib.ExitStack() as stack:
         if not options.dry_run:
             need_image(choice, options.image or text("X07_VM_GUEST_IMAGE"))
         caller = make_caller(options, stack, choice, for_x07=for_x07)
-        request = request_of(options, caller.cancel)
+        request = request_of(options, named, caller.cancel)
         caller = replace(caller, stdin_fd=stdin_of(options, request, for_x07=for_x07))
         if options.dry_run:
-            from x07_sandbox.cli.dry_run import show_plan
+            from x07_sandbox.cli.messages import show_plan
 
             return show_plan(request, caller, options)
         if _x07_options(options) and not caller.loaders:
@@ -143,7 +146,7 @@ def _carry_out(options: argparse.Namespace, *, for_x07: bool) -> int:
 
             return run_with_report(request, caller, options, stack)
         if options.compiled_out:
-            from x07_sandbox.cli.atomic_output import artifact_file
+            from x07_sandbox.cli.outputs import artifact_file
 
             caller = replace(caller, artifact=artifact_file(stack))
         result, error = carry_out(request, caller, say)
@@ -153,11 +156,11 @@ def _carry_out(options: argparse.Namespace, *, for_x07: bool) -> int:
             result = replace(result, x07_exit_code=x07_exit(error))
         write_errors: list[str] = []
         if caller.artifact is not None or options.diff or options.net_log or options.report_out:
-            from x07_sandbox.cli.run_outputs import write_files
+            from x07_sandbox.cli.outputs import write_files
 
             result, write_errors = write_files(options, result, caller.artifact)
     if options.json and not options.quiet_json:
-        from x07_sandbox.cli.run_failure import print_result
+        from x07_sandbox.cli.outputs import print_result
 
         return print_result(result, full=options.json == "full")
     return report_run(result, error, write_errors)
@@ -169,11 +172,11 @@ def report_run(result: Result, error: SandboxError | None, write_errors: list[st
     for line in write_errors:
         say(line)
     if result.denials or result.hints or (result.net is not None and result.net.failed):
-        from x07_sandbox.cli.denials_text import say_denials
+        from x07_sandbox.cli.messages import say_denials
 
         say_denials(result)
     if result.changes.state != "none":
-        from x07_sandbox.cli.changes_text import say_changes
+        from x07_sandbox.cli.messages import say_changes
 
         say_changes(result)
     if result.files_discarded.count and sys.stderr.isatty():
@@ -193,7 +196,7 @@ def _loaded(
     Return the request with the settings of the project, and the caller with the program.
     """
     request, program = loaded(request, caller, stack)
-    from x07_sandbox.cli.atomic_output import check_outputs, files_read
+    from x07_sandbox.cli.outputs import check_outputs, files_read
 
     if outputs:
         check_outputs(outputs, files_read(request, program, caller.stdin_fd))
@@ -207,7 +210,7 @@ def _loaded(
     return request, replace(caller, program=program, policy=policy)
 
 
-def _checked_outputs(options: argparse.Namespace) -> dict[str, Path | None]:
+def _checked_outputs(options: argparse.Namespace, program: str | None) -> dict[str, Path | None]:
     """Return the output files by flag. Raises UsageError for a file that cannot be written or that the run reads."""
     outputs = {
         "--report-out": options.report_out,  # first: an error about another file is written there
@@ -219,14 +222,14 @@ def _checked_outputs(options: argparse.Namespace) -> dict[str, Path | None]:
     }
     if not any(outputs.values()):
         return {}
-    from x07_sandbox.cli.atomic_output import check_outputs
+    from x07_sandbox.cli.outputs import check_outputs
 
     if options.dry_run:
         raise UsageError("wrong usage", "--dry-run writes nothing", "Omit the flags that name output files")
-    program = named_program(options)[0] if options.code is None else None
-    named = ["/dev/stdin" if program == "-" else program, options.policy]
-    named += [*options.allow_host_file, *options.deny_host_file]
-    check_outputs(outputs, [options.input, *(Path(name) for name in named if name)])
+    read = [options.policy, *options.allow_host_file, *options.deny_host_file]
+    if options.code is None:
+        read.append("/dev/stdin" if program == "-" else program)
+    check_outputs(outputs, [options.input, *(Path(name) for name in read if name)])
     return outputs
 
 
@@ -283,9 +286,9 @@ def make_caller(
     )
 
 
-def request_of(options: argparse.Namespace, cancel: Cancel) -> RunRequest:
-    """Return the request for the run. Raises UsageError."""
-    program, words = named_program(options)
+def request_of(options: argparse.Namespace, named: Named, cancel: Cancel) -> RunRequest:
+    """Return the request for the run. named: the value of `named_program`. Raises UsageError."""
+    program, words = named
     source: bytes | None = None
     toolchain = options.toolchain
     if options.artifact:
@@ -335,7 +338,7 @@ def stdin_of(options: argparse.Namespace, request: RunRequest, *, for_x07: bool)
     return stdin_fd
 
 
-def named_program(options: argparse.Namespace) -> tuple[str | None, list[str]]:
+def named_program(options: argparse.Namespace) -> Named:
     """Return the program, or None for -c and `x07 exec`, and its arguments. Raises UsageError.
 
     PROGRAM or one of X07's flags names the program. Otherwise it is the X07 project around the current folder.

@@ -9,12 +9,19 @@ from pathlib import Path
 import msgspec
 from msgspec.structs import replace
 
-from x07_sandbox.cli import changes_text, denials_text
-from x07_sandbox.cli.atomic_output import artifact_file, collect_error, write_bytes, write_executable
 from x07_sandbox.cli.console import say, write_stdout
-from x07_sandbox.cli.run_failure import print_failure, write_failure
-from x07_sandbox.cli.run_outputs import write_records
+from x07_sandbox.cli.messages import change_lines, denial_lines, for_flags
+from x07_sandbox.cli.outputs import (
+    artifact_file,
+    collect_error,
+    print_failure,
+    write_bytes,
+    write_executable,
+    write_failure,
+    write_records,
+)
 from x07_sandbox.errors import RefusedError, SandboxError, UsageError
+from x07_sandbox.host.documents import render_json
 from x07_sandbox.host.paths import is_file, is_folder
 from x07_sandbox.host.variables import flag
 from x07_sandbox.library.requests import carry_out
@@ -22,15 +29,13 @@ from x07_sandbox.policy.outcomes import REFUSED_EXIT
 from x07_sandbox.policy.problems import PolicyError
 from x07_sandbox.programs.project import project_root, write_document
 from x07_sandbox.programs.toolchains import ARTIFACT, OUTPUT, PROGRAM_FOLDER, Protocol
-from x07_sandbox.reports.document import render_json
 from x07_sandbox.sessions import request as requests
 from x07_sandbox.sessions.request import EffectivePolicy, Program, RunCaller, RunRequest
 from x07_sandbox.sessions.result import Result
 from x07_sandbox.sessions.transfers import OutFile
 from x07_sandbox.x07 import runner_report
-from x07_sandbox.x07.attestation import WRITE_CODE, Attested, attest, reference
 from x07_sandbox.x07.project import INPUT_MAX_BYTES, PROJECT_FILE, USAGE_EXIT, diagnostics_line
-from x07_sandbox.x07.runner_report import Built, CompileRunReport
+from x07_sandbox.x07.runner_report import WRITE_CODE, Attested, Built, CompileRunReport, attest, reference
 
 _SCHEMA_EXIT = 3
 
@@ -166,8 +171,8 @@ def run_and_report(
         raise error
     advised, command = result, ""
     if wanted.flags is not None:
-        advised, command = denials_text.for_flags(result, wanted.flags), "x07 run "
-    aftermath = [*denials_text.denial_lines(advised, command), *changes_text.change_lines(advised)]
+        advised, command = for_flags(result, wanted.flags), "x07 run "
+    aftermath = [*denial_lines(advised, command), *change_lines(advised)]
     try:
         report, lines = _make_report(wanted, len(data), (result, error), artifact)
     except SandboxError as exc:

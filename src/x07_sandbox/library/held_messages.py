@@ -16,10 +16,10 @@ from x07_sandbox import errors
 from x07_sandbox.channel.messages import Terminal
 from x07_sandbox.errors import Command, Flag, SandboxError, Text
 from x07_sandbox.host.decoding import prepared
+from x07_sandbox.host.documents import encodable
 from x07_sandbox.host.waiting import Notice
 from x07_sandbox.policy.denials import Denial, Hint
 from x07_sandbox.policy.outcomes import Verdict
-from x07_sandbox.reports.document import encodable
 from x07_sandbox.sessions.command import CommandEnd, CommandStart, StreamName
 from x07_sandbox.sessions.request import ChangesChoice
 from x07_sandbox.sessions.result import CommandReport, Diff, Result

@@ -86,7 +86,7 @@ class Ended(msgspec.Struct, frozen=True, kw_only=True):
 
     def _repr_html_(self) -> str:
         """Return the same as HTML, which notebooks show."""
-        from x07_sandbox.reports.html import command_fragment
+        from x07_sandbox.sessions.html import command_fragment
 
         told = {name: msgspec.to_builtins(getattr(self, name)) for name in ("denials", "hints")}
         return command_fragment(msgspec.structs.asdict(self) | told)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from x07_sandbox.reports.document import plain, render_json
+from x07_sandbox.host.documents import plain, render_json
 
 if TYPE_CHECKING:
     from x07_sandbox.sessions.result import Result

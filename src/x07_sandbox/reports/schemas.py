@@ -1,36 +1,33 @@
 """The published JSON Schemas of all documents, generated from their types.
 
+Each module that has documents is listed here, and each of its types with a `schema_version` is a document.
 ``python -m x07_sandbox.reports.schemas FOLDER`` writes the files. A unit test compares them.
 """
 
 import json
 import sys
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Final
 
 import msgspec
 
+from x07_sandbox.conformance import behaviours
 from x07_sandbox.files import changes
 from x07_sandbox.images import manifest
 from x07_sandbox.policy.schema import render_schema
 from x07_sandbox.records import listing, pruning, stopping, sweep
-from x07_sandbox.reports import conform, doctor, document, policies, sandboxes, verbs
+from x07_sandbox.reports import commands, sandboxes
 from x07_sandbox.reports import result as short_result
 from x07_sandbox.sessions import preview, result
-from x07_sandbox.x07 import attestation, bundle, runner_report
+from x07_sandbox.x07 import bundle, runner_report
 
 _REF: Final = "#/$defs/{name}"
 _RUNNER: Final = (runner_report.CompileRunReport, runner_report.RunOsReport)
-# The documents that have only one type. The version in the type names the file.
-_ALONE: Final[tuple[type[msgspec.Struct], ...]] = (
-    *(attestation.Attestation, preview.Preview, document.FailureReport, doctor.DoctorReport, conform.ConformReport),
-    *(policies.CheckReport, policies.HostReport, policies.ExplainReport),
-    *(verbs.PolicyInitReport, verbs.InitReport, verbs.BuildReport, verbs.ListReport, verbs.LoadReport),
-    *(verbs.RemoveReport, verbs.VerifyReport, verbs.PoolReport, listing.PsReport, listing.InspectReport),
-    *(sandboxes.SandboxesReport, sandboxes.CommandDocument, sandboxes.FilesReport, sandboxes.ForwardReport),
-    *(pruning.PruneReport, sweep.SweepReport, stopping.KillReport, pruning.DfReport),
-    *(bundle.BundleReport, bundle.BundleFacts, bundle.VmManifest),
-)
+# The modules whose documents have only one type. The version in the type names the file.
+_OWNERS: Final = (preview, behaviours, commands, sandboxes, listing, pruning, stopping, sweep, bundle)
 # Documents of X07's own tools, whose files have X07's names.
 _NAMES: Final = {
     "runtime.attest": "x07-runtime.attest",
@@ -43,8 +40,9 @@ _NAMES: Final = {
 def schemas() -> dict[str, str]:
     """Return the text of each schema file by file name."""
     made = {}
-    for kind in _ALONE:
-        (version,) = (str(field.default) for field in msgspec.structs.fields(kind) if field.name == "schema_version")
+    alone = (kind for owner in _OWNERS for kind in _documents(owner))
+    for kind in chain[type[msgspec.Struct]]((runner_report.Attestation,), alone):
+        version = _version(kind)
         name = version.partition("@")[0].removeprefix("x07.").removeprefix("sandbox.")
         made[_NAMES.get(name, name)] = _text(version, _any_of((kind,)))
     made["image"] = _text(manifest.SCHEMA, _any_of((manifest.Manifest,)))
@@ -54,6 +52,20 @@ def schemas() -> dict[str, str]:
     made["changes"] = _text(changes.SCHEMA, _changes())
     made["run-os-policy"] = render_schema().decode()
     return {f"{name}.schema.json": text for name, text in made.items()}
+
+
+def _documents(owner: ModuleType) -> Iterator[type[msgspec.Struct]]:
+    """Yield the types of a module that are documents."""
+    for kind in vars(owner).values():
+        own = isinstance(kind, type) and issubclass(kind, msgspec.Struct) and kind.__module__ == owner.__name__
+        if own and _version(kind):
+            yield kind
+
+
+def _version(kind: type[msgspec.Struct]) -> str:
+    """Return the `schema_version` of a type, or "" if it is no document."""
+    found = next((one.default for one in msgspec.structs.fields(kind) if one.name == "schema_version"), "")
+    return found if isinstance(found, str) else ""
 
 
 def _any_of(types: tuple[type[msgspec.Struct], ...]) -> dict[str, Any]:

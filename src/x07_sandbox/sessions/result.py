@@ -340,7 +340,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     def _repr_html_(self) -> str:
         """Return the result as HTML, which notebooks show."""
-        from x07_sandbox.reports.html import fragment
+        from x07_sandbox.sessions.html import fragment
 
         return fragment(self.document())
 

@@ -17,11 +17,11 @@ from msgspec.structs import replace
 from x07_sandbox.errors import RefusedError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.decoding import prepared, why_invalid
+from x07_sandbox.host.documents import render_json
 from x07_sandbox.host.paths import read_bounded
 from x07_sandbox.host.settings import __version__
 from x07_sandbox.policy.decode import MAX_BYTES as POLICY_MAX_BYTES
 from x07_sandbox.programs.toolchains import BY_NAME, Source
-from x07_sandbox.reports.document import render_json
 from x07_sandbox.sessions.request import sha256_text
 from x07_sandbox.x07.runner_report import CompileRunReport, Target
 

@@ -1,20 +1,33 @@
-"""Messages of `x07 run` about the first few denials, each with a change that would allow the action, if any."""
+"""What `x07 run` says about a run: its denials with a change that would allow each, its changes to files, its plan."""
 
+import argparse
 import json
 import posixpath
+import re
+import shlex
+import sys
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from typing import Final
 
 from msgspec.structs import replace
 
-from x07_sandbox.cli.console import say
-from x07_sandbox.errors import printable
+from x07_sandbox.cli.console import say, show, write_stdout
+from x07_sandbox.cli.json_output import print_document
+from x07_sandbox.cli.outputs import print_failure
+from x07_sandbox.cli.parser import nonempty
+from x07_sandbox.errors import RefusedError, printable
+from x07_sandbox.files.changes import ChangeSet, display_name
 from x07_sandbox.policy.denials import CONNECTS, Denial, Hint, HowToAllow
+from x07_sandbox.policy.outcomes import REFUSED_EXIT
 from x07_sandbox.policy.templates import BUILT_IN, built_in
-from x07_sandbox.sessions.result import Result
+from x07_sandbox.sessions.preview import Preview, preview
+from x07_sandbox.sessions.request import RunCaller, RunRequest
+from x07_sandbox.sessions.result import Changes, Result
+from x07_sandbox.sessions.saved_changes import command, find_saved, folder_names
 
 _SHOWN: Final = 4
-_LISTED: Final = 4
+_ENTRIES: Final = 4
 _CHANGE: Final = "change"
 _OF_PATHS: Final = frozenset({"read", "write"})
 # Reported elsewhere: the reason of a refused run, and the outcome of changes.
@@ -49,6 +62,18 @@ _ACTIONS: Final = {
     "use": "using",
     "write": "writing to",
 }
+_NAMED: Final = 8
+_DELETED_MAX: Final = 20
+_RULES: Final = {
+    "fs.deny_hidden": "hidden",
+    "fs.allow_symlinks": "a symbolic link",
+}
+_PROTECTED: Final = "protected"
+_WHY_PROTECTED: Final = "protected: other tools execute or trust it"  # in the first entry of a line
+_RETURN: Final = re.compile(rb"\r(?!\n)")
+_LISTED: Final = 8
+_STATES: Final = {"advisory": "advisory (not enforced; some libraries check them)"}
+_ACCESS: Final = {False: "read-only", True: "writable"}
 
 
 def say_denials(result: Result) -> None:
@@ -249,6 +274,173 @@ def _in_policy(allowing: HowToAllow) -> str:
 
 def _value(value: object) -> str:
     """Return the value as JSON. A long list is shortened to its last entry, which is the one to add."""
-    if isinstance(value, list) and len(value) > _LISTED:
+    if isinstance(value, list) and len(value) > _ENTRIES:
         return f"[..., {json.dumps(value[-1])}]"
     return json.dumps(value)
+
+
+def add_run_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the argument RUN."""
+    doc = "the run's id, or its first characters (default: the latest run with changes in this folder)"
+    parser.add_argument("run", nargs="?", type=nonempty, metavar="RUN", help=doc)
+
+
+def say_changes(result: Result) -> None:
+    """Print messages about a run's changes: what was deleted or left out, and whether the changes were applied."""
+    for line in change_lines(result):
+        say(line)
+
+
+def change_lines(result: Result) -> list[str]:
+    """Return a line for every deletion, lines about changes left out, and a line with the counts and the state."""
+    changes = result.changes
+    if changes.state == "none":
+        return []
+    several = len({one.root for one in changes.names}) > 1
+    if len(changes.names) < changes.added + changes.changed + changes.deleted:  # cut: there may be more roots
+        several = find_saved(result.run).changes.several_roots
+    deleted = [
+        display_name(one.root, one.name, several_roots=several) for one in changes.names if one.action == "deleted"
+    ]
+    gone = "deleted" if changes.state == "applied" else "would be deleted"
+    diff = command("diff", result.run, {one.root for one in changes.names})
+    applicable = {entry.name for entry in changes.left_out_entries if entry.take}
+    word = "left out" if changes.left_out else "not allowed"
+    denials = [one for one in result.denials if one.action == "change" and one.subject not in applicable]
+    refused = [
+        f"{word}: {one.subject}{f' ({one.reason})' * bool(one.reason)}{how_to_allow_text(one.how_to_allow, one.field)}"
+        for one in denials
+    ]
+    closing = [] if changes.left_out and not _counts(changes) else [_closing(result.run, changes)]
+    return [*_capped(f"{gone}: ", deleted, diff), *refused, *left_out(changes), *closing]
+
+
+def _capped(before: str, names: Sequence[str], diff: str) -> list[str]:
+    """Return a line for each of the first few names, and one with the command that lists the others."""
+    more = len(names) - _DELETED_MAX
+    lines = [f"{before}{name}" for name in names[:_DELETED_MAX]]
+    return [*lines, f"{before}{more} more names; to list all: {diff} --json"] if more > 0 else lines
+
+
+def left_out(changes: Changes) -> list[str]:
+    """Return a line with the changes left out and the command that applies them, or no line if none can be applied."""
+    entries = [entry for entry in changes.left_out_entries if entry.take]
+    if not entries:
+        return []
+    names = [f"{entry.name} ({', '.join(_RULES.get(rule, rule) for rule in entry.rules)})" for entry in entries]
+    first = next((number for number, entry in enumerate(entries) if _PROTECTED in entry.rules), None)
+    if first is not None:
+        others = [_RULES.get(rule, rule) for rule in entries[first].rules if rule != _PROTECTED]
+        names[first] = f"{entries[first].name} ({', '.join([*others, _WHY_PROTECTED])})"
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return [f"left out: {', '.join(names[:_NAMED])}{more}; to apply: {changes.apply_left_out}"]
+
+
+def _counts(changes: Changes) -> str:
+    return _in_words({"added": changes.added, "changed": changes.changed, "deleted": changes.deleted})
+
+
+def _closing(run: str, changes: Changes) -> str:
+    why = f" ({changes.reason})" if changes.reason else ""
+    if changes.state == "discarded" and why:
+        return f"no changes to files were copied back: {changes.reason}"
+    roots = {one.root for one in changes.names}
+    diff, apply, undo = (command(verb, run, roots) for verb in ("diff", "apply", "undo"))
+    after = {
+        "applied": f"; see {diff}, revert with {undo}",
+        "kept": f"; see {diff}, apply with {apply}",
+        "conflict": f", nothing was changed; see {diff}, apply with {apply}",
+        "discarded": "",
+    }
+    return f"{_counts(changes) or 'changes'}: {changes.state}{why}{after[changes.state]}"
+
+
+def summary(changes: ChangeSet, done: str) -> str:
+    """Return the numbers of added, changed and deleted names, followed by the text *done*."""
+    counts = {word: changes.count(word) for word in ("added", "changed", "deleted")}
+    return f"{_in_words(counts) or 'nothing to do'} in {folder_names(changes)}: {done}"
+
+
+def _in_words(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count} {word}" for word, count in counts.items() if count)
+
+
+def say_deleted(changes: ChangeSet, diff: str, *, back: bool = False) -> None:
+    """Print the names that are deleted. back: whether the changes are being reverted, which deletes added names.
+
+    diff: the command that shows the changes of the run.
+    """
+    action, several = "added" if back else "deleted", changes.several_roots
+    names = [
+        display_name(root.root, change.name, several_roots=several)
+        for root in changes.roots
+        for change in root.changes
+        if change.action == action and not change.is_root_folder
+    ]
+    for line in _capped("deleted: ", names, diff):
+        say(line)
+
+
+def print_bytes(data: bytes) -> None:
+    """Write *data* (whole lines) to standard output, without control sequences on a terminal. Raises OSError."""
+    if sys.stdout.isatty():
+        from x07_sandbox.sessions.transfers import TerminalFilter
+
+        # Users read a patch to judge it. A carriage return would hide the text before it.
+        data = _RETURN.sub(rb"\\r", TerminalFilter()(data))
+    write_stdout(data)
+
+
+def show_plan(request: RunRequest, caller: RunCaller, options: argparse.Namespace) -> int:
+    """Print the plan of a run. Return 0 if the run could start, or 125 if it would be refused. Raises SandboxError."""
+    try:
+        found = preview(request, caller)
+    except RefusedError as exc:  # the result of a run; not an error before it, which would have X07's exit code 2
+        if options.json and not options.quiet_json:
+            return print_failure(exc)
+        say(str(exc))
+        return REFUSED_EXIT
+    if not print_document(found, options):
+        for line in _lines(found):
+            show(line)
+    return REFUSED_EXIT if found.plan.refusals else 0
+
+
+def _lines(found: Preview) -> list[str]:
+    limits = found.plan.limits
+    states = Counter(control.state for control in found.plan.controls)
+    denied = f" (denied: {_listed(found.denied_hosts)})" if found.denied_hosts else ""
+    built = "nothing to build" if found.build is None else f"build in a VM without network: {_short(found.build)}"
+    counts = [f"{count} {_STATES.get(state, state)}" for state, count in sorted(states.items(), reverse=True)]
+    values = (
+        f"time {limits.wall_ms / 1000:g} s",
+        f"CPU time {limits.cpu_ms / 1000:g} s",
+        f"memory {limits.mem_bytes >> 20} MiB",
+        f"{limits.procs} processes besides the first",
+        f"{limits.fds} open files",
+    )
+    files = [f"toolchain: {found.toolchain}", built, f"files copied into the VM: {_listed(found.files)}"]
+    return [
+        *(files if found.files else []),
+        *(f"folder {root.host}: copied to {root.guest}, {_ACCESS[root.write]}" for root in found.roots),
+        f"run in another VM: {_short(found.run)}",
+        *(["user: root in the VM, over a writable layer of its system"] if found.guest_root else []),
+        f"limits: {', '.join(values)}",
+        *([] if found.scaling is None else [f"scaled for emulation: time limits times {found.scaling.factor}"]),
+        f"network: {_listed(found.hosts) or 'none'}{denied}",
+        *(f"blocked: {blocked}" for blocked in found.blocked_hosts[:_LISTED]),
+        *(["addresses of names: chosen by your proxy, and not checked"] if found.proxy_resolves else []),
+        *([f"image {found.image}: {found.digests['image']}"] if "image" in found.digests else []),
+        f"policy fields: {', '.join(counts)}; to list them: x07 policy explain",
+        *(f"refused: {refusal.why}" for refusal in found.plan.refusals),
+    ]
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Return the first few names as text, and how many more there are."""
+    return ", ".join(names if len(names) <= _LISTED else [*names[:_LISTED], f"and {len(names) - _LISTED} more"])
+
+
+def _short(argv: list[str]) -> str:
+    shown = " ".join("..." if "\n" in word else shlex.quote(word) for word in argv)
+    return shown if len(shown) <= 120 else f"{shown[:117]}..."  # noqa: PLR2004 - a line
