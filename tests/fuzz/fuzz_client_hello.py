@@ -26,7 +26,7 @@ from x07_sandbox.network.protocols import InspectionError
 
 if TYPE_CHECKING:
     from x07_sandbox.network.first_bytes import Mode
-    from x07_sandbox.network.names import Host
+    from x07_sandbox.network.hosts import Host
 
 NAME: Final = "a.example"
 ADDRESS: Final = IPv4Address("192.0.2.7")

@@ -26,7 +26,7 @@ from x07_sandbox.network.first_bytes import HELD_MAX, Inspector
 from x07_sandbox.network.protocols import InspectionError
 
 if TYPE_CHECKING:
-    from x07_sandbox.network.names import Host
+    from x07_sandbox.network.hosts import Host
 
 LINE: Final = re.compile(rb"([!-~]+) (/[!-~]*|\*) HTTP/1\.[01]")
 FIELD: Final = re.compile(rb"([!-9;-~]+): ([^\x00-\x08\x0a-\x1f\x7f]*)")

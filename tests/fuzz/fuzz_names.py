@@ -16,8 +16,7 @@ from ipaddress import IPv4Address, IPv6Address
 from typing import Final
 
 from x07_sandbox.errors import UsageError
-from x07_sandbox.network.blocked_addresses import special
-from x07_sandbox.network.names import Host, matches, parse_guest_host, parse_host, parse_pattern
+from x07_sandbox.network.hosts import Host, matches, parse_guest_host, parse_host, parse_pattern, special
 
 _NAME: Final = re.compile(r"(?=.{1,253}\Z)[a-z0-9_-]{1,63}(?:\.[a-z0-9_-]{1,63})*")
 

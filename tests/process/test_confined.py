@@ -15,7 +15,7 @@ from x07_sandbox.channel.link import Stream
 from x07_sandbox.channel.messages import Left, Mount, Output
 from x07_sandbox.channel.trees import Entry, FileEnd, Piece, Reader, segment
 from x07_sandbox.channel.trees import Kind as Record
-from x07_sandbox.jail import cgroups
+from x07_sandbox.jail import resources
 
 if TYPE_CHECKING:
     from x07_sandbox.backends.process import OsBackend
@@ -300,7 +300,7 @@ def test_a_cgroup_of_version_2_limits_cpu_time(confined: OsBackend, monkeypatch:
     root = next((path for path in VERSION_2 if (path / "cgroup.controllers").exists()), None)
     if root is None or os.geteuid() != 0:
         pytest.skip("only root can make a group, where there is a hierarchy of version 2")
-    monkeypatch.setattr(cgroups, "_ROOT", root)
+    monkeypatch.setattr(resources, "_ROOT", root)
     source = "import os; print(open('/proc/self/cgroup').read(), flush=True)\nos.fork()\nwhile True: pass"
     ended = run_on(confined, python(source, limits={"cpu_ms": 500}))
     assert "/program\n" in ended.stdout

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import need
-from x07_sandbox.jail.uids import free_range
+from x07_sandbox.jail.resources import free_range
 
 # "root": started by root, with its own uid. "plain root": started by root, as root. "user": by an ordinary user.
 FORMS = ["root", "plain root", "user"]

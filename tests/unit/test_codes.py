@@ -28,7 +28,7 @@ FOREIGN = {
     "images/base.py": "debootstrap and dpkg",
     "images/pip.py": "pip",
     "jail/forms.py": "ldd",
-    "network/certificates.py": "PEM",
+    "network/settings.py": "PEM",
     "policy/outcomes.py": "the kernel and setpriv",
     "sessions/html.py": "a patch in git's format",
     "backends/qemu/start.py": "bubblewrap",

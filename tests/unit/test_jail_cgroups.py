@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from x07_sandbox.jail.cgroups import HostGroups, make_groups
+from x07_sandbox.jail.resources import HostGroups, make_groups
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from x07_sandbox.jail.uids import COUNT, free_range, lease_uid
+from x07_sandbox.jail.resources import COUNT, free_range, lease_uid
 
 if TYPE_CHECKING:
     from tests.conftest import Need
 
 LEASE = (
     "import sys\n"
-    "from x07_sandbox.jail.uids import lease_uid\n"
+    "from x07_sandbox.jail.resources import lease_uid\n"
     "with lease_uid() as (uid, fd):\n"
     "    print(uid, flush=True)\n"
     "    sys.stdin.read()\n"

@@ -9,7 +9,7 @@ import pytest
 import trustme
 
 from x07_sandbox.errors import UsageError
-from x07_sandbox.network.certificates import read_certificates
+from x07_sandbox.network.settings import read_certificates
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -11,8 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.fuzz.fuzz_client_hello import body, extension, hello, message, pieces, records, sni
-from x07_sandbox.network.client_hello import HELLO_MAX, ClientHello, HelloReader
-from x07_sandbox.network.protocols import InspectionError
+from x07_sandbox.network.protocols import HELLO_MAX, ClientHello, HelloReader, InspectionError
 
 GOOD: Final = body(sni(b"a.example"))
 PADDING: Final = 21

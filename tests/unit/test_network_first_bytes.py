@@ -30,7 +30,7 @@ from x07_sandbox.network.protocols import InspectionError
 
 if TYPE_CHECKING:
     from x07_sandbox.network.first_bytes import Mode
-    from x07_sandbox.network.names import Host
+    from x07_sandbox.network.hosts import Host
 
 GOOD: Final = hello(sni(b"a.example"))
 NAMELESS: Final = hello(extension(43, b"\x02\x03\x04"))

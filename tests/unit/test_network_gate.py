@@ -28,8 +28,8 @@ from x07_sandbox.network import dialler, gate, resolver
 from x07_sandbox.network.dialler import Dialler, ResolverClient
 from x07_sandbox.network.flows import TcpFlow
 from x07_sandbox.network.gate import NAMES_MAX, NAMES_OF_WILDCARD, WAITING_MAX, Gate
+from x07_sandbox.network.hosts import unmapped
 from x07_sandbox.network.ledger import Ledger
-from x07_sandbox.network.names import unmapped
 from x07_sandbox.network.rules import NetSettings, decide, make_allowlist, parse_request
 from x07_sandbox.network.settings import parse_settings
 from x07_sandbox.policy.default import default_policy

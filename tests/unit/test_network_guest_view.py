@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from x07_sandbox.guest.dns import NameTable
-from x07_sandbox.network.guest_view import guest_view
-from x07_sandbox.network.rules import make_allowlist
+from x07_sandbox.network.rules import guest_view, make_allowlist
 from x07_sandbox.network.settings import parse_settings
 from x07_sandbox.policy.default import default_policy
 from x07_sandbox.policy.model import Db, DbNet, Drivers, HostPorts, Policy

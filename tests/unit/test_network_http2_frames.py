@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.fuzz.fuzz_client_hello import ADDRESS, NAME, denied, pieces
 from x07_sandbox.network.first_bytes import HELD_MAX, Inspector
-from x07_sandbox.network.http2_frames import PREFACE
+from x07_sandbox.network.http_requests import PREFACE
 from x07_sandbox.network.protocols import InspectionError
 
 BIG: Final = 1 << 20

@@ -16,7 +16,7 @@ from x07_sandbox.network.http_requests import HEAD_MAX
 from x07_sandbox.network.protocols import InspectionError
 
 if TYPE_CHECKING:
-    from x07_sandbox.network.names import Host
+    from x07_sandbox.network.hosts import Host
 
 NAME: Final = "a.example"
 HOST: Final = b" HTTP/1.1\r\nHost: a.example\r\n"

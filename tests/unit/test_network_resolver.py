@@ -29,7 +29,7 @@ from x07_sandbox.network.resolver import (
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from x07_sandbox.network.names import Address
+    from x07_sandbox.network.hosts import Address
 
 ADDRESSES: Final = st.lists(st.ip_addresses(), max_size=ADDRESSES_MAX + 4)
 

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from x07_sandbox.errors import SandboxError, UsageError
-from x07_sandbox.network.blocked_addresses import ALLOWED_BY
-from x07_sandbox.network.names import parse_guest_host
+from x07_sandbox.network.hosts import ALLOWED_BY, parse_guest_host
 from x07_sandbox.network.rules import (
     Decision,
     Request,

@@ -27,7 +27,7 @@ from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.linux import children_of
 from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.verdicts import forget
-from x07_sandbox.jail import criu
+from x07_sandbox.jail import bwrap
 from x07_sandbox.jail.seccomp import VMM_CALLS, restored_filter, vmm_rules
 
 if TYPE_CHECKING:
@@ -127,8 +127,8 @@ def test_the_filter_allows_no_more_than_qemus_own(tmp_path: Path, monkeypatch: p
             own = filter_of(process.pid)
         finally:
             process.kill()
-    made = restored_filter(arch, criu.PID)
-    rules = vmm_rules(criu.PID)
+    made = restored_filter(arch, bwrap.DUMPED_PID)
+    rules = vmm_rules(bwrap.DUMPED_PID)
     arguments = [(*(0,) * at, value) for at in range(3) for value in (0, 1, 15, 38, 1030, 0x541B, 0x3D0F00, 0x3D0FFF)]
     for call in numbers(arch, *VMM_CALLS, *rules):
         for words in arguments:
@@ -214,7 +214,7 @@ def test_the_setting_gives_todays_clones(sandbox: Sandbox, monkeypatch: pytest.M
 def test_a_damaged_process_is_saved_again(saved: Sandbox) -> None:
     """A saved process with one changed byte is noticed despite its times, and saved again."""
     (folder,) = process_folders()
-    for name in (f"{hot.IMAGES}/pages-1.img", "ram", f"{hot.IMAGES}/core-{criu.PID}.img"):
+    for name in (f"{hot.IMAGES}/pages-1.img", "ram", f"{hot.IMAGES}/core-{bwrap.DUMPED_PID}.img"):
         overwrite(folder / name, b"\x55")
         start, warnings = start_of(saved)
         assert start == "hot"
@@ -224,7 +224,7 @@ def test_a_damaged_process_is_saved_again(saved: Sandbox) -> None:
 def test_a_process_that_cannot_be_restored_costs_a_clone(saved: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     """If criu fails, the run clones the saved VM and says why, and later runs do so too, for a while."""
     with monkeypatch.context() as patch:
-        patch.setattr(criu, "PID", criu.PID + 1)  # not the dumped number: the jail refuses the process
+        patch.setattr(bwrap, "DUMPED_PID", bwrap.DUMPED_PID + 1)  # not the dumped number: the jail refuses the process
         found = [start_of(saved) for _ in range(2)]
     for start, warnings in found:
         assert start == "clone"
@@ -234,7 +234,7 @@ def test_a_process_that_cannot_be_restored_costs_a_clone(saved: Sandbox, monkeyp
 def test_a_jail_that_cannot_be_built_costs_a_clone(saved: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     """If the jail of a hot clone cannot be built, the run clones the saved VM and says why."""
     with monkeypatch.context() as patch:
-        patch.setattr(criu, "_CAPABILITIES", ("NO_SUCH",))
+        patch.setattr(bwrap, "_CAPABILITIES", ("NO_SUCH",))
         start, warnings = start_of(saved)
     assert start == "clone"
     assert [text for text in warnings if "cannot build the jail" in text], warnings

@@ -31,7 +31,7 @@ errors
 host.arch host.close_on_fork host.decoding host.linux host.locks host.os_errors host.paths host.processes host.settings
 host.variables host.verdicts host.waiting
 images.manifest images.store images.verify
-jail.bwrap jail.cgroups jail.criu jail.forms jail.seccomp jail.uids
+jail.bwrap jail.forms jail.resources jail.seccomp
 library.requests library.upkeep
 options
 policy.controls policy.decode policy.default policy.denials policy.features policy.guest policy.model policy.outcomes

@@ -31,7 +31,7 @@ from x07_sandbox.host import settings
 from x07_sandbox.images.store import find_image
 from x07_sandbox.jail.bwrap import INNER_UID, SETPRIV
 from x07_sandbox.jail.forms import needed_files
-from x07_sandbox.jail.uids import COUNT, free_range
+from x07_sandbox.jail.resources import COUNT, free_range
 
 pytestmark = pytest.mark.vm
 

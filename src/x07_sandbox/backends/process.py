@@ -37,8 +37,7 @@ from x07_sandbox.host.waiting import Deadline
 from x07_sandbox.images.store import FILTERS, PACK, PLACES, GuestCode, read_guest_code
 from x07_sandbox.images.verify import OpenImage
 from x07_sandbox.jail.bwrap import BWRAP, PERL, SETPRIV, may_nest, supervisor_argv
-from x07_sandbox.jail.cgroups import program_groups, remove_groups
-from x07_sandbox.jail.uids import lease_uid
+from x07_sandbox.jail.resources import lease_uid, program_groups, remove_groups
 from x07_sandbox.kernel import landlock_version
 from x07_sandbox.policy.features import LEAVES_TREE, NO_ROOT, NOT_OBSERVED, Features
 from x07_sandbox.records.reader import StoredJob

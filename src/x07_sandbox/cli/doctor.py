@@ -317,7 +317,7 @@ def _folders() -> Finding:
 def _cgroups() -> Finding:
     """Return whether x07 can create control groups around a VM monitor. It creates and removes some, as a run does."""
     from x07_sandbox.host.waiting import unix_ms
-    from x07_sandbox.jail.cgroups import make_groups
+    from x07_sandbox.jail.resources import make_groups
 
     version = "2" if Path("/sys/fs/cgroup/cgroup.controllers").exists() else "1"
     groups = make_groups(f"{unix_ms()}-{os.getpid()}-0-doctor", memory_bytes=1 << 30, tasks=64)

@@ -32,7 +32,7 @@ from x07_sandbox.host.os_errors import raised_as
 from x07_sandbox.host.paths import is_folder, real_path, settings_file
 from x07_sandbox.library.requests import make_request
 from x07_sandbox.network import rules
-from x07_sandbox.network.names import pattern_text
+from x07_sandbox.network.hosts import pattern_text
 from x07_sandbox.network.settings import read_settings
 from x07_sandbox.options import OF_POLICIES
 from x07_sandbox.policy.changes import Overrides

@@ -137,7 +137,7 @@ VMM_ERRORS: Final = {
 
 
 def restored_filter(arch: Arch, pid: int) -> bytes:
-    """Return the filter of a restored VMM with this pid in its namespace (jail/criu). It executes nothing.
+    """Return the filter of a restored VMM with this pid in its namespace (jail/bwrap). It executes nothing.
 
     It allows less than the filters of a started VMM, the jail's and QEMU's own. It is compiled once per boot.
     Raises OSError.

@@ -16,7 +16,7 @@ from x07_sandbox.host.paths import cache_dir, entries, private_dir, state_dir, w
 from x07_sandbox.images.build import prune_images
 from x07_sandbox.images.commands import remove_tree
 from x07_sandbox.images.store import list_images
-from x07_sandbox.jail.cgroups import remove_abandoned_groups
+from x07_sandbox.jail.resources import remove_abandoned_groups
 from x07_sandbox.records.pruning import (
     PARTS,
     DfReport,

@@ -15,9 +15,17 @@ import h11
 from msgspec.structs import replace
 
 from x07_sandbox.channel import egress
-from x07_sandbox.network import nat64, resolver
-from x07_sandbox.network.blocked_addresses import HOST_ADDRESS, HOST_NAME
-from x07_sandbox.network.names import Address, Host, unmapped
+from x07_sandbox.network import resolver
+from x07_sandbox.network.hosts import (
+    HOST_ADDRESS,
+    HOST_NAME,
+    NAT64_NAME,
+    Address,
+    Host,
+    embedded_ipv4,
+    nat64_prefixes,
+    unmapped,
+)
 from x07_sandbox.network.rules import Allowlist, Decision, Proxy, decide_address
 
 LOOK_UP_S: Final = resolver.LATE_S
@@ -157,7 +165,7 @@ class Dialler:
             try:
                 self._check_rules(decision, address)
                 self._check_own(decision, address)
-                for embedded in nat64.embedded(address, await self._prefixes(address)):
+                for embedded in embedded_ipv4(address, await self._prefixes(address)):
                     self._check_rules(decision, embedded)
                     self._check_own(decision, embedded)
             except NotDialledError as exc:
@@ -191,13 +199,13 @@ class Dialler:
         """Return the prefixes of this network's NAT64. Raises NotDialledError for IPv6 if they cannot be learnt."""
         if isinstance(address, IPv6Address) and self._loop.time() >= self._nat64_until:
             try:
-                self._nat64 |= nat64.prefixes(await self._names.look_up(nat64.NAME))
+                self._nat64 |= nat64_prefixes(await self._names.look_up(NAT64_NAME))
                 self._nat64_known = True
             except NotDialledError as exc:
                 self._nat64_known = exc.code == egress.NO_NAME
             self._nat64_until = self._loop.time() + (_PREFIXES_S if self._nat64_known else _NO_PREFIXES_S)
         if isinstance(address, IPv6Address) and not self._nat64_known:
-            why = f"whether {address} embeds an IPv4 address (NAT64) is unknown, since {nat64.NAME} cannot be resolved"
+            why = f"whether {address} embeds an IPv4 address (NAT64) is unknown, since {NAT64_NAME} cannot be resolved"
             raise NotDialledError(egress.TIMED_OUT, "nat64:unknown", why, str(address))
         return self._nat64
 

@@ -19,11 +19,9 @@ from typing import Final, Literal
 
 from x07_sandbox.errors import UsageError
 from x07_sandbox.network import protocols
-from x07_sandbox.network.client_hello import ClientHello, HelloReader
-from x07_sandbox.network.http2_frames import PREFACE, FrameStream
-from x07_sandbox.network.http_requests import WORD, RequestStream, escaped
-from x07_sandbox.network.names import Host, parse_guest_host
-from x07_sandbox.network.protocols import InspectionError, Opening, unknown
+from x07_sandbox.network.hosts import Host, parse_guest_host
+from x07_sandbox.network.http_requests import PREFACE, WORD, FrameStream, RequestStream, escaped
+from x07_sandbox.network.protocols import ClientHello, HelloReader, InspectionError, Opening, unknown
 
 Mode = Literal["tls", "http", "any", "opaque"]
 HELD_MAX: Final = 128 * 1024
@@ -128,40 +126,34 @@ class Inspector:
 
     def from_client(self, data: bytes) -> bytes:
         """Add bytes from the client, and return the bytes to forward now. Raises InspectionError."""
-        self._raise_again()
         with self._final():
             return self._stage.feed(data)
 
     def from_server(self, data: bytes) -> None:
         """Add bytes from the server. Raises InspectionError if they prove another protocol."""
-        self._raise_again()
         with self._final():
             self._stage.server(data)
 
     def client_eof(self) -> None:
         """Handle the end of the client's bytes. Raises InspectionError if an inspected message is incomplete."""
-        self._raise_again()
         with self._final():
             self._stage.eof()
 
     @contextlib.contextmanager
     def _final(self) -> Iterator[None]:
-        """Remember an InspectionError, and limit the held bytes."""
+        """Remember an InspectionError, to raise it at the next call too, and limit the held bytes."""
+        if self._error is not None:
+            raise self._error
         try:
             yield
-            _check_held(self._stage.held)
+            self._check_held()
         except InspectionError as exc:
             self._error = exc
             raise
 
-    def _raise_again(self) -> None:
-        if self._error is not None:
-            raise self._error
-
-
-def _check_held(size: int) -> None:
-    if size > HELD_MAX:
-        raise InspectionError("first-bytes:too-large", "too much data precedes the server's answer")
+    def _check_held(self) -> None:
+        if self._stage.held > HELD_MAX:
+            raise InspectionError("first-bytes:too-large", "too much data precedes the server's answer")
 
 
 class _Raw:

@@ -1,4 +1,4 @@
-"""Start and stop the gate and resolver of a job (gate_process.py, resolver.py)."""
+"""Start and stop the gate and resolver of a job (gate.py, resolver.py)."""
 
 import contextlib
 import importlib.util
@@ -22,7 +22,7 @@ from x07_sandbox.host.linux import memory_file
 from x07_sandbox.host.os_errors import raised_as
 from x07_sandbox.host.processes import Launch, launch
 from x07_sandbox.host.waiting import wait_readable
-from x07_sandbox.jail.uids import lease_uid
+from x07_sandbox.jail.resources import lease_uid
 from x07_sandbox.network.ledger import ACCOUNT
 from x07_sandbox.network.rules import DeniedHosts, NetSettings
 from x07_sandbox.network.settings import settings_to_json
@@ -166,7 +166,7 @@ def gate_running(config: GateConfig, log_fd: int) -> Iterator[GateProcess]:
         config_fd, account_fd, stderr_fd, resolver_stderr_fd = (files.add(memory_file(data)) for data in contents)
         fds = (control_fd, config_fd, log_fd, account_fd, gate_fd)
         paths = _paths()
-        child = _start(paths, "gate_process", (*map(str, fds), str(uid)), (*fds, *locks), stderr_fd)
+        child = _start(paths, "gate", (*map(str, fds), str(uid)), (*fds, *locks), stderr_fd)
         gate = GateProcess(child, ours, account_fd, stderr_fd)
         stack.callback(os.close, gate.pidfd)
         stack.callback(gate.end)
@@ -183,7 +183,7 @@ def _start(
 ) -> subprocess.Popen[bytes]:
     code = _CODE.format(paths=paths, unwanted=_UNWANTED, module=module)
     argv = [sys.executable, "-I", "-S", "-c", code, *words]
-    with raised_as(HostError, f"cannot start the {module.removesuffix('_process')}", "Run x07 doctor"):
+    with raised_as(HostError, f"cannot start the {module}", "Run x07 doctor"):
         return launch(Launch(argv=argv, pass_fds=fds, stderr_fd=stderr_fd))
 
 

@@ -23,8 +23,7 @@ from pathlib import Path
 from typing import Final
 
 from x07_sandbox.jail.own_limits import confine
-from x07_sandbox.network import nat64
-from x07_sandbox.network.names import Address
+from x07_sandbox.network.hosts import NAT64_NAME, Address
 
 NUMBER: Final = struct.Struct(">I")
 REQUEST_MAX: Final = NUMBER.size + 253
@@ -66,7 +65,7 @@ def look_up(name: str) -> tuple[int, list[Address]]:
         return FOUND, of_file
     try:
         # Only IPv6 counts for NAT64, and an IPv4 answer would hide that the look-up of IPv6 failed.
-        family = socket.AF_INET6 if name == nat64.NAME else socket.AF_UNSPEC
+        family = socket.AF_INET6 if name == NAT64_NAME else socket.AF_UNSPEC
         # The final dot disables the search list. The C library then ignores the hosts file too.
         rows = socket.getaddrinfo(f"{name}.".encode("ascii"), None, family, socket.SOCK_STREAM)
     except socket.gaierror as exc:

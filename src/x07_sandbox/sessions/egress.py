@@ -13,8 +13,7 @@ from msgspec.structs import replace
 
 from x07_sandbox.channel.messages import Network
 from x07_sandbox.errors import UsageError
-from x07_sandbox.network.guest_view import guest_view
-from x07_sandbox.network.names import matches, parse_guest_host, parse_host
+from x07_sandbox.network.hosts import matches, parse_guest_host, parse_host
 from x07_sandbox.network.processes import GateConfig, GateProcess, gate_running
 from x07_sandbox.network.rules import (
     Allowlist,
@@ -23,6 +22,7 @@ from x07_sandbox.network.rules import (
     advise_setting,
     decide,
     endpoint_text,
+    guest_view,
     make_allowlist,
     split_port,
 )

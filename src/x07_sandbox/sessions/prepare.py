@@ -226,7 +226,7 @@ def _certificates(request: RunRequest, egress: Egress | None) -> bytes:
     path = request.ca or (None if egress is None else egress.config.settings.ca)
     if path is None:
         return b""
-    from x07_sandbox.network.certificates import read_certificates  # few runs have certificates
+    from x07_sandbox.network.settings import read_certificates  # few runs have certificates
 
     return read_certificates(path)
 

@@ -108,7 +108,7 @@ def _blocked(allowlist: Allowlist) -> tuple[str, ...]:
 
 
 def _endpoint(entry: Entry | Denied) -> str:
-    from x07_sandbox.network.names import pattern_text
+    from x07_sandbox.network.hosts import pattern_text
 
     host = pattern_text(entry.what)
     ports = "*" if entry.ports is None else ",".join(map(str, sorted(entry.ports)))

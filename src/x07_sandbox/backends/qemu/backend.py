@@ -113,7 +113,7 @@ class QemuBackend:
 
     def stop(self, record: JobRecord) -> bool:
         """Stop a recorded job, and remove its control groups."""
-        from x07_sandbox.jail.cgroups import remove_groups
+        from x07_sandbox.jail.resources import remove_groups
         from x07_sandbox.records.stopping import stop_recorded
 
         return stop_recorded(record, lambda stored: stored.owner is None or remove_groups(stored.owner.cgroups))

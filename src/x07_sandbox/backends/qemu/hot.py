@@ -50,8 +50,7 @@ from x07_sandbox.host.variables import flag
 from x07_sandbox.host.verdicts import file_state
 from x07_sandbox.images.manifest import Part
 from x07_sandbox.images.verify import FOLDER_MODE, Subject, opened_folder, opened_parts
-from x07_sandbox.jail.bwrap import may_nest
-from x07_sandbox.jail.criu import CRIU, NULL, PID
+from x07_sandbox.jail.bwrap import CRIU, CRIU_NULL, DUMPED_PID, may_nest
 from x07_sandbox.jail.forms import jail_form, needed_files
 from x07_sandbox.policy.default import canonical_json
 
@@ -139,8 +138,8 @@ def make_hot(
         require_plain_files(images)
         memory_fd = new_file(work / "ram", stack)
         _copy(saved.ram_fd, memory_fd)
-        paths = (Paths().ram, Paths().root, Paths().program, "/", "/dev/urandom", NULL)
-        move_pages(images, PID, memory_fd, Paths().ram, {*paths, *needed_files(kind.arch.qemu_binary)})
+        paths = (Paths().ram, Paths().root, Paths().program, "/", "/dev/urandom", CRIU_NULL)
+        move_pages(images, DUMPED_PID, memory_fd, Paths().ram, {*paths, *needed_files(kind.arch.qemu_binary)})
         reset_priority(images)
         scratch_fd = new_file(work / "scratch.head", stack)
         disk = keep_disk(disk_fd, scratch_fd)

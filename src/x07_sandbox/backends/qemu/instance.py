@@ -17,7 +17,7 @@ from x07_sandbox.host import close_on_fork, settings
 from x07_sandbox.host.os_errors import raised_as
 from x07_sandbox.host.processes import Identity
 from x07_sandbox.host.waiting import wait_readable
-from x07_sandbox.jail.cgroups import HostGroups
+from x07_sandbox.jail.resources import HostGroups
 from x07_sandbox.records.record import Claim, JobRecord, renamed_record, renewed_record
 
 _DEADLINE_SIGNAL: Final = 40  # a real-time signal, since these are queued

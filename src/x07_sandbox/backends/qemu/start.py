@@ -38,11 +38,9 @@ from x07_sandbox.host.paths import unnamed_file
 from x07_sandbox.host.processes import Identity, Launch
 from x07_sandbox.images.manifest import ScratchDisk
 from x07_sandbox.images.verify import OpenImage, write_disk
-from x07_sandbox.jail.bwrap import BWRAP, PERL, SETPRIV, Jail, may_nest
-from x07_sandbox.jail.cgroups import make_groups
-from x07_sandbox.jail.criu import CRIU, PID, Criu
+from x07_sandbox.jail.bwrap import BWRAP, CRIU, DUMPED_PID, PERL, SETPRIV, Criu, Jail, may_nest
 from x07_sandbox.jail.forms import Form, jail_form, namespace_flags, needed_files
-from x07_sandbox.jail.uids import lease_uid
+from x07_sandbox.jail.resources import lease_uid, make_groups
 from x07_sandbox.records.record import Claim, JobRecord, create_record, drop_unstarted, new_run_id
 
 MISCALIBRATED: Final = "its kernel calibrated its timer wrong, as happens on an overloaded host"
@@ -270,7 +268,7 @@ def _release_message(memory: Memory | None, form: Form, machine: Machine) -> Cal
         from x07_sandbox.jail.seccomp import restored_filter
 
         mark = machine.mark.encode("ascii")
-        return lambda _pid: struct.pack("=I", len(mark)) + mark + restored_filter(host_arch(), PID)
+        return lambda _pid: struct.pack("=I", len(mark)) + mark + restored_filter(host_arch(), DUMPED_PID)
     return form.release_message(host_arch())
 
 

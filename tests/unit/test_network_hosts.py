@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from x07_sandbox.errors import UsageError
-from x07_sandbox.network.names import (
+from x07_sandbox.network.hosts import (
     Wildcard,
     matches,
     parse_guest_host,
