@@ -21,6 +21,7 @@ import os
 import selectors
 import signal
 import socket
+import stat
 import statistics
 import subprocess
 import sys
@@ -40,7 +41,7 @@ from x07_sandbox.backends.qemu import machine as machines
 from x07_sandbox.backends.qemu.start import tsc_khz
 from x07_sandbox.guest.system import children_of  # includes the children of all threads
 from x07_sandbox.host.arch import host_arch
-from x07_sandbox.images import boot, cpio
+from x07_sandbox.images import boot
 from x07_sandbox.images.build import build_image
 from x07_sandbox.images.store import find_image, image_is_current
 from x07_sandbox.policy.default import default_policy, render_policy
@@ -60,7 +61,6 @@ CARDS: Final = {SLIRP: "10.0.2.15,24,10.0.2.2,10.0.2.3,1500", PASST: f"{GATE_ADD
 CASE_S: Final = 300.0
 BOOTS: Final = 3  # boot attempts, because the guest can miscalibrate its timer
 SAMPLE_S: Final = 0.05
-PAGE: Final = 4096
 MB: Final = 1e6
 ROWS: Final = (
     ("up", "one flow up, MiB/s"),
@@ -252,13 +252,13 @@ class Card:
         program = io.BytesIO()
         with zipfile.ZipFile(program, "w") as archive:
             archive.write(network_guest.__file__, "__main__.py")
-        entries = [cpio.file("agent.zip", program.getvalue(), 0o400)]  # replaces the agent in the image's initrd
+        entries = [
+            boot.Entry("agent.zip", stat.S_IFREG | 0o400, program.getvalue())
+        ]  # replaces the agent in the image's initrd
         for number, (name, data) in enumerate(card_modules(image.manifest.kernel_release, work)):
-            entries.append(cpio.file(f"modules/net/card-{number}-{name}.ko", data))
+            entries.append(boot.Entry(f"modules/net/card-{number}-{name}.ko", stat.S_IFREG | 0o444, data))
         first = (image.folder / image.manifest.parts.initrd.file).read_bytes()
-        both = first + bytes(-len(first) % 4) + cpio.pack(entries)
-        tail = host_arch().initrd_tail_bytes or len(both)
-        self.initrd.write_bytes(both + bytes((tail - len(both)) % PAGE))
+        self.initrd.write_bytes(boot.padded(first + bytes(-len(first) % 4) + boot.packed(entries), host_arch()))
 
     def figures(self, name: str) -> Figures:
         """Return the figures of the program in a VM with the network card of *name*."""

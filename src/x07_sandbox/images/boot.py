@@ -10,17 +10,21 @@ compiler.
 
 import lzma
 import re
-from collections.abc import Callable, Iterable, Mapping
+import stat
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from x07_sandbox.errors import ImageError
 from x07_sandbox.host.arch import Arch
-from x07_sandbox.images import commands, cpio, store
+from x07_sandbox.images import commands, store
 from x07_sandbox.images.store import GuestCode
 
 UNPACKED_MAX = 3  # unpacked size / size of a root file system; measured: 2.2
 _PAGE = 4096
+MAX_FILE_BYTES = 0xFFFFFFFF  # the size field of a cpio archive has eight hexadecimal digits
+_TRAILER = "TRAILER!!!"
 GCC = ("gcc", "-std=gnu17", "-static", "-Os", "-s", "-Wall", "-Wl,--build-id=none")
 COMPILE = (*GCC, "-o", "/opt/x07/init", "/x07/" + store.INIT)
 PYTHON = ("python3", "-I", "-S")
@@ -55,8 +59,8 @@ def make_initrd(
 ) -> tuple[bytes, dict[str, bytes]]:
     """Return the initramfs with *code*, and its seccomp filters by name.
 
-    work: an empty folder. root_file: the image's root file system. modules: see `pack`. arch: the image's architecture,
-    whose programs this host must be able to execute. Raises SandboxError.
+    work: an empty folder. root_file: the image's root file system. modules: see `initramfs`. arch: the image's
+    architecture, whose programs this host must be able to execute. Raises SandboxError.
     """
     commands.check_space(work.parent, UNPACKED_MAX * root_file.stat().st_size)
     progress("unpacking the image's root file system, which contains the compiler")
@@ -70,7 +74,7 @@ def make_initrd(
     init, agent = (target / "init").read_bytes(), (target / "agent.zip").read_bytes()
     filters = {path.name: path.read_bytes() for path in sorted((target / "data").glob(f"*{FILTER_SUFFIX}"))}
     commands.remove_tree(root)
-    return pack(init, agent, modules, arch), filters
+    return initramfs(init, agent, modules, arch), filters
 
 
 def bwrap_argv(root: Path, source: Path, target: Path, command: tuple[str, ...]) -> list[str]:
@@ -84,19 +88,63 @@ def bwrap_argv(root: Path, source: Path, target: Path, command: tuple[str, ...])
     return [*argv, "--chdir", "/", "--", *command]
 
 
-def pack(init: bytes, agent: bytes, modules: Mapping[str, Path], arch: Arch) -> bytes:
+def initramfs(init: bytes, agent: bytes, modules: Mapping[str, Path], arch: Arch) -> bytes:
     """Return the initramfs. modules: files of kernel modules, by name below `modules/`, numbered in loading order."""
-    entries = [
-        cpio.file("init", init, 0o500),
-        cpio.file("agent.zip", agent, 0o400),
-        cpio.folder("dev"),
-        cpio.folder("modules"),
-        cpio.folder("modules/net"),
-    ]
-    entries += [cpio.file(f"modules/{name}", path.read_bytes()) for name, path in modules.items()]
-    archive, tail_bytes = cpio.pack(entries), arch.initrd_tail_bytes
-    # The kernel ignores zeros behind the archive.
-    return archive if tail_bytes is None else archive + b"\0" * ((tail_bytes - len(archive)) % _PAGE)
+    entries = [Entry("init", stat.S_IFREG | 0o500, init), Entry("agent.zip", stat.S_IFREG | 0o400, agent)]
+    entries += [Entry(name, stat.S_IFDIR | 0o755) for name in ("dev", "modules", "modules/net")]
+    entries += [Entry(f"modules/{name}", stat.S_IFREG | 0o444, path.read_bytes()) for name, path in modules.items()]
+    return padded(packed(entries), arch)
+
+
+def padded(archive: bytes, arch: Arch) -> bytes:
+    """Return an initramfs that ends where QEMU's machine of this architecture needs it to.
+
+    The kernel ignores zeros behind the archive.
+    """
+    tail_bytes = arch.initrd_tail_bytes
+    return archive if tail_bytes is None else archive + bytes((tail_bytes - len(archive)) % _PAGE)
+
+
+class Entry(NamedTuple):
+    """A file or folder of an initramfs. mode includes the type (stat.S_IFREG or stat.S_IFDIR)."""
+
+    name: str
+    mode: int
+    data: bytes = b""
+
+
+def packed(entries: Sequence[Entry]) -> bytes:
+    """Return a newc archive (cpio(5)), with owner root, inode numbers from 1 and no times.
+
+    Raises ValueError for an empty, absolute or duplicate name, and for a file over MAX_FILE_BYTES.
+    """
+    out = bytearray()
+    seen: set[str] = set()
+    for inode, entry in enumerate([*entries, Entry(_TRAILER, 0)], start=1):
+        if not entry.name or entry.name.startswith("/") or "\0" in entry.name or entry.name in seen:
+            raise ValueError(f"bad name in archive: {entry.name!r}")
+        seen.add(entry.name)
+        out += _header(inode, entry)
+        out += entry.name.encode() + b"\0"
+        out += bytes(-len(out) % 4)
+        out += entry.data
+        out += bytes(-len(out) % 4)
+    return bytes(out)
+
+
+def _header(inode: int, entry: Entry) -> bytes:
+    size = check_size(entry.name, len(entry.data))
+    links = 2 if stat.S_ISDIR(entry.mode) else 1
+    # inode mode uid gid nlink mtime filesize devmajor devminor rdevmajor rdevminor namesize check
+    fields = (inode, entry.mode, 0, 0, links, 0, size, 0, 0, 0, 0, len(entry.name.encode()) + 1, 0)
+    return b"070701" + b"".join(b"%08X" % field for field in fields)
+
+
+def check_size(name: str, size: int) -> int:
+    """Return *size*. Raises ValueError if the format cannot store a file of that size."""
+    if size > MAX_FILE_BYTES:
+        raise ValueError(f"{name} has {size} bytes, but a cpio entry holds at most {MAX_FILE_BYTES}")
+    return size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
