@@ -1,10 +1,9 @@
-"""The list of backend behaviours: permitted gaps, the generated page, and the choice of backends."""
+"""The list of backend behaviours: permitted gaps, and the choice of backends."""
 
 from __future__ import annotations
 
 import pytest
 
-from scripts.make_backends_page import PAGE, render
 from x07_sandbox.backends.registry import BY_NAME, create
 from x07_sandbox.cli.main import main
 from x07_sandbox.conformance.behaviours import BEHAVIOURS
@@ -28,11 +27,6 @@ def test_each_behaviour_is_one_sentence_under_one_name() -> None:
     assert sorted(NAMES) == sorted(set(NAMES))
     assert all(behaviour.promise.endswith(".") and behaviour.promise[0].isupper() for behaviour in BEHAVIOURS)
     assert {behaviour.needs for behaviour in BEHAVIOURS} == VM_CAPABILITIES | {""}
-
-
-def test_the_page_of_backends_is_current() -> None:
-    """docs/backends/README.md lists every behaviour and known gap."""
-    assert render() == PAGE.read_text(encoding="utf-8"), "run: python -m scripts.make_backends_page"
 
 
 @pytest.mark.parametrize("name", ["os", "none"])

@@ -44,7 +44,7 @@ def test_the_specification_is_current() -> None:
 
 def test_every_promise_names_tests_that_exist() -> None:
     """Each file that a promise names exists, and no file proves two promises."""
-    named = [name for page in PAGES for name in page.tests]
+    named = [name for page in PAGES for name in page.tests.split()]
     found = {name: [*(ROOT / "tests").glob(f"{'/test_'.join(name.rsplit('/', 1))}.py")] for name in named}
     assert [name for name, files in found.items() if not files] == []
     files = [file for name in named for file in found[name]]
