@@ -230,7 +230,7 @@ def _memory_mb(runner: int) -> tuple[float, float] | None:
             pid = pending.pop()
             pending += children_of(pid)
             words = Path(f"/proc/{pid}/cmdline").read_bytes()
-            if b"network.gate_process" in words or b"network.resolver " in words:
+            if b"network.gate import" in words or b"network.resolver import" in words:
                 rows = dict(line.split(":") for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])
                 rss, pss, count = rss + _kib(rows["Rss"]), pss + _kib(rows["Pss"]), count + 1
     except (FileNotFoundError, ProcessLookupError):

@@ -235,7 +235,7 @@ def victims(stage: Stage, job: str) -> dict[str, list[int]]:
             words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
             parent = int(Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[1])
             line = " ".join(words)
-            if "gate_process" in line and parent == runner:
+            if "network.gate import" in line and parent == runner:
                 found.setdefault("gate", []).append(pid)
     if "agent" in ROLES[stage.backend]:
         assert stage.engine is not None

@@ -140,7 +140,7 @@ def test_killing_gate_or_resolver_loses_the_report(gate: GateProcess, which: str
     """Killing gate or resolver ends the gate without a report, and the run ends as gate-lost."""
     with guest_of(gate) as guest:
         assert ask(guest, b"example.org", 443) == egress.POLICY
-        named = "gate_process" if which == "gate" else "resolver"
+        named = f"network.{which} import"
         (pid,) = [pid for pid in helpers() if named.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()]
         os.kill(pid, signal.SIGKILL)
         assert wait_readable(gate.pidfd, WAIT_S)

@@ -232,7 +232,7 @@ def gates_of(holder: int) -> list[int]:
     found = []
     for pid in process_ids():
         with contextlib.suppress(OSError):
-            if b"gate_process" in Path(f"/proc/{pid}/cmdline").read_bytes() and holder in {parent(pid), pid}:
+            if b"network.gate import" in Path(f"/proc/{pid}/cmdline").read_bytes() and holder in {parent(pid), pid}:
                 found.append(pid)
     return found
 

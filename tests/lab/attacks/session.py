@@ -244,7 +244,7 @@ class Session:
             for pid in filter(str.isdigit, os.listdir("/proc")):  # noqa: PTH208
                 with contextlib.suppress(OSError):
                     line = Path("/proc", pid, "cmdline").read_bytes()
-                    if f"{role}_process".encode() in line and self._is_below(int(pid)):
+                    if f"network.{role} import".encode() in line and self._is_below(int(pid)):
                         return int(pid)
             time.sleep(0.02)
         raise AssertionError(f"no {role}")
