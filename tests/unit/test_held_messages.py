@@ -6,8 +6,10 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
-from x07_sandbox.errors import BackendError, Command, Flag, SandboxError, UsageError
+from x07_sandbox.channel.messages import encode
+from x07_sandbox.errors import BackendError, Command, Flag, PeerError, SandboxError, UsageError
 from x07_sandbox.library.held_messages import (
     Answer,
     ClientMessage,
@@ -17,17 +19,12 @@ from x07_sandbox.library.held_messages import (
     Problem,
     Reader,
     Signal,
+    Start,
     Started,
     packed,
-    start_message,
 )
-from x07_sandbox.policy.outcomes import Verdict
-from x07_sandbox.sessions.command import CommandEnd
-from x07_sandbox.sessions.result import CommandReport
-
-REPORT = CommandReport(
-    id=1, argv_sha256="", outcome="timeout", exit_code=None, signal=None, began_ms=1, wall_ms=2, cpu_ms=3
-)
+from x07_sandbox.sessions.command import Ended
+from x07_sandbox.sessions.execution import order
 
 
 def through(message: object) -> object:
@@ -58,11 +55,20 @@ def test_the_words_of_a_command_keep_their_bytes(argv: list[str], env: dict[str,
     values = {name: value.encode("utf-8", "replace").decode() for name, value in env.items()}
     values = {name.encode("utf-8", "replace").decode(): value for name, value in values.items()}
     words.append("\udcff")
-    message = start_message(words, values, "", None, merge=False, terminal=None, detached=False, service="")
+    asked = order(words, values, "a\udcff", merge=True)
+    message = Start(encode(asked)[1], None, "", flags=False)
     reader: Reader[ClientMessage] = Reader(ClientMessage)
     (found,) = reader.take(packed(message))
     assert found == message
-    assert (found.command().argv, found.command().env) == (words, values)
+    assert isinstance(found, Start)
+    assert found.asked() == asked
+
+
+@pytest.mark.parametrize("wrong", [b"", b"[]", b"{}", encode(order([1], {}))[1], encode(order([], {"A": None}))[1]])  # type: ignore[list-item,dict-item]
+def test_a_malformed_command_is_rejected(wrong: bytes) -> None:
+    """A command whose fields have other types raises an error that the holder handles."""
+    with pytest.raises((ValueError, PeerError)):
+        Start(wrong, None, "", flags=False).asked()
 
 
 @pytest.mark.parametrize(
@@ -90,15 +96,22 @@ def test_an_unknown_kind_of_error_is_an_error() -> None:
 
 
 def test_the_end_of_a_command_arrives() -> None:
-    """A verdict arrives with its parameters, of which flags are still flags."""
-    verdict = Verdict(
-        outcome="timeout", fault="policy", code="wall-time", params={"option": Flag("--timeout"), "status": 3}
+    """The end of a command arrives as it was; in its reason, what is not text is escaped."""
+    ended = Ended(
+        id=1,
+        outcome="timeout",
+        reason_code="wall-time",
+        reason="cannot run \udcff",
+        x07_exit_code=124,
+        exit_code=None,
+        signal=None,
+        wall_ms=1.5,
+        cpu_ms=2.5,
+        memory_peak_bytes=5,
+        denials=(),
     )
-    end = CommandEnd(verdict=verdict, report=REPORT, memory_peak_bytes=5)
-    found = through(End.of(end))
-    assert isinstance(found, End)
-    assert found.ending() == end
-    assert isinstance(found.ending().verdict.params["option"], Flag)
+    found = through(End.of(ended))
+    assert found == End(replace(ended, reason="cannot run \\xff"))
 
 
 @pytest.mark.parametrize(

@@ -343,11 +343,11 @@ def test_the_manifest_provides_defaults(tmp_path: Path) -> None:
 # Each module costs every caller's start: the rest is loaded by the first call.
 IMPORTED = """
 errors host host.settings
-library library.arguments library.async_sandbox library.file_info library.pool library.processes library.run
+library library.arguments library.async_sandbox library.awaited library.file_info library.pool library.run
 library.sandbox
 policy policy.denials policy.features policy.model
 reports reports.sandboxes
-sessions sessions.result
+sessions sessions.command sessions.result
 """
 COSTLY = "argparse ast asyncio dataclasses email http inspect random shutil socket ssl subprocess tempfile urllib"
 IMPORT = """

@@ -219,7 +219,7 @@ def test_output_in_memory_holds_up_the_guest(pair: Pair) -> None:
         pair.guest.flush()
     pair.turn()
     assert not pair.guest.events
-    assert len(pair.session.read(command, inbox)) == 300_000
+    assert len(pair.session.read(command)) == 300_000
     pair.turn()
     pair.guest.until_event(streams.CREDIT)
     assert pair.guest.link.streams.window(number) == WINDOW
@@ -331,7 +331,7 @@ def test_a_command_whose_output_nobody_reads_can_be_stopped(pair: Pair) -> None:
     pair.guest.link.streams.finish(number)
     pair.guest.say(EXITED._replace(wait_status=9))
     assert pair.session.until(lambda: command.ended, 5)
-    assert (pair.session.read(command, inbox), pair.session.over) == (bytes(300_000), False)
+    assert (pair.session.read(command), pair.session.over) == (bytes(300_000), False)
 
 
 def test_what_happens_later_is_not_blamed_on_a_command_that_has_ended(pair: Pair) -> None:

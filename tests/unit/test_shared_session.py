@@ -16,7 +16,7 @@ from tests.unit.test_session_commands import Pair
 from tests.vm.programs.lies import EXITED
 from x07_sandbox.channel.link import Stream
 from x07_sandbox.channel.messages import Exec, Started, Stop
-from x07_sandbox.library.processes import Kept
+from x07_sandbox.sessions.command import Kept
 from x07_sandbox.sessions.shared import SharedSession
 from x07_sandbox.sessions.transfers import CommandStreams, Inbox
 
@@ -42,7 +42,8 @@ class Shared:
         """Start a command, and have the guest answer."""
         inbox = Inbox("stdout")
         given = CommandStreams(stdin_fd=None, stdout=inbox, stderr=Inbox("stderr"), open_input=True)
-        command = self.session.execute(Exec(number, ["true"], {}, "/", LIMITS), given, None)
+        with self.session.using() as session:
+            command = session.execute(Exec(number, ["true"], {}, "/", LIMITS), given, None)
         self.pair.guest.until(Exec)
         self.pair.guest.say(Started(number))
         assert self.session.until(lambda: not command.starting, 30)
@@ -74,7 +75,8 @@ def test_a_call_wakes_the_loop_and_waits_for_the_guest(made: Callable[..., Share
     command, _ = shared.start(1)
     waiter = threading.Thread(target=shared.session.until, args=(lambda: command.ended, 30))
     waiter.start()
-    shared.session.stop(command, signal.SIGTERM)
+    with shared.session.using() as session:
+        session.stop(command, signal.SIGTERM)
     assert shared.pair.guest.until(Stop) == Stop(1, signal.SIGTERM)
     shared.pair.guest.say(EXITED)
     waiter.join(30)
@@ -102,11 +104,11 @@ def test_reading_nothing_does_not_wake_the_loop(made: Callable[..., Shared], mon
         real(*args, **words)
 
     monkeypatch.setattr(shared.pair.session, "turn", turn)
-    assert not shared.session.until(lambda: bool(shared.session.read(command, inbox)), 0.3)
+    assert not shared.session.until(lambda: bool(shared.session.read(command)), 0.3)
     assert len(turns) < 5
     shared.pair.guest.stream(Stream.STDOUT, b"data", 1, ended=False)
     assert shared.session.until(lambda: inbox.waiting, 30)
-    assert shared.session.read(command, inbox) == b"data"
+    assert shared.session.read(command) == b"data"
 
 
 @pytest.mark.parametrize(("life", "why"), [({"lifetime_s": 0.2}, "expired"), ({"idle_s": 0.2}, "idle")])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from x07_sandbox.sessions.command import terminal_kind
+from x07_sandbox.sessions.execution import terminal_kind
 
 
 @pytest.mark.parametrize("kind", ["xterm-kitty", "tmux-256color", "dumb", "rxvt-unicode", "screen.xterm-new", "vt100+"])

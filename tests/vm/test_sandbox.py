@@ -810,11 +810,11 @@ def test_a_refused_request_about_files_is_no_denial_of_a_command(shared: Sandbox
 
 def test_async_sandboxes_have_the_same_methods() -> None:
     """Each public method of the sandbox, its processes and its files has an asyncio twin."""
-    from x07_sandbox.library.async_sandbox import AsyncFiles, AsyncProcess
-    from x07_sandbox.library.files import Files
-    from x07_sandbox.library.processes import Process
+    from x07_sandbox.library.async_sandbox import AsyncProcess
+    from x07_sandbox.library.files import AsyncFiles, Files
+    from x07_sandbox.sessions.command import Process
 
-    own = {"wake", "feed", "collect", "for_caller", "next_pieces", "abort", "called_by"}
+    own = {"wake", "feed", "collect", "next_pieces", "ended", "ending", "until", "tail"}
     for one, twin in ((Sandbox, AsyncSandbox), (Process, AsyncProcess), (Files, AsyncFiles)):
         names = {name for name in vars(one) if not name.startswith("_")} - own
         assert names - set(vars(twin)) == set(), one
@@ -841,9 +841,14 @@ def test_async_commands_run_at_once_and_are_cancelled_alone(state: Path) -> None
                 await reading
             await process.write(b"still here\n")
             assert await process.read() == b"still here\n"
-            process.close_stdin()
+            await process.close_stdin()
             assert [data async for _, data in process] == []
             assert (await process.wait()).ok
+            starting = asyncio.create_task(opened.start(SLEEPER))
+            await asyncio.sleep(0)  # it has begun
+            starting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await starting
             await opened.files.write("a/b", b"1")
             assert await opened.files.read("a/b") == b"1"
             deadline = time.monotonic() + 30

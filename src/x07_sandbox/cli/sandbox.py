@@ -47,9 +47,8 @@ if TYPE_CHECKING:
 
     from x07_sandbox.library.file_info import FileInfo
     from x07_sandbox.library.held import HeldSandbox
-    from x07_sandbox.library.processes import Kept
     from x07_sandbox.options import Option
-    from x07_sandbox.sessions.command import Command, CommandEnd, StreamName
+    from x07_sandbox.sessions.command import Ended, Kept, Process, StreamName
 
 _EPILOG: Final = """A sandbox is a VM that stays open for many commands. It outlives the command that opened it. It ends
 when it is closed, at the end of its lifetime, or when it was idle for too long. SANDBOX stands for its id, the first
@@ -237,7 +236,7 @@ def _create(options: argparse.Namespace) -> int:
 
 
 def _say_left_out(run: str) -> None:
-    from x07_sandbox.sessions.command import record_of
+    from x07_sandbox.records.runs import record_of
 
     if (record := record_of(run)) is not None and record.left_out:
         from x07_sandbox.cli.messages import say_denials
@@ -275,7 +274,7 @@ def _close(options: argparse.Namespace) -> int:
     from x07_sandbox.cli.outputs import print_result
     from x07_sandbox.library.listing import connect_to
 
-    opened = connect_to(options.sandbox)
+    opened = connect_to(options.sandbox, flags=True)
     progress = LiveLine()
     progress("closing the sandbox")
     result = opened.finish(options.changes)
@@ -419,7 +418,7 @@ def _add_common(parser: Any) -> None:  # noqa: ANN401 - as argparse has it
 def _exec(options: argparse.Namespace) -> int:
     from x07_sandbox.channel.messages import Terminal
     from x07_sandbox.library.listing import connect_to
-    from x07_sandbox.sessions.command import CommandStart
+    from x07_sandbox.sessions.execution import order
 
     if not options.command:
         example = ("For example: ", CommandText("x07 sandbox exec SANDBOX -- make test"))
@@ -436,15 +435,14 @@ def _exec(options: argparse.Namespace) -> int:
         terminal = Terminal(*_size())
     opened = connect_to(options.sandbox)
     env = dict(map(variable, options.env))
-    command = opened.start(
-        CommandStart(options.command, env, options.cwd, options.timeout, terminal=terminal, detached=options.detach)
-    )
+    asked = order(options.command, env, options.cwd or "", terminal=terminal, detached=options.detach)
+    command = opened.start(asked, options.timeout)
     if options.detach:
         return _detached(opened, command, options)
     return _attached(opened, command, options)
 
 
-def _detached(opened: HeldSandbox, command: Command, options: argparse.Namespace) -> int:
+def _detached(opened: HeldSandbox, command: Process, options: argparse.Namespace) -> int:
     from x07_sandbox.reports.sandboxes import CommandDocument
 
     if document_wanted(options):
@@ -454,9 +452,9 @@ def _detached(opened: HeldSandbox, command: Command, options: argparse.Namespace
     return 0
 
 
-def _attached(opened: HeldSandbox, command: Command, options: argparse.Namespace) -> int:
+def _attached(opened: HeldSandbox, command: Process, options: argparse.Namespace) -> int:
     """Carry the streams of the command until it has ended, and report its end. Ctrl-C kills it."""
-    from x07_sandbox.library.processes import Kept
+    from x07_sandbox.sessions.command import Kept
 
     kept = (Kept(OUTPUT_MAX_BYTES, "head"), Kept(OUTPUT_MAX_BYTES, "head")) if document_wanted(options) else None
     with contextlib.ExitStack() as stack:
@@ -465,20 +463,20 @@ def _attached(opened: HeldSandbox, command: Command, options: argparse.Namespace
         if options.interactive:
             threading.Thread(target=_send_input, args=(command,), daemon=True).start()
         else:
-            command.end_input()
+            command.close_stdin()
         try:
             _carry(command, kept, raw=options.raw or options.tty)
             end = command.ending()
         except (KeyboardInterrupt, BrokenPipeError) as exc:
-            command.stop()
-            command.wait(_KILLED_S)
+            command.kill()
+            command.until(_KILLED_S)
             if isinstance(exc, BrokenPipeError):  # as `| head` does
                 return SIGNAL_BASE + signal.SIGPIPE
             raise
     return _report(opened.run, command, end, kept, options)
 
 
-def _carry(command: Command, kept: tuple[Kept, Kept] | None, *, raw: bool) -> None:
+def _carry(command: Process, kept: tuple[Kept, Kept] | None, *, raw: bool) -> None:
     from x07_sandbox.sessions.transfers import TerminalFilter
 
     fds: dict[StreamName, int] = {"stdout": 1, "stderr": 2}
@@ -493,11 +491,11 @@ def _carry(command: Command, kept: tuple[Kept, Kept] | None, *, raw: bool) -> No
                 write_all(fds[stream], filters[stream](data) if stream in filters else data)
 
 
-def _send_input(command: Command) -> None:
+def _send_input(command: Process) -> None:
     with contextlib.suppress(OSError, SandboxError):
         while data := os.read(0, _READ):
             command.write(data)
-    command.end_input()
+    command.close_stdin()
 
 
 def _size() -> tuple[int, int]:
@@ -506,7 +504,7 @@ def _size() -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def _raw_terminal(command: Command) -> Iterator[None]:
+def _raw_terminal(command: Process) -> Iterator[None]:
     """Pass every key to the command in the context, and changes of the terminal's size."""
     before = termios.tcgetattr(0)
     resized = signal.signal(signal.SIGWINCH, lambda *_: command.resize(*_size()))
@@ -519,10 +517,7 @@ def _raw_terminal(command: Command) -> Iterator[None]:
         signal.signal(signal.SIGWINCH, resized)
 
 
-def _report(
-    run: str, command: Command, end: CommandEnd, kept: tuple[Kept, Kept] | None, options: argparse.Namespace
-) -> int:
-    found = end.verdict
+def _report(run: str, command: Process, end: Ended, kept: tuple[Kept, Kept] | None, options: argparse.Namespace) -> int:
     if kept is not None:
         from x07_sandbox.reports.sandboxes import CommandDocument
         from x07_sandbox.sessions.result import output_with
@@ -532,14 +527,14 @@ def _report(
         document = CommandDocument(
             sandbox=run,
             id=command.id,
-            outcome=found.outcome,
-            reason_code=found.code,
-            reason=found.reason,
-            x07_exit_code=found.x07_exit_code,
-            exit_code=found.exit_code,
-            signal=found.signal,
-            wall_ms=end.report.wall_ms,
-            cpu_ms=end.report.cpu_ms,
+            outcome=end.outcome,
+            reason_code=end.reason_code,
+            reason=end.reason,
+            x07_exit_code=end.x07_exit_code,
+            exit_code=end.exit_code,
+            signal=end.signal,
+            wall_ms=end.wall_ms,
+            cpu_ms=end.cpu_ms,
             memory_peak_bytes=end.memory_peak_bytes,
             denials=end.denials,
             hints=end.hints,
@@ -547,12 +542,12 @@ def _report(
             stderr=stderr,
         )
         if print_document(document, options):
-            return found.x07_exit_code
+            return end.x07_exit_code
         for fd, data in ((1, stdout.data), (2, stderr.data)):
             write_all(fd, TerminalFilter()(data) if os.isatty(fd) and not options.raw else data)
     sys.stdout.flush()
-    if found.outcome not in {"ok", "failed"} or (found.outcome == "failed" and found.code != "exited"):
-        say(ending_line(found.outcome, found.code, found.reason, found.error), bad=f"{found.outcome}:")
+    if end.outcome not in {"ok", "failed"} or (end.outcome == "failed" and end.reason_code != "exited"):
+        say(ending_line(end.outcome, end.reason_code, end.reason, None), bad=f"{end.outcome}:")
     if end.denials or end.hints:
         from msgspec.structs import replace
 
@@ -560,4 +555,4 @@ def _report(
         from x07_sandbox.sessions.result import draft_result
 
         say_denials(replace(draft_result(run), denials=list(end.denials), hints=list(end.hints)))
-    return found.x07_exit_code
+    return end.x07_exit_code

@@ -15,16 +15,15 @@ import msgspec
 
 from x07_sandbox.errors import RefusedError, SandboxError, UsageError, escaped
 from x07_sandbox.integrations.mcp_calls import ERRORS_MAX, OUTPUT_MAX, CallError, marked, shown
-from x07_sandbox.library.processes import Kept
 from x07_sandbox.policy.outcomes import REASONS
+from x07_sandbox.sessions.command import Kept
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator, Sequence
 
     from x07_sandbox.library.async_sandbox import AsyncSandbox
-    from x07_sandbox.library.processes import Ended
     from x07_sandbox.policy.denials import Denial
-    from x07_sandbox.sessions.command import StreamName
+    from x07_sandbox.sessions.command import Ended, StreamName
     from x07_sandbox.sessions.result import Changes, Result
 
 _NAMES_MAX: Final = 100

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     from x07_sandbox.integrations.mcp_answers import Settings
     from x07_sandbox.integrations.mcp_calls import Close, List, Open, Read, RunCode, Write
-    from x07_sandbox.library.processes import Ended
+    from x07_sandbox.sessions.command import Ended
     from x07_sandbox.sessions.result import Result
 
     Progress = Callable[[float, str], Awaitable[None]]

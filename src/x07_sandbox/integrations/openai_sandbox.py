@@ -157,7 +157,7 @@ class X07Session(BaseSandboxSession):
         return ExecResult(stdout=ended.stdout, stderr=errors, exit_code=ended.x07_exit_code)
 
     async def _resolve_exposed_port(self, port: int) -> ExposedPortEndpoint:
-        host, number = self._sandbox.forward(port)
+        host, number = await self._sandbox.forward(port)
         return ExposedPortEndpoint(host=host, port=number)
 
     async def _read_bounded(self, path: Path, *, max_bytes: int) -> bytes:
@@ -239,7 +239,7 @@ class X07Session(BaseSandboxSession):
         except SandboxError as exc:
             raise ExecTransportError(command=argv, cause=exc, message=str(exc)) from exc
         if not tty:
-            process.close_stdin()
+            await process.close_stdin()
         self._terminals[process.id] = _Terminal(process)
         yield_ms = 10_000 if yield_time_s is None else int(yield_time_s * 1000)
         return await self._update(process.id, clamp_pty_yield_time_ms(yield_ms), max_output_tokens)
@@ -265,12 +265,12 @@ class X07Session(BaseSandboxSession):
         """Kill all commands that run on between calls."""
         terminals = [self._terminals.popitem()[1] for _ in list(self._terminals)]
         for terminal in terminals:
-            terminal.process.kill()
+            await terminal.process.kill()
         await asyncio.gather(*(terminal.reader for terminal in terminals), return_exceptions=True)
 
     async def _shutdown_backend(self) -> None:
         if self.state.options.keep:
-            self._sandbox.disconnect()
+            await self._sandbox.disconnect()
         elif self._sandbox.alive:
             await self._sandbox.kill()
 

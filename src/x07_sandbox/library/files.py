@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import posixpath
@@ -20,8 +19,9 @@ from x07_sandbox.channel.trees import Entry, FileEnd, Hole, Kind, Piece, Reader
 from x07_sandbox.errors import ArgumentError, PeerError, UsageError, printable
 from x07_sandbox.host.settings import FILES_S
 from x07_sandbox.library.arguments import checked_seconds
+from x07_sandbox.library.awaited import Awaited, awaited
 from x07_sandbox.library.file_info import FileInfo
-from x07_sandbox.library.processes import bad_value
+from x07_sandbox.sessions.command import bad_value, caller, given_up
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -52,8 +52,7 @@ class Files:
         self._sandbox = sandbox
         self._timeout_s = timeout_s
         self._server: FileServer | None = None
-        self._busy: tuple[FileServer, threading.Event | None] | None = None
-        self._caller = threading.local()
+        self._busy: tuple[FileServer, Callable[[], bool] | None] | None = None  # and whether its caller has given up
         self._lock = threading.Lock()
 
     def read(
@@ -61,11 +60,11 @@ class Files:
         path: str | os.PathLike[str],
         *,
         offset: int = 0,
-        max_bytes: int = READ_MAX,
+        max_bytes: int | None = READ_MAX,
         timeout_s: float | None = None,
     ) -> bytes:
         """Return the content of a file from *offset* on, at most *max_bytes* of it."""
-        size = min(_whole("max_bytes", max_bytes), READ_MAX)
+        size = READ_MAX if max_bytes is None else min(_whole("max_bytes", max_bytes), READ_MAX)
         request = Request(calls.READ, os.fspath(path), offset=_whole("offset", offset), size=size)
         return self._ask(request, timeout_s, take=lambda server, answer: server.content(_bounded(answer, size)))
 
@@ -168,19 +167,9 @@ class Files:
                 raise
             os.fchmod(out.fileno(), found.mode & 0o777)
 
-    @contextlib.contextmanager
-    def called_by(self, given_up: threading.Event) -> Iterator[None]:
-        """Let `abort` end the requests of this thread in the context."""
-        self._caller.given_up = given_up
-        try:
-            yield
-        finally:
-            del self._caller.given_up
-
-    def abort(self, given_up: threading.Event) -> None:
-        """End the requests of a caller, which `called_by` names."""
-        given_up.set()
-        if (busy := self._busy) is not None and busy[1] is given_up:
+    def wake(self) -> None:
+        """End the request under way, if its caller no longer waits for it."""
+        if (busy := self._busy) is not None and busy[1] is not None and busy[1]():
             busy[0].kill()
 
     def _write(self, request: Request, timeout_s: float | None, content: Callable[[], Iterable[bytes]]) -> None:
@@ -200,14 +189,13 @@ class Files:
         asked = request._replace(path=_checked(request.path))
         limit_s = self._timeout_s if timeout_s is None else timeout_s
         within_s = checked_seconds("timeout_s", limit_s, bad_value("timeout_s", limit_s, "a number of seconds above 0"))
-        given_up: threading.Event | None = getattr(self._caller, "given_up", None)
         with self._lock:
             self._sandbox.require_open()
-            if given_up is not None and given_up.is_set():
+            if given_up():
                 raise TimeoutError("nobody waits for the request any more")
             # After an exception, an unknown part of the request is under way, so the next one needs a new server.
             server, self._server = self._server or self._sandbox.file_server(), None
-            self._busy = server, given_up
+            self._busy = server, getattr(caller, "gone", None)
             try:
                 answer = server.ask(asked, content(), within_s)
                 found = take(server, answer) if take is not None and not answer.errno else None
@@ -221,6 +209,30 @@ class Files:
         if answer.errno:
             raise OSError(answer.errno, os.strerror(answer.errno), os.fspath(request.path))
         return found  # type: ignore[return-value]  # of the type of `take`
+
+
+class AsyncFiles(Awaited[Files]):
+    """The files of a sandbox, for asyncio. Its methods are those of `Files`.
+
+    If a task is cancelled, an unknown part of its request has been carried out.
+    """
+
+    def __init__(self, files: Files) -> None:
+        self._files = files
+
+    @property
+    def _target(self) -> Files:
+        return self._files
+
+    read = awaited(Files.read)
+    write = awaited(Files.write)
+    list = awaited(Files.list)
+    stat = awaited(Files.stat)
+    exists = awaited(Files.exists)
+    mkdir = awaited(Files.mkdir)
+    remove = awaited(Files.remove)
+    upload = awaited(Files.upload)
+    download = awaited(Files.download)
 
 
 def _checked(path: str | os.PathLike[str]) -> str:

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.errors import SandboxError
 from x07_sandbox.host import start_thread
-from x07_sandbox.sessions.command import CommandStart
-from x07_sandbox.sessions.execution import CONNECT
+from x07_sandbox.sessions.execution import CONNECT, order
 
 if TYPE_CHECKING:
-    from x07_sandbox.sessions.command import AnySandbox, Command
+    from x07_sandbox.sessions.command import AnySandbox, Process
 
 _READ: Final = 64 * 1024
 _WAITING: Final = 32  # connections that nobody has accepted yet
@@ -88,7 +87,7 @@ class Forwarder:
 
     def _carry(self, connection: socket.socket) -> None:
         try:
-            command = self._sandbox.start(CommandStart([str(self._port)]), service=CONNECT)
+            command = self._sandbox.start(order([str(self._port)], service=CONNECT))
         except SandboxError:  # it has ended, or has too many connections
             return
         sent_all = threading.Event()
@@ -104,16 +103,16 @@ class Forwarder:
                 if silent and not pieces and not ended:
                     raise TimeoutError
         except (OSError, SandboxError):
-            command.stop()
+            command.kill()
         with contextlib.suppress(OSError):
             connection.shutdown(socket.SHUT_RDWR)  # ends `recv`
         reader.join()
         self._sandbox.forget(command)
 
 
-def _send(connection: socket.socket, command: Command, sent_all: threading.Event) -> None:
+def _send(connection: socket.socket, command: Process, sent_all: threading.Event) -> None:
     with contextlib.suppress(OSError, SandboxError):
         while data := connection.recv(_READ):
             command.write(data)
-    command.end_input()
+    command.close_stdin()
     sent_all.set()

@@ -11,15 +11,15 @@ import socket
 import subprocess
 import threading
 import weakref
-from typing import IO, TYPE_CHECKING, Final
+from typing import IO, TYPE_CHECKING, Final, Literal
 
 import msgspec
 
 from x07_sandbox.backends.handshake import input_poll
 from x07_sandbox.backends.lease import socket_address
 from x07_sandbox.channel.link import Stream
-from x07_sandbox.channel.messages import CommandLimits, Exec
-from x07_sandbox.errors import BackendError, Cancelled, HostError, SandboxError, UsageError
+from x07_sandbox.channel.messages import Exec, encode
+from x07_sandbox.errors import BackendError, Cancelled, ChannelUsageError, HostError, SandboxError, UsageError
 from x07_sandbox.host import close_on_fork
 from x07_sandbox.host.decoding import prepared
 from x07_sandbox.host.linux import peer_of
@@ -44,19 +44,20 @@ from x07_sandbox.library.held_messages import (
     Resize,
     Signal,
     SoFar,
+    Start,
     Started,
     Status,
     Watch,
     packed,
-    start_message,
 )
 from x07_sandbox.records.runs import SOCKET, all_runs
-from x07_sandbox.sessions.command import AnySandbox, Command, CommandEnd, CommandStart, terminal_kind
-from x07_sandbox.sessions.execution import Execution
+from x07_sandbox.sessions.command import AnySandbox, Ended, Process
+from x07_sandbox.sessions.execution import Execution, terminal_kind
+from x07_sandbox.sessions.execution import order as command_order
 from x07_sandbox.sessions.files import FileServer
 from x07_sandbox.sessions.result import Result
 from x07_sandbox.sessions.shared import SharedSession
-from x07_sandbox.sessions.transfers import CommandStreams, Inbox
+from x07_sandbox.sessions.transfers import CommandStreams, kept_streams
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -71,7 +72,6 @@ _UNREAD_MAX: Final = 512 * 1024  # of a command; further output waits in the hol
 _ANSWER_S: Final = 60.0
 _ENDED_S: Final = 5.0
 _CONNECT_S: Final = 10.0
-_NO_LIMITS: Final = CommandLimits(0, 0, 0, 0, 0)  # the holder has them
 _STREAMS: Final = {"stdout": Stream.STDOUT, "stderr": Stream.STDERR}
 _BAD: Final = (msgspec.MsgspecError, ValueError)
 
@@ -82,7 +82,7 @@ class HeldExecution(Execution):
     ending: how it ended. problem: why it could not be started. closed: whether no answers follow.
     """
 
-    ending: CommandEnd | None = None
+    ending: Ended | None = None
     problem: SandboxError | None = None
     closed = False
 
@@ -121,8 +121,7 @@ class _Connection:
         wanted = select.POLLOUT if self.out else 0
         if self.execution is None:
             return wanted | select.POLLIN
-        streams = self.execution.streams
-        unread = sum(inbox.size for inbox in (streams.stdout, streams.stderr) if isinstance(inbox, Inbox))
+        unread = self.execution.inbox("stdout").size + self.execution.inbox("stderr").size
         return wanted | (select.POLLIN if unread < _UNREAD_MAX else 0)
 
     def write(self) -> None:
@@ -163,27 +162,19 @@ class HeldSession:
         connection.out += packed(request)
         self._connections.append(connection)
 
-    def execute(self, order: Exec, given: CommandStreams, wall_ms: int | None) -> HeldExecution:
+    def execute(
+        self, order: Exec, given: CommandStreams, wall_ms: int | None, term: str = "", *, flags: bool = False
+    ) -> HeldExecution:
         """Start a command. wall_ms: its timeout. The number in *order* is replaced by that of the holder."""
         execution = HeldExecution(order, given, wall_ms)
-        request = start_message(
-            order.argv,
-            order.env,
-            order.cwd,
-            None if wall_ms is None else wall_ms / 1000,
-            merge=order.merge,
-            terminal=order.terminal,
-            detached=order.detached,
-            service=order.service,
-            term="" if order.terminal is None else terminal_kind(),
-        )
-        self._add(request, execution)
+        _, payload = encode(order)
+        self._add(Start(payload, None if wall_ms is None else wall_ms / 1000, term, flags), execution)
         return execution
 
-    def attach(self, number: int, given: CommandStreams) -> HeldExecution:
+    def attach(self, number: int, *, flags: bool) -> HeldExecution:
         """Take over a detached command."""
-        execution = HeldExecution(Exec(0, [], {}, "", _NO_LIMITS), given, None)
-        self._add(Attach(id=number), execution)
+        execution = HeldExecution(command_order([]), kept_streams(open_input=False), None)
+        self._add(Attach(number, flags), execution)
         return execution
 
     def stop(self, execution: Execution, number: int) -> None:
@@ -205,17 +196,9 @@ class HeldSession:
         with contextlib.suppress(OSError, BackendError), connect(self._run) as connection:
             connection.sendall(packed(request))
 
-    def read(self, execution: Execution, inbox: Inbox, stream: Stream = Stream.STDOUT) -> bytes:  # noqa: ARG002 - as `Session`
-        """Return what has arrived in *inbox*."""
-        return inbox.pull()[0]
-
-    def write(self, execution: Execution, data: bytes) -> None:
-        """Queue *data* as input of a command."""
-        execution.write(data)
-
-    def end_input(self, execution: Execution) -> None:
-        """End the input once all of it has been sent."""
-        execution.end_input()
+    def read(self, execution: Execution, name: Literal["stdout", "stderr"]) -> bytes:
+        """Return what has arrived on a stream of the command."""
+        return execution.inbox(name).pull()[0]
 
     def turn(self, within_s: float, wake_fd: int) -> None:
         """Send and receive what is due; wait for at most *within_s* seconds, or until wake_fd is readable."""
@@ -255,7 +238,7 @@ class HeldSession:
             case Output():
                 execution.take_output(_STREAMS[answer.stream], answer.data)
             case End():
-                execution.ending = answer.ending()
+                execution.ending = answer.ended
             case Problem():
                 execution.problem = answer.error()
             case _:
@@ -281,14 +264,15 @@ class HeldSandbox(AnySandbox):
 
     outlives = True
 
-    def __init__(self, run: str) -> None:
-        """Connect to a sandbox. Raises BackendError."""
+    def __init__(self, run: str, *, flags: bool = False) -> None:
+        """Connect to a sandbox. flags: whether messages name flags instead of keywords. Raises BackendError."""
         super().__init__(run)
+        self._flags = flags
         self._session = HeldSession(run)
         self._left = False
         self._at_end: list[Callable[[], object]] = []
         self._lock = threading.Lock()
-        self._commands: dict[int, Command] = {}
+        self._commands: dict[int, Process] = {}
         own = weakref.WeakMethod(self._on_end)  # so that a client that nobody uses any more is left
         self.session = SharedSession(self._session, math.inf, None, lambda _why: (own() or bool)())
         weakref.finalize(self, _leave, self.session, self._session)
@@ -317,30 +301,26 @@ class HeldSandbox(AnySandbox):
         self.session.end()
         self._on_end()
 
-    def start(self, given: CommandStart, *, service: str = "") -> Command:
+    def start(self, asked: Exec, timeout_s: float | None = None, term: str = "") -> Process:
         """See `AnySandbox.start`."""
         self.require_open()
-        out, err = Inbox("stdout"), Inbox("stderr")
-        streams = CommandStreams(stdin_fd=None, stdout=out, stderr=err, open_input=not given.detached)
-        argv = [os.fspath(word) if isinstance(word, os.PathLike) else word for word in given.argv]
-        wall_ms = None if given.timeout_s is None else max(1, round(given.timeout_s * 1000))
-        order = Exec(
-            0, argv, dict(given.env), given.cwd or "", _NO_LIMITS, service, given.merge, given.terminal, given.detached
-        )
+        wall_ms = None if timeout_s is None else max(1, round(timeout_s * 1000))
+        term = "" if asked.terminal is None else term or terminal_kind()
         try:
-            execution = self.session.execute(order, streams, wall_ms)
-        except (TypeError, AttributeError, ValueError) as exc:
+            with self.session.using():
+                streams = kept_streams(open_input=not asked.detached)
+                execution = self._session.execute(asked, streams, wall_ms, term, flags=self._flags)
+        except (TypeError, AttributeError, ValueError, ChannelUsageError) as exc:
             raise UsageError("cannot run the command", f"its arguments are malformed ({exc})", "Pass strings") from exc
-        return self._started(execution, (out, err), wall_ms)
+        return self._started(execution, wall_ms)
 
-    def _started(self, execution: Execution, inboxes: tuple[Inbox, Inbox], wall_ms: int | None) -> Command:
-        assert isinstance(execution, HeldExecution)  # noqa: S101 - for the type checker
+    def _started(self, execution: HeldExecution, wall_ms: int | None) -> Process:
         self.session.until(lambda: execution.order.id > 0 or execution.ended)
         if execution.problem is not None:
             raise execution.problem
         if not execution.order.id:
             raise self.gone()
-        command = Command(self, execution, inboxes, wall_ms)
+        command = Process(self, execution, wall_ms, str)  # the holder words its end
         if not execution.order.service:
             self._commands[command.id] = command
         return command
@@ -348,20 +328,18 @@ class HeldSandbox(AnySandbox):
     def file_server(self) -> FileServer:
         """See `AnySandbox.file_server`."""
         self.require_open()
-        return FileServer(self.session, 0, _NO_LIMITS, "")
+        return FileServer(self.session, 0, command_order([]).limits, "")
 
-    def command(self, number: int) -> Command | None:
+    def command(self, number: int) -> Process | None:
         """See `AnySandbox.command`."""
         if number not in self._commands:
             self.require_open()
-            out, err = Inbox("stdout"), Inbox("stderr")
-            streams = CommandStreams(stdin_fd=None, stdout=out, stderr=err)
             with self.session.using():
-                execution = self._session.attach(number, streams)
-            return self._started(execution, (out, err), None)
+                execution = self._session.attach(number, flags=self._flags)
+            return self._started(execution, None)
         return self._commands[number]
 
-    def ending(self, command: Command) -> CommandEnd:
+    def ending(self, command: Process) -> Ended:
         """See `AnySandbox.ending`."""
         execution = command.execution
         assert isinstance(execution, HeldExecution)  # noqa: S101 - for the type checker

@@ -6,23 +6,20 @@ bytes, most significant first, and a tagged MessagePack array. Both sides are pr
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 import msgspec
+from msgspec.structs import replace
 
 from x07_sandbox import errors
-from x07_sandbox.channel.messages import Terminal
+from x07_sandbox.channel.messages import FORMS, Exec, decode
 from x07_sandbox.errors import Command, Flag, SandboxError, Text
 from x07_sandbox.host.decoding import prepared
 from x07_sandbox.host.documents import encodable
 from x07_sandbox.host.waiting import Notice
-from x07_sandbox.policy.denials import Denial, Hint
-from x07_sandbox.policy.outcomes import Verdict
-from x07_sandbox.sessions.command import CommandEnd, CommandStart, StreamName
+from x07_sandbox.sessions.command import Ended, StreamName
 from x07_sandbox.sessions.request import ChangesChoice
-from x07_sandbox.sessions.result import CommandReport, Diff, Result
+from x07_sandbox.sessions.result import Diff, Result
 
 _FRAME_MAX: Final = 1 << 30  # for patches
 _HEAD: Final = 4
@@ -32,7 +29,7 @@ Marked = tuple[str, str]
 """A part of a text: how it is marked, a key of _MARKS, and its words."""
 
 
-class _Message(msgspec.Struct, frozen=True, kw_only=True, array_like=True, tag=True):
+class _Message(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """The base of all messages."""
 
 
@@ -40,39 +37,28 @@ class _Message(msgspec.Struct, frozen=True, kw_only=True, array_like=True, tag=T
 
 
 class Start(_Message, frozen=True):
-    """Start a command, or a service of the agent. The fields are those of `CommandStart`.
+    """Start a command, or a service of the agent. order: an `Exec` (channel/messages), encoded. flags: see `Create`.
 
-    The holder answers with STARTED, OUTPUT and END. It kills the command if the client goes away, unless *detached*.
+    For the other fields see `AnySandbox.start`. The holder answers with STARTED, OUTPUT and END. It kills the command
+    if the client goes away, unless it is detached.
     """
 
-    argv: list[bytes]
-    env: dict[str, bytes]
-    cwd: bytes
+    order: bytes
     timeout_s: float | None
-    merge: bool
-    terminal: Terminal | None
-    detached: bool
-    service: str
-    term: str = ""
+    term: str
+    flags: bool
 
-    def command(self) -> CommandStart:
-        """Return the command to start."""
-        return CommandStart(
-            argv=[os.fsdecode(word) for word in self.argv],
-            env={name: os.fsdecode(value) for name, value in self.env.items()},
-            cwd=os.fsdecode(self.cwd),
-            timeout_s=self.timeout_s,
-            merge=self.merge,
-            terminal=self.terminal,
-            detached=self.detached,
-            term=self.term,
-        )
+    def asked(self) -> Exec:
+        """Return the command to start. Raises ValueError."""
+        order = decode(FORMS[Exec].number, self.order)
+        return msgspec.convert([*order], prepared(Exec))
 
 
 class Attach(_Message, frozen=True):
     """Take over the streams and the end of a detached command. The answers are those to START."""
 
     id: int
+    flags: bool
 
 
 class Signal(_Message, frozen=True):
@@ -169,59 +155,14 @@ class Output(_Message, frozen=True):
 
 
 class End(_Message, frozen=True):
-    """How the command ended. The fields up to `error` are those of its verdict."""
+    """How the command ended, without its output."""
 
-    outcome: str
-    fault: str
-    code: str
-    params: list[tuple[str, str, Any]]
-    exit_code: int | None
-    signal: int | None
-    error: Problem | None
-    report: CommandReport
-    denials: tuple[Denial, ...]
-    hints: tuple[Hint, ...]
-    memory_peak_bytes: int
+    ended: Ended
 
     @staticmethod
-    def of(end: CommandEnd) -> End:
+    def of(ended: Ended) -> End:
         """Return the message about an end."""
-        found = end.verdict
-        return End(
-            outcome=found.outcome,
-            fault=found.fault,
-            code=found.code,
-            params=[
-                (name, _mark(value), encodable(value) if isinstance(value, str) else value)
-                for name, value in found.params.items()
-            ],
-            exit_code=found.exit_code,
-            signal=found.signal,
-            error=None if found.error is None else Problem.of(found.error),
-            report=end.report,
-            denials=end.denials,
-            hints=end.hints,
-            memory_peak_bytes=end.memory_peak_bytes,
-        )
-
-    def ending(self) -> CommandEnd:
-        """Return how the command ended."""
-        found = Verdict(
-            outcome=self.outcome,  # type: ignore[arg-type]  # the holder has checked it
-            fault=self.fault,  # type: ignore[arg-type]  # as above
-            code=self.code,
-            params={name: _MARKS[mark](value) if mark else value for name, mark, value in self.params},
-            exit_code=self.exit_code,
-            signal=self.signal,
-            error=None if self.error is None else self.error.error(),
-        )
-        return CommandEnd(
-            verdict=found,
-            report=self.report,
-            denials=self.denials,
-            hints=self.hints,
-            memory_peak_bytes=self.memory_peak_bytes,
-        )
+        return End(replace(ended, reason=encodable(ended.reason)))
 
 
 class Status(_Message, frozen=True):
@@ -313,23 +254,6 @@ class Reader(Generic[_T]):
             del self._data[:end]  # cheap for a bytearray
             found.append(self._decoder.decode(body))
         return found
-
-
-def start_message(
-    argv: list[str],
-    env: Mapping[str, str],
-    cwd: str,
-    timeout_s: float | None,
-    **rest: Any,  # noqa: ANN401 - see `Start`
-) -> Start:
-    """Return the message that starts a command."""
-    return Start(
-        argv=list(map(os.fsencode, argv)),
-        env={name: os.fsencode(value) for name, value in env.items()},
-        cwd=os.fsencode(cwd),
-        timeout_s=timeout_s,
-        **rest,
-    )
 
 
 def _mark(value: object) -> str:

@@ -58,12 +58,13 @@ from x07_sandbox.library.held_messages import (
 from x07_sandbox.library.opening import open_sandbox
 from x07_sandbox.options import keyword
 from x07_sandbox.records.runs import SOCKET, all_runs
+from x07_sandbox.sessions.command import caller
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from x07_sandbox.library.held_messages import Answer, Opening
-    from x07_sandbox.sessions.command import Command
+    from x07_sandbox.sessions.command import Process
     from x07_sandbox.sessions.sandbox import OpenSandbox
 
 _READ: Final = 256 * 1024
@@ -174,13 +175,13 @@ class Holder:
         opened = self._opened
         match request:
             case Start():
-                started = opened.start(request.command(), service=request.service)
-                self._carry(client, started, detached=request.detached)
+                started = opened.start(request.asked(), request.timeout_s, request.term)
+                self._carry(client, started, flags=request.flags)
             case Attach():
-                self._carry(client, self._detached(request.id), detached=True)
+                self._carry(client, self._detached(request.id), flags=request.flags)
             case Signal():
                 if (command := opened.command(request.id)) is not None:
-                    command.stop(request.number)
+                    command.signal(request.number)
             case _:
                 self._answer(client, request)
 
@@ -212,16 +213,18 @@ class Holder:
         session = self._opened.session
         return Status(left_s=max(0.0, session.until_s - time.monotonic()), commands=self._opened.running)
 
-    def _detached(self, number: int) -> Command:
+    def _detached(self, number: int) -> Process:
         command = self._opened.command(number)
         if command is None or not command.execution.order.detached:
             why = "no detached command has this id, or it was waited for"
             raise UsageError(f"there is no command {number}", why, "Start it again", code="no-such-command")
         return command
 
-    def _carry(self, client: _Client, command: Command, *, detached: bool) -> None:
+    def _carry(self, client: _Client, command: Process, *, flags: bool) -> None:
         """Carry the streams of a command until it has ended or the client is gone."""
+        command.word = str if flags else keyword
         gone = threading.Event()
+        caller.gone = gone.is_set
         reader = threading.Thread(target=_receive, args=(client, command, gone), daemon=True)
         service = command.execution.order.service
         try:
@@ -229,7 +232,7 @@ class Holder:
             start_thread(reader)
             ended = False
             while not ended:
-                ended, pieces = command.next_pieces(gone.is_set, _LOOK_S)
+                ended, pieces = command.next_pieces(_LOOK_S)
                 for stream, data in pieces:
                     client.send(Output(stream=stream, data=data))
                 if not ended and not pieces and client.has_left():  # the other thread may wait to write
@@ -238,9 +241,10 @@ class Holder:
                 client.send(End.of(command.ending()))
         except OSError:
             gone.set()
-        if gone.is_set() and not detached:
-            command.stop(signal.SIGKILL)
-            if not service and command.wait(_ENDED_S):
+        caller.gone = None
+        if gone.is_set() and not command.execution.order.detached:
+            command.kill()
+            if not service and command.until(_ENDED_S):
                 command.ending()
         if service:
             self._opened.forget(command)
@@ -248,14 +252,14 @@ class Holder:
             client.connection.shutdown(socket.SHUT_RDWR)  # ends `recv`
 
 
-def _receive(client: _Client, command: Command, gone: threading.Event) -> None:
+def _receive(client: _Client, command: Process, gone: threading.Event) -> None:
     with contextlib.suppress(OSError, SandboxError, msgspec.MsgspecError, ValueError):
         for message in client.messages:
             if isinstance(message, Input):
                 with contextlib.suppress(BrokenPipeError):  # it has ended
                     command.write(message.data)
             elif isinstance(message, EndInput):
-                command.end_input()
+                command.close_stdin()
             elif isinstance(message, Resize):
                 command.resize(message.rows, message.columns)
     gone.set()

@@ -10,9 +10,8 @@ from x07_sandbox.host.locks import is_locked
 from x07_sandbox.host.paths import state_dir
 from x07_sandbox.host.waiting import unix_ms
 from x07_sandbox.library.held import HeldSandbox, status_of
-from x07_sandbox.records.runs import SANDBOX, SOCKET, all_runs, described, is_named, runs_with
+from x07_sandbox.records.runs import SANDBOX, SOCKET, all_runs, described, is_named, record_of, runs_with
 from x07_sandbox.reports.sandboxes import SandboxInfo
-from x07_sandbox.sessions.command import record_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -73,9 +72,9 @@ def run_of(word: str) -> str:
     return named[-1] if named else word
 
 
-def connect_to(word: str) -> HeldSandbox:
-    """Connect to the sandbox that *word* names: see `find_sandbox`. Raises SandboxError."""
-    return HeldSandbox(find_sandbox(word))
+def connect_to(word: str, *, flags: bool = False) -> HeldSandbox:
+    """Connect to the sandbox that *word* names: see `find_sandbox`, `HeldSandbox`. Raises SandboxError."""
+    return HeldSandbox(find_sandbox(word), flags=flags)
 
 
 def require_new_name(name: str) -> None:

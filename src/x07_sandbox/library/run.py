@@ -260,7 +260,7 @@ async def run_program_async(
     """Run a program like `run_program`, without blocking the event loop. A cancelled call first ends the VM."""
     check_names("run_program_async", options, OPTIONS)
     from x07_sandbox.host.waiting import Cancel
-    from x07_sandbox.library.in_thread import in_thread
+    from x07_sandbox.library.awaited import in_thread
 
     with contextlib.closing(Cancel()) as cancel:
         ended_as = await in_thread(lambda: run_once(cancel, program=program, args=args, input=input, **options), cancel)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Literal, Self, TypedDict, Unpack
 from x07_sandbox.errors import ArgumentError, SandboxError, UsageError
 from x07_sandbox.host.settings import LIFETIME_S, OUTPUT_MAX_BYTES, QUEUE_S
 from x07_sandbox.library.arguments import check_names, checked_seconds
-from x07_sandbox.library.processes import KEEPS, Process, bad_value, checked
 from x07_sandbox.library.run import run_uninterrupted
+from x07_sandbox.sessions.command import KEEPS, Process, bad_value, checked
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -21,11 +21,10 @@ if TYPE_CHECKING:
     from x07_sandbox.backends.base import MachineSource
     from x07_sandbox.host.waiting import Cancel
     from x07_sandbox.library.files import Files
-    from x07_sandbox.library.processes import Ended, ExecOptions, Keep
     from x07_sandbox.policy.denials import Denial
     from x07_sandbox.policy.model import Policy
     from x07_sandbox.reports.sandboxes import SandboxInfo
-    from x07_sandbox.sessions.command import AnySandbox, StreamName
+    from x07_sandbox.sessions.command import AnySandbox, Ended, Keep, StreamName
     from x07_sandbox.sessions.result import Diff, Result
 
 _PROBE_S = 60.0
@@ -63,6 +62,31 @@ class SandboxOptions(TypedDict, total=False):
     backend: str | None
     wait_s: float
     on_progress: Callable[[str], object] | None
+
+
+class ExecOptions(TypedDict, total=False):
+    """The keyword arguments of `Sandbox.exec`."""
+
+    input: bytes
+    cwd: str | os.PathLike[str] | None
+    env: Mapping[str, str] | None
+    timeout_s: float | None
+    merge: bool
+    max_output_bytes: int
+    keep: Keep
+    on_output: Callable[[StreamName, bytes], object] | None
+    check: bool
+
+
+class StartOptions(TypedDict, total=False):
+    """The keyword arguments of `Sandbox.start`."""
+
+    cwd: str | os.PathLike[str] | None
+    env: Mapping[str, str] | None
+    timeout_s: float | None
+    merge: bool
+    tty: bool
+    detach: bool
 
 
 class Sandbox:
@@ -259,7 +283,6 @@ class Sandbox:
         keep: Keep = "head",
         on_output: Callable[[StreamName, bytes], object] | None = None,
         check: bool = False,
-        given_up: Callable[[], bool] = lambda: False,
     ) -> Ended:
         """Run a command, and return how it ended. Its standard input is *input*, which is at its end by default.
 
@@ -268,8 +291,6 @@ class Sandbox:
         outcome is "timeout". merge: put standard error into standard output, in order. max_output_bytes: how much of
         each stream to keep. keep: whether to keep the "head" or the "tail" of a longer stream, or half of "both".
         on_output: called with "stdout" or "stderr" and bytes as they arrive, in this thread.
-
-        given_up: once it returns True, the command is killed; for `AsyncSandbox`.
 
         A timeout or an exit status that is not 0 is no exception, unless *check* is set. Ctrl-C kills the command, and
         the sandbox stays open.
@@ -280,7 +301,7 @@ class Sandbox:
             raise bad_value("input", input, "bytes")
         if isinstance(max_output_bytes, bool) or not isinstance(max_output_bytes, int) or max_output_bytes < 0:
             raise bad_value("max_output_bytes", max_output_bytes, "a number from 0")
-        process = self.start(argv, cwd=cwd, env=env, timeout_s=timeout_s, merge=merge).for_caller(given_up)
+        process = self.start(argv, cwd=cwd, env=env, timeout_s=timeout_s, merge=merge)
         try:
             process.feed(bytes(input))
             process.close_stdin()
@@ -290,13 +311,11 @@ class Sandbox:
             raise
         return checked(ended) if check else ended
 
-    def shell(
-        self, text: str, *, given_up: Callable[[], bool] = lambda: False, **options: Unpack[ExecOptions]
-    ) -> Ended:
+    def shell(self, text: str, **options: Unpack[ExecOptions]) -> Ended:
         """Run shell commands by `bash -c`, or `sh -c` where there is no bash. The options are those of `exec`."""
         if not isinstance(text, str):
             raise ArgumentError("cannot run the commands", f"they are {type(text).__name__}, not str", "Use exec()")
-        return self.exec([self._shell(given_up), "-c", text], given_up=given_up, **options)
+        return self.exec([self._shell(), "-c", text], **options)
 
     def start(  # noqa: PLR0913 - as above
         self,
@@ -314,7 +333,7 @@ class Sandbox:
         tty: give it a terminal, whose output is standard output. detach: give it no streams. All else: see `exec`.
         """
         from x07_sandbox.channel.messages import Terminal
-        from x07_sandbox.sessions.command import CommandStart
+        from x07_sandbox.sessions.execution import order
 
         if isinstance(argv, str | bytes) or not argv:
             why, fix = "argv is not a list with at least one word", 'Pass a list such as ["make", "test"]'
@@ -323,9 +342,9 @@ class Sandbox:
             checked_seconds("timeout_s", timeout_s, bad_value("timeout_s", timeout_s, "a number of seconds above 0"))
         terminal = Terminal(*_SIZE) if tty else None
         words = [os.fspath(word) if isinstance(word, os.PathLike) else word for word in argv]
-        folder = None if cwd is None else os.fspath(cwd)
-        given = CommandStart(words, dict(env or {}), folder, timeout_s, merge, terminal, detach)
-        return Process(self._using().start(given))
+        folder = "" if cwd is None else os.fspath(cwd)
+        asked = order(words, env or {}, folder, merge=merge, terminal=terminal, detached=detach)
+        return self._using().start(asked, timeout_s)
 
     def process(self, number: int) -> Process:
         """Return a command that runs, or whose end nobody has asked for, by its id. Raises UsageError."""
@@ -333,7 +352,7 @@ class Sandbox:
         if command is None:
             why = "none has this id, or it was waited for"
             raise UsageError(f"there is no command {number}", why, "Start it again", code="no-such-command")
-        return Process(command)
+        return command
 
     def upload(
         self, local: str | os.PathLike[str], path: str | os.PathLike[str], *, timeout_s: float | None = None
@@ -436,9 +455,9 @@ class Sandbox:
         self._open.require_own_process()
         return self._open
 
-    def _shell(self, given_up: Callable[[], bool]) -> str:
+    def _shell(self) -> str:
         if not self._bash:
-            found = self.exec(["/bin/sh", "-c", "command -v bash"], timeout_s=_PROBE_S, given_up=given_up)
+            found = self.exec(["/bin/sh", "-c", "command -v bash"], timeout_s=_PROBE_S)
             if found.outcome not in {"ok", "failed"}:  # perhaps only now
                 return "/bin/sh"
             self._bash = "bash" if found.ok else "/bin/sh"

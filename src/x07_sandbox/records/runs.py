@@ -9,12 +9,16 @@ import re
 from pathlib import Path
 from typing import Final
 
+import msgspec
+
 from x07_sandbox.errors import Command, Text, UsageError
+from x07_sandbox.host.decoding import prepared
 from x07_sandbox.host.paths import entries, private_dir, state_dir
+from x07_sandbox.policy.denials import Denial
 from x07_sandbox.records.record import JOB_NAME, state_home
 
 KILL: Final = "kill"  # a pipe to the x07 process of the run
-SANDBOX: Final = "sandbox.json"  # the record of a sandbox (sessions/command)
+SANDBOX: Final = "sandbox.json"  # a SandboxRecord
 SOCKET: Final = "socket"  # of the holder of a sandbox
 NET_LOG: Final = "net.jsonl"  # of the egress gate
 REQUEST: Final = "request.json"  # identifies the run until there is a result
@@ -100,3 +104,27 @@ def is_named(name: str, word: str) -> bool:
 def described(word: str) -> str:
     """Return a description of the ids that `is_named` accepts for *word*."""
     return f"the id {word}" if RUN_NAME.fullmatch(word) else f"an id that starts with {word}"
+
+
+class SandboxRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """The file SANDBOX of the folder of a run: facts about a sandbox. image: the digest of its image, or None.
+
+    until_unix_ms: when its lifetime ends. left_out: one denial for each reason why entries of its folders were not
+    copied in.
+    """
+
+    name: str
+    tags: dict[str, str]
+    opened_unix_ms: int
+    until_unix_ms: int
+    backend: str
+    image: str | None
+    left_out: tuple[Denial, ...] = ()
+
+
+def record_of(run: str) -> SandboxRecord | None:
+    """Return the record of a sandbox, or None if it has none."""
+    try:
+        return msgspec.json.decode((all_runs() / run / SANDBOX).read_bytes(), type=prepared(SandboxRecord))
+    except (OSError, msgspec.MsgspecError):
+        return None

@@ -1,110 +1,311 @@
-"""A sandbox as its callers use it, whether this process has opened it or another one, and its commands."""
+"""A sandbox and its commands as callers see them, whether this process has opened the sandbox or another one."""
 
 from __future__ import annotations
 
 import errno
+import math
 import os
-import re
 import signal
 import threading
 import time
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
+from typing import TYPE_CHECKING, Final, Literal
 
 import msgspec
+from msgspec.structs import replace
 
-from x07_sandbox.channel.link import Stream
-from x07_sandbox.errors import BackendError, UsageError
-from x07_sandbox.host.decoding import prepared
-from x07_sandbox.policy.denials import Denial, Hint
-from x07_sandbox.policy.outcomes import Verdict
-from x07_sandbox.records.runs import SANDBOX, all_runs
-from x07_sandbox.sessions.result import CommandReport
+from x07_sandbox.errors import ArgumentError, BackendError, SandboxError, UsageError
+from x07_sandbox.host.settings import OUTPUT_MAX_BYTES
+from x07_sandbox.policy.denials import Denial, Hint, Outcome
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
-    from x07_sandbox.channel.messages import Terminal
+    from x07_sandbox.channel.messages import Exec
+    from x07_sandbox.errors import Flag
     from x07_sandbox.sessions.execution import Execution
     from x07_sandbox.sessions.files import FileServer
     from x07_sandbox.sessions.request import ChangesChoice
     from x07_sandbox.sessions.result import Diff, Result
     from x07_sandbox.sessions.shared import SharedSession
-    from x07_sandbox.sessions.transfers import Inbox
 
 StreamName = Literal["stdout", "stderr"]
-_STREAMS: Final[dict[StreamName, Stream]] = {"stdout": Stream.STDOUT, "stderr": Stream.STDERR}
-_TERM: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+_-]{0,63}")
+Keep = Literal["head", "tail", "both"]
+
+KEEPS: Final = ("head", "tail", "both")
+_STREAMS: Final[tuple[StreamName, StreamName]] = ("stdout", "stderr")
+_NOBODY: Final = "nobody waits any more"
 _WHY_GONE: Final = {
     "": "it was closed",
     "expired": "it reached its lifetime",
     "idle": "it was idle for too long",
     "lost": "its VM was lost",
 }
+caller: Final = threading.local()
+"""`gone`: a function that returns whether nobody waits for what this thread does. Call `wake` once it does."""
 
 
-def _never() -> bool:
-    return False
+def given_up() -> bool:
+    """Return whether nobody waits for what this thread does."""
+    gone: Callable[[], bool] | None = getattr(caller, "gone", None)
+    return gone is not None and gone()
 
 
-def terminal_kind() -> str:
-    """Return TERM of this process if it is a plain name, else a kind that nearly every image knows."""
-    kind = os.environ.get("TERM", "")
-    return kind if _TERM.fullmatch(kind) else "xterm-256color"
+class Ended(msgspec.Struct, frozen=True, kw_only=True):
+    """How a command of a sandbox ended.
 
-
-class CommandStart(NamedTuple):
-    """A command to start. cwd: relative to the sandbox's working folder. timeout_s: None for no limit of its own.
-
-    merge: whether standard error goes to standard output. detached: whether the command has no streams. term: TERM of
-    a command with a terminal, unless *env* or the sandbox sets it; "" for that of this process.
+    id: its number in the sandbox. outcome: how it ended, in the same words as `Result.outcome`. reason_code: the code
+    of the reason (docs/reference/codes.md). reason: the same in one sentence. x07_exit_code: the exit code of `x07
+    sandbox exec`, such as 124 after a timeout, or 128 and the number of a signal. exit_code: its exit status, or None
+    if it did not exit by itself. signal: the signal that ended it, or None. stdout, stderr: its output, as far as it
+    was kept. truncated: whether there was more output. wall_ms, cpu_ms: elapsed time and CPU time in milliseconds.
+    memory_peak_bytes: the peak memory use of all commands of the sandbox while it ran. denials: what it was denied;
+    `how_to_allow.flag` is the option of `Sandbox` or flag that would allow it. Denied connections are those since the
+    last command ended before this one started. hints: what it seems to lack, according to its output.
     """
 
-    argv: Sequence[str]
-    env: Mapping[str, str] = {}
-    cwd: str | None = None
-    timeout_s: float | None = None
-    merge: bool = False
-    terminal: Terminal | None = None
-    detached: bool = False
-    term: str = ""
-
-
-class CommandEnd(msgspec.Struct, frozen=True, kw_only=True):
-    """How a command ended. memory_peak_bytes: of all commands of the sandbox while it ran.
-
-    denials: what it was denied. hints: what it seems to lack, according to its output.
-    """
-
-    verdict: Verdict
-    report: CommandReport
-    denials: tuple[Denial, ...] = ()
+    id: int
+    outcome: Outcome
+    reason_code: str
+    reason: str
+    x07_exit_code: int
+    exit_code: int | None
+    signal: int | None
+    stdout: bytes = b""
+    stderr: bytes = b""
+    truncated: bool = False
+    wall_ms: float
+    cpu_ms: float
+    memory_peak_bytes: int
+    denials: tuple[Denial, ...]
     hints: tuple[Hint, ...] = ()
-    memory_peak_bytes: int = 0
+
+    @property
+    def ok(self) -> bool:
+        """Whether the command exited with status 0."""
+        return self.outcome == "ok"
+
+    def _repr_html_(self) -> str:
+        """Return the same as HTML, which notebooks show."""
+        from x07_sandbox.sessions.html import command_fragment
+
+        told = {name: msgspec.to_builtins(getattr(self, name)) for name in ("denials", "hints")}
+        return command_fragment(msgspec.structs.asdict(self) | told)
 
 
-class SandboxRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """The file SANDBOX of the folder of a run: facts about a sandbox. image: the digest of its image, or None.
+class Kept:
+    """What is kept of one output stream: at most *most* bytes of its beginning, its end, or half of each."""
 
-    until_unix_ms: when its lifetime ends. left_out: one denial for each reason why entries of its folders were not
-    copied in.
+    def __init__(self, most: int, keep: Keep) -> None:
+        self._head_max = {"head": most, "tail": 0, "both": most // 2}[keep]
+        self._tail_max = most - self._head_max
+        self._head = bytearray()
+        self._tail = bytearray()
+        self.size = 0  # of all that arrived
+
+    def take(self, data: bytes) -> None:
+        """Add what has arrived."""
+        self.size += len(data)
+        room = self._head_max - len(self._head)
+        self._head += data[:room]
+        if self._tail_max and len(data) > room:
+            self._tail += data[room:]
+            if len(self._tail) > 2 * self._tail_max:  # not each time, since each time costs a copy
+                del self._tail[: -self._tail_max]
+
+    @property
+    def truncated(self) -> bool:
+        """Whether bytes were left out."""
+        return self.size > self._head_max + self._tail_max
+
+    def data(self) -> bytes:
+        """Return what is kept. Between beginning and end, a line says how many bytes were left out."""
+        tail = bytes(self._tail[max(0, len(self._tail) - self._tail_max) :])
+        gap = b""
+        if self.truncated and self._head_max and self._tail_max:
+            gap = b"\n[... %d bytes left out ...]\n" % (self.size - len(self._head) - len(tail))
+        return bytes(self._head) + gap + tail
+
+
+class Process:
+    """A command that runs in a sandbox. Thread-safe, except that one thread at a time may read a stream.
+
+    While its output is not read, a command that writes more than 2 MiB waits. A process may also be iterated: that
+    yields ("stdout" or "stderr", bytes) as output arrives, until the command has ended.
     """
 
-    name: str
-    tags: dict[str, str]
-    opened_unix_ms: int
-    until_unix_ms: int
-    backend: str
-    image: str | None
-    left_out: tuple[Denial, ...] = ()
+    def __init__(
+        self, sandbox: AnySandbox, execution: Execution, wall_ms: int | None, word: Callable[[Flag], str]
+    ) -> None:
+        """Take a command that was started. wall_ms: the limit of its time, or None. word: see `errors.worded`."""
+        self.execution = execution
+        self.wall_ms = wall_ms
+        self.word = word
+        self.began_at = time.monotonic()
+        self._sandbox = sandbox
+        self._session = sandbox.session
+        self._unread: dict[StreamName, bytes] = {"stdout": b"", "stderr": b""}
+        self._kept: dict[StreamName, Kept] = {}
+        self._ending_lock = threading.Lock()
+        self._ending: Ended | None = None
 
+    @property
+    def id(self) -> int:
+        """The number of the command in its sandbox."""
+        return self.execution.order.id
 
-def record_of(run: str) -> SandboxRecord | None:
-    """Return the record of a sandbox, or None if it has none."""
-    try:
-        return msgspec.json.decode((all_runs() / run / SANDBOX).read_bytes(), type=prepared(SandboxRecord))
-    except (OSError, msgspec.MsgspecError):
-        return None
+    @property
+    def ended(self) -> bool:
+        """Whether the command has ended. Output may still wait to be read."""
+        return self.execution.ended
+
+    def feed(self, data: bytes) -> None:
+        """Queue bytes for the standard input, without waiting until the command takes them."""
+        with self._session.using():
+            self.execution.write(data)
+
+    def write(self, data: bytes) -> None:
+        """Send bytes to the standard input, and wait while much of it is on its way.
+
+        Raises BrokenPipeError if the command has ended, and SandboxError if the sandbox has.
+        """
+        self._sandbox.require_open()
+        if not self.ended:
+            self.feed(data)
+            if not self._session.until(lambda: self.execution.has_room() or self.ended):
+                raise self._sandbox.gone()
+        if self.ended:
+            raise BrokenPipeError(errno.EPIPE, "the command has ended")
+
+    def close_stdin(self) -> None:
+        """End the standard input."""
+        with self._session.using():
+            self.execution.end_input()
+
+    def read(self, stream: StreamName = "stdout", timeout_s: float | None = None) -> bytes:
+        """Return what has arrived on a stream; wait for at least one byte. Return b"" once the command has ended.
+
+        Raises TimeoutError after *timeout_s*, and SandboxError if the sandbox has ended.
+        """
+        if stream not in _STREAMS:
+            raise bad_value("stream", stream, "'stdout' or 'stderr'")
+        deadline = _deadline(timeout_s)
+        while not (data := self._arrived(stream)) and not self.ended:
+            left_s = None if deadline is None else max(0.0, deadline - time.monotonic())
+            if not self.until(left_s, output=(stream,)):
+                raise TimeoutError(_NOBODY if given_up() else f"no output within {timeout_s} s")
+        data = data or self._arrived(stream)
+        if given_up():  # nobody takes it
+            self._unread[stream] = data + self._unread[stream]
+        return data
+
+    def __iter__(self) -> Iterator[tuple[StreamName, bytes]]:
+        ended = False
+        while not ended:
+            ended, pieces = self.next_pieces()
+            yield from pieces
+
+    def poll(self) -> Ended | None:
+        """Return how the command ended, or None while it runs."""
+        return self.wait() if self.ended else None
+
+    def wait(self, timeout_s: float | None = None) -> Ended:
+        """Wait for the end of the command, and return how it ended, with the output that was not read.
+
+        Raises TimeoutError if it still runs after *timeout_s*, and SandboxError if the sandbox has ended.
+        """
+        return self.collect(OUTPUT_MAX_BYTES, "head", None, timeout_s)
+
+    def signal(self, number: int) -> None:
+        """Send a signal to the command, if it has not ended. SIGKILL goes to all its processes."""
+        number = _whole("number", number, 1, 64)
+        with self._session.using() as session:
+            session.stop(self.execution, number)
+
+    def kill(self) -> None:
+        """Kill all processes of the command, if it has not ended."""
+        self.signal(signal.SIGKILL)
+
+    def resize(self, rows: int, columns: int) -> None:
+        """Change the size of the command's terminal, in characters."""
+        size = _whole("rows", rows, 1, 65535), _whole("columns", columns, 1, 65535)
+        with self._session.using() as session:
+            session.resize(self.execution, *size)
+
+    # for x07 itself
+
+    def until(self, within_s: float | None = None, output: Sequence[StreamName] = ()) -> bool:
+        """Wait until the command has ended, or one of the streams *output* can be read.
+
+        Return False after *within_s*, or if nobody waits any more. Raises BackendError if the sandbox ends first.
+        """
+
+        def due() -> bool:
+            arrived = (self._unread[stream] or self.execution.inbox(stream).waiting for stream in output)
+            return self.ended or given_up() or any(arrived)
+
+        self._sandbox.require_own_process()
+        if self._session.until(due, within_s):
+            return not given_up()
+        if self._session.over:
+            raise self._sandbox.gone()
+        return False
+
+    def next_pieces(self, within_s: float | None = None) -> tuple[bool, list[tuple[StreamName, bytes]]]:
+        """Wait for output or the end of the command. Return whether there will be no more output, and the output.
+
+        Raises BackendError if the sandbox ends first.
+        """
+        self.until(within_s, output=_STREAMS)
+        ended = self.ended or given_up()
+        return ended, [(stream, data) for stream in _STREAMS if (data := self._arrived(stream))]
+
+    def collect(
+        self,
+        most: int,
+        keep: Keep,
+        on_output: Callable[[StreamName, bytes], object] | None,
+        timeout_s: float | None = None,
+    ) -> Ended:
+        """Wait for the end of the command, and return how it ended, with the output that was kept.
+
+        A call that raises loses nothing: the next one goes on with what was kept.
+        """
+        deadline, ended = _deadline(timeout_s), False
+        self._kept = kept = self._kept or {name: Kept(most, keep) for name in _STREAMS}
+        while not ended:
+            left_s = None if deadline is None else deadline - time.monotonic()
+            if left_s is not None and left_s <= 0:
+                raise TimeoutError(f"command {self.id} still runs after {timeout_s} s")
+            ended, pieces = self.next_pieces(left_s)
+            for name, data in pieces:
+                kept[name].take(data)
+                if on_output is not None:
+                    on_output(name, data)
+        if not self.ended:
+            raise TimeoutError(_NOBODY)
+        truncated = any(one.truncated for one in kept.values())
+        return replace(self.ending(), stdout=kept["stdout"].data(), stderr=kept["stderr"].data(), truncated=truncated)
+
+    def ending(self) -> Ended:
+        """Return how the command ended, without its output. Raises BackendError if the sandbox ended first."""
+        with self._ending_lock:
+            if self._ending is None:
+                self._ending = self._sandbox.ending(self)
+            return self._ending
+
+    def tail(self) -> bytes:
+        """Return the ends of both streams, as they have arrived."""
+        return b"\n".join(tail for stream in _STREAMS if (tail := self.execution.inbox(stream).tail))
+
+    def wake(self) -> None:
+        """Have all callers look whether they still wait."""
+        self._session.wake()
+
+    def _arrived(self, stream: StreamName) -> bytes:
+        """Return what has arrived on a stream since the last call."""
+        unread, self._unread[stream] = self._unread[stream], b""
+        return unread + self._session.read(self.execution, stream)
 
 
 class AnySandbox(ABC):
@@ -124,27 +325,34 @@ class AnySandbox(ABC):
     @property
     def left_out(self) -> tuple[Denial, ...]:
         """One denial for each reason why entries of folders were not copied in."""
+        from x07_sandbox.records.runs import record_of
+
         record = record_of(self.run)
         return () if record is None else record.left_out
 
     @abstractmethod
-    def start(self, given: CommandStart, *, service: str = "") -> Command:
-        """Start a command. Raises SandboxError if it cannot be started, the sandbox is closed or the call is wrong."""
+    def start(self, asked: Exec, timeout_s: float | None = None, term: str = "") -> Process:
+        """Start a command: see `order`. Its cwd is relative to the sandbox's working folder.
+
+        timeout_s: None for no limit of its own. term: TERM of a command with a terminal, unless its environment or the
+        sandbox sets it; "" for that of this process. Raises SandboxError if it cannot be started, the sandbox is closed
+        or the call is wrong.
+        """
 
     @abstractmethod
     def file_server(self) -> FileServer:
         """Start a file server. Raises SandboxError if the sandbox is closed."""
 
     @abstractmethod
-    def command(self, number: int) -> Command | None:
+    def command(self, number: int) -> Process | None:
         """Return a command that has not been waited for, or None."""
 
-    def forget(self, command: Command) -> None:  # noqa: B027 - most sandboxes have nothing to drop
+    def forget(self, command: Process) -> None:  # noqa: B027 - most sandboxes have nothing to drop
         """Drop a service of the agent that has ended: it is no command of the caller."""
 
     @abstractmethod
-    def ending(self, command: Command) -> CommandEnd:
-        """Return how a command ended. `Command.ending` calls this once."""
+    def ending(self, command: Process) -> Ended:
+        """Return how a command ended, without its output. `Process.ending` calls this once."""
 
     @abstractmethod
     def at_end(self, call: Callable[[], object]) -> None:
@@ -191,113 +399,25 @@ class AnySandbox(ABC):
         return error
 
 
-class Command:
-    """A command of an open sandbox. Thread-safe. wall_ms: the limit of its time, or None."""
+def bad_value(name: str, value: object, wanted: str) -> UsageError:
+    """Return the error for a wrong value of an argument of a call about a command."""
+    return ArgumentError("cannot do this with a command", f"{name} is {value!r}", f"Use {wanted}")
 
-    def __init__(
-        self, sandbox: AnySandbox, execution: Execution, inboxes: tuple[Inbox, Inbox], wall_ms: int | None
-    ) -> None:
-        self.execution = execution
-        self.wall_ms = wall_ms
-        self.began_at = time.monotonic()
-        self._sandbox = sandbox
-        self._session = sandbox.session
-        self._inboxes: dict[StreamName, Inbox] = {"stdout": inboxes[0], "stderr": inboxes[1]}
-        self._unread: dict[StreamName, bytes] = {"stdout": b"", "stderr": b""}
-        self.kept: Any = None  # what `library/processes` has collected of the output
-        self._ending_lock = threading.Lock()
-        self._ending: CommandEnd | None = None
 
-    @property
-    def id(self) -> int:
-        """The number of the command in its sandbox."""
-        return self.execution.order.id
+def _whole(name: str, value: int, least: int, most: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise bad_value(name, value, f"a number from {least} to {most}")
+    return value
 
-    @property
-    def ended(self) -> bool:
-        """Whether the command has ended. Output may still wait to be read."""
-        return self.execution.ended
 
-    def wait(
-        self, within_s: float | None = None, *, output: Sequence[StreamName] = (), given_up: Callable[[], bool] = _never
-    ) -> bool:
-        """Wait until the command has ended, or one of the streams *output* can be read. Return False after *within_s*.
+def _deadline(timeout_s: float | None) -> float | None:
+    return None if timeout_s is None or math.isinf(timeout_s) else time.monotonic() + timeout_s
 
-        given_up: whether nobody waits any more; call `wake` once it returns True. Raises BackendError if
-        the sandbox ends first.
-        """
 
-        def due() -> bool:
-            arrived = (self._unread[stream] or self._inboxes[stream].waiting for stream in output)
-            return self.ended or given_up() or any(arrived)
-
-        self._sandbox.require_own_process()
-        if self._session.until(due, within_s):
-            return not given_up()
-        if self._session.over:
-            raise self._sandbox.gone()
-        return False
-
-    def read(self, stream: StreamName) -> bytes:
-        """Return what has arrived on a stream since the last call."""
-        unread, self._unread[stream] = self._unread[stream], b""
-        return unread + self._session.read(self.execution, self._inboxes[stream], _STREAMS[stream])
-
-    def unread(self, stream: StreamName, data: bytes) -> None:
-        """Have the next call of `read` return *data* first."""
-        self._unread[stream] = data + self._unread[stream]
-
-    def next_pieces(
-        self, given_up: Callable[[], bool] = _never, within_s: float | None = None
-    ) -> tuple[bool, list[tuple[StreamName, bytes]]]:
-        """Wait for output or the end of the command. Return whether there will be no more output, and the output.
-
-        Raises BackendError if the sandbox ends first.
-        """
-        self.wait(within_s, output=tuple(self._inboxes), given_up=given_up)
-        ended = self.ended or given_up()
-        return ended, [(stream, data) for stream in self._inboxes if (data := self.read(stream))]
-
-    def tail(self) -> bytes:
-        """Return the ends of both streams, as they have arrived."""
-        return b"\n".join(inbox.tail for inbox in self._inboxes.values() if inbox.tail)
-
-    def wake(self) -> None:
-        """Have all threads that wait look whether they still should."""
-        self._session.wake()
-
-    def feed(self, data: bytes) -> None:
-        """Queue input without waiting."""
-        self._session.write(self.execution, data)
-
-    def write(self, data: bytes) -> None:
-        """Send input, and wait while much of it is on its way.
-
-        Raises BrokenPipeError if the command has ended, and BackendError if the sandbox has.
-        """
-        self._sandbox.require_open()
-        if not self.ended:
-            self.feed(data)
-            if not self._session.until(lambda: self.execution.has_room() or self.ended):
-                raise self._sandbox.gone()
-        if self.ended:
-            raise BrokenPipeError(errno.EPIPE, "the command has ended")
-
-    def end_input(self) -> None:
-        """End the input."""
-        self._session.end_input(self.execution)
-
-    def stop(self, number: int = signal.SIGKILL) -> None:
-        """Send a signal to the command, if it has not ended. SIGKILL goes to all its processes."""
-        self._session.stop(self.execution, number)
-
-    def resize(self, rows: int, columns: int) -> None:
-        """Change the size of the command's terminal."""
-        self._session.resize(self.execution, rows, columns)
-
-    def ending(self) -> CommandEnd:
-        """Return how the command ended, once it has. Raises BackendError if the sandbox ended first."""
-        with self._ending_lock:
-            if self._ending is None:
-                self._ending = self._sandbox.ending(self)
-            return self._ending
+def checked(ended: Ended) -> Ended:
+    """Return *ended*. Raises SandboxError unless the command succeeded."""
+    if ended.ok:
+        return ended
+    error = SandboxError(f"command {ended.id} ended as {ended.outcome}", ended.reason, "See the result of this error")
+    error.result = ended
+    raise error

@@ -4,24 +4,42 @@ from __future__ import annotations
 
 import hashlib
 import os
-from typing import TYPE_CHECKING, Any, Final
+import re
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, Final, Literal
 
 import msgspec
 
 from x07_sandbox.backends.handshake import input_poll, read_deadline
 from x07_sandbox.channel.link import COMMANDS_MAX, DATA_MAX, Stream
-from x07_sandbox.channel.messages import DENIED_MAX, Closed, Denied, Exec, Exited, Failed
+from x07_sandbox.channel.messages import DENIED_MAX, Closed, CommandLimits, Denied, Exec, Exited, Failed
 from x07_sandbox.errors import PeerError
 from x07_sandbox.host.waiting import Deadline
 from x07_sandbox.policy.outcomes import Evidence, Stage
+from x07_sandbox.sessions.transfers import CommandStreams, Inbox
 
-if TYPE_CHECKING:
-    from x07_sandbox.sessions.transfers import CommandStreams
-
+_TERM: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+_-]{0,63}")
 FILL: Final = 1024 * 1024  # limit for bytes queued for the guest
 FILES: Final = "files"  # the service of the file server (sessions/files)
 CONNECT: Final = "connect"  # the service that connects to a port of the guest
 CONNECTIONS_MAX: Final = COMMANDS_MAX // 2  # at the same time, so that commands always find room
+
+
+def terminal_kind() -> str:
+    """Return TERM of this process if it is a plain name, else a kind that nearly every image knows."""
+    kind = os.environ.get("TERM", "")
+    return kind if _TERM.fullmatch(kind) else "xterm-256color"
+
+
+def order(
+    argv: Sequence[str],
+    env: Mapping[str, str] = MappingProxyType({}),
+    cwd: str = "",
+    **how: Any,  # noqa: ANN401 - fields
+) -> Exec:
+    """Return a command for `AnySandbox.start`, which sets its id and its limits. how: further fields of `Exec`."""
+    return Exec(0, [*argv], dict(env), cwd, CommandLimits(0, 0, 0, 0, 0), **how)
 
 
 class Facts(msgspec.Struct, frozen=True, kw_only=True):
@@ -99,6 +117,12 @@ class Execution:
         self._wall_ms = wall_ms
         self._sent_ms = sent_ms
         self._sinks = {Stream.STDOUT: streams.stdout, Stream.STDERR: streams.stderr}
+
+    def inbox(self, name: Literal["stdout", "stderr"]) -> Inbox:
+        """Return what keeps a stream of a command whose streams are kept in memory."""
+        found = self.streams.stdout if name == "stdout" else self.streams.stderr
+        assert isinstance(found, Inbox)  # noqa: S101 - such streams are made by `kept_streams`
+        return found
 
     @property
     def ended(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import signal
 from typing import TYPE_CHECKING, Any, Final
 
 from x07_sandbox.channel.files import Answer, Buffer, Request, answer_of, encode
@@ -11,7 +12,7 @@ from x07_sandbox.errors import BackendError
 from x07_sandbox.host.settings import FILES_S
 from x07_sandbox.host.waiting import Deadline
 from x07_sandbox.sessions.execution import FILES
-from x07_sandbox.sessions.transfers import CommandStreams, Inbox
+from x07_sandbox.sessions.transfers import kept_streams
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -34,9 +35,8 @@ class FileServer:
 
     def __init__(self, session: Session | SharedSession, number: int, limits: CommandLimits, cwd: str = "/") -> None:
         self._session = session
-        self._inbox = Inbox("answers of the file server")
-        given = CommandStreams(stdin_fd=None, stdout=self._inbox, stderr=Inbox("errors"), open_input=True)
-        self._execution = session.execute(Exec(number, [], {}, cwd, limits, FILES), given, None)
+        with session.using() as using:
+            self._execution = using.execute(Exec(number, [], {}, cwd, limits, FILES), kept_streams(), None)
         self._buffer = Buffer()
         self._path, self._within_s, self._deadline = "", FILES_S, Deadline.after(FILES_S)
         self._uncounted = 0  # bytes of content since the last progress
@@ -48,9 +48,9 @@ class FileServer:
         """
         self._path, self._within_s = request.path, within_s
         self._moved(_PROGRESS)
-        self._session.write(self._execution, encode(request))
+        self._write(encode(request))
         for piece in content:
-            self._session.write(self._execution, piece)
+            self._write(piece)
             self._until(lambda: self._execution.has_room() or self._execution.ended)
             self._moved(len(piece))
         found: list[list[Any]] = []
@@ -87,11 +87,17 @@ class FileServer:
 
     def kill(self) -> None:
         """End the server at once."""
-        self._session.stop(self._execution)
+        with self._session.using() as session:
+            session.stop(self._execution, signal.SIGKILL)
 
     def close(self) -> None:
         """End the server once it has answered."""
-        self._session.end_input(self._execution)
+        with self._session.using():
+            self._execution.end_input()
+
+    def _write(self, data: bytes) -> None:
+        with self._session.using():
+            self._execution.write(data)
 
     def _moved(self, size: int) -> None:
         """Count content that was sent or received. Progress extends the deadline."""
@@ -108,7 +114,7 @@ class FileServer:
             self._moved(_PROGRESS)
 
     def _fill(self) -> int:
-        self._buffer.data += self._session.read(self._execution, self._inbox)
+        self._buffer.data += self._session.read(self._execution)
         return len(self._buffer.data)
 
     def _lost(self) -> BackendError:

@@ -31,10 +31,10 @@ from x07_sandbox.policy.denials import CONNECTS, NetworkUse
 from x07_sandbox.policy.outcomes import Verdict, cancelled_verdict, classify, limit_set_by, verdict
 from x07_sandbox.records.admission import SANDBOXES
 from x07_sandbox.records.record import new_run_id
-from x07_sandbox.records.runs import SANDBOX
-from x07_sandbox.sessions.command import AnySandbox, Command, CommandEnd, SandboxRecord, terminal_kind
+from x07_sandbox.records.runs import SANDBOX, SandboxRecord
+from x07_sandbox.sessions.command import AnySandbox, Ended, Process
 from x07_sandbox.sessions.denials import Observed, ending_of
-from x07_sandbox.sessions.execution import FILES
+from x07_sandbox.sessions.execution import FILES, terminal_kind
 from x07_sandbox.sessions.files import FileServer
 from x07_sandbox.sessions.job import SessionJob
 from x07_sandbox.sessions.request import check_arguments, check_variables
@@ -42,7 +42,7 @@ from x07_sandbox.sessions.result import Changes, CommandReport, Diff, Draft, Res
 from x07_sandbox.sessions.run import described, ended_by, make_folder, planned, settle, store_result, verdict_of
 from x07_sandbox.sessions.shared import SharedSession
 from x07_sandbox.sessions.specs import in_folder
-from x07_sandbox.sessions.transfers import CommandStreams, Inbox, Receivers, Unwanted
+from x07_sandbox.sessions.transfers import Receivers, Unwanted, kept_streams
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -50,7 +50,6 @@ if TYPE_CHECKING:
     from x07_sandbox.files.incoming import Incoming
     from x07_sandbox.policy.denials import Denial
     from x07_sandbox.policy.outcomes import Evidence
-    from x07_sandbox.sessions.command import CommandStart
     from x07_sandbox.sessions.execution import Execution
     from x07_sandbox.sessions.request import ChangesChoice, RunCaller, RunRequest
     from x07_sandbox.sessions.session import Session
@@ -94,7 +93,7 @@ class OpenSandbox(AnySandbox):
         self._logging = threading.Lock()
         self._starting = threading.Lock()
         self._finishing = threading.Lock()
-        self._commands: dict[int, Command] = {}
+        self._commands: dict[int, Process] = {}
         self._reports: list[CommandReport] = []
         self._net = NetworkUse()  # the gate's last account
         self._tried: dict[tuple[str, str], Denial] = {}  # connections that were denied without a gate
@@ -189,41 +188,32 @@ class OpenSandbox(AnySandbox):
         """The working folder of the sandbox."""
         return self._spec.order.cwd
 
-    def start(self, given: CommandStart, *, service: str = "") -> Command:
+    def start(self, asked: Exec, timeout_s: float | None = None, term: str = "") -> Process:
         """See `AnySandbox.start`."""
-        request = self.prepared.request
-        words = [*given.argv]
+        service = asked.service
         if not service:
-            checked = replace(request, command=tuple(words), args=(), env={**given.env})
+            checked = replace(self.prepared.request, command=tuple(asked.argv), args=(), env=asked.env)
             check_arguments(checked)
             check_variables(checked, self.prepared.policy.policy)
-        cwd = posixpath.normpath(posixpath.join(self.cwd, given.cwd or ""))
+        cwd = posixpath.normpath(posixpath.join(self.cwd, asked.cwd))
         if "\0" in cwd or len(os.fsencode(cwd)) > _PATH_MAX:
             why = f"it contains a NUL byte, or is longer than {_PATH_MAX} bytes"
             raise UsageError("cannot use the folder of the command", why, "Use another folder")
-        asked_ms = None if given.timeout_s is None else max(1, round(given.timeout_s * 1000))
+        asked_ms = None if timeout_s is None else max(1, round(timeout_s * 1000))
         limits_ms = [] if service else [limit for limit in (self._wall_ms, asked_ms) if limit is not None]
         wall_ms = min(limits_ms, default=None)
-        term = {} if given.terminal is None else {"TERM": given.term or terminal_kind()}
-        env = {**term, **self._spec.order.env, **given.env}
-        out, err = Inbox("stdout"), Inbox("stderr")
-        streams = CommandStreams(stdin_fd=None, stdout=out, stderr=err, open_input=not given.detached)
+        kind = {} if asked.terminal is None else {"TERM": term or terminal_kind()}
+        limits = self._limits._replace(fds=_SERVER_FILES) if service == FILES else self._limits
+        given = asked._replace(
+            argv=in_folder(asked.argv, cwd), env={**kind, **self._spec.order.env, **asked.env}, cwd=cwd, limits=limits
+        )
         with self._starting:
             self.require_open()
             number = next(self._numbers)
-            limits = self._limits._replace(fds=_SERVER_FILES) if service == FILES else self._limits
-            order = Exec(
-                number,
-                in_folder(words, cwd),
-                env,
-                cwd,
-                limits,
-                service,
-                given.merge,
-                given.terminal,
-                detached=given.detached,
-            )
-            command = Command(self, self.session.execute(order, streams, wall_ms), (out, err), wall_ms)
+            with self.session.using() as session:
+                streams = kept_streams(open_input=not asked.detached)
+                execution = session.execute(given._replace(id=number), streams, wall_ms)
+            command = Process(self, execution, wall_ms, self._caller.word)
             self._commands[number] = command
             self._net_before[number] = self._net
         return command
@@ -235,11 +225,11 @@ class OpenSandbox(AnySandbox):
             limits = self._limits._replace(fds=_SERVER_FILES)
             return FileServer(self.session, next(self._numbers), limits, self.cwd)
 
-    def command(self, number: int) -> Command | None:
+    def command(self, number: int) -> Process | None:
         """See `AnySandbox.command`."""
         return self._commands.get(number)
 
-    def forget(self, command: Command) -> None:
+    def forget(self, command: Process) -> None:
         """See `AnySandbox.forget`."""
         self._commands.pop(command.id, None)
         self._net_before.pop(command.id, None)
@@ -278,8 +268,8 @@ class OpenSandbox(AnySandbox):
 
     # ends of commands
 
-    def ending(self, command: Command) -> CommandEnd:
-        """Return how a command ended, and keep the report about it."""
+    def ending(self, command: Process) -> Ended:
+        """See `AnySandbox.ending`. Keeps the report about the command."""
         execution = command.execution
         with self.session.using():
             facts = self._loop.facts(execution)
@@ -306,21 +296,35 @@ class OpenSandbox(AnySandbox):
             wall_ms=round(facts.times_ms.get("exited", facts.times_ms["end"]) - self._since_release(command), 1),
             cpu_ms=0.0 if facts.exited is None else facts.exited.cpu_us / 1000,
         )
-        self._commands.pop(execution.order.id, None)
-        self._net_before.pop(execution.order.id, None)
+        peak = 0 if facts.exited is None else facts.exited.memory_peak_bytes
+        self._keep(report, peak)
+        return Ended(
+            id=report.id,
+            outcome=ending.outcome,
+            reason_code=ending.code,
+            reason=ending.reason_for(command.word),
+            x07_exit_code=ending.x07_exit_code,
+            exit_code=ending.exit_code,
+            signal=ending.signal,
+            wall_ms=report.wall_ms,
+            cpu_ms=report.cpu_ms,
+            memory_peak_bytes=peak,
+            denials=tuple(denials),
+            hints=tuple(hints),
+        )
+
+    def _keep(self, report: CommandReport, memory_peak_bytes: int) -> None:
+        """Keep the report about a command that has ended."""
+        self._commands.pop(report.id, None)
+        self._net_before.pop(report.id, None)
+        self._memory_peak_bytes = max(self._memory_peak_bytes, memory_peak_bytes)
         if len(self._reports) < COMMANDS_KEPT:
             self._reports.append(report)
-        if facts.exited is not None:
-            self._memory_peak_bytes = max(self._memory_peak_bytes, facts.exited.memory_peak_bytes)
         with self._logging, contextlib.suppress(OSError):  # such as a full disk; the result has it too
             if self._log_fd >= 0:
                 os.write(self._log_fd, msgspec.json.encode(report) + b"\n")
-        peak = 0 if facts.exited is None else facts.exited.memory_peak_bytes
-        return CommandEnd(
-            verdict=ending, report=report, denials=tuple(denials), hints=tuple(hints), memory_peak_bytes=peak
-        )
 
-    def _denied_since(self, command: Command) -> NetworkUse | None:
+    def _denied_since(self, command: Process) -> NetworkUse | None:
         """Return what the gate has denied since the last command ended before this one started; None without a gate.
 
         The gate does not know commands. So these are the connections of this command, and of all that ran beside it.
@@ -340,7 +344,7 @@ class OpenSandbox(AnySandbox):
                 count = one.count + (self._tried[key].count if key in self._tried else 0)
                 self._tried[key] = replace(one, count=count)
 
-    def _since_release(self, command: Command) -> float:
+    def _since_release(self, command: Process) -> float:
         return (command.began_at - self._job.instance.greeting.released_at) * 1000
 
     # the end

@@ -8,7 +8,7 @@ import select
 import signal
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from x07_sandbox.backends.handshake import input_poll, wait_for_exit
 from x07_sandbox.channel import streams
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from x07_sandbox.backends.base import Instance
     from x07_sandbox.channel.carrier import Carrier
     from x07_sandbox.host.waiting import Cancel
-    from x07_sandbox.sessions.transfers import CommandStreams, Inbox, InFile, Receivers, Sink
+    from x07_sandbox.sessions.transfers import CommandStreams, InFile, Receivers, Sink
 
 _IDLE_S: Final = 60.0  # between two turns of the loop without any deadline
 _RECEIVED: Final = {Stream.OUTPUT, Stream.CHANGES, Stream.LEFT}
@@ -100,6 +100,10 @@ class Session:
 
     # what the caller asks for
 
+    def using(self) -> contextlib.AbstractContextManager[Session]:
+        """Return a context for calls of methods, as `SharedSession` needs one."""
+        return contextlib.nullcontext(self)
+
     @property
     def over(self) -> bool:
         """Whether the session was closed, or lost."""
@@ -134,19 +138,11 @@ class Session:
         else:
             self._link.send(Stop(execution.order.id, number))
 
-    def read(self, execution: Execution, inbox: Inbox, stream: Stream = Stream.STDOUT) -> bytes:
-        """Return what has arrived in *inbox*, which takes a stream of the command, and let the guest send more."""
-        data, count = inbox.pull()
-        self._link.streams.consumed(execution.outputs.get(stream, 0), count)
+    def read(self, execution: Execution, name: Literal["stdout", "stderr"] = "stdout") -> bytes:
+        """Return what is kept of a stream of the command, and let the guest send more."""
+        data, count = execution.inbox(name).pull()
+        self._link.streams.consumed(execution.outputs.get(Stream[name.upper()], 0), count)
         return data
-
-    def write(self, execution: Execution, data: bytes) -> None:
-        """Queue *data* as input of a command whose streams have `open_input`."""
-        execution.write(data)
-
-    def end_input(self, execution: Execution) -> None:
-        """End the input of such a command once all of it has been sent."""
-        execution.end_input()
 
     def resize(self, execution: Execution, rows: int, columns: int) -> None:
         """Change the size of a command's terminal, if it has not ended."""

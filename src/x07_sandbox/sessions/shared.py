@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 import threading
 import time
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
-from x07_sandbox.channel.link import Stream
 from x07_sandbox.errors import SandboxError
 from x07_sandbox.host import start_thread
 from x07_sandbox.host.waiting import Event
@@ -18,7 +16,7 @@ if TYPE_CHECKING:
 
     from x07_sandbox.channel.messages import Exec
     from x07_sandbox.sessions.execution import Execution
-    from x07_sandbox.sessions.transfers import CommandStreams, Inbox
+    from x07_sandbox.sessions.transfers import CommandStreams
 
 _LOOK_S = 60.0  # between two looks at the time, if nothing else happens
 
@@ -48,14 +46,8 @@ class CommandSession(Protocol):
     def resize(self, execution: Execution, rows: int, columns: int) -> None:
         """See `Session.resize`."""
 
-    def read(self, execution: Execution, inbox: Inbox, stream: Stream) -> bytes:
+    def read(self, execution: Execution, name: Literal["stdout", "stderr"]) -> bytes:
         """See `Session.read`."""
-
-    def write(self, execution: Execution, data: bytes) -> None:
-        """See `Session.write`."""
-
-    def end_input(self, execution: Execution) -> None:
-        """See `Session.end_input`."""
 
 
 class _Released:
@@ -72,7 +64,7 @@ class _Released:
 
 
 class SharedSession:
-    """A session for many threads. Its methods are those of the session, and `until` blocks only its caller.
+    """A session for many threads, which call its methods in the context `using`. `until` blocks only its caller.
 
     Call `begin` once. until_s: when the session expires, on the monotonic clock. idle_s: how long it may be without a
     command and without a call; None for no limit. Then, and if the session is lost, *on_end* is called in the thread of
@@ -115,38 +107,13 @@ class SharedSession:
         with self.using():
             self._until_s = until_s
 
-    def execute(self, order: Exec, given: CommandStreams, wall_ms: int | None) -> Execution:
-        """See `Session.execute`."""
-        with self.using() as session:
-            return session.execute(order, given, wall_ms)
-
-    def stop(self, execution: Execution, number: int = signal.SIGKILL) -> None:
-        """See `Session.stop`."""
-        with self.using() as session:
-            session.stop(execution, number)
-
-    def resize(self, execution: Execution, rows: int, columns: int) -> None:
-        """See `Session.resize`."""
-        with self.using() as session:
-            session.resize(execution, rows, columns)
-
-    def read(self, execution: Execution, inbox: Inbox, stream: Stream = Stream.STDOUT) -> bytes:
+    def read(self, execution: Execution, name: Literal["stdout", "stderr"] = "stdout") -> bytes:
         """See `Session.read`."""
         with self._changed:
-            data = self._session.read(execution, inbox, stream)
+            data = self._session.read(execution, name)
             if data:  # the guest may send more; else this would wake the thread that waits for data, and so itself
                 self._wake_loop()
         return data
-
-    def write(self, execution: Execution, data: bytes) -> None:
-        """See `Session.write`."""
-        with self.using() as session:
-            session.write(execution, data)
-
-    def end_input(self, execution: Execution) -> None:
-        """See `Session.end_input`."""
-        with self.using() as session:
-            session.end_input(execution)
 
     def until(self, done: Callable[[], bool], within_s: float | None = None) -> bool:
         """Wait until *done* returns True, the session is over, or time is up. Return the value of *done*."""

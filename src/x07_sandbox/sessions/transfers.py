@@ -284,6 +284,11 @@ class CommandStreams(msgspec.Struct, frozen=True, kw_only=True):
     on_started: Callable[[], object] = lambda: None
 
 
+def kept_streams(*, open_input: bool = True) -> CommandStreams:
+    """Return streams of which the output is kept in memory. open_input: see `CommandStreams`."""
+    return CommandStreams(stdin_fd=None, stdout=Inbox("stdout"), stderr=Inbox("stderr"), open_input=open_input)
+
+
 class Receivers(msgspec.Struct, frozen=True, kw_only=True):
     """The receivers of what the guest sends when a session closes; None for what is not wanted.
 
