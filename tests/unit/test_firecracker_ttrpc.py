@@ -19,8 +19,6 @@ from tests.fuzz.fuzz_ttrpc import failed, field, frame, one_input
 from x07_sandbox.backends.firecracker import (
     ANSWER_MAX,
     HEADER_SIZE,
-    UNIMPLEMENTED,
-    CallError,
     call,
     create_vm,
     message_size,
@@ -168,25 +166,23 @@ def test_any_payload_and_metadata_arrive_and_come_back(payload: bytes, metadata:
 def test_the_daemons_error_is_shown_with_its_kind_and_one_line_of_text() -> None:
     """A failed call is an error with the status and the daemon's text, on one line, printable and shortened."""
     text = b"no such VM\n  x07: ok \x1b[2J\xff" + b"y" * 10_000
-    with stand_in(failed(5, text)) as daemon, pytest.raises(CallError) as caught:
+    with stand_in(failed(5, text)) as daemon, pytest.raises(BackendError) as caught:
         ask(daemon)
     error = caught.value
-    assert error.status == 5
     assert error.why.startswith("Method: not found: no such VM x07: ok \\x1b[2J\N{REPLACEMENT CHARACTER}yyy")
     assert error.why.isprintable()
     assert len(error.why) < 600
     again = pickle.loads(pickle.dumps(error))  # noqa: S301 - our own bytes
-    assert (str(again), again.status) == (str(error), 5)
+    assert str(again) == str(error)
 
 
 @pytest.mark.parametrize(
-    ("status", "kind"), [(UNIMPLEMENTED, "unimplemented"), (16, "unauthenticated"), (17, "status 17"), (-1, "status ")]
+    ("status", "kind"), [(12, "unimplemented"), (16, "unauthenticated"), (17, "status 17"), (-1, "status ")]
 )
 def test_an_error_without_a_text_has_its_kind(status: int, kind: str) -> None:
     """Every status other than 0 is an error, also one that nobody knows."""
-    with stand_in(failed(status, b"")) as daemon, pytest.raises(CallError, match=kind) as caught:
+    with stand_in(failed(status, b"")) as daemon, pytest.raises(BackendError, match=kind):
         ask(daemon)
-    assert caught.value.status == status % (1 << 64)
 
 
 @pytest.mark.parametrize(
@@ -210,9 +206,8 @@ def test_an_error_without_a_text_has_its_kind(status: int, kind: str) -> None:
 )
 def test_a_malformed_answer_is_an_error(answer: bytes, why: str) -> None:
     """An answer that is cut off, too large, for another call or malformed is an error that says so."""
-    with stand_in(answer) as daemon, pytest.raises(BackendError, match=why) as caught:
+    with stand_in(answer) as daemon, pytest.raises(BackendError, match=why):
         ask(daemon)
-    assert not isinstance(caught.value, CallError)
 
 
 def test_the_largest_answer_arrives_whole() -> None:

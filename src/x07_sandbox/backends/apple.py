@@ -87,12 +87,10 @@ class AppleContainers(Runtime, frozen=True, kw_only=True):
         found = map(described, self.client.objects(self.client.call("inspect", container)))
         return next((made for name, made in found if name == container), None)
 
-    def labels_in(self, made: Mapping[str, Any]) -> Mapping[str, object] | None:
-        """Return the labels in such a configuration."""
+    def _labels_in(self, made: Mapping[str, Any]) -> Mapping[str, object] | None:
         return made.get("labels")
 
-    def names(self) -> Iterable[str]:
-        """Return the names of the containers with x07's label. Raises BackendError."""
+    def _names(self) -> Iterable[str]:
         found = map(described, self.client.objects(self.client.call("list", "--all", "--format", "json")))
         return (name for name, made in found if (made.get("labels") or {}).get("io.x07.schema") == "1")
 
@@ -100,7 +98,7 @@ class AppleContainers(Runtime, frozen=True, kw_only=True):
         """Return the command that starts a container and carries its standard streams."""
         return self.client.argv("start", "--attach", "--interactive", container)
 
-    def try_remove(self, container: str) -> bool:
+    def _try_remove(self, container: str) -> bool:
         """End the VM of a container, and remove both. Raises BackendError."""
         self.client.call("delete", "--force", container)
         return self.inspect(container) is None  # its words for an unknown container differ between versions

@@ -170,12 +170,10 @@ class Ctr(Runtime, frozen=True, kw_only=True):
         """Return containerd's description of a container, or None if there is none. Raises BackendError."""
         return next(iter(self.client.objects(self.client.call("containers", "info", container))), None)
 
-    def labels_in(self, made: Mapping[str, Any]) -> Mapping[str, object] | None:
-        """Return the labels in such a description."""
+    def _labels_in(self, made: Mapping[str, Any]) -> Mapping[str, object] | None:
         return made.get("Labels")
 
-    def names(self) -> Iterable[str]:
-        """Return the names of the containers with x07's label. Raises BackendError."""
+    def _names(self) -> Iterable[str]:
         answer = self.client.call("containers", "ls", "--quiet", 'labels."io.x07.schema"==1')
         return () if answer.status else answer.text.split()
 
@@ -183,7 +181,7 @@ class Ctr(Runtime, frozen=True, kw_only=True):
         """Return the command that starts a container and carries its standard streams."""
         return self.client.argv("tasks", "start", container)
 
-    def try_remove(self, container: str) -> bool:
+    def _try_remove(self, container: str) -> bool:
         """Kill a container's task, and remove both. A step fails if there is nothing to do. Raises BackendError."""
         self.client.call("tasks", "kill", "--signal", "SIGKILL", container, timeout_s=_STEP_S)
         deleted = self.client.call("tasks", "delete", "--force", container, timeout_s=_STEP_S)

@@ -62,7 +62,6 @@ _NAMESPACE_KEY: Final = "containerd-namespace-ttrpc"  # containerd's namespaces/
 _CONTAINERS: Final = 1  # in each VM
 _SPARE_S: Final = 5.0  # for the daemon's own work before and after a VM's timeout, such as killing the VM
 
-UNIMPLEMENTED: Final = 12  # the status of a daemon without the service, such as plain containerd
 # google/rpc/code.proto, by number
 _STATUSES: Final = (
     *("ok", "cancelled", "unknown error", "invalid argument", "deadline exceeded", "not found", "already exists"),
@@ -206,12 +205,6 @@ def runtime_config(data: bytes) -> RuntimeConfig:
     return RuntimeConfig(machines=min(places), problems=tuple(problems))
 
 
-class CallError(BackendError):
-    """The daemon answered a call with an error. status: its number in google/rpc/code.proto."""
-
-    status: int = 0
-
-
 def create_vm(address: str, namespace: str, vm_id: str, *, memory_mib: int, vcpus: int, timeout_s: int) -> None:
     """Create a VM for one container and wait until its agent answers. It ends when its task is deleted.
 
@@ -250,8 +243,8 @@ def call(
 ) -> bytes:
     """Call a method on a connection of its own, and return the answer.
 
-    The daemon learns *timeout_s* too, and gives up then. Raises HostError if it cannot be reached, CallError if it
-    answers with an error, and BackendError if it does not answer within *timeout_s* or the answer is malformed.
+    The daemon learns *timeout_s* too, and gives up then. Raises HostError if it cannot be reached, and BackendError
+    if it answers with an error, does not answer within *timeout_s*, or the answer is malformed.
     """
     deadline = Deadline.after(timeout_s)
     request = request_frame(service, method, payload, metadata, timeout_s)
@@ -290,15 +283,13 @@ def message_size(header: bytes) -> int:
 
 
 def payload_of(message: bytes, method: str) -> bytes:
-    """Return the answer in the message of a response. method: for errors. Raises ValueError, CallError."""
+    """Return the answer in the message of a response. method: for errors. Raises ValueError, BackendError."""
     response = Message(message)
     payload, status = response.single(2, b""), Message(response.single(1, b""))
     if number := status.single(1, 0):
         kind = _STATUSES[number] if number < len(_STATUSES) else f"status {number}"
         text = " ".join(status.single(2, b"")[: 4 * _SHOWN_MAX].decode("utf-8", "replace").split())
-        error = CallError(_WHAT, f"{method}: {kind}: {printable(text)[:_SHOWN_MAX]}", _DOCTOR)
-        error.status = number
-        raise error
+        raise BackendError(_WHAT, f"{method}: {kind}: {printable(text)[:_SHOWN_MAX]}", _DOCTOR)
     return payload
 
 

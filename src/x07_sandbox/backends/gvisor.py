@@ -143,7 +143,7 @@ class Runsc(Runtime, frozen=True, kw_only=True):
         """Return the command that starts a container and carries its standard streams."""
         return self.client.argv("run", "--bundle", str(self.folder / "bundles" / container), container)
 
-    def try_remove(self, container: str) -> bool:
+    def _try_remove(self, container: str) -> bool:
         """Kill a container, and remove what is left of it. Return whether nothing is. Raises BackendError."""
         self.client.call("delete", "--force", container)
         if not self.client.call("state", container).absent or not _without_groups(container):
@@ -164,12 +164,10 @@ class Runsc(Runtime, frozen=True, kw_only=True):
             found = None
         return found if isinstance(found, dict) else {}  # a damaged bundle
 
-    def labels_in(self, made: Mapping[str, Any]) -> Mapping[str, object] | None:
-        """Return the labels in such a description."""
+    def _labels_in(self, made: Mapping[str, Any]) -> Mapping[str, object] | None:
         return made.get("annotations")
 
-    def names(self) -> Iterable[str]:
-        """Return the names of the containers."""
+    def _names(self) -> Iterable[str]:
         try:
             return sorted(path.name for path in (self.folder / "bundles").iterdir())
         except OSError:

@@ -37,14 +37,6 @@ def socket_ends(stack: contextlib.ExitStack, given: FdGroup) -> tuple[int, int]:
     return fd, given.add(far.detach())
 
 
-def error_stream(stack: contextlib.ExitStack, given: FdGroup) -> tuple[BoundedStream, int]:
-    """Make a pipe for a child's stderr. Return our end, closed by *stack*, and the child's end, closed by *given*."""
-    fd, theirs = os.pipe()
-    stack.callback(os.close, fd)
-    os.set_blocking(fd, False)
-    return BoundedStream(fd, keep_bytes=settings.STDERR_MAX_BYTES), given.add(theirs)
-
-
 class Ends:
     """The streams of one agent: x07's ends, which *stack* closes, and the child's ends, which `given` closes.
 
@@ -59,7 +51,10 @@ class Ends:
         self.far_net_fd: int | None = None
         if network:
             self.net_fd, self.far_net_fd = socket_ends(stack, self.given)
-        self.errors, self.stderr_fd = error_stream(stack, self.given)
+        fd, theirs = os.pipe()
+        stack.callback(os.close, fd)
+        os.set_blocking(fd, False)
+        self.errors, self.stderr_fd = BoundedStream(fd, keep_bytes=settings.STDERR_MAX_BYTES), self.given.add(theirs)
 
 
 class BoundedStream:
@@ -98,9 +93,14 @@ class BoundedStream:
 class RunningAgent:
     """An instance whose agent already waits for its first frame. Its streams beside the channel have size limits.
 
-    shown: the streams whose text is the console output. hidden: others.
+    shown: the streams whose text is the console output. hidden: others. See `Instance` for the rest.
     """
 
+    channel_fd: int
+    net_fd: int | None = None
+    notes: tuple[str, ...] = ()
+    greeting: Greeting
+    start_mode: StartMode = "cold"
     shown: tuple[BoundedStream, ...]
     hidden: tuple[BoundedStream, ...] = ()
 
@@ -284,9 +284,6 @@ class Jailed:
 
 class StreamInstance(RunningAgent, Jailed):
     """A job whose agent is reached through streams of its process, and whose console is that process's stderr."""
-
-    notes: tuple[str, ...] = ()
-    greeting: Greeting
 
     def __init__(self, start: Start, ends: Ends, child: subprocess.Popen[bytes], inner: Identity) -> None:
         super().__init__(start, child, inner)

@@ -143,12 +143,10 @@ class EngineRuntime(Runtime, frozen=True, kw_only=True):
         """Return the engine's description of a container, or None if there is none. Raises BackendError."""
         return next(iter(self.client.objects(self.client.call(*_INSPECT, container))), None)
 
-    def labels_in(self, made: Mapping[str, Any]) -> Mapping[str, object] | None:
-        """Return the labels in such a description."""
+    def _labels_in(self, made: Mapping[str, Any]) -> Mapping[str, object] | None:
         return (made.get("Config") or {}).get("Labels")
 
-    def names(self) -> Iterable[str]:
-        """Return the ids of the containers with x07's label. Raises BackendError."""
+    def _names(self) -> Iterable[str]:
         answer = self.client.call("ps", "--all", "--no-trunc", "--quiet", "--filter", "label=io.x07.schema=1")
         return () if answer.status else answer.text.split()
 
@@ -156,7 +154,7 @@ class EngineRuntime(Runtime, frozen=True, kw_only=True):
         """Return the command that starts a container and carries its standard streams."""
         return self.client.argv("start", "--attach", "--interactive", container)
 
-    def try_remove(self, container: str) -> bool:
+    def _try_remove(self, container: str) -> bool:
         """Remove a container. docker may answer that the removal is already in progress."""
         done = self.client.call(*self._removing(container))
         return not done.status or self.client.call(*_INSPECT, container).absent

@@ -14,7 +14,7 @@ from typing import Final
 
 import msgspec
 
-from x07_sandbox.backends.base import Greeting, Job, StartMode
+from x07_sandbox.backends.base import Job
 from x07_sandbox.backends.container import reaper
 from x07_sandbox.backends.container.runtime import ContainerSpec, Runtime, is_ours
 from x07_sandbox.backends.engines import DEFAULT_REFERENCE
@@ -172,10 +172,6 @@ class ContainerInstance(RunningAgent):
 
     reaper_fd: int | None = None
     spec: ContainerSpec
-    net_fd: int | None = None
-    notes: tuple[str, ...] = ()
-    greeting: Greeting
-    start_mode: StartMode = "cold"
 
     def __init__(
         self, runtime: Runtime, record: JobRecord, container: str, client: subprocess.Popen[bytes], ends: Ends

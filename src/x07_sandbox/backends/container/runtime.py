@@ -122,11 +122,11 @@ class Runtime(msgspec.Struct, frozen=True, kw_only=True):
         """Return the runtime's description of a container, or None if there is none. Raises BackendError."""
         raise NotImplementedError
 
-    def labels_in(self, made: Mapping[str, Any]) -> Mapping[str, object] | None:
+    def _labels_in(self, made: Mapping[str, Any]) -> Mapping[str, object] | None:
         """Return the labels in such a description."""
         raise NotImplementedError
 
-    def names(self) -> Iterable[str]:
+    def _names(self) -> Iterable[str]:
         """Return the names or ids of the containers with x07's label. Raises BackendError."""
         raise NotImplementedError
 
@@ -134,7 +134,7 @@ class Runtime(msgspec.Struct, frozen=True, kw_only=True):
         """Return the command that starts a container and carries its standard streams."""
         raise NotImplementedError
 
-    def try_remove(self, container: str) -> bool:
+    def _try_remove(self, container: str) -> bool:
         """Try once to kill and remove a container. Return whether it is proven gone. Raises BackendError."""
         raise NotImplementedError
 
@@ -161,18 +161,18 @@ class Runtime(msgspec.Struct, frozen=True, kw_only=True):
         return None if made is None else self._orphan(container, made)
 
     def _orphan(self, container: str, made: Mapping[str, Any]) -> Orphan:
-        labels = {str(key)[:256]: str(value)[:4096] for key, value in (self.labels_in(made) or {}).items()}
+        labels = {str(key)[:256]: str(value)[:4096] for key, value in (self._labels_in(made) or {}).items()}
         return Orphan(id=str(made.get("Id") or container), labels=labels)  # podman and docker have ids beside names
 
     def listed(self) -> Sequence[str]:
         """Return the names or ids of the containers with x07's label, of a limited number. Raises BackendError."""
-        return [word for word in self.names() if is_ours(word)][:_CONTAINERS_MAX]
+        return [word for word in self._names() if is_ours(word)][:_CONTAINERS_MAX]
 
     def remove(self, container: str) -> bool:
         """Kill and remove a container, in several tries, and return whether it is proven gone. Raises BackendError."""
         deadline = Deadline.after(_GONE_S)
         while not deadline.passed():
-            if self.try_remove(container):
+            if self._try_remove(container):
                 return True
             time.sleep(_LOOK_AGAIN_S)
         return False

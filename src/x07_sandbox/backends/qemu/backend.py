@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Final, NamedTuple, TypeVar
+from typing import Final, NamedTuple
 
 from msgspec.structs import replace
 
@@ -32,7 +32,7 @@ from x07_sandbox.backends.qemu import hot as processes
 from x07_sandbox.backends.qemu import start as starts
 from x07_sandbox.backends.qemu import template as templates
 from x07_sandbox.backends.qemu.instance import LeasedInstance, NotStartedError, QemuInstance
-from x07_sandbox.backends.qemu.start import QemuJob, start_qemu
+from x07_sandbox.backends.qemu.start import QemuJob, Saved, start_qemu
 from x07_sandbox.backends.qemu.template import Template, TransientError
 from x07_sandbox.channel.link import State
 from x07_sandbox.errors import BackendError, HostError, ImageError, SandboxError, worded
@@ -49,7 +49,6 @@ from x07_sandbox.policy.features import Features, vm_features
 from x07_sandbox.policy.guest import RAM_CLASSES
 from x07_sandbox.records.record import Claim, JobRecord, create_record, drop_unstarted
 
-_F = TypeVar("_F")
 _ANY_TIMER: Final = "timers in the {} VM may run late: its kernel measured the timer wrong, as in each earlier attempt"
 
 
@@ -204,7 +203,7 @@ class QemuBackend:
             make = None
             if job.warm_up is not None and job.save_later is None:
                 make = partial(self._make_process, process, job.kind, job.caller, job.warm_up, wait=False)
-            files, why_not = self._opened(process, processes.opened_hot, make, job.caller, one, notes)
+            files, why_not = self._opened(process, make, job.caller, one, notes)
             if files is not None:
                 record = create_record(job.claim, backend=self.name, image_digest=job.kind.image_digest)
                 restored = QemuJob(record, job.kind, job.claim.deadline_s, ram_bytes=job.used_ram_bytes)
@@ -238,7 +237,7 @@ class QemuBackend:
             if not job.cold:
                 template = templates.template_for(job.kind, kvm=self._kvm)
                 make = None if job.save_later else partial(self._make, template, job.kind, job.caller)
-                saved, why_not = self._opened(template, templates.opened_template, make, job.caller, stack, notes)
+                saved, why_not = self._opened(template, make, job.caller, stack, notes)
                 if why_not:
                     notes.pop("hot", None)
                     notes.setdefault("cold", _without_saved(job, "VM", why_not))
@@ -248,18 +247,17 @@ class QemuBackend:
     def _opened(
         self,
         template: Template,
-        opened: Callable[[Template], contextlib.AbstractContextManager[_F | None]],
         make: Callable[[], None] | None,
         caller: Caller,
         stack: contextlib.ExitStack,
         notes: dict[str, str],
-    ) -> tuple[_F | None, str]:
+    ) -> tuple[Saved | None, str]:
         """Return a template's files, made by *make* if there are none, or None and why there are none."""
         if reason := template.suspended():
             return None, reason
         damage = ""
         try:
-            if (files := stack.enter_context(opened(template))) is not None:
+            if (files := stack.enter_context(_files_of(template))) is not None:
                 return files, ""
         except HostError as exc:
             return None, f"{exc.what}: {exc.why}"  # temporary, as below
@@ -270,7 +268,7 @@ class QemuBackend:
         if make is None:
             return None, damage
         started_at = time.monotonic()
-        files, why_not = _made(template, opened, make, stack)
+        files, why_not = _made(template, make, stack)
         if files is not None:
             seconds = time.monotonic() - started_at
             notes[template.noun] = f"a {template.noun} for {template.title} was saved first, in {seconds:.0f} s"
@@ -291,7 +289,7 @@ class QemuBackend:
         template = templates.template_for(plain, kvm=self._kvm)
         with contextlib.ExitStack() as stack:
             make_vm = partial(self._make, template, plain, caller)
-            saved, why_not = self._opened(template, templates.opened_template, make_vm, caller, stack, {})
+            saved, why_not = self._opened(template, make_vm, caller, stack, {})
             if saved is None:
                 # Not suspended: the reason may be a full disk, and if the VM is suspended, this ends at once.
                 raise HostError("there is no VM to warm up", why_not, "Run x07 doctor")
@@ -316,12 +314,10 @@ class QemuBackend:
         if (best := self._best(kind)) is None:
             return ""
         with contextlib.ExitStack() as stack:
+            make = partial(self._make, best, kind, caller)
             if best.noun == "process":
                 make = partial(self._make_process, best, kind, caller, warm_up, wait=True)
-                _, why_not = self._opened(best, processes.opened_hot, make, caller, stack, {})
-            else:
-                make = partial(self._make, best, kind, caller)
-                _, why_not = self._opened(best, templates.opened_template, make, caller, stack, {})
+            _, why_not = self._opened(best, make, caller, stack, {})
         if why_not and not best.suspended():  # otherwise each job would have it tried again
             best.suspend(why_not, transient=True, keep=True)
         return why_not
@@ -359,16 +355,16 @@ def _ours(instance: Instance) -> QemuInstance:
     return instance
 
 
-def _made(
-    template: Template,
-    opened: Callable[[Template], contextlib.AbstractContextManager[_F | None]],
-    make: Callable[[], None],
-    stack: contextlib.ExitStack,
-) -> tuple[_F | None, str]:
+def _files_of(template: Template) -> contextlib.AbstractContextManager[Saved | None]:
+    """Open the files of a saved process or VM. The context is None if there are none."""
+    return processes.opened_hot(template) if template.noun == "process" else templates.opened_template(template)
+
+
+def _made(template: Template, make: Callable[[], None], stack: contextlib.ExitStack) -> tuple[Saved | None, str]:
     """Make a template and return its files, or None and the reason for the failure."""
     try:
         make()
-        return stack.enter_context(opened(template)), ""
+        return stack.enter_context(_files_of(template)), ""
     except NotStartedError as exc:  # temporary: another process may have the limits that this one lacks
         why = f"{exc.what}: {exc.why}"
         return None, template.suspend(why, transient=True) if template.noun == "process" else why

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from x07_sandbox.backends.base import Greeting, Lease, StartMode
+from x07_sandbox.backends.base import Lease, StartMode
 from x07_sandbox.backends.jailed import BoundedStream, Jailed, RunningAgent, Start
 from x07_sandbox.backends.qemu.machine import QMP_CONTINUE, QMP_QUIT, Paths, qmp_resume
 from x07_sandbox.errors import BackendError
@@ -87,13 +87,10 @@ class HostSide(NamedTuple):
 class Streams(RunningAgent):
     """The streams of a QEMU process. The caller keeps owning the descriptors in *ends*."""
 
-    greeting: Greeting
-
     def __init__(self, ends: Mapping[str, int], start_mode: StartMode) -> None:
         self.channel_fd = ends["channel"]
-        self.net_fd: int | None = ends["net"]
+        self.net_fd = ends["net"]
         self.start_mode = start_mode
-        self.notes: tuple[str, ...] = ()
         self.qmp = BoundedStream(ends["qmp"], keep_bytes=4096)
         self.shown = (
             BoundedStream(ends["console"], keep_bytes=settings.CONSOLE_MAX_BYTES),

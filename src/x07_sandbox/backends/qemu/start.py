@@ -8,7 +8,7 @@ import struct
 import subprocess
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Final, NamedTuple
+from typing import ClassVar, Final, NamedTuple
 
 import msgspec
 
@@ -54,6 +54,7 @@ _CRIU_FILES: Final = 1024  # open files; criu keeps some of its own under high n
 class Saving(msgspec.Struct, frozen=True, kw_only=True):
     """Empty writable files, which the caller keeps owning, for saving a VM. ram_fd: has the size of the VM's RAM."""
 
+    origin: ClassVar = Origin.SAVING
     ram_fd: int
     state_fd: int
     scratch_fd: int
@@ -62,6 +63,7 @@ class Saving(msgspec.Struct, frozen=True, kw_only=True):
 class Saved(msgspec.Struct, frozen=True, kw_only=True):
     """The readable files of a saved VM, which the caller keeps owning, and the content of its scratch disk."""
 
+    origin: ClassVar = Origin.CLONE
     ram_fd: int
     state_fd: int | None
     scratch_fd: int
@@ -75,6 +77,7 @@ class Warming(Saved, frozen=True, kw_only=True):
     a socket, ours and that of the jail's first process (jail/data/criu.pl).
     """
 
+    origin: ClassVar = Origin.WARMING
     disk_fd: int
     images_fd: int
     control: socket.socket
@@ -87,17 +90,12 @@ class Hot(Saved, frozen=True, kw_only=True):
     images_fd: the folder of the dump. names: criu's names for the scratch disk and the sockets, as in SOCKETS.
     """
 
+    origin: ClassVar = Origin.HOT
     images_fd: int
     names: tuple[str, ...]
 
 
 Memory = Saving | Saved
-_ORIGINS: Final[dict[type, Origin]] = {
-    Saving: Origin.SAVING,
-    Saved: Origin.CLONE,
-    Warming: Origin.WARMING,
-    Hot: Origin.HOT,
-}
 _MODES: Final[dict[Origin, StartMode]] = {Origin.CLONE: "clone", Origin.WARMING: "clone", Origin.HOT: "hot"}
 
 
@@ -152,7 +150,7 @@ def start_qemu(
             qmp_fd=theirs["qmp"],
             console_fd=theirs["console"],
             mark=record.mark,
-            origin=Origin.COLD if memory is None else _ORIGINS[type(memory)],
+            origin=Origin.COLD if memory is None else memory.origin,
             reserve=not form.namespaces,
             any_timer=job.any_timer,
             program=job.kind.has_program_root,
