@@ -7,8 +7,16 @@ import itertools
 
 import pytest
 
-from x07_sandbox.backends.registry import BY_NAME, Class, Platform
-from x07_sandbox.backends.selection import ACCEPT_FLAG, BackendRequest, Choice, select, usable_flags
+from x07_sandbox.backends.registry import (
+    ACCEPT_FLAG,
+    BY_NAME,
+    BackendRequest,
+    Choice,
+    Class,
+    Platform,
+    select,
+    usable_flags,
+)
 from x07_sandbox.cli.doctor import backends_to_test
 from x07_sandbox.errors import RefusedError, SandboxError, UsageError
 from x07_sandbox.host.variables import SANDBOX_BACKENDS

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from tests.unit.policy_command import as_json, policy
-from x07_sandbox.backends.selection import backend_named
+from x07_sandbox.backends.registry import backend_named
 from x07_sandbox.policy.controls import make_plan
 from x07_sandbox.policy.default import render_policy
 from x07_sandbox.policy.features import vm_features

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from msgspec.structs import replace
 
-from x07_sandbox.backends.selection import backend_request, select, this_platform
+from x07_sandbox.backends.registry import backend_request, select, this_platform
 from x07_sandbox.cli.console import say, show, write_stdout
 from x07_sandbox.cli.json_output import print_document, shell_path
 from x07_sandbox.cli.outputs import artifact_file, check_outputs, files_read, write_bytes
@@ -60,7 +60,7 @@ from x07_sandbox.x07.project import X07_ARTIFACT, arguments_as_input
 from x07_sandbox.x07.runner_report import FAILED_EXIT, NOT_FRAMED, Built, framed_output, mode_of, report_of, target_of
 
 if TYPE_CHECKING:
-    from x07_sandbox.backends.selection import Choice
+    from x07_sandbox.backends.registry import Choice
     from x07_sandbox.sessions.request import RunCaller
     from x07_sandbox.sessions.result import Result
     from x07_sandbox.x07.runner_report import CompileRunReport

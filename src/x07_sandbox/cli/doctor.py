@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.backends.base import EMULATED
 from x07_sandbox.backends.prerequisites import Looks, advice, check, unmet
-from x07_sandbox.backends.registry import BY_NAME, BackendRow, Platform, create
-from x07_sandbox.backends.selection import (
+from x07_sandbox.backends.registry import (
     ACCEPT_FLAG,
+    BY_NAME,
     BackendRequest,
+    BackendRow,
+    Platform,
     backend_request,
     choice_from_environment,
+    create,
     instead,
     select,
     this_platform,
@@ -39,7 +42,7 @@ from x07_sandbox.reports.commands import BackendState, DoctorReport, Finding, Lo
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from x07_sandbox.backends.selection import Choice
+    from x07_sandbox.backends.registry import Choice
     from x07_sandbox.images.store import Image
     from x07_sandbox.sessions.result import Result
 

@@ -15,7 +15,7 @@ from x07_sandbox.host.settings import LIFETIME_MAX_S
 from x07_sandbox.policy.outcomes import SIGNAL_BASE
 
 if TYPE_CHECKING:
-    from x07_sandbox.backends.selection import Choice
+    from x07_sandbox.backends.registry import Choice
     from x07_sandbox.sessions.preview import Preview
 
 _EPILOG: Final = """An assistant starts this command and talks to it on standard input and output. Its tools are

@@ -17,8 +17,15 @@ from msgspec.structs import replace
 
 from x07_sandbox import __version__
 from x07_sandbox.backends.lease import PoolClient
-from x07_sandbox.backends.registry import Platform
-from x07_sandbox.backends.selection import ACCEPT_VARIABLE, Choice, backend_request, select, this_platform, usable_flags
+from x07_sandbox.backends.registry import (
+    ACCEPT_VARIABLE,
+    Choice,
+    Platform,
+    backend_request,
+    select,
+    this_platform,
+    usable_flags,
+)
 from x07_sandbox.cli.console import LiveLine, OutputError, prepare_streams, say, write_stdout
 from x07_sandbox.cli.main import collect_rarely, end_with
 from x07_sandbox.cli.outputs import check_outputs, files_read

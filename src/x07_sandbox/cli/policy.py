@@ -12,8 +12,7 @@ from typing import Final, Literal
 import msgspec
 from msgspec.structs import replace
 
-from x07_sandbox.backends.registry import BY_NAME, create
-from x07_sandbox.backends.selection import backend_named, backend_request, select, this_platform
+from x07_sandbox.backends.registry import BY_NAME, backend_named, backend_request, create, select, this_platform
 from x07_sandbox.cli.console import say, show
 from x07_sandbox.cli.json_output import deliver, print_document, print_failure, print_line, shell_path, show_written
 from x07_sandbox.cli.parser import (

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from msgspec.structs import replace
 
 from x07_sandbox.backends.lease import PoolClient
-from x07_sandbox.backends.selection import backend_request, select, this_platform
+from x07_sandbox.backends.registry import backend_request, select, this_platform
 from x07_sandbox.cli.console import LiveLine, say
 from x07_sandbox.cli.parser import add_groups, add_help_levels, given_rows, help_level
 from x07_sandbox.errors import Command, ImageError, SandboxError, UsageError, escaped
@@ -29,7 +29,7 @@ from x07_sandbox.sessions.request import RunCaller
 from x07_sandbox.sessions.transfers import read_all
 
 if TYPE_CHECKING:
-    from x07_sandbox.backends.selection import Choice
+    from x07_sandbox.backends.registry import Choice
     from x07_sandbox.cli.parser import Parser
     from x07_sandbox.host.waiting import Cancel
     from x07_sandbox.sessions.request import Loader, RunRequest

@@ -21,8 +21,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 from msgspec.structs import replace
 
-from x07_sandbox.backends.registry import create
-from x07_sandbox.backends.selection import Choice
+from x07_sandbox.backends.registry import Choice, create
 from x07_sandbox.errors import printable
 from x07_sandbox.host import settings
 from x07_sandbox.host.paths import state_dir

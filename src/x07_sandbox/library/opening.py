@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 from msgspec.structs import replace
 
 from x07_sandbox.backends.lease import PoolClient
-from x07_sandbox.backends.selection import backend_request, select, this_platform
+from x07_sandbox.backends.registry import backend_request, select, this_platform
 from x07_sandbox.host.settings import LIFETIME_S, QUEUE_S
 from x07_sandbox.library.arguments import SANDBOX, bad_argument, checked_options, checked_seconds
 from x07_sandbox.library.requests import make_request

@@ -4,8 +4,7 @@ import contextlib
 from collections.abc import Callable
 
 from x07_sandbox.backends.base import MachineKind
-from x07_sandbox.backends.registry import create
-from x07_sandbox.backends.selection import BackendRequest, select, this_platform
+from x07_sandbox.backends.registry import BackendRequest, create, select, this_platform
 from x07_sandbox.host import settings
 from x07_sandbox.host.waiting import Caller, Cancel
 from x07_sandbox.images.store import Image

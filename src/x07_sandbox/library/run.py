@@ -288,7 +288,7 @@ def run_once(
     and any exception that *on_output* raises.
     """
     from x07_sandbox.backends.lease import PoolClient
-    from x07_sandbox.backends.selection import choice_from_environment
+    from x07_sandbox.backends.registry import choice_from_environment
     from x07_sandbox.library.requests import carry_out, make_request
     from x07_sandbox.library.upkeep import retain_records
     from x07_sandbox.options import keyword

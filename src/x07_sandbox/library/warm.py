@@ -14,8 +14,7 @@ from typing import Final
 
 from x07_sandbox.backends.base import Backend, Cloning, Instance, Job, MachineKind, NoAnswerError
 from x07_sandbox.backends.handshake import greet
-from x07_sandbox.backends.registry import create
-from x07_sandbox.backends.selection import choice_from_environment
+from x07_sandbox.backends.registry import choice_from_environment, create
 from x07_sandbox.errors import BackendError, Cancelled, Command, HostError, SandboxError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.linux import memory_bytes

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from x07_sandbox.backends.base import Availability, Backend
-from x07_sandbox.backends.selection import Choice, choice_from_environment
+from x07_sandbox.backends.registry import Choice, choice_from_environment
 from x07_sandbox.errors import Flag, HostError, RefusedError, Text, UsageError, printable
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import Arch, host_arch, is_foreign

@@ -26,7 +26,7 @@ from x07_sandbox.sessions.transfers import InFile, OutFile, memory_file, read_al
 
 if TYPE_CHECKING:
     from x07_sandbox.backends.base import MachineSource
-    from x07_sandbox.backends.selection import Choice
+    from x07_sandbox.backends.registry import Choice
     from x07_sandbox.policy.changes import FlagReach, LimitChanges, Overrides
     from x07_sandbox.policy.model import Limits
 
