@@ -26,8 +26,7 @@ from x07_sandbox.errors import PeerError, SandboxError, escaped
 from x07_sandbox.files.changes import Change, ChangeSet, Node, RootChanges, encode, in_json
 from x07_sandbox.host.documents import render_json
 from x07_sandbox.host.waiting import unix_ms
-from x07_sandbox.integrations.mcp_answers import errors, reason_of, untrusted
-from x07_sandbox.integrations.mcp_calls import CallError
+from x07_sandbox.integrations.mcp_tools import CallError, errors, reason_of, untrusted
 from x07_sandbox.library.files import _infos
 from x07_sandbox.policy.denials import Denial, Hint, HowToAllow
 from x07_sandbox.records.runs import all_runs

@@ -60,7 +60,7 @@ def _serve(options: argparse.Namespace) -> int:
         raise UsageError("cannot start the MCP server", "the package mcp is not installed", fix) from exc
     from x07_sandbox.cli.console import exit_with
     from x07_sandbox.cli.run import choose_backend
-    from x07_sandbox.integrations.mcp_answers import Settings
+    from x07_sandbox.integrations.mcp_tools import Settings
     from x07_sandbox.records.admission import SANDBOXES
 
     given = given_keywords(options)

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Unpack
 from google.adk.environment import BaseEnvironment, ExecutionResult
 
 from x07_sandbox import AsyncSandbox, SandboxError
+from x07_sandbox.integrations import BAD_COMMAND, errors_of, require_usage
 
 if TYPE_CHECKING:
     from x07_sandbox.library.sandbox import SandboxOptions
 
 OUTPUT_MAX = 1 << 20  # of each stream; the tools of ADK cut it to what a model reads
-_BAD_COMMAND = 126  # as a shell says about a command that the kernel cannot execute
 
 
 class X07Environment(BaseEnvironment):
@@ -59,14 +59,10 @@ class X07Environment(BaseEnvironment):
         try:
             ended = await self._open().shell(command, timeout_s=timeout, max_output_bytes=OUTPUT_MAX, keep="both")
         except SandboxError as exc:
-            if exc.code != "usage":  # such as a text that is too long
-                raise
-            return ExecutionResult(_BAD_COMMAND, "", f"{exc}\n")
-        errors = ended.stderr.decode(errors="replace")
-        if ended.reason_code not in {"exited", "signal"}:  # such as a timeout, or the memory limit
-            errors += f"{ended.reason}\n"
-        timed_out = ended.outcome == "timeout"
-        return ExecutionResult(ended.x07_exit_code, ended.stdout.decode(errors="replace"), errors, timed_out)
+            require_usage(exc)
+            return ExecutionResult(BAD_COMMAND, "", f"{exc}\n")
+        output, timed_out = ended.stdout.decode(errors="replace"), ended.outcome == "timeout"
+        return ExecutionResult(ended.x07_exit_code, output, errors_of(ended), timed_out)
 
     async def read_file(self, path: Path) -> bytes:
         """Return the content of a file. Raises OSError."""

@@ -13,6 +13,7 @@ from deepagents.backends.protocol import ExecuteResponse, FileDownloadResponse, 
 from deepagents.backends.sandbox import BaseSandbox
 
 from x07_sandbox import SandboxError
+from x07_sandbox.integrations import BAD_COMMAND, require_usage, was_stopped
 
 if TYPE_CHECKING:
     from deepagents.backends.protocol import FileOperationError
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 OUTPUT_MAX: Final = 4 << 20  # the largest answer of a tool of deepagents: 500 KiB of text, as JSON
 TIMEOUT_S: Final = 120
-_BAD_COMMAND: Final = 126  # as a shell says about a command that the kernel cannot execute
 
 
 class X07Backend(BaseSandbox):
@@ -44,11 +44,10 @@ class X07Backend(BaseSandbox):
                 command, timeout_s=timeout_s, merge=True, max_output_bytes=OUTPUT_MAX, keep="both"
             )
         except SandboxError as exc:
-            if exc.code == "usage":  # such as a text that is too long
-                return ExecuteResponse(output=f"{exc}\n", exit_code=_BAD_COMMAND)
-            raise
+            require_usage(exc)
+            return ExecuteResponse(output=f"{exc}\n", exit_code=BAD_COMMAND)
         output = ended.stdout.decode(errors="replace")
-        if ended.reason_code not in {"exited", "signal"}:  # such as a timeout, or the memory limit
+        if was_stopped(ended):
             output += f"{ended.reason}\n"
         return ExecuteResponse(output=output, exit_code=ended.x07_exit_code, truncated=ended.truncated)
 

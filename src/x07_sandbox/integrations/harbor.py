@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import uuid
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from harbor.environments.base import BaseEnvironment, ExecResult, SandboxBuildFailedError
 from harbor.environments.capabilities import EnvironmentCapabilities, EnvironmentResourceCapabilities
@@ -24,9 +24,7 @@ from harbor.models.task.config import NetworkMode
 from pydantic import Field
 
 from x07_sandbox import AsyncSandbox, Sandbox
-
-if TYPE_CHECKING:
-    from x07_sandbox import Ended
+from x07_sandbox.integrations import errors_of
 
 _PORTS: Final = "80,443"  # Harbor's lists of hosts have no ports
 _AS_USER: Final = (
@@ -165,7 +163,7 @@ class X07Environment(BaseEnvironment):
             argv, cwd=cwd or self.task_env_config.workdir, env=self._merge_env(env), timeout_s=timeout_sec
         )
         answer = ExecResult(
-            stdout=ended.stdout.decode(errors="replace"), stderr=_errors(ended), return_code=ended.x07_exit_code
+            stdout=ended.stdout.decode(errors="replace"), stderr=errors_of(ended), return_code=ended.x07_exit_code
         )
         if (callback := self._output_callback()) is not None:
             await callback(answer.stdout or "", "stdout")
@@ -217,9 +215,3 @@ def image_name(reference: str) -> str:
     """Return the name of the guest image for a container image: no two images have the same one."""
     slug = re.sub(r"[^a-z0-9._]+", "-", reference.lower().removeprefix("docker.io/").removeprefix("library/"))
     return f"{slug.strip('-._')[:40]}-{hashlib.sha256(reference.encode()).hexdigest()[:8]}"
-
-
-def _errors(ended: Ended) -> str:
-    """Return standard error, and the reason if a limit ended the command."""
-    text = ended.stderr.decode(errors="replace")
-    return text if ended.reason_code in {"exited", "signal"} else f"{text}{ended.reason}\n"

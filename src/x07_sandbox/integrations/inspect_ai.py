@@ -20,12 +20,12 @@ from inspect_ai.util import (
 from pydantic import BaseModel, ConfigDict
 
 from x07_sandbox import AsyncSandbox, Sandbox, SandboxError
+from x07_sandbox.integrations import BAD_COMMAND, errors_of
 
 if TYPE_CHECKING:
     from x07_sandbox import Ended
 
 LIFETIME_S: Final = 24 * 3600.0  # samples have time limits of their own
-_BAD_ARGUMENTS: Final = 126  # as a shell says about a command that the kernel cannot execute
 
 
 class X07Config(BaseModel):
@@ -115,7 +115,7 @@ class X07SandboxEnvironment(SandboxEnvironment):
             )
         except SandboxError as exc:
             if exc.code == "usage":  # such as a word that is too long, which a model may have written
-                return ExecResult(False, _BAD_ARGUMENTS, "", f"{exc}\n")  # noqa: FBT003
+                return ExecResult(False, BAD_COMMAND, "", f"{exc}\n")  # noqa: FBT003
             self._raise(exc)
         return _result(ended)
 
@@ -161,13 +161,11 @@ class X07SandboxEnvironment(SandboxEnvironment):
 
 def _result(ended: Ended) -> ExecResult[str]:
     """Return the result of a command. Raises TimeoutError, PermissionError."""
-    out, err = (data.decode(errors="replace") for data in (ended.stdout, ended.stderr))
+    out = ended.stdout.decode(errors="replace")
     if ended.outcome == "timeout":
         error = TimeoutError(ended.reason)
-        error.truncated_output = out + err  # type: ignore[attr-defined] # Inspect passes it on
+        error.truncated_output = out + ended.stderr.decode(errors="replace")  # type: ignore[attr-defined] # Inspect passes it on
         raise error
     if ended.reason_code == "not-executable":
         raise PermissionError(ended.reason)
-    if ended.reason_code not in {"exited", "signal"}:  # such as a missing command, or the memory limit
-        err += f"{ended.reason}\n"
-    return ExecResult(ended.ok, ended.x07_exit_code, out, err)
+    return ExecResult(ended.ok, ended.x07_exit_code, out, errors_of(ended))

@@ -1,7 +1,6 @@
 """The MCP server of `x07 mcp`, for the handshake protocols and for 2026-07-28, with the Tasks extension of the latter.
 
-Its tools are in `mcp_tools`, their arguments in `mcp_calls`, and their answers in `mcp_answers`. Only this module needs
-the package `mcp`.
+Its tools are in `mcp_tools`. Only this module needs the package `mcp`.
 """
 
 from __future__ import annotations
@@ -21,15 +20,13 @@ from mcp.server.stdio import stdio_server
 from mcp_types.version import MODERN_PROTOCOL_VERSIONS
 
 from x07_sandbox.host.settings import __version__
-from x07_sandbox.integrations.mcp_answers import Running
-from x07_sandbox.integrations.mcp_calls import ARGUMENTS, CallError, schema_of
-from x07_sandbox.integrations.mcp_tools import Tools
+from x07_sandbox.integrations.mcp_tools import ARGUMENTS, CallError, Running, Tools, schema_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
     from typing import NoReturn
 
-    from x07_sandbox.integrations.mcp_answers import Answer, Settings
+    from x07_sandbox.integrations.mcp_tools import Answer, Settings
 
 TASKS: Final = "io.modelcontextprotocol/tasks"
 _TASK_AFTER_S: Final = 5.0  # a command that takes longer becomes a task, if the client knows tasks

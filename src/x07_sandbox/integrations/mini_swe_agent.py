@@ -13,6 +13,7 @@ from minisweagent.utils.serialize import recursive_merge
 from pydantic import BaseModel, ConfigDict
 
 from x07_sandbox import Sandbox, SandboxError
+from x07_sandbox.integrations import require_usage, was_stopped
 
 _SUBMITTED = "COMPLETE_TASK_AND_SUBMIT_FINAL_OUTPUT"
 _UNAME = ("system", "release", "version", "machine")
@@ -53,14 +54,13 @@ class X07Environment:
                 keep="both",
             )
         except SandboxError as exc:
-            if exc.code != "usage":  # such as a text that is too long
-                raise
+            require_usage(exc)
             return _answer("", -1, str(exc))
         output = ended.stdout.decode(errors="replace")
-        if ended.reason_code in {"exited", "signal"}:
-            _check_finished(output, ended.x07_exit_code)
-            return _answer(output, ended.x07_exit_code)
-        return _answer(output, -1, ended.reason)
+        if was_stopped(ended):
+            return _answer(output, -1, ended.reason)
+        _check_finished(output, ended.x07_exit_code)
+        return _answer(output, ended.x07_exit_code)
 
     def get_template_vars(self, **variables: Any) -> dict[str, Any]:  # noqa: ANN401
         """Return the configuration, the facts that uname prints in the sandbox, and *variables*."""

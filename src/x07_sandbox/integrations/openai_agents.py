@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 from agents import ShellCallOutcome, ShellCommandOutput, ShellResult
 
 from x07_sandbox import SandboxError
+from x07_sandbox.integrations import BAD_COMMAND, errors_of, require_usage
 
 if TYPE_CHECKING:
     from agents import ShellCommandRequest
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
 
 TIMEOUT_S: Final = 120.0
 OUTPUT_MAX: Final = 64 * 1024  # of each stream, unless the model sets a limit
-_BAD_COMMAND: Final = 126  # as a shell says about a command that the kernel cannot execute
 
 
 class X07Shell:
@@ -45,16 +45,9 @@ class X07Shell:
         try:
             ended = await self._sandbox.shell(command, timeout_s=timeout_s, max_output_bytes=most, keep="both")
         except SandboxError as exc:
-            if exc.code != "usage":  # such as a text that is too long
-                raise
-            return ShellCommandOutput("", f"{exc}\n", ShellCallOutcome("exit", _BAD_COMMAND), command)
-        return ShellCommandOutput(ended.stdout.decode(errors="replace"), _errors(ended), _outcome(ended), command)
-
-
-def _errors(ended: Ended) -> str:
-    """Return standard error, and the reason if a limit ended the command."""
-    text = ended.stderr.decode(errors="replace")
-    return text if ended.reason_code in {"exited", "signal"} else f"{text}{ended.reason}\n"
+            require_usage(exc)
+            return ShellCommandOutput("", f"{exc}\n", ShellCallOutcome("exit", BAD_COMMAND), command)
+        return ShellCommandOutput(ended.stdout.decode(errors="replace"), errors_of(ended), _outcome(ended), command)
 
 
 def _outcome(ended: Ended) -> ShellCallOutcome:

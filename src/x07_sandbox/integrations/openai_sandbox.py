@@ -34,6 +34,7 @@ from agents.sandbox.types import ExecResult, ExposedPortEndpoint
 from agents.sandbox.util.tar_utils import UnsafeTarMemberError, validate_tar_bytes
 
 from x07_sandbox import AsyncSandbox, SandboxError
+from x07_sandbox.integrations import was_stopped
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -152,7 +153,7 @@ class X07Session(BaseSandboxSession):
         if ended.outcome == "timeout":
             raise ExecTimeoutError(command=argv, timeout_s=timeout, context={"reason": ended.reason})
         errors = ended.stderr
-        if ended.reason_code not in {"exited", "signal"}:  # such as the memory limit
+        if was_stopped(ended):
             errors += f"{ended.reason}\n".encode()
         return ExecResult(stdout=ended.stdout, stderr=errors, exit_code=ended.x07_exit_code)
 

@@ -27,6 +27,7 @@ from pydantic_ai.workspaces import (
 )
 
 from x07_sandbox import AsyncSandbox, SandboxError
+from x07_sandbox.integrations import errors_of
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -90,9 +91,7 @@ class X07Workspace(WorkspaceBackend, SupportsCommands, SupportsFilesystem, Suppo
         if ended.truncated:
             why = f"a stream has more than {OUTPUT_MAX} bytes"
             raise WorkspaceOutputLimitError(why, limit=OUTPUT_MAX, stdout=out, stderr=err)
-        if ended.reason_code not in {"exited", "signal"}:  # such as a missing command, or the memory limit
-            err += f"{ended.reason}\n"
-        return CommandResult(exit_code=ended.x07_exit_code, stdout=out, stderr=err)
+        return CommandResult(exit_code=ended.x07_exit_code, stdout=out, stderr=errors_of(ended))
 
     async def read_bytes(self, path: str) -> bytes:  # noqa: D102
         if (await self._stat(path)).kind == "other":  # such as a FIFO, which seems to be empty

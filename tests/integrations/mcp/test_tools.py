@@ -26,7 +26,7 @@ from tests.integrations.mcp.shared import (
     text_of,
 )
 from x07_sandbox.integrations.mcp import make_server
-from x07_sandbox.integrations.mcp_answers import Settings
+from x07_sandbox.integrations.mcp_tools import Settings
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
 from tests.command import x07
-from x07_sandbox.integrations.mcp_calls import (
+from x07_sandbox.integrations.mcp_tools import (
     ARGUMENTS,
     CallError,
     arguments_of,
