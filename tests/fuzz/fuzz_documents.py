@@ -24,7 +24,7 @@ from x07_sandbox.x07.runner_report import Built, x07_report
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-BUILT: Final = Built(mode="compile-run", world="run-os-sandboxed", lang_id="x07", path="/x07/out/compiled-out", size=1)
+BUILT: Final = Built(mode="compile-run", lang_id="x07", size=1)
 COUNT_MAX: Final = (1 << 64) - 1
 BETWEEN: Final = b"\xff\xff"
 

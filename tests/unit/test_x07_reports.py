@@ -48,7 +48,7 @@ ATTEST = jsonschema.Draft202012Validator(PUBLISHED["x07-runtime.attest.schema.js
 INIT = jsonschema.Draft202012Validator(PUBLISHED["x07-policy-init.report.schema.json"])
 
 SANDBOXED: World = "run-os-sandboxed"
-BUILT = Built(mode="compile-run", world=SANDBOXED, lang_id="c", path="/x07/out/compiled-out", size=17000)
+BUILT = Built(mode="compile-run", lang_id="c", size=17000)
 POLICY_BYTES = render_policy(default_policy())
 SHA = "sha256:" + "ab" * 32
 

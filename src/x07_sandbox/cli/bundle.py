@@ -43,7 +43,7 @@ from x07_sandbox.library.requests import carry_out
 from x07_sandbox.library.upkeep import sweep_before_start
 from x07_sandbox.options import COPIED, FILE_SIZE, GRANTS, GROUPS, LIMITS, OF_X07
 from x07_sandbox.policy.decode import decode_policy
-from x07_sandbox.programs.toolchains import OUTPUT, SOURCE_FOLDER, toolchain_named
+from x07_sandbox.programs.toolchains import SOURCE_FOLDER, toolchain_named
 from x07_sandbox.sessions.program import load_program
 from x07_sandbox.sessions.request import (
     EffectivePolicy,
@@ -57,7 +57,7 @@ from x07_sandbox.sessions.run import attempt
 from x07_sandbox.x07 import bundle
 from x07_sandbox.x07.bundle import POLICY, Bundle, folder_of, read_bundle
 from x07_sandbox.x07.project import X07_ARTIFACT, arguments_as_input
-from x07_sandbox.x07.runner_report import FAILED_EXIT, NOT_FRAMED, Built, framed_output, mode_of, report_of, target_of
+from x07_sandbox.x07.runner_report import FAILED_EXIT, NOT_FRAMED, framed_output, report_of, target_of
 
 if TYPE_CHECKING:
     from x07_sandbox.backends.registry import Choice
@@ -184,9 +184,7 @@ def _build(options: argparse.Namespace, request: RunRequest, caller: RunCaller, 
     caller.cancel.check()
     if error is not None:
         raise error
-    mode, name = mode_of(program), program.toolchain.name
-    built = Built(mode=mode, world="run-os-sandboxed", lang_id=name, path=OUTPUT, size=artifact.size)
-    report = report_of(result, built, program)
+    report = report_of(result, program, artifact.size)
     if result.outcome != "ok" or not report.compile.ok:
         for output in (result.stdout.data, result.stderr.data):
             sys.stderr.write(escaped(output.decode("utf-8", "surrogateescape"), kept="\n\t"))

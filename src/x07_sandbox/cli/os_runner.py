@@ -30,7 +30,7 @@ from x07_sandbox.cli.console import LiveLine, OutputError, prepare_streams, say,
 from x07_sandbox.cli.main import collect_rarely, end_with
 from x07_sandbox.cli.outputs import check_outputs, files_read
 from x07_sandbox.cli.parser import Parser, add_row
-from x07_sandbox.cli.run_report import ReportRequest, run_and_report
+from x07_sandbox.cli.run_report import run_and_report
 from x07_sandbox.errors import Command, RefusedError, SandboxError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.documents import render_json
@@ -107,6 +107,8 @@ OPTIONS: Final = (
     Flag("--compile-only", "", _INNER, "switch", hidden=True),
     Flag("--i-accept-precompiled-artifact", "", _INNER, "switch", hidden=True),
 )
+
+_FLAGS: Final = frozenset(row.flag for row in OPTIONS)
 
 _EPILOG: Final = """standard output: one JSON object, X07's report x07-os-runner.report@0.5.0
 exit code: 0 the run succeeded; 1 the report says what failed; 2 wrong usage, policy or setup, and no report
@@ -224,8 +226,10 @@ def _carry_out(options: argparse.Namespace) -> int:
             report = failure_report(message, mode=mode_of(program), world=world, lang_id=lang_id)
         else:
             _note_unused(options, program)
-            wanted = _wanted(options, request, program, accepted=accepted)
-            _, report = run_and_report(request, caller, wanted, stack, _say)
+            caller = replace(caller, program=program, policy=effective_policy_of(request))
+            read = [request.program, Path(options.policy), options.input, *files_read(request, program)]
+            check_outputs({"--compiled-out": options.compiled_out, "--attest-runtime": options.attest_runtime}, read)
+            _, report = run_and_report(request, caller, options, stack, options.policy, _FLAGS)
     write_stdout(render_json(report))
     return report.exit_code
 
@@ -299,22 +303,6 @@ def _request(path: Path, options: argparse.Namespace) -> RunRequest:
         max_output_bytes=settings.MIB if options.max_output_bytes is None else options.max_output_bytes,
         executable=options.compiled_out is not None,
         scale_limits=False,  # X07's report has no field for it
-    )
-
-
-def _wanted(options: argparse.Namespace, request: RunRequest, program: Program, *, accepted: bool) -> ReportRequest:
-    """Read the policy, check the output files, and return the request for the report. Raises UsageError."""
-    policy = effective_policy_of(request)
-    read = [request.program, Path(options.policy), options.input, *files_read(request, program)]
-    check_outputs({"--compiled-out": options.compiled_out, "--attest-runtime": options.attest_runtime}, read)
-    return ReportRequest(
-        program=program,
-        policy=policy,
-        policy_path=options.policy,
-        compiled_out=options.compiled_out,
-        attest_runtime=options.attest_runtime,
-        accepted=accepted,
-        flags=frozenset(option.flag for option in OPTIONS),
     )
 
 

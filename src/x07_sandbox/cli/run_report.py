@@ -4,9 +4,9 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-import msgspec
 from msgspec.structs import replace
 
 from x07_sandbox.cli.console import say, write_stdout
@@ -28,14 +28,13 @@ from x07_sandbox.library.requests import carry_out
 from x07_sandbox.policy.outcomes import REFUSED_EXIT
 from x07_sandbox.policy.problems import PolicyError
 from x07_sandbox.programs.project import project_root, write_document
-from x07_sandbox.programs.toolchains import ARTIFACT, OUTPUT, PROGRAM_FOLDER, Protocol
+from x07_sandbox.programs.toolchains import ARTIFACT, PROGRAM_FOLDER, Protocol
 from x07_sandbox.sessions import request as requests
 from x07_sandbox.sessions.request import EffectivePolicy, Program, RunCaller, RunRequest
 from x07_sandbox.sessions.result import Result
-from x07_sandbox.sessions.transfers import OutFile
 from x07_sandbox.x07 import runner_report
 from x07_sandbox.x07.project import INPUT_MAX_BYTES, PROJECT_FILE, USAGE_EXIT, diagnostics_line
-from x07_sandbox.x07.runner_report import WRITE_CODE, Attested, Built, CompileRunReport, attest, reference
+from x07_sandbox.x07.runner_report import WRITE_CODE, Attested, CompileRunReport, attest, reference
 
 _SCHEMA_EXIT = 3
 
@@ -79,15 +78,9 @@ def run_with_report(
     """Run the program, print X07's report on the run and return the report's exit code. Raises SandboxError."""
     program = caller.program
     assert program is not None  # noqa: S101 - for the type checker
-    wanted = ReportRequest(
-        program=program,
-        policy=caller.policy or requests.effective_policy_of(request),
-        policy_path=None if request.policy is None else str(request.policy),
-        compiled_out=options.compiled_out,
-        attest_runtime=options.attest_runtime,
-        accepted=options.i_accept_weaker_isolation or flag("X07_I_ACCEPT_WEAKER_ISOLATION"),
-    )
-    result, report = run_and_report(request, caller, wanted, stack, say)
+    caller = replace(caller, policy=caller.policy or requests.effective_policy_of(request))
+    path = None if request.policy is None else str(request.policy)
+    result, report = run_and_report(request, caller, options, stack, path)
     write_errors: list[str] = []
     write_records(options, result, write_errors)
     printed = report if options.artifact is None else runner_report.flat_report(report)
@@ -131,84 +124,74 @@ def with_derived_file(
     return replace(request, policy=place, overrides=None), policy
 
 
-class ReportRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """Facts that X07's report needs and the run's result lacks, and the paths of the files to write.
-
-    policy_path: the path as the user typed it; None for a built-in policy.
-    accepted: whether the user accepted weaker isolation. flags: the flags of the calling command; None for `x07 run`.
-    """
-
-    program: Program
-    policy: EffectivePolicy
-    policy_path: str | None
-    compiled_out: Path | None
-    attest_runtime: Path | None
-    accepted: bool
-    flags: frozenset[str] | None = None
-
-
 def run_and_report(
     request: RunRequest,
     caller: RunCaller,
-    wanted: ReportRequest,
+    options: argparse.Namespace,
     stack: contextlib.ExitStack,
-    say: Callable[[str], None],
+    policy_path: str | None,
+    flags: frozenset[str] | None = None,
 ) -> tuple[Result, CompileRunReport]:
-    """Run the request, write the files that *wanted* names, and return the result and the report.
+    """Run the program of *caller*, write the files that *options* name, and return the result and the report.
 
-    *say* is called with each message. Raises UsageError, or, if a file was not written, RefusedError with the result.
+    policy_path: the path as the user typed it; None for a built-in policy. flags: those of `x07-os-runner`; None for
+    `x07 run`. Raises UsageError, or, if a file was not written, RefusedError with the result.
     """
+    program, tell = caller.program, say if flags is None else partial(say, command="x07-os-runner")
+    assert program is not None  # noqa: S101 - for the type checker
     with caller.cancel.waiting():  # it may be a pipe
-        data = requests.read_whole(requests.open_input(request, wanted.program.input_fd, stack), INPUT_MAX_BYTES)
+        data = requests.read_whole(requests.open_input(request, program.input_fd, stack), INPUT_MAX_BYTES)
+    if options.attest_runtime is not None:
+        options.attest_runtime.unlink(missing_ok=True)  # it attests an earlier run
     artifact = artifact_file(stack)
-    if wanted.attest_runtime is not None:
-        wanted.attest_runtime.unlink(missing_ok=True)  # it attests an earlier run
     caller = replace(caller, live_stdout=None, live_stderr=2, artifact=artifact)
-    caller = replace(caller, program=wanted.program, policy=wanted.policy)
-    result, error = carry_out(replace(request, input=data), caller, say)
+    result, error = carry_out(replace(request, input=data), caller, tell)
     caller.progress("")
     if isinstance(error, UsageError):
         raise error
-    advised, command = result, ""
-    if wanted.flags is not None:
-        advised, command = for_flags(result, wanted.flags), "x07 run "
-    aftermath = [*denial_lines(advised, command), *change_lines(advised)]
+    advised, command = (result, "") if flags is None else (for_flags(result, flags), "x07 run ")
+    aftermath, ending = [*denial_lines(advised, command), *change_lines(advised)], list[str]()
     try:
-        report, lines = _make_report(wanted, len(data), (result, error), artifact)
+        report = runner_report.report_of(result, program, artifact.size)
+        if options.compiled_out is not None and report.compile.ok:
+            write_executable(options.compiled_out, artifact)
+        lines = runner_report.describe_ending(result, report, error)
+        if options.attest_runtime is not None and (report.solve is None or "run" not in result.phases):
+            lines = ["no attestation: nothing was run", *lines]
+        elif options.attest_runtime is not None:
+            report = _attested(result, report, caller, options, (policy_path, len(data)))
+        ending = lines
     except SandboxError as exc:
         exc.result = result
-        for line in aftermath:  # the changes to the user's files are reported in any case
-            say(line)
         raise
-    for line in (*lines, *aftermath):
-        say(line)
+    finally:
+        for line in (*ending, *aftermath):  # the changes to the user's files are reported in any case
+            tell(line)
     return result, report
 
 
-def _make_report(
-    wanted: ReportRequest, input_size: int, ended: tuple[Result, SandboxError | None], artifact: OutFile
-) -> tuple[CompileRunReport, list[str]]:
-    """Write the files that *wanted* names; return the report and messages about the run's end. Raises RefusedError."""
-    (result, error), toolchain = ended, wanted.program.toolchain
-    mode = runner_report.mode_of(wanted.program)
-    built = Built(mode=mode, world="run-os-sandboxed", lang_id=toolchain.name, path=OUTPUT, size=artifact.size)
-    report = runner_report.report_of(result, built, wanted.program)
-    if wanted.compiled_out is not None and report.compile.ok:
-        write_executable(wanted.compiled_out, artifact)
-    ending = runner_report.describe_ending(result, report, error)
-    if wanted.attest_runtime is None:
-        return report, ending
-    if report.solve is None or "run" not in result.phases:
-        return report, ["no attestation: nothing was run", *ending]
-    given = Attested(
-        policy=wanted.policy.policy,
-        policy_bytes=wanted.policy.data,
-        policy_path=wanted.policy_path,
-        artifact_path=PROGRAM_FOLDER if toolchain.packs else ARTIFACT,
+def _attested(
+    result: Result,
+    report: CompileRunReport,
+    caller: RunCaller,
+    options: argparse.Namespace,
+    given: tuple[str | None, int],
+) -> CompileRunReport:
+    """Write the attestation of the run, and return the report that refers to it. Raises RefusedError.
+
+    given: the policy's path as the user typed it, and the size of the input.
+    """
+    program, policy, (policy_path, input_size) = caller.program, caller.policy, given
+    assert program is not None and policy is not None and report.solve is not None  # noqa: S101, PT018 - as above
+    facts = Attested(
+        policy=policy.policy,
+        policy_bytes=policy.data,
+        policy_path=policy_path,
+        artifact_path=PROGRAM_FOLDER if program.toolchain.packs else ARTIFACT,
         input_len_bytes=input_size,
-        weaker_isolation=wanted.accepted,
-        denied=wanted.policy.denied,
+        weaker_isolation=options.i_accept_weaker_isolation or flag("X07_I_ACCEPT_WEAKER_ISOLATION"),
+        denied=policy.denied,
     )
-    made = attest(result, report.solve, given)
-    write_bytes(wanted.attest_runtime, render_json(made), code=f"{WRITE_CODE}: ")
-    return replace(report, runtime_attestation=reference(str(wanted.attest_runtime), made)), ending
+    made = attest(result, report.solve, facts)
+    write_bytes(options.attest_runtime, render_json(made), code=f"{WRITE_CODE}: ")
+    return replace(report, runtime_attestation=reference(str(options.attest_runtime), made))

@@ -25,6 +25,7 @@ from x07_sandbox.host.documents import encodable
 from x07_sandbox.host.paths import is_folder
 from x07_sandbox.policy.model import Policy
 from x07_sandbox.policy.outcomes import ending_line
+from x07_sandbox.programs.toolchains import OUTPUT
 from x07_sandbox.sessions.request import Program
 from x07_sandbox.sessions.result import EMPTY_OUTPUT, Result
 from x07_sandbox.x07.project import HEAD_BYTES
@@ -34,6 +35,7 @@ WRAPPED_SCHEMA: Final = "x07.run.report@0.3.0"
 ATTESTATION_SCHEMA: Final = "x07.runtime.attest@0.2.0"
 FAILED_EXIT: Final = 1  # of the command and in the report, unless everything succeeded
 _TRAP_CHARS: Final = 1000
+_WORLD: Final = "run-os-sandboxed"  # the only one in which programs run
 POLICY_CODE: Final = "X07RA_EPOLICY_DIGEST"
 GUEST_CODE: Final = "X07RA_EGUEST_DIGEST"
 WRITE_CODE: Final = "X07RA_EWRITE"
@@ -204,12 +206,10 @@ class RunOsReport(SolveReport, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class Built(msgspec.Struct, frozen=True, kw_only=True):
-    """Facts for a report that the result lacks. lang_id: the toolchain. path, size: of the artifact in the guest."""
+    """Facts for a report that the result lacks. lang_id: the toolchain. size: that of the artifact."""
 
     mode: CompileMode
-    world: World
     lang_id: str
-    path: str
     size: int
 
 
@@ -218,13 +218,13 @@ def runner_report(result: Result, built: Built) -> CompileRunReport:
     if result.outcome == "build-failed":
         compiled, solve = _failed_build(result, built.lang_id), None
     elif result.digests.artifact is None:
-        return failure_report(result.reason, mode=built.mode, world=built.world, lang_id=built.lang_id)
+        return failure_report(result.reason, mode=built.mode, world=_WORLD, lang_id=built.lang_id)
     else:
         compiled, solve = _compiled(result, built), _solved(result)
     good = compiled.ok and solve is not None and solve.ok and solve.exit_status == 0
     return CompileRunReport(
         mode=built.mode,
-        world=built.world,
+        world=_WORLD,
         sandbox_backend=sandbox_backend_of(result),
         exit_code=0 if good else FAILED_EXIT,
         compile=compiled,
@@ -275,7 +275,7 @@ def _compiled(result: Result, built: Built) -> CompileReport:
         ok=True,
         exit_status=0,
         lang_id=built.lang_id,
-        compiled_exe=built.path,
+        compiled_exe=OUTPUT,
         compiled_exe_size=built.size,
         stdout_b64=(result.build.stdout if result.build else EMPTY_OUTPUT).data,
         stderr_b64=(result.build.stderr if result.build else EMPTY_OUTPUT).data,
@@ -467,8 +467,9 @@ def x07_report(result: Result, built: Built) -> CompileRunReport:
     return read_protocol(replace(report, compile=compiled))
 
 
-def report_of(result: Result, built: Built, program: Program) -> CompileRunReport:
-    """Return X07's report of a run of any program."""
+def report_of(result: Result, program: Program, size: int) -> CompileRunReport:
+    """Return X07's report of a run of any program. size: that of the artifact."""
+    built = Built(mode=mode_of(program), lang_id=program.toolchain.name, size=size)
     return runner_report(result, built) if program.toolchain.protocol is None else x07_report(result, built)
 
 
