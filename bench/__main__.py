@@ -23,8 +23,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bench import peers, programs, sandboxes, scale
-from bench.figures import Figures, WrongRunError
+from bench import peers, sandboxes, scale
+from bench.figures import C_PROGRAM, PYTHON_PROGRAM, Figures, WrongRunError, at_once_seconds
 from bench.ours import X07, Command, Floor, Pooled, next_command_seconds, not_hot
 from x07_sandbox.images.store import find_image
 
@@ -68,8 +68,8 @@ class Suite:
         return Command(program=self.sources["C"], flags=("--no-pool",), start="hot", built="cache")
 
     def _x07(self) -> None:
-        self.sources["C"].write_text(programs.C)
-        self.sources["Python"].write_text(programs.PYTHON)
+        self.sources["C"].write_text(C_PROGRAM)
+        self.sources["Python"].write_text(PYTHON_PROGRAM)
         for name, program in self.sources.items():
             subprocess.run([X07, "run", program], input=b"x\n", check=True, capture_output=True)  # builds and caches it
             cold = Command(program=program, flags=("--cold", "--no-cache"), start="cold", built="build")
@@ -136,7 +136,7 @@ class Suite:
         count = self._sizes.at_once
         self.cases[f"{name} exec, C"] = container.peer(["/prog/c"]).seconds
         self.cases[f"{name} exec true"] = container.true_seconds
-        self.cases[f"{name} exec true, {count} at once"] = partial(sandboxes.at_once_seconds, container.true, count)
+        self.cases[f"{name} exec true, {count} at once"] = partial(at_once_seconds, container.true, count)
 
 
 def measure(figures: Figures, options: argparse.Namespace, stack: contextlib.ExitStack) -> None:

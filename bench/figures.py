@@ -1,4 +1,7 @@
-"""The figures of a benchmark: printed as they are measured, and written to a file after each one."""
+"""The programs to time, and the figures: printed as they are measured, and written to a file after each one.
+
+The programs print a nonce from their input, so that a cached output would be noticed.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,25 @@ import contextlib
 import json
 import os
 import statistics
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+C_PROGRAM: Final = """\
+#include <stdio.h>
+int main(void) { char line[128]; return !fgets(line, sizeof line, stdin) || printf("got %s", line) < 0; }
+"""
+PYTHON_PROGRAM: Final = 'print("got", input())\n'
+COUNT_PROGRAM: Final = """\
+#include <stdio.h>
+int main(void) { static char b[65536]; long n = 0; size_t k; while ((k = fread(b, 1, sizeof b, stdin))) n += k;
+return printf("%ld\\n", n) < 0; }
+"""
 # Title, one median, the other: limit and goal of the first divided by the second, if there are any.
 RATIOS: tuple[tuple[str, str, str, float | None, float | None], ...] = (
     ("clone ready / QEMU started and stopped", "clone, until it answers", "QEMU, started and stopped", 3.4, 2.2),
@@ -50,6 +65,20 @@ DIFFERENCES = (
     ("x07 run of C, minus the clone itself", "x07 C, cached", "hot clone that runs C", 150, 80),
 )
 _SAID_BYTES = 500
+
+
+def expected(nonce: str) -> bytes:
+    """Return what both programs print for the input line *nonce*."""
+    return f"got {nonce}\n".encode()
+
+
+def at_once_seconds(call: Callable[[], object], count: int, threads: int | None = None) -> float:
+    """Return the seconds for *count* calls that start together, or *threads* at a time. Raises what a call raises."""
+    with ThreadPoolExecutor(threads or count) as pool:
+        started = time.monotonic()
+        for done in [pool.submit(call) for _ in range(count)]:
+            done.result()
+        return time.monotonic() - started
 
 
 class WrongRunError(Exception):

@@ -48,9 +48,9 @@ def measure(work: Path, policy: Path, what: str, contents: list[bytes], rounds: 
     """Measure one tree and print its figures."""
     times: dict[str, list[float]] = {"no files": [], "ours": [], "tar": []}
     for _ in range(rounds):
-        times["no files"].append(_timed([X07, "run", "--policy", policy, "--toolchain", "shell", "-c", ":"], work))
+        times["no files"].append(_timed(_run(policy, ":"), work))
         tree = _tree(work / "ours", contents)
-        times["ours"].append(_ours(tree, policy))
+        times["ours"].append(_timed(_run(policy, CHANGE, "--allow-write-root", "."), tree))
         _check(tree, contents)
         tree = _tree(work / "theirs", contents)
         out = work / "out"
@@ -71,36 +71,13 @@ def _tree(folder: Path, contents: list[bytes]) -> Path:
     return folder
 
 
-def _ours(tree: Path, policy: Path) -> float:
-    argv: list[str | Path] = [
-        X07,
-        "run",
-        "--policy",
-        policy,
-        "--allow-write-root",
-        ".",
-        "--toolchain",
-        "shell",
-        "-c",
-        CHANGE,
-    ]
-    return _timed(argv, tree)
+def _run(policy: Path, script: str, *flags: str) -> list[str | Path]:
+    return [X07, "run", "--policy", policy, *flags, "--toolchain", "shell", "-c", script]
 
 
 def _tar(tree: Path, out: Path, policy: Path) -> float:
     text = f"mkdir t && cd t && tar -xf - && {CHANGE} && tar -cf - ."
-    run: list[str | Path] = [
-        X07,
-        "run",
-        "--policy",
-        policy,
-        "--max-output-bytes",
-        str(128 * MIB),
-        "--toolchain",
-        "shell",
-        "-c",
-        text,
-    ]
+    run = _run(policy, text, "--max-output-bytes", str(128 * MIB))
     started = time.monotonic()
     packing = subprocess.Popen(["tar", "-cf", "-", "-C", tree, "."], stdout=subprocess.PIPE)
     running = subprocess.Popen(run, stdin=packing.stdout, stdout=subprocess.PIPE)

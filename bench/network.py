@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import io
 import json
-import lzma
 import os
 import selectors
 import signal
@@ -333,7 +332,7 @@ def _pair(stack: contextlib.ExitStack) -> tuple[socket.socket, socket.socket]:
     return near, far
 
 
-def card_modules(release: str, work: Path) -> list[tuple[str, bytes]]:
+def card_modules(release: str, work: Path) -> tuple[tuple[str, bytes], ...]:
     """Return the card's driver and its dependencies from the image's kernel package, in load order."""
     folder = work / "kernel"
     folder.mkdir(mode=0o755)
@@ -343,15 +342,7 @@ def card_modules(release: str, work: Path) -> list[tuple[str, bytes]]:
         raise SystemExit(f"cannot download {package}: {done.stderr.strip()}\nRun apt-get update, then x07 image build")
     (deb,) = folder.glob("*.deb")
     subprocess.run(["dpkg-deb", "--extract", str(deb), str(folder / "tree")], check=True)
-    files = {boot.module_name(path.name): path for path in (folder / "tree").rglob("*.ko*")}
-    loaded: dict[str, bytes] = {}
-
-    def needs(name: str) -> list[str]:
-        data = files[name].read_bytes()
-        loaded[name] = lzma.decompress(data) if files[name].suffix == ".xz" else data
-        return boot.needed_modules(loaded[name])
-
-    return [(name, loaded[name]) for name in boot.load_order([DRIVER], needs)]
+    return next(boot.read_modules(folder / "tree", [DRIVER]))
 
 
 def show(found: dict[str, list[Figures]], pairs: list[tuple[float, float]]) -> None:

@@ -14,8 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bench import programs
-from bench.figures import WrongRunError
+from bench.figures import WrongRunError, expected
 from x07_sandbox.backends.base import MachineKind
 from x07_sandbox.backends.handshake import greet
 from x07_sandbox.backends.qemu.hot import VARIABLE, hot_template, opened_hot
@@ -69,7 +68,7 @@ class Command:
         env = os.environ | self.env
         done = subprocess.run(argv, input=f"{nonce}\n".encode(), capture_output=True, check=False, env=env)
         seconds = time.monotonic() - started
-        check(done.stdout, programs.expected(nonce), start=self.start, built=self.built)
+        check(done.stdout, expected(nonce), start=self.start, built=self.built)
         return seconds
 
 
@@ -130,7 +129,7 @@ class Pooled:
         started = time.monotonic()
         result = self.pool.submit(program, f"{nonce}\n".encode()).result()
         seconds = time.monotonic() - started
-        check(render_json(result), programs.expected(nonce), start="pool", built="cache")
+        check(render_json(result), expected(nonce), start="pool", built="cache")
         return seconds
 
 
@@ -182,7 +181,7 @@ class Floor:
         with self._started() as instance, contextlib.ExitStack() as stack:
             stdout = self._run(instance, f"{nonce}\n".encode(), stack)
         seconds = time.monotonic() - started
-        if stdout != programs.expected(nonce):
+        if stdout != expected(nonce):
             raise WrongRunError("a raw clone did not run the program")
         return seconds
 
@@ -266,7 +265,7 @@ def next_command_seconds(box: Box) -> float:
     started = time.monotonic()
     text = box.output(box.start(ARTIFACT, stdin=f"{nonce}\n".encode()))
     seconds = time.monotonic() - started
-    if text.encode() != programs.expected(nonce):
+    if text.encode() != expected(nonce):
         raise WrongRunError("a sandbox did not run the program")
     return seconds
 

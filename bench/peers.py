@@ -11,8 +11,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench import programs
-from bench.figures import WrongRunError
+from bench.figures import WrongRunError, expected
 from tests import engines
 
 PODMAN_ENV = {"PODMAN_IGNORE_CGROUPSV1_WARNING": "1"}
@@ -32,7 +31,7 @@ class Peer:
             self.argv, input=f"{nonce}\n".encode(), capture_output=True, check=False, env=os.environ | PODMAN_ENV
         )
         seconds = time.monotonic() - started
-        if done.stdout != programs.expected(nonce):
+        if done.stdout != expected(nonce):
             raise WrongRunError(f"{self.argv[0]} did not run the program: {done.stderr.decode()[-500:]}")
         return seconds
 

@@ -11,12 +11,11 @@ import os
 import subprocess
 import tarfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from bench.figures import WrongRunError
+from bench.figures import WrongRunError, at_once_seconds
 from bench.ours import X07, check
 from x07_sandbox import Sandbox
 from x07_sandbox.host.documents import render_json
@@ -44,15 +43,6 @@ class Sizes:
 
 FULL: Final = Sizes(later=100, many=1000, at_once=8, mib=64)
 SHORT: Final = Sizes(later=4, many=10, at_once=8, mib=1)
-
-
-def at_once_seconds(call: Callable[[], object], count: int) -> float:
-    """Return the seconds for *count* calls that start together. Raises what a call raises."""
-    with ThreadPoolExecutor(count) as threads:
-        started = time.monotonic()
-        for done in [threads.submit(call) for _ in range(count)]:
-            done.result()
-        return time.monotonic() - started
 
 
 class Sandboxes:

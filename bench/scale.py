@@ -8,14 +8,13 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Final
+from unittest import mock
 
-from bench import programs
-from bench.figures import WrongRunError
+from bench.figures import COUNT_PROGRAM, WrongRunError, at_once_seconds
 from bench.ours import X07, Command, Floor, check, not_hot
 from x07_sandbox.host.paths import state_dir
 
@@ -24,20 +23,8 @@ MIB: Final = 1 << 20
 
 def at_once(command: Command, count: int, slots: int) -> float:
     """Return the seconds for *count* runs started together, with *slots* running at a time."""
-    with _variable("X07_VM_MAX_RUNNING", str(slots)), ThreadPoolExecutor(count) as threads:
-        started = time.monotonic()
-        for done in [threads.submit(command.seconds) for _ in range(count)]:
-            done.result()
-        return time.monotonic() - started
-
-
-def raw_two_at_a_time(floor: Floor, count: int) -> float:
-    """Return the seconds for *count* raw clones that run the program, two at a time."""
-    with ThreadPoolExecutor(2) as threads:
-        started = time.monotonic()
-        for done in [threads.submit(floor.program_seconds) for _ in range(count)]:
-            done.result()
-        return time.monotonic() - started
+    with mock.patch.dict(os.environ, X07_VM_MAX_RUNNING=str(slots)):
+        return at_once_seconds(command.seconds, count)
 
 
 def memory_mib(floor: Floor, count: int, idle_count: int) -> tuple[float, float]:
@@ -61,7 +48,7 @@ def _pss_bytes(pid: int) -> int:
 def input_seconds(work: Path, size: int) -> float:
     """Return the seconds for a C program that counts *size* bytes of input."""
     source = work / "count.c"
-    source.write_text(programs.COUNT)
+    source.write_text(COUNT_PROGRAM)
     data = os.urandom(size)
     argv = [str(X07), "run", "--no-pool", "--json=full", str(source)]
     subprocess.run(argv, input=b"", capture_output=True, check=True)  # builds it
@@ -87,19 +74,6 @@ def more_jobs(count: int) -> Iterator[None]:
             stack.callback(shutil.rmtree, copy, ignore_errors=True)
             shutil.copytree(ended, copy)
         yield
-
-
-@contextlib.contextmanager
-def _variable(name: str, value: str) -> Iterator[None]:
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,7 +110,7 @@ def _at_once_rows(command: Command, sizes: Sizes) -> Rows:
 def _queue_rows(command: Command, floor: Floor, sizes: Sizes) -> Rows:
     queued = at_once(command, sizes.many, 2)
     yield f"{sizes.many} runs through the queue, two at a time", f"{queued:.2f} s"
-    raw = raw_two_at_a_time(floor, sizes.many)
+    raw = at_once_seconds(floor.program_seconds, sizes.many, threads=2)
     yield f"{sizes.many} raw clones, two at a time", f"{raw:.2f} s"
     yield "through the queue / raw (limit 1.5, goal 1.1)", f"{queued / raw:.2f}"
     clones = at_once(not_hot(command), sizes.many, 2)

@@ -15,6 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
+from unittest import mock
 
 from x07_sandbox.backends.registry import find
 from x07_sandbox.host.processes import Identity, own_identity
@@ -85,15 +86,11 @@ def _add_record(runner: Identity) -> JobRecord:
 
 @contextlib.contextmanager
 def _state() -> Iterator[None]:
-    before = os.environ.get("X07_VM_STATE_DIR")
-    with tempfile.TemporaryDirectory(prefix="x07-bench-") as name:
-        os.environ["X07_VM_STATE_DIR"] = str(Path(name) / "jobs")
-        try:
-            yield
-        finally:
-            os.environ.pop("X07_VM_STATE_DIR")
-            if before is not None:
-                os.environ["X07_VM_STATE_DIR"] = before
+    with (
+        tempfile.TemporaryDirectory(prefix="x07-bench-") as name,
+        mock.patch.dict(os.environ, X07_VM_STATE_DIR=str(Path(name) / "jobs")),
+    ):
+        yield
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ compiler.
 import lzma
 import re
 import stat
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -216,9 +216,24 @@ def read_package(root: Path, unzstd: Callable[[bytes], bytes]) -> Kernel:
     images = list(root.glob("boot/vmlinuz-*"))
     if len(images) != 1:
         raise _bad(f"it contains {len(images)} kernels")
+    boot, net = read_modules(root, BOOT_MODULES, NET_MODULES)
+    return Kernel(
+        release=images[0].name.removeprefix("vmlinuz-"),
+        vmlinux=vmlinux(images[0].read_bytes(), unzstd),
+        boot=boot,
+        net=net,
+    )
+
+
+def read_modules(root: Path, *groups: Iterable[str]) -> Iterator[tuple[tuple[str, bytes], ...]]:
+    """Yield, for each group of modules, names and contents of what it needs beyond earlier groups, in loading order.
+
+    root: see `read_package`. Raises ImageError.
+    """
     files = {module_name(path.name): path for path in root.rglob("*.ko*") if re.search(r"\.ko(\.xz)?$", path.name)}
     built_in = {module_name(line) for path in root.rglob("modules.builtin") for line in path.read_text().splitlines()}
     loaded: dict[str, bytes] = {}
+    earlier: set[str] = set()
 
     def needs(name: str) -> list[str] | None:
         if name not in files:
@@ -230,14 +245,10 @@ def read_package(root: Path, unzstd: Callable[[bytes], bytes]) -> Kernel:
         loaded[name] = _unxz(data) if files[name].suffix == ".xz" else data
         return needed_modules(loaded[name])
 
-    boot = load_order(BOOT_MODULES, needs)
-    net = [name for name in load_order(NET_MODULES, needs) if name not in boot]
-    return Kernel(
-        release=images[0].name.removeprefix("vmlinuz-"),
-        vmlinux=vmlinux(images[0].read_bytes(), unzstd),
-        boot=tuple((name, loaded[name]) for name in boot),
-        net=tuple((name, loaded[name]) for name in net),
-    )
+    for group in groups:
+        names = [name for name in load_order(group, needs) if name not in earlier]
+        yield tuple((name, loaded[name]) for name in names)
+        earlier.update(names)
 
 
 def module_name(path: str) -> str:
