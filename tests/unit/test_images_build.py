@@ -38,10 +38,7 @@ PACKAGES = ("hello", "netbase")
 
 
 def _base_folder(include: Sequence[str]) -> Path:
-    return (
-        store.images_dir()
-        / f"base-{bases.BaseSpec(arch=host_arch(), suite=sources.release_codename(), include=tuple(include)).key}"
-    )
+    return store.images_dir() / f"base-{bases.Contents(arch=host_arch(), include=tuple(include)).base_key}"
 
 
 def _make(include: Sequence[str]) -> str:
@@ -260,8 +257,8 @@ def test_an_engines_image_is_no_image_of_ours() -> None:
 def test_other_wheels_make_another_image(science: store.Image, capsys: pytest.CaptureFixture[str]) -> None:
     """Other wheels make another image, and a rebuild keeps the image's own wheels."""
     wheel = manifest.Wheel(name="six", version="1.16.0", sha256="ab" * 32)
-    more = build.Extras(arch=host_arch(), include=PACKAGES, pip=(wheel,))
-    assert more.base_spec().key != build.Extras(arch=host_arch(), include=PACKAGES).base_spec().key
+    more = bases.Contents(arch=host_arch(), include=PACKAGES, pip=(wheel,))
+    assert more.base_key != bases.Contents(arch=host_arch(), include=PACKAGES).base_key
     place = store.images_dir() / "with-wheels"
     shutil.copytree(science.folder, place)
     made = manifest.sealed(msgspec.structs.replace(science.manifest, pip=[wheel]))

@@ -145,21 +145,28 @@ class Base(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
         return hashlib.sha256(canonical_json(msgspec.to_builtins(self))).hexdigest()
 
 
-class BaseSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """The inputs that determine the content of a base."""
+class Contents(msgspec.Struct, frozen=True, kw_only=True):
+    """The architecture of an image, and what it contains beside x07's own code."""
 
     arch: Arch
-    suite: str
-    include: tuple[str, ...]
-    x07: str = ""  # digest of the X07 toolchain; empty without it
-    pip: tuple[str, ...] = ()  # digests of wheels
+    include: tuple[str, ...] = ()  # Debian packages
+    preload: tuple[str, ...] = ()  # Python modules
+    x07: str = ""  # digest of the X07 toolchain
+    pip: tuple[manifest.Wheel, ...] = ()  # Python packages from wheels
+    program: manifest.ProgramRoot | None = None  # of an imported image
+    program_file: Path | None = None  # its root file system
 
     @property
-    def key(self) -> str:
-        """A hash of the inputs, for the name of the base's folder."""
+    def suite(self) -> str:
+        """The Debian release of the host, whose packages are used."""
+        return sources.release_codename()
+
+    @property
+    def base_key(self) -> str:
+        """A hash of what determines the content of the base, for the name of its folder."""
         words = [RECIPE, self.arch.deb, self.suite, list(self.include)]
         words += [self.x07] if self.x07 else []
-        words += [{"pip": sorted(self.pip), "layout": PIP_LAYOUT}] if self.pip else []
+        words += [{"pip": sorted(wheel.sha256 for wheel in self.pip), "layout": PIP_LAYOUT}] if self.pip else []
         return hashlib.sha256(canonical_json(words)).hexdigest()[:32]
 
 
@@ -183,14 +190,14 @@ def check_base(folder: Path, base: Base) -> None:
         verify.opened_parts(folder_fd, base.parts(), subject, stack)
 
 
-def make_base(work: Path, spec: BaseSpec, progress: Callable[[str], None]) -> Path:
+def make_base(work: Path, contents: Contents, progress: Callable[[str], None]) -> Path:
     """Make a base from Debian packages in a folder below *work*, and return that folder. Raises SandboxError."""
     for name in ("mmdebstrap", "mkfs.erofs", "mke2fs", "dpkg-deb", "zstd", "apt-config", "bwrap"):
         commands.tool(name)
-    file = sources.write_sources(work, spec.suite, spec.arch.deb, progress)
-    sources.check_known(file, spec.include, spec.suite)
-    progress(f"fetching and unpacking {spec.suite} packages")
-    _mmdebstrap(work, spec, progress)
+    file = sources.write_sources(work, contents.suite, contents.arch.deb, progress)
+    sources.check_known(file, contents.include, contents.suite)
+    progress(f"fetching and unpacking {contents.suite} packages")
+    _mmdebstrap(work, contents, progress)
     progress("extracting the kernel")
     argv = [commands.tool("dpkg-deb"), "--extract", str(work / "kernel.deb"), str(work / "kernel")]
     commands.run(argv, cwd=work, timeout_s=120)
@@ -243,7 +250,7 @@ def _put_record(folder: Path, base: Base) -> None:
     put(folder, "base.json", msgspec.json.format(msgspec.json.encode(base), indent=2))
 
 
-def _mmdebstrap(work: Path, spec: BaseSpec, progress: Callable[[str], None]) -> None:
+def _mmdebstrap(work: Path, contents: Contents, progress: Callable[[str], None]) -> None:
     settings = sources.fetch_settings(commands.capture([commands.tool("apt-config"), "dump"]).decode(errors="replace"))
     # Credentials of private mirrors: apt reads them on the host, and they never enter the tree.
     for option, path in (("netrc", "/etc/apt/auth.conf"), ("netrcparts", "/etc/apt/auth.conf.d")):
@@ -254,15 +261,17 @@ def _mmdebstrap(work: Path, spec: BaseSpec, progress: Callable[[str], None]) -> 
     commands.check_space(work, NEEDED_BYTES)
     commands.require_namespaces()
     argv = [*commands.own_namespaces(), commands.tool("mmdebstrap"), "--mode=root", "--format=tar"]
-    argv += mmdebstrap_options(spec.arch, spec.suite, spec.include, str(work / "kernel.deb"), str(work / "dpkg-status"))
+    argv += mmdebstrap_options(
+        contents.arch, contents.suite, contents.include, str(work / "kernel.deb"), str(work / "dpkg-status")
+    )
     argv += [f"--aptopt={setting}" for setting in settings]
     with (work / TAR_FILE).open("wb") as tar:
         # mmdebstrap's processes inherit the lock; `remove_work` waits for it.
         fcntl.flock(tar, fcntl.LOCK_EX)
         commands.run(
-            [*argv, spec.suite, "-", str(work / "build.sources")],
+            [*argv, contents.suite, "-", str(work / "build.sources")],
             cwd=tree,
-            timeout_s=1800 * commands.slower(spec.arch),
+            timeout_s=1800 * commands.slower(contents.arch),
             extra_env={"TMPDIR": str(tree)},
             stdout_fd=tar.fileno(),
             on_line=lambda line: progress(line[3:]) if line.startswith("I: ") else None,

@@ -44,24 +44,6 @@ _MANIFEST: Final = "manifest.json"
 _BASE = re.compile(r"base-[0-9a-f]{32}")
 
 
-class Extras(msgspec.Struct, frozen=True, kw_only=True):
-    """The architecture and the optional contents of an image."""
-
-    arch: Arch
-    include: tuple[str, ...] = ()  # Debian packages
-    preload: tuple[str, ...] = ()  # Python modules
-    x07: str = ""  # digest of the X07 toolchain
-    pip: tuple[manifest.Wheel, ...] = ()  # Python packages from wheels
-    program: manifest.ProgramRoot | None = None  # of an imported image
-    program_file: Path | None = None  # its root file system
-
-    def base_spec(self) -> bases.BaseSpec:
-        """Return the inputs of the image's base."""
-        wheels = tuple(wheel.sha256 for wheel in self.pip)
-        suite = sources.release_codename()
-        return bases.BaseSpec(arch=self.arch, suite=suite, include=self.include, x07=self.x07, pip=wheels)
-
-
 def build_image(  # noqa: PLR0913 - one keyword per ingredient
     *,
     name: str = store.DEFAULT,
@@ -88,17 +70,17 @@ def build_image(  # noqa: PLR0913 - one keyword per ingredient
     modules = None if preload is None else bases.check_modules(preload)
     requirements = None if pip is None else pips.check_requirements(pip)
     with _locked(progress) as images:
-        extras = _extras(name, wanted, packages, modules, progress, keeps_pip=requirements is None)
+        contents = _contents(name, wanted, packages, modules, progress, keeps_pip=requirements is None)
         with _work_folder(progress) as work:
             builder = _Builder(work, images, progress, fresh=fresh, code=code or store.read_guest_code())
             if x07 is not None:
                 progress(f"copying the X07 toolchain {x07}")
-                extras = msgspec.structs.replace(extras, x07=pack_toolchain(x07, work / X07_TAR))
+                contents = msgspec.structs.replace(contents, x07=pack_toolchain(x07, work / X07_TAR))
             if requirements is not None:
-                if extras.pip:
-                    progress(f"replacing the Python packages: {', '.join(wheel.name for wheel in extras.pip)}")
-                extras = msgspec.structs.replace(extras, pip=builder.download(extras, requirements))
-            digest = builder.build(extras)
+                if contents.pip:
+                    progress(f"replacing the Python packages: {', '.join(wheel.name for wheel in contents.pip)}")
+                contents = msgspec.structs.replace(contents, pip=builder.download(contents, requirements))
+            digest = builder.build(contents)
         store.set_name(name, digest)
     return store.load(digest, name)
 
@@ -118,8 +100,8 @@ def import_image(source: str, name: str, progress: Callable[[str], None]) -> tup
             file = work / PROGRAM_FILE
             bases.make_root(work, file, work / bases.TAR_FILE)
             (work / bases.TAR_FILE).unlink()
-            extras = Extras(arch=host_arch(), program=program, program_file=file)
-            digest = _Builder(work, images, progress, fresh=False, code=store.read_guest_code()).build(extras)
+            contents = bases.Contents(arch=host_arch(), program=program, program_file=file)
+            digest = _Builder(work, images, progress, fresh=False, code=store.read_guest_code()).build(contents)
         store.set_name(name, digest)
     return store.load(digest, name), left_out
 
@@ -206,7 +188,7 @@ def remove_images(names: Collection[str], pruner: Pruner) -> tuple[dict[str, str
     return {name: f"sha256:{digest}" for name, digest in removed.items()}, {f"sha256:{digest}" for digest in doomed}
 
 
-def _extras(
+def _contents(
     name: str,
     arch: Arch | None,
     packages: tuple[str, ...] | None,
@@ -214,7 +196,7 @@ def _extras(
     progress: Callable[[str], None],
     *,
     keeps_pip: bool,
-) -> Extras:
+) -> bases.Contents:
     """Combine the requested contents with those of the image *name*. Raises ImageError if the latter are unknown."""
     try:
         image = store.named(name)
@@ -225,7 +207,7 @@ def _extras(
             progress(f"{exc.why}: no modules will be preloaded")
         image = None
     if image is None:
-        return Extras(arch=_architecture(name, arch), include=packages or (), preload=modules or ())
+        return bases.Contents(arch=_architecture(name, arch), include=packages or (), preload=modules or ())
     old = image.manifest
     kept = {
         "packages": old.include if packages is None else [],
@@ -235,7 +217,7 @@ def _extras(
     for kind, names in kept.items():
         if names:
             progress(f"keeping the {kind}: {', '.join(names)}")
-    return Extras(
+    return bases.Contents(
         arch=_architecture(name, arch, arch_named(old.arch)),
         include=bases.check_packages(old.include) if packages is None else packages,
         preload=bases.check_modules(old.preload) if modules is None else modules,
@@ -273,23 +255,23 @@ class _Builder:
         self._fresh = fresh
         self._code = code
 
-    def build(self, extras: Extras) -> str:
+    def build(self, contents: bases.Contents) -> str:
         """Build the image, unless it exists, and return its digest (hex). Raises SandboxError."""
-        base = None if self._fresh else bases.read_base(self._base_folder(extras))
-        if base is not None and (digest := self._existing(base, extras)):
+        base = None if self._fresh else bases.read_base(self._base_folder(contents))
+        if base is not None and (digest := self._existing(base, contents)):
             return digest
-        commands.require_execution(extras.arch)
-        folder, base = self._base(extras)
+        commands.require_execution(contents.arch)
+        folder, base = self._base(contents)
         boot_work, made = self._work / "boot", self._work / "image"
         boot_work.mkdir(mode=0o700)
         made.mkdir(mode=0o700)
         root, modules = folder / base.root.file, base.modules(folder)
-        archive, filters = boot.make_initrd(boot_work, root, modules, extras.arch, self._code, self._progress)
+        archive, filters = boot.make_initrd(boot_work, root, modules, contents.arch, self._code, self._progress)
         for part in (base.kernel, base.root, base.scratch):
             os.link(folder / part.file, made / part.file)
         program = None
-        if extras.program_file is not None:
-            os.link(extras.program_file, made / PROGRAM_FILE)
+        if contents.program_file is not None:
+            os.link(contents.program_file, made / PROGRAM_FILE)
             program = bases.part_of(made, PROGRAM_FILE)
         initrd = bases.put(made, "initrd.cpio", archive)
         image = manifest.sealed(
@@ -297,12 +279,12 @@ class _Builder:
                 schema_version=manifest.SCHEMA,
                 digest=manifest.NO_DIGEST,
                 recipe=bases.RECIPE,
-                arch=extras.arch.name,
-                suite=extras.base_spec().suite,
-                include=list(extras.include),
-                preload=list(extras.preload),
-                x07=extras.x07,
-                pip=list(extras.pip),
+                arch=contents.arch.name,
+                suite=contents.suite,
+                include=list(contents.include),
+                preload=list(contents.preload),
+                x07=contents.x07,
+                pip=list(contents.pip),
                 base=base.digest,
                 guest_code=self._code.digest,
                 kernel_release=base.kernel_release,
@@ -315,7 +297,7 @@ class _Builder:
                 filters={
                     name.removesuffix(boot.FILTER_SUFFIX): bases.put(made, name, data) for name, data in filters.items()
                 },
-                program=extras.program,
+                program=contents.program,
             )
         )
         bases.put(made, _MANIFEST, manifest.encode(image))
@@ -325,28 +307,29 @@ class _Builder:
         made.rename(target)
         return target.name
 
-    def download(self, extras: Extras, lines: tuple[str, ...], *, deps: bool = True) -> tuple[manifest.Wheel, ...]:
+    def download(
+        self, contents: bases.Contents, lines: tuple[str, ...], *, deps: bool = True
+    ) -> tuple[manifest.Wheel, ...]:
         """Download the wheels that satisfy *lines* and fit the image. Raises SandboxError."""
         if not lines:
             return ()
-        spec = extras.base_spec()
         folder = self._work / SOURCES
         folder.mkdir(mode=0o700)
-        file = sources.write_sources(folder, spec.suite, spec.arch.deb, lambda _note: None)
-        plain = msgspec.structs.replace(extras, x07="", pip=())
+        file = sources.write_sources(folder, contents.suite, contents.arch.deb, lambda _note: None)
+        plain = msgspec.structs.replace(contents, x07="", pip=())
         base = bases.read_base(self._base_folder(plain))
         if base is not None:
-            python = _python(base, spec)
+            python = _python(base, contents.arch)
         else:
-            python = pips.guest_python(sources.versions(file, ("python3", "libc6")), spec.arch.name)
+            python = pips.guest_python(sources.versions(file, ("python3", "libc6")), contents.arch.name)
         return pips.download(self._work / WHEELS, lines, python, self._progress, sources_file=file, deps=deps)
 
-    def _base_folder(self, extras: Extras) -> Path:
-        return self._images / f"base-{extras.base_spec().key}"
+    def _base_folder(self, contents: bases.Contents) -> Path:
+        return self._images / f"base-{contents.base_key}"
 
-    def _existing(self, base: bases.Base, extras: Extras) -> str:
+    def _existing(self, base: bases.Base, contents: bases.Contents) -> str:
         """Return the digest (hex) of an intact image with these contents, or "" if there is none."""
-        wanted = base.digest, self._code.digest, list(extras.preload), extras.program
+        wanted = base.digest, self._code.digest, list(contents.preload), contents.program
         for image in store.list_images():
             made = image.manifest
             if (made.base, made.guest_code, made.preload, made.program) == wanted:
@@ -356,9 +339,9 @@ class _Builder:
                 return image.digest.removeprefix("sha256:")
         return ""
 
-    def _base(self, extras: Extras) -> tuple[Path, bases.Base]:
+    def _base(self, contents: bases.Contents) -> tuple[Path, bases.Base]:
         """Return the image's base, after its folder. Make the base if it is missing or damaged. Raises SandboxError."""
-        folder = self._base_folder(extras)
+        folder = self._base_folder(contents)
         base = None if self._fresh else bases.read_base(folder)
         if base is not None:
             try:
@@ -367,7 +350,7 @@ class _Builder:
                 self._progress(f"{exc.what} ({exc.why}); downloading it again")
             else:
                 return folder, base
-        made = self._new_base(extras)
+        made = self._new_base(contents)
         if folder.exists():  # images have links to its files
             folder.rename(self._work / f"old-{folder.name}")
         made.rename(folder)
@@ -375,41 +358,41 @@ class _Builder:
         assert base is not None  # noqa: S101
         return folder, base
 
-    def _new_base(self, extras: Extras) -> Path:
+    def _new_base(self, contents: bases.Contents) -> Path:
         """Make a base in the work folder: from Debian packages, or by adding the X07 toolchain or wheels to a base."""
         work = self._work
-        if extras.pip:
-            return self._with_wheels(extras)
-        if not extras.x07:
-            return bases.make_base(work, extras.base_spec(), self._progress)
+        if contents.pip:
+            return self._with_wheels(contents)
+        if not contents.x07:
+            return bases.make_base(work, contents, self._progress)
         if not (work / X07_TAR).exists():
             why = "this host has no copy of the image's X07 toolchain"
             raise ImageError("cannot rebuild the image", why, "Add --x07-toolchain DIR")
-        below, base = self._base(msgspec.structs.replace(extras, x07=""))
+        below, base = self._base(msgspec.structs.replace(contents, x07=""))
         self._progress("adding the X07 toolchain")
-        return bases.add_layer(work, below, base, work / X07_TAR, x07=extras.x07)
+        return bases.add_layer(work, below, base, work / X07_TAR, x07=contents.x07)
 
-    def _with_wheels(self, extras: Extras) -> Path:
+    def _with_wheels(self, contents: bases.Contents) -> Path:
         work = self._work
-        without = msgspec.structs.replace(extras, pip=())
+        without = msgspec.structs.replace(contents, pip=())
         below, base = self._base(without)
         if not (work / WHEELS).exists():  # a rebuild: download the same wheels again
-            downloaded = self.download(without, pips.pinned(extras.pip), deps=False)
-            if set(downloaded) != set(extras.pip):
+            downloaded = self.download(without, pips.pinned(contents.pip), deps=False)
+            if set(downloaded) != set(contents.pip):
                 why = "the package index has different files now"
                 raise ImageError("cannot rebuild the image", why, "Request its Python packages again: --pip NAME,...")
         self._progress("unpacking the root file system")
         commands.check_space(work, boot.UNPACKED_MAX * base.root.bytes)
         root = commands.unpack_root(work, below / base.root.file)
         self._progress("adding the Python packages")
-        python = _python(base, extras.base_spec())
+        python = _python(base, contents.arch)
         tar = pips.make_layer(work, sorted((work / WHEELS).iterdir()), root, python.version)
         commands.remove_tree(root)
         return bases.add_layer(work, below, base, tar)
 
 
-def _python(base: bases.Base, spec: bases.BaseSpec) -> pips.GuestPython:
-    return pips.guest_python({package.name: package.version for package in base.packages}, spec.arch.name)
+def _python(base: bases.Base, arch: Arch) -> pips.GuestPython:
+    return pips.guest_python({package.name: package.version for package in base.packages}, arch.name)
 
 
 @contextlib.contextmanager
