@@ -32,7 +32,6 @@ from x07_sandbox.host.arch import Arch, host_arch
 from x07_sandbox.jail.bwrap import BWRAP, PERL, SETPRIV
 from x07_sandbox.jail.forms import FLAGS_FOR_A_USER, FLAGS_FOR_ROOT, landlock_form
 from x07_sandbox.jail.landlock import (
-    ExecAddresses,
     file_rights,
     landlock_argv,
     landlock_filter,
@@ -43,7 +42,7 @@ from x07_sandbox.jail.seccomp import VMM_CALLS, restored_filter, vmm_filter, vmm
 
 PID = 4711
 ALL = (1 << 64) - 1
-DRAWN = ExecAddresses(path=0x2345_6789_ABC0, arguments=0x1FFF_0000_0008, environment=0x4000_0000_0010)
+DRAWN = (0x2345_6789_ABC0, 0x1FFF_0000_0008, 0x4000_0000_0010)
 READ, WRITE, EXECUTE, TRUNCATE = 1 << 2, 1 << 1, 1 << 0, 1 << 14
 HEADER = struct.Struct("=QQQQ")
 
@@ -82,16 +81,15 @@ def test_a_call_that_is_not_listed_is_refused(arch: Arch) -> None:
 @each_arch
 def test_the_command_is_executed_once(arch: Arch) -> None:
     """The filter allows execve only with the three secret addresses."""
-    drawn = msgspec.structs.astuple(DRAWN)
-    assert ask(arch, "execve", *drawn) == ALLOW
+    assert ask(arch, "execve", *DRAWN) == ALLOW
     for at in range(3):
-        for wrong in (0, drawn[at] + 8, drawn[at] ^ 1 << 40, drawn[at] & 0xFFFFFFFF):
-            assert ask(arch, "execve", *drawn[:at], wrong, *drawn[at + 1 :]) == REFUSED
+        for wrong in (0, DRAWN[at] + 8, DRAWN[at] ^ 1 << 40, DRAWN[at] & 0xFFFFFFFF):
+            assert ask(arch, "execve", *DRAWN[:at], wrong, *DRAWN[at + 1 :]) == REFUSED
 
 
 def test_the_addresses_cannot_be_guessed() -> None:
     """The secret addresses of each job are random and cannot be guessed."""
-    drawn = [place for _ in range(200) for place in msgspec.structs.astuple(random_addresses())]
+    drawn = [place for _ in range(200) for place in random_addresses()]
     assert len(set(drawn)) == len(drawn)
     assert all(place % 8 == 0 and 1 << 44 <= place < 5 << 44 for place in drawn)
     assert (5 - 1 << 44) // 8 >= 1 << 43
@@ -150,7 +148,7 @@ def test_a_restored_vmm_may_do_nothing_that_a_started_one_may_not(
     restored, started = restored_filter(arch, PID), vmm_filter(arch)
     assert restored_filter(arch, PID) == restored
     assert len(restored) + 100 <= PIPE_BUF  # the message is written whole or not at all
-    assert answer(restored, number(arch.name, "execve"), arch.audit, msgspec.structs.astuple(DRAWN)) == REFUSED
+    assert answer(restored, number(arch.name, "execve"), arch.audit, DRAWN) == REFUSED
     calls = numbers(arch, *VMM_CALLS, *vmm_rules(PID))
     arguments = [(*(0,) * at, value) for at in range(4) for value in INTERESTING]
     allowed = [
@@ -164,7 +162,7 @@ def test_the_release_message_is_atomic() -> None:
     """The message that releases the jail is written atomically and states its length."""
     message = release_message(host_arch(), PID)
     path, arguments, environment, length = HEADER.unpack_from(message)
-    assert message[HEADER.size :] == landlock_filter(host_arch(), PID, ExecAddresses(path, arguments, environment))
+    assert message[HEADER.size :] == landlock_filter(host_arch(), PID, (path, arguments, environment))
     assert (length, len(message) < 65536) == (len(message) - HEADER.size, True)
 
 

@@ -18,8 +18,6 @@ import struct
 from pathlib import Path
 from typing import Final
 
-import msgspec
-
 from x07_sandbox import kernel
 from x07_sandbox.host.arch import Arch, host_arch
 from x07_sandbox.jail.bwrap import PERL, Jail, supervisor_argv
@@ -35,18 +33,15 @@ _SETUP_CALLS: Final = ("close_range", "mmap", "read", "execve", "prctl", "seccom
 _LOWEST, _HIGHEST = 0x100000000000, 0x500000000000  # where the kernel maps nothing by itself
 
 
-class ExecAddresses(msgspec.Struct, frozen=True):
-    """The addresses of the command's path, arguments and environment at execve, random for each job."""
-
-    path: int
-    arguments: int
-    environment: int
+# The addresses of the command's path, arguments and environment at execve, random for each job.
+ExecAddresses = tuple[int, int, int]
 
 
 def random_addresses() -> ExecAddresses:
     """Return three addresses that cannot be guessed."""
     step = 8  # the alignment of pointers
-    return ExecAddresses(*(_LOWEST + step * secrets.randbelow((_HIGHEST - _LOWEST) // step) for _ in range(3)))
+    path, arguments, environment = (_LOWEST + step * secrets.randbelow((_HIGHEST - _LOWEST) // step) for _ in range(3))
+    return path, arguments, environment
 
 
 def landlock_argv(jail: Jail, command: list[str], ruleset_fd: int) -> list[str]:
@@ -96,11 +91,10 @@ def release_message(arch: Arch, pid: int) -> bytes:
     """Return the message that releases the jail: the addresses, and the filter for process *pid*."""
     addresses = random_addresses()
     program = landlock_filter(arch, pid, addresses)
-    return struct.pack("=QQQQ", addresses.path, addresses.arguments, addresses.environment, len(program)) + program
+    return struct.pack("=QQQQ", *addresses, len(program)) + program
 
 
 def landlock_filter(arch: Arch, pid: int, addresses: ExecAddresses) -> bytes:
     """Return the seccomp filter, an array of struct sock_filter."""
-    drawn = msgspec.structs.astuple(addresses)
-    execute = tuple(Check(number, (place,), ALL_64_BITS) for number, place in enumerate(drawn))
+    execute = tuple(Check(number, (place,), ALL_64_BITS) for number, place in enumerate(addresses))
     return allowlist_filter(arch, VMM_CALLS, {**vmm_rules(pid), "execve": (execute,)}, VMM_ERRORS)

@@ -158,12 +158,8 @@ def _names(pattern: re.Pattern[str], text: str) -> Iterator[str]:
 
 def program_hint(name: str, image: ImageInUse) -> Hint:
     """Return a hint about a program that is not installed in the image."""
-    return Hint(subject=f"the program {name}", how=_with_package(image, *package_of_program(name)))
-
-
-def _with_package(image: ImageInUse, flag: str, package: str) -> HowToAllow:
-    """Return the advice to add the package of a missing program or module to the image."""
-    return image.adding(flag, [package]).how
+    flag, package = package_of_program(name)
+    return Hint(subject=f"the program {name}", how=image.adding(flag, [package]).how)
 
 
 def _variable(name: str, policy: Policy, host_variables: Collection[str]) -> Hint | None:
@@ -232,10 +228,9 @@ def _hint(path: str, policy: Policy) -> Hint | None:
 
 
 def _module(name: str, local: LocalModules | None, image: ImageInUse) -> Hint:
-    how = _with_package(image, *package_of_module(name))
-    if local is not None and name in local.modules:
-        how = local.adding.how
-    return Hint(subject=f"the Python module {name}", how=how)
+    flag, package = package_of_module(name)
+    adding = local.adding if local is not None and name in local.modules else image.adding(flag, [package])
+    return Hint(subject=f"the Python module {name}", how=adding.how)
 
 
 # connections that a program without network tried

@@ -182,9 +182,9 @@ def _read(folder: Path, fd: int, instance: str) -> StoredJob:
     return StoredJob(**known, standing="ours", record=record, owner=owner)
 
 
-def all_stored(root: Path | None = None) -> list[StoredJob]:
-    """Return all jobs below the state folder *root*, sorted by name. Raises OSError, HostError."""
-    root = root or state_dir()
+def all_stored() -> list[StoredJob]:
+    """Return all jobs of the state folder, sorted by name. Raises OSError, HostError."""
+    root = state_dir()
     try:
         names = sorted(name for name in os.listdir(root) if JOB_NAME.fullmatch(name))  # noqa: PTH208 - names are wanted
     except FileNotFoundError:
@@ -210,7 +210,7 @@ def _decoded(folder_fd: int, name: str, decoder: msgspec.json.Decoder[_D], schem
     try:
         fd = os.open(name, _FLAGS, dir_fd=folder_fd)
         with closing_fd(fd):
-            data = None if why_not_ours(os.fstat(fd), stat.S_ISREG) else os.read(fd, _RECORD_MAX + 1)
+            data = None if why_not_ours(os.fstat(fd), stat.S_ISREG) else os.read(fd, _RECORD_MAX)
     except FileNotFoundError:
         data = None
     except OSError as exc:
@@ -219,18 +219,11 @@ def _decoded(folder_fd: int, name: str, decoder: msgspec.json.Decoder[_D], schem
         why = f"it has no usable {name}, because x07-sandbox did not create it or it is damaged"
         raise _UnreadableError("unowned", why)
     try:
-        found = decoder.decode(data)
-        version = found.schema_version
-    except _DAMAGES:
-        try:
-            found, version = None, _HEAD.decode(data).schema_version
-        except _DAMAGES as exc:
-            raise _UnreadableError("damaged", damaged) from exc
-    if version != schema:
-        raise _UnreadableError("newer", f"its {name} has an unknown format: {ascii(version)[:80]}")
-    if found is None or len(data) > _RECORD_MAX:
-        raise _UnreadableError("damaged", damaged)
-    return found
+        if (version := _HEAD.decode(data).schema_version) != schema:
+            raise _UnreadableError("newer", f"its {name} has an unknown format: {ascii(version)[:80]}")
+        return decoder.decode(data)
+    except _DAMAGES as exc:
+        raise _UnreadableError("damaged", damaged) from exc
 
 
 # live: the job's x07 process may still need the job. dead: the job's x07 process is gone. expired: the job's deadline
