@@ -33,7 +33,6 @@ from x07_sandbox.host import paths
 from x07_sandbox.host.waiting import Cancel
 from x07_sandbox.images.store import set_name
 from x07_sandbox.library.arguments import checked_options
-from x07_sandbox.library.requests import make_request
 from x07_sandbox.library.run import OPTIONS, CommandOptions, RunOptions
 from x07_sandbox.options import BY_FLAG, BY_KEYWORD, LIMITS, keyword
 from x07_sandbox.options import OPTIONS as OPTIONS_TABLE
@@ -44,7 +43,7 @@ from x07_sandbox.policy.schema import fields as schema_fields
 from x07_sandbox.policy.schema import range_of
 from x07_sandbox.programs.project import Manifest, RunTable
 from x07_sandbox.sessions.program import load_program
-from x07_sandbox.sessions.request import RunCaller, RunRequest
+from x07_sandbox.sessions.request import RunCaller, RunRequest, make_request
 
 if TYPE_CHECKING:
     from x07_sandbox.sessions.request import Program

@@ -12,13 +12,12 @@ from msgspec.structs import replace
 
 from x07_sandbox.cli.parser import add_groups, given_rows
 from x07_sandbox.errors import Flag, UsageError
-from x07_sandbox.library.requests import make_request
 from x07_sandbox.options import BY_FLAG, OPTIONS, keyword, parse_size, size_text
 from x07_sandbox.policy.changes import LimitChanges, change_limits
 from x07_sandbox.policy.controls import run_limits
 from x07_sandbox.policy.default import default_policy, render_policy
 from x07_sandbox.policy.templates import TEMPLATES
-from x07_sandbox.sessions.request import EffectivePolicy, ProjectPolicy, RunRequest, effective_policy_of
+from x07_sandbox.sessions.request import EffectivePolicy, ProjectPolicy, RunRequest, effective_policy_of, make_request
 
 if TYPE_CHECKING:
     from pathlib import Path

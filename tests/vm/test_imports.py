@@ -32,7 +32,7 @@ host.arch host.close_on_fork host.decoding host.linux host.locks host.os_errors 
 host.variables host.verdicts host.waiting
 images.manifest images.store images.verify
 jail.bwrap jail.forms jail.resources jail.seccomp
-library.requests library.upkeep
+library.upkeep
 options
 policy.controls policy.decode policy.default policy.denials policy.features policy.guest policy.model policy.outcomes
 policy.problems

@@ -39,8 +39,7 @@ from x07_sandbox.host.paths import closing_fd
 from x07_sandbox.host.variables import text
 from x07_sandbox.host.waiting import write_all
 from x07_sandbox.images.store import DEFAULT, arch_of
-from x07_sandbox.library.requests import carry_out
-from x07_sandbox.library.upkeep import sweep_before_start
+from x07_sandbox.library.upkeep import carry_out, sweep_before_start
 from x07_sandbox.options import COPIED, FILE_SIZE, GRANTS, GROUPS, LIMITS, OF_X07
 from x07_sandbox.policy.decode import decode_policy
 from x07_sandbox.programs.toolchains import SOURCE_FOLDER, toolchain_named

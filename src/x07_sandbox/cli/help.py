@@ -51,7 +51,7 @@ _BOTH: Final = {
     "zsh": ("#compdef x07\n", "#compdef x07 x07-sandbox\n"),
 }
 # Metavars of options that take a file or a folder.
-_FILES: Final = frozenset({"FILE", "PATH", "F", "PROGRAM", "POLICY", "A", "B"})
+_FILES: Final = frozenset({"FILE", "PATH", "F", "PROGRAM", "POLICY"})
 _FOLDERS: Final = frozenset({"DIR"})
 
 

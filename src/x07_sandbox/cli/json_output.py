@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from x07_sandbox.programs.project import Status
 
 # The options that name a file, of all verbs except `run`. None of these files may be the file of --report-out.
-_FILES: Final = ("file", "files", "first", "second", "policy", "project", "out", "program", "program_flag", "launcher")
+_FILES: Final = ("files", "policy", "project", "out", "program", "program_flag", "launcher")
 
 
 def document_wanted(options: argparse.Namespace) -> bool:

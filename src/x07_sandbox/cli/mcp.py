@@ -89,10 +89,9 @@ def _checked(given: dict[str, Any], choice: Choice) -> Preview:
     from x07_sandbox.host.waiting import Cancel
     from x07_sandbox.images.store import find_image
     from x07_sandbox.library.arguments import SANDBOX, checked_options
-    from x07_sandbox.library.requests import make_request
     from x07_sandbox.sessions.prepare import current_image
     from x07_sandbox.sessions.preview import preview
-    from x07_sandbox.sessions.request import RunCaller
+    from x07_sandbox.sessions.request import RunCaller, make_request
 
     backend = choice.made
     if backend.uses_image and backend.engine_images is None:

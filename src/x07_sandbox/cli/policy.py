@@ -29,7 +29,6 @@ from x07_sandbox.cli.parser import (
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host.os_errors import raised_as
 from x07_sandbox.host.paths import is_folder, real_path, settings_file
-from x07_sandbox.library.requests import make_request
 from x07_sandbox.network import rules
 from x07_sandbox.network.hosts import pattern_text
 from x07_sandbox.network.settings import read_settings
@@ -54,7 +53,7 @@ from x07_sandbox.reports.commands import (
     NeverReached,
     PolicyInitReport,
 )
-from x07_sandbox.sessions.request import read_policy, read_spec_file
+from x07_sandbox.sessions.request import make_request, read_policy, read_spec_file
 from x07_sandbox.x07.project import X07
 
 DENIED: Final = 1

@@ -21,11 +21,11 @@ from x07_sandbox.host.paths import is_folder
 from x07_sandbox.host.settings import SOURCE_MAX_BYTES
 from x07_sandbox.host.variables import text
 from x07_sandbox.host.waiting import cancelled_by_signals
-from x07_sandbox.library.requests import carry_out, make_request
+from x07_sandbox.library.upkeep import carry_out
 from x07_sandbox.options import OF_X07, OPTIONS
 from x07_sandbox.policy.outcomes import REFUSED_EXIT, ending_line
 from x07_sandbox.sessions.program import loaded, toolchain_of_text
-from x07_sandbox.sessions.request import RunCaller
+from x07_sandbox.sessions.request import RunCaller, make_request
 from x07_sandbox.sessions.transfers import read_all
 
 if TYPE_CHECKING:

@@ -10,10 +10,9 @@ from x07_sandbox.backends.lease import PoolClient
 from x07_sandbox.backends.registry import backend_request, select, this_platform
 from x07_sandbox.host.settings import LIFETIME_S, QUEUE_S
 from x07_sandbox.library.arguments import SANDBOX, bad_argument, checked_options, checked_seconds
-from x07_sandbox.library.requests import make_request
 from x07_sandbox.library.upkeep import sweep_before_start
 from x07_sandbox.options import keyword
-from x07_sandbox.sessions.request import RunCaller
+from x07_sandbox.sessions.request import RunCaller, make_request
 from x07_sandbox.sessions.sandbox import NAME, NAME_RULE, Life, OpenSandbox
 
 if TYPE_CHECKING:

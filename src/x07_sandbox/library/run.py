@@ -289,10 +289,9 @@ def run_once(
     """
     from x07_sandbox.backends.lease import PoolClient
     from x07_sandbox.backends.registry import choice_from_environment
-    from x07_sandbox.library.requests import carry_out, make_request
-    from x07_sandbox.library.upkeep import retain_records
+    from x07_sandbox.library.upkeep import carry_out, retain_records
     from x07_sandbox.options import keyword
-    from x07_sandbox.sessions.request import RunCaller
+    from x07_sandbox.sessions.request import RunCaller, make_request
     from x07_sandbox.sessions.transfers import memory_file
 
     choice = choice_from_environment()

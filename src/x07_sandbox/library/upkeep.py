@@ -19,6 +19,9 @@ from x07_sandbox.records.runs import RETENTION, runs_dir
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from x07_sandbox.sessions.request import RunCaller, RunRequest
+    from x07_sandbox.sessions.result import Result
+
 # If there is nothing to remove, the sweep costs one folder listing and a few stat(2).
 _BUDGET_S: Final = 0.2
 _NEWEST: Final = 512  # bounds the cost of a start
@@ -27,6 +30,19 @@ _SHARE: Final = 20  # sweeps take at most 1/20 of the time of a process with man
 _EVERY_MS: Final = 3_600_000  # the time between removals of records
 
 _not_before = 0.0  # on the monotonic clock
+
+
+def carry_out(
+    request: RunRequest, caller: RunCaller, say: Callable[[str], None] = lambda _text: None
+) -> tuple[Result, SandboxError | None]:
+    """Remove jobs of killed x07 processes, then carry out one run. Return its result, and the error that caused it.
+
+    say: called with a message about removed jobs.
+    """
+    from x07_sandbox.sessions.run import attempt
+
+    sweep_before_start(say)
+    return attempt(request, caller)
 
 
 def sweep_before_start(say: Callable[[str], None] = lambda _text: None) -> None:

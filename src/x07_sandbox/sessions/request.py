@@ -7,10 +7,10 @@ import hashlib
 import os
 import re
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import msgspec
 
@@ -27,6 +27,7 @@ from x07_sandbox.sessions.transfers import InFile, OutFile, memory_file, read_al
 if TYPE_CHECKING:
     from x07_sandbox.backends.base import MachineSource
     from x07_sandbox.backends.registry import Choice
+    from x07_sandbox.options import Option
     from x07_sandbox.policy.changes import FlagReach, LimitChanges, Overrides
     from x07_sandbox.policy.model import Limits
 
@@ -126,6 +127,24 @@ class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
     allow_protected: tuple[str, ...] = ()
     hide: tuple[str, ...] = ()
     reveal: tuple[str, ...] = ()
+
+
+def make_request(given: Iterable[tuple[Option, Any]], **fields: Any) -> RunRequest:  # noqa: ANN401 - of many types
+    """Return the request that *given* options describe, which have a value other than None. fields: of the request."""
+    parts: dict[str, dict[str, Any]] = {"": {}, "limits": {}, "overrides": {}}
+    for row, value in given:
+        part, _, field = row.sets.rpartition(".")
+        parts[part][field] = value
+    asked = parts[""]
+    if limits := parts["limits"]:
+        from x07_sandbox.policy.changes import LimitChanges  # few requests change the policy
+
+        asked["limits"] = LimitChanges(**limits)
+    if any((overrides := parts["overrides"]).values()):
+        from x07_sandbox.policy.changes import Overrides
+
+        asked["overrides"] = Overrides(**overrides)
+    return RunRequest(**(asked | fields))
 
 
 class Program(msgspec.Struct, frozen=True, kw_only=True):
