@@ -33,7 +33,7 @@ from x07_sandbox.policy.model import OPTIONAL_SECTIONS
 from x07_sandbox.policy.outcomes import OUTCOMES, REASONS, outcomes_by_exit
 from x07_sandbox.policy.problems import RULES
 from x07_sandbox.policy.schema import fields as policy_model_fields
-from x07_sandbox.policy.schema import host_fields, policy_schema
+from x07_sandbox.policy.schema import policy_schema
 from x07_sandbox.policy.templates import TEMPLATES
 from x07_sandbox.reports.schemas import schemas
 
@@ -51,6 +51,7 @@ _ITEM: Final = re.compile(r"( +)(.*?)(?:(  +)(\S.*))?")
 _BREAK: Final = re.compile(r" (?=--|[|>] )")
 _PAGE: Final = re.compile(r"\(docs/([\w/-]+\.md)\)")
 _FIELD: Final = re.compile(r"(\w+(?:, \w+)*): (.*)")
+_KINDS: Final = {"boolean": "true or false", "integer": "integer", "string": "string", "array": "list"}
 _POLICY_COMMANDS: Final = {
     "new": "`x07 policy new [FLAGS]` | print a complete policy made from flags",
     "init": "`x07 policy init --template T` | write a template to `.x07/policies/base` in the project",
@@ -334,7 +335,7 @@ def policy_fields() -> str:
         else:
             text, rows = doc, _table(f"{head} | Enforced by", (_field_row(field, held) for field in inner))
         parts.append(f"### {section}\n\n{text}\n\n{rows}")
-    hosts = _table(head, map(_field_row, host_fields()))
+    hosts = _table(head, map(_field_row, policy_model_fields("HostPorts")))
     return "\n".join([*parts, f"### Each host of net.allow_hosts\n\n{hosts}"])
 
 
@@ -360,12 +361,32 @@ def _in_words(section: Section) -> str:
 
 
 def _field_row(field: Field, held: Mapping[str, str] | None = None) -> str:
-    values = f"{field.kind}, {field.bounds}" if field.bounds else field.kind
-    absent = "" if field.default is None else f"`{json.dumps(field.default)}`"
+    kind, bounds, default = (
+        _KINDS[field.schema.get("type", "string")],
+        _bounds(field.schema),
+        field.schema.get("default"),
+    )
+    values = f"{kind}, {bounds}" if bounds else kind
+    absent = "" if default is None else f"`{json.dumps(default)}`"
     if field.required:
         absent = "required"
-    cells = [f"`{field.path}`", values.replace("|", "\\|"), absent, field.doc]
+    cells = [f"`{field.path}`", values.replace("|", "\\|"), absent, field.schema["description"]]
     return " | ".join(cells if held is None else [*cells, held[field.path]])
+
+
+def _bounds(schema: Mapping[str, Any]) -> str:
+    """Return the range of a value in words, or "" if it has no range."""
+    if "enum" in schema:
+        return ", ".join(f"`{choice}`" for choice in schema["enum"])
+    if "maximum" in schema:
+        return f"{schema['minimum']} to {schema['maximum']}"
+    if "maxItems" in schema:
+        items = schema["items"]
+        inner = f" of {_bounds(items)}" if "$ref" not in items else ""
+        return f"at most {schema['maxItems']}{inner}"
+    if "maxLength" in schema:
+        return f"{schema.get('minLength', 0)} to {schema['maxLength']} characters"
+    return f"`{schema['pattern']}`" if "pattern" in schema else ""
 
 
 def _template_row(name: str, policy: Policy) -> str:
@@ -378,6 +399,18 @@ def _template_row(name: str, policy: Policy) -> str:
         "listed hosts" if policy.net.enabled else "off",
     ]
     return " | ".join(map(str, cells))
+
+
+def x07_flags() -> str:
+    """Return the table of flags of x07-os-runner."""
+    lines = ["| flag | meaning | default | applies to |", "|---|---|---|---|"]
+    for row in os_runner.OPTIONS:
+        if not row.hidden:
+            value = "\\|".join(row.choices) or row.metavar
+            flag = f"{row.flag} {value}".strip()
+            default = "" if row.usual is None else f"`{row.usual}`"
+            lines.append(f"| `{flag}` | {row.help} | {default} | {'X07' if row.x07_only else 'all'} programs |")
+    return "\n".join(lines) + "\n"
 
 
 PAGES: Final[Mapping[str, Mapping[str, Callable[[], str]]]] = {
@@ -396,7 +429,7 @@ PAGES: Final[Mapping[str, Mapping[str, Callable[[], str]]]] = {
     },
     "reference/result.md": {"fields": result_fields},
     "reference/settings.md": {"variables": variables, "settings": user_setting_rows},
-    "reference/x07.md": {"flags": os_runner.describe, "backends": x07_backends},
+    "reference/x07.md": {"flags": x07_flags, "backends": x07_backends},
 }
 
 

@@ -152,18 +152,6 @@ def specrows() -> str:
     return json.dumps(document, separators=(",", ":")) + "\n"
 
 
-def describe() -> str:
-    """Return the table of flags for docs/reference/x07.md."""
-    lines = ["| flag | meaning | default | applies to |", "|---|---|---|---|"]
-    for row in OPTIONS:
-        if not row.hidden:
-            value = "\\|".join(row.choices) or row.metavar
-            flag = f"{row.flag} {value}".strip()
-            default = "" if row.usual is None else f"`{row.usual}`"
-            lines.append(f"| `{flag}` | {row.help} | {default} | {'X07' if row.x07_only else 'all'} programs |")
-    return "\n".join(lines) + "\n"
-
-
 SETUP_EXIT: Final = 2
 _WORLDS: Final[dict[str, World]] = {"run-os": "run-os", "run-os-sandboxed": "run-os-sandboxed"}
 _MANIFESTS: Final = (PROJECT_FILE, FILE)

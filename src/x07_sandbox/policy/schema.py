@@ -1,11 +1,10 @@
-"""The JSON Schema made from the model, and what is made from it: descriptions of every field, and of violations."""
+"""The JSON Schema made from the model, and what is made from it: the fields, and descriptions of violations."""
 
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -14,7 +13,6 @@ from x07_sandbox.policy.model import SCHEMA_VERSION, Policy
 from x07_sandbox.policy.problems import HUGE, MISSING, Problem, json_path
 
 _REF = "#/$defs/"
-_KINDS = {"boolean": "true or false", "integer": "integer", "string": "string", "array": "list"}
 _SHOWN_CHARS = 40
 _KEY_CHARS = 64  # of a misspelt key: difflib is quadratic
 _ELSEWHERE_CUTOFF = 0.9
@@ -40,19 +38,13 @@ _KEYWORDS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Field:
-    """Description of one field of the document."""
+class Field(NamedTuple):
+    """One field of the document. section: its definition's name in the schema. required: inside its section."""
 
     path: str
-    section: str  # its definition's name in the schema
-    kind: str
-    bounds: str
-    required: bool  # inside its section
-    default: object
-    maximum: int | None
-    minimum: int | None
-    doc: str
+    section: str
+    schema: Mapping[str, Any]
+    required: bool
 
 
 @cache
@@ -62,9 +54,14 @@ def policy_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": SCHEMA_VERSION, **made}
 
 
-def fields() -> tuple[Field, ...]:
-    """Return every field of the document in the model's order; a list is one field."""
-    return tuple(_fields("Policy", ""))
+def fields(section: str = "Policy", prefix: str = "") -> Iterator[Field]:
+    """Yield every field of a section and of the sections in it, in the model's order; a list is one field."""
+    made = policy_schema()["$defs"][section]
+    for name, schema in made["properties"].items():
+        if target := schema.get("$ref"):
+            yield from fields(target.removeprefix(_REF), f"{prefix}{name}.")
+        else:
+            yield Field(f"{prefix}{name}", section, schema, name in made.get("required", ()))
 
 
 def largest(path: str) -> int:
@@ -74,49 +71,8 @@ def largest(path: str) -> int:
 
 def range_of(path: str) -> tuple[int, int]:
     """Return the minimum and the maximum of the field at *path*. The field must have both."""
-    low, high = next((field.minimum, field.maximum) for field in fields() if field.path == path)
-    if low is None or high is None:
-        raise ValueError(f"{path} has no range")
-    return low, high
-
-
-def host_fields() -> tuple[Field, ...]:
-    """Return the fields of one entry of net.allow_hosts."""
-    return tuple(_fields("HostPorts", ""))
-
-
-def _fields(section: str, prefix: str) -> Iterator[Field]:
-    made = policy_schema()["$defs"][section]
-    for name, schema in made["properties"].items():
-        if target := schema.get("$ref"):
-            yield from _fields(target.removeprefix(_REF), f"{prefix}{name}.")
-            continue
-        yield Field(
-            path=f"{prefix}{name}",
-            section=section,
-            kind=_KINDS[schema.get("type", "string")],
-            bounds=_bounds(schema),
-            required=name in made.get("required", ()),
-            default=schema.get("default"),
-            maximum=schema.get("maximum"),
-            minimum=schema.get("minimum"),
-            doc=schema["description"],
-        )
-
-
-def _bounds(schema: Mapping[str, Any]) -> str:
-    """Return the range of a value in words, or "" if it has no range."""
-    if "enum" in schema:
-        return ", ".join(f"`{choice}`" for choice in schema["enum"])
-    if "maximum" in schema:
-        return f"{schema['minimum']} to {schema['maximum']}"
-    if "maxItems" in schema:
-        items = schema["items"]
-        inner = f" of {_bounds(items)}" if "$ref" not in items else ""
-        return f"at most {schema['maxItems']}{inner}"
-    if "maxLength" in schema:
-        return f"{schema.get('minLength', 0)} to {schema['maxLength']} characters"
-    return f"`{schema['pattern']}`" if "pattern" in schema else ""
+    schema = next(field.schema for field in fields() if field.path == path)
+    return schema["minimum"], schema["maximum"]
 
 
 def render_schema() -> bytes:
