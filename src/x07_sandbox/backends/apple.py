@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from typing import Any, Final
 
-from x07_sandbox.backends.base import Availability
 from x07_sandbox.backends.container.backend import OWN_MACHINE, OWN_MACHINE_GAPS, WithImages
 from x07_sandbox.backends.container.runtime import ContainerSpec, Runtime
 from x07_sandbox.backends.engines import CLIENT_ENV, client_of
@@ -21,7 +20,6 @@ from x07_sandbox.backends.prerequisites import Need
 from x07_sandbox.errors import HostError
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.settings import MIB
-from x07_sandbox.images.verify import OpenImage
 
 _OPTION: Final = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 _NEEDED: Final = frozenset({"--name", "--network", "--no-dns", "--mount", "--label", "--memory", "--cpus", "--uid"})
@@ -35,6 +33,7 @@ class AppleBackend(WithImages):
     needs = (Need("program", "container", "", "X07_VM_APPLE_CONTAINER_BIN"),)
     known_gaps = OWN_MACHINE_GAPS
     features = OWN_MACHINE
+    warnings = ()
     variables = ("X07_VM_APPLE_CONTAINER_BIN",)
 
     @property
@@ -54,15 +53,14 @@ class AppleBackend(WithImages):
             raise self._missing(wanted)
         return image_labels(found[0], host_arch().deb)
 
-    def probe(self, image: OpenImage | None = None, *, boot: bool = True) -> Availability:  # noqa: ARG002 - needs no image
-        """Return what VMs can limit here. Raises HostError, BackendError if they cannot be used."""
+    def _prove(self, *, boot: bool) -> str:  # noqa: ARG002 - nothing boots
         runtime = self._runtime()
         status = runtime.client.call("system", "status")
         if status.status:
             why = status.error or "its service does not run"
             raise HostError(f"cannot use {self.name}", why, "Start its service: container system start")
         runtime.options()
-        return Availability(features=self.features, proof="Apple's container answers")
+        return "Apple's container answers"
 
 
 class AppleContainers(Runtime, frozen=True, kw_only=True):

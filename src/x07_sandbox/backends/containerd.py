@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from x07_sandbox.backends.base import Availability, Job
-from x07_sandbox.backends.container.backend import SHARED_KERNEL_WARNING, ContainerInstance, WithImages
+from x07_sandbox.backends.base import Job
+from x07_sandbox.backends.container.backend import ContainerInstance, WithImages
 from x07_sandbox.backends.container.runtime import CREATE, ContainerSpec, Runtime
 from x07_sandbox.backends.engines import DOCTOR, Client, client_of
 from x07_sandbox.backends.prerequisites import Need
@@ -22,7 +22,6 @@ from x07_sandbox.host.processes import kill_identity, processes_with_mark, wait_
 from x07_sandbox.host.variables import text
 from x07_sandbox.host.waiting import Deadline
 from x07_sandbox.images.manifest import ENTRY
-from x07_sandbox.images.verify import OpenImage
 
 _CONNECT_S: Final = 2.0
 _NAMESPACE: Final = "x07"
@@ -123,10 +122,9 @@ class ContainerdBackend(WithImages):
             why = getattr(exc, "strerror", None) or "its control group was not found"
             raise BackendError("cannot limit the tasks of the container", why, "Use another backend") from exc
 
-    def probe(self, image: OpenImage | None = None, *, boot: bool = True) -> Availability:  # noqa: ARG002 - needs no image
-        """Return what containers can limit here. Raises HostError, BackendError if containerd does not answer."""
+    def _prove(self, *, boot: bool) -> str:  # noqa: ARG002 - nothing boots
         self._runtime().images()
-        return Availability(features=self.features, proof=f"{self.name} answers", warnings=(SHARED_KERNEL_WARNING,))
+        return f"{self.name} answers"
 
 
 class Ctr(Runtime, frozen=True, kw_only=True):
@@ -174,8 +172,7 @@ class Ctr(Runtime, frozen=True, kw_only=True):
         return made.get("Labels")
 
     def _names(self) -> Iterable[str]:
-        answer = self.client.call("containers", "ls", "--quiet", 'labels."io.x07.schema"==1')
-        return () if answer.status else answer.text.split()
+        return self.client.listed("containers", "ls", "--quiet", 'labels."io.x07.schema"==1')
 
     def attach_argv(self, container: str) -> list[str]:
         """Return the command that starts a container and carries its standard streams."""

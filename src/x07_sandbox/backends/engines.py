@@ -85,6 +85,11 @@ class Client(msgspec.Struct, frozen=True, kw_only=True):
             error=printable(" ".join(error.decode("utf-8", "replace").split()))[-500:],
         )
 
+    def listed(self, *words: str) -> list[str]:
+        """Return the words that a call prints, or none if it fails. Raises BackendError as `call`."""
+        answer = self.call(*words)
+        return [] if answer.status else answer.text.split()
+
     def objects(self, answer: Answer, fix: str = DOCTOR) -> list[dict[str, Any]]:
         """Return the objects that a call printed as JSON, or none if it said that there are none. Raises BackendError.
 

@@ -21,7 +21,6 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from x07_sandbox.backends.base import Availability
 from x07_sandbox.backends.container.backend import OWN_MACHINE, OWN_MACHINE_GAPS, ContainerInstance
 from x07_sandbox.backends.container.runtime import ContainerSpec
 from x07_sandbox.backends.containerd import ContainerdBackend, Ctr
@@ -35,7 +34,6 @@ from x07_sandbox.host.paths import read_bounded
 from x07_sandbox.host.settings import MIB
 from x07_sandbox.host.variables import FIRECRACKER_SOCKET, text
 from x07_sandbox.host.waiting import Deadline
-from x07_sandbox.images.verify import OpenImage
 
 _CONFIG: Final = "/etc/containerd/firecracker-runtime.json"
 _GUEST_BYTES: Final = 96 * MIB  # for the VM's kernel and firecracker-containerd's agent
@@ -80,6 +78,7 @@ class FirecrackerBackend(ContainerdBackend):
     )
     known_gaps = OWN_MACHINE_GAPS
     features = OWN_MACHINE
+    warnings = ()
     variables = ("X07_VM_FIRECRACKER_CONTAINERD_SOCK", "X07_VM_CONTAINERD_NAMESPACE")
     oci_runtime = "aws.firecracker"
 
@@ -105,15 +104,13 @@ class FirecrackerBackend(ContainerdBackend):
     def _limit_tasks(self, instance: ContainerInstance) -> None:
         """Do nothing, since the agent limits tasks: the container's control group is in the VM."""
 
-    def probe(self, image: OpenImage | None = None, *, boot: bool = True) -> Availability:  # noqa: ARG002 - needs no image
-        """Return what VMs can limit here. Raises HostError, BackendError if they cannot be used."""
+    def _prove(self, *, boot: bool) -> str:
         require(self.needs, f"cannot use {self.name}")
         if os.geteuid() != 0:  # nobody else can see that a VM is gone
             raise HostError(f"cannot use {self.name}", "only root sees the processes of VMs", "Run x07 as root")
         if problems := self._config().problems:
             raise HostError(f"cannot use {self.name}", f"in {_CONFIG}, {' and '.join(problems)}", f"Correct {_CONFIG}")
-        self._runtime().images()
-        return Availability(features=self.features, proof=f"{self.name} answers, and /dev/kvm can be opened")
+        return f"{super()._prove(boot=boot)}, and /dev/kvm can be opened"
 
 
 class FirecrackerCtr(Ctr, frozen=True, kw_only=True):

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from x07_sandbox.backends.base import Availability, Job
+from x07_sandbox.backends.base import Job
 from x07_sandbox.backends.container.backend import GAPS, ContainerBackend, ContainerInstance
 from x07_sandbox.backends.container.runtime import CREATE, ContainerSpec, Runtime
 from x07_sandbox.backends.engines import client_of
@@ -72,6 +72,7 @@ class GvisorBackend(ContainerBackend):
         Need("program", "/usr/bin/fsck.erofs", "erofs-utils"),
     )
     features = Features(isolation="user-kernel", own_kernel=True, can_enforce=VM_CAPABILITIES - _NOT_HELD)
+    warnings = ("gVisor's kernel is a process of this host, which limits its system calls",)
     variables = ("X07_VM_RUNSC_BIN", "X07_VM_STATE_DIR")
 
     def _runtime(self) -> Runsc:
@@ -91,11 +92,9 @@ class GvisorBackend(ContainerBackend):
         with super().start(job) as instance:
             yield instance
 
-    def probe(self, image: OpenImage | None = None, *, boot: bool = True) -> Availability:  # noqa: ARG002 - needs no image
-        """Return what gVisor can limit here. Raises HostError."""
+    def _prove(self, *, boot: bool) -> str:  # noqa: ARG002 - nothing boots
         self._runtime()
-        warning = "gVisor's kernel is a process of this host, which limits its system calls"
-        return Availability(features=self.features, proof="runsc is installed", warnings=(warning,))
+        return "runsc is installed"
 
 
 def _unpack(image: OpenImage) -> None:

@@ -12,14 +12,12 @@ from typing import Any, Final
 
 import msgspec
 
-from x07_sandbox.backends.base import Availability
-from x07_sandbox.backends.container.backend import SHARED_KERNEL_WARNING, WithImages
+from x07_sandbox.backends.container.backend import WithImages
 from x07_sandbox.backends.container.runtime import ContainerSpec, Runtime
 from x07_sandbox.backends.engines import CLIENTS, Client, Name, engine
 from x07_sandbox.errors import BackendError, HostError
 from x07_sandbox.host.paths import find_program
 from x07_sandbox.host.verdicts import Verdict, file_state, forget
-from x07_sandbox.images.verify import OpenImage
 
 _IMAGE_IDS: Final = "podman-image"  # the kind of verdict that holds an image's id
 # Where root's podman finds its store. A podman that reads another file is asked for its images each time.
@@ -96,12 +94,10 @@ class EngineBackend(WithImages):
     def _runtime(self) -> EngineRuntime:
         return EngineRuntime(client=self._engine())
 
-    def probe(self, image: OpenImage | None = None, *, boot: bool = True) -> Availability:  # noqa: ARG002 - needs no image
-        """Return what the engine can limit here. Raises HostError if the engine fails or would ignore a limit."""
+    def _prove(self, *, boot: bool) -> str:
         client = self._engine()
         self._checked(client, self._limits(client), again=not boot)
-        proof = f"{self.name} answers and enforces limits on memory and tasks"
-        return Availability(features=self.features, proof=proof, warnings=(SHARED_KERNEL_WARNING,))
+        return f"{self.name} answers and enforces limits on memory and tasks"
 
     def _info(self, client: Client) -> dict[str, Any]:
         answer = client.call("info", "--format", "json" if client.name == "podman" else "{{json .}}")
@@ -147,8 +143,7 @@ class EngineRuntime(Runtime, frozen=True, kw_only=True):
         return (made.get("Config") or {}).get("Labels")
 
     def _names(self) -> Iterable[str]:
-        answer = self.client.call("ps", "--all", "--no-trunc", "--quiet", "--filter", "label=io.x07.schema=1")
-        return () if answer.status else answer.text.split()
+        return self.client.listed("ps", "--all", "--no-trunc", "--quiet", "--filter", "label=io.x07.schema=1")
 
     def attach_argv(self, container: str) -> list[str]:
         """Return the command that starts a container and carries its standard streams."""

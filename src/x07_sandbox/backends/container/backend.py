@@ -14,7 +14,7 @@ from typing import Final
 
 import msgspec
 
-from x07_sandbox.backends.base import Job
+from x07_sandbox.backends.base import Availability, Job
 from x07_sandbox.backends.container import reaper
 from x07_sandbox.backends.container.runtime import ContainerSpec, Runtime, is_ours
 from x07_sandbox.backends.engines import DEFAULT_REFERENCE
@@ -51,7 +51,6 @@ GAPS: Final = {
 # What a container with our agent can enforce.
 _HELD: Final = VM_CAPABILITIES - {"held-connections", "observed-connections", "command-groups"}
 SHARED_KERNEL: Final = Features(isolation="container", own_kernel=False, can_enforce=_HELD)
-SHARED_KERNEL_WARNING: Final = "the program's system calls reach this host's kernel"
 OWN_MACHINE: Final = Features(isolation="vm-hardware", own_kernel=True, can_enforce=_HELD)
 OWN_MACHINE_GAPS: Final = GAPS | {"root-inside": "in its VM, the program is in a container with few rights"}
 
@@ -68,15 +67,24 @@ class ContainerBackend(ABC):
     needs: Sequence[Need]
     known_gaps: Mapping[str, str] = GAPS
     features = SHARED_KERNEL
+    warnings: tuple[str, ...] = ("the program's system calls reach this host's kernel",)
     variables: tuple[str, ...]
 
     @abstractmethod
     def _runtime(self) -> Runtime:
         """Return the runtime of this host. Raises HostError."""
 
+    @abstractmethod
+    def _prove(self, *, boot: bool) -> str:
+        """Check that the runtime works, and return the proof. Raises HostError, BackendError. boot: see `probe`."""
+
     def least_features(self) -> Features:
         """Return the features of a container that runs x07's agent."""
         return self.features
+
+    def probe(self, image: OpenImage | None = None, *, boot: bool = True) -> Availability:  # noqa: ARG002 - needs no image
+        """Return what a container can limit here. Raises HostError, BackendError if the runtime cannot be used."""
+        return Availability(features=self.features, proof=self._prove(boot=boot), warnings=self.warnings)
 
     @contextlib.contextmanager
     def start(self, job: Job) -> Iterator[ContainerInstance]:
