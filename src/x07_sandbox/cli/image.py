@@ -263,7 +263,10 @@ def _list(options: argparse.Namespace) -> int:
     own, saved, total = image_sizes()
     rows = tuple(
         replace(row, bytes=own.get(row.digest, 0), saved_bytes=saved.get(row.digest, 0))
-        for row in (*map(_row, list_images()), *map(_damaged_row, damaged_images()))
+        for row in (
+            *map(_row, list_images()),
+            *(_bare_row(one, one.problem.why, one.problem.fix) for one in damaged_images()),
+        )
     )
     if print_document(ListReport(images=rows, bytes=total), options):
         return 0
@@ -296,31 +299,25 @@ def _some(flag: str, names: tuple[str, ...]) -> str:
 
 
 def _row(image: Image) -> ImageRow:
-    current = image_is_current(image)
     problem = fix = None
-    if not current:
+    if not (current := image_is_current(image)):
         problem = "built by another version of x07-sandbox"
         fix = f"Run {build_command(image.name)}"
         if not image.name:
             fix = "Remove the image with x07 prune: without a name, it cannot be updated"
-    made = image.manifest
-    pip = tuple(f"{wheel.name}=={wheel.version}" for wheel in made.pip)
-    return ImageRow(
-        name=image.name,
-        digest=image.digest,
-        suite=made.suite,
-        arch=made.arch,
-        include=tuple(made.include),
-        pip=pip,
-        program=made.program,
+    return replace(
+        _bare_row(image, problem, fix),
+        suite=image.manifest.suite,
+        arch=image.manifest.arch,
+        include=tuple(image.manifest.include),
+        pip=tuple(f"{wheel.name}=={wheel.version}" for wheel in image.manifest.pip),
+        program=image.manifest.program,
         current=current,
-        problem=problem,
-        fix=fix,
     )
 
 
-def _damaged_row(image: DamagedImage) -> ImageRow:
-    why, fix = image.problem.why, image.problem.fix
+def _bare_row(image: Image | DamagedImage, problem: str | None, fix: str | None) -> ImageRow:
+    """Return the row of an image whose manifest is not known."""
     return ImageRow(
         name=image.name,
         digest=image.digest,
@@ -330,7 +327,7 @@ def _damaged_row(image: DamagedImage) -> ImageRow:
         pip=(),
         program=None,
         current=False,
-        problem=why,
+        problem=problem,
         fix=fix,
     )
 

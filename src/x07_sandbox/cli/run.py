@@ -51,27 +51,21 @@ def add_run(parser: Parser) -> None:
     parser.set_defaults(command=[], carry_out=run_command)
 
 
-def _epilog(level: str) -> str:
-    from x07_sandbox.cli.help import of_run  # only for help
+def _epilog(level: str, command: str = "run") -> str:
+    from x07_sandbox.cli.help import EXEC, of_run  # only for help
 
-    return of_run(level)
+    return of_run(level) if command == "run" else EXEC
 
 
 def add_exec(parser: Parser) -> None:
     """Add the arguments of `x07 exec`."""
     parser.description = "Run a command from the guest image in a throw-away VM. The command works in a copy of DIR."
     parser.usage = "x07 exec [--workdir DIR [--read]] [OPTIONS] -- COMMAND [ARGS]"
-    parser.late_epilog, parser.level_of = _exec_epilog, help_level
+    parser.late_epilog, parser.level_of = lambda level: _epilog(level, "exec"), help_level
     parser.add_argument("command", nargs="*", metavar="COMMAND [ARGS]", help="the command and its arguments, after --")
     add_help_levels(parser, "all")
     add_groups(parser, "exec")
     parser.set_defaults(program=None, args=[], carry_out=_exec)
-
-
-def _exec_epilog(_level: str) -> str:
-    from x07_sandbox.cli.help import EXEC  # only for help
-
-    return EXEC
 
 
 def _exec(options: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""Meaning of the host of an allowlist entry: one name or a range of addresses."""
+"""Meaning of the host of an allowlist entry: one name or a range of addresses. The gate loads it without the policy."""
 
 from ipaddress import ip_address, ip_network
 from typing import Literal

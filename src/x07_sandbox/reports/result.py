@@ -1,4 +1,4 @@
-"""A run's result as JSON: the short form (`--json`) or the full form (`--json=full`)."""
+"""A run's result as JSON: the short form (`--json`) or the full form (`--json=full`). A run loads no other document."""
 
 from __future__ import annotations
 
