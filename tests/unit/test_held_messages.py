@@ -16,21 +16,19 @@ from x07_sandbox.library.held_messages import (
     End,
     Input,
     Output,
-    Problem,
-    Reader,
     Signal,
     Start,
     Started,
-    packed,
 )
+from x07_sandbox.library.resident import Message, Problem, Reader, packed
 from x07_sandbox.sessions.command import Ended
 from x07_sandbox.sessions.execution import order
 
 
-def through(message: object) -> object:
+def through(message: Message) -> object:
     """What arrives of an answer."""
     reader: Reader[Answer] = Reader(Answer)
-    (found,) = reader.take(packed(message))  # type: ignore[arg-type]
+    (found,) = reader.take(packed(message))
     return found
 
 

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 from typing import TYPE_CHECKING
 
-from x07_sandbox.library.pool_server import Starter
+from x07_sandbox.library.resident import Progress, Reader, Starter, Starting
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 
 def test_nothing_is_written_after_the_start() -> None:
-    """The pool's process writes nothing to its starter's descriptor after the start."""
+    """A resident process writes nothing to its starter's descriptor after the start."""
     read_fd, write_fd = os.pipe()
     starter = Starter(write_fd)
-    starter.report({"progress": "making"})
+    starter.report(Progress.of("making"))
     starter.close()
     with os.fdopen(read_fd, "rb") as pipe:
-        assert [json.loads(line) for line in pipe] == [{"progress": "making"}]
+        reader: Reader[Starting] = Reader(Starting)
+        assert reader.take(pipe.read()) == [Progress("making", notice=False)]
     other_r, other_w = os.pipe()
     assert write_fd in {other_r, other_w}
-    starter.report({"progress": "making another"})
+    assert starter.report(Progress.of("making another"))
     starter.close()
     os.close(other_w)  # which is still open
     assert os.read(other_r, 100) == b""

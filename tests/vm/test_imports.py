@@ -29,7 +29,7 @@ channel.connection channel.contents channel.link channel.messages channel.stream
 cli.console cli.main cli.parser cli.run
 errors
 host.arch host.close_on_fork host.decoding host.linux host.locks host.os_errors host.paths host.processes host.settings
-host.variables host.verdicts host.waiting
+host.sockets host.variables host.verdicts host.waiting
 images.manifest images.store images.verify
 jail.bwrap jail.forms jail.resources jail.seccomp
 library.upkeep

@@ -18,8 +18,8 @@ from x07_sandbox.backends.base import Backend, Instance, Job
 from x07_sandbox.backends.handshake import greet
 from x07_sandbox.errors import BackendError
 from x07_sandbox.host import close_on_fork
-from x07_sandbox.host.linux import fd_path, path_flag, peer_of
-from x07_sandbox.host.paths import cache_folder, closing_fd, state_dir
+from x07_sandbox.host.paths import cache_folder, state_dir
+from x07_sandbox.host.sockets import connected
 from x07_sandbox.host.waiting import wait_readable
 from x07_sandbox.records.record import record_from, record_values
 
@@ -34,13 +34,6 @@ _FDS_MAX: Final = 16
 def pool_dir() -> Path:
     """Return the folder of the pool's socket, lock and log. Raises HostError."""
     return cache_folder("pool")
-
-
-@contextlib.contextmanager
-def socket_address(folder: Path, name: str = SOCKET) -> Iterator[str]:
-    """Yield an address of a socket in *folder*, via /proc/self/fd to stay within the limit of 107 bytes."""
-    with closing_fd(os.open(folder, path_flag() | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)) as fd:
-        yield f"{fd_path(fd)}/{name}"
 
 
 def send(connection: socket.socket, message: Mapping[str, object], fds: Sequence[int] = ()) -> None:
@@ -78,17 +71,10 @@ def connect_to_pool() -> socket.socket | None:
     folder = pool_dir()
     if not (folder / SOCKET).exists():
         return None
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
-        connection.settimeout(ANSWER_S)
-        with socket_address(folder) as address:
-            connection.connect(address)
-        if peer_of(connection)[1] == os.geteuid():
-            return connection
-    except OSError:
-        pass  # the process has ended and left its socket behind
-    connection.close()
-    return None
+        return connected(folder, SOCKET, ANSWER_S, socket.SOCK_SEQPACKET)
+    except OSError:  # the process has ended and left its socket behind
+        return None
 
 
 class _Lease:

@@ -2,9 +2,7 @@
 
 import argparse
 import contextlib
-import json
-import os
-from typing import IO, Any, Final
+from typing import Final
 
 import msgspec
 
@@ -12,11 +10,11 @@ from x07_sandbox.backends.lease import GONE_S, PROTOCOL, connect_to_pool, pool_d
 from x07_sandbox.cli.console import Progress, show
 from x07_sandbox.cli.json_output import document_wanted, print_document
 from x07_sandbox.cli.parser import add_document_flags, inner_verb, whole_number
-from x07_sandbox.errors import Command, HostError, UsageError
+from x07_sandbox.errors import Command, HostError
 from x07_sandbox.host import settings
 from x07_sandbox.host.decoding import prepared
 from x07_sandbox.host.linux import peer_of
-from x07_sandbox.host.processes import start_in_background
+from x07_sandbox.library import resident
 from x07_sandbox.reports.commands import PoolReport, PoolStatus
 
 _EPILOG: Final = """x07 run takes a waiting VM if there is one, and the pool then starts another one. Each VM runs only
@@ -52,40 +50,16 @@ def add_pool(parser: argparse.ArgumentParser) -> None:
 def _start(options: argparse.Namespace) -> int:
     progress = Progress("pool")
     progress("starting")
-    log = pool_dir() / "log"
-    ready_r, ready_w = os.pipe()
     words = str(options.size), str(options.idle), options.image
-    with os.fdopen(ready_r, "rb") as ready, log.open("ab") as errors:
+    log = pool_dir() / "log"
+    with log.open("a+b") as errors:
         log.chmod(0o600)
-        child = start_in_background("x07_sandbox.library.pool_server", *words, ready_fd=ready_w, errors=errors, cwd="/")
-        os.close(ready_w)
-        try:
-            answer = _read_startup(ready, progress)
-        except KeyboardInterrupt:
-            child.terminate()
-            child.wait()
-            raise
-    if "ready" in answer:
-        said = "1 VM is ready" if answer["ready"] == 1 else f"{answer['ready']} VMs are ready"
-        progress.done(f"{said} (process {child.pid})")
-        if document_wanted(options):
-            print_document(PoolReport(pool=_query_status()), options)
-        return 0
-    child.terminate()
-    child.wait()
-    unsaid = {"what": "cannot start the pool", "why": f"its process ended; see {log}", "fix": "Run x07 doctor"}
-    kind = UsageError if answer.get("usage") else HostError
-    raise kind(*(str(answer.get(key, word)) for key, word in unsaid.items()))
-
-
-def _read_startup(ready: IO[bytes], progress: Progress) -> dict[str, Any]:
-    """Show a starting pool's progress until it is ready or fails. Return its last message, or {} if it sent none."""
-    for line in ready:
-        message: dict[str, Any] = json.loads(line)
-        if "progress" not in message:
-            return message
-        progress(str(message["progress"]))
-    return {}
+        module = "x07_sandbox.library.pool_server"
+        count, pid = resident.start("cannot start the pool", module, *words, log=errors, progress=progress)
+    progress.done(f"{'1 VM is' if count == '1' else f'{count} VMs are'} ready (process {pid})")
+    if document_wanted(options):
+        print_document(PoolReport(pool=_query_status()), options)
+    return 0
 
 
 def _stop(options: argparse.Namespace) -> int:

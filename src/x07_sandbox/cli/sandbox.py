@@ -334,7 +334,7 @@ def _files(options: argparse.Namespace) -> int:
     from x07_sandbox.library.listing import connect_to
     from x07_sandbox.reports.sandboxes import FileRow, FilesReport
 
-    files = Files(connect_to(options.sandbox), options.timeout or FILES_S)
+    files = Files(connect_to(options.sandbox, flags=True), options.timeout or FILES_S)
     try:
         about = files.stat(options.path)
         found = files.list(options.path) if about.kind == "folder" else [about]
@@ -371,7 +371,7 @@ def _forward(options: argparse.Namespace) -> int:
     from x07_sandbox.library.listing import connect_to
     from x07_sandbox.reports.sandboxes import ForwardReport
 
-    opened = connect_to(options.sandbox)
+    opened = connect_to(options.sandbox, flags=True)
     ended = threading.Event()
     opened.at_end(ended.set)
     try:
@@ -433,7 +433,7 @@ def _exec(options: argparse.Namespace) -> int:
             why, fix = "standard input and output are not a terminal", "Run x07 sandbox exec without -t"
             raise UsageError("cannot give the command a terminal", why, fix)
         terminal = Terminal(*_size())
-    opened = connect_to(options.sandbox)
+    opened = connect_to(options.sandbox, flags=True)
     env = dict(map(variable, options.env))
     asked = order(options.command, env, options.cwd or "", terminal=terminal, detached=options.detach)
     command = opened.start(asked, options.timeout)

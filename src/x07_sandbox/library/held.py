@@ -8,22 +8,19 @@ import os
 import pickle
 import select
 import socket
-import subprocess
 import threading
 import weakref
-from typing import IO, TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 import msgspec
 
-from x07_sandbox.backends.handshake import input_poll
-from x07_sandbox.backends.lease import socket_address
 from x07_sandbox.channel.link import Stream
 from x07_sandbox.channel.messages import Exec, encode
-from x07_sandbox.errors import BackendError, Cancelled, ChannelUsageError, HostError, SandboxError, UsageError
+from x07_sandbox.errors import BackendError, ChannelUsageError, SandboxError, UsageError
 from x07_sandbox.host import close_on_fork
 from x07_sandbox.host.decoding import prepared
-from x07_sandbox.host.linux import peer_of
-from x07_sandbox.host.processes import reap_later, start_in_background
+from x07_sandbox.host.sockets import connected
+from x07_sandbox.library import resident
 from x07_sandbox.library.held_messages import (
     Answer,
     AskChanges,
@@ -35,11 +32,7 @@ from x07_sandbox.library.held_messages import (
     Finish,
     Finished,
     Input,
-    Opened,
-    Opening,
     Output,
-    Problem,
-    Reader,
     Request,
     Resize,
     Signal,
@@ -48,8 +41,8 @@ from x07_sandbox.library.held_messages import (
     Started,
     Status,
     Watch,
-    packed,
 )
+from x07_sandbox.library.resident import Problem, Reader, packed
 from x07_sandbox.records.runs import SOCKET, all_runs
 from x07_sandbox.sessions.command import AnySandbox, Ended, Process
 from x07_sandbox.sessions.execution import Execution, terminal_kind
@@ -395,15 +388,9 @@ def _leave(shared: SharedSession, session: HeldSession) -> None:
 
 def connect(run: str) -> socket.socket:
     """Connect to the holder of a sandbox. Raises BackendError."""
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        connection.settimeout(_CONNECT_S)
-        with socket_address(all_runs() / run, SOCKET) as address:
-            connection.connect(address)
-        if peer_of(connection)[1] != os.geteuid():
-            raise PermissionError("the socket belongs to another user")
+        connection = connected(all_runs() / run, SOCKET, _CONNECT_S)
     except OSError as exc:
-        connection.close()
         why = "it has ended" if isinstance(exc, FileNotFoundError | ConnectionError) else exc.strerror or str(exc)
         raise BackendError(f"cannot connect to sandbox {run}", why, "Open a new sandbox", code="sandbox-lost") from exc
     close_on_fork.add(connection.fileno())
@@ -457,39 +444,8 @@ def create(asked: Create, cancel_fd: int, progress: Callable[[str], None] = lamb
 
     cancel_fd: readable once the caller no longer wants the sandbox; Cancelled is raised then.
     """
-    ready_r, ready_w = os.pipe()
-    log = os.memfd_create("x07-holder")
-    with os.fdopen(ready_r, "rb", buffering=0) as ready, os.fdopen(log, "r+b") as errors:
-        child = start_in_background(
-            "x07_sandbox.library.holder", ready_fd=ready_w, errors=errors, stdin=subprocess.PIPE
-        )
-        os.close(ready_w)
-        assert child.stdin is not None  # noqa: S101 - it is a pipe
-        try:
-            with contextlib.suppress(BrokenPipeError):  # it has ended; see below
-                child.stdin.write(pickle.dumps(asked))
-                child.stdin.close()
-            reader: Reader[Opening] = Reader(Opening)
-            while data := _next(ready, cancel_fd):
-                for message in reader.take(data):
-                    if isinstance(message, Opened):
-                        reap_later(child)
-                        return message.run
-                    if isinstance(message, Problem):
-                        raise message.error()  # noqa: TRY301 - from another process
-                    progress(message.line())
-        except BaseException:
-            child.terminate()
-            child.wait()
-            raise
-        child.wait()
-        last = os.pread(log, _PIECE, 0).decode("utf-8", "replace").strip().splitlines()[-1:]
-    why = f"its process ended: {last[0] if last else f'status {child.returncode}'}"
-    raise HostError("cannot open the sandbox", why, "Run x07 doctor")
-
-
-def _next(ready: IO[bytes], cancel_fd: int) -> bytes:
-    """Return what a new holder says next, or b"" at its end. Raises Cancelled."""
-    if any(fd == cancel_fd for fd, _ in input_poll(cancel_fd, ready.fileno()).poll()):
-        raise Cancelled("the sandbox was not opened", "it was cancelled", "Open it again")
-    return ready.read(_READ)
+    with os.fdopen(os.memfd_create("x07-holder"), "r+b") as log:
+        given, cancel = pickle.dumps(asked), (cancel_fd, "the sandbox was not opened")
+        module, what = "x07_sandbox.library.holder", "cannot open the sandbox"
+        run, _ = resident.start(what, module, log=log, progress=progress, given=given, cancel=cancel)
+        return run

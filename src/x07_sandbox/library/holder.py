@@ -2,7 +2,7 @@
 
     python -m x07_sandbox.library.holder READY_FD
 
-Standard input is a pickled `Create`, from a process of the same user. READY_FD gets messages of `Opening`. The process
+Standard input is a pickled `Create`, from a process of the same user. READY_FD: see `library/resident`. The process
 ends with its sandbox. SIGTERM and SIGINT end the sandbox and keep its changes.
 """
 
@@ -11,24 +11,21 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
-import resource
 import select
 import signal
 import socket
 import sys
 import threading
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from x07_sandbox.backends.handshake import input_poll
-from x07_sandbox.backends.lease import socket_address
 from x07_sandbox.errors import SandboxError, UsageError
 from x07_sandbox.host import start_thread
-from x07_sandbox.host.linux import peer_of
-from x07_sandbox.host.os_errors import host_error
-from x07_sandbox.host.waiting import Cancel, Event, wait_readable, write_all
+from x07_sandbox.host.sockets import listening
+from x07_sandbox.host.waiting import Cancel
 from x07_sandbox.library.held_messages import (
     AskChanges,
     AskStatus,
@@ -41,11 +38,7 @@ from x07_sandbox.library.held_messages import (
     Finish,
     Finished,
     Input,
-    Opened,
     Output,
-    Problem,
-    Progress,
-    Reader,
     Resize,
     Signal,
     SoFar,
@@ -53,9 +46,9 @@ from x07_sandbox.library.held_messages import (
     Started,
     Status,
     Watch,
-    packed,
 )
 from x07_sandbox.library.opening import open_sandbox
+from x07_sandbox.library.resident import Problem, Progress, Reader, Ready, Server, Starter, packed, run
 from x07_sandbox.options import keyword
 from x07_sandbox.records.runs import SOCKET, all_runs
 from x07_sandbox.sessions.command import caller
@@ -63,16 +56,14 @@ from x07_sandbox.sessions.command import caller
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from x07_sandbox.library.held_messages import Answer, Opening
+    from x07_sandbox.library.held_messages import Answer
     from x07_sandbox.sessions.command import Process
     from x07_sandbox.sessions.sandbox import OpenSandbox
 
 _READ: Final = 256 * 1024
 _REQUEST_S: Final = 10.0  # for a client to send its request
 _ENDED_S: Final = 10.0  # for clients to get the end of their commands
-_NO_FDS_S: Final = 0.2
 _LOOK_S: Final = 5.0  # between two looks whether the client of a command that takes no input is still there
-_WAITING_MAX: Final = 128
 _CLIENTS_MAX: Final = 512
 
 
@@ -112,64 +103,27 @@ class Holder:
 
     def __init__(self, opened: OpenSandbox, listener: socket.socket) -> None:
         self._opened = opened
-        self._listener = listener
-        self._end = Event()
-        self._signal: int | None = None
+        self.server = Server(listener, self._serve_one, _CLIENTS_MAX)
         self._watchers: list[_Client] = []
-        self._threads: list[threading.Thread] = []
-        opened.at_end(self.end)
-
-    def end(self, number: int | None = None, _frame: object = None) -> None:
-        """Stop serving. A signal handler may call this."""
-        self._signal = number
-        self._end.set()
-
-    def end_on_signals(self) -> None:
-        """Let SIGTERM and SIGINT end the service. For the main thread."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.end)
-        self._end.set_by_signals()
+        opened.at_end(self.server.end)
 
     def serve(self) -> None:
         """Serve until the sandbox ends, or `end` is called. Then close it, keep its changes, and tell the clients."""
-        poll = input_poll(self._listener.fileno(), self._end.fd)
-        ended = False
-        while not ended:
-            for fd, _ in poll.poll():
-                if fd == self._end.fd:
-                    ended = True
-                else:
-                    self._accept()
-        self._listener.close()
-        result = self._opened.finish("keep", self._signal)
+        self.server.serve()
+        result = self._opened.finish("keep", self.server.signal)
         for watcher in list(self._watchers):
             with contextlib.suppress(OSError):  # it has gone away
                 watcher.send(Finished(result=result))
                 watcher.connection.shutdown(socket.SHUT_RDWR)  # ends its thread
-        until = time.monotonic() + _ENDED_S
-        for thread in self._threads:
-            thread.join(max(0.0, until - time.monotonic()))
-
-    def _accept(self) -> None:
-        self._threads = [thread for thread in self._threads if thread.is_alive()]
-        try:
-            connection, _ = self._listener.accept()
-            if len(self._threads) >= _CLIENTS_MAX:
-                connection.close()
-                return
-            thread = threading.Thread(target=self._serve_one, args=(connection,), name="x07-client", daemon=True)
-            self._threads.append(start_thread(thread))
-        except OSError:  # out of descriptors or threads until a client leaves
-            wait_readable(self._end.fd, _NO_FDS_S)
+        self.server.join(_ENDED_S)
 
     def _serve_one(self, connection: socket.socket) -> None:
         client = _Client(connection)
-        with connection, contextlib.suppress(OSError, msgspec.MsgspecError, ValueError):  # the client is gone, or wrong
-            if peer_of(connection)[1] == os.geteuid() and (request := client.request()) is not None:
-                try:
-                    self._carry_out(client, request)
-                except SandboxError as exc:
-                    client.send(Problem.of(exc))
+        if (request := client.request()) is not None:
+            try:
+                self._carry_out(client, request)
+            except SandboxError as exc:
+                client.send(Problem.of(exc))
 
     def _carry_out(self, client: _Client, request: ClientMessage) -> None:
         opened = self._opened
@@ -266,70 +220,36 @@ def _receive(client: _Client, command: Process, gone: threading.Event) -> None:
     command.wake()
 
 
-@contextlib.contextmanager
-def _listening(run: str) -> Iterator[socket.socket]:
-    """Yield the socket on which the holder accepts connections, in the folder of the run."""
-    folder = all_runs() / run
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    with listener, socket_address(folder, SOCKET) as address:
-        os.fchmod(listener.fileno(), 0o600)  # the file gets this mode
-        listener.bind(address)
-        try:
-            listener.listen(_WAITING_MAX)
-            yield listener
-        finally:
-            (folder / SOCKET).unlink(missing_ok=True)
+def _hold(starter: Starter) -> None:
+    """Open the sandbox that standard input describes, and hold it until it ends."""
+    asked: Create = pickle.load(sys.stdin.buffer)  # noqa: S301 - from this user's own process
+    with contextlib.closing(Cancel()) as cancel:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda got, _frame: cancel(got))
+        cancel.set_by_signals()
+
+        def progress(text: str) -> None:
+            if not running and not starter.report(Progress.of(text)):  # nobody reads it later
+                cancel()
+
+        running: list[OpenSandbox] = []
+        word = str if asked.flags else keyword
+        opened = open_sandbox(asked.options, cancel, choice=asked.choice, progress=progress, word=word)
+        running.append(opened)
+        with listening(all_runs() / opened.run, SOCKET) as listener:
+            os.chdir("/")
+            holder = Holder(opened, listener)
+            holder.server.end_on_signals()
+            if not starter.report(Ready(opened.run)):
+                holder.server.end()  # nobody knows its id
+            starter.close()
+            holder.serve()
 
 
 def main(words: list[str]) -> int:
     """Run the holder, and return its exit status."""
-    ready_fd = int(words[0])
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each client takes one or two descriptors
-
-    def report(message: Opening) -> bool:
-        """Tell the creator. Return whether it still exists."""
-        try:
-            write_all(ready_fd, packed(message))
-        except OSError:
-            return False
-        return True
-
-    try:
-        asked: Create = pickle.load(sys.stdin.buffer)  # noqa: S301 - from this user's own process
-        with contextlib.closing(Cancel()) as cancel:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, lambda got, _frame: cancel(got))
-            cancel.set_by_signals()
-            signal.signal(signal.SIGHUP, signal.SIG_IGN)
-
-            def progress(text: str) -> None:
-                if not running and not report(Progress.of(text)):  # nobody reads it later
-                    cancel()
-
-            running: list[OpenSandbox] = []
-            opened = open_sandbox(
-                asked.options,
-                cancel,
-                choice=asked.choice,
-                progress=progress,
-                word=str if asked.flags else keyword,
-            )
-            running.append(opened)
-            with _listening(opened.run) as listener:
-                os.chdir("/")
-                holder = Holder(opened, listener)
-                holder.end_on_signals()
-                if not report(Opened(run=opened.run)):
-                    holder.end()  # nobody knows its id
-                os.close(ready_fd)
-                holder.serve()
-    except (SandboxError, OSError) as exc:
-        if (error := exc if isinstance(exc, SandboxError) else host_error(exc)) is None:
-            raise
-        report(Problem.of(error))
-        return 125
-    return 0
+    starter = Starter(int(words[0]))
+    return run(starter, partial(_hold, starter))
 
 
 if __name__ == "__main__":

@@ -2,133 +2,87 @@
 
     python -m x07_sandbox.library.pool_server SIZE IDLE_S IMAGE READY_FD
 
-IMAGE: a name or digest, "" for the default image. READY_FD gets JSON lines: {"progress": TEXT}, then {"ready": SIZE} or
-an error. The process ends on SIGTERM, SIGINT or a request, or after IDLE_S seconds without use. All its machines end
-then.
+IMAGE: a name or digest, "" for the default image. READY_FD: see `library/resident`. The process ends on SIGTERM,
+SIGINT or a request, or after IDLE_S seconds without use. All its machines end then.
 """
 
 import contextlib
-import json
 import os
 import re
-import resource
 import signal
 import socket
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, Final
 
 import msgspec
 
-from x07_sandbox.backends import lease
 from x07_sandbox.backends.handshake import input_poll
 from x07_sandbox.backends.lease import ANSWER_S, GONE_S, PROTOCOL, SOCKET, handover, pool_dir, receive, send
-from x07_sandbox.errors import HostError, SandboxError, UsageError
+from x07_sandbox.errors import HostError, SandboxError
 from x07_sandbox.host import settings
 from x07_sandbox.host.decoding import prepared
 from x07_sandbox.host.linux import open_pidfd, peer_of
 from x07_sandbox.host.locks import file_lock
-from x07_sandbox.host.os_errors import host_error
 from x07_sandbox.host.paths import state_dir
 from x07_sandbox.host.processes import identify
-from x07_sandbox.host.waiting import Deadline, Event, wait_readable
+from x07_sandbox.host.sockets import listening
+from x07_sandbox.host.waiting import Deadline
+from x07_sandbox.library.resident import Problem, Progress, Ready, Server, Starter, run
 from x07_sandbox.library.warm import WarmMachine, WarmMachines
 from x07_sandbox.records.record import Claim
 
-_WAITING_MAX: Final = 128
+_CLIENTS_MAX: Final = 512
 _JOB_ID: Final = re.compile(r"[0-9]{1,20}-[0-9]{1,10}-[0-9]{1,10}-[a-z]{1,16}")
 _WALL_MS_MAX: Final = 86_400_000
-_NO_FDS_S: Final = 0.2
 
 
-class Starter:
-    """Sender of messages about the pool's start to the process that started the pool. Owns the descriptor."""
-
-    def __init__(self, owned_fd: int) -> None:
-        self._file = os.fdopen(owned_fd, "wb", buffering=0)
-
-    def report(self, value: dict[str, object]) -> None:
-        """Write one JSON object as a line. Do nothing if the descriptor is closed. Any thread may call this."""
-        with contextlib.suppress(OSError, ValueError):
-            self._file.write(json.dumps(value).encode() + b"\n")
-
-    def close(self) -> None:
-        """Close the descriptor. A second call does nothing."""
-        self._file.close()
-
-
-class Server:
-    """Accepts connections to the pool. A separate thread serves each connection until the leased machine has ended."""
+class PoolServer:
+    """Serves connections to the pool, each in a thread, until the leased machine has ended."""
 
     def __init__(self, machines: WarmMachines, listener: socket.socket, idle_s: float) -> None:
         self.machines = machines
-        self.listener = listener
         self.idle_s = idle_s
-        self._end = Event()
+        self.server = Server(listener, self._serve_one, _CLIENTS_MAX)
         self._filled = False
-        self._ended = False
         self._leases = 0
-        self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()
 
-    def end(self, *_: object) -> None:
-        """Stop serving. A signal handler may call this, and more than one call is allowed."""
-        self._ended = True
-        self._end.set()
-
     def serve(self) -> None:
-        """Serve until `end` is called or the pool has been idle for too long."""
-        poll = input_poll(self.listener.fileno(), self._end.fd)
-        while not self._unused():
-            for fd, _ in poll.poll(min(self.idle_s, 1.0) * 1000):
-                if fd == self._end.fd:
-                    return
-                try:
-                    connection, _ = self.listener.accept()
-                except OSError:  # out of descriptors until a lease ends
-                    wait_readable(self._end.fd, _NO_FDS_S)
-                    continue
-                thread = threading.Thread(target=self._serve_one, args=(connection,), name="x07-lease", daemon=True)
-                thread.start()
-                self._threads = [*(other for other in self._threads if other.is_alive()), thread]
+        """Serve until the end of `server` or the pool has been idle for too long."""
+        self.server.serve(self._unused, min(self.idle_s, 1.0))
 
     def wait_leases(self) -> None:
-        """Wait, after `end`, until every leased machine has ended and is recorded as gone."""
+        """Wait, after the end, until every leased machine has ended and is recorded as gone."""
         deadline = Deadline.after(GONE_S)
-        while not deadline.passed():
-            with self._lock:
-                if not self._leases:
-                    return
-            for thread in self._threads:
-                thread.join(0.05)
+        while self._leases and not deadline.passed():
+            self.server.join(0.05)
 
     def _unused(self) -> bool:
         with self._lock:
             return self._filled and not self._leases and time.monotonic() - self.machines.used_at > self.idle_s
 
     def _serve_one(self, connection: socket.socket) -> None:
-        with connection:
-            connection.settimeout(ANSWER_S)
-            pid, uid = peer_of(connection)
-            message, fds = (receive(connection) if uid == os.geteuid() else None) or ({}, [])
-            for fd in fds:
-                os.close(fd)
-            want = None if fds else message.get("want")
-            with contextlib.suppress(OSError):
-                if want == "claim":
-                    self._lend(connection, message, pid)
-                elif want == "status":
-                    send(connection, {"protocol": PROTOCOL, **self.status()})
-                elif want == "stop":
-                    self.end()
-                    connection.settimeout(None)
-                    connection.recv(1)  # the answer is the end of this process, which closes the connection
+        connection.settimeout(ANSWER_S)
+        message, fds = receive(connection) or ({}, [])
+        for fd in fds:
+            os.close(fd)
+        want = None if fds else message.get("want")
+        if want == "claim":
+            self._lend(connection, message)
+        elif want == "status":
+            send(connection, {"protocol": PROTOCOL, **self.status()})
+        elif want == "stop":
+            self.server.end()
+            connection.settimeout(None)
+            connection.recv(1)  # the answer is the end of this process, which closes the connection
 
     def wait_filled(self) -> int:
         """Wait until all machines are warm, start the idle time, and return their number. Raises SandboxError."""
-        if not self.machines.wait_ready(Deadline.after(settings.QUEUE_S)) and self._ended:
+        if not self.machines.wait_ready(Deadline.after(settings.QUEUE_S)) and self.server.ended:
             raise HostError("cannot start the pool", "it was stopped during its start", "Start it again")
         self.machines.used_at = time.monotonic()
         self._filled = True
@@ -150,7 +104,8 @@ class Server:
             "problem": None if problem is None else str(problem),
         }
 
-    def _lend(self, connection: socket.socket, asked: dict[str, Any], pid: int) -> None:
+    def _lend(self, connection: socket.socket, asked: dict[str, Any]) -> None:
+        pid, _ = peer_of(connection)
         machine = self._taken(asked, pid)
         if machine is None:
             send(connection, {"protocol": PROTOCOL})
@@ -174,12 +129,12 @@ class Server:
     def _wait_for_end(self, connection: socket.socket, machine_pidfd: int, claimer: int) -> bool:
         """Wait until the connection, the claimer, the machine or the server ends. Return whether the server ended."""
         with contextlib.ExitStack() as stack:
-            fds = [connection.fileno(), machine_pidfd, self._end.fd]
+            fds = [connection.fileno(), machine_pidfd, self.server.end_fd]
             with contextlib.suppress(OSError):
                 # A forked child of a dead claimer may hold the connection open.
                 fds.append(open_pidfd(claimer))
                 stack.callback(os.close, fds[-1])
-            return any(fd == self._end.fd for fd, _ in input_poll(*fds).poll())
+            return any(fd == self.server.end_fd for fd, _ in input_poll(*fds).poll())
 
     def _taken(self, asked: dict[str, Any], pid: int) -> WarmMachine | None:
         """Return a machine as requested and record that the process *pid* owns it, or return None if none fits."""
@@ -216,54 +171,42 @@ def _listening() -> Iterator[socket.socket]:
         with contextlib.suppress(OSError):
             os.ftruncate(sys.stderr.fileno(), 0)  # start a new log
         (folder / SOCKET).unlink(missing_ok=True)
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with listener, lease.socket_address(folder) as address:
-            listener.bind(address)
-            listener.listen(_WAITING_MAX)
-            try:
-                yield listener
-            finally:
-                (folder / SOCKET).unlink(missing_ok=True)
+        with listening(folder, SOCKET, socket.SOCK_SEQPACKET) as listener:
+            yield listener
+
+
+def _keep(starter: Starter, size: int, idle_s: float, image: str | None) -> None:
+    """Keep machines warm until the pool ends."""
+    os.chdir("/")
+    with _listening() as listener:
+
+        def progress(text: str) -> None:
+            starter.report(Progress.of(text))
+
+        machines = WarmMachines(size, image=image, progress=progress)
+        pool = PoolServer(machines, listener, idle_s)
+        pool.server.end_on_signals()
+        machines.start()
+        with contextlib.closing(machines):
+            announce = threading.Thread(target=_announce, args=(pool, starter), daemon=True)
+            announce.start()
+            pool.serve()
+            pool.wait_leases()
+        announce.join(ANSWER_S)  # the thread may have to report the end
+
+
+def _announce(pool: PoolServer, starter: Starter) -> None:
+    try:
+        starter.report(Ready(str(pool.wait_filled())))
+    except SandboxError as exc:
+        starter.report(Problem.of(exc))
+    starter.close()
 
 
 def main(words: list[str]) -> int:
     """Run the pool's process and return its exit status."""
-    size, idle_s, image, starter = int(words[0]), float(words[1]), words[2] or None, Starter(int(words[3]))
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a machine takes about ten descriptors
-    try:
-        with _listening() as listener:
-            machines = WarmMachines(size, image=image, progress=lambda text: starter.report({"progress": text}))
-            server = Server(machines, listener, idle_s)
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, server.end)
-            signal.signal(signal.SIGHUP, signal.SIG_IGN)
-            machines.start()
-            with contextlib.closing(machines):
-                announce = threading.Thread(target=_announce, args=(server, starter), daemon=True)
-                announce.start()
-                server.serve()
-                server.wait_leases()
-            announce.join(ANSWER_S)  # the thread may have to report the end
-    except (SandboxError, OSError) as exc:
-        if (error := exc if isinstance(exc, SandboxError) else host_error(exc)) is None:
-            raise
-        starter.report(_error_values(error))
-        return 125
-    return 0
-
-
-def _error_values(exc: SandboxError) -> dict[str, object]:
-    """Return an error as JSON values for `x07 pool start`. The value `usage` tells a UsageError from others."""
-    return {"what": exc.what, "why": exc.why, "fix": exc.fix, "usage": isinstance(exc, UsageError)}
-
-
-def _announce(server: Server, starter: Starter) -> None:
-    try:
-        starter.report({"ready": server.wait_filled()})
-    except SandboxError as exc:
-        starter.report(_error_values(exc))
-    starter.close()
+    starter = Starter(int(words[3]))
+    return run(starter, partial(_keep, starter, int(words[0]), float(words[1]), words[2] or None))
 
 
 if __name__ == "__main__":

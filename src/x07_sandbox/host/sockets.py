@@ -1,0 +1,54 @@
+"""Unix sockets in private folders, between processes of one user. Each side checks the uid of the other."""
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from x07_sandbox.host.linux import fd_path, path_flag, peer_of
+from x07_sandbox.host.paths import closing_fd
+
+_WAITING_MAX: Final = 128  # connections that nobody has accepted yet
+
+
+@contextlib.contextmanager
+def _address(folder: Path, name: str) -> Iterator[str]:
+    """Yield an address of a socket in *folder*, via /proc/self/fd to stay within the limit of 107 bytes."""
+    with closing_fd(os.open(folder, path_flag() | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)) as fd:
+        yield f"{fd_path(fd)}/{name}"
+
+
+@contextlib.contextmanager
+def listening(folder: Path, name: str, kind: socket.SocketKind = socket.SOCK_STREAM) -> Iterator[socket.socket]:
+    """Yield a socket on which only this user can connect, at *name* in *folder*, until the context ends."""
+    listener = socket.socket(socket.AF_UNIX, kind)
+    with listener, _address(folder, name) as address:
+        os.fchmod(listener.fileno(), 0o600)  # the file gets this mode
+        listener.bind(address)
+        try:
+            listener.listen(_WAITING_MAX)
+            yield listener
+        finally:
+            (folder / name).unlink(missing_ok=True)
+
+
+def connected(folder: Path, name: str, timeout_s: float, kind: socket.SocketKind = socket.SOCK_STREAM) -> socket.socket:
+    """Connect to the socket at *name* in *folder*. Raises OSError, such as PermissionError for that of another user."""
+    connection = socket.socket(socket.AF_UNIX, kind)
+    try:
+        connection.settimeout(timeout_s)
+        with _address(folder, name) as address:
+            connection.connect(address)
+        if not is_own(connection):
+            raise PermissionError("the socket belongs to another user")  # noqa: TRY301 - as connect(2) does
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def is_own(connection: socket.socket) -> bool:
+    """Return whether the other side is a process of this user."""
+    return peer_of(connection)[1] == os.geteuid()
