@@ -81,6 +81,12 @@ def at_once_seconds(call: Callable[[], object], count: int, threads: int | None 
         return time.monotonic() - started
 
 
+def memory_bytes(pid: int) -> dict[str, int]:
+    """Return the sizes in smaps_rollup of a process by name (proc(5)). Pss: shared pages count in part."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines()[1:]
+    return {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in lines)}
+
+
 class WrongRunError(Exception):
     """A timed run was not as expected, so its time is no figure."""
 

@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from bench import network_guest
+from bench.figures import memory_bytes
 from bench.ours import X07
 from tests.lab.laboratory import DNS_ADDRESS, GATE_ADDRESS, ROUTER, Laboratory
 from x07_sandbox.backends.qemu import machine as machines
@@ -230,15 +231,11 @@ def _memory_mb(runner: int) -> tuple[float, float] | None:
             pending += children_of(pid)
             words = Path(f"/proc/{pid}/cmdline").read_bytes()
             if b"network.gate import" in words or b"network.resolver import" in words:
-                rows = dict(line.split(":") for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])
-                rss, pss, count = rss + _kib(rows["Rss"]), pss + _kib(rows["Pss"]), count + 1
+                used = memory_bytes(pid)
+                rss, pss, count = rss + used["Rss"], pss + used["Pss"], count + 1
     except (FileNotFoundError, ProcessLookupError):
         return None
     return (rss / MB, pss / MB) if count == 2 else None  # noqa: PLR2004 - gate and resolver
-
-
-def _kib(text: str) -> int:
-    return int(text.split(maxsplit=1)[0]) * 1024
 
 
 class Card:

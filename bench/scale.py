@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 from unittest import mock
 
-from bench.figures import COUNT_PROGRAM, WrongRunError, at_once_seconds
+from bench.figures import COUNT_PROGRAM, at_once_seconds, memory_bytes
 from bench.ours import X07, Command, Floor, check, not_hot
 from x07_sandbox.host.paths import state_dir
 
@@ -31,18 +31,10 @@ def memory_mib(floor: Floor, count: int, idle_count: int) -> tuple[float, float]
     """Return the PSS in MiB of each of *count* clones that run a C program, and of an idle clone."""
     with contextlib.ExitStack() as stack:
         idle = [stack.enter_context(floor.idle()) for _ in range(idle_count)]
-        each_idle = sum(map(_pss_bytes, idle)) / len(idle)
+        each_idle = sum(memory_bytes(pid)["Pss"] for pid in idle) / len(idle)
     with contextlib.ExitStack() as stack:
         running = [stack.enter_context(floor.running()) for _ in range(count)]
-        return sum(map(_pss_bytes, running)) / count / MIB, each_idle / MIB
-
-
-def _pss_bytes(pid: int) -> int:
-    """Return the proportional set size of a process: shared pages count in part. See smaps_rollup in proc(5)."""
-    for line in Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines():
-        if line.startswith("Pss:"):
-            return int(line.split()[1]) * 1024
-    raise WrongRunError(f"smaps_rollup of process {pid} has no Pss")
+        return sum(memory_bytes(pid)["Pss"] for pid in running) / count / MIB, each_idle / MIB
 
 
 def input_seconds(work: Path, size: int) -> float:

@@ -12,23 +12,10 @@ cd -- "$root"
 # shellcheck source=scripts/lib.sh
 source "$root/scripts/lib.sh"
 
-usage() {
-    printf 'usage: %s [--image NAME] [--tag TAG] [--x07-toolchain DIR] [--archive FILE]\n' "${0##*/}" >&2
-    exit 2
-}
-
-image=ghcr.io/x07lang/x07-guest-runner tag='' build=() load=()
-while [[ $# -gt 0 ]]; do
-    [[ $# -ge 2 ]] || usage
-    case $1 in
-        --image) image=$2 ;;
-        --tag) tag=$2 ;;
-        --x07-toolchain) build=(--name x07 --x07-toolchain "$2") load+=(--image x07) ;;
-        --archive) load+=(--archive "$2") ;;
-        *) usage ;;
-    esac
-    shift 2
-done
+image=ghcr.io/x07lang/x07-guest-runner tag='' x07_toolchain='' archive='' build=() load=()
+read_options '[--image NAME] [--tag TAG] [--x07-toolchain DIR] [--archive FILE]' image tag x07_toolchain archive -- "$@"
+if [[ -n $x07_toolchain ]]; then build=(--name x07 --x07-toolchain "$x07_toolchain") load=(--image x07); fi
+if [[ -n $archive ]]; then load+=(--archive "$archive"); fi
 
 set_up runtime
 tag=${tag:-$(.venv/bin/python -I -c 'import x07_sandbox; print(x07_sandbox.__version__)')}

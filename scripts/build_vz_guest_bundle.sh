@@ -11,23 +11,9 @@ root=$(cd -- "$(/usr/bin/dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=scripts/lib.sh
 source "$root/scripts/lib.sh"
 
-usage() {
-    printf 'usage: %s --image NAME|DIGEST|NAME:TAG --out DIR [--kernel FILE]\n' "${0##*/}" >&2
-    exit 2
-}
-
-image='' out='' kernel=''
-while [[ $# -gt 0 ]]; do
-    [[ $# -ge 2 ]] || usage
-    case $1 in
-        --image) image=$2 ;;
-        --out) out=$2 ;;
-        --kernel) kernel=$2 ;;
-        *) usage ;;
-    esac
-    shift 2
-done
-[[ -n $image && -n $out ]] || usage
+usage='--image NAME|DIGEST|NAME:TAG --out DIR [--kernel FILE]' image='' out='' kernel=''
+read_options "$usage" image out kernel -- "$@"
+[[ -n $image && -n $out ]] || usage_error "$usage"
 [[ -x $root/.venv/bin/python ]] || fail "x07-sandbox is not installed in $root/.venv" "Run: scripts/setup.sh"
 
 "$root/.venv/bin/python" -I -c '
@@ -37,17 +23,17 @@ from pathlib import Path
 
 from x07_sandbox.backends.engines import CLIENTS, engine
 from x07_sandbox.errors import SandboxError
-from x07_sandbox.images.manifest import manifest_in
-from x07_sandbox.images.manifest import decode
+from x07_sandbox.images.manifest import decode, manifest_in
 from x07_sandbox.images.store import find_image
 from x07_sandbox.images.vz_bundle import make_bundle
 
 def of_engine(reference):  # the digest of the guest image in an image of an engine, else the reference itself
     for name in CLIENTS:
         with suppress(SandboxError):
-            found = engine(name).call("image", "inspect", "--", reference).single_object(name)
-            if data := manifest_in((found.get("Config") or {}).get("Labels")):
-                return decode(data, reference).digest
+            client = engine(name)
+            for found in client.objects(client.call("image", "inspect", "--", reference)):
+                if data := manifest_in((found.get("Config") or {}).get("Labels")):
+                    return decode(data, reference).digest
     return reference
 
 image, out, kernel = sys.argv[1:]

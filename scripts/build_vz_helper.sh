@@ -9,10 +9,7 @@ root=$(cd -- "$(/usr/bin/dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=scripts/lib.sh
 source "$root/scripts/lib.sh"
 
-if [[ $# -ne 1 || $1 == -* ]]; then
-    printf 'usage: %s FILE\n' "${0##*/}" >&2
-    exit 2
-fi
+[[ $# -eq 1 && $1 != -* ]] || usage_error FILE
 out=$1
 [[ $(uname -s) == Darwin ]] ||
     fail "cannot build x07-vz-helper: this is not a Mac, and Apple's Virtualization framework exists only there" \

@@ -10,21 +10,8 @@ root=$(cd -- "$(/usr/bin/dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=scripts/lib.sh
 source "$root/scripts/lib.sh"
 
-usage() {
-    printf 'usage: %s [--sources DIR] [--build FILE]\n' "${0##*/}" >&2
-    exit 2
-}
-
 sources=$root/macos/x07-vz-helper build=''
-while [[ $# -gt 0 ]]; do
-    [[ $# -ge 2 ]] || usage
-    case $1 in
-        --sources) sources=$2 ;;
-        --build) build=$2 ;;
-        *) usage ;;
-    esac
-    shift 2
-done
+read_options '[--sources DIR] [--build FILE]' sources build -- "$@"
 [[ $(uname -s) == Linux ]] || fail "the stubs are for Linux" "On a Mac, run: scripts/build_vz_helper.sh FILE"
 command -v swiftc >/dev/null ||
     fail "the Swift compiler was not found" "Run: apt-get install --no-install-recommends swiftlang"

@@ -21,6 +21,27 @@ fail() {
     exit 1
 }
 
+# usage_error OPTIONS: print the options of this script, and exit.
+usage_error() {
+    printf 'usage: %s %s\n' "${0##*/}" "$1" >&2
+    exit 2
+}
+
+# read_options OPTIONS NAME... -- ARGUMENT...: set the variable NAME_A for each argument --name-a VALUE. Anything else is a
+# usage error; OPTIONS is what it prints.
+read_options() {
+    local options=$1 names=' ' name
+    shift
+    while [[ $1 != -- ]]; do names+="$1 " && shift; done
+    shift
+    while [[ $# -gt 0 ]]; do
+        name=${1#--} && name=${name//-/_}
+        [[ $# -ge 2 && $1 == --* && $names == *" $name "* ]] || usage_error "$options"
+        printf -v "$name" '%s' "$2"
+        shift 2
+    done
+}
+
 # ------------------------------------------------------------------------------------------------ Debian packages
 
 qemu_package() {

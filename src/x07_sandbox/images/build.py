@@ -110,7 +110,7 @@ def pieces_of(image: Image) -> Iterator[tuple[str, bytes]]:
     """Yield the names of the image's files with their content, in pieces; the manifest is first. Raises ImageError."""
     subject = verify.subject_of(image)
     with verify.opened_folder(image.folder, subject) as folder_fd:
-        for name in (_MANIFEST, *_files(image.manifest)):
+        for name in (_MANIFEST, *(part.file for part in image.manifest.files())):
             with verify.opened_file(folder_fd, name, subject) as fd, os.fdopen(fd, "rb", closefd=False) as file:
                 while data := file.read(_PIECE_BYTES):
                     yield name, data
@@ -446,7 +446,7 @@ def _receive(folder: Path, digest: str, pieces: Iterable[tuple[str, bytes]]) -> 
     if described.digest != digest:
         raise _bad_copy(digest, "its manifest belongs to another image")
     bases.put(folder, _MANIFEST, data)
-    parts = _files(described)
+    parts = {part.file: part for part in described.files()}
     sizes = dict.fromkeys(parts, 0)
     for name, data in left:
         if name not in parts or sizes[name] + len(data) > parts[name].bytes:
@@ -457,10 +457,6 @@ def _receive(folder: Path, digest: str, pieces: Iterable[tuple[str, bytes]]) -> 
     for name, part in parts.items():
         if sizes[name] != part.bytes or bases.part_of(folder, name) != part:
             raise _bad_copy(digest, f"{name} is incomplete or damaged")
-
-
-def _files(described: manifest.Manifest) -> dict[str, manifest.Part]:
-    return {part.file: part for part in (*described.parts.all(), *described.filters.values())}
 
 
 def _bad_copy(digest: str, why: str) -> ImageError:

@@ -49,10 +49,6 @@ class Parts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         """Return all parts by name, in a fixed order."""
         return {name: part for name in self.__struct_fields__ if (part := getattr(self, name)) is not None}
 
-    def all(self) -> tuple[Part, ...]:
-        """Return all parts, in a fixed order."""
-        return tuple(self.by_name().values())
-
 
 class ProgramRoot(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What a container image says about its programs. oci: its digest. The other fields are those of its settings."""
@@ -125,6 +121,10 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     pip: list[Wheel] = []
     program: ProgramRoot | None = None
 
+    def files(self) -> list[Part]:
+        """Return all files of the image except the manifest."""
+        return [*self.parts.by_name().values(), *self.filters.values()]
+
     def holds(self) -> set[str]:
         """Return the names of the image's Debian packages, and "x07" if the image has the X07 toolchain."""
         return {package.name for package in self.packages} | ({"x07"} if self.x07 else set())
@@ -173,7 +173,7 @@ def decode(data: bytes, where: str) -> Manifest:
         manifest = _decoder.decode(data)
     except (ValueError, RecursionError) as exc:  # msgspec.MsgspecError, UnicodeDecodeError
         raise _bad(where, str(exc)) from exc
-    files = [part.file for part in (*manifest.parts.all(), *manifest.filters.values())]
+    files = [part.file for part in manifest.files()]
     if len(set(files)) != len(files) or "manifest.json" in files:
         raise _bad(where, "two parts use the same file")
     if sum(piece.bytes for piece in manifest.scratch_disk.pieces) != manifest.parts.scratch.bytes:

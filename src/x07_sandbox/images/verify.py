@@ -113,7 +113,7 @@ def verify_image(image: Image, *, use_record: bool = False) -> list[str]:
     """Return a sentence for each problem of an image. use_record: hash only files that changed since the last time."""
     problems: list[str] = []
     subject = subject_of(image)
-    parts = [*image.manifest.parts.all(), *image.manifest.filters.values()]
+    parts = image.manifest.files()
     recorded = _recorded(subject) if use_record else {}
     verified: dict[str, Identity] = {}
     with contextlib.ExitStack() as stack:
