@@ -60,8 +60,8 @@ PAGES = (
         "For every field of the policy, x07 says in advance who enforces the field, or that it is only advisory.",
         """
         process/confined process/commands unit/channel_* unit/container_commands unit/session* unit/shared_session
-        vm/sandbox unit/guest_filters unit/jail_bwrap unit/jail_cgroups unit/jail_landlock unit/jail_libraries
-        unit/jail_uids unit/policy_controls unit/policy_grants unit/policy_outcomes unit/policy_environment
+        vm/sandbox unit/guest_filters unit/jail_bwrap unit/jail_landlock unit/jail_libraries
+        unit/jail_resources unit/policy_controls unit/policy_grants unit/policy_outcomes unit/policy_environment
         unit/policy_explain unit/policy_limits unit/policy_overrides unit/process_backends unit/qemu_machine
         unit/scaling vm/confinement vm/hostile_* vm/jail_filter vm/jail_reach vm/limits vm/outcomes vm/policy_explain
         vm/signals

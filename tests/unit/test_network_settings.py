@@ -1,20 +1,28 @@
-"""The user's own network settings: what they open and what they refuse."""
+"""The user's own network settings: what they open and refuse. Of the user's certificates, nothing else is passed on."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import ssl
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Final
 
 import pytest
+import trustme
 from hypothesis import given
 from hypothesis import strategies as st
 
 from x07_sandbox.errors import HostError, SandboxError, UsageError
 from x07_sandbox.host.paths import settings_file
 from x07_sandbox.network.rules import NetSettings, Proxy
-from x07_sandbox.network.settings import parse_settings, read_settings, settings_from_json, settings_to_json
+from x07_sandbox.network.settings import (
+    parse_settings,
+    read_certificates,
+    read_settings,
+    settings_from_json,
+    settings_to_json,
+)
 from x07_sandbox.policy.hosts import Addresses, addresses
 
 if TYPE_CHECKING:
@@ -250,3 +258,43 @@ def test_a_relative_place_for_settings_is_ignored(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("XDG_CONFIG_HOME", ".")
     assert settings_file() == tmp_path / ".config/x07/sandbox.toml"
+
+
+# certificates
+
+
+@pytest.fixture(scope="module")
+def authority() -> trustme.CA:
+    """A certificate authority."""
+    return trustme.CA()
+
+
+def test_certificates_are_passed_on_without_their_comments(tmp_path: Path, authority: trustme.CA) -> None:
+    """Comments around the certificates, and the file's form of line ends, are dropped."""
+    pem = authority.cert_pem.bytes()
+    path = tmp_path / "ca.pem"
+    path.write_bytes(b"# the company's\r\n" + pem.replace(b"\n", b"\r\n") + b"\nsubject=x\n" + pem)
+    assert read_certificates(path) == pem * 2
+
+
+def test_anything_else_is_refused(tmp_path: Path, authority: trustme.CA) -> None:
+    """A file with a key, another PEM object, a malformed certificate, no certificate or too many bytes is refused."""
+    pem, path = authority.cert_pem.bytes(), tmp_path / "ca.pem"
+    leaf = authority.issue_cert("a.example")
+    malformed = b"-----BEGIN CERTIFICATE-----\nMAAA\n-----END CERTIFICATE-----\n"
+    cases = {
+        leaf.private_key_and_cert_chain_pem.bytes(): "a private key",
+        pem + b"-----BEGIN ENCRYPTED PRIVATE KEY-----\n": "a private key",
+        pem + b"-----BEGIN X509 CRL-----\nAAAA\n-----END X509 CRL-----\n": "something else in PEM",
+        ssl.DER_cert_to_PEM_cert(ssl.PEM_cert_to_DER_cert(pem.decode()) + b"more").encode(): "malformed",
+        pem[:-20]: "something else in PEM",
+        b"": "no certificates",
+        pem + malformed: "malformed",
+        pem + b"#" * (256 << 10): "more than 262144 bytes",
+    }
+    for data, why in cases.items():
+        path.write_bytes(data)
+        with pytest.raises(UsageError, match=why):
+            read_certificates(path)
+    with pytest.raises(UsageError, match="No such file"):
+        read_certificates(tmp_path / "missing")
