@@ -97,7 +97,7 @@ def image() -> Image:
     """
     from x07_sandbox import SandboxError
     from x07_sandbox.images.build import build_image
-    from x07_sandbox.library.pool_prepare import prepare_clones
+    from x07_sandbox.sessions.saving import prepare_clones
 
     made = build_image(progress=lambda _text: None)
     with contextlib.suppress(SandboxError):  # without templates, runs boot cold

@@ -53,7 +53,6 @@ if TYPE_CHECKING:
     from x07_sandbox.host.settings import __version__
     from x07_sandbox.library.async_sandbox import AsyncSandbox
     from x07_sandbox.library.changes import apply, diff, undo
-    from x07_sandbox.library.file_info import FileInfo
     from x07_sandbox.library.pool import Pool
     from x07_sandbox.library.run import (
         exec_command,
@@ -66,7 +65,7 @@ if TYPE_CHECKING:
     from x07_sandbox.policy.denials import Outcome
     from x07_sandbox.policy.model import Limits, Policy
     from x07_sandbox.reports.sandboxes import SandboxInfo
-    from x07_sandbox.sessions.command import Ended, Process
+    from x07_sandbox.sessions.command import Ended, FileInfo, Process
     from x07_sandbox.sessions.result import Diff, Output, Result
 
 __all__ = [
@@ -110,9 +109,8 @@ _NAMES_BY_MODULE = {
     "host.settings": ("__version__",),
     "library.changes": ("apply", "diff", "undo"),
     "library.async_sandbox": ("AsyncSandbox",),
-    "library.file_info": ("FileInfo",),
     "library.pool": ("Pool",),
-    "sessions.command": ("Ended", "Process"),
+    "sessions.command": ("Ended", "FileInfo", "Process"),
     "library.run": ("exec_command", "exec_command_async", "load_policy", "run_program", "run_program_async"),
     "library.sandbox": ("Sandbox",),
     "policy.denials": ("Outcome",),

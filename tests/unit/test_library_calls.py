@@ -342,7 +342,7 @@ def test_the_manifest_provides_defaults(tmp_path: Path) -> None:
 # Each module costs every caller's start: the rest is loaded by the first call.
 IMPORTED = """
 errors host host.settings
-library library.arguments library.async_sandbox library.awaited library.file_info library.pool library.run
+library library.arguments library.async_sandbox library.awaited library.pool library.run
 library.sandbox
 policy policy.denials policy.features policy.model
 reports reports.sandboxes

@@ -22,10 +22,10 @@ from x07_sandbox.host.waiting import Cancel
 from x07_sandbox.images import boot, vz_bundle
 from x07_sandbox.images.build import build_image
 from x07_sandbox.images.commands import require_execution
-from x07_sandbox.library.pool_prepare import prepare_clones
 from x07_sandbox.sessions import prepare
 from x07_sandbox.sessions.request import RunCaller, RunRequest
 from x07_sandbox.sessions.run import attempt
+from x07_sandbox.sessions.saving import prepare_clones
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

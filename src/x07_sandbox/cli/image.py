@@ -33,7 +33,6 @@ from x07_sandbox.images.store import (
     set_name,
 )
 from x07_sandbox.images.verify import verify_image
-from x07_sandbox.library.pool_prepare import prepare_clones
 from x07_sandbox.reports.commands import (
     BuildReport,
     ImageRow,
@@ -43,6 +42,7 @@ from x07_sandbox.reports.commands import (
     RemoveReport,
     VerifyReport,
 )
+from x07_sandbox.sessions.saving import prepare_clones
 
 if TYPE_CHECKING:
     from x07_sandbox.images.manifest import ProgramRoot

@@ -45,10 +45,9 @@ from x07_sandbox.policy.outcomes import SIGNAL_BASE, ending_line
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from x07_sandbox.library.file_info import FileInfo
     from x07_sandbox.library.held import HeldSandbox
     from x07_sandbox.options import Option
-    from x07_sandbox.sessions.command import Ended, Kept, Process, StreamName
+    from x07_sandbox.sessions.command import Ended, FileInfo, Kept, Process, StreamName
 
 _EPILOG: Final = """A sandbox is a VM that stays open for many commands. It outlives the command that opened it. It ends
 when it is closed, at the end of its lifetime, or when it was idle for too long. SANDBOX stands for its id, the first

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from x07_sandbox.errors import ArgumentError, SandboxError
 from x07_sandbox.options import keyword
-from x07_sandbox.sessions.diffs import diff_of
+from x07_sandbox.sessions.patches import diff_of
 from x07_sandbox.sessions.result import Changes, Diff, Result
 from x07_sandbox.sessions.saved_changes import find_saved, summarize, undo_saved
 from x07_sandbox.sessions.selection import Grants, apply_selected, select_changes

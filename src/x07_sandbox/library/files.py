@@ -20,8 +20,7 @@ from x07_sandbox.errors import ArgumentError, PeerError, UsageError, printable
 from x07_sandbox.host.settings import FILES_S
 from x07_sandbox.library.arguments import checked_seconds
 from x07_sandbox.library.awaited import Awaited, awaited
-from x07_sandbox.library.file_info import FileInfo
-from x07_sandbox.sessions.command import bad_value, caller, given_up
+from x07_sandbox.sessions.command import FileInfo, bad_value, caller, given_up
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -45,6 +45,6 @@ def prepare_image(digest: str, pieces: Iterable[tuple[str, bytes]], progress: Ca
     pieces: those of `image_pieces`; may be empty if the image is there. progress: called with lines of text.
     """
     from x07_sandbox.images.build import add_image
-    from x07_sandbox.library.pool_prepare import prepare_clones
+    from x07_sandbox.sessions.saving import prepare_clones
 
     prepare_clones(add_image(digest, pieces, progress), progress, for_pools=True)

@@ -1,7 +1,7 @@
 """Warm machines: cloned VMs that have run the warm-up programs. Each waits for one program of the user.
 
 Each machine is recorded as a job (`RUN-warm`) with a deadline. A run that claims a machine takes over the machine's
-deadline, then its record, then the machine itself. The programs are in sessions/warm_up.
+deadline, then its record, then the machine itself. The programs are in sessions/saving.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from x07_sandbox.policy.guest import ram_class_bytes
 from x07_sandbox.records.admission import admitted, warm_slots
 from x07_sandbox.records.record import Claim, new_run_id
 from x07_sandbox.sessions.prepare import check_pinned, current_image
-from x07_sandbox.sessions.warm_up import needs_of_programs, warm_up
+from x07_sandbox.sessions.saving import needs_of_programs, warm_up
 
 _TRY_AGAIN_S: Final = 1.0
 _FAILURES_MAX: Final = 3  # in a row, before the error is reported

@@ -1,4 +1,4 @@
-"""A sandbox and its commands as callers see them, whether this process has opened the sandbox or another one."""
+"""A sandbox, its commands and its files as callers see them, whichever process has opened the sandbox."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 import msgspec
 from msgspec.structs import replace
@@ -91,6 +91,20 @@ class Ended(msgspec.Struct, frozen=True, kw_only=True):
 
         told = {name: msgspec.to_builtins(getattr(self, name)) for name in ("denials", "hints")}
         return command_fragment(msgspec.structs.asdict(self) | told)
+
+
+class FileInfo(NamedTuple):
+    """A file, folder or other entry of a sandbox. mode: permission bits. target: of a link, else "".
+
+    size: in bytes. mtime_s: when its content last changed, in seconds since 1970.
+    """
+
+    name: str
+    kind: Literal["file", "folder", "link", "other"]
+    mode: int
+    size: int
+    mtime_s: float
+    target: str
 
 
 class Kept:

@@ -240,7 +240,7 @@ def _preload() -> None:
 
 
 def _warm_up(instance: Instance, kind: MachineKind, cloning: Cloning, cancel: Cancel) -> None:
-    from x07_sandbox.sessions.warm_up import warm_up  # few runs save a process
+    from x07_sandbox.sessions.saving import warm_up  # few runs save a process
 
     warm_up(instance, kind, cloning, cancel)
 

@@ -1,23 +1,35 @@
-"""The changes of a run as a patch, with contents from the saved changes, the undo data and the host."""
+"""What a run or a sandbox changed as a patch, with contents from the saved changes, the undo data and the host."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
+from msgspec.structs import replace
+
+from x07_sandbox.files import patch
 from x07_sandbox.files.changes import Node, decode, path_of
 from x07_sandbox.files.dependencies import with_later_applied
-from x07_sandbox.files.patch import TEXT_MAX, patch, summarize
-
-if TYPE_CHECKING:
-    from x07_sandbox.sessions.saved_changes import SavedChanges
+from x07_sandbox.files.patch import TEXT_MAX
+from x07_sandbox.sessions.result import Diff
+from x07_sandbox.sessions.saved_changes import SavedChanges, summarize
+from x07_sandbox.sessions.selection import below
 
 _CHUNK: Final = 1 << 16
+
+
+def diff_of(saved: SavedChanges, paths: Sequence[str] = ()) -> Diff:
+    """Return the saved changes. paths: see `selection.below`."""
+    found = include_applied(saved)
+    found = found._replace(changes=below(found.changes, paths))
+    changes = summarize(found.changes, "applied" if saved.undos else "kept", names_max=None)
+    left_out = sum(len(root.left_out) for root in found.changes.roots)
+    return Diff(changes=replace(changes, left_out=left_out), patch=b"".join(patch_chunks(found)))
 
 
 def include_applied(kept: SavedChanges) -> SavedChanges:
@@ -29,7 +41,9 @@ def include_applied(kept: SavedChanges) -> SavedChanges:
 def patch_chunks(kept: SavedChanges, *, stat: bool = False) -> Iterator[bytes]:
     """Yield the patch of a run's changes in chunks of many lines. stat: yield one line for each change instead."""
     chunk = bytearray()
-    for line in (summarize if stat else patch)(kept.changes, _Before(kept), partial(_after, kept.folder / "data")):
+    for line in (patch.summarize if stat else patch.patch)(
+        kept.changes, _Before(kept), partial(_after, kept.folder / "data")
+    ):
         chunk += line
         if len(chunk) >= _CHUNK:
             yield bytes(chunk)

@@ -256,7 +256,7 @@ class OpenSandbox(AnySandbox):
         if host_files is None or host_files.incoming is None:
             return Diff(changes=Changes(), patch=b"", running=running)
         with host_files.received(self._receive_changes) as saved:
-            from x07_sandbox.sessions.diffs import diff_of  # few sandboxes are asked
+            from x07_sandbox.sessions.patches import diff_of  # few sandboxes are asked
 
             return replace(diff_of(saved), running=running or self.running > 0)
 
