@@ -23,7 +23,7 @@ from unittest.mock import patch
 from x07_sandbox.errors import BackendError, PeerError
 from x07_sandbox.files import unpack as on_host
 from x07_sandbox.guest import trees as in_guest
-from x07_sandbox.guest.errors import JobError
+from x07_sandbox.guest.system import JobError
 
 if TYPE_CHECKING:
     from x07_sandbox.channel.trees import Unpacker

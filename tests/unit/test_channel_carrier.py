@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from x07_sandbox.channel.carrier import Carrier
+from x07_sandbox.channel.connection import Carrier
 from x07_sandbox.channel.link import STREAMS, WINDOW, Stream
 from x07_sandbox.channel.streams import DATA, FIN, OPEN, Role, Streams
 

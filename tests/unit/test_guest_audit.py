@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from x07_sandbox.guest.audit import _FOLDERS, Refusal, Refusals
+from x07_sandbox.guest.audit import _FOLDERS, Refusal, Refusals, View
 from x07_sandbox.guest.boot.filters import AUDITED
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ ROOTS: Final = ("/opt/x07/conf.json", "/data/out", "/srv/a/tmp", "/srv/b/tmp")
 def read(*events: Sequence[Record]) -> dict[Refusal, int]:
     """The refusals found in the records of these calls."""
     refusals = Refusals(CALLS)
-    refusals.reset(find, ROOTS)
+    refusals.reset(View(find, ROOTS))
     for serial, records in enumerate(events, start=40):
         for kind, text in records:
             refusals.note(kind, f"audit(1764000000.123:{serial}): {text}".encode())
@@ -350,7 +350,7 @@ def test_a_flood_is_bounded() -> None:
     refusals.finish()
     assert len(refusals.found) == 64
     assert sum(refusals.found.values()) + refusals.uncounted == 5000
-    refusals.reset()
+    refusals.reset(View())
     assert (refusals.found, refusals.uncounted) == ({}, 0)
 
 
@@ -376,7 +376,7 @@ def test_only_internet_addresses_are_connections(saddr: str) -> None:
 def test_services_answer_for_their_own_denials() -> None:
     """A denied request about files is the answer to that request, and no denial of the next command."""
     refusals = Refusals(CALLS)
-    refusals.reset(services=lambda: [138])
+    refusals.reset(View(services=lambda: [138]))
     refusals.note(SYSCALL, f"audit(1.2:3): {called(257, 13, items=0)[1]}".encode())
     refusals.note(SYSCALL, f"audit(1.2:4): {called(257, 13, items=0)[1]}".replace("pid=138", "pid=139").encode())
     assert sum(refusals.found.values()) == 1

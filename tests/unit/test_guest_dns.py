@@ -19,6 +19,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from x07_sandbox.guest.dns import REFUSED, TTL_S, NameTable, answer
+from x07_sandbox.host.settings import GUEST_HOSTNAME
 
 ADDRESS: Final = "198.18.0.16"
 ANSWER_MAX: Final = 512
@@ -49,10 +50,14 @@ def lookup(name: str, kind: str = "A", names: NameTable | None = None) -> dns.me
 
 
 def test_a_program_without_a_network_is_refused_every_name() -> None:
-    """Without a network, every name but localhost is refused, which programs report as a temporary failure."""
+    """Without a network, every name but localhost is refused, which programs report as a temporary failure.
+
+    A lookup of the guest's own name is refused too, but is no denial.
+    """
     names, asked = NameTable({}, []), list[str]()
     names.unlisted, names.on_unlisted = REFUSED, asked.append
     assert {lookup("a.example", kind, names).rcode() for kind in ("A", "AAAA", "MX")} == {dns.rcode.REFUSED}
+    assert lookup(GUEST_HOSTNAME.upper(), "A", names).rcode() == dns.rcode.REFUSED
     assert asked == ["a.example"]
     assert addresses(lookup("localhost", "A", names)) == ["127.0.0.1"]
 

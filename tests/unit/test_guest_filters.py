@@ -18,8 +18,7 @@ import pytest
 
 from tests.conftest import need
 from tests.unit.test_jail_own_limits import answer as verdict
-from x07_sandbox.guest import environment
-from x07_sandbox.guest import filters as guest_filters
+from x07_sandbox.guest import environment, execution
 from x07_sandbox.guest.boot import filters, places
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.kernel import TOKEN_BYTES
@@ -71,7 +70,7 @@ def test_every_combination_has_its_filter(codes: dict[str, bytes]) -> None:
     for threads, spawn, execute in itertools.product((False, True), repeat=3):
         names = Confinement(threads=threads, spawn=spawn, execute=execute).filters
         asked |= set(names)
-        name = guest_filters.filter_name(threads=threads, spawn=spawn, execute=execute)
+        name = execution.filter_name(threads=threads, spawn=spawn, execute=execute)
         assert names[2:3] == ((name,) if name else ())
     assert asked == set(codes)
 
@@ -143,7 +142,7 @@ def test_filters_match_their_names(
     codes: dict[str, bytes], library: ctypes.CDLL, *, threads: bool, spawn: bool, execute: bool
 ) -> None:
     """Filters restrict threads, child processes and execve independently."""
-    code = codes[guest_filters.filter_name(threads=threads, spawn=spawn, execute=execute)]
+    code = codes[execution.filter_name(threads=threads, spawn=spawn, execute=execute)]
     expected = {True: ALLOWED, False: errno.EPERM}
     assert answer(code, number(library, "clone"), THREAD | 0x3D0F00) == expected[threads]
     for flags in (17, 0x4000 | 0x100 | 17, 0x8000 | 17, 0):
@@ -176,12 +175,12 @@ def test_a_filter_without_markers_is_rejected(codes: dict[str, bytes]) -> None:
     once = codes["no-exec-once"]
     for code in (codes["no-exec"], b"", once + LINE.pack(6, 0, 0, 0x5AFE7011)):
         with pytest.raises(ValueError, match="marker"):
-            guest_filters.split_at_token(code)
+            execution.split_at_token(code)
 
 
 def with_token(code: bytes) -> bytes:
     """A filter with the tests' secret."""
-    return guest_filters.with_token(*guest_filters.split_at_token(code), TOKEN)
+    return execution.with_token(*execution.split_at_token(code), TOKEN)
 
 
 def run_under(code: bytes, token: bytes, words: list[str]) -> subprocess.CompletedProcess[str]:

@@ -15,7 +15,7 @@ from tests.fuzz.fuzz_unpack import one_input
 from x07_sandbox.channel.trees import Entry, Kind, Unpacker, file_record, segment, walk
 from x07_sandbox.files.pack import pack_files
 from x07_sandbox.guest import trees as module
-from x07_sandbox.guest.errors import JobError
+from x07_sandbox.guest.system import JobError
 from x07_sandbox.guest.trees import ProgramTree
 
 END = Entry(Kind.END, b"").encoded()

@@ -12,8 +12,8 @@ from x07_sandbox.backends.process import AGENT, FILES, Sandbox, System, sandbox_
 from x07_sandbox.channel.messages import CommandLimits, Confine, Exec, Mount, Open, Room
 from x07_sandbox.guest.agent import platform_from_args
 from x07_sandbox.guest.confine import MACHINE
-from x07_sandbox.guest.errors import JobError
 from x07_sandbox.guest.process import CONFINED, Confined, Unconfined
+from x07_sandbox.guest.system import JobError
 from x07_sandbox.jail.bwrap import PERL, SETPRIV, SUPERVISOR, supervisor_argv
 
 SYSTEM = System(links={"bin": "usr/bin", "lib": "usr/lib"}, folders=("lib64",))

@@ -19,9 +19,9 @@ from x07_sandbox.channel.messages import PROTOCOL, Failed, Hello, Open, Seed, Se
 from x07_sandbox.channel.streams import Event, Role
 from x07_sandbox.errors import PeerError
 from x07_sandbox.guest.environment import Environment, job_settings
-from x07_sandbox.guest.errors import JobError
 from x07_sandbox.guest.exec import TICK_S
 from x07_sandbox.guest.sandbox import Sandbox
+from x07_sandbox.guest.system import JobError
 
 if TYPE_CHECKING:
     from x07_sandbox.channel.messages import Message
@@ -54,7 +54,7 @@ def platform_from_args(args: list[str]) -> Platform:
         case ["none", fd, folder, _]:
             return Unconfined(int(fd), folder)
         case ["container", *words, _]:
-            from x07_sandbox.guest.container import Contained
+            from x07_sandbox.guest.process import Contained
 
             return Contained(network="network" in words, limits_tasks="tasks" in words)
         case _:

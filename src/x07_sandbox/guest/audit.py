@@ -95,6 +95,22 @@ class Refusal(NamedTuple):
     write: bool
 
 
+class View(NamedTuple):
+    """The functions that complete the paths of denials.
+
+    find(device, inode, name): returns the path of an inode, or "" if that is unknown or no better than *name*.
+    name: the path in the call, possibly of a link; "" if the path in the call was relative to a descriptor.
+    roots: mount points of host folders.
+    resolve(path): returns the path with its links resolved if the program may have made them, else "".
+    services(): returns the pids of the agent's services, which answer for their own denials.
+    """
+
+    find: Find | None = None
+    roots: Sequence[str] = ()
+    resolve: Resolve | None = None
+    services: Services = frozenset
+
+
 class Audit:
     """The kernel's audit records of this machine. The descriptor *fd* is readable when `take` has records to read."""
 
@@ -125,17 +141,11 @@ class Audit:
         self.begin()
         self._lost_before = self._status()[_LOST]
 
-    def begin(
-        self,
-        find: Find | None = None,
-        roots: Sequence[str] = (),
-        resolve: Resolve | None = None,
-        services: Services = frozenset,
-    ) -> None:
-        """Discard all records. Later records are the program's. The arguments are those of `Refusals.reset`."""
+    def begin(self, view: View = View()) -> None:  # noqa: B008 - it cannot be changed
+        """Discard all records. Later records are the program's."""
         while self._next() is not None:
             pass
-        self._refusals.reset(find, roots, resolve, services)
+        self._refusals.reset(view)
 
     def take(self) -> None:
         """Read and process at most _READS records."""
@@ -225,34 +235,33 @@ class NoAudit:
         return {}, 0
 
 
-class Refusals:
-    """Denials from audit records. found: how often each occurred. uncounted: how many did not fit in *found*."""
+class Denials:
+    """Denials, which are bounded. found: how often each occurred. uncounted: how many did not fit in *found*."""
+
+    def __init__(self) -> None:
+        self.found: dict[Refusal, int] = {}
+        self.uncounted = 0
+
+    def count(self, refusal: Refusal) -> None:
+        """Count a denial."""
+        if refusal in self.found or len(self.found) < DENIED_MAX:
+            self.found[refusal] = self.found.get(refusal, 0) + 1
+        else:
+            self.uncounted += 1
+
+
+class Refusals(Denials):
+    """Denials from audit records."""
 
     def __init__(self, calls: dict[str, int]) -> None:
+        super().__init__()
         self._names = {number: name for name, number in calls.items()}
         self._pending: dict[bytes, _Call] = {}
-        self.found: dict[Refusal, int] = {}
-        self.reset()
+        self.reset(View())
 
-    def reset(
-        self,
-        find: Find | None = None,
-        roots: Sequence[str] = (),
-        resolve: Resolve | None = None,
-        services: Services = frozenset,
-    ) -> None:
-        """Discard everything recorded, and store the functions that complete paths.
-
-        find(device, inode, name): returns the path of an inode, or "" if that is unknown or no better than *name*.
-        name: the path in the call, possibly of a link; "" if the path in the call was relative to a descriptor.
-        roots: mount points of host folders.
-        resolve(path): returns the path with its links resolved if the program may have made them, else "".
-        services(): returns the pids of the agent's services, which answer for their own denials.
-        """
-        self._find = find
-        self._roots = roots
-        self._resolve = resolve
-        self._services = services
+    def reset(self, view: View) -> None:
+        """Discard everything recorded, and complete further paths by *view*."""
+        self._view = view
         self._pending.clear()
         self.found.clear()
         self.uncounted = 0
@@ -288,15 +297,15 @@ class Refusals:
     def _note_call(self, serial: bytes, values: dict[bytes, bytes]) -> None:
         name, error = self._name(values.get(b"syscall", b"")), -_number(values.get(b"exit", b""))
         # The kernel also records successful calls for reasons of its own, such as a new login uid.
-        if error not in ERRNOS or _number(values.get(b"pid", b"")) in self._services():
+        if error not in ERRNOS or _number(values.get(b"pid", b"")) in self._view.services():
             return
         # Ignore the limits of other processes (a0), and reads without a new limit (a2).
         if name == "prlimit64" and not (values.get(b"a0") == b"0" and values.get(b"a2") != b"0"):
             return
-        argument = _FLAGS.get(name)
         if name in CONNECTS:
             self._pend(serial, _Call("network", "connect", error, items=1))  # its address follows
             return
+        argument = _FLAGS.get(name)
         call = _Call("kernel", name, error, items=_number(values.get(b"items", b"")))
         call.write = bool(_number(values.get(argument, b""), 16) & _WRITES) if argument else name not in _READS_ONLY
         call.write |= call.errno == errno.EROFS  # the flags of openat2 are in memory
@@ -344,27 +353,27 @@ class Refusals:
 
     def _path(self, call: _Call, name: str, values: dict[bytes, bytes]) -> str:
         """Return the path of the record's inode if it is known and more exact than the record's *name*, else *name*."""
-        if self._find is None:
+        if self._view.find is None:
             return name
         vague = not name or (call.by_descriptor and not name.startswith("/"))
         if not vague and call.errno != errno.EROFS:
             return name
         known_name = "" if vague else posixpath.normpath(posixpath.join(call.cwd, name))
         device = values.get(b"dev", b"").decode("ascii", "replace")
-        return self._find(device, _number(values.get(b"inode", b"")), known_name) or name
+        return self._view.find(device, _number(values.get(b"inode", b"")), known_name) or name
 
     def _executed(self, call: _Call, name: str) -> str:
         """Return *name*. If it is a link that the program made, return the link's target, which a policy can list."""
-        if not name or self._resolve is None or (call.by_descriptor and not name.startswith("/")):
+        if not name or self._view.resolve is None or (call.by_descriptor and not name.startswith("/")):
             return name
-        return self._resolve(posixpath.join(call.cwd, name)) or name
+        return self._view.resolve(posixpath.join(call.cwd, name)) or name
 
     def _root(self, call: _Call, name: str) -> str:
         """Return the mount point *name*, else the only mount point with the same base name, else ""."""
         path = posixpath.normpath(posixpath.join(call.cwd, name))
-        if path in self._roots:
+        if path in self._view.roots:
             return path
-        found = [root for root in self._roots if posixpath.basename(root) == posixpath.basename(path)]
+        found = [root for root in self._view.roots if posixpath.basename(root) == posixpath.basename(path)]
         return found[0] if len(found) == 1 else ""
 
     def _count_if_complete(self, serial: bytes, call: _Call) -> None:
@@ -374,11 +383,7 @@ class Refusals:
     def _count(self, call: _Call) -> None:
         if call.by == "network" and not call.path:  # no address of the internet
             return
-        refusal = call.refusal()
-        if refusal in self.found or len(self.found) < DENIED_MAX:
-            self.found[refusal] = self.found.get(refusal, 0) + 1
-        else:
-            self.uncounted += 1
+        self.count(call.refusal())
 
     def _name(self, number: bytes) -> str:
         return self._names.get(_number(number), f"system call {_number(number)}")

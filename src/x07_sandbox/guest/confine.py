@@ -4,7 +4,7 @@
 process drops its rights. Neither depends on the job, so both are done before the VM is saved. `Confinement.job`: init,
 still root, applies the job's settings. The order matters: a step may need a right that a later step drops.
 
-`MACHINE` is for VMs; `guest/process.py` and `guest/container.py` define the weaker platforms.
+`MACHINE` is for VMs; `guest/process.py` and `guest/process.py` define the weaker platforms.
 """
 
 from __future__ import annotations

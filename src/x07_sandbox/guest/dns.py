@@ -1,4 +1,4 @@
-"""DNS server for programs in the guest, without I/O: bytes in, bytes out. No query leaves the guest.
+"""DNS server for programs in the guest: bytes in, bytes out. No query leaves the guest.
 
 The server knows only the names that the policy lists. Each has a synthetic IPv4 address. The relay translates the
 address back to the name (`NameTable.host_at`), and the host decides whether that name may be reached.
@@ -9,12 +9,20 @@ accepts.
 
 from __future__ import annotations
 
+import contextlib
+import os
+import socket
 import struct
 from collections.abc import Callable
 from socket import AF_INET, inet_ntop, inet_pton
 from typing import Final
 
+from x07_sandbox.channel import egress
+from x07_sandbox.guest.audit import Denials, Refusal
+from x07_sandbox.guest.system import own_network_kept
+
 TTL_S: Final = 30
+OWN_NAME: Final = "x07"  # host/settings.GUEST_HOSTNAME
 
 _HEADER: Final = struct.Struct(">HHHHHH")  # id, flags, record counts: question, answer, authority, additional
 _QUESTION: Final = struct.Struct(">HH")  # type, class
@@ -37,13 +45,19 @@ _SOA_RECORD: Final = b"\0" + _RECORD.pack(_SOA, _IN, TTL_S, len(_SOA_DATA)) + _S
 
 _LOCALHOST: Final = {_A: inet_pton(AF_INET, "127.0.0.1"), _AAAA: bytes(15) + b"\x01"}
 
+RESOLV_CONF: Final = f"nameserver {egress.DNS}\noptions attempts:1\n"
+_PORT: Final = 53
+QUERY_MAX: Final = 4096
+_QUERIES: Final = 64  # answered in one turn of the agent
+
 
 class NameTable:
     """Synthetic IPv4 addresses of the names that a policy lists.
 
     exact: address by name. wildcards: by suffix, the first of 256 addresses for names below it; the first and last of
     these addresses stay unused. Names are lower case, without a trailing dot.
-    on_unlisted: called with an unlisted name whose IPv4 address was requested. unlisted: the response code for it.
+    on_unlisted: called with an unlisted name, other than the guest's own, whose IPv4 address was requested.
+    unlisted: the response code for such names.
     Raises OSError for an invalid address.
     """
 
@@ -118,7 +132,7 @@ def _look_up(labels: list[bytes], kind: int, in_class: int, names: NameTable) ->
         # Any type assigns the address of a wildcard's name: a name that exists for one type exists for all.
         address = names.address_of(name)
         if address is None:
-            if kind == _A:
+            if kind == _A and name != OWN_NAME:
                 names.on_unlisted(name)
             return names.unlisted, b""
         data = inet_pton(AF_INET, address) if kind == _A else None
@@ -150,3 +164,43 @@ def _is_valid(name: str) -> bool:
         and all(0 < len(label) <= _LABEL_MAX for label in labels)
         and not name.encode("ascii").translate(None, _LABEL_BYTES + b".")
     )
+
+
+class NoNetwork:
+    """The server of programs without a network. It refuses every name and counts them.
+
+    The C library then reports the same error as without any server ("Temporary failure in name resolution"), and the
+    session can say which names the program looked up. It is in the network namespace of programs. *fd* is readable when
+    `serve` has queries to answer.
+    """
+
+    def __init__(self, netns_fd: int) -> None:
+        """Open the socket. Raises OSError."""
+        self._denials = Denials()
+        self._names = NameTable({}, [])
+        self._names.unlisted, self._names.on_unlisted = REFUSED, self._count
+        with own_network_kept():
+            os.setns(netns_fd, os.CLONE_NEWNET)
+            self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+        self._socket.bind((egress.DNS, _PORT))
+        self.fd = self._socket.fileno()
+
+    def serve(self) -> None:
+        """Answer queries that have arrived."""
+        with contextlib.suppress(OSError):
+            for _ in range(_QUERIES):
+                query, source = self._socket.recvfrom(QUERY_MAX)
+                if (reply := answer(query, self._names)) is not None:
+                    self._socket.sendto(reply, source)
+
+    def take(self) -> tuple[dict[Refusal, int], int]:
+        """Return and forget how often each name was looked up, and how many lookups that does not include."""
+        denials, self._denials = self._denials, Denials()
+        return denials.found, denials.uncounted
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._socket.close()
+
+    def _count(self, name: str) -> None:
+        self._denials.count(Refusal("network", "lookup", 0, name, write=False))

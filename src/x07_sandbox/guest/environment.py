@@ -15,9 +15,8 @@ import time
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from x07_sandbox import kernel
-from x07_sandbox.guest import confine, control, filters, init, interpreter, system, waiting
-from x07_sandbox.guest.errors import JobError
-from x07_sandbox.guest.system import read_all, write_all, write_file
+from x07_sandbox.guest import confine, execution, init, interpreter, system, waiting
+from x07_sandbox.guest.system import JobError, read_all, write_all, write_file
 from x07_sandbox.guest.trees import as_program_user
 
 if TYPE_CHECKING:
@@ -91,8 +90,8 @@ class Environment:
             platform.make_resolv_conf()
         self.group = platform.group()
         self._preload = preload
-        self._filters = known = filters.all_filters() if platform.filtered else {}
-        self._split = {name: filters.split_at_token(known[name]) for name in known if name.endswith(filters.ONCE)}
+        self._filters = known = execution.all_filters() if platform.filtered else {}
+        self._split = {name: execution.split_at_token(known[name]) for name in known if name.endswith(execution.ONCE)}
         self.waiting_bytes = WAITING_BYTES
         self.spare_cpu_s = SPARE_CPU_S + (PRELOAD_CPU_S if preload else 0)
         self.in_memory_fds: list[int] = []
@@ -113,9 +112,9 @@ class Environment:
             netns_fd=netns_fd,
             procs_fds=self._first.group.open_procs(),
             preload=preload,
-            base_filter=self._filters.get(filters.BASE, b""),
-            quiet_filter=self._filters.get(filters.QUIET, b""),
-            readable=filters.readable_places() if platform.filtered else [],
+            base_filter=self._filters.get(execution.BASE, b""),
+            quiet_filter=self._filters.get(execution.QUIET, b""),
+            readable=execution.readable_places() if platform.filtered else [],
             namespaces=platform.namespaces,
             resolver=network or self.no_network is not None,
             group_folder=self._first.group.shown,
@@ -150,15 +149,15 @@ class Environment:
         """Wait for the program's process, and make init apply the settings that have changed. Raises JobError."""
         if self._settings == settings:
             return
-        if self._settings is None and (status := self._first_status()) != init.READY:
+        if self._settings is None and (status := self._first_status()) != init.CONFINED:
             if status := status + read_all(self._first.status_fd):
                 raise exec_failure(status)
             raise failure(self.next_report())
         self._settings = settings
         with contextlib.suppress(BrokenPipeError):  # init has ended; its report has the reason
-            control.send(self._control.fileno(), (control.SETTINGS, tuple(settings)))
+            init.send(self._control.fileno(), (init.SETTINGS, tuple(settings)))
         report = self.next_report()
-        if report[0] != control.READY:
+        if report[0] != init.READY:
             raise failure(report)
         if not self.in_memory_fds and self.platform.namespaces:
             # Init, and with it the program's view, stays until the machine ends.
@@ -167,8 +166,8 @@ class Environment:
 
     def next_report(self) -> tuple[Any, ...]:
         """Wait for the next message of init."""
-        received = control.receive(self.report_fd)
-        return (control.FAILED, "init", 0, "init ended without a report") if received is None else received
+        received = init.receive(self.report_fd)
+        return (init.FAILED, "init", 0, "init ended without a report") if received is None else received
 
     def _pipes(self, key: int, order: Exec | None = None) -> tuple[Process, init.Pipes]:
         """Make the streams of a process and its control group. order: the command, if it is known."""
@@ -224,8 +223,8 @@ class Environment:
         procs_fds = process.group.open_procs()
         listed = order.argv[0] if confined.programs is not None and not order.service else ""
         fds = (*pipes.all(), *procs_fds)
-        control.send_fds(
-            self._control, (control.COMMAND, order.id, listed, limits, order.service, order.terminal is not None), fds
+        init.send_fds(
+            self._control, (init.COMMAND, order.id, listed, limits, order.service, order.terminal is not None), fds
         )
         for fd in fds:
             os.close(fd)
@@ -234,9 +233,9 @@ class Environment:
         return process._replace(cpu_before_us=process.group.cpu_us(self.init), counts_before=before)
 
     def end(self) -> None:
-        """Have init kill all processes. Its report is `control.READY`."""
+        """Have init kill all processes. Its report is `init.READY`."""
         with contextlib.suppress(BrokenPipeError):
-            control.send(self._control.fileno(), (control.END,))
+            init.send(self._control.fileno(), (init.END,))
 
     def end_with(self, key: int | None) -> None:
         """Have init kill all other processes once the process *key* has ended; None: after no process."""
@@ -244,7 +243,7 @@ class Environment:
             return
         self._last = key
         with contextlib.suppress(BrokenPipeError):
-            control.send(self._control.fileno(), (control.LAST, key))
+            init.send(self._control.fileno(), (init.LAST, key))
 
     def signal(self, process: Process, number: int = signal.SIGKILL) -> None:
         """Send a signal to a command; SIGKILL goes to all its processes, as far as this platform can identify them."""
@@ -253,7 +252,7 @@ class Environment:
             process.group.kill(self.init)
         else:
             with contextlib.suppress(BrokenPipeError):
-                control.send(self._control.fileno(), (control.SIGNAL, process.key, int(number)))
+                init.send(self._control.fileno(), (init.SIGNAL, process.key, int(number)))
 
     def _first_status(self) -> bytes:
         """Return the first status byte of the waiting process. Raises JobError if its imports time out.
@@ -311,10 +310,10 @@ class Environment:
             self.relay.wait_admitted()
         argv, env = order.argv, order.env
         become = process.key == init.FIRST and self.becomes(argv, env, confined)
-        name = filters.filter_name(threads=confined.threads, spawn=confined.spawn, execute=confined.execute)
+        name = execution.filter_name(threads=confined.threads, spawn=confined.spawn, execute=confined.execute)
         token = b"" if become or confined.execute else os.urandom(kernel.TOKEN_BYTES)
         if token:
-            code = filters.with_token(*self._split[name + filters.ONCE], token)
+            code = execution.with_token(*self._split[name + execution.ONCE], token)
         else:
             code = self._filters[name] if name else b""
         rules_fd = -1 if confined.programs is None else waiting.RULES_FD
@@ -392,13 +391,9 @@ def exec_failure(status: bytes) -> JobError:
 
 
 def _network_namespace() -> int:
-    own = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-    try:
+    with system.own_network_kept():
         os.unshare(os.CLONE_NEWNET)
         system.loopback_up()
         with contextlib.suppress(OSError):  # on a shared system, /proc/sys may be read-only
             write_file("/proc/sys/net/ipv4/ip_unprivileged_port_start", "0")  # all its ports belong to programs
         return os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-    finally:
-        os.setns(own, os.CLONE_NEWNET)
-        os.close(own)

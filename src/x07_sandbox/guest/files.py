@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Final
 from x07_sandbox.channel.egress import CA_FILE
 from x07_sandbox.guest.confine import CWD
 from x07_sandbox.guest.environment import IN_MEMORY_BYTES, Environment
-from x07_sandbox.guest.errors import JobError
-from x07_sandbox.guest.system import write_all
+from x07_sandbox.guest.system import JobError, write_all
 from x07_sandbox.guest.trees import ProgramTree, Tree
 
 if TYPE_CHECKING:

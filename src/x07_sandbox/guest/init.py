@@ -2,6 +2,25 @@
 
 No program is PID 1, because the kernel ignores signals that PID 1 sends to itself, such as that of abort(3). No program
 can reach the socket or the pipe to the agent.
+
+Messages to init go over a socket, which carries descriptors. Those from init go over a pipe, since a fresh clone has
+executed the kernel's code for pipes anyway. A message is a length and a tuple encoded with marshal, which is safe
+because both ends are our own code. To init:
+
+    settings, VALUES      apply settings; answered with ready
+    command, KEY, PROGRAM, LIMITS, SERVICE, TERMINAL
+                          start one more process, which waits for its start message; with its descriptors
+    last, KEY             kill all other processes once that command has ended; None for no command. Initially, it is
+                          the first process, which waits from the start
+    signal, KEY, NUMBER   send a signal to a command; SIGKILL goes to its descendants too
+    end                   kill all processes; answered with ready
+
+From init:
+
+    ready
+    failed, STAGE, ERRNO, MESSAGE
+    exited, KEY, WAIT_STATUS, IS_LAST
+                          a command has ended; with IS_LAST, all other processes have been killed
 """
 
 from __future__ import annotations
@@ -14,22 +33,36 @@ import resource
 import select
 import signal
 import socket
+import struct
 import termios
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, Final, NamedTuple, NoReturn
 
 from x07_sandbox import kernel
-from x07_sandbox.guest import confine, control, execution, interpreter, processes, restrict, services, waiting
-from x07_sandbox.guest.system import children_of, close_descriptors_except, read_all
+from x07_sandbox.guest import cgroup, confine, execution, interpreter, services, waiting
+from x07_sandbox.guest.system import children_of, close_descriptors_except, read_all, write_all
 
-READY = b"R"  # the waiting process is confined
+CONFINED = b"R"  # status of the waiting process
 _FDS_MAX = 4096  # above the number of each descriptor of init and of the waiting process
 FIRST = 0  # the key of the process that waits from the start; later ones have the ids of their commands
+
+SETTINGS: Final = "settings"
+COMMAND: Final = "command"
+LAST: Final = "last"
+SIGNAL: Final = "signal"
+END: Final = "end"
+READY: Final = "ready"
+FAILED: Final = "failed"
+EXITED: Final = "exited"
+
+_LENGTH: Final = struct.Struct("=I")
+_FD: Final = struct.Struct("=i")
+_SENT_FDS_MAX: Final = 16
 
 
 class Pipes(NamedTuple):
     """The pipe ends of a command's process. The agent has the other ends.
 
-    streams: its standard streams. start_fd: the start message. status_fd: READY from the waiting process, then a
+    streams: its standard streams. start_fd: the start message. status_fd: CONFINED from the waiting process, then a
     failure message; execve closes it.
     """
 
@@ -57,14 +90,14 @@ def run_init(
         if program == 0:
             agent.close()
             os.close(report_fd)
-            _become(world, pipes, confinement, READY)
+            _become(world, pipes, confinement, CONFINED)
         for fd in {*pipes.all(), *world.procs_fds}:
             os.close(fd)
         _Init(world, agent, report_fd, confinement, program).serve()
     except confine.StepError as exc:
-        control.send(report_fd, (control.FAILED, *exc.args))
+        send(report_fd, (FAILED, *exc.args))
     except OSError as exc:
-        control.send(report_fd, (control.FAILED, "start", exc.errno or 0, str(exc)))
+        send(report_fd, (FAILED, "start", exc.errno or 0, str(exc)))
     finally:
         # When PID 1 ends, the kernel kills all processes of the namespace.
         os._exit(0)
@@ -121,21 +154,21 @@ class _Init:
 
     def _take(self) -> bool:
         """Take a message of the agent. Return False if the agent has ended."""
-        message, fds = control.receive_fds(self._agent)
+        message, fds = receive_fds(self._agent)
         if message is None:
             return False
         kind, *words = message
-        if kind == control.SETTINGS:
+        if kind == SETTINGS:
             self._apply(confine.JobSettings(*words[0]))
-        elif kind == control.COMMAND:
+        elif kind == COMMAND:
             self._start(words, fds)
-        elif kind == control.LAST:
+        elif kind == LAST:
             self._last = words[0]
-        elif kind == control.SIGNAL:
+        elif kind == SIGNAL:
             self._signal(*words)
-        elif kind == control.END:
+        elif kind == END:
             self._kill_rest()
-            control.send(self._report_fd, (control.READY,))
+            send(self._report_fd, (READY,))
         return True
 
     def _apply(self, settings: confine.JobSettings) -> None:
@@ -148,7 +181,7 @@ class _Init:
             for program in self._programs if own_user else ():
                 self._world = self._world._replace(user_fd=os.open(f"/proc/{program}/ns/user", os.O_RDONLY))
         self._settings = settings
-        control.send(self._report_fd, (control.READY,))
+        send(self._report_fd, (READY,))
 
     def _start(self, words: list[Any], fds: list[int]) -> None:
         """Start a process for one more command, which waits for its start message."""
@@ -175,7 +208,7 @@ class _Init:
     def _signal(self, key: int, number: int) -> None:
         """Send a signal to a command that has not been reaped. SIGKILL goes to all processes of its tree."""
         for pid in [pid for pid, held in self._programs.items() if held == key]:
-            tree = processes.stopped_tree(pid) if number == signal.SIGKILL else {pid}
+            tree = cgroup.stopped_tree(pid) if number == signal.SIGKILL else {pid}
             for one in tree:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.kill(one, number)
@@ -194,7 +227,7 @@ class _Init:
             return
         if is_last := key == self._last:
             self._kill_rest()
-        control.send(self._report_fd, (control.EXITED, key, status, is_last))
+        send(self._report_fd, (EXITED, key, status, is_last))
 
     def _kill_rest(self) -> None:
         """Kill and reap all other processes."""
@@ -238,7 +271,7 @@ def _become(
             _, argv, env, cwd, filter_code, rules_fd, token = start
             os.chdir(cwd)
             if filter_code or rules_fd >= 0:
-                restrict.restrict_self(filter_code, rules_fd)
+                execution.restrict_self(filter_code, rules_fd)
             if how.service:
                 os.closerange(3, _FDS_MAX)  # no link of a program may lead to them
                 services.run(how.service, argv)
@@ -253,3 +286,45 @@ def _become(
         os.write(status_fd, status.encode("utf-8", "backslashreplace"))
     finally:
         os._exit(127)
+
+
+def send(fd: int, message: tuple[Any, ...]) -> None:
+    """Send a message. Raises OSError."""
+    data = marshal.dumps(message)
+    write_all(fd, _LENGTH.pack(len(data)) + data)
+
+
+def send_fds(sock: socket.socket, message: tuple[Any, ...], fds: tuple[int, ...]) -> None:
+    """Send a message with descriptors. Raises OSError."""
+    data = marshal.dumps(message)
+    data = _LENGTH.pack(len(data)) + data
+    sent = socket.send_fds(sock, [data], fds)
+    write_all(sock.fileno(), data[sent:])
+
+
+def receive(fd: int, head: bytes = b"") -> tuple[Any, ...] | None:
+    """Wait for a message, and return it; None if the other side has ended.
+
+    head: the bytes of it that were read already.
+    """
+    head += _read(fd, _LENGTH.size - len(head))
+    if len(head) < _LENGTH.size:
+        return None
+    message: tuple[Any, ...] = marshal.loads(_read(fd, _LENGTH.unpack(head)[0]))  # noqa: S302 - from our own process
+    return message
+
+
+def receive_fds(sock: socket.socket) -> tuple[tuple[Any, ...] | None, list[int]]:
+    """Wait for a message and its descriptors. The message is None if the other side has ended."""
+    # Not socket.recv_fds, which ignores its flags and so MSG_CMSG_CLOEXEC.
+    room = socket.CMSG_SPACE(_SENT_FDS_MAX * _FD.size)
+    head, rights, _, _ = sock.recvmsg(_LENGTH.size, room, socket.MSG_CMSG_CLOEXEC)
+    fds = [number for _, _, data in rights for (number,) in _FD.iter_unpack(data)]
+    return receive(sock.fileno(), head) if head else None, fds
+
+
+def _read(fd: int, size: int) -> bytes:
+    data = b""
+    while len(data) < size and (more := os.read(fd, size - len(data))):
+        data += more
+    return data

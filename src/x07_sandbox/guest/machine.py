@@ -9,17 +9,16 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from x07_sandbox.guest import confine, filters, system
+from x07_sandbox.guest import confine, execution, system
 from x07_sandbox.guest.audit import Audit
 from x07_sandbox.guest.cgroup import RootGroup
-from x07_sandbox.guest.errors import JobError
-from x07_sandbox.guest.no_network import RESOLV_CONF, NoNetwork
+from x07_sandbox.guest.dns import RESOLV_CONF, NoNetwork
 from x07_sandbox.guest.platform import Platform
-from x07_sandbox.guest.system import write_file
+from x07_sandbox.guest.system import JobError, write_file
 
 if TYPE_CHECKING:
     from x07_sandbox.channel.messages import Seed
-    from x07_sandbox.guest.relay_process import RelayProcess
+    from x07_sandbox.guest.relay import RelayProcess
 
 PORT: Final = "x07.0"
 NET_PORT: Final = "x07.net"
@@ -99,7 +98,7 @@ class Machine(Platform):
 
     def relay(self, netns_fd: int) -> RelayProcess:
         """Start a relay, which opens its own virtio port and delays first packets until the gate has decided."""
-        from x07_sandbox.guest.relay_process import RelayProcess
+        from x07_sandbox.guest.relay import RelayProcess
 
         for name in sorted(os.listdir(_NET_MODULES)):  # the names are numbered in loading order
             system.load_module(f"{_NET_MODULES}/{name}")
@@ -112,7 +111,7 @@ class Machine(Platform):
 
     def audit(self) -> Audit:
         """Return the audit records of this kernel."""
-        return Audit(*filters.call_numbers())
+        return Audit(*execution.call_numbers())
 
     def group(self) -> RootGroup:
         """Make a control group."""

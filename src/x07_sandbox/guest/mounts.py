@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 
 from x07_sandbox.channel.messages import DENIED_MAX
 from x07_sandbox.guest import confine, system
-from x07_sandbox.guest.errors import JobError
+from x07_sandbox.guest.system import JobError
 
 if TYPE_CHECKING:
     from x07_sandbox.channel.messages import Mount

@@ -9,8 +9,8 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 from x07_sandbox.channel.egress import RESOLV_CONF
-from x07_sandbox.guest.errors import JobError
 from x07_sandbox.guest.mounts import mount_all
+from x07_sandbox.guest.system import JobError
 from x07_sandbox.guest.trees import Tree
 
 if TYPE_CHECKING:
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from x07_sandbox.guest.audit import Audit, NoAudit
     from x07_sandbox.guest.cgroup import NoGroup
     from x07_sandbox.guest.confine import Confinement, JobSettings
-    from x07_sandbox.guest.no_network import NoNetwork
-    from x07_sandbox.guest.relay_process import RelayProcess
+    from x07_sandbox.guest.dns import NoNetwork
+    from x07_sandbox.guest.relay import RelayProcess
 
 
 class Platform(ABC):

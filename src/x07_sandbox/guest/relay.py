@@ -8,32 +8,35 @@ relay accepts the connection first, and resets it if the gate refuses.
 from __future__ import annotations
 
 import contextlib
+import marshal
 import os
 import select
+import signal
 import socket
 import struct
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NoReturn
 
+from x07_sandbox import kernel
 from x07_sandbox.channel import egress, streams
 from x07_sandbox.channel.connection import ReadBuffer
 from x07_sandbox.channel.egress import Target
+from x07_sandbox.channel.messages import Network
 from x07_sandbox.channel.streams import Role, Streams
-from x07_sandbox.guest import firewall
-from x07_sandbox.guest.dns import NameTable, answer
+from x07_sandbox.guest import firewall, system
+from x07_sandbox.guest.dns import QUERY_MAX, NameTable, answer
+from x07_sandbox.guest.system import JobError, read_all, write_all
 
 if TYPE_CHECKING:
     from x07_sandbox.channel.streams import Event
-    from x07_sandbox.guest.firewall import Sockets
-    from x07_sandbox.guest.netlink import Held, HeldPackets
+    from x07_sandbox.guest.firewall import Held, HeldPackets, Sockets
+
 
 _CHUNK: Final = egress.DATA_MAX - streams.HEADER.size  # a frame then fills four 32 KiB writes of the driver
 _QUEUED_MAX: Final = 64 * 1024  # bytes queued for the gate; with more, do not read sockets
 _FLOWS_MAX: Final = 896  # more than the gate accepts, and fewer than the descriptors that a process may have
-_OWN_NAME: Final = "x07"  # host/settings.GUEST_HOSTNAME
-_QUERY_MAX: Final = 4096
 _WAITING_DATAGRAMS: Final = 16  # per flow that is not open yet
 _ACCEPT_S: Final = 10.0  # how long an opened flow waits for the program's connection
 _TICK_S: Final = 1.0
@@ -45,6 +48,8 @@ _MARKS: Final = {
     egress.NO_NAME: egress.HOST_UNREACHABLE,
 }
 _Endpoints = tuple[tuple[str, int], tuple[str, int]]  # source and target
+
+_READY: Final = b"R"
 
 
 class _Flow:
@@ -254,9 +259,8 @@ class Relay:
                 self._sockets.held.release(held.queue, held.number, mark)
 
     def _report_name(self, name: str) -> None:
-        """Report the lookup of an unlisted name, unless a program looks up its own host."""
-        if name != _OWN_NAME:
-            self._report(Target(egress.TCP, name.encode("ascii"), 0))
+        """Report the lookup of an unlisted name."""
+        self._report(Target(egress.TCP, name.encode("ascii"), 0))
 
     def _target(self, transport: int, address: str, port: int) -> Target:
         return Target(transport, (self._names.host_at(address) or address).encode("ascii"), port)
@@ -360,7 +364,7 @@ class Relay:
 
     def _answer_dns(self, _mask: int) -> None:
         with contextlib.suppress(OSError):
-            query, source = self._sockets.dns.recvfrom(_QUERY_MAX)
+            query, source = self._sockets.dns.recvfrom(QUERY_MAX)
             if (reply := answer(query, self._names)) is not None:
                 if self._link.pending():
                     self._flush()  # as in `_hold`
@@ -407,3 +411,92 @@ def _close(sock: socket.socket, *, reset: bool) -> None:
         with contextlib.suppress(OSError):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER)
     sock.close()
+
+
+class RelayProcess:
+    """The relay's process. When it ends, *status_fd* becomes readable and the job ends too.
+
+    carried_fd: carries the relay's bytes from and to the channel, if the relay shares it; else -1.
+    """
+
+    def __init__(self, netns_fd: int, open_port: Callable[[], int], keep: tuple[int, ...] = (), *, hold: bool) -> None:
+        """Start the process in a network namespace; -1 stands for the current one.
+
+        open_port: opens the stream to the gate. keep: descriptors that *open_port* needs. hold: see `firewall.build`.
+        """
+        self._built = self._admitted = False
+        self.carried_fd = -1
+        settings_r, self._settings_fd = os.pipe2(os.O_CLOEXEC)
+        self.status_fd, status_w = os.pipe2(os.O_CLOEXEC)
+        self.pid = os.fork()
+        if self.pid == 0:
+            system.close_descriptors_except(netns_fd, settings_r, status_w, *keep)
+            _run(netns_fd, open_port, settings_r, status_w, hold=hold)
+        os.close(settings_r)
+        os.close(status_w)
+
+    def wait_built(self) -> None:
+        """Wait until everything is ready that does not depend on the policy. Raises JobError."""
+        if not self._built:
+            self._wait()
+        self._built = True
+
+    def wait_admitted(self) -> None:
+        """Wait until the policy's hosts can be reached. Raises JobError."""
+        if not self._admitted:
+            self._wait()
+        self._admitted = True
+
+    def _wait(self) -> None:
+        if (status := os.read(self.status_fd, 1)) != _READY:
+            raise JobError("relay", 0, (status + os.read(self.status_fd, 4096)).decode("utf-8", "replace")[:1000])
+
+    def admit(self, network: Network) -> None:
+        """Send the configuration to the process."""
+        with contextlib.suppress(BrokenPipeError):  # it has ended; `wait_admitted` raises
+            write_all(self._settings_fd, marshal.dumps(tuple(network)))
+        os.close(self._settings_fd)
+
+    def end_reason(self) -> str:
+        """Return why the process has ended, once `status_fd` is readable."""
+        return os.read(self.status_fd, 4096).decode("utf-8", "replace")[:1000] or "it was killed"
+
+    def close(self) -> None:
+        """Kill the process."""
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+        os.close(self.status_fd)
+
+
+def on_shared_channel(netns_fd: int) -> RelayProcess:
+    """Start a relay that shares the channel. It delays no packets, since the host's kernel may be unable to."""
+    ours, theirs = socket.socketpair()
+    os.set_blocking(theirs.fileno(), False)
+    with theirs:
+        relay = RelayProcess(netns_fd, theirs.fileno, (theirs.fileno(),), hold=False)
+    relay.carried_fd = ours.detach()
+    return relay
+
+
+def _run(netns_fd: int, open_port: Callable[[], int], settings_fd: int, status_fd: int, *, hold: bool) -> NoReturn:
+    try:
+        kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
+        if netns_fd >= 0:
+            os.setns(netns_fd, os.CLONE_NEWNET)
+        firewall.build(hold=hold)
+        sockets = firewall.Sockets(hold=hold)
+        port_fd = open_port()
+        os.write(status_fd, _READY)
+        network = Network(*marshal.loads(read_all(settings_fd)))  # noqa: S302 - from our agent
+        firewall.admit(network, sockets)
+        wildcards = [(suffix, first) for suffix, first in network.wildcards]
+        relay = Relay(port_fd, NameTable(network.names, wildcards), sockets)
+        os.write(status_fd, _READY)
+        relay.serve()
+        os.write(status_fd, b"the gate has disconnected")
+    except JobError as exc:
+        os.write(status_fd, f"{exc.args[0]}: {exc.args[2]}".encode("utf-8", "replace"))
+    except Exception as exc:  # noqa: BLE001 - any error ends the job, and is reported
+        os.write(status_fd, f"{type(exc).__name__}: {exc}".encode("utf-8", "replace")[:1000])
+    finally:
+        os._exit(0)

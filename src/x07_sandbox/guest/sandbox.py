@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.channel import streams
+from x07_sandbox.channel.connection import Carrier
 from x07_sandbox.channel.link import Link, State, Stream
 from x07_sandbox.channel.messages import (
     DENIED_MAX,
@@ -27,19 +28,17 @@ from x07_sandbox.channel.messages import (
 from x07_sandbox.channel.streams import Event
 from x07_sandbox.channel.trees import Entry
 from x07_sandbox.channel.trees import Kind as Record
-from x07_sandbox.guest import confine, control, init, system
-from x07_sandbox.guest.audit import Refusal
+from x07_sandbox.guest import confine, init, system
+from x07_sandbox.guest.audit import View
 from x07_sandbox.guest.environment import failure, job_settings
-from x07_sandbox.guest.errors import JobError
-from x07_sandbox.guest.exec import READ, Command
+from x07_sandbox.guest.exec import READ, Command, Spare
 from x07_sandbox.guest.execution import ExecutionRules
 from x07_sandbox.guest.files import SYSTEM_CA, IncomingFiles
 from x07_sandbox.guest.mounts import ProgramPaths
-from x07_sandbox.guest.spare import Spare
+from x07_sandbox.guest.system import JobError
 from x07_sandbox.guest.trees import Left, Room, changes, left_files, stream_of
 
 if TYPE_CHECKING:
-    from x07_sandbox.channel.carrier import Carrier
     from x07_sandbox.channel.messages import CommandLimits, Message, Mount, Open, Output
     from x07_sandbox.guest.audit import Audit, NoAudit
     from x07_sandbox.guest.environment import Environment, Process
@@ -86,8 +85,6 @@ class Sandbox:
         self._closed: Closed | None = None  # once everything before it is queued
         self._carrier: Carrier | None = None
         if environment.relay is not None and environment.relay.carried_fd >= 0:
-            from x07_sandbox.channel.carrier import Carrier
-
             self._carrier = Carrier(link.streams, link.open(Stream.RELAY), environment.relay.carried_fd)
 
     # from the host
@@ -242,7 +239,8 @@ class Sandbox:
     def _begin_audit(self) -> None:
         mounts = self._opening.mounts
         names = ProgramPaths(self._files.trees, mounts, f"/proc/{self._environment.init}/root")
-        self._audit.begin(names.path if mounts else None, names.roots(), names.link_target, self._service_pids)
+        find = names.path if mounts else None
+        self._audit.begin(View(find, names.roots(), names.link_target, self._service_pids))
 
     def _service_pids(self) -> list[int]:
         """Return the processes of the agent's own services, whose denials are answers to the host."""
@@ -373,11 +371,11 @@ class Sandbox:
     def _take_report(self) -> None:
         """Take a report of init: a command has ended, or init has failed."""
         kind, *words = report = self._environment.next_report()
-        if kind == control.READY:
+        if kind == init.READY:
             self._emptied = True
             self._close_if_empty()
             return
-        if kind != control.EXITED:
+        if kind != init.EXITED:
             self._fail(failure(report), 0)
             return
         for command in self._commands.values():
@@ -437,7 +435,6 @@ class Sandbox:
         refused, lost = self._audit.end()
         if (server := self._environment.no_network) is not None:
             looked_up, more = server.take()
-            looked_up.pop(Refusal("network", "lookup", 0, self._opening.hostname, write=False), None)  # its own name
             refused, lost = {**looked_up, **refused}, lost + more
         for refusal, count in list(refused.items())[:DENIED_MAX]:
             self._link.send(Denied(command, *refusal, count))

@@ -1,19 +1,33 @@
 """Services of the agent that run like a command: confined by init, as the program's user, on standard streams.
 
 Everything that they need is imported before the fork, since the agent's code may be missing in the program's
-namespaces.
+namespaces. The file server reads and changes files; the kernel decides what a request may reach.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import select
 import socket
-from typing import NoReturn
+import stat
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, Final, NoReturn
 
-from x07_sandbox.guest.file_server import FileServer
+from x07_sandbox.channel import files
+from x07_sandbox.channel.contents import next_data
+from x07_sandbox.channel.files import Answer, Buffer, FileInfo, Request
+from x07_sandbox.channel.trees import FOLDER_FLAGS, Entry, Kind, Unpacker, can_hold_names, entry_of, segment, walk
+from x07_sandbox.errors import PeerError
+from x07_sandbox.guest.system import JobError, write_all
+from x07_sandbox.guest.trees import content
 
-_READ = 64 * 1024
+_READ: Final = 128 * 1024
+_ERRORS: Final = 2
+_UNSIZED_MAX: Final = 64 << 20
+_PERMISSIONS: Final = 0o7777
 
 
 def run(service: str, argv: list[str]) -> NoReturn:
@@ -77,3 +91,248 @@ class _Way:
             self.ended = True
         else:
             self.held = data
+
+
+class FileServer:
+    """Serves requests from *in_fd* and answers to *out_fd*, both blocking, until the input ends."""
+
+    def __init__(self, in_fd: int, out_fd: int) -> None:
+        self._in_fd = in_fd
+        self._out_fd = out_fd
+        self._buffer = Buffer()
+        self._calls: dict[str, Callable[[Request], Iterator[Answer | bytes]]] = {
+            files.READ: self._read,
+            files.WRITE: self._write,
+            files.STAT: self._stat,
+            files.LIST: self._list,
+            files.MAKE: self._make,
+            files.REMOVE: self._remove,
+            files.PUT: self._put,
+            files.GET: self._get,
+        }
+
+    def serve(self) -> None:
+        """Serve requests. Raises OSError if the agent is gone."""
+        while (values := self._next()) is not None:
+            request = Request(*values)
+            answered = False
+            try:
+                for part in self._calls[request.kind](request):
+                    write_all(self._out_fd, part if isinstance(part, bytes) else files.encode(part))
+                    answered = True
+            except (OSError, ValueError, OverflowError) as exc:
+                if answered:  # the host learns from the end of the output that the content is incomplete
+                    raise
+                write_all(self._out_fd, files.encode(Answer(_number_of(exc))))
+
+    def _next(self) -> list[Any] | None:
+        while (values := self._buffer.take()) is None:
+            if not self._fill():
+                return None
+        return values
+
+    def _fill(self) -> bool:
+        data = os.read(self._in_fd, _READ)
+        self._buffer.data += data
+        return bool(data)
+
+    def _content(self, size: int) -> Iterator[bytes]:
+        """Yield the *size* bytes that follow a request."""
+        while size and (self._buffer.data or self._fill()):
+            piece = self._buffer.piece(min(size, _READ))
+            size -= len(piece)
+            yield piece
+
+    def _consume(self, size: int, begin: Callable[[], None], take: Callable[[bytes], None]) -> int:
+        """Call *begin*, then pass the content after a request to *take*. Return the errno of a failure, or 0.
+
+        All of the content is read even after a failure, or the next request could not be found.
+        """
+        failed = _errno_of(begin)
+        for piece in self._content(size):
+            failed = failed or _errno_of(partial(take, piece))
+        return failed
+
+    # requests: each yields its answer, and the content after it
+
+    def _read(self, request: Request) -> Iterator[Answer | bytes]:
+        fd = self._opened(request.path, os.O_RDONLY)
+        try:
+            info = os.fstat(fd)
+            if stat.S_ISDIR(info.st_mode):
+                raise IsADirectoryError(errno.EISDIR, "")
+            if not stat.S_ISREG(info.st_mode):
+                first = os.read(fd, min(request.size, _READ))
+                size = len(first)
+            elif info.st_size:
+                size = max(0, info.st_size - request.offset)
+                size = size if request.whole else min(request.size, size)
+                first = os.pread(fd, min(size, _READ), request.offset)
+                if len(first) < _READ:  # the size of a file in /sys is wrong
+                    size = len(first)
+            else:  # such as a file in /proc
+                first = _whole(fd, request.offset, request.size)
+                size = len(first)
+            yield Answer(0, size)
+            if not request.whole:
+                yield first
+                yield from self._range(fd, request.offset + len(first), request.offset + size)
+            elif len(first) == size:
+                yield segment(size) + first if size else b""
+            else:
+                yield from self._segments(fd, request.offset, request.offset + size)
+        finally:
+            os.close(fd)
+
+    def _opened(self, path: str, flags: int) -> int:
+        """Open a file. Raises OSError, also for a link to a stream of this process, such as /proc/self/fd/1."""
+        fd = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        if any(os.path.sameopenfile(fd, own) for own in (self._in_fd, self._out_fd, _ERRORS)):
+            os.close(fd)
+            raise PermissionError(errno.EACCES, "")
+        return fd
+
+    def _segments(self, fd: int, at: int, end: int) -> Iterator[bytes]:
+        """Yield the content from *at* to *end* as segments (channel/trees). Holes have no bytes."""
+        while at < end:
+            start, stop = next_data(fd, at, end)
+            if start > at:
+                yield segment(start - at, hole=True)
+            if stop > start:
+                yield segment(stop - start)
+                yield from self._range(fd, start, stop)
+            at = stop
+
+    def _range(self, fd: int, at: int, end: int) -> Iterator[bytes]:
+        """Send the content from *at* to *end* without copying it to this process. Yield what cannot be sent so."""
+        with contextlib.suppress(OSError):  # it is read below, or that raises the error
+            while at < end and (count := os.sendfile(self._out_fd, fd, at, end - at)):
+                at += count
+        while at < end:
+            if not (piece := os.pread(fd, min(_READ, end - at), at)):
+                raise OSError(errno.EIO, "it has become shorter")
+            at += len(piece)
+            yield piece
+
+    def _write(self, request: Request) -> Iterator[Answer | bytes]:
+        left, failed = request.size, 0
+        try:
+            fd = self._opened(request.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            with os.fdopen(fd, "wb", buffering=0):
+                if request.mode >= 0:
+                    os.fchmod(fd, request.mode)
+                ahead = self._buffer.piece(left)  # it came with the request
+                left -= len(ahead)
+                write_all(fd, ahead)
+                left -= self._received(fd, left)
+                for piece in self._content(left):
+                    left -= len(piece)
+                    write_all(fd, piece)
+        except (OSError, ValueError) as exc:
+            failed = _number_of(exc)
+        for _ in self._content(left):
+            pass  # all of it is read, or the next request could not be found
+        yield Answer(failed)
+
+    def _received(self, fd: int, size: int) -> int:
+        """Move content to a file without copying it to this process, and return the size of what was moved."""
+        moved = 0
+        with contextlib.suppress(OSError):  # then the caller writes it, or gets the error
+            while moved < size and (count := os.splice(self._in_fd, fd, size - moved)):
+                moved += count
+        return moved
+
+    def _stat(self, request: Request) -> Iterator[Answer | bytes]:
+        info = os.stat(request.path, follow_symlinks=not request.whole)
+        yield Answer(0, 0, (_info(os.path.basename(request.path), request.path, info),))
+
+    def _list(self, request: Request) -> Iterator[Answer | bytes]:
+        found: list[FileInfo] = []
+        with os.scandir(request.path) as entries:
+            for entry in entries:
+                if len(found) >= files.ENTRIES_MAX:
+                    raise OSError(errno.E2BIG, "")
+                with contextlib.suppress(FileNotFoundError):
+                    found.append(_info(entry.name, entry.path, entry.stat(follow_symlinks=False)))
+        answer = files.encode(Answer(0, 0, tuple(found)))
+        if len(answer) > files.MESSAGE_MAX:
+            raise OSError(errno.E2BIG, "")
+        yield answer
+
+    def _make(self, request: Request) -> Iterator[Answer | bytes]:
+        mode = request.mode if request.mode >= 0 else 0o777
+        if request.whole:
+            os.makedirs(request.path, mode, exist_ok=True)
+        else:
+            os.mkdir(request.path, mode)
+        yield Answer(0)
+
+    def _remove(self, request: Request) -> Iterator[Answer | bytes]:
+        is_folder = stat.S_ISDIR(os.lstat(request.path).st_mode)
+        if is_folder and request.whole:
+            for folder, folders, names in os.walk(request.path, topdown=False):
+                for name in names:
+                    os.unlink(f"{folder}/{name}")
+                for name in folders:
+                    path = f"{folder}/{name}"
+                    (os.unlink if os.path.islink(path) else os.rmdir)(path)
+        (os.rmdir if is_folder else os.unlink)(request.path)
+        yield Answer(0)
+
+    def _put(self, request: Request) -> Iterator[Answer | bytes]:
+        """Create a tree at a new path."""
+        trees: list[Unpacker] = []
+
+        def begin() -> None:
+            os.mkdir(request.path)
+            trees.append(Unpacker(os.open(request.path, FOLDER_FLAGS), _PERMISSIONS))
+
+        failed = self._consume(request.size, begin, lambda piece: trees[0].write(piece))  # noqa: PLW0108 - no tree before
+        if not failed:
+            failed = _errno_of(trees[0].finish) if trees[0].ended else errno.EINVAL
+        yield Answer(failed)
+
+    def _get(self, request: Request) -> Iterator[Answer | bytes]:
+        fd = os.open(request.path, FOLDER_FLAGS | os.O_NOFOLLOW)
+        try:
+            yield Answer(0)
+            for found in walk(fd):
+                complete = can_hold_names(found.name)
+                if found.fd >= 0:
+                    yield entry_of(found.name, found.info, _PERMISSIONS).encoded()
+                else:
+                    complete = yield from content(found.path, found.name, found.info)
+                if not complete:
+                    yield Entry(Kind.UNSUPPORTED, found.name, mode=found.info.st_mode).encoded()
+            yield Entry(Kind.END, b"").encoded()
+        finally:
+            os.close(fd)
+
+
+def _whole(fd: int, offset: int, most: int) -> bytes:
+    """Return the content of a file whose size is unknown, from *offset* on. Raises OSError if it is very large."""
+    data = bytearray()
+    while len(data) < most and (piece := os.pread(fd, min(_READ, most - len(data)), offset + len(data))):
+        data += piece
+        if len(data) > _UNSIZED_MAX:
+            raise OSError(errno.EFBIG, "")
+    return bytes(data)
+
+
+def _errno_of(call: Callable[[], None]) -> int:
+    try:
+        call()
+    except (OSError, ValueError, JobError, PeerError) as exc:
+        return _number_of(exc)
+    return 0
+
+
+def _number_of(exc: Exception) -> int:
+    """Return the errno of a failure. Other errors are about a malformed tree, or a path with a NUL."""
+    return (exc.errno or errno.EIO) if isinstance(exc, OSError) else errno.EINVAL
+
+
+def _info(name: str, path: str, info: os.stat_result) -> FileInfo:
+    target = os.readlink(path) if stat.S_ISLNK(info.st_mode) else ""
+    mtime_ns = max(-files.NUMBER_MAX, min(info.st_mtime_ns, files.NUMBER_MAX))
+    return FileInfo(name, info.st_mode, info.st_size, mtime_ns, target)

@@ -1,4 +1,4 @@
-"""Kernel calls that Python's standard library does not provide, and small file helpers."""
+"""Kernel calls that Python's standard library does not provide, small file helpers, and the agent's error."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import os
 import socket
 import stat
 import struct
+from collections.abc import Iterator
 from typing import Final
 
 from x07_sandbox.kernel import check, libc
@@ -216,6 +217,17 @@ def close_descriptors_except(*keep: int) -> None:
                 continue  # the descriptor of the listing itself
 
 
+@contextlib.contextmanager
+def own_network_kept() -> Iterator[None]:
+    """Return to the present network namespace at the end of the context, which may enter another. Raises OSError."""
+    own = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        yield
+    finally:
+        os.setns(own, os.CLONE_NEWNET)
+        os.close(own)
+
+
 def loopback_up() -> None:
     """Bring up `lo` in the current network namespace."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
@@ -226,3 +238,7 @@ def power_off() -> None:
     """Power off the machine. Never returns."""
     libc.reboot(_RB_POWER_OFF)
     os._exit(0)
+
+
+class JobError(Exception):
+    """The job failed. The args are the stage, the errno (or 0) and a message. The host gets them in a FAILED frame."""

@@ -28,7 +28,7 @@ from x07_sandbox.channel.trees import (
     walk,
 )
 from x07_sandbox.errors import PeerError
-from x07_sandbox.guest.errors import JobError
+from x07_sandbox.guest.system import JobError
 
 _COARSE: Final = 5  # CLOCK_REALTIME_COARSE (clock_gettime(2)), the lower bound of inode timestamps
 _PERMISSIONS: Final = 0o7777

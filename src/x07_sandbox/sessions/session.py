@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from x07_sandbox.backends.handshake import input_poll, wait_for_exit
 from x07_sandbox.channel import streams
+from x07_sandbox.channel.connection import Carrier
 from x07_sandbox.channel.link import COMMANDS_MAX, DATA_MAX, State, Stream
 from x07_sandbox.channel.messages import (
     Changes,
@@ -34,7 +35,6 @@ from x07_sandbox.sessions.execution import CONNECT, CONNECTIONS_MAX, FILES, FILL
 
 if TYPE_CHECKING:
     from x07_sandbox.backends.base import Instance
-    from x07_sandbox.channel.carrier import Carrier
     from x07_sandbox.host.waiting import Cancel
     from x07_sandbox.sessions.transfers import CommandStreams, InFile, Receivers, Sink
 
@@ -393,8 +393,6 @@ class Session:
         if event.type == streams.OPEN:
             if self._relay_fd is None:
                 raise PeerError("bad frame", "RELAY was not asked for")
-            from x07_sandbox.channel.carrier import Carrier  # few backends have a single stream
-
             self._carrier = Carrier(self._link.streams, event.stream, self._relay_fd)
         elif self._carrier is not None:
             self._carrier.take(event)

@@ -12,7 +12,7 @@ import os
 from typing import TYPE_CHECKING
 
 from x07_sandbox.channel.messages import Exec
-from x07_sandbox.guest import confine, environment, honest, init, machine, restrict
+from x07_sandbox.guest import confine, environment, execution, honest, init, machine
 
 if TYPE_CHECKING:
     from x07_sandbox.channel.messages import Message
@@ -62,7 +62,7 @@ def main() -> None:
     """Serve one conversation with a program that is root."""
     os.unshare = _without_pid_namespace
     init._Init._kill_rest = lambda _self: None  # noqa: SLF001 - every process is within reach of kill(-1)
-    restrict.restrict_self = lambda *_words: None
+    execution.restrict_self = lambda *_words: None
     honest.Environment = RootEnvironment
     world = tuple(step for step in confine.MACHINE.world if step.name != confine.BOUNDING_SET)  # keep capabilities
     machine.Machine.confinement = confine.Confinement(
