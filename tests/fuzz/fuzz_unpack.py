@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Final
 from unittest.mock import patch
 
 from x07_sandbox.errors import BackendError, PeerError
-from x07_sandbox.files import unpack as on_host
+from x07_sandbox.files import incoming
 from x07_sandbox.guest import trees as in_guest
 from x07_sandbox.guest.system import JobError
 
@@ -50,7 +50,7 @@ def unpack(target: Path, data: bytes, step: int, *, host: bool) -> None:
     """Unpack a stream to a folder. Raises PeerError, BackendError, JobError, OSError."""
     unpacker: Unpacker
     if host:
-        unpacker = on_host.Unpacker(target)
+        unpacker = incoming.Unpacker(target)
     else:
         target.mkdir()
         unpacker = in_guest.ProgramTree(str(target))
@@ -69,7 +69,7 @@ def one_input(data: bytes) -> None:
     host, step = bool(first & ON_HOST), (first & ~ON_HOST) or len(data) or 1
     with (
         tempfile.TemporaryDirectory(prefix="x07-fuzz-", dir=PLACE) as name,
-        patch.multiple(in_guest if not host else on_host, BYTES_MAX=MOST_BYTES),
+        patch.multiple(in_guest if not host else incoming, BYTES_MAX=MOST_BYTES),
     ):
         base = Path(name)
         (base / "outside").write_bytes(b"kept")

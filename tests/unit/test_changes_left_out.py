@@ -15,8 +15,7 @@ from tests.unit.test_run_host_files import RUN, Run, die_at, messages
 from x07_sandbox.channel.trees import Entry, Kind
 from x07_sandbox.cli.main import main
 from x07_sandbox.errors import UsageError
-from x07_sandbox.files.changes import Change, Node, RootChanges
-from x07_sandbox.files.dependencies import unmet, with_dependents
+from x07_sandbox.files.changes import Change, Node, RootChanges, unmet, with_dependents
 from x07_sandbox.host.paths import private_dir
 from x07_sandbox.sessions.patches import patch_chunks
 from x07_sandbox.sessions.saved_changes import find_saved, recover_all, undo_saved

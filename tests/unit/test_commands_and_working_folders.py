@@ -32,7 +32,7 @@ from x07_sandbox.sessions.request import RunCaller, RunRequest
 from x07_sandbox.sessions.result import draft_result
 
 if TYPE_CHECKING:
-    from x07_sandbox.files.roots import Root
+    from x07_sandbox.files.copy import Root
 
 
 @pytest.fixture

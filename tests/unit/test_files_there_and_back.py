@@ -22,10 +22,9 @@ from x07_sandbox.channel.trees import Entry, Kind
 from x07_sandbox.files.apply import apply
 from x07_sandbox.files.change_rules import AllowedActions, CheckedChanges, check_changes
 from x07_sandbox.files.changes import STAGING, ChangeSet, RootChanges
-from x07_sandbox.files.copy import Bounds, copy_tree
+from x07_sandbox.files.copy import Bounds, Mount, Tree, copy_tree
 from x07_sandbox.files.incoming import Incoming
 from x07_sandbox.files.protected import Protection
-from x07_sandbox.files.roots import Mount, Tree
 from x07_sandbox.guest.mounts import ProgramPaths
 from x07_sandbox.guest.trees import Room, changes
 from x07_sandbox.guest.trees import Tree as GuestTree

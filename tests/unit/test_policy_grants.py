@@ -10,7 +10,7 @@ import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from x07_sandbox.files.roots import roots_of
+from x07_sandbox.files.copy import roots_of
 from x07_sandbox.policy.controls import make_plan, run_limits
 from x07_sandbox.policy.default import default_policy
 from x07_sandbox.policy.features import vm_features

@@ -12,8 +12,8 @@ import pytest
 
 from x07_sandbox.channel.trees import Entry, Kind, segment
 from x07_sandbox.errors import BackendError, PeerError
-from x07_sandbox.files import unpack
-from x07_sandbox.files.unpack import Unpacker, pack
+from x07_sandbox.files import incoming
+from x07_sandbox.files.incoming import Unpacker, pack
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -134,7 +134,7 @@ def test_a_folder_that_cannot_be_packed_whole_is_an_error(tmp_path: Path, monkey
 
 def test_entries_and_bytes_are_bounded(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stream with too many entries or bytes is refused."""
-    monkeypatch.setattr(unpack, "ENTRIES_MAX", 3)
+    monkeypatch.setattr(incoming, "ENTRIES_MAX", 3)
     with pytest.raises(BackendError, match="more than 3 entries"):
         unpacked(target, stream(*(file(b"%d" % number, b"") for number in range(9))))
 

@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from x07_sandbox.errors import Flag, HostError, Text, escaped
-from x07_sandbox.files import apply_steps, journal, undo_data
-from x07_sandbox.files.apply_steps import Site
+from x07_sandbox.files import journal, staging
 from x07_sandbox.files.changes import STAGING, ChangeSet, RootChanges, path_of
 from x07_sandbox.files.checks import RootState, check_set, compare_root, is_there, root_anchor, with_actual_modes
 from x07_sandbox.files.inode import MISSING, ConflictError, conflict_error
-from x07_sandbox.files.journal import Head, Place, Step
+from x07_sandbox.files.journal import Head, Place, Site, Step
 from x07_sandbox.files.protected import completed_repository, why_repository
 from x07_sandbox.files.staging import Planner, fill, undo_changes
 from x07_sandbox.host import beneath, close_on_fork, linux, settings
@@ -91,22 +90,22 @@ def _apply(changes: ChangeSet, data_fd: int, folder: Path, on_wait: OnWait | Non
     roots = [root for root in changes.roots if root.changes]
     anchors = [root_anchor(root) for root in roots]
     with _sites((path for path, _ in anchors), on_wait) as by_path:
-        applied = undo_data.undo_entries(folder)
+        applied = staging.undo_entries(folder)
         states = [
             compare_root(root, by_path[path].fd, prefix, applied)
             for root, (path, prefix) in zip(roots, anchors, strict=True)
         ]
         if all(state.all_applied for state in states):
             nothing = ChangeSet(run=changes.run, roots=())
-            undo_data.drop_prepared(folder)
-            undo_data.publish_empty(folder, nothing)
+            staging.drop_prepared(folder)
+            staging.publish_empty(folder, nothing)
             return nothing
         conflicts = list(dict.fromkeys(name for state in states for name in state.conflicts))
         if applied:
             _check_part(changes.run, set(applied), list(zip(roots, states, strict=True)), conflicts)
         if conflicts:
             raise conflict_error(conflicts)
-        if folder.name != undo_data.UNDOING:  # an undo only restores what was there
+        if folder.name != staging.UNDOING:  # an undo only restores what was there
             for root, (path, prefix) in zip(roots, anchors, strict=True):
                 _check_repositories(root, by_path[path].fd, prefix)
         sites = list({id(site): site for site in by_path.values()}.values())
@@ -164,9 +163,9 @@ def _execute(folder: Path, head: Head, sites: list[Site], planner: Planner, inve
             fill(site, (step for step in steps if step.place == index), planner)
         journal.write(folder, "journal", head, steps)
         for number, step in enumerate(steps, start=1):
-            apply_steps.check_step(sites[step.place], step)
+            journal.check_step(sites[step.place], step)
             started = number
-            apply_steps.apply_step(sites[step.place], step)
+            journal.apply_step(sites[step.place], step)
         for site in sites:
             linux.sync(site.fd)
         roots = (
@@ -174,9 +173,9 @@ def _execute(folder: Path, head: Head, sites: list[Site], planner: Planner, inve
             for one in inverse
         )
         undo_set = ChangeSet(run=head.run, roots=tuple(roots))
-        if folder.name != undo_data.UNDOING:
-            undo_data.prepare(folder, undo_set)
-            undo_data.save_displaced(folder, sites, steps)
+        if folder.name != staging.UNDOING:
+            staging.prepare(folder, undo_set)
+            staging.save_displaced(folder, sites, steps)
         journal.commit(folder)
     except BaseException:
         # An interrupt may arrive right after the commit.
@@ -217,11 +216,11 @@ def _roll_back(sites: list[Site], started: list[Step], *, recovering: bool = Fal
             _open_staging(site)
     until = time.monotonic() + settings.SETTLE_S
     todo = [step for step in reversed(started) if sites[step.place].staging_fd >= 0]
-    while todo := [step for step in todo if not apply_steps.undo_step(sites[step.place], step)]:
+    while todo := [step for step in todo if not journal.undo_step(sites[step.place], step)]:
         if time.monotonic() > until:
             break
         time.sleep(0.01)
-    if stuck := [step for step in todo if not recovering or apply_steps.holds_displaced(sites[step.place], step)]:
+    if stuck := [step for step in todo if not recovering or journal.holds_displaced(sites[step.place], step)]:
         names = ", ".join(ascii(sites[step.place].path(step.name)) for step in stuck[:5])
         saved = ", ".join(ascii(sites[index].path(sites[index].place.staging)) for index in {s.place for s in stuck})
         why = f"{names} cannot be restored, because files were moved; the earlier content is in {saved}"
@@ -232,22 +231,22 @@ def _remove_new(folder: Path, sites: list[Site], steps: list[Step] | None) -> No
     """Remove the staged content. steps: None before the first step; every entry named like a slot is then new."""
     for index, site in enumerate(sites):
         # Nothing is staged before the journal names the staging folder.
-        known = apply_steps.staged_inodes(steps, index) if steps is not None else None if site.place.staged else {}
-        undo_data.remove_staging(site, known)
+        known = journal.staged_inodes(steps, index) if steps is not None else None if site.place.staged else {}
+        staging.remove_staging(site, known)
     _end(folder)
 
 
 def _finish(folder: Path, sites: list[Site], steps: list[Step]) -> None:
-    undo_data.publish(folder)
+    staging.publish(folder)
     for index, site in enumerate(sites):
         last = [step for step in steps if step.place == index and step.kind == "mode" and step.name == "."]
-        undo_data.remove_staging(site, apply_steps.displaced_inodes(steps, index), last[-1].new_mode if last else None)
+        staging.remove_staging(site, journal.displaced_inodes(steps, index), last[-1].new_mode if last else None)
     _end(folder)
 
 
 def _end(folder: Path) -> None:
     journal.remove(folder)
-    undo_data.drop_prepared(folder)
+    staging.drop_prepared(folder)
 
 
 def _recover(folder: Path, on_wait: OnWait | None) -> None:

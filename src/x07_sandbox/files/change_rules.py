@@ -12,9 +12,19 @@ import msgspec
 from x07_sandbox.channel.trees import can_hold_names
 from x07_sandbox.errors import PeerError, escaped
 from x07_sandbox.files import copy
-from x07_sandbox.files.changes import STAGING, Change, Node, Refused, is_folder, parent_folders, same_node
+from x07_sandbox.files.changes import (
+    DEPTH_MAX,
+    STAGING,
+    Change,
+    Node,
+    Refused,
+    is_folder,
+    parent_folders,
+    renames,
+    same_node,
+    with_dependents,
+)
 from x07_sandbox.files.copy import Bounds, Reason, Skipped
-from x07_sandbox.files.dependencies import renames, with_dependents
 from x07_sandbox.files.incoming import ReportedEntry
 from x07_sandbox.files.protected import Protection
 from x07_sandbox.host import settings
@@ -142,7 +152,7 @@ def _near(reported: Iterable[ReportedEntry], most: int) -> tuple[list[ReportedEn
         deep[top] = max(depth, deep.get(top, 0))
     why = "deeper than fs.max_depth, like everything below it"
     return near, [
-        Refused(name=name, rule="fs.max_depth", why=why, value=depth if depth <= copy.DEPTH_MAX else None)
+        Refused(name=name, rule="fs.max_depth", why=why, value=depth if depth <= DEPTH_MAX else None)
         for name, depth in deep.items()
     ]
 

@@ -1,15 +1,18 @@
-"""Open inodes of the host, their comparison with nodes of a change set, and the error for a conflict."""
+"""Open inodes of the host, their contents, their comparison with nodes of a change set, and the conflict error."""
+
+from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
+from x07_sandbox.channel.contents import next_data
 from x07_sandbox.errors import Command, SandboxError
-from x07_sandbox.files import contents
 from x07_sandbox.files.changes import Node
 from x07_sandbox.host import beneath
 from x07_sandbox.host.paths import closing_fd
@@ -22,6 +25,9 @@ _SHOWN: Final = 5
 # Errors for a path of which a part is missing, not a folder, or a link.
 MISSING: Final = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}
 _KINDS: Final = {stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFLNK: "link"}
+
+_PIECE: Final = 1 << 20
+_ZEROS: Final = bytes(_PIECE)
 
 
 class ConflictError(SandboxError):
@@ -111,7 +117,7 @@ class OpenInode:
     def _sha256(self, size: int) -> str:
         if not self._digest:
             with closing_fd(self.open_file()) as fd:
-                self._digest = contents.digest(fd, size)
+                self._digest = digest(fd, size)
         return self._digest
 
 
@@ -138,3 +144,51 @@ def ident_of(dir_fd: int, name: str) -> Ident | None:
     except FileNotFoundError:
         return None
     return info.st_dev, info.st_ino
+
+
+def digest(fd: int, size: int) -> str:
+    """Return the SHA-256 in hex of the first *size* bytes, or of the whole file if it is shorter. Raises OSError."""
+    total, at = hashlib.sha256(), 0
+    while at < size and (data := os.pread(fd, min(_PIECE, size - at), at)):
+        total.update(data)
+        at += len(data)
+    return total.hexdigest()
+
+
+def copy(source: int, at: int, size: int, target: int, to: int) -> str:
+    """Copy *size* bytes from offset *at* of *source* to offset *to* of *target*, skipping holes; return their SHA-256.
+
+    The caller must set the length of *target*. Raises OSError, and EOFError if the source is too short.
+    """
+    if at + size > os.fstat(source).st_size:
+        raise EOFError
+    total, end = hashlib.sha256(), at + size
+    shift = to - at
+    while at < end:
+        begin, stop = next_data(source, at, end)
+        add_zeros(total, begin - at)
+        at = begin
+        while at < stop:
+            data = os.pread(source, min(_PIECE, stop - at), at)
+            if not data:
+                raise EOFError
+            total.update(data)
+            write(target, data, at + shift)
+            at += len(data)
+    return total.hexdigest()
+
+
+def write(target: int, data: bytes, to: int) -> int:
+    """Write all of *data* at offset *to* and return the end offset. Raises OSError."""
+    view = memoryview(data)
+    while view:
+        done = os.pwrite(target, view, to)
+        view, to = view[done:], to + done
+    return to
+
+
+def add_zeros(digest: hashlib._Hash, count: int) -> None:
+    """Update a digest with *count* zero bytes."""
+    while count > 0:
+        digest.update(_ZEROS[:count])
+        count -= _PIECE

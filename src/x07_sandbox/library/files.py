@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from x07_sandbox.channel.files import Answer
-    from x07_sandbox.files.unpack import Unpacker
+    from x07_sandbox.files.incoming import Unpacker
     from x07_sandbox.sessions.command import AnySandbox
     from x07_sandbox.sessions.files import FileServer
 
@@ -117,7 +117,7 @@ class Files:
         source = Path(local)
         with tempfile.TemporaryFile() as packed:
             if source.is_dir():
-                from x07_sandbox.files.unpack import pack
+                from x07_sandbox.files.incoming import pack
 
                 pack(source, packed)
                 size = packed.tell()
@@ -136,7 +136,7 @@ class Files:
         self, path: str | os.PathLike[str], local: str | os.PathLike[str], *, timeout_s: float | None = None
     ) -> None:
         """See `Sandbox.download`."""
-        from x07_sandbox.files.unpack import BYTES_MAX, Unpacker
+        from x07_sandbox.files.incoming import BYTES_MAX, Unpacker
 
         target = Path(local)
         found = self.stat(path, timeout_s=timeout_s)
@@ -313,7 +313,7 @@ def _from_file(file: IO[bytes], size: int) -> Iterator[bytes]:
 
 def _allowed(path: str, answer: Answer) -> int:
     """Return the size of a file to download. Raises UsageError if it is over the limit."""
-    from x07_sandbox.files.unpack import BYTES_MAX
+    from x07_sandbox.files.incoming import BYTES_MAX
 
     if answer.size > BYTES_MAX:
         why = f"it has {answer.size} bytes, and the limit is {BYTES_MAX} bytes ({BYTES_MAX >> 30} GiB), holes included"

@@ -34,15 +34,21 @@ from x07_sandbox.files.copy import (
     Bounds,
     Copied,
     LeftOut,
+    Mount,
     Reason,
+    Root,
+    Tree,
     bounds_of,
+    change_roots,
     copy_tree,
+    mounts_of,
+    roots_of,
+    trees_of,
     value_for,
     why_left_out,
 )
 from x07_sandbox.files.incoming import Incoming
 from x07_sandbox.files.protected import Protection, repository_around, work_trees
-from x07_sandbox.files.roots import Mount, Root, Tree, change_roots, mounts_of, roots_of, trees_of
 from x07_sandbox.host import settings
 from x07_sandbox.host.paths import (
     cache_dir,

@@ -13,8 +13,7 @@ from typing import Final
 from msgspec.structs import replace
 
 from x07_sandbox.files import patch
-from x07_sandbox.files.changes import Node, decode, path_of
-from x07_sandbox.files.dependencies import with_later_applied
+from x07_sandbox.files.changes import Node, decode, path_of, with_later_applied
 from x07_sandbox.files.patch import TEXT_MAX
 from x07_sandbox.sessions.result import Diff
 from x07_sandbox.sessions.saved_changes import SavedChanges, summarize

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import msgspec
 
-from x07_sandbox.files.roots import Root, trees_of
+from x07_sandbox.files.copy import Root, trees_of
 from x07_sandbox.policy.controls import Plan
 from x07_sandbox.records.record import new_run_id
 from x07_sandbox.sessions.host_files import effective_roots

@@ -56,7 +56,7 @@ class SavedChanges(NamedTuple):
 
     def done(self) -> set[tuple[str, str]]:
         """Return the root and name of each applied change. Raises HostError."""
-        from x07_sandbox.files.undo_data import undo_entries
+        from x07_sandbox.files.staging import undo_entries
 
         with _validated(self.run):
             return {name for place in self.undos for name in undo_entries(place)}
@@ -191,7 +191,7 @@ def undo_saved(saved: SavedChanges, on_wait: Callable[[str], None]) -> ChangeSet
     from x07_sandbox.files.apply import apply
     from x07_sandbox.files.changes import decode
     from x07_sandbox.files.inode import ConflictError, undo_conflict_error
-    from x07_sandbox.files.undo_data import UNDOING
+    from x07_sandbox.files.staging import UNDOING
 
     what, run = f"cannot undo the changes of run {saved.run}", saved.run
     with _locked(saved.folder, on_wait), _validated(run), applying(run), contextlib.ExitStack() as stack:
@@ -243,7 +243,7 @@ def applying(run: str) -> Iterator[None]:
 
 
 def _places(folder: Path) -> list[Path]:
-    from x07_sandbox.files.undo_data import UNDOING
+    from x07_sandbox.files.staging import UNDOING
 
     every = (folder, *_later(folder))
     return [place for part in every for place in (part, part / UNDOING) if place.is_dir()]

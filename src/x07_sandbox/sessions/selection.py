@@ -9,8 +9,18 @@ from typing import Final, NamedTuple
 from msgspec.structs import replace
 
 from x07_sandbox.errors import Command, Flag, RefusedError, Text, UsageError, listed
-from x07_sandbox.files.changes import ChangeSet, Refused, RootChanges, display_name, parent_folders, path_of
-from x07_sandbox.files.dependencies import applicable, removes_folder, unmet, with_new_parents
+from x07_sandbox.files.changes import (
+    ChangeSet,
+    Refused,
+    RootChanges,
+    applicable,
+    display_name,
+    parent_folders,
+    path_of,
+    removes_folder,
+    unmet,
+    with_new_parents,
+)
 from x07_sandbox.files.protected import Protection
 from x07_sandbox.sessions.refusals import flag_for
 from x07_sandbox.sessions.saved_changes import SavedChanges, apply_saved
