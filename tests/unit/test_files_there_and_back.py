@@ -25,7 +25,7 @@ from x07_sandbox.files.changes import STAGING, ChangeSet, RootChanges
 from x07_sandbox.files.copy import Bounds, Mount, Tree, copy_tree
 from x07_sandbox.files.incoming import Incoming
 from x07_sandbox.files.protected import Protection
-from x07_sandbox.guest.mounts import ProgramPaths
+from x07_sandbox.guest.audit import ProgramPaths
 from x07_sandbox.guest.trees import Room, changes
 from x07_sandbox.guest.trees import Tree as GuestTree
 

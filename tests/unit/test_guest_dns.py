@@ -50,10 +50,7 @@ def lookup(name: str, kind: str = "A", names: NameTable | None = None) -> dns.me
 
 
 def test_a_program_without_a_network_is_refused_every_name() -> None:
-    """Without a network, every name but localhost is refused, which programs report as a temporary failure.
-
-    A lookup of the guest's own name is refused too, but is no denial.
-    """
+    """Without a network, every name but localhost is refused, and counts unless it is the guest's own."""
     names, asked = NameTable({}, []), list[str]()
     names.unlisted, names.on_unlisted = REFUSED, asked.append
     assert {lookup("a.example", kind, names).rcode() for kind in ("A", "AAAA", "MX")} == {dns.rcode.REFUSED}

@@ -17,11 +17,16 @@ import socket
 import struct
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import Final, NamedTuple
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from x07_sandbox.channel.messages import DENIED_MAX
+from x07_sandbox.guest import confine
 from x07_sandbox.guest.confine import UID
+
+if TYPE_CHECKING:
+    from x07_sandbox.channel.messages import Mount
+    from x07_sandbox.guest.trees import Tree
 
 _RATE: Final = 1200  # records per second; a denied call makes three or four
 _BACKLOG: Final = 1024
@@ -29,6 +34,7 @@ _READS: Final = 64  # records read in one turn of the agent
 _LAST_S: Final = 0.2  # timeout for the last records
 _PATH_MAX: Final = 1024
 _PENDING_MAX: Final = 16  # calls with incomplete records
+_STEPS_MAX: Final = 256  # folders and links on the way to one file
 
 _NETLINK_AUDIT: Final = 9  # linux/audit.h, from here on
 _GET, _SET, _ADD_RULE = 1000, 1001, 1011
@@ -418,6 +424,116 @@ class _Call:
             if not self.path and path != "/":
                 path += "/"
         return Refusal(self.by, self.name, self.errno, path, self.write)
+
+
+class ProgramPaths:
+    """Paths as the program sees them, for reports of denials. The tables are built on first use, which is rare."""
+
+    def __init__(self, trees: Mapping[int, Tree], mounts: Sequence[Mount], view: str) -> None:
+        """Store the trees by number, the mounts of the session, and the program's root folder as the agent sees it."""
+        self._trees = trees
+        self._mounts = mounts
+        self._view = view
+        self._parents: dict[tuple[str, int], str] | None = None
+        self._paths: dict[tuple[str, int], str] | None = None
+        self._targets: dict[str, str] = {}
+
+    def roots(self) -> list[str]:
+        """Return the mount points."""
+        return [_shown(mount.at) for mount in self._mounts]
+
+    def path(self, device: str, inode: int, name: str = "") -> str:
+        """Return the path of an inode. Return "" if the path is unknown, or if *name* already is in a read-only mount.
+
+        device: "major:minor" in hexadecimal, as in audit records. name: a known path of the inode, or of a link to it.
+        """
+        if self._parents is None:
+            self._parents = dict(self._parent_folders())
+        if not name and (folder := self._parents.get((device, inode))):
+            return folder
+        in_tree = any(device == _device(tree.folder) for tree in self._trees.values())
+        if not in_tree or (name and self._in_read_only_root(name)):
+            return ""
+        if self._paths is None:
+            self._paths = dict(self._read_only_paths())
+        return self._paths.get((device, inode), "")
+
+    def link_target(self, path: str) -> str:
+        """Return *path* with its links resolved if the program may have made them, else "". For reports only."""
+        if path not in self._targets:
+            if len(self._targets) >= DENIED_MAX:
+                return ""
+            self._targets[path] = self._resolve(path)
+        return self._targets[path]
+
+    def _resolve(self, path: str) -> str:
+        writable = [*confine.IN_MEMORY, confine.CWD, "/x07/out"]
+        writable += [_shown(mount.at) for mount in self._mounts if mount.write]
+        if all(_below(path.strip("/"), folder.strip("/")) is None for folder in writable):
+            return ""
+        at, is_link, names = "", False, path.split("/")[::-1]
+        for _ in range(_STEPS_MAX):
+            if not names:
+                return _shown(at) if is_link else ""
+            if len(names) > _STEPS_MAX:
+                return ""
+            name = names.pop()
+            if name == "..":
+                at = at.rpartition("/")[0]
+            elif name not in {"", "."}:
+                try:
+                    target = os.readlink(f"{self._view}{at}/{name}")
+                except OSError:  # not a link, or removed
+                    at = f"{at}/{name}"
+                    continue
+                is_link = True
+                names += target.split("/")[::-1]
+                at = "" if target.startswith("/") else at
+        return ""
+
+    def _parent_folders(self) -> Iterator[tuple[tuple[str, int], str]]:
+        for mount in self._mounts:
+            folder = os.path.dirname(mount.at)
+            with contextlib.suppress(OSError):  # it was moved
+                yield (_device(self._view + folder), os.stat(self._view + folder).st_ino), _shown(folder)
+
+    def _in_read_only_root(self, path: str) -> bool:
+        path = path.strip("/")
+        around = (mount for mount in self._mounts if _below(path, _shown(mount.at).strip("/")) is not None)
+        inner = max(around, key=lambda mount: len(mount.at), default=None)
+        return inner is not None and not inner.write
+
+    def _read_only_paths(self) -> Iterator[tuple[tuple[str, int], str]]:
+        for number, tree in self._trees.items():
+            device = _device(tree.folder)
+            mounts = [mount for mount in self._mounts if mount.tree == number]
+            if all(mount.write for mount in mounts):
+                continue
+            mounts.sort(key=lambda mount: -len(mount.sub))
+            for inode, name in tree.inodes():
+                # The innermost mount decides: in a writable one, another file may have this inode by now.
+                for mount in mounts:
+                    if (rest := _below(name, mount.sub)) is not None:
+                        if not mount.write:
+                            yield (device, inode), _shown(posixpath.join(mount.at, rest).rstrip("/"))
+                        break
+
+
+def _device(path: str | bytes) -> str:
+    device = os.stat(path).st_dev
+    return f"{os.major(device):02x}:{os.minor(device):02x}"
+
+
+def _shown(path: str) -> str:
+    """Decode a path in the same way as paths in audit records."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def _below(name: str, sub: str) -> str | None:
+    """Return *name* relative to the folder *sub*, or None if *name* is not below it."""
+    if not sub or name == sub:
+        return "" if name == sub else name
+    return name[len(sub) + 1 :] if name.startswith(f"{sub}/") else None
 
 
 def _rule(which: int, fields: tuple[tuple[int, int], ...], calls: Iterable[int]) -> bytes:

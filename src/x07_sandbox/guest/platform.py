@@ -6,10 +6,10 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from x07_sandbox.channel.egress import RESOLV_CONF
-from x07_sandbox.guest.mounts import mount_all
+from x07_sandbox.guest import confine, system
 from x07_sandbox.guest.system import JobError
 from x07_sandbox.guest.trees import Tree
 
@@ -95,8 +95,6 @@ class Platform(ABC):
 
     def make_resolv_conf(self, text: str = RESOLV_CONF) -> None:
         """Write the /etc/resolv.conf that programs see. Raises OSError."""
-        from x07_sandbox.guest import confine
-
         with open(confine.RESOLV_CONF, "w", encoding="ascii") as file:
             file.write(text)
 
@@ -110,8 +108,6 @@ class Platform(ABC):
 
     def resource_limits(self, settings: JobSettings) -> tuple[tuple[int, int], ...]:
         """Return the limits of each process of a command, as (RLIMIT number, value)."""
-        from x07_sandbox.guest import confine
-
         return confine.resource_limits(settings)
 
     @abstractmethod
@@ -129,3 +125,41 @@ class Platform(ABC):
     @abstractmethod
     def end(self) -> None:
         """End the machine or process."""
+
+
+def mount_all(init: int, mounts: Sequence[tuple[str, str, bool]], *, writable_root: bool) -> None:
+    """Mount (source, mount point, writable) in init's namespace, outer folders first. Raises JobError, OSError."""
+    trees = []
+    for source, at, writable in mounts:
+        fd = system.open_tree(source)
+        system.change_mount(fd, 0 if writable else system.MS_RDONLY)
+        trees.append((fd, at, os.path.isdir(source)))
+    namespace = os.open(f"/proc/{init}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+    status_r, status_w = os.pipe2(os.O_CLOEXEC)
+    pid = os.fork()  # a child, since setns would change our own view
+    if pid == 0:
+        _attach(namespace, trees, status_w, 0 if writable_root else system.MS_RDONLY)
+    for fd in (namespace, status_w, *(fd for fd, _, _ in trees)):
+        os.close(fd)
+    status = system.read_all(status_r).decode("utf-8", "replace")
+    os.waitpid(pid, 0)
+    if status != "ok":
+        raise JobError("mounts", 0, status or "the mounting process ended")
+
+
+def _attach(namespace: int, trees: Sequence[tuple[int, str, bool]], status_fd: int, root_flags: int) -> NoReturn:
+    try:
+        os.setns(namespace, os.CLONE_NEWNS)
+        confine.root_mode(0)
+        for fd, at, folder in trees:
+            if not os.path.lexists(at):
+                os.makedirs(at if folder else os.path.dirname(at), exist_ok=True)
+                if not folder:
+                    os.close(os.open(at, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o444))
+            system.move_mount(fd, at)
+        confine.root_mode(root_flags)
+        os.write(status_fd, b"ok")
+    except OSError as exc:
+        os.write(status_fd, str(exc).encode("utf-8", "backslashreplace")[:1000])
+    finally:
+        os._exit(0)
