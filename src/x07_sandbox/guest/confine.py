@@ -4,7 +4,7 @@
 process drops its rights. Neither depends on the job, so both are done before the VM is saved. `Confinement.job`: init,
 still root, applies the job's settings. The order matters: a step may need a right that a later step drops.
 
-`MACHINE` is for VMs; `guest/process.py` and `guest/process.py` define the weaker platforms.
+`MACHINE` is for VMs; `guest/process` defines the weaker platforms.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ RESOLV_CONF: Final = "/run/x07/resolv.conf"
 SCRATCH: Final = "/run/x07/scratch"
 LAYER: Final = f"{SCRATCH}/layer"
 MEMORY: Final = "/run/x07/memory"
-_ENTRIES: Final = 4096  # more than fit into a small archive (IN_MEMORY_BYTES), in which each has a 110-byte header
+# More than fit into trees of IN_MEMORY_BYTES, in which a folder has at least 14 bytes and a file with content 31.
+_ENTRIES: Final = 20_000
+_PAGES_BYTES: Final = 48 << 20
 CWD: Final = "/opt/x07"
 IN_MEMORY: Final = ("/tmp", "/dev/shm")  # noqa: S108 - the program's tmpfs folders
 CGROUP_VIEW: Final = "/sys/fs/cgroup"
@@ -478,7 +480,7 @@ def mount_memory() -> None:
     """Mount the tmpfs for small input files."""
     os.makedirs(MEMORY, mode=0o755, exist_ok=True)
     flags = system.MS_NODEV | system.MS_NOSUID
-    system.mount("tmpfs", MEMORY, "tmpfs", flags, f"mode=0755,size=32m,nr_inodes={_ENTRIES}")
+    system.mount("tmpfs", MEMORY, "tmpfs", flags, f"mode=0755,size={_PAGES_BYTES},nr_inodes={_ENTRIES}")
 
 
 def _unchanged(step: Step[T], before: T, value: T) -> bool:

@@ -560,7 +560,7 @@ class IncomingFiles:
         self._mounts = environment.platform.namespaces
         self._folder = environment.folder(on_disk=self.on_disk)
         self._files = files
-        self._open: dict[int, int | Tree | ProgramTree] = {}  # descriptors and trees
+        self._open: dict[int, int | Tree] = {}  # descriptors and trees
         self._left = {number: file.size for number, file in enumerate(files)}
         for number, file in enumerate(files):
             if file.kind == "file":

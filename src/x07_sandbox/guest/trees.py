@@ -54,14 +54,17 @@ def as_program_user(uid: int | None) -> Iterator[None]:
 
 
 class Tree(Unpacker):
-    """One tree, unpacked by *uid* in an empty folder.
+    """One tree, unpacked by *uid* in an empty folder. stage: of errors. mask: of the modes.
 
     names: the inode of each file and link, by name. folders: the mode of each folder, by name.
     """
 
+    stage = "files"
+    mask = _PERMISSIONS
+
     def __init__(self, folder: str, uid: int | None) -> None:
         # A descriptor, since the program's user may not enter the parent folders.
-        super().__init__(os.open(folder, FOLDER_FLAGS), _PERMISSIONS)
+        super().__init__(os.open(folder, FOLDER_FLAGS), self.mask)
         self._uid = uid
         self.folder = os.fsencode(folder)
         self.names: dict[bytes, int] = {}
@@ -74,12 +77,12 @@ class Tree(Unpacker):
             with as_program_user(self._uid):
                 super().write(data)
         except PeerError as exc:
-            raise JobError("files", 0, exc.why) from exc
+            raise JobError(self.stage, 0, exc.why) from exc
 
     def finish(self) -> None:
         """Finish the tree at the end of its stream. Raises JobError, OSError."""
         if not self.ended:
-            raise JobError("files", 0, "a file tree is incomplete")
+            raise JobError(self.stage, 0, "a file tree is incomplete")
         super().finish()
         self.made_at_ns = time.clock_gettime_ns(time.CLOCK_REALTIME)  # some timestamps use the fine clock
 
@@ -105,14 +108,17 @@ class Tree(Unpacker):
         self.names[name] = inode
 
 
-class ProgramTree(Unpacker):
-    """The files of a program, unpacked in an empty folder. A hostile build may have made them: only files and folders.
+class ProgramTree(Tree):
+    """The files of a program. A hostile build may have made them: only files and folders, which nobody else can change.
 
-    Nobody else can write to what is made.
+    They are unpacked as the agent's user.
     """
 
+    stage = "unpack"
+    mask = 0o755
+
     def __init__(self, folder: str) -> None:
-        super().__init__(os.open(folder, FOLDER_FLAGS), 0o755)
+        super().__init__(folder, None)
         self._entries = self._bytes = 0
 
     def _make(self, entry: Entry) -> None:
@@ -123,20 +129,6 @@ class ProgramTree(Unpacker):
         if entry.kind is Kind.LINK:
             self._refuse(entry)
         super()._make(entry)
-
-    def write(self, data: bytes) -> None:
-        """Create the entries in stream data. Raises JobError, OSError."""
-        try:
-            with as_program_user(None):
-                super().write(data)
-        except PeerError as exc:
-            raise JobError("unpack", 0, exc.why) from exc
-
-    def finish(self) -> None:
-        """Finish the files at the end of their stream. Raises JobError, OSError."""
-        if not self.ended:
-            raise JobError("unpack", 0, "the program's files are incomplete")
-        super().finish()
 
 
 class Room:
