@@ -395,37 +395,6 @@ class Refusals(Denials):
         return self._names.get(_number(number), f"system call {_number(number)}")
 
 
-class _Call:
-    """A denied call whose records are being collected."""
-
-    def __init__(self, by: str, name: str, number: int, *, items: int = 0) -> None:
-        self.by = by
-        self.name = name
-        self.errno = number
-        self.items = items
-        self.write = False
-        self.by_descriptor = False  # relative paths start at a descriptor, not at the working directory
-        self.cwd = ""
-        self.folders: list[str] = []
-        self.names = 0  # entries in these folders
-        self.folder = ""  # of a new entry, whose name the kernel does not record if it was denied
-        self.path = ""
-
-    def refusal(self) -> Refusal:
-        """Return the denial. If the call creates a file or folder, the path is the parent folder and a slash."""
-        if self.by == "network":
-            return Refusal(self.by, self.name, self.errno, self.path, write=False)
-        path = self.path or self.folder
-        if path and not path.startswith("/"):
-            path = posixpath.join("..." if self.by_descriptor else self.cwd, path)
-        if path:
-            # normpath keeps two leading slashes.
-            path = ("/" * path.startswith("/") + posixpath.normpath(path).lstrip("/"))[:_PATH_MAX]
-            if not self.path and path != "/":
-                path += "/"
-        return Refusal(self.by, self.name, self.errno, path, self.write)
-
-
 class ProgramPaths:
     """Paths as the program sees them, for reports of denials. The tables are built on first use, which is rare."""
 
@@ -517,6 +486,37 @@ class ProgramPaths:
                         if not mount.write:
                             yield (device, inode), _shown(posixpath.join(mount.at, rest).rstrip("/"))
                         break
+
+
+class _Call:
+    """A denied call whose records are being collected."""
+
+    def __init__(self, by: str, name: str, number: int, *, items: int = 0) -> None:
+        self.by = by
+        self.name = name
+        self.errno = number
+        self.items = items
+        self.write = False
+        self.by_descriptor = False  # relative paths start at a descriptor, not at the working directory
+        self.cwd = ""
+        self.folders: list[str] = []
+        self.names = 0  # entries in these folders
+        self.folder = ""  # of a new entry, whose name the kernel does not record if it was denied
+        self.path = ""
+
+    def refusal(self) -> Refusal:
+        """Return the denial. If the call creates a file or folder, the path is the parent folder and a slash."""
+        if self.by == "network":
+            return Refusal(self.by, self.name, self.errno, self.path, write=False)
+        path = self.path or self.folder
+        if path and not path.startswith("/"):
+            path = posixpath.join("..." if self.by_descriptor else self.cwd, path)
+        if path:
+            # normpath keeps two leading slashes.
+            path = ("/" * path.startswith("/") + posixpath.normpath(path).lstrip("/"))[:_PATH_MAX]
+            if not self.path and path != "/":
+                path += "/"
+        return Refusal(self.by, self.name, self.errno, path, self.write)
 
 
 def _device(path: str | bytes) -> str:

@@ -118,6 +118,46 @@ def answer(query: bytes, names: NameTable) -> bytes | None:
     return header + question + record + (_SOA_RECORD if negative else b"")
 
 
+class NoNetwork:
+    """The server of programs without a network. It refuses every name and counts them.
+
+    The C library then reports the same error as without any server ("Temporary failure in name resolution"), and the
+    session can say which names the program looked up. It is in the network namespace of programs. *fd* is readable when
+    `serve` has queries to answer.
+    """
+
+    def __init__(self, netns_fd: int) -> None:
+        """Open the socket. Raises OSError."""
+        self._denials = Denials()
+        self._names = NameTable({}, [])
+        self._names.unlisted, self._names.on_unlisted = REFUSED, self._count
+        with own_network_kept():
+            os.setns(netns_fd, os.CLONE_NEWNET)
+            self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+        self._socket.bind((egress.DNS, _PORT))
+        self.fd = self._socket.fileno()
+
+    def serve(self) -> None:
+        """Answer queries that have arrived."""
+        with contextlib.suppress(OSError):
+            for _ in range(_QUERIES):
+                query, source = self._socket.recvfrom(QUERY_MAX)
+                if (reply := answer(query, self._names)) is not None:
+                    self._socket.sendto(reply, source)
+
+    def take(self) -> tuple[dict[Refusal, int], int]:
+        """Return and forget how often each name was looked up, and how many lookups that does not include."""
+        denials, self._denials = self._denials, Denials()
+        return denials.found, denials.uncounted
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._socket.close()
+
+    def _count(self, name: str) -> None:
+        self._denials.count(Refusal("network", "lookup", 0, name, write=False))
+
+
 def _look_up(labels: list[bytes], kind: int, in_class: int, names: NameTable) -> tuple[int, bytes]:
     """Return the response code, and the record of type *kind*, which is empty if there is none."""
     if any(label.translate(None, _LABEL_BYTES) for label in labels):
@@ -164,43 +204,3 @@ def _is_valid(name: str) -> bool:
         and all(0 < len(label) <= _LABEL_MAX for label in labels)
         and not name.encode("ascii").translate(None, _LABEL_BYTES + b".")
     )
-
-
-class NoNetwork:
-    """The server of programs without a network. It refuses every name and counts them.
-
-    The C library then reports the same error as without any server ("Temporary failure in name resolution"), and the
-    session can say which names the program looked up. It is in the network namespace of programs. *fd* is readable when
-    `serve` has queries to answer.
-    """
-
-    def __init__(self, netns_fd: int) -> None:
-        """Open the socket. Raises OSError."""
-        self._denials = Denials()
-        self._names = NameTable({}, [])
-        self._names.unlisted, self._names.on_unlisted = REFUSED, self._count
-        with own_network_kept():
-            os.setns(netns_fd, os.CLONE_NEWNET)
-            self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
-        self._socket.bind((egress.DNS, _PORT))
-        self.fd = self._socket.fileno()
-
-    def serve(self) -> None:
-        """Answer queries that have arrived."""
-        with contextlib.suppress(OSError):
-            for _ in range(_QUERIES):
-                query, source = self._socket.recvfrom(QUERY_MAX)
-                if (reply := answer(query, self._names)) is not None:
-                    self._socket.sendto(reply, source)
-
-    def take(self) -> tuple[dict[Refusal, int], int]:
-        """Return and forget how often each name was looked up, and how many lookups that does not include."""
-        denials, self._denials = self._denials, Denials()
-        return denials.found, denials.uncounted
-
-    def close(self) -> None:
-        """Close the socket."""
-        self._socket.close()
-
-    def _count(self, name: str) -> None:
-        self._denials.count(Refusal("network", "lookup", 0, name, write=False))

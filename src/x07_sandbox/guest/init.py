@@ -59,6 +59,48 @@ _FD: Final = struct.Struct("=i")
 _SENT_FDS_MAX: Final = 16
 
 
+def send(fd: int, message: tuple[Any, ...]) -> None:
+    """Send a message. Raises OSError."""
+    data = marshal.dumps(message)
+    write_all(fd, _LENGTH.pack(len(data)) + data)
+
+
+def send_fds(sock: socket.socket, message: tuple[Any, ...], fds: tuple[int, ...]) -> None:
+    """Send a message with descriptors. Raises OSError."""
+    data = marshal.dumps(message)
+    data = _LENGTH.pack(len(data)) + data
+    sent = socket.send_fds(sock, [data], fds)
+    write_all(sock.fileno(), data[sent:])
+
+
+def receive(fd: int, head: bytes = b"") -> tuple[Any, ...] | None:
+    """Wait for a message, and return it; None if the other side has ended.
+
+    head: the bytes of it that were read already.
+    """
+    head += _read(fd, _LENGTH.size - len(head))
+    if len(head) < _LENGTH.size:
+        return None
+    message: tuple[Any, ...] = marshal.loads(_read(fd, _LENGTH.unpack(head)[0]))  # noqa: S302 - from our own process
+    return message
+
+
+def receive_fds(sock: socket.socket) -> tuple[tuple[Any, ...] | None, list[int]]:
+    """Wait for a message and its descriptors. The message is None if the other side has ended."""
+    # Not socket.recv_fds, which ignores its flags and so MSG_CMSG_CLOEXEC.
+    room = socket.CMSG_SPACE(_SENT_FDS_MAX * _FD.size)
+    head, rights, _, _ = sock.recvmsg(_LENGTH.size, room, socket.MSG_CMSG_CLOEXEC)
+    fds = [number for _, _, data in rights for (number,) in _FD.iter_unpack(data)]
+    return receive(sock.fileno(), head) if head else None, fds
+
+
+def _read(fd: int, size: int) -> bytes:
+    data = b""
+    while len(data) < size and (more := os.read(fd, size - len(data))):
+        data += more
+    return data
+
+
 class Pipes(NamedTuple):
     """The pipe ends of a command's process. The agent has the other ends.
 
@@ -286,45 +328,3 @@ def _become(
         os.write(status_fd, status.encode("utf-8", "backslashreplace"))
     finally:
         os._exit(127)
-
-
-def send(fd: int, message: tuple[Any, ...]) -> None:
-    """Send a message. Raises OSError."""
-    data = marshal.dumps(message)
-    write_all(fd, _LENGTH.pack(len(data)) + data)
-
-
-def send_fds(sock: socket.socket, message: tuple[Any, ...], fds: tuple[int, ...]) -> None:
-    """Send a message with descriptors. Raises OSError."""
-    data = marshal.dumps(message)
-    data = _LENGTH.pack(len(data)) + data
-    sent = socket.send_fds(sock, [data], fds)
-    write_all(sock.fileno(), data[sent:])
-
-
-def receive(fd: int, head: bytes = b"") -> tuple[Any, ...] | None:
-    """Wait for a message, and return it; None if the other side has ended.
-
-    head: the bytes of it that were read already.
-    """
-    head += _read(fd, _LENGTH.size - len(head))
-    if len(head) < _LENGTH.size:
-        return None
-    message: tuple[Any, ...] = marshal.loads(_read(fd, _LENGTH.unpack(head)[0]))  # noqa: S302 - from our own process
-    return message
-
-
-def receive_fds(sock: socket.socket) -> tuple[tuple[Any, ...] | None, list[int]]:
-    """Wait for a message and its descriptors. The message is None if the other side has ended."""
-    # Not socket.recv_fds, which ignores its flags and so MSG_CMSG_CLOEXEC.
-    room = socket.CMSG_SPACE(_SENT_FDS_MAX * _FD.size)
-    head, rights, _, _ = sock.recvmsg(_LENGTH.size, room, socket.MSG_CMSG_CLOEXEC)
-    fds = [number for _, _, data in rights for (number,) in _FD.iter_unpack(data)]
-    return receive(sock.fileno(), head) if head else None, fds
-
-
-def _read(fd: int, size: int) -> bytes:
-    data = b""
-    while len(data) < size and (more := os.read(fd, size - len(data))):
-        data += more
-    return data

@@ -406,13 +406,6 @@ class Relay:
             self._link.send_datagram(flow.stream, data)
 
 
-def _close(sock: socket.socket, *, reset: bool) -> None:
-    if reset and sock.type == socket.SOCK_STREAM:
-        with contextlib.suppress(OSError):
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER)
-    sock.close()
-
-
 class RelayProcess:
     """The relay's process. When it ends, *status_fd* becomes readable and the job ends too.
 
@@ -476,6 +469,13 @@ def on_shared_channel(netns_fd: int) -> RelayProcess:
         relay = RelayProcess(netns_fd, theirs.fileno, (theirs.fileno(),), hold=False)
     relay.carried_fd = ours.detach()
     return relay
+
+
+def _close(sock: socket.socket, *, reset: bool) -> None:
+    if reset and sock.type == socket.SOCK_STREAM:
+        with contextlib.suppress(OSError):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER)
+    sock.close()
 
 
 def _run(netns_fd: int, open_port: Callable[[], int], settings_fd: int, status_fd: int, *, hold: bool) -> NoReturn:

@@ -538,12 +538,6 @@ class Sandbox:
                 self._link.send(self._closed)
 
 
-def _content(fd: int) -> Iterator[bytes]:
-    with os.fdopen(fd, "rb", buffering=0) as file:
-        while data := file.read(READ):
-            yield data
-
-
 class IncomingFiles:
     """The input files of a session. Trees are unpacked while they arrive.
 
@@ -613,3 +607,9 @@ class IncomingFiles:
     def complete(self) -> bool:
         """Return whether all files have arrived."""
         return not self._left
+
+
+def _content(fd: int) -> Iterator[bytes]:
+    with os.fdopen(fd, "rb", buffering=0) as file:
+        while data := file.read(READ):
+            yield data
