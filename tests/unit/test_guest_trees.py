@@ -16,7 +16,7 @@ from x07_sandbox.channel.trees import Entry, Kind, Unpacker, file_record, segmen
 from x07_sandbox.files.pack import pack_files
 from x07_sandbox.guest import trees as module
 from x07_sandbox.guest.system import JobError
-from x07_sandbox.guest.trees import ProgramTree
+from x07_sandbox.guest.trees import ProgramTree, pack_program
 
 END = Entry(Kind.END, b"").encoded()
 
@@ -270,6 +270,62 @@ def test_no_stream_reaches_outside(parts: list[bytes], ended: bool, first: int) 
 def test_any_bytes_are_a_tree_or_an_error(data: bytes) -> None:
     """Junk is rejected with our error, or is a tree."""
     one_input(b"\0" + data)
+
+
+def packed(folder: Path) -> bytes | None:
+    """The stream of a built program, which has the size that was announced."""
+    fd = os.open(folder, os.O_RDONLY)
+    found = pack_program(fd)
+    if found is None:
+        os.close(fd)
+        return None
+    data = b"".join(found[1])
+    assert len(data) == found[0]
+    return data
+
+
+@given(TREES.map(whole))
+def test_a_built_program_arrives_as_it_was_built(files: dict[str, bytes | None]) -> None:
+    """What a build puts into its output folder is what a run gets, and the same files give the same bytes."""
+    with tempfile.TemporaryDirectory() as here:
+        built, got = Path(here, "built"), Path(here, "got")
+        for folder in (built, got):
+            folder.mkdir()
+        for name, data in files.items():
+            if data is None:
+                (built / name).mkdir(exist_ok=True)
+            else:
+                (built / name).write_bytes(data)
+        data = packed(built)
+        assert data is not None
+        take(data, got)
+        assert tree(got) == files
+        for path in built.rglob("*"):
+            os.utime(path, (1, 1))
+        assert packed(built) == data
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe", "hard link", "long name", "many"])
+def test_a_built_program_has_only_files_and_folders(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A built program with links, devices, too many files or too long names is refused as a whole."""
+    place = tmp_path / "built"
+    place.mkdir()
+    (place / "a").write_bytes(b"1")
+    if kind == "link":
+        (place / "b").symlink_to("a")
+    elif kind == "pipe":
+        os.mkfifo(place / "b")
+    elif kind == "hard link":
+        (place / "b").hardlink_to(place / "a")
+    elif kind == "many":
+        monkeypatch.setattr(module, "ENTRIES_MAX", 1)
+        (place / "b").write_bytes(b"2")
+    else:
+        monkeypatch.chdir(place)
+        for _ in range(16):
+            Path("d" * 250).mkdir()
+            os.chdir("d" * 250)
+    assert packed(place) is None
 
 
 def open_fds() -> int:

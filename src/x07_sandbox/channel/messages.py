@@ -257,7 +257,7 @@ class Exited(NamedTuple):
 
 
 class Output(NamedTuple):
-    """The one file in /x07/out to send, and its largest size."""
+    """The one file in /x07/out to send, or a folder to send as a tree without times; and its largest size."""
 
     path: str
     max_bytes: int
@@ -285,7 +285,7 @@ class Close(NamedTuple):
 
 
 class Closed(NamedTuple):
-    """Everything has been sent. output_problem: why the output file was not sent.
+    """Everything has been sent. output_problem: why the output was not sent.
 
     left_files, left_bytes: number and size of the files left in the private folders.
     """

@@ -18,8 +18,6 @@ is a sequence of records; numbers are big endian:
 
 An mtime of NO_TIME stands for none. The guest is hostile: names, depths and sizes are bounded here, and no name leaves
 its tree. The caller limits the number of records. The caller decides which kinds of records it accepts.
-
-A build in a VM gets this file alone (programs/data/build_tree), so its imports are of the standard library.
 """
 
 from __future__ import annotations
@@ -30,10 +28,9 @@ import os
 import stat
 import struct
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import Final, NamedTuple
 
-if TYPE_CHECKING:
-    from x07_sandbox.errors import PeerError
+from x07_sandbox.errors import PeerError
 
 NAME_MAX: Final = 4095  # PATH_MAX without its NUL
 PART_MAX: Final = 255
@@ -255,8 +252,6 @@ def can_hold_names(name: bytes) -> bool:
 
 
 def _bad(why: str) -> PeerError:
-    from x07_sandbox.errors import PeerError  # not in a build
-
     return PeerError("bad file tree", why)
 
 

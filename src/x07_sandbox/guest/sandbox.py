@@ -36,7 +36,16 @@ from x07_sandbox.guest.environment import IN_MEMORY_BYTES, failure, job_settings
 from x07_sandbox.guest.exec import READ, Command, Spare
 from x07_sandbox.guest.execution import ExecutionRules
 from x07_sandbox.guest.system import JobError, write_all
-from x07_sandbox.guest.trees import Left, ProgramTree, Room, Tree, changes, left_files, stream_of
+from x07_sandbox.guest.trees import (
+    Left,
+    ProgramTree,
+    Room,
+    Tree,
+    changes,
+    left_files,
+    pack_program,
+    stream_of,
+)
 
 if TYPE_CHECKING:
     from x07_sandbox.channel.messages import CommandLimits, InputFile, Message, Mount, Open, Output
@@ -487,25 +496,29 @@ class Sandbox:
             return left_files(folders, self._files.work, order.left.files, order.left.bytes, roots)
 
     def _open_output(self, output: Output) -> tuple[int | None, str | None, Iterator[bytes] | None]:
-        """Open the output file. Return its size and content, or the reason why it cannot be sent."""
-        path = f"{self._environment.platform.folder('out')}/{os.path.basename(output.path)}"
+        """Open the output. Return its size and content, or the reason why it cannot be sent."""
+        platform = self._environment.platform
+        path = f"{platform.folder('out')}/{os.path.basename(output.path)}"
         try:
-            with self._environment.platform.reading():
+            with platform.reading():
                 # O_NONBLOCK: a FIFO in its place must not block.
                 fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+                info = os.fstat(fd)
+                packed = pack_program(fd) if stat.S_ISDIR(info.st_mode) else (info.st_size, _content(fd))
         except OSError as exc:
             link = exc.errno == errno.ELOOP  # from O_NOFOLLOW
             return None, "is a symbolic link" if link else f"cannot be opened: {exc.strerror}", None
-        info = os.fstat(fd)
         problem = None
-        if not stat.S_ISREG(info.st_mode) or info.st_nlink != 1:
+        if packed is None:
+            problem = "contains something other than files and folders, too many of them, or too long names"
+        elif not stat.S_ISDIR(info.st_mode) and (not stat.S_ISREG(info.st_mode) or info.st_nlink != 1):
             problem = "is not a regular file with a single link"
-        elif info.st_size > output.max_bytes:
-            problem = f"has {info.st_size} bytes, over the limit of {output.max_bytes}"
-        if problem:
+        elif packed[0] > output.max_bytes:
+            problem = f"has {packed[0]} bytes, over the limit of {output.max_bytes}"
+        if problem or packed is None:
             os.close(fd)
             return None, problem, None
-        return info.st_size, None, _content(fd)
+        return packed[0], None, packed[1]
 
     def _changes(self) -> Iterator[bytes]:
         room = Room(*self._opening.room)

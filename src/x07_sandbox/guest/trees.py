@@ -14,10 +14,11 @@ import time
 from collections.abc import Collection, Generator, Iterator, Sequence
 from typing import Final, NamedTuple
 
-from x07_sandbox.channel.contents import parts
+from x07_sandbox.channel.contents import READ, parts
 from x07_sandbox.channel.trees import (
     CHANGED,
     FOLDER_FLAGS,
+    NO_TIME,
     Entry,
     Kind,
     Unpacker,
@@ -32,6 +33,7 @@ from x07_sandbox.guest.system import JobError
 
 _COARSE: Final = 5  # CLOCK_REALTIME_COARSE (clock_gettime(2)), the lower bound of inode timestamps
 _PERMISSIONS: Final = 0o7777
+_END: Final = Entry(Kind.END, b"").encoded()
 LOOKED_AT_MAX: Final = 100_000  # entries; further ones are neither counted nor sent
 ENTRIES_MAX: Final = 100_000  # of a program's files
 BYTES_MAX: Final = 4 << 30
@@ -284,4 +286,37 @@ def stream_of(left: Left) -> Iterator[bytes]:
             yield Entry(Kind.ROOT, b"%d" % number).encoded()
         with contextlib.suppress(OSError):  # as above; nothing of the file is sent then
             yield from content(path, name, info)
-    yield Entry(Kind.END, b"").encoded()
+    yield _END
+
+
+def pack_program(top_fd: int) -> tuple[int, Iterator[bytes]] | None:
+    """Return the size and the bytes of the tree of a program that was built, once all processes have ended.
+
+    It has no times, and only the modes 755 and 644. Return None if the folder has anything but folders and files with
+    one link, too many of them, or too long names. The caller must not close *top_fd*. Raises OSError.
+    """
+    entries: list[Entry] = []
+    size = len(_END)
+    for found in walk(top_fd):
+        entry = entry_of(found.name, found.info, 0o777)
+        fits = can_hold_names(entry.name) if found.fd >= 0 else entry.kind is Kind.FILE and found.info.st_nlink == 1
+        if not fits or len(entries) >= ENTRIES_MAX:
+            return None
+        if found.name:
+            mode = 0o755 if entry.kind is Kind.FOLDER or entry.mode & 0o100 else 0o644
+            entries.append(entry._replace(mode=mode, mtime_ns=NO_TIME))
+            size += len(entries[-1].encoded())
+            size += len(segment(entry.size)) + entry.size if entry.kind is Kind.FILE and entry.size else 0
+    return size, _program(top_fd, entries)
+
+
+def _program(top_fd: int, entries: list[Entry]) -> Iterator[bytes]:
+    for entry in entries:
+        yield entry.encoded()
+        if entry.kind is Kind.FILE and entry.size:
+            yield segment(entry.size)
+            with open(os.open(entry.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=top_fd), "rb") as file:
+                while data := file.read(READ):
+                    yield data
+    yield _END
+    os.close(top_fd)

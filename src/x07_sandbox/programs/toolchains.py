@@ -81,10 +81,9 @@ class Source(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return f"{self.folder}/{self.name}"
 
     @property
-    def driver(self) -> tuple[str, str]:
-        """The paths of the files of `build_driver()` in the build VM, if the toolchain packs the program."""
-        script, module = (f"own-{name}" if name == self.name else name for name in ("driver.py", "trees.py"))
-        return f"{SOURCE_FOLDER}/{script}", f"{SOURCE_FOLDER}/{module}"
+    def driver(self) -> str:
+        """The path of the script `build_driver()` in the build VM, if the toolchain packs the program."""
+        return f"{SOURCE_FOLDER}/{'driver.py' if self.name != 'driver.py' else 'build.py'}"
 
     def with_suffixes(self, suffixes: tuple[str, ...]) -> list[str]:
         """Return the paths of the files that have one of these suffixes."""
@@ -138,7 +137,7 @@ def _compiled_by(
 
 def _packed(source: Source, *check: str) -> list[str]:
     words = ["tree" if source.files else "file", source.folder, source.name, PROGRAM_FOLDER, OUTPUT]
-    return [_PYTHON, *source.driver, *words, *check]
+    return [_PYTHON, source.driver, *words, *check]
 
 
 def _checked_by(*check: str) -> Callable[[Source], list[str]]:
@@ -212,10 +211,9 @@ mv -T -- "$artifact" "$output"
 
 
 @cache
-def build_driver() -> tuple[bytes, bytes]:
-    """Return the script for builds that pack the program as a tree, and the module channel/trees for it."""
-    package = Path(__file__).parents[1]
-    return (package / "programs/data/build_tree.py").read_bytes(), (package / "channel/trees.py").read_bytes()
+def build_driver() -> bytes:
+    """Return the script for builds that pack the program."""
+    return (Path(__file__).parent / "data" / "build_tree.py").read_bytes()
 
 
 TOOLCHAINS: Final = (

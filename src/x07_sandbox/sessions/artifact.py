@@ -63,7 +63,7 @@ def _key(prepared: Prepared, program: Program, image_digest: str) -> str:
     assert toolchain.build is not None  # noqa: S101 - for the type checker
     extras = None if toolchain.protocol is None else toolchain.protocol.build_extras(prepared.policy.data)
     more = [] if extras is None else [sha256_text(part) for part in extras.key]
-    more += map(sha256_text, build_driver() if toolchain.packs else ())
+    more += [sha256_text(build_driver())] if toolchain.packs else []
     return artifacts.artifact_key(image_digest, toolchain.name, toolchain.build(program.source), program.sha256, *more)
 
 

@@ -146,8 +146,7 @@ def build_spec(prepared: Prepared, program: Program, artifact: OutFile, stack: c
     assert toolchain.build is not None  # noqa: S101 - for the type checker
     files, env = [program.file], dict(_ENVIRONMENT)
     if toolchain.packs:
-        driver = zip(build_driver(), program.source.driver, strict=True)
-        files += [in_memory(data, path, 0o644, stack) for data, path in driver]
+        files.append(in_memory(build_driver(), program.source.driver, 0o644, stack))
     if toolchain.protocol is not None:
         extras = toolchain.protocol.build_extras(prepared.policy.data)
         files += [in_memory(data, path, 0o644, stack) for path, data in extras.files.items()]

@@ -71,7 +71,7 @@ _COMMANDS: Final = {
     "build": [["/bin/true"], ["/bin/sh", "-c", _COMPILE]],
 }
 # The imports of programs/data/build_tree.py.
-_OF_BUILDS: Final = ["enum", "importlib.util", "os", "struct", "traceback", "typing"]
+_OF_BUILDS: Final = ["importlib.util", "os", "traceback"]
 
 _SAVED: Final = '"status": "completed"'
 _NOT_SAVED: Final = '"status": "failed"'
