@@ -160,6 +160,7 @@ RECORD_MEANING: Final = {
     "Terminal.columns": "Columns of characters.",
     "Output.path": "Path of the file or folder.",
     "Output.max_bytes": "The largest size that is sent.",
+    "Output.is_tree": "Whether it is a folder.",
     "Left.files": "The most files to send. With 0, the files of the working folder are only counted.",
     "Left.bytes": "The most bytes to send.",
 }

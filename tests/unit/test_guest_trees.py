@@ -275,12 +275,12 @@ def test_any_bytes_are_a_tree_or_an_error(data: bytes) -> None:
 def packed(folder: Path) -> bytes | None:
     """The stream of a built program, which has the size that was announced."""
     fd = os.open(folder, os.O_RDONLY)
-    found = pack_program(fd)
-    if found is None:
+    problem, size, pieces = pack_program(fd)
+    if problem:
         os.close(fd)
         return None
-    data = b"".join(found[1])
-    assert len(data) == found[0]
+    data = b"".join(pieces)
+    assert len(data) == size
     return data
 
 

@@ -257,10 +257,11 @@ class Exited(NamedTuple):
 
 
 class Output(NamedTuple):
-    """The one file in /x07/out to send, or a folder to send as a tree without times; and its largest size."""
+    """The one file in /x07/out to send, or folder to send as a tree without times; and its largest size."""
 
     path: str
     max_bytes: int
+    is_tree: bool = False
 
 
 class Left(NamedTuple):

@@ -504,21 +504,20 @@ class Sandbox:
                 # O_NONBLOCK: a FIFO in its place must not block.
                 fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
                 info = os.fstat(fd)
-                packed = pack_program(fd) if stat.S_ISDIR(info.st_mode) else (info.st_size, _content(fd))
+                problem, size, content = "", info.st_size, _content(fd)
+                if output.is_tree:
+                    problem, size, content = pack_program(fd)
+                elif not stat.S_ISREG(info.st_mode) or info.st_nlink != 1:
+                    problem = "is not a regular file with a single link"
         except OSError as exc:
             link = exc.errno == errno.ELOOP  # from O_NOFOLLOW
             return None, "is a symbolic link" if link else f"cannot be opened: {exc.strerror}", None
-        problem = None
-        if packed is None:
-            problem = "contains something other than files and folders, too many of them, or too long names"
-        elif not stat.S_ISDIR(info.st_mode) and (not stat.S_ISREG(info.st_mode) or info.st_nlink != 1):
-            problem = "is not a regular file with a single link"
-        elif packed[0] > output.max_bytes:
-            problem = f"has {packed[0]} bytes, over the limit of {output.max_bytes}"
-        if problem or packed is None:
+        if not problem and size > output.max_bytes:
+            problem = f"has {size} bytes, over the limit of {output.max_bytes}"
+        if problem:
             os.close(fd)
             return None, problem, None
-        return packed[0], None, packed[1]
+        return size, None, content
 
     def _changes(self) -> Iterator[bytes]:
         room = Room(*self._opening.room)

@@ -289,25 +289,26 @@ def stream_of(left: Left) -> Iterator[bytes]:
     yield _END
 
 
-def pack_program(top_fd: int) -> tuple[int, Iterator[bytes]] | None:
-    """Return the size and the bytes of the tree of a program that was built, once all processes have ended.
+def pack_program(top_fd: int) -> tuple[str, int, Iterator[bytes]]:
+    """Return the tree of a program that was built, once all processes have ended: "", its size and its bytes.
 
-    It has no times, and only the modes 755 and 644. Return None if the folder has anything but folders and files with
-    one link, too many of them, or too long names. The caller must not close *top_fd*. Raises OSError.
+    It has no times, and only the modes 755 and 644. Only folders and files with one link are packed; the first value is
+    the reason why other folders are not. The iterator closes *top_fd*. Raises OSError.
     """
     entries: list[Entry] = []
-    size = len(_END)
+    problem, size = "", len(_END)
     for found in walk(top_fd):
         entry = entry_of(found.name, found.info, 0o777)
         fits = can_hold_names(entry.name) if found.fd >= 0 else entry.kind is Kind.FILE and found.info.st_nlink == 1
         if not fits or len(entries) >= ENTRIES_MAX:
-            return None
+            problem = "contains something other than files and folders, too many of them, or too long names"
+            break
         if found.name:
             mode = 0o755 if entry.kind is Kind.FOLDER or entry.mode & 0o100 else 0o644
             entries.append(entry._replace(mode=mode, mtime_ns=NO_TIME))
             size += len(entries[-1].encoded())
             size += len(segment(entry.size)) + entry.size if entry.kind is Kind.FILE and entry.size else 0
-    return size, _program(top_fd, entries)
+    return problem, size, _program(top_fd, entries)
 
 
 def _program(top_fd: int, entries: list[Entry]) -> Iterator[bytes]:

@@ -159,7 +159,7 @@ def build_spec(prepared: Prepared, program: Program, artifact: OutFile, stack: c
         opening=opening(UNCONFINED, order.limits, files, out_writable=True),
         order=order,
         files=tuple(files),
-        receivers=Receivers(output=artifact),
+        receivers=Receivers(output=artifact, is_tree=toolchain.packs),
         wall_ms=wall_ms or settings.BUILD_WALL_MS,
         ram_bytes=ram_class_bytes(limits.mem_bytes),
         filters=UNCONFINED.filters,

@@ -292,11 +292,13 @@ def kept_streams(*, open_input: bool = True) -> CommandStreams:
 class Receivers(msgspec.Struct, frozen=True, kw_only=True):
     """The receivers of what the guest sends when a session closes; None for what is not wanted.
 
-    changes: a files/incoming.Incoming that takes changes to the trees. left: a sessions/private_files.LeftFiles that
-    takes files of the private folders. left_wanted: which of these are sent or counted.
+    is_tree: whether the output is a folder in the guest. changes: a files/incoming.Incoming that takes changes to the
+    trees. left: a sessions/private_files.LeftFiles that takes files of the private folders. left_wanted: which of these
+    are sent or counted.
     """
 
     output: OutFile | None = None
+    is_tree: bool = False
     changes: Any = None
     left: Any = None
     left_wanted: Left | None = None
@@ -304,7 +306,7 @@ class Receivers(msgspec.Struct, frozen=True, kw_only=True):
     def closing(self, after: int = 0) -> Close:
         """Return the message that closes a session once the command *after* has ended; 0 for at once."""
         out = self.output
-        return Close(after, None if out is None else Output(out.path, out.max_bytes), self.left_wanted)
+        return Close(after, None if out is None else Output(out.path, out.max_bytes, self.is_tree), self.left_wanted)
 
 
 class Unwanted:
