@@ -18,7 +18,7 @@ from typing import Final
 from msgspec.structs import replace
 
 from x07_sandbox import Policy, run_program
-from x07_sandbox.policy.default import default_policy
+from x07_sandbox.policy.decode import default_policy
 
 PROGRAMS: Final = {"C": ("c", "int main(void) { return 0; }\n"), "Python": ("python", "pass\n")}
 CALLS: Final = """\

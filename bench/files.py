@@ -22,7 +22,7 @@ from typing import Final
 import msgspec
 
 from bench.ours import X07
-from x07_sandbox.policy.default import default_policy, render_policy
+from x07_sandbox.policy.decode import default_policy, render_policy
 
 MIB: Final = 1 << 20
 TREES: Final = {"1,000 files of 1 KiB": (1000, 1024), "64 files of 1 MiB": (64, MIB)}

@@ -44,7 +44,7 @@ from x07_sandbox.host.arch import host_arch
 from x07_sandbox.images import boot
 from x07_sandbox.images.build import build_image
 from x07_sandbox.images.store import find_image, image_is_current
-from x07_sandbox.policy.default import default_policy, render_policy
+from x07_sandbox.policy.decode import default_policy, render_policy
 from x07_sandbox.policy.guest import ram_class_bytes
 
 if TYPE_CHECKING:

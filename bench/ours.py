@@ -31,7 +31,7 @@ from x07_sandbox.images.store import find_image
 from x07_sandbox.images.verify import open_image
 from x07_sandbox.library.pool import Pool
 from x07_sandbox.policy.controls import make_plan, run_limits
-from x07_sandbox.policy.default import default_policy, render_policy
+from x07_sandbox.policy.decode import default_policy, render_policy
 from x07_sandbox.policy.features import vm_features
 from x07_sandbox.policy.guest import UNCONFINED, ram_class_bytes
 from x07_sandbox.programs.toolchains import ARTIFACT

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from x07_sandbox.backends.engines import CLIENTS, engine
 from x07_sandbox.errors import SandboxError
-from x07_sandbox.images.manifest import decode, manifest_in
+from x07_sandbox.images.store import decode, manifest_in
 from x07_sandbox.images.store import find_image
 from x07_sandbox.images.vz_bundle import make_bundle
 

@@ -26,12 +26,11 @@ from x07_sandbox.host import user_settings
 from x07_sandbox.host.variables import VARIABLES, Variable
 from x07_sandbox.options import BY_KEYWORD
 from x07_sandbox.policy.controls import make_plan
-from x07_sandbox.policy.default import default_policy, render_policy
+from x07_sandbox.policy.decode import RULES, default_policy, render_policy
 from x07_sandbox.policy.denials import Hint
 from x07_sandbox.policy.features import vm_features
 from x07_sandbox.policy.model import OPTIONAL_SECTIONS
 from x07_sandbox.policy.outcomes import OUTCOMES, REASONS, outcomes_by_exit
-from x07_sandbox.policy.problems import RULES
 from x07_sandbox.policy.schema import fields as policy_model_fields
 from x07_sandbox.policy.schema import policy_schema
 from x07_sandbox.policy.templates import TEMPLATES

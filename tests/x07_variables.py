@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from typing import Any, Final
 
-from x07_sandbox.policy.default import default_policy, render_policy
+from x07_sandbox.policy.decode import default_policy, render_policy
 
 TOLD: Final[tuple[tuple[str, str, object, str], ...]] = (
     ("X07_OS_FS", "fs.enabled", True, "1"),

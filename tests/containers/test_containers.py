@@ -28,7 +28,7 @@ from x07_sandbox.backends.engines import engine as the_engine
 from x07_sandbox.backends.engines import load
 from x07_sandbox.backends.podman import engine_gaps
 from x07_sandbox.images.store import find_image
-from x07_sandbox.policy.default import default_policy
+from x07_sandbox.policy.decode import default_policy
 from x07_sandbox.records.stopping import Orphan, live_records
 
 if TYPE_CHECKING:

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host.documents import render_json
-from x07_sandbox.policy.decode import decode_policy
-from x07_sandbox.policy.default import render_policy
+from x07_sandbox.policy.decode import decode_policy, render_policy
 from x07_sandbox.programs.project import decode_manifest
 from x07_sandbox.sessions.result import EMPTY_OUTPUT, BuildOutput, Changes, Digests, Output, Result
 from x07_sandbox.x07.project import decode_project

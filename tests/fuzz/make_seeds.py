@@ -48,7 +48,7 @@ from x07_sandbox.channel.messages import (
 from x07_sandbox.channel.trees import Entry, file_record, segment
 from x07_sandbox.channel.trees import Kind as R
 from x07_sandbox.host.documents import render_json
-from x07_sandbox.policy.default import default_policy, render_policy
+from x07_sandbox.policy.decode import default_policy, render_policy
 from x07_sandbox.x07.runner_report import runner_report
 
 SEEDS: Final = Path(__file__).parent / "seeds"

@@ -14,7 +14,7 @@ from tests.vm.jail_helpers import (
     accounts_fixture,  # noqa: F401 - pytest finds it here
     ordinary_fixture,  # noqa: F401 - pytest finds it here
 )
-from x07_sandbox.policy.default import default_policy, render_policy
+from x07_sandbox.policy.decode import default_policy, render_policy
 
 if TYPE_CHECKING:
     from pathlib import Path

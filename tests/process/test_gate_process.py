@@ -19,7 +19,7 @@ from x07_sandbox.channel.streams import Role, Streams
 from x07_sandbox.host.waiting import wait_readable
 from x07_sandbox.network.processes import GateConfig, GateProcess, gate_running
 from x07_sandbox.network.rules import NetSettings
-from x07_sandbox.policy.default import default_policy, render_policy
+from x07_sandbox.policy.decode import default_policy, render_policy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -17,7 +17,7 @@ from bench.figures import Figures, WrongRunError
 from bench.ours import check
 from bench.scale import more_jobs
 from x07_sandbox.policy.controls import make_plan
-from x07_sandbox.policy.default import default_policy
+from x07_sandbox.policy.decode import default_policy
 from x07_sandbox.policy.features import vm_features
 
 OUTPUT = b"got a\n"

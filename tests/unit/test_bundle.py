@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from tests.command import x07
 from x07_sandbox.cli.bundle import publish
 from x07_sandbox.errors import RefusedError
-from x07_sandbox.policy.default import default_policy, render_policy
+from x07_sandbox.policy.decode import default_policy, render_policy
 from x07_sandbox.programs.toolchains import Source
 from x07_sandbox.reports.schemas import schemas
 from x07_sandbox.sessions.request import sha256_text

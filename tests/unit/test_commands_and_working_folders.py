@@ -21,14 +21,13 @@ from x07_sandbox.cli.main import main
 from x07_sandbox.errors import PeerError, RefusedError, UsageError
 from x07_sandbox.guest.trees import LOOKED_AT_MAX, Tree, left_files, stream_of
 from x07_sandbox.host.waiting import Cancel
-from x07_sandbox.policy.default import default_policy
+from x07_sandbox.policy.decode import default_policy
 from x07_sandbox.policy.guest import PROGRAM, WORK, guest_path
 from x07_sandbox.policy.model import Policy
 from x07_sandbox.reports.result import render_result
 from x07_sandbox.sessions.host_files import effective_roots
 from x07_sandbox.sessions.private_files import FILES_MAX, LeftFiles, work_files
-from x07_sandbox.sessions.program import loaded
-from x07_sandbox.sessions.request import RunCaller, RunRequest
+from x07_sandbox.sessions.request import RunCaller, RunRequest, loaded
 from x07_sandbox.sessions.result import draft_result
 
 if TYPE_CHECKING:

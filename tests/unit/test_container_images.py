@@ -15,7 +15,7 @@ from tests.unit.test_images_manifest import MANIFEST
 from x07_sandbox.backends.engines import engine
 from x07_sandbox.backends.podman import EngineBackend, EngineRuntime, names_file
 from x07_sandbox.errors import BackendError
-from x07_sandbox.images import manifest
+from x07_sandbox.images import store
 from x07_sandbox.images.store import read_guest_code
 
 if TYPE_CHECKING:
@@ -48,11 +48,11 @@ class Podman:
         """Set what `info` says of the store."""
         (self.folder / "info").write_text(json.dumps({"host": HOST, "store": STORE | store}), encoding="ascii")
 
-    def tag(self, image: str, store: str = "") -> None:
-        """Give the name to an image, as podman does: with a new file. store: another place of the image."""
-        current = manifest.sealed(replace(MANIFEST, guest_code=read_guest_code().digest))
-        made = {"Id": image, "Labels": {f"{manifest.LABEL}0": manifest.encode(current).decode()}}
-        made["GraphDriver"] = {"Data": {"UpperDir": f"{store or self.folder}/overlay/layer/diff"}}
+    def tag(self, image: str, place: str = "") -> None:
+        """Give the name to an image, as podman does: with a new file. place: another place of the image."""
+        current = store.sealed(replace(MANIFEST, guest_code=read_guest_code().digest))
+        made = {"Id": image, "Labels": {f"{store.LABEL}0": store.encode_manifest(current).decode()}}
+        made["GraphDriver"] = {"Data": {"UpperDir": f"{place or self.folder}/overlay/layer/diff"}}
         (self.folder / "image").write_text(json.dumps([made]), encoding="ascii")
         (new := self.folder / "new").write_text(image, encoding="ascii")
         new.rename(self.names)

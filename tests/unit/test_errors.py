@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.command import x07
 from x07_sandbox.errors import Command, Flag, SandboxError, Text, UsageError, printable
-from x07_sandbox.policy.default import render_policy
+from x07_sandbox.policy.decode import render_policy
 from x07_sandbox.policy.templates import TEMPLATES
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import errno
 
 import pytest
 
-from x07_sandbox.host.os_errors import fix_for, out_of_cpu_time
+from x07_sandbox.host.paths import fix_for, out_of_cpu_time
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from x07_sandbox.errors import HostError, ImageError, UsageError
 from x07_sandbox.host import paths
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.images import base as bases
-from x07_sandbox.images import boot, build, manifest, sources, store, verify
+from x07_sandbox.images import boot, build, sources, store, verify
 from x07_sandbox.images.build import add_image, pieces_of
 from x07_sandbox.library.cleanup import prune
 
@@ -51,10 +51,10 @@ def _make(include: Sequence[str]) -> str:
         kernel=bases.put(folder, "vmlinux", b"kernel" * 1000),
         root=bases.put(folder, "root.erofs", bytes(verify.SMALL_BYTES + 5000)),
         scratch=bases.put(folder, "scratch.head", b"s" * 4096),
-        scratch_disk=manifest.ScratchDisk(bytes=1 << 20, pieces=[manifest.Piece(offset=0, bytes=4096)]),
+        scratch_disk=store.ScratchDisk(bytes=1 << 20, pieces=[store.Piece(offset=0, bytes=4096)]),
         boot=[bases.put(folder, "00-erofs.ko", b"module" * 100)],
         net=[bases.put(folder, "net-00-nf_tables.ko", b"module" * 200)],
-        packages=[manifest.Package(name=name, version="1", arch="all") for name in include],
+        packages=[store.Package(name=name, version="1", arch="all") for name in include],
     )
     bases.put(folder, "base.json", msgspec.json.encode(base))
     place = store.images_dir() / "made"
@@ -62,10 +62,10 @@ def _make(include: Sequence[str]) -> str:
     initrd = bases.put(place, "initrd.cpio", b"initrd" * 1000)
     for name in SHARED:
         os.link(folder / name, place / name)
-    made = manifest.sealed(
-        manifest.Manifest(
-            schema_version=manifest.SCHEMA,
-            digest=manifest.NO_DIGEST,
+    made = store.sealed(
+        store.Manifest(
+            schema_version=store.SCHEMA,
+            digest=store.NO_DIGEST,
             recipe=bases.RECIPE,
             arch=host_arch().name,
             suite=sources.release_codename(),
@@ -73,13 +73,13 @@ def _make(include: Sequence[str]) -> str:
             base=base.digest,
             guest_code=store.read_guest_code().digest,
             kernel_release=base.kernel_release,
-            parts=manifest.Parts(kernel=base.kernel, initrd=initrd, root=base.root, scratch=base.scratch),
+            parts=store.Parts(kernel=base.kernel, initrd=initrd, root=base.root, scratch=base.scratch),
             scratch_disk=base.scratch_disk,
             packages=base.packages,
             filters={},
         )
     )
-    bases.put(place, "manifest.json", manifest.encode(made))
+    bases.put(place, "manifest.json", store.encode_manifest(made))
     digest = made.digest.removeprefix("sha256:")
     place.rename(store.images_dir() / digest)
     return digest
@@ -256,14 +256,14 @@ def test_an_engines_image_is_no_image_of_ours() -> None:
 
 def test_other_wheels_make_another_image(science: store.Image, capsys: pytest.CaptureFixture[str]) -> None:
     """Other wheels make another image, and a rebuild keeps the image's own wheels."""
-    wheel = manifest.Wheel(name="six", version="1.16.0", sha256="ab" * 32)
+    wheel = store.Wheel(name="six", version="1.16.0", sha256="ab" * 32)
     more = bases.Contents(arch=host_arch(), include=PACKAGES, pip=(wheel,))
     assert more.base_key != bases.Contents(arch=host_arch(), include=PACKAGES).base_key
     place = store.images_dir() / "with-wheels"
     shutil.copytree(science.folder, place)
-    made = manifest.sealed(msgspec.structs.replace(science.manifest, pip=[wheel]))
+    made = store.sealed(msgspec.structs.replace(science.manifest, pip=[wheel]))
     (place / "manifest.json").unlink()
-    bases.put(place, "manifest.json", manifest.encode(made))
+    bases.put(place, "manifest.json", store.encode_manifest(made))
     place.rename(store.images_dir() / made.digest.removeprefix("sha256:"))
     store.set_name("wheels", made.digest.removeprefix("sha256:"))
     output: list[str] = []

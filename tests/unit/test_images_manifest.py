@@ -12,20 +12,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from x07_sandbox.errors import ImageError
-from x07_sandbox.images import manifest
-from x07_sandbox.policy.default import canonical_json
+from x07_sandbox.images import store
+from x07_sandbox.policy.decode import canonical_json
 
 HEX = "0123456789abcdef" * 4
 
 
-def _part(name: str, size: int = 4096) -> manifest.Part:
-    return manifest.Part(file=name, sha256=HEX, bytes=size)
+def _part(name: str, size: int = 4096) -> store.Part:
+    return store.Part(file=name, sha256=HEX, bytes=size)
 
 
-MANIFEST = manifest.sealed(
-    manifest.Manifest(
-        schema_version=manifest.SCHEMA,
-        digest=manifest.NO_DIGEST,
+MANIFEST = store.sealed(
+    store.Manifest(
+        schema_version=store.SCHEMA,
+        digest=store.NO_DIGEST,
         recipe=1,
         arch="x86_64",
         suite="trixie",
@@ -33,14 +33,14 @@ MANIFEST = manifest.sealed(
         base=HEX,
         guest_code=HEX,
         kernel_release="6.12",
-        parts=manifest.Parts(
+        parts=store.Parts(
             kernel=_part("vmlinux"),
             initrd=_part("initrd.cpio"),
             root=_part("root.erofs"),
             scratch=_part("scratch.head"),
         ),
-        scratch_disk=manifest.ScratchDisk(bytes=1 << 33, pieces=[manifest.Piece(offset=0, bytes=4096)]),
-        packages=[manifest.Package(name="gcc", version="4:14.2", arch="amd64")],
+        scratch_disk=store.ScratchDisk(bytes=1 << 33, pieces=[store.Piece(offset=0, bytes=4096)]),
+        packages=[store.Package(name="gcc", version="4:14.2", arch="amd64")],
         filters={},
     )
 )
@@ -48,7 +48,7 @@ MANIFEST = manifest.sealed(
 
 def _resealed(**changes: Any) -> bytes:  # noqa: ANN401 - any JSON value
     """The manifest as JSON with changed fields and a matching digest."""
-    fields = json.loads(manifest.encode(MANIFEST)) | changes
+    fields = json.loads(store.encode_manifest(MANIFEST)) | changes
     del fields["digest"]
     fields["digest"] = "sha256:" + hashlib.sha256(canonical_json(fields)).hexdigest()
     return json.dumps(fields).encode()
@@ -56,30 +56,30 @@ def _resealed(**changes: Any) -> bytes:  # noqa: ANN401 - any JSON value
 
 def test_manifest_reads_back() -> None:
     """A manifest survives encoding and decoding byte for byte."""
-    data = manifest.encode(MANIFEST)
-    assert manifest.decode(data, "x") == MANIFEST
-    assert manifest.encode(manifest.decode(data, "x")) == data
+    data = store.encode_manifest(MANIFEST)
+    assert store.decode_manifest(data, "x") == MANIFEST
+    assert store.encode_manifest(store.decode_manifest(data, "x")) == data
 
 
 def test_unknown_field_is_refused() -> None:
     """An unknown field is an error."""
     with pytest.raises(ImageError, match="unknown field `extra`"):
-        manifest.decode(_resealed(extra=1), "x")
+        store.decode_manifest(_resealed(extra=1), "x")
     with pytest.raises(ImageError, match="unknown field"):
-        manifest.decode(_resealed(scratch_disk={"bytes": 1, "pieces": [], "more": 1}), "x")
+        store.decode_manifest(_resealed(scratch_disk={"bytes": 1, "pieces": [], "more": 1}), "x")
 
 
 def test_newer_schema_is_refused_before_anything_else() -> None:
     """An image of a newer format is refused by its format version."""
     with pytest.raises(ImageError, match=r"its format is 'x07.sandbox.image@0.2.0'"):
-        manifest.decode(_resealed(schema_version="x07.sandbox.image@0.2.0", extra=1), "x")
+        store.decode_manifest(_resealed(schema_version="x07.sandbox.image@0.2.0", extra=1), "x")
 
 
 def test_changed_content_does_not_fit_the_digest() -> None:
     """No field can change without changing the digest."""
-    data = manifest.encode(MANIFEST).replace(b'"suite": "trixie"', b'"suite": "forky"')
+    data = store.encode_manifest(MANIFEST).replace(b'"suite": "trixie"', b'"suite": "forky"')
     with pytest.raises(ImageError, match="its digest does not match its content"):
-        manifest.decode(data, "x")
+        store.decode_manifest(data, "x")
 
 
 @pytest.mark.parametrize(
@@ -87,33 +87,33 @@ def test_changed_content_does_not_fit_the_digest() -> None:
 )
 def test_file_names_lead_nowhere_else(name: str) -> None:
     """A part must be a plain file in the image's folder."""
-    parts = json.loads(manifest.encode(MANIFEST))["parts"]
+    parts = json.loads(store.encode_manifest(MANIFEST))["parts"]
     parts["root"]["file"] = name
     with pytest.raises(ImageError):
-        manifest.decode(_resealed(parts=parts), "x")
+        store.decode_manifest(_resealed(parts=parts), "x")
 
 
 def test_scratch_pieces_must_add_up() -> None:
     """The pieces of the scratch disk must match its part exactly."""
     with pytest.raises(ImageError, match="do not add up"):
-        manifest.decode(_resealed(scratch_disk={"bytes": 1 << 33, "pieces": [{"offset": 0, "bytes": 8192}]}), "x")
+        store.decode_manifest(_resealed(scratch_disk={"bytes": 1 << 33, "pieces": [{"offset": 0, "bytes": 8192}]}), "x")
 
 
 def test_large_manifest_is_refused() -> None:
     """An oversized manifest is rejected."""
     with pytest.raises(ImageError, match="more than"):
-        manifest.decode(b" " * (manifest.MAX_BYTES + 1), "x")
+        store.decode_manifest(b" " * (store.MAX_BYTES + 1), "x")
 
 
 @pytest.mark.parametrize("data", [b'{"schema_version": "\xff"}', b'{"schema_version": "1", "a": ' + b"[" * 100_000])
 def test_malformed_manifest_is_refused(data: bytes) -> None:
     """A manifest that is no UTF-8, or nested without end, is rejected, as any other malformed one."""
     with pytest.raises(ImageError):
-        manifest.decode(data, "x")
+        store.decode_manifest(data, "x")
 
 
-@given(st.one_of(st.binary(max_size=200), st.integers(0, 3000).map(lambda cut: manifest.encode(MANIFEST)[:cut])))
+@given(st.one_of(st.binary(max_size=200), st.integers(0, 3000).map(lambda cut: store.encode_manifest(MANIFEST)[:cut])))
 def test_any_bytes_give_a_manifest_or_an_error(data: bytes) -> None:
     """Any bytes give a manifest or ImageError."""
     with contextlib.suppress(ImageError):
-        manifest.decode(data, "x")
+        store.decode_manifest(data, "x")

@@ -23,8 +23,8 @@ from tests.hostile_images import END, HOSTILE, extended, file, header, record
 from tests.oci_images import Entry, archived, docker_archive, layer, layout
 from x07_sandbox.errors import ImageError, SandboxError, UsageError
 from x07_sandbox.images import commands, oci
-from x07_sandbox.images.manifest import ProgramRoot
 from x07_sandbox.images.oci import Merged
+from x07_sandbox.images.store import ProgramRoot
 
 HELLO = layer(Entry("hello", b"hello"))
 BYE = layer(Entry("bye", b"bye"))

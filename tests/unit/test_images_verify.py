@@ -11,7 +11,7 @@ import pytest
 from tests.published import document
 from x07_sandbox.cli.main import main
 from x07_sandbox.errors import ImageError, worded
-from x07_sandbox.images import manifest, store, verify
+from x07_sandbox.images import store, verify
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,11 +35,11 @@ def write_image(folder: Path) -> str:
     for name, data in FILES.items():
         (folder / name).write_bytes(data)
         (folder / name).chmod(0o444)
-        parts.append(manifest.Part(file=name, sha256=hashlib.sha256(data).hexdigest(), bytes=len(data)))
-    made = manifest.sealed(
-        manifest.Manifest(
-            schema_version=manifest.SCHEMA,
-            digest=manifest.NO_DIGEST,
+        parts.append(store.Part(file=name, sha256=hashlib.sha256(data).hexdigest(), bytes=len(data)))
+    made = store.sealed(
+        store.Manifest(
+            schema_version=store.SCHEMA,
+            digest=store.NO_DIGEST,
             recipe=1,
             arch="x86_64",
             suite="trixie",
@@ -47,13 +47,13 @@ def write_image(folder: Path) -> str:
             base="0" * 64,
             guest_code="0" * 64,
             kernel_release="6.12",
-            parts=manifest.Parts(kernel=parts[0], initrd=parts[1], root=parts[2], scratch=parts[3]),
-            scratch_disk=manifest.ScratchDisk(bytes=1 << 20, pieces=[manifest.Piece(offset=8192, bytes=4096)]),
+            parts=store.Parts(kernel=parts[0], initrd=parts[1], root=parts[2], scratch=parts[3]),
+            scratch_disk=store.ScratchDisk(bytes=1 << 20, pieces=[store.Piece(offset=8192, bytes=4096)]),
             packages=[],
             filters={"base": parts[4]},
         )
     )
-    (folder / "manifest.json").write_bytes(manifest.encode(made))
+    (folder / "manifest.json").write_bytes(store.encode_manifest(made))
     (folder / "manifest.json").chmod(0o444)
     return made.digest.removeprefix("sha256:")
 

@@ -15,7 +15,7 @@ import pytest
 from tests.conftest import overwrite
 from x07_sandbox.channel.messages import PROTOCOL
 from x07_sandbox.errors import ImageError
-from x07_sandbox.images import boot, manifest, store, vz_bundle
+from x07_sandbox.images import boot, store, vz_bundle
 from x07_sandbox.images.store import read_guest_code
 
 if TYPE_CHECKING:
@@ -51,11 +51,11 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
         for name, data in files.items():
             (folder / name).write_bytes(data)
             (folder / name).chmod(0o444)
-            parts.append(manifest.Part(file=name, sha256=hashlib.sha256(data).hexdigest(), bytes=len(data)))
-        sealed = manifest.sealed(
-            manifest.Manifest(
-                schema_version=manifest.SCHEMA,
-                digest=manifest.NO_DIGEST,
+            parts.append(store.Part(file=name, sha256=hashlib.sha256(data).hexdigest(), bytes=len(data)))
+        sealed = store.sealed(
+            store.Manifest(
+                schema_version=store.SCHEMA,
+                digest=store.NO_DIGEST,
                 recipe=1,
                 arch=arch,
                 suite="trixie",
@@ -63,13 +63,13 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
                 base="0" * 64,
                 guest_code=guest_code,
                 kernel_release=RELEASE,
-                parts=manifest.Parts(kernel=parts[0], initrd=parts[1], root=parts[2], scratch=parts[3]),
-                scratch_disk=manifest.ScratchDisk(bytes=1 << 20, pieces=[manifest.Piece(offset=8192, bytes=4096)]),
+                parts=store.Parts(kernel=parts[0], initrd=parts[1], root=parts[2], scratch=parts[3]),
+                scratch_disk=store.ScratchDisk(bytes=1 << 20, pieces=[store.Piece(offset=8192, bytes=4096)]),
                 packages=[],
                 filters={},
             )
         )
-        (folder / "manifest.json").write_bytes(manifest.encode(sealed))
+        (folder / "manifest.json").write_bytes(store.encode_manifest(sealed))
         (folder / "manifest.json").chmod(0o444)
         digest = sealed.digest.removeprefix("sha256:")
         folder.rename(store.images_dir() / digest)

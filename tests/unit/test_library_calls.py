@@ -37,13 +37,11 @@ from x07_sandbox.library.run import OPTIONS, CommandOptions, RunOptions
 from x07_sandbox.options import BY_FLAG, BY_KEYWORD, LIMITS, keyword
 from x07_sandbox.options import OPTIONS as OPTIONS_TABLE
 from x07_sandbox.policy.changes import LimitChanges, Overrides
-from x07_sandbox.policy.default import default_policy, render_policy
-from x07_sandbox.policy.problems import PolicyError
+from x07_sandbox.policy.decode import PolicyError, default_policy, render_policy
 from x07_sandbox.policy.schema import fields as schema_fields
 from x07_sandbox.policy.schema import range_of
 from x07_sandbox.programs.project import Manifest, RunTable
-from x07_sandbox.sessions.program import load_program
-from x07_sandbox.sessions.request import RunCaller, RunRequest, make_request
+from x07_sandbox.sessions.request import RunCaller, RunRequest, load_program, make_request
 
 if TYPE_CHECKING:
     from x07_sandbox.sessions.request import Program

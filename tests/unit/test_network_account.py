@@ -17,7 +17,7 @@ from x07_sandbox.network import ledger
 from x07_sandbox.network.ledger import LOG_MAX_BYTES, ROWS_MAX, Ledger
 from x07_sandbox.network.rules import make_allowlist
 from x07_sandbox.network.settings import parse_settings
-from x07_sandbox.policy.default import default_policy
+from x07_sandbox.policy.decode import default_policy
 from x07_sandbox.policy.denials import Contact, Denial, HowToAllow, NetworkUse
 from x07_sandbox.policy.model import HostPorts
 from x07_sandbox.sessions.egress import denials, denials_without_gate, new_denials

@@ -32,7 +32,7 @@ from x07_sandbox.network.hosts import unmapped
 from x07_sandbox.network.ledger import Ledger
 from x07_sandbox.network.rules import NetSettings, decide, make_allowlist, parse_request
 from x07_sandbox.network.settings import parse_settings
-from x07_sandbox.policy.default import default_policy
+from x07_sandbox.policy.decode import default_policy
 from x07_sandbox.policy.hosts import Addresses
 from x07_sandbox.policy.model import HostPorts
 

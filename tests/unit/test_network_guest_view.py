@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from x07_sandbox.guest.dns import NameTable
 from x07_sandbox.network.rules import guest_view, make_allowlist
 from x07_sandbox.network.settings import parse_settings
-from x07_sandbox.policy.default import default_policy
+from x07_sandbox.policy.decode import default_policy
 from x07_sandbox.policy.model import Db, DbNet, Drivers, HostPorts, Policy
 
 if TYPE_CHECKING:

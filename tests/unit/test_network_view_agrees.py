@@ -14,7 +14,7 @@ from x07_sandbox.guest.dns import NameTable
 from x07_sandbox.network.hosts import parse_guest_host
 from x07_sandbox.network.ledger import Ledger
 from x07_sandbox.network.rules import Allowlist, Decision, Request, decide, guest_view, make_allowlist, parse_request
-from x07_sandbox.policy.default import default_policy
+from x07_sandbox.policy.decode import default_policy
 from x07_sandbox.policy.denials import Contact
 from x07_sandbox.policy.model import Db, DbNet, Drivers, HostPorts, Policy
 from x07_sandbox.sessions.egress import denials

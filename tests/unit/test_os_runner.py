@@ -17,7 +17,7 @@ from x07_sandbox.backends import prerequisites
 from x07_sandbox.cli.main import main as x07
 from x07_sandbox.cli.os_runner import OPTIONS, main, parser
 from x07_sandbox.host.variables import VARIABLES
-from x07_sandbox.policy.default import default_policy, render_policy
+from x07_sandbox.policy.decode import default_policy, render_policy
 from x07_sandbox.reports.schemas import schemas
 from x07_sandbox.x07.project import INPUT_MAX_BYTES
 

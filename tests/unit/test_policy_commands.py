@@ -12,7 +12,7 @@ import pytest
 
 from tests.unit.policy_command import as_json, policy
 from x07_sandbox.host.paths import settings_file
-from x07_sandbox.policy.default import policy_digest, render_policy
+from x07_sandbox.policy.decode import policy_digest, render_policy
 from x07_sandbox.policy.schema import render_schema
 from x07_sandbox.policy.templates import TEMPLATES
 

@@ -8,8 +8,7 @@ import pytest
 
 from x07_sandbox.errors import RefusedError
 from x07_sandbox.policy.controls import TABLE, Plan, make_plan
-from x07_sandbox.policy.decode import decode_policy
-from x07_sandbox.policy.default import default_policy, render_policy
+from x07_sandbox.policy.decode import decode_policy, default_policy, render_policy
 from x07_sandbox.policy.denials import HowToAllow
 from x07_sandbox.policy.features import VM_CAPABILITIES, Features
 from x07_sandbox.policy.guest import confinement

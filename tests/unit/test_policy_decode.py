@@ -12,10 +12,18 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from x07_sandbox.errors import UsageError
-from x07_sandbox.policy.decode import MAX_BYTES, MAX_PROBLEMS, accept, decode_policy, parse
-from x07_sandbox.policy.default import default_policy, render_policy
+from x07_sandbox.policy.decode import (
+    MAX_BYTES,
+    MAX_PROBLEMS,
+    PolicyError,
+    Problem,
+    accept,
+    decode_policy,
+    default_policy,
+    parse,
+    render_policy,
+)
 from x07_sandbox.policy.model import Policy
-from x07_sandbox.policy.problems import PolicyError, Problem
 from x07_sandbox.policy.schema import schema_problems
 
 DEFAULT = render_policy(default_policy())
@@ -309,7 +317,7 @@ def test_a_good_policy_costs_no_slow_import() -> None:
     """Decoding a valid policy imports neither jsonschema nor difflib."""
     code = (
         "import sys; from x07_sandbox.policy.decode import decode_policy; "
-        "from x07_sandbox.policy.default import default_policy, render_policy; "
+        "from x07_sandbox.policy.decode import default_policy, render_policy; "
         "decode_policy(render_policy(default_policy()), source='p'); "
         "print(sorted({'jsonschema', 'difflib'} & sys.modules.keys()))"
     )

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from tests.x07_variables import EXPECTED, TOLD, policy_document
-from x07_sandbox.policy.default import program_environment
+from x07_sandbox.policy.decode import program_environment
 from x07_sandbox.policy.model import Policy
 
 SWITCHES = {field: variable for variable, field, value, _ in TOLD if isinstance(value, bool)}

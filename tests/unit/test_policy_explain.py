@@ -14,7 +14,7 @@ import pytest
 from tests.unit.policy_command import as_json, policy
 from x07_sandbox.backends.registry import backend_named
 from x07_sandbox.policy.controls import make_plan
-from x07_sandbox.policy.default import render_policy
+from x07_sandbox.policy.decode import render_policy
 from x07_sandbox.policy.features import vm_features
 from x07_sandbox.policy.model import leaf_values
 from x07_sandbox.policy.schema import fields

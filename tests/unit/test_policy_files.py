@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from jsonschema import Draft202012Validator
 
-from x07_sandbox.policy.decode import decode_policy
-from x07_sandbox.policy.default import (
+from x07_sandbox.policy.decode import (
     VARIABLES,
     canonical_json,
+    decode_policy,
     default_policy,
     policy_digest,
     program_environment,

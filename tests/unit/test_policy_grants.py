@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from x07_sandbox.files.copy import roots_of
 from x07_sandbox.policy.controls import make_plan, run_limits
-from x07_sandbox.policy.default import default_policy
+from x07_sandbox.policy.decode import default_policy
 from x07_sandbox.policy.features import vm_features
 from x07_sandbox.policy.guest import PROGRAM, confinement
 from x07_sandbox.policy.model import Policy, leaf_values

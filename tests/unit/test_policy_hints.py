@@ -7,7 +7,7 @@ from msgspec.structs import replace
 
 from tests.unit.test_refused_lines import result
 from x07_sandbox.cli.messages import denial_lines
-from x07_sandbox.policy.default import default_policy
+from x07_sandbox.policy.decode import default_policy
 from x07_sandbox.policy.denials import GuestMount, HowToAllow
 from x07_sandbox.policy.guest import WORK
 from x07_sandbox.policy.hints import ImageInUse, hints

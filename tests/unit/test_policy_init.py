@@ -11,7 +11,7 @@ import pytest
 
 from tests.command import Done, x07
 from tests.unit.policy_command import policy
-from x07_sandbox.policy.default import render_policy
+from x07_sandbox.policy.decode import render_policy
 from x07_sandbox.policy.templates import TEMPLATES
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from x07_sandbox.errors import Flag, UsageError
 from x07_sandbox.options import BY_FLAG, OPTIONS, keyword, parse_size, size_text
 from x07_sandbox.policy.changes import LimitChanges, change_limits
 from x07_sandbox.policy.controls import run_limits
-from x07_sandbox.policy.default import default_policy, render_policy
+from x07_sandbox.policy.decode import default_policy, render_policy
 from x07_sandbox.policy.templates import TEMPLATES
 from x07_sandbox.sessions.request import EffectivePolicy, ProjectPolicy, RunRequest, effective_policy_of, make_request
 

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.unit.policy_command import policy
-from x07_sandbox.policy.decode import decode_policy
-from x07_sandbox.policy.default import render_policy
+from x07_sandbox.policy.decode import decode_policy, render_policy
 from x07_sandbox.policy.templates import TEMPLATES
 
 if TYPE_CHECKING:

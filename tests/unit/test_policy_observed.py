@@ -10,8 +10,7 @@ import pytest
 
 from x07_sandbox.channel.messages import Denied
 from x07_sandbox.policy.changes import flag_reach
-from x07_sandbox.policy.decode import decode_policy
-from x07_sandbox.policy.default import default_policy
+from x07_sandbox.policy.decode import decode_policy, default_policy
 from x07_sandbox.policy.denials import GuestMount, Hint, HowToAllow
 from x07_sandbox.policy.hints import Adding, LocalModules, hints
 from x07_sandbox.policy.model import Policy

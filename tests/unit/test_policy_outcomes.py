@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from x07_sandbox.errors import Flag
 from x07_sandbox.host.waiting import BY_KILL
 from x07_sandbox.options import keyword
-from x07_sandbox.policy.default import default_policy
+from x07_sandbox.policy.decode import default_policy
 from x07_sandbox.policy.denials import Outcome
 from x07_sandbox.policy.features import WORDS, Isolation, vm_features
 from x07_sandbox.policy.observed import more_tasks, too_much_output

@@ -12,8 +12,7 @@ from msgspec.structs import replace
 
 from x07_sandbox.errors import UsageError
 from x07_sandbox.policy.changes import Derived, Overrides, derive_policy
-from x07_sandbox.policy.decode import decode_policy
-from x07_sandbox.policy.default import default_policy, render_policy
+from x07_sandbox.policy.decode import decode_policy, default_policy, render_policy
 from x07_sandbox.policy.hosts import addresses, covers, is_name, meaning
 from x07_sandbox.policy.model import HostPorts, Policy
 from x07_sandbox.policy.templates import TEMPLATES

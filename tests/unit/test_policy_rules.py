@@ -5,9 +5,7 @@ from typing import Any
 
 import pytest
 
-from x07_sandbox.policy.decode import decode_policy
-from x07_sandbox.policy.default import default_policy, render_policy
-from x07_sandbox.policy.problems import RULES, PolicyError, regex_lite_fault
+from x07_sandbox.policy.decode import RULES, PolicyError, decode_policy, default_policy, regex_lite_fault, render_policy
 
 DB = {"enabled": True, "drivers": {"sqlite": False, "postgres": False, "mysql": False}}
 LISTS = (

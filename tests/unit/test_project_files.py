@@ -15,16 +15,16 @@ from x07_sandbox.errors import Cancelled, RefusedError, UsageError
 from x07_sandbox.host.settings import OUTPUT_MAX_BYTES
 from x07_sandbox.host.waiting import Cancel
 from x07_sandbox.policy.changes import LimitChanges, Overrides
-from x07_sandbox.policy.default import default_policy, render_policy
+from x07_sandbox.policy.decode import default_policy, render_policy
 from x07_sandbox.policy.model import HostPorts
 from x07_sandbox.sessions.host_files import effective_roots
-from x07_sandbox.sessions.program import load_program
 from x07_sandbox.sessions.request import (
     Program,
     ProjectPolicy,
     RunCaller,
     RunRequest,
     effective_policy_of,
+    load_program,
     open_input,
     read_policy,
     read_whole,

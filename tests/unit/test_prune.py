@@ -24,13 +24,13 @@ from x07_sandbox.host.locks import file_lock, lock_for_removal, lock_shared
 from x07_sandbox.host.paths import private_dir
 from x07_sandbox.host.processes import Identity, own_identity
 from x07_sandbox.host.verdicts import Verdict
-from x07_sandbox.images import manifest, store
+from x07_sandbox.images import store
 from x07_sandbox.library.cleanup import prune
 from x07_sandbox.programs.artifacts import artifact_key
 from x07_sandbox.records.pruning import PARTS, Part, PruneReport, everything
 from x07_sandbox.records.record import Claim, JobRecord, create_record, mark_done, write_owner
 from x07_sandbox.records.runs import APPLYING
-from x07_sandbox.sessions.folder import RunFolder
+from x07_sandbox.sessions.transfers import RunFolder
 
 DAY_MS = 86_400_000
 DIGEST = "sha256:" + "ab" * 32
@@ -257,11 +257,11 @@ def test_a_folder_is_shared_or_removed_never_both(tmp_path: Path) -> None:
 
 def image(name: str = "", *, base: str = "cd" * 32, size: int = 200_000) -> store.Image:
     """An image in the store whose root file is shared with its base."""
-    made = manifest.sealed(replace(MANIFEST, base=base, kernel_release=f"{name or 'none'}-{size}"))
+    made = store.sealed(replace(MANIFEST, base=base, kernel_release=f"{name or 'none'}-{size}"))
     folder = store.images_dir() / made.digest.removeprefix("sha256:")
     folder.mkdir(mode=0o700)
     (folder / "root.erofs").write_bytes(os.urandom(size))
-    (folder / "manifest.json").write_bytes(manifest.encode(made))
+    (folder / "manifest.json").write_bytes(store.encode_manifest(made))
     if name:
         store.set_name(name, folder.name)
     return store.load(folder.name, name)

@@ -30,7 +30,7 @@ from x07_sandbox.host.linux import boot_ms
 from x07_sandbox.host.locks import lock_for_removal
 from x07_sandbox.host.verdicts import forget
 from x07_sandbox.host.waiting import Remark, unix_ms
-from x07_sandbox.images.manifest import Part, Piece, ScratchDisk
+from x07_sandbox.images.store import Part, Piece, ScratchDisk
 from x07_sandbox.policy.guest import RAM_CLASSES
 
 if TYPE_CHECKING:

@@ -35,19 +35,18 @@ from x07_sandbox.files.journal import Head, Place
 from x07_sandbox.host.paths import closing_fd, private_dir
 from x07_sandbox.host.waiting import Cancel, Notice
 from x07_sandbox.policy.changes import Overrides
-from x07_sandbox.policy.default import default_policy, render_policy
+from x07_sandbox.policy.decode import default_policy, render_policy
 from x07_sandbox.policy.denials import HowToAllow
 from x07_sandbox.policy.guest import OUT
-from x07_sandbox.sessions.folder import RunFolder
 from x07_sandbox.sessions.host_files import HostFiles
 from x07_sandbox.sessions.patches import patch_chunks
 from x07_sandbox.sessions.prepare import Prepared
-from x07_sandbox.sessions.program import load_program
-from x07_sandbox.sessions.request import EffectivePolicy, RunCaller, RunRequest
+from x07_sandbox.sessions.request import EffectivePolicy, RunCaller, RunRequest, load_program
 from x07_sandbox.sessions.result import ChangedName, Changes, Draft
 from x07_sandbox.sessions.run import attempt, copy_in, failure
 from x07_sandbox.sessions.saved_changes import apply_saved, find_saved, recover_all, undo_saved
 from x07_sandbox.sessions.selection import Grants, select_changes
+from x07_sandbox.sessions.transfers import RunFolder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

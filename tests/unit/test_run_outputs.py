@@ -17,7 +17,7 @@ from x07_sandbox.cli import os_runner
 from x07_sandbox.cli.main import main
 from x07_sandbox.cli.outputs import artifact_file, write_files
 from x07_sandbox.errors import UsageError
-from x07_sandbox.policy.default import default_policy, render_policy
+from x07_sandbox.policy.decode import default_policy, render_policy
 from x07_sandbox.sessions.run import failure
 
 if TYPE_CHECKING:

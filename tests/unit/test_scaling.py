@@ -12,7 +12,7 @@ from x07_sandbox.errors import HostError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.user_settings import scale_when_emulated
 from x07_sandbox.policy.controls import run_limits
-from x07_sandbox.policy.default import default_policy
+from x07_sandbox.policy.decode import default_policy
 from x07_sandbox.policy.guest import build_limits
 from x07_sandbox.policy.outcomes import Evidence, Stage, build_verdict, classify
 from x07_sandbox.sessions.scaling import _WORK, _printed, scaled_limits

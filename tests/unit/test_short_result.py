@@ -13,7 +13,7 @@ from x07_sandbox.backends.podman import EngineBackend
 from x07_sandbox.cli import main
 from x07_sandbox.cli.parser import parser_for
 from x07_sandbox.policy.controls import make_plan
-from x07_sandbox.policy.default import default_policy
+from x07_sandbox.policy.decode import default_policy
 from x07_sandbox.policy.features import Isolation, vm_features
 from x07_sandbox.reports.result import render_result
 from x07_sandbox.sessions.result import ControlReport, Result, draft_result

@@ -24,7 +24,7 @@ from x07_sandbox.records.pruning import Pruner
 from x07_sandbox.records.record import Claim, JobRecord, create_record, mark_done, new_run_id, runner_instance
 from x07_sandbox.records.stopping import Orphan
 from x07_sandbox.records.sweep import SweepReport, sweep_jobs, why_kept
-from x07_sandbox.sessions.folder import RunFolder
+from x07_sandbox.sessions.transfers import RunFolder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -31,8 +31,7 @@ from x07_sandbox.programs.toolchains import (
     toolchain_named,
 )
 from x07_sandbox.sessions.denials import missing_interpreter
-from x07_sandbox.sessions.program import load_program
-from x07_sandbox.sessions.request import Program, RunCaller, RunRequest
+from x07_sandbox.sessions.request import Program, RunCaller, RunRequest, load_program
 from x07_sandbox.sessions.transfers import InFile
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -18,7 +18,7 @@ from x07_sandbox.backends.vz import VzBackend, helper_argv
 from x07_sandbox.channel.messages import PROTOCOL
 from x07_sandbox.errors import HostError, ImageError
 from x07_sandbox.host.waiting import Caller, Cancel
-from x07_sandbox.images import manifest
+from x07_sandbox.images import store
 from x07_sandbox.images.verify import OpenImage
 from x07_sandbox.images.vz_bundle import SCHEMA, Bundle, OpenBundle
 from x07_sandbox.records.record import Claim
@@ -36,14 +36,14 @@ GOOD: Final = {
 }
 
 
-def part(name: str) -> manifest.Part:
+def part(name: str) -> store.Part:
     """A file of a bundle."""
-    return manifest.Part(file=name, sha256="0" * 64, bytes=1)
+    return store.Part(file=name, sha256="0" * 64, bytes=1)
 
 
-def image_manifest(*, program: bool) -> manifest.Manifest:
+def image_manifest(*, program: bool) -> store.Manifest:
     """The manifest of an image. program: whether it was imported."""
-    oci = manifest.ProgramRoot(oci="", env={}, workdir="", user="", entrypoint=[], cmd=[])
+    oci = store.ProgramRoot(oci="", env={}, workdir="", user="", entrypoint=[], cmd=[])
     return replace(MANIFEST, program=oci if program else None)
 
 
@@ -51,7 +51,7 @@ def image_manifest(*, program: bool) -> manifest.Manifest:
 @pytest.mark.parametrize("program", [False, True])
 def test_the_helper_gets_the_files_and_limits_of_the_job(*, network: bool, program: bool) -> None:
     """The command line has the bundle's files and the job's disk, memory and deadline, and a helper accepts it."""
-    image, disk = image_manifest(program=program), manifest.ScratchDisk(bytes=512, pieces=[])
+    image, disk = image_manifest(program=program), store.ScratchDisk(bytes=512, pieces=[])
     names = ("image_manifest", "kernel", "initrd", "rootfs", "cmdline", "scratch")
     bundle = Bundle(
         schema_version=SCHEMA,

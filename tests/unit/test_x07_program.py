@@ -19,12 +19,11 @@ from x07_sandbox.cli import os_runner
 from x07_sandbox.cli.main import main
 from x07_sandbox.host import settings
 from x07_sandbox.host.waiting import Cancel
-from x07_sandbox.policy.default import default_policy, render_policy
+from x07_sandbox.policy.decode import default_policy, render_policy
 from x07_sandbox.programs.toolchains import BY_NAME
 from x07_sandbox.reports.schemas import schemas
 from x07_sandbox.sessions.prepare import output_caps
-from x07_sandbox.sessions.program import load_program
-from x07_sandbox.sessions.request import RunCaller, RunRequest
+from x07_sandbox.sessions.request import RunCaller, RunRequest, load_program
 from x07_sandbox.x07.programs import load_artifact, load_x07
 from x07_sandbox.x07.project import PROTOCOL, X07, Options, Profile, merged
 

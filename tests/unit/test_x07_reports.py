@@ -14,8 +14,7 @@ import pytest
 
 from x07_sandbox.errors import RefusedError
 from x07_sandbox.host.documents import render_json
-from x07_sandbox.policy.decode import decode_policy
-from x07_sandbox.policy.default import default_policy, render_policy
+from x07_sandbox.policy.decode import decode_policy, default_policy, render_policy
 from x07_sandbox.policy.outcomes import OUTCOMES, ExitRule
 from x07_sandbox.reports.commands import PolicyInitReport
 from x07_sandbox.reports.schemas import schemas

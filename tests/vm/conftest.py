@@ -26,7 +26,7 @@ from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.paths import cache_dir
 from x07_sandbox.host.processes import Identity, has_mark, is_alive
 from x07_sandbox.host.waiting import Cancel
-from x07_sandbox.policy.default import default_policy, render_policy
+from x07_sandbox.policy.decode import default_policy, render_policy
 from x07_sandbox.programs.toolchains import OUTPUT, Source, toolchain_for
 from x07_sandbox.sessions.request import RunCaller, RunRequest
 from x07_sandbox.sessions.run import attempt

@@ -41,7 +41,7 @@ from x07_sandbox.host.waiting import Cancel, Deadline
 from x07_sandbox.images.store import find_image
 from x07_sandbox.images.verify import open_image
 from x07_sandbox.policy.controls import run_limits
-from x07_sandbox.policy.default import default_policy
+from x07_sandbox.policy.decode import default_policy
 from x07_sandbox.policy.guest import UNCONFINED
 from x07_sandbox.policy.outcomes import classify
 from x07_sandbox.records.record import Claim, create_record, new_run_id

@@ -30,7 +30,7 @@ from x07_sandbox.host.linux import children_of
 from x07_sandbox.host.paths import cache_dir
 from x07_sandbox.images.verify import open_image
 from x07_sandbox.jail.bwrap import CRIU, SETPRIV
-from x07_sandbox.policy.default import default_policy
+from x07_sandbox.policy.decode import default_policy
 from x07_sandbox.policy.guest import ram_class_bytes
 
 if TYPE_CHECKING:

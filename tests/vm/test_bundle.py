@@ -16,7 +16,7 @@ import pytest
 
 from tests.command import x07
 from tests.vm.conftest import left_behind
-from x07_sandbox.policy.default import render_policy
+from x07_sandbox.policy.decode import render_policy
 from x07_sandbox.policy.templates import TEMPLATES
 from x07_sandbox.reports.schemas import schemas
 

@@ -19,7 +19,7 @@ from tests.command import x07
 from tests.conftest import sample
 from tests.published import document
 from tests.vm.conftest import left_behind
-from x07_sandbox.policy.default import default_policy, render_policy
+from x07_sandbox.policy.decode import default_policy, render_policy
 from x07_sandbox.policy.templates import TEMPLATES
 
 if TYPE_CHECKING:

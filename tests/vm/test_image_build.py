@@ -18,7 +18,7 @@ from tests.conftest import overwrite
 from tests.vm.conftest import marked
 from x07_sandbox.host import paths
 from x07_sandbox.host.arch import host_arch
-from x07_sandbox.images import build, commands, manifest, sources, store, verify
+from x07_sandbox.images import build, commands, sources, store, verify
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -119,7 +119,7 @@ def test_manifest_lists_the_contents(first: Image) -> None:
     assert f"linux-image-{made.kernel_release}" in names
     assert made.arch == host_arch().name
     assert all(package.version for package in made.packages)
-    assert manifest.decode((first.folder / "manifest.json").read_bytes(), "x") == made
+    assert store.decode_manifest((first.folder / "manifest.json").read_bytes(), "x") == made
 
 
 def test_the_image_has_no_traces_of_the_host(first: Image, tree: Path, killed: Path) -> None:

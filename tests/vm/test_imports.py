@@ -28,17 +28,17 @@ backends.qemu.template backends.registry
 channel.connection channel.contents channel.link channel.messages channel.streams
 cli.console cli.main cli.parser cli.run
 errors
-host.arch host.close_on_fork host.decoding host.linux host.locks host.os_errors host.paths host.processes host.settings
+host.arch host.close_on_fork host.decoding host.linux host.locks host.paths host.processes host.settings
 host.sockets host.variables host.verdicts host.waiting
-images.manifest images.store images.verify
+images.store images.verify
 jail.bwrap jail.forms jail.resources jail.seccomp
 library.upkeep
 options
-policy.controls policy.decode policy.default policy.denials policy.features policy.guest policy.model policy.outcomes
-policy.problems
+policy.controls policy.decode policy.denials policy.features policy.guest policy.model policy.outcomes
+
 programs.artifacts programs.toolchains
 records.admission records.record records.runs
-sessions.artifact sessions.denials sessions.execution sessions.folder sessions.job sessions.prepare sessions.program
+sessions.denials sessions.execution sessions.job sessions.prepare
 sessions.request sessions.result sessions.run sessions.session sessions.specs sessions.transfers
 """
 # Beyond what a bare interpreter has. Absent because costly: dataclasses (with inspect, ast, dis), asyncio, logging,

@@ -12,7 +12,7 @@ from tests.command import x07
 from tests.vm.conftest import copy_cache, left_behind
 from x07_sandbox import Pool, SandboxError, load_policy, run_program
 from x07_sandbox.host.settings import allowance_ms
-from x07_sandbox.policy.default import render_policy
+from x07_sandbox.policy.decode import render_policy
 from x07_sandbox.sessions import scaling
 
 if TYPE_CHECKING:

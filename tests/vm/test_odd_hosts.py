@@ -22,7 +22,7 @@ from tests.conftest import need
 from tests.vm.conftest import usual_start
 from x07_sandbox import run_program
 from x07_sandbox.host.paths import cache_dir
-from x07_sandbox.policy.default import default_policy, render_policy
+from x07_sandbox.policy.decode import default_policy, render_policy
 
 ROOT = Path(__file__).resolve().parents[2]
 X07 = [sys.executable, "-m", "x07_sandbox.cli.main"]

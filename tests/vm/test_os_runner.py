@@ -21,7 +21,7 @@ from tests.command import x07
 from tests.vm.conftest import left_behind
 from x07_sandbox.cli import os_runner
 from x07_sandbox.library.run import run_program
-from x07_sandbox.policy.default import default_policy, render_policy
+from x07_sandbox.policy.decode import default_policy, render_policy
 from x07_sandbox.reports.schemas import schemas
 
 if TYPE_CHECKING:

@@ -27,7 +27,7 @@ from tests.conftest import sample
 from tests.vm.conftest import BEHAVE, PROGRAMS, Artifacts, Ran, Sandbox, left_behind, marked, owners, wait_done
 from x07_sandbox.host.waiting import Cancel
 from x07_sandbox.jail.resources import HostGroups
-from x07_sandbox.policy.default import VARIABLES, default_policy
+from x07_sandbox.policy.decode import VARIABLES, default_policy
 from x07_sandbox.policy.model import leaf_values
 
 if TYPE_CHECKING:

@@ -38,7 +38,7 @@ from x07_sandbox.host.waiting import Caller, Cancel
 from x07_sandbox.images.verify import open_image
 from x07_sandbox.library import warm
 from x07_sandbox.library.warm import WarmMachines
-from x07_sandbox.policy.default import default_policy, render_policy
+from x07_sandbox.policy.decode import default_policy, render_policy
 from x07_sandbox.policy.guest import ram_class_bytes
 from x07_sandbox.records.admission import admitted
 from x07_sandbox.records.record import Claim, new_run_id

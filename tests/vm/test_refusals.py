@@ -15,8 +15,7 @@ import pytest
 from tests.command import x07
 from x07_sandbox import Pool, SandboxError, run_program
 from x07_sandbox.errors import RefusedError
-from x07_sandbox.policy.decode import decode_policy
-from x07_sandbox.policy.default import default_policy, render_policy
+from x07_sandbox.policy.decode import decode_policy, default_policy, render_policy
 from x07_sandbox.records.runs import runs_dir
 
 if TYPE_CHECKING:

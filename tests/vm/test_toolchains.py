@@ -20,8 +20,7 @@ from tests.published import document
 from tests.vm.conftest import Sandbox, left_behind
 from x07_sandbox import SandboxError, load_policy, run_program, run_program_async
 from x07_sandbox.host import settings
-from x07_sandbox.policy.default import render_policy
-from x07_sandbox.policy.problems import PolicyError
+from x07_sandbox.policy.decode import PolicyError, render_policy
 
 if TYPE_CHECKING:
     from collections.abc import Callable

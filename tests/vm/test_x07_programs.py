@@ -21,7 +21,7 @@ from x07_sandbox.cli import os_runner
 from x07_sandbox.errors import HostError, UsageError
 from x07_sandbox.images.build import build_image, pack_toolchain
 from x07_sandbox.images.commands import EPOCH
-from x07_sandbox.policy.default import render_policy
+from x07_sandbox.policy.decode import render_policy
 from x07_sandbox.policy.templates import TEMPLATES
 from x07_sandbox.reports.schemas import schemas
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Final, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple, Protocol
 
 import msgspec
 
-from x07_sandbox.backends.prerequisites import Need
 from x07_sandbox.channel.connection import Connection
 from x07_sandbox.errors import BackendError
 from x07_sandbox.host import settings
@@ -20,6 +19,9 @@ from x07_sandbox.images.verify import OpenImage
 from x07_sandbox.policy.features import Features
 from x07_sandbox.policy.guest import used_ram_bytes
 from x07_sandbox.records.record import Claim, JobRecord
+
+if TYPE_CHECKING:
+    from x07_sandbox.backends.prerequisites import Need
 
 # Booted, cloned from a saved machine, restored from a saved process of such a clone, or taken from a pool.
 StartMode = Literal["cold", "clone", "hot", "pool"]

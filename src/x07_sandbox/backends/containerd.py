@@ -21,7 +21,7 @@ from x07_sandbox.errors import BackendError, Flag, HostError
 from x07_sandbox.host.processes import kill_identity, processes_with_mark, wait_gone
 from x07_sandbox.host.variables import text
 from x07_sandbox.host.waiting import Deadline
-from x07_sandbox.images.manifest import ENTRY
+from x07_sandbox.images.store import ENTRY
 
 _CONNECT_S: Final = 2.0
 _NAMESPACE: Final = "x07"

@@ -14,8 +14,7 @@ import msgspec
 
 from x07_sandbox.backends.prerequisites import Need, require
 from x07_sandbox.errors import BackendError, HostError, UsageError, printable
-from x07_sandbox.host.os_errors import raised_as
-from x07_sandbox.host.paths import cache_folder, find_program
+from x07_sandbox.host.paths import cache_folder, find_program, raised_as
 from x07_sandbox.host.processes import output_of
 from x07_sandbox.host.settings import __version__
 

@@ -29,8 +29,7 @@ from x07_sandbox.backends.prerequisites import KVM, Need, require
 from x07_sandbox.backends.protobuf import Message, encode
 from x07_sandbox.errors import BackendError, Command, HostError, SandboxError, printable
 from x07_sandbox.host.linux import open_pidfd, process_ids, send_signal
-from x07_sandbox.host.os_errors import raised_as
-from x07_sandbox.host.paths import read_bounded
+from x07_sandbox.host.paths import raised_as, read_bounded
 from x07_sandbox.host.settings import MIB
 from x07_sandbox.host.variables import FIRECRACKER_SOCKET, text
 from x07_sandbox.host.waiting import Deadline

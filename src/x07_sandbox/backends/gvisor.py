@@ -21,12 +21,10 @@ from x07_sandbox.backends.engines import client_of
 from x07_sandbox.backends.prerequisites import Need, require
 from x07_sandbox.errors import BackendError, HostError, UsageError
 from x07_sandbox.host.locks import file_lock
-from x07_sandbox.host.os_errors import raised_as
-from x07_sandbox.host.paths import cache_folder, private_dir, read_bounded, replace_file, state_dir
+from x07_sandbox.host.paths import cache_folder, private_dir, raised_as, read_bounded, replace_file, state_dir
 from x07_sandbox.images.archive import add_agent
 from x07_sandbox.images.commands import unpack_root
-from x07_sandbox.images.manifest import ENTRY
-from x07_sandbox.images.store import Image, find_image
+from x07_sandbox.images.store import ENTRY, Image, find_image
 from x07_sandbox.images.verify import OpenImage
 from x07_sandbox.policy.features import VM_CAPABILITIES, Features
 from x07_sandbox.records.record import state_home

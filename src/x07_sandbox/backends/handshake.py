@@ -15,19 +15,10 @@ from x07_sandbox.channel.messages import PROTOCOL, Failed, Hello, Message, Seed,
 from x07_sandbox.channel.streams import Event, Role
 from x07_sandbox.errors import PeerError
 from x07_sandbox.host import settings
-from x07_sandbox.host.waiting import Deadline, unix_ns
+from x07_sandbox.host.waiting import Deadline, input_poll, read_deadline, unix_ns
 from x07_sandbox.policy.outcomes import Evidence
 
 _EXIT_S: Final = 5.0  # for an instance whose channel ended to end itself, so that its exit status is known
-_LATE_S: Final = 0.2  # for data that was sent before a deadline to arrive after it
-
-
-def read_deadline(deadline: Deadline) -> Deadline:
-    """Return a new deadline, for reading the data that arrived before *deadline* passed.
-
-    The new deadline is later if *deadline* passed while this process was stopped.
-    """
-    return Deadline.after(settings.STOPPED_S if deadline.missed_while_stopped() else _LATE_S)
 
 
 def greet(
@@ -151,14 +142,6 @@ class Handshake:
     def _failed(self, kind: FailureKind, why: str, exit_status: int | None = None) -> HandshakeFailure:
         tail = self._instance.console_tail()
         return HandshakeFailure(kind=kind, why=why, exit_status=exit_status, console_tail=tail)
-
-
-def input_poll(*fds: int) -> select.poll:
-    """Return a poll object that reports readable *fds*, in this order."""
-    poll = select.poll()
-    for fd in fds:
-        poll.register(fd, select.POLLIN)
-    return poll
 
 
 def wait_for_exit(instance: Instance) -> int | None:

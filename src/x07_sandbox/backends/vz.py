@@ -28,8 +28,7 @@ from x07_sandbox.errors import BackendError, HostError, ImageError
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.decoding import prepared
 from x07_sandbox.host.linux import require_linux, require_own_proc
-from x07_sandbox.host.os_errors import raised_as
-from x07_sandbox.host.paths import find_program, private_dir, state_dir
+from x07_sandbox.host.paths import find_program, private_dir, raised_as, state_dir
 from x07_sandbox.host.processes import COMMAND_ENVIRONMENT, Launch
 from x07_sandbox.host.variables import text
 from x07_sandbox.host.waiting import Deadline, wait_readable

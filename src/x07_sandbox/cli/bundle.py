@@ -34,8 +34,7 @@ from x07_sandbox.cli.run import (
 from x07_sandbox.cli.run_report import from_project
 from x07_sandbox.errors import Command, RefusedError, UsageError, escaped
 from x07_sandbox.host.documents import render_json
-from x07_sandbox.host.os_errors import raised_as
-from x07_sandbox.host.paths import closing_fd
+from x07_sandbox.host.paths import closing_fd, raised_as
 from x07_sandbox.host.variables import text
 from x07_sandbox.host.waiting import write_all
 from x07_sandbox.images.store import DEFAULT, arch_of
@@ -43,13 +42,13 @@ from x07_sandbox.library.upkeep import carry_out, sweep_before_start
 from x07_sandbox.options import COPIED, FILE_SIZE, GRANTS, GROUPS, LIMITS, OF_X07
 from x07_sandbox.policy.decode import decode_policy
 from x07_sandbox.programs.toolchains import SOURCE_FOLDER, toolchain_named
-from x07_sandbox.sessions.program import load_program
 from x07_sandbox.sessions.request import (
     EffectivePolicy,
     Program,
     RunRequest,
     effective_policy_of,
     in_memory,
+    load_program,
     sha256_text,
 )
 from x07_sandbox.sessions.run import attempt

@@ -280,7 +280,7 @@ def _requested_backend() -> None:
 
 def _bad(subject: str, exc: SandboxError | OSError) -> Finding:
     """Return the finding for an error. Raises *exc* if it is a bug."""
-    from x07_sandbox.host.os_errors import host_error
+    from x07_sandbox.host.paths import host_error
 
     error = host_error(exc) if isinstance(exc, OSError) else exc
     if error is None:

@@ -45,8 +45,7 @@ from x07_sandbox.reports.commands import (
 from x07_sandbox.sessions.saving import prepare_clones
 
 if TYPE_CHECKING:
-    from x07_sandbox.images.manifest import ProgramRoot
-    from x07_sandbox.images.store import DamagedImage, Image
+    from x07_sandbox.images.store import DamagedImage, Image, ProgramRoot
 
 _SHOWN: Final = 5
 _PRELOAD_FIXES: Final = {

@@ -13,8 +13,7 @@ from x07_sandbox.cli.json_output import print_line, shell_path, show_written
 from x07_sandbox.cli.parser import add_document_flags, folder_path, nonempty
 from x07_sandbox.cli.policy import BASE_FOLDER, DIFFERENT, file_name
 from x07_sandbox.errors import UsageError
-from x07_sandbox.host.os_errors import raised_as
-from x07_sandbox.host.paths import real_path
+from x07_sandbox.host.paths import raised_as, real_path
 from x07_sandbox.policy.templates import TEMPLATES
 from x07_sandbox.programs.project import FILE, ROWS, X07_JSON, project_root, sandbox_manifest, write_document
 from x07_sandbox.reports.commands import InitReport

@@ -196,7 +196,7 @@ def _failed(exc: Exception, words: list[str], options: argparse.Namespace | None
         _say(f"cannot write the output: {exc.strerror}")
         return 125
     if isinstance(exc, OSError | MemoryError):
-        from x07_sandbox.host.os_errors import host_error
+        from x07_sandbox.host.paths import host_error
 
         if (error := host_error(exc)) is not None:
             return _failed(error, words, options)

@@ -16,7 +16,6 @@ from typing import Any, Final, Literal, NoReturn
 from msgspec.structs import replace
 
 from x07_sandbox import __version__
-from x07_sandbox.backends.lease import PoolClient
 from x07_sandbox.backends.registry import (
     ACCEPT_VARIABLE,
     Choice,
@@ -38,10 +37,10 @@ from x07_sandbox.host.paths import is_folder
 from x07_sandbox.host.settings import MIB
 from x07_sandbox.host.variables import SANDBOX_BACKENDS, check_environment, flag, text
 from x07_sandbox.host.waiting import cancelled_by_signals
+from x07_sandbox.library.upkeep import pool_machines
 from x07_sandbox.options import Option
 from x07_sandbox.programs.project import FILE
-from x07_sandbox.sessions.program import load_program
-from x07_sandbox.sessions.request import Program, RunCaller, RunRequest, effective_policy_of
+from x07_sandbox.sessions.request import Program, RunCaller, RunRequest, effective_policy_of, load_program
 from x07_sandbox.x07.programs import load_x07
 from x07_sandbox.x07.project import PROJECT_FILE, Options
 from x07_sandbox.x07.runner_report import World, failure_report, mode_of
@@ -177,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OutputError as exc:
         _say(f"cannot write to standard output: {exc.strerror}")
     except (OSError, MemoryError) as exc:
-        from x07_sandbox.host.os_errors import host_error
+        from x07_sandbox.host.paths import host_error
 
         _say(str(host_error(exc) or f"internal error: {exc}"))
     except Exception:  # noqa: BLE001 - every error must end in a documented exit code
@@ -278,7 +277,7 @@ def _caller(options: argparse.Namespace, stack: contextlib.ExitStack, choice: Ch
         choice=choice,
         # Only `x07 run` uses profiles.
         loaders=(partial(load_x07, options=_x07_options(options), profiles=False),),
-        machines=PoolClient(),
+        machines=pool_machines(),
     )
 
 

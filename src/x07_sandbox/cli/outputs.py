@@ -26,11 +26,10 @@ from x07_sandbox.policy.outcomes import REFUSED_EXIT
 from x07_sandbox.programs.toolchains import OUTPUT
 from x07_sandbox.records.runs import NET_LOG, all_runs
 from x07_sandbox.reports.result import render_result
-from x07_sandbox.sessions.folder import unnamed_file
 from x07_sandbox.sessions.request import Program, ProjectPolicy, RunRequest
 from x07_sandbox.sessions.result import Result
 from x07_sandbox.sessions.run import failure
-from x07_sandbox.sessions.transfers import OutFile
+from x07_sandbox.sessions.transfers import OutFile, unnamed_file
 
 if TYPE_CHECKING:
     from x07_sandbox.files.changes import ChangeSet

@@ -27,18 +27,16 @@ from x07_sandbox.cli.parser import (
     switch,
 )
 from x07_sandbox.errors import UsageError
-from x07_sandbox.host.os_errors import raised_as
-from x07_sandbox.host.paths import is_folder, real_path, settings_file
+from x07_sandbox.host.paths import is_folder, raised_as, real_path, settings_file
 from x07_sandbox.network import rules
 from x07_sandbox.network.hosts import pattern_text
 from x07_sandbox.network.settings import read_settings
 from x07_sandbox.options import OF_POLICIES
 from x07_sandbox.policy.changes import Overrides
 from x07_sandbox.policy.controls import make_plan
-from x07_sandbox.policy.default import policy_digest, render_policy
+from x07_sandbox.policy.decode import PolicyError, is_policy_id, policy_digest, render_policy
 from x07_sandbox.policy.guest import confinement
 from x07_sandbox.policy.model import Policy, leaf_values
-from x07_sandbox.policy.problems import PolicyError, is_policy_id
 from x07_sandbox.policy.schema import render_schema
 from x07_sandbox.policy.templates import BUILT_IN, TEMPLATES, make_policy
 from x07_sandbox.programs.project import project_root, write_document

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
 
-from x07_sandbox.backends.lease import PoolClient
 from x07_sandbox.backends.registry import backend_request, select, this_platform
 from x07_sandbox.cli.console import LiveLine, say
 from x07_sandbox.cli.parser import add_groups, add_help_levels, given_rows, help_level
@@ -21,11 +20,10 @@ from x07_sandbox.host.paths import is_folder
 from x07_sandbox.host.settings import SOURCE_MAX_BYTES
 from x07_sandbox.host.variables import text
 from x07_sandbox.host.waiting import cancelled_by_signals
-from x07_sandbox.library.upkeep import carry_out
+from x07_sandbox.library.upkeep import carry_out, pool_machines
 from x07_sandbox.options import OF_X07, OPTIONS
 from x07_sandbox.policy.outcomes import REFUSED_EXIT, ending_line
-from x07_sandbox.sessions.program import loaded, toolchain_of_text
-from x07_sandbox.sessions.request import RunCaller, make_request
+from x07_sandbox.sessions.request import RunCaller, loaded, make_request, toolchain_of_text
 from x07_sandbox.sessions.transfers import read_all
 
 if TYPE_CHECKING:
@@ -274,7 +272,7 @@ def make_caller(
         progress=progress,
         choice=choice,
         loaders=_loaders(options, for_x07=for_x07),
-        machines=None if options.no_pool else PoolClient(),
+        machines=None if options.no_pool else pool_machines(),
         live_stdout=None if options.json else _stream(1),
         live_stderr=None if options.json else _stream(2),
     )

@@ -30,7 +30,7 @@ from x07_sandbox.host.variables import inherited_environment
 from x07_sandbox.host.waiting import Cancel, wait_readable
 from x07_sandbox.images.store import find_image
 from x07_sandbox.images.verify import OpenImage, open_image
-from x07_sandbox.policy.default import default_policy
+from x07_sandbox.policy.decode import default_policy
 from x07_sandbox.policy.model import Policy
 from x07_sandbox.programs.toolchains import OUTPUT
 from x07_sandbox.records.stopping import live_records

@@ -17,9 +17,11 @@ import msgspec
 
 from x07_sandbox.errors import Cancelled
 from x07_sandbox.host import start_thread
+from x07_sandbox.host.settings import STOPPED_S
 
 LOOK_AGAIN_S: Final = 0.02  # the polling interval where there is no event
 BY_KILL: Final = -1  # in place of a signal
+_LATE_S: Final = 0.2  # for data that was sent before a deadline to arrive after it
 _STOPPED_S: Final = 0.5  # a process this late was stopped or got no CPU
 
 
@@ -61,6 +63,14 @@ class Deadline(msgspec.Struct, frozen=True):
         return self.clock() >= self.at
 
 
+def read_deadline(deadline: Deadline) -> Deadline:
+    """Return a new deadline, for reading the data that arrived before *deadline* passed.
+
+    The new deadline is later if *deadline* passed while this process was stopped.
+    """
+    return Deadline.after(STOPPED_S if deadline.missed_while_stopped() else _LATE_S)
+
+
 class Event:
     """A flag for event loops. Its descriptor *fd* is readable while the flag is set."""
 
@@ -97,6 +107,14 @@ class Event:
         """Close the descriptors."""
         os.close(self.fd)
         os.close(self._write_fd)
+
+
+def input_poll(*fds: int) -> select.poll:
+    """Return a poll object that reports readable *fds*, in this order."""
+    poll = select.poll()
+    for fd in fds:
+        poll.register(fd, select.POLLIN)
+    return poll
 
 
 def wait_readable(fd: int, timeout_s: float | None = None) -> bool:

@@ -18,9 +18,8 @@ from x07_sandbox.errors import ImageError
 from x07_sandbox.host.arch import ARCHES
 from x07_sandbox.images import tar
 from x07_sandbox.images.commands import remove_tree, unpack_root
-from x07_sandbox.images.manifest import AGENT, ENTRY, LABEL
-from x07_sandbox.images.store import Image
-from x07_sandbox.policy.default import canonical_json
+from x07_sandbox.images.store import AGENT, ENTRY, LABEL, Image
+from x07_sandbox.policy.decode import canonical_json
 
 _LABEL_MAX: Final = 4000  # containerd refuses a label of more than 4096 bytes with its name
 _CREATED: Final = "2025-01-01T00:00:00Z"  # commands.EPOCH

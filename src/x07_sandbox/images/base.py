@@ -25,8 +25,8 @@ import msgspec
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host.arch import Arch
 from x07_sandbox.host.decoding import prepared
-from x07_sandbox.images import boot, commands, manifest, sources, verify
-from x07_sandbox.policy.default import canonical_json
+from x07_sandbox.images import boot, commands, sources, store, verify
+from x07_sandbox.policy.decode import canonical_json
 
 BASE_SCHEMA = "x07.sandbox.image-base@0.1.0"
 NEEDED_BYTES = 2 * 1024**3  # the tree, its tar file and the packages
@@ -121,16 +121,16 @@ class Base(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 
     schema_version: str
     kernel_release: str
-    kernel: manifest.Part
-    root: manifest.Part
-    scratch: manifest.Part
-    scratch_disk: manifest.ScratchDisk
-    boot: list[manifest.Part]  # files of kernel modules in loading order
-    net: list[manifest.Part]  # likewise, for jobs with a network policy
-    packages: list[manifest.Package]
+    kernel: store.Part
+    root: store.Part
+    scratch: store.Part
+    scratch_disk: store.ScratchDisk
+    boot: list[store.Part]  # files of kernel modules in loading order
+    net: list[store.Part]  # likewise, for jobs with a network policy
+    packages: list[store.Package]
     x07: str = ""  # digest of the X07 toolchain; empty without it
 
-    def parts(self) -> list[manifest.Part]:
+    def parts(self) -> list[store.Part]:
         """Return all files of the base."""
         return [self.kernel, self.root, self.scratch, *self.boot, *self.net]
 
@@ -152,8 +152,8 @@ class Contents(msgspec.Struct, frozen=True, kw_only=True):
     include: tuple[str, ...] = ()  # Debian packages
     preload: tuple[str, ...] = ()  # Python modules
     x07: str = ""  # digest of the X07 toolchain
-    pip: tuple[manifest.Wheel, ...] = ()  # Python packages from wheels
-    program: manifest.ProgramRoot | None = None  # of an imported image
+    pip: tuple[store.Wheel, ...] = ()  # Python packages from wheels
+    program: store.ProgramRoot | None = None  # of an imported image
     program_file: Path | None = None  # its root file system
 
     @property
@@ -174,7 +174,7 @@ def read_base(folder: Path) -> Base | None:
     """Return the base in *folder*, or None if base.json or a file of the base is missing, truncated or invalid."""
     try:
         with (folder / "base.json").open("rb") as file:
-            base = msgspec.json.decode(file.read(manifest.MAX_BYTES), type=prepared(Base))
+            base = msgspec.json.decode(file.read(store.MAX_BYTES), type=prepared(Base))
         whole = all((folder / part.file).lstat().st_size == part.bytes for part in base.parts())
     except (OSError, msgspec.MsgspecError):
         return None
@@ -282,20 +282,20 @@ def _unzstd(data: bytes) -> bytes:
     return commands.capture([commands.tool("zstd"), "-dcq"], data=data, max_bytes=boot.MAX_KERNEL_BYTES)
 
 
-def _packages(work: Path) -> list[manifest.Package]:
+def _packages(work: Path) -> list[store.Package]:
     packages = [
-        manifest.Package(name=stanza["Package"], version=stanza["Version"], arch=stanza["Architecture"])
+        store.Package(name=stanza["Package"], version=stanza["Version"], arch=stanza["Architecture"])
         for stanza in sources.parse_deb822((work / "dpkg-status").read_text(errors="replace"))
         if stanza.get("Status", "").endswith(" installed")
     ]
     fields = "--showformat=${Package} ${Version} ${Architecture}"
     shown = commands.capture([commands.tool("dpkg-deb"), "--show", fields, str(work / "kernel.deb")])
     name, version, arch = shown.decode().split()
-    packages.append(manifest.Package(name=name, version=version, arch=arch))
+    packages.append(store.Package(name=name, version=version, arch=arch))
     return sorted(packages, key=lambda package: (package.name, package.arch))
 
 
-def make_scratch(folder: Path) -> tuple[bytes, manifest.ScratchDisk]:
+def make_scratch(folder: Path) -> tuple[bytes, store.ScratchDisk]:
     """Make an empty scratch disk in *folder*. Return its non-zero blocks and their offsets. Raises ImageError."""
     with tempfile.NamedTemporaryFile(dir=folder, prefix="scratch-") as disk:
         disk.truncate(verify.DISK_BYTES)
@@ -306,21 +306,21 @@ def make_scratch(folder: Path) -> tuple[bytes, manifest.ScratchDisk]:
         return verify.read_disk(disk.fileno())
 
 
-def put(folder: Path, name: str, data: bytes) -> manifest.Part:
+def put(folder: Path, name: str, data: bytes) -> store.Part:
     """Write a new read-only file of an image, sync it, and return its name, digest and size."""
     with (folder / name).open("xb") as file:
         file.write(data)
     return part_of(folder, name)
 
 
-def part_of(folder: Path, name: str) -> manifest.Part:
+def part_of(folder: Path, name: str) -> store.Part:
     """Make a finished file of an image read-only, sync it, and return its name, digest and size."""
     with (folder / name).open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         os.fchmod(file.fileno(), stat.S_IRUSR | stat.S_IRGRP | stat.S_IROTH)
         os.fsync(file.fileno())
         size = os.fstat(file.fileno()).st_size
-    return manifest.Part(file=name, sha256=digest, bytes=size)
+    return store.Part(file=name, sha256=digest, bytes=size)
 
 
 def check_packages(include: Sequence[str]) -> tuple[str, ...]:

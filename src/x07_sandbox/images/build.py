@@ -25,7 +25,7 @@ from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.paths import cache_dir, cache_folder, entries
 from x07_sandbox.host.variables import text
 from x07_sandbox.images import base as bases
-from x07_sandbox.images import boot, commands, manifest, sources, store, tar, verify
+from x07_sandbox.images import boot, commands, sources, store, tar, verify
 from x07_sandbox.images import pip as pips
 from x07_sandbox.images.store import GuestCode, Image
 from x07_sandbox.records.pruning import Pruner, sweep_temporaries
@@ -90,7 +90,7 @@ def import_image(source: str, name: str, progress: Callable[[str], None]) -> tup
 
     source: see oci.make_root. Return the image, and how many devices and sockets were left out.
     """
-    from x07_sandbox.images import oci  # few images are imported
+    from x07_sandbox.images import oci, store  # few images are imported
 
     store.check_name(name)
     with _locked(progress) as images:
@@ -274,10 +274,10 @@ class _Builder:
             os.link(contents.program_file, made / PROGRAM_FILE)
             program = bases.part_of(made, PROGRAM_FILE)
         initrd = bases.put(made, "initrd.cpio", archive)
-        image = manifest.sealed(
-            manifest.Manifest(
-                schema_version=manifest.SCHEMA,
-                digest=manifest.NO_DIGEST,
+        image = store.sealed(
+            store.Manifest(
+                schema_version=store.SCHEMA,
+                digest=store.NO_DIGEST,
                 recipe=bases.RECIPE,
                 arch=contents.arch.name,
                 suite=contents.suite,
@@ -288,7 +288,7 @@ class _Builder:
                 base=base.digest,
                 guest_code=self._code.digest,
                 kernel_release=base.kernel_release,
-                parts=manifest.Parts(
+                parts=store.Parts(
                     kernel=base.kernel, initrd=initrd, root=base.root, scratch=base.scratch, program=program
                 ),
                 scratch_disk=base.scratch_disk,
@@ -300,7 +300,7 @@ class _Builder:
                 program=contents.program,
             )
         )
-        bases.put(made, _MANIFEST, manifest.encode(image))
+        bases.put(made, _MANIFEST, store.encode_manifest(image))
         target = self._images / image.digest.removeprefix("sha256:")
         if target.exists():  # damaged, since it was not reused
             target.rename(self._work / "old-image")
@@ -309,7 +309,7 @@ class _Builder:
 
     def download(
         self, contents: bases.Contents, lines: tuple[str, ...], *, deps: bool = True
-    ) -> tuple[manifest.Wheel, ...]:
+    ) -> tuple[store.Wheel, ...]:
         """Download the wheels that satisfy *lines* and fit the image. Raises SandboxError."""
         if not lines:
             return ()
@@ -442,7 +442,7 @@ def _receive(folder: Path, digest: str, pieces: Iterable[tuple[str, bytes]]) -> 
     name, data = next(left, ("", b""))
     if name != _MANIFEST:
         raise _bad_copy(digest, "its first file is not the manifest")
-    described = manifest.decode(data, f"guest image {digest[:80]}")
+    described = store.decode_manifest(data, f"guest image {digest[:80]}")
     if described.digest != digest:
         raise _bad_copy(digest, "its manifest belongs to another image")
     bases.put(folder, _MANIFEST, data)

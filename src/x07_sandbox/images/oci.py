@@ -34,7 +34,7 @@ from x07_sandbox.host.linux import path_flag
 from x07_sandbox.host.paths import closing_fd
 from x07_sandbox.images import commands
 from x07_sandbox.images import tar as tars
-from x07_sandbox.images.manifest import ProgramRoot
+from x07_sandbox.images.store import ProgramRoot
 from x07_sandbox.images.tar import BLOCK, ENCODING, Member, Part, bad_image, members
 
 if TYPE_CHECKING:

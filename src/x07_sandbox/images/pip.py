@@ -28,7 +28,7 @@ from x07_sandbox.errors import Command, HostError, ImageError, UsageError
 from x07_sandbox.host.paths import find_program, read_bounded
 from x07_sandbox.host.processes import output_of
 from x07_sandbox.host.variables import inherited_environment
-from x07_sandbox.images import boot, commands, manifest, sources, tar
+from x07_sandbox.images import boot, commands, sources, store, tar
 
 FILE_PREFIX: Final = "file:"
 FILE_MAX_BYTES: Final = 1024 * 1024
@@ -149,7 +149,7 @@ def _check_one(text: str, where: str, *, hashes: bool = False) -> str:
     return " ".join([line, *(f"--hash={digest}" for digest in digests)])
 
 
-def pinned(wheels: Sequence[manifest.Wheel]) -> tuple[str, ...]:
+def pinned(wheels: Sequence[store.Wheel]) -> tuple[str, ...]:
     """Return requirement lines for pip that only these exact wheels satisfy."""
     return tuple(f"{wheel.name}=={wheel.version} --hash=sha256:{wheel.sha256}" for wheel in wheels)
 
@@ -162,7 +162,7 @@ def download(
     *,
     sources_file: Path,
     deps: bool = True,
-) -> tuple[manifest.Wheel, ...]:
+) -> tuple[store.Wheel, ...]:
     """Download the wheels that satisfy *lines* into the new *folder*. Raises UsageError, ImageError, HostError.
 
     sources_file: from sources.write_sources, for advice in errors. deps: whether to download dependencies too.
@@ -230,14 +230,14 @@ def _alternative(name: str, known: frozenset[str]) -> str:
     return "Check its name; packages without wheels cannot be added"
 
 
-def wheel_of(path: Path) -> manifest.Wheel:
+def wheel_of(path: Path) -> store.Wheel:
     """Return name, version and digest of a wheel file. Raises ImageError."""
     parts = path.name.removesuffix(".whl").split("-")
     if not path.name.endswith(".whl") or len(parts) not in {5, 6} or not path.is_file():
         raise ImageError(f"cannot use {path.name[:100]!r}", "pip downloaded it, but it is not a wheel", "Remove it")
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return manifest.Wheel(name=re.sub(r"[-_.]+", "-", parts[0]).lower(), version=parts[1], sha256=digest)
+    return store.Wheel(name=re.sub(r"[-_.]+", "-", parts[0]).lower(), version=parts[1], sha256=digest)
 
 
 def find_pip_interpreter() -> str:

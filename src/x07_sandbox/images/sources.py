@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from x07_sandbox.errors import ImageError, UsageError
-from x07_sandbox.host.os_errors import raised_as
+from x07_sandbox.host.paths import raised_as
 from x07_sandbox.images import commands
 
 MAX_BYTES = 1024 * 1024

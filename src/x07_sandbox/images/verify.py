@@ -25,12 +25,10 @@ from x07_sandbox.channel.contents import next_data
 from x07_sandbox.errors import HostError, ImageError
 from x07_sandbox.host.arch import Arch, arch_named
 from x07_sandbox.host.linux import mounts
-from x07_sandbox.host.os_errors import host_error, raised_as
-from x07_sandbox.host.paths import closing_fd
+from x07_sandbox.host.paths import closing_fd, host_error, raised_as
 from x07_sandbox.host.verdicts import Verdict
-from x07_sandbox.images import manifest, store
-from x07_sandbox.images.manifest import Manifest, Part, Piece, ScratchDisk
-from x07_sandbox.images.store import Image
+from x07_sandbox.images import store
+from x07_sandbox.images.store import Image, Manifest, Part, Piece, ScratchDisk
 
 FILE_MODE = 0o444
 FOLDER_MODE = 0o700
@@ -56,7 +54,7 @@ Identity = tuple[int, int, int, int, int, int, int]
 class OpenImage(msgspec.Struct, frozen=True, kw_only=True):
     """Verified files of an image. `open_image` closes them."""
 
-    fds: dict[str, int]  # read-only descriptors by name of the part (manifest.Parts)
+    fds: dict[str, int]  # read-only descriptors by name of the part (store.Parts)
     manifest: Manifest
 
     @property
@@ -278,8 +276,8 @@ def write_disk(scratch_fd: int, disk: ScratchDisk, fd: int) -> None:
 def _check_manifest(folder_fd: int, image: Image, subject: Subject) -> None:
     """Raise ImageError if the manifest has changed since *image* was read."""
     with opened_file(folder_fd, "manifest.json", subject) as fd:
-        data = os.pread(fd, manifest.MAX_BYTES + 1, 0)
-    if data != manifest.encode(image.manifest) or manifest.digest_of(image.manifest) != image.digest:
+        data = os.pread(fd, store.MAX_BYTES + 1, 0)
+    if data != store.encode_manifest(image.manifest) or store.digest_of(image.manifest) != image.digest:
         raise _bad(subject, "manifest.json has changed since it was read")
 
 

@@ -19,9 +19,8 @@ from x07_sandbox.channel.messages import PROTOCOL
 from x07_sandbox.errors import HostError, ImageError, UsageError
 from x07_sandbox.host.decoding import prepared
 from x07_sandbox.host.paths import private_dir, read_bounded
-from x07_sandbox.images import base, boot, manifest, verify
-from x07_sandbox.images.manifest import Manifest, Part, ScratchDisk
-from x07_sandbox.images.store import Image, read_guest_code
+from x07_sandbox.images import base, boot, store, verify
+from x07_sandbox.images.store import Image, Manifest, Part, ScratchDisk, read_guest_code
 
 SCHEMA: Final = "x07.sandbox.vz-bundle@0.1.0"
 SECTOR: Final = 512  # the framework refuses disks of other sizes
@@ -112,7 +111,7 @@ def make_bundle(image: Image, out: Path, kernel_file: Path | None = None) -> Bun
             image=made.digest,
             kernel_release=made.kernel_release,
             agent_protocol=PROTOCOL,
-            image_manifest=base.put(folder, "image.json", manifest.encode(made)),
+            image_manifest=base.put(folder, "image.json", store.encode_manifest(made)),
             kernel=base.put(folder, "kernel", data),
             initrd=copied("initrd", "initrd"),
             rootfs=copied("root", "rootfs"),
@@ -153,7 +152,7 @@ def open_bundle(folder: Path, arch: str) -> Iterator[OpenBundle]:
         subject = verify.Subject(name, "", verify.sha256_of, FIX)
         folder_fd = stack.enter_context(verify.opened_folder(folder, subject))
         with verify.opened_file(folder_fd, "manifest.json", subject) as fd:
-            data = os.pread(fd, manifest.MAX_BYTES + 1, 0)
+            data = os.pread(fd, store.MAX_BYTES + 1, 0)
         bundle, hexes = _decoded(data, name, arch), hashlib.sha256(data).hexdigest()
         parts, subject = bundle.parts(), verify.Subject(name, f"vz-{hexes}", verify.sha256_of, FIX)
         fds = dict(zip(parts, verify.opened_parts(folder_fd, [*parts.values()], subject, stack), strict=True))
@@ -170,7 +169,7 @@ def open_bundle(folder: Path, arch: str) -> Iterator[OpenBundle]:
 def _decoded(data: bytes, name: str, arch: str) -> Bundle:
     """Decode the manifest, and check that this x07 can use the bundle here. Raises ImageError."""
     try:
-        if (version := msgspec.json.decode(data, type=prepared(manifest.Version)).schema_version) != SCHEMA:
+        if (version := msgspec.json.decode(data, type=prepared(store.Version)).schema_version) != SCHEMA:
             raise _bad(name, f"its format is {version[:80]!r}, but this x07 reads {SCHEMA}")
         bundle = msgspec.json.decode(data, type=prepared(Bundle), strict=True)
     except msgspec.MsgspecError as exc:
@@ -179,14 +178,14 @@ def _decoded(data: bytes, name: str, arch: str) -> Bundle:
         raise _bad(name, f"it is for {bundle.arch[:80]!r}, but this machine is {arch}")
     if bundle.agent_protocol != PROTOCOL:
         raise _bad(name, f"its agent uses protocol {bundle.agent_protocol}, this x07 protocol {PROTOCOL}")
-    if bundle.cmdline.bytes > _CMDLINE_MAX or bundle.image_manifest.bytes > manifest.MAX_BYTES:
+    if bundle.cmdline.bytes > _CMDLINE_MAX or bundle.image_manifest.bytes > store.MAX_BYTES:
         raise _bad(name, "its command line or the manifest of its image is too large")
     return bundle
 
 
 def _image(bundle: Bundle, fds: dict[str, int], name: str) -> Manifest:
     """Return the manifest of the bundle's image. Raises ImageError if it belongs to another one."""
-    image = manifest.decode(os.pread(fds["image_manifest"], manifest.MAX_BYTES, 0), name)
+    image = store.decode_manifest(os.pread(fds["image_manifest"], store.MAX_BYTES, 0), name)
     ours = (image.digest, image.arch, image.kernel_release, image.scratch_disk, image.program is not None)
     if ours != (bundle.image, bundle.arch, bundle.kernel_release, bundle.scratch_disk, bundle.program is not None):
         raise _bad(name, "its files belong to several images")

@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple
 
 from x07_sandbox.errors import HostError, RefusedError, printable
 from x07_sandbox.host.arch import Arch
-from x07_sandbox.host.os_errors import fix_for, raised_as
+from x07_sandbox.host.paths import fix_for, raised_as
 from x07_sandbox.host.processes import output_of
 from x07_sandbox.host.variables import flag
 from x07_sandbox.host.verdicts import Verdict, file_state

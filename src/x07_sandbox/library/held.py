@@ -47,7 +47,6 @@ from x07_sandbox.records.runs import SOCKET, all_runs
 from x07_sandbox.sessions.command import AnySandbox, Ended, Process
 from x07_sandbox.sessions.execution import Execution, terminal_kind
 from x07_sandbox.sessions.execution import order as command_order
-from x07_sandbox.sessions.files import FileServer
 from x07_sandbox.sessions.result import Result
 from x07_sandbox.sessions.shared import SharedSession
 from x07_sandbox.sessions.transfers import CommandStreams, kept_streams
@@ -56,8 +55,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from x07_sandbox.library.held_messages import Create
-    from x07_sandbox.sessions.request import ChangesChoice
-    from x07_sandbox.sessions.result import Diff
+    from x07_sandbox.sessions.files import FileServer
+    from x07_sandbox.sessions.result import ChangesChoice, Diff
 
 _READ: Final = 256 * 1024
 _PIECE: Final = 64 * 1024
@@ -320,6 +319,8 @@ class HeldSandbox(AnySandbox):
 
     def file_server(self) -> FileServer:
         """See `AnySandbox.file_server`."""
+        from x07_sandbox.sessions.files import FileServer  # most clients run commands
+
         self.require_open()
         return FileServer(self.session, 0, command_order([]).limits, "")
 

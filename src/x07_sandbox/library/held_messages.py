@@ -15,8 +15,7 @@ from x07_sandbox.host.decoding import prepared
 from x07_sandbox.host.documents import encodable
 from x07_sandbox.library.resident import Message, Problem
 from x07_sandbox.sessions.command import Ended, StreamName
-from x07_sandbox.sessions.request import ChangesChoice
-from x07_sandbox.sessions.result import Diff, Result
+from x07_sandbox.sessions.result import ChangesChoice, Diff, Result
 
 # requests
 

@@ -6,11 +6,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 from msgspec.structs import replace
 
-from x07_sandbox.backends.lease import PoolClient
 from x07_sandbox.backends.registry import backend_request, select, this_platform
 from x07_sandbox.host.settings import LIFETIME_S, QUEUE_S
 from x07_sandbox.library.arguments import SANDBOX, bad_argument, checked_options, checked_seconds
-from x07_sandbox.library.upkeep import sweep_before_start
+from x07_sandbox.library.upkeep import pool_machines, sweep_before_start
 from x07_sandbox.options import keyword
 from x07_sandbox.sessions.request import RunCaller, make_request
 from x07_sandbox.sessions.sandbox import NAME, NAME_RULE, Life, OpenSandbox
@@ -52,7 +51,9 @@ def open_sandbox(
         wait_s = checked_seconds("wait_s", wait_s, wrong)
     request = replace(make_request(checked_options(of_runs, SANDBOX)), queue_s=wait_s)
     sweep_before_start()
-    caller = RunCaller(cancel=cancel, progress=progress, choice=selected, machines=machines or PoolClient(), word=word)
+    caller = RunCaller(
+        cancel=cancel, progress=progress, choice=selected, machines=machines or pool_machines(), word=word
+    )
     return OpenSandbox(request, caller, life)
 
 

@@ -20,7 +20,6 @@ from typing import Any, Final
 
 import msgspec
 
-from x07_sandbox.backends.handshake import input_poll
 from x07_sandbox.backends.lease import ANSWER_S, GONE_S, PROTOCOL, SOCKET, handover, pool_dir, receive, send
 from x07_sandbox.errors import HostError, SandboxError
 from x07_sandbox.host import settings
@@ -30,7 +29,7 @@ from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.paths import state_dir
 from x07_sandbox.host.processes import identify
 from x07_sandbox.host.sockets import listening
-from x07_sandbox.host.waiting import Deadline
+from x07_sandbox.host.waiting import Deadline, input_poll
 from x07_sandbox.library.resident import Problem, Progress, Ready, Server, Starter, run
 from x07_sandbox.library.warm import WarmMachine, WarmMachines
 from x07_sandbox.records.record import Claim

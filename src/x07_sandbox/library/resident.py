@@ -19,15 +19,14 @@ from typing import IO, TYPE_CHECKING, Any, Final, Generic, TypeVar
 import msgspec
 
 from x07_sandbox import errors
-from x07_sandbox.backends.handshake import input_poll
 from x07_sandbox.errors import Cancelled, Command, Flag, HostError, SandboxError, Text
 from x07_sandbox.host import start_thread
 from x07_sandbox.host.decoding import prepared
 from x07_sandbox.host.documents import encodable
-from x07_sandbox.host.os_errors import host_error
+from x07_sandbox.host.paths import host_error
 from x07_sandbox.host.processes import reap_later, start_in_background
 from x07_sandbox.host.sockets import is_own
-from x07_sandbox.host.waiting import Event, Notice, wait_readable, write_all
+from x07_sandbox.host.waiting import Event, Notice, input_poll, wait_readable, write_all
 
 if TYPE_CHECKING:
     import socket

@@ -287,9 +287,8 @@ def run_once(
     Arguments: see `run_program`. machines: the source of ready VMs; None for the VMs of `x07 pool`. Raises UsageError,
     and any exception that *on_output* raises.
     """
-    from x07_sandbox.backends.lease import PoolClient
     from x07_sandbox.backends.registry import choice_from_environment
-    from x07_sandbox.library.upkeep import carry_out, retain_records
+    from x07_sandbox.library.upkeep import carry_out, pool_machines, retain_records
     from x07_sandbox.options import keyword
     from x07_sandbox.sessions.request import RunCaller, make_request
     from x07_sandbox.sessions.transfers import memory_file
@@ -313,7 +312,7 @@ def run_once(
             cancel=cancel,
             choice=choice,
             loaders=loaders_for(request.program),
-            machines=machines or PoolClient(),
+            machines=machines or pool_machines(),
             stdin_fd=memory_file(b"", stack),
             live_stdout=live[0],
             live_stderr=live[1],

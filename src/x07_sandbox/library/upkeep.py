@@ -11,7 +11,7 @@ import time
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.errors import SandboxError
-from x07_sandbox.host.paths import state_dir
+from x07_sandbox.host.paths import cache_dir, state_dir
 from x07_sandbox.host.waiting import unix_ms
 from x07_sandbox.records.record import JOB_NAME, unfinished_jobs
 from x07_sandbox.records.runs import RETENTION, runs_dir
@@ -19,6 +19,7 @@ from x07_sandbox.records.runs import RETENTION, runs_dir
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from x07_sandbox.backends.base import MachineSource
     from x07_sandbox.sessions.request import RunCaller, RunRequest
     from x07_sandbox.sessions.result import Result
 
@@ -43,6 +44,15 @@ def carry_out(
 
     sweep_before_start(say)
     return attempt(request, caller)
+
+
+def pool_machines() -> MachineSource | None:
+    """Return the VMs of `x07 pool`, or None if this user has no pool."""
+    if not os.path.lexists(cache_dir() / "pool" / "socket"):
+        return None
+    from x07_sandbox.backends.lease import PoolClient  # few users have one
+
+    return PoolClient()
 
 
 def sweep_before_start(say: Callable[[str], None] = lambda _text: None) -> None:

@@ -22,7 +22,7 @@ from x07_sandbox.host.processes import Identity, own_identity
 from x07_sandbox.host.waiting import Caller, Cancel, Deadline
 from x07_sandbox.images.store import find_image
 from x07_sandbox.images.verify import open_image
-from x07_sandbox.policy.default import default_policy
+from x07_sandbox.policy.decode import default_policy
 from x07_sandbox.policy.guest import ram_class_bytes
 from x07_sandbox.records.admission import admitted, warm_slots
 from x07_sandbox.records.record import Claim, new_run_id

@@ -19,7 +19,7 @@ from x07_sandbox.errors import HostError
 from x07_sandbox.host import close_on_fork
 from x07_sandbox.host.decoding import prepared
 from x07_sandbox.host.linux import memory_file
-from x07_sandbox.host.os_errors import raised_as
+from x07_sandbox.host.paths import raised_as
 from x07_sandbox.host.processes import Launch, launch
 from x07_sandbox.host.waiting import wait_readable
 from x07_sandbox.jail.resources import lease_uid

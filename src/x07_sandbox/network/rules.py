@@ -46,11 +46,11 @@ from x07_sandbox.network.hosts import (
     special_within,
     unmapped,
 )
+from x07_sandbox.policy.decode import PolicyError, Problem
 from x07_sandbox.policy.denials import HowToAllow
 from x07_sandbox.policy.hosts import Addresses, covers
 from x07_sandbox.policy.model import Policy
 from x07_sandbox.policy.observed import advise
-from x07_sandbox.policy.problems import PolicyError, Problem
 
 Transport = Literal["tcp", "udp"]
 DeniedHosts = Mapping[str, Collection[int] | None]

@@ -15,8 +15,7 @@ from msgspec.structs import replace
 
 from x07_sandbox.errors import Flag, Text, UsageError
 from x07_sandbox.options import FILE_SIZE, LIMITS, Option
-from x07_sandbox.policy.decode import check_policy
-from x07_sandbox.policy.default import canonical_json, render_policy
+from x07_sandbox.policy.decode import canonical_json, check_policy, render_policy
 from x07_sandbox.policy.hosts import Addresses, covers, is_name, meaning
 from x07_sandbox.policy.model import FILE_BYTES, HostPorts, Limits, Net, Policy
 

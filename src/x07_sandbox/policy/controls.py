@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final, Literal
 import msgspec
 
 from x07_sandbox.errors import Flag, RefusedError, Text, listed
-from x07_sandbox.policy.default import VARIABLES, program_environment
+from x07_sandbox.policy.decode import VARIABLES, program_environment
 from x07_sandbox.policy.denials import HowToAllow
 from x07_sandbox.policy.features import Features
 from x07_sandbox.policy.guest import (

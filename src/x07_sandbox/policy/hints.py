@@ -91,7 +91,7 @@ class Adding(NamedTuple):
 
 
 class ImageInUse(NamedTuple):
-    """The image of a run, to which a package may be added. name: as the user wrote it. Lists: see images/manifest."""
+    """The image of a run, to which a package may be added. name: as the user wrote it. Lists: see images/store."""
 
     name: str = "default"
     include: tuple[str, ...] = ()

@@ -14,10 +14,10 @@ import msgspec
 from x07_sandbox.channel.messages import Denied
 from x07_sandbox.host.decoding import prepared
 from x07_sandbox.policy.changes import NAMES, FlagReach
+from x07_sandbox.policy.decode import rule_problems
 from x07_sandbox.policy.denials import STARTS, Denial, GuestMount, HowToAllow
 from x07_sandbox.policy.guest import OUT, WRITABLE, confinement, guest_path, is_below
 from x07_sandbox.policy.model import Policy
-from x07_sandbox.policy.problems import rule_problems
 from x07_sandbox.policy.schema import largest
 
 PERMISSIONS: Final = "permissions"  # in place of a field if no field controls it

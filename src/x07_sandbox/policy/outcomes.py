@@ -24,7 +24,7 @@ from msgspec.structs import replace
 
 from x07_sandbox.errors import Flag, SandboxError
 from x07_sandbox.host import settings
-from x07_sandbox.host.os_errors import out_of_cpu_time
+from x07_sandbox.host.paths import out_of_cpu_time
 from x07_sandbox.host.waiting import BY_KILL
 from x07_sandbox.policy.denials import STARTS, Denial, Outcome
 from x07_sandbox.policy.features import Features, vm_features

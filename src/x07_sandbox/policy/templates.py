@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 from msgspec.structs import replace
 
 from x07_sandbox.errors import UsageError
-from x07_sandbox.policy.default import default_policy, render_policy
+from x07_sandbox.policy.decode import default_policy, render_policy
 from x07_sandbox.policy.model import ABSENT_LANGUAGE, Db, DbNet, Drivers, Fs, Limits, Policy, Sqlite
 
 if TYPE_CHECKING:

@@ -20,8 +20,7 @@ from msgspec.structs import asdict, replace
 from x07_sandbox.errors import HostError
 from x07_sandbox.host import settings
 from x07_sandbox.host.linux import boot_id, boot_ms, pid_namespace
-from x07_sandbox.host.os_errors import fix_for, raised_as
-from x07_sandbox.host.paths import private_dir, replace_file, state_dir
+from x07_sandbox.host.paths import fix_for, private_dir, raised_as, replace_file, state_dir
 from x07_sandbox.host.processes import Identity
 from x07_sandbox.host.waiting import unix_ms
 

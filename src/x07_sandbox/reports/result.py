@@ -55,7 +55,7 @@ def _short(result: Result) -> dict[str, object]:
 def _usual_controls() -> dict[str, tuple[str, str, str]]:
     """Return the state, enforcer and reason of each field of the built-in policy in a VM."""
     from x07_sandbox.policy.controls import make_plan
-    from x07_sandbox.policy.default import default_policy
+    from x07_sandbox.policy.decode import default_policy
     from x07_sandbox.policy.features import vm_features
 
     plan = make_plan(default_policy(), vm_features("vm-hardware"))

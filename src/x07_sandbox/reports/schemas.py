@@ -16,7 +16,7 @@ import msgspec
 
 from x07_sandbox.conformance import behaviours
 from x07_sandbox.files import changes
-from x07_sandbox.images import manifest
+from x07_sandbox.images import store
 from x07_sandbox.policy.schema import render_schema
 from x07_sandbox.records import listing, pruning, stopping, sweep
 from x07_sandbox.reports import commands, sandboxes
@@ -45,7 +45,7 @@ def schemas() -> dict[str, str]:
         version = _version(kind)
         name = version.partition("@")[0].removeprefix("x07.").removeprefix("sandbox.")
         made[_NAMES.get(name, name)] = _text(version, _any_of((kind,)))
-    made["image"] = _text(manifest.SCHEMA, _any_of((manifest.Manifest,)))
+    made["image"] = _text(store.SCHEMA, _any_of((store.Manifest,)))
     made["x07-os-runner.report"] = _text(runner_report.SCHEMA, _any_of(_RUNNER))
     made["x07-run.report"] = _text(runner_report.WRAPPED_SCHEMA, _wrapped())
     made["result"] = _text(result.SCHEMA, _result())

@@ -25,8 +25,7 @@ if TYPE_CHECKING:
     from x07_sandbox.errors import Flag
     from x07_sandbox.sessions.execution import Execution
     from x07_sandbox.sessions.files import FileServer
-    from x07_sandbox.sessions.request import ChangesChoice
-    from x07_sandbox.sessions.result import Diff, Result
+    from x07_sandbox.sessions.result import ChangesChoice, Diff, Result
     from x07_sandbox.sessions.shared import SharedSession
 
 StreamName = Literal["stdout", "stderr"]

@@ -11,11 +11,10 @@ from typing import Any, Final, Literal
 
 import msgspec
 
-from x07_sandbox.backends.handshake import input_poll, read_deadline
 from x07_sandbox.channel.link import COMMANDS_MAX, DATA_MAX, Stream
 from x07_sandbox.channel.messages import DENIED_MAX, Closed, CommandLimits, Denied, Exec, Exited, Failed
 from x07_sandbox.errors import PeerError
-from x07_sandbox.host.waiting import Deadline
+from x07_sandbox.host.waiting import Deadline, input_poll, read_deadline
 from x07_sandbox.policy.outcomes import Evidence, Stage
 from x07_sandbox.sessions.transfers import CommandStreams, Inbox
 

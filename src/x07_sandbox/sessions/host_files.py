@@ -68,12 +68,11 @@ from x07_sandbox.policy.guest import OUT, PROGRAM, WORK
 from x07_sandbox.programs.toolchains import PROJECT_FOLDER
 from x07_sandbox.records.record import state_home
 from x07_sandbox.records.runs import runs_dir
-from x07_sandbox.sessions.folder import RunFolder
 from x07_sandbox.sessions.refusals import apply_command, denial, denials_and_entries, flag_for
-from x07_sandbox.sessions.request import ChangesChoice, Program, ProjectPolicy, RunRequest, is_built_in
-from x07_sandbox.sessions.result import Changes, LeftOutEntry
+from x07_sandbox.sessions.request import Program, ProjectPolicy, RunRequest, is_built_in
+from x07_sandbox.sessions.result import Changes, ChangesChoice, LeftOutEntry
 from x07_sandbox.sessions.saved_changes import SavedChanges, summarize
-from x07_sandbox.sessions.transfers import ROOM, InFile
+from x07_sandbox.sessions.transfers import ROOM, InFile, RunFolder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

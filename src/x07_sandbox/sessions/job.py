@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from x07_sandbox.policy.denials import NetworkUse
     from x07_sandbox.policy.outcomes import Evidence, Verdict
     from x07_sandbox.sessions.execution import Facts
-    from x07_sandbox.sessions.folder import RunFolder
     from x07_sandbox.sessions.session import Session
     from x07_sandbox.sessions.specs import SessionSpec
+    from x07_sandbox.sessions.transfers import RunFolder
 
 
 class SessionJob:
@@ -188,7 +188,7 @@ class JobEnd(NamedTuple):
 
     def report(self, ending: Verdict, word: Callable[[Flag], str]) -> PhaseReport:
         """Return the report about the job. ending: a verdict that may be more precise. word: see `errors.worded`."""
-        from x07_sandbox.sessions.folder import output_of
+        from x07_sandbox.sessions.transfers import output_of
 
         outputs = dict(zip(("stdout", "stderr"), map(output_of, self.streams, self.fds), strict=True))
         exited = self.facts.exited

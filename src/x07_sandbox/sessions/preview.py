@@ -12,7 +12,7 @@ from x07_sandbox.policy.controls import Plan
 from x07_sandbox.records.record import new_run_id
 from x07_sandbox.sessions.host_files import effective_roots
 from x07_sandbox.sessions.prepare import Prepared, prepare, wants_scaling
-from x07_sandbox.sessions.program import loaded
+from x07_sandbox.sessions.request import loaded
 from x07_sandbox.sessions.result import Draft, Scaling
 
 if TYPE_CHECKING:

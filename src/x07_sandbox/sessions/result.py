@@ -15,6 +15,8 @@ from x07_sandbox.policy.model import Limits
 
 SCHEMA: Final = "x07.sandbox.result@0.1.0"
 
+ChangesChoice = Literal["apply", "all-or-nothing", "keep", "discard"]
+
 
 class Output(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
     """One output stream.

@@ -25,26 +25,26 @@ from x07_sandbox.errors import (
     UsageError,
 )
 from x07_sandbox.host import settings
+from x07_sandbox.host.decoding import prepared as prepared_model
+from x07_sandbox.policy.decode import PolicyError
 from x07_sandbox.policy.denials import Denial, HowToAllow, Outcome
-from x07_sandbox.policy.problems import PolicyError
-from x07_sandbox.programs.toolchains import OUTPUT
+from x07_sandbox.programs import artifacts
+from x07_sandbox.programs.toolchains import OUTPUT, build_driver
 from x07_sandbox.records.record import new_run_id
 from x07_sandbox.records.runs import REQUEST
-from x07_sandbox.sessions.artifact import obtain_artifact
-from x07_sandbox.sessions.folder import RunFolder
 from x07_sandbox.sessions.job import JobEnd, run_job
 from x07_sandbox.sessions.prepare import Prepared, output_caps, prepare, wants_scaling
-from x07_sandbox.sessions.program import loaded
-from x07_sandbox.sessions.result import Discarded, Draft, Result
-from x07_sandbox.sessions.specs import run_spec
-from x07_sandbox.sessions.transfers import TAIL_BYTES
+from x07_sandbox.sessions.request import loaded, sha256_text
+from x07_sandbox.sessions.result import BuildOutput, Discarded, Draft, Result
+from x07_sandbox.sessions.specs import build_spec, run_spec
+from x07_sandbox.sessions.transfers import TAIL_BYTES, RunFolder
 
 if TYPE_CHECKING:
     from x07_sandbox.channel.messages import Closed
     from x07_sandbox.policy.outcomes import Verdict
-    from x07_sandbox.sessions.denials import Ending
     from x07_sandbox.sessions.host_files import HostFiles
-    from x07_sandbox.sessions.request import ChangesChoice, Program, RunCaller, RunRequest
+    from x07_sandbox.sessions.request import Program, RunCaller, RunRequest
+    from x07_sandbox.sessions.result import ChangesChoice
     from x07_sandbox.sessions.specs import SessionSpec
     from x07_sandbox.sessions.transfers import OutFile
 
@@ -66,7 +66,7 @@ def attempt(request: RunRequest, caller: RunCaller, *, build_only: bool = False)
     try:
         with contextlib.ExitStack() as stack:
             folder = make_folder(request, caller, draft.result.run, stack)
-            (_build if build_only else _run)(request, caller, draft, folder, stack)
+            (_build_only if build_only else _run)(request, caller, draft, folder, stack)
             store_result(folder, draft.result)
             return draft.result, None
     except (SandboxError, OSError, MemoryError) as exc:
@@ -100,7 +100,7 @@ def ended_by(exc: SandboxError | OSError | MemoryError, draft: Draft, caller: Ru
         exc.word_for(caller.word)
         _note_cause(draft, exc)
         return ended(draft.result, verdict_of(exc, caller.cancel.signal)), exc
-    from x07_sandbox.host.os_errors import host_error
+    from x07_sandbox.host.paths import host_error
 
     if (error := host_error(exc)) is None:
         raise exc
@@ -133,14 +133,14 @@ def _run(request: RunRequest, caller: RunCaller, draft: Draft, folder: RunFolder
     spec = described(prepared, artifact, host_files, draft, stack)
     end = run_job(prepared, spec, folder)
     ending = _concluded(end, prepared, spec, draft)
-    _fill_in(draft, end, ending.verdict, caller)
+    _fill_in(draft, end, ending, caller)
     left = {} if spec.receivers.left is None else spec.receivers.left.files()
     draft.set(files=left, files_discarded=_discarded(end.facts.closed, left))
-    why_kept = "" if ending.verdict.outcome in {"ok", "failed"} else "the program did not end by itself"
-    settle(draft, host_files, request.changes, why_kept, ending.verdict, caller.word)
+    why_kept = "" if ending.outcome in {"ok", "failed"} else "the program did not end by itself"
+    settle(draft, host_files, request.changes, why_kept, ending, caller.word)
 
 
-def _build(
+def _build_only(
     request: RunRequest, caller: RunCaller, draft: Draft, folder: RunFolder, stack: contextlib.ExitStack
 ) -> None:
     """Carry out the steps of a run until the program is in the caller's file for it."""
@@ -299,11 +299,16 @@ def _discarded(closed: Closed | None, taken: dict[str, bytes]) -> Discarded:
     return Discarded(count=max(0, count), bytes=max(0, size))
 
 
-def _concluded(end: JobEnd, prepared: Prepared, spec: SessionSpec, draft: Draft) -> Ending:
+def _concluded(end: JobEnd, prepared: Prepared, spec: SessionSpec, draft: Draft) -> Verdict:
     """Return how the program ended, and note what it was denied."""
-    from x07_sandbox.sessions.denials import Observed, ending_of
-
     found, exited = end.ending, end.facts.exited
+    tried = bool(end.facts.denied) or (end.net is not None and bool(end.net.denied))
+    if found.outcome == "ok" and exited is not None and not (tried or exited.tasks_refused):
+        draft.deny(*_of_limits(end, found.outcome, prepared, spec, draft))
+        draft.set(denials_lost=exited.denials_lost)
+        return found
+    from x07_sandbox.sessions.denials import Observed, ending_of  # most programs succeed
+
     if _has_fixed_output(end, prepared):
         from x07_sandbox.policy.outcomes import limit_set_by
 
@@ -313,7 +318,7 @@ def _concluded(end: JobEnd, prepared: Prepared, spec: SessionSpec, draft: Draft)
     lost = ending.lost + (0 if exited is None else exited.denials_lost)
     denials = [*ending.denials, *_of_limits(end, found.outcome, prepared, spec, draft)]
     draft.set(denials=denials, denials_lost=lost, hints=ending.hints)
-    return ending
+    return ending.verdict
 
 
 def _of_limits(end: JobEnd, outcome: Outcome, prepared: Prepared, spec: SessionSpec, draft: Draft) -> list[Denial]:
@@ -393,3 +398,118 @@ def _store(path: Path, data: bytes) -> None:
     with contextlib.suppress(OSError):
         path.write_bytes(data)
         path.chmod(0o600)
+
+
+class _CachedBuild(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The notes in the cache about a build. status: the compiler's exit status; without an artifact unless it is 0."""
+
+    status: int
+    output: BuildOutput
+
+
+def obtain_artifact(
+    prepared: Prepared, program: Program, draft: Draft, folder: RunFolder, artifact: OutFile
+) -> Verdict | None:
+    """Fill *artifact* with the file that the run executes, and *draft* with the facts about the build.
+
+    Return the verdict if the build failed, else None. Raises SandboxError.
+    """
+    if artifact.complete or program.toolchain.build is None:
+        if not artifact.complete:
+            artifact.complete = artifact.take(program.data)
+        draft.set(artifact_from="caller")
+        return None
+    # The compiler is unknown without an image, so nothing is cached.
+    if prepared.image is None or not prepared.request.cache:
+        return _build(prepared, program, draft, folder, artifact)
+    key = _key(prepared, program, prepared.image.manifest.digest)
+    if (known := _recall(key, artifact)) is not None:
+        return _from_cache(prepared, program, draft, known)
+    most_s = min((prepared.request.build_wall_ms or settings.BUILD_WALL_MS) / 1000, prepared.request.queue_s)
+    with artifacts.build_lock(key, prepared.caller.cancel.pause, most_s, prepared.caller.progress) as mostly_waited:
+        if mostly_waited and (known := _recall(key, artifact)) is not None:
+            return _from_cache(prepared, program, draft, known)
+        return _build(prepared, program, draft, folder, artifact, key)
+
+
+def _key(prepared: Prepared, program: Program, image_digest: str) -> str:
+    toolchain = program.toolchain
+    assert toolchain.build is not None  # noqa: S101 - for the type checker
+    extras = None if toolchain.protocol is None else toolchain.protocol.build_extras(prepared.policy.data)
+    more = [] if extras is None else [sha256_text(part) for part in extras.key]
+    more += [sha256_text(build_driver())] if toolchain.packs else []
+    return artifacts.artifact_key(image_digest, toolchain.name, toolchain.build(program.source), program.sha256, *more)
+
+
+def _from_cache(prepared: Prepared, program: Program, draft: Draft, known: _CachedBuild) -> Verdict | None:
+    draft.set(artifact_from="cache", build=known.output)
+    if known.status == 0:
+        return None
+    from x07_sandbox.policy.outcomes import Evidence, Stage, classify
+
+    ending = classify(Evidence(stage=Stage.COLLECT, wait_status=known.status << 8))
+    draft.set(stdout=known.output.stdout, stderr=known.output.stderr)
+    return _verdict(prepared, program, ending)
+
+
+def _verdict(prepared: Prepared, program: Program, found: Verdict) -> Verdict:
+    from x07_sandbox.policy.outcomes import build_verdict
+
+    subject = "check of the source" if program.toolchain.packs else "compiler"
+    return build_verdict(found, prepared.request.build_wall_ms or settings.BUILD_WALL_MS, subject)
+
+
+def _failed_by_itself(end: JobEnd) -> bool:
+    """Return whether the compiler rejected the source, and so would again: it exited and met no limit."""
+    exited = end.facts.exited
+    if end.ending.outcome != "failed" or exited is None or end.facts.denied:
+        return False
+    limits = (exited.oom_kills, exited.tasks_refused, exited.disk_full, exited.memory_full, exited.denials_lost)
+    return not any(limits)
+
+
+def _build(
+    prepared: Prepared, program: Program, draft: Draft, folder: RunFolder, artifact: OutFile, key: str | None = None
+) -> Verdict | None:
+    """Build the program, and store what a later build would repeat under *key*, if there is one."""
+    from x07_sandbox.policy.outcomes import verdict
+
+    draft.set(artifact_from="build")
+    prepared.caller.progress(f"building {program.source.name or 'the project'} in a separate VM")
+    with contextlib.ExitStack() as stack:
+        end = run_job(prepared, build_spec(prepared, program, artifact, stack), folder)
+    ending = _verdict(prepared, program, end.ending)
+    report = end.report(ending, prepared.caller.word)
+    build = BuildOutput(stdout=report.stdout, stderr=report.stderr)
+    draft.set_phase("build", report)
+    draft.set(build=build, jail=end.job.instance.jail)
+    draft.warn(*end.job.warnings)
+    built = ending.outcome == "ok" and artifact.complete
+    if key is not None and (built or _failed_by_itself(end)):
+        notes = msgspec.json.encode(_CachedBuild(ending.exit_code or 0, build))
+        artifacts.store_artifact(key, artifact.fd, artifact.size, artifact.sha256(), notes)
+    if built:
+        return None
+    draft.set(stdout=report.stdout, stderr=report.stderr)
+    if ending.outcome != "ok":
+        return ending
+    problem = (end.facts.closed and end.facts.closed.output_problem) or "is incomplete"
+    return verdict("build-failed", "not-built", {"problem": problem}, fault="program")
+
+
+def _recall(key: str, artifact: OutFile) -> _CachedBuild | None:
+    with artifacts.cached_artifact(key) as found:
+        if found is None or found.size > artifact.max_bytes:
+            return None
+        while artifact.size < found.size:
+            data = os.pread(found.fd, min(1 << 20, found.size - artifact.size), artifacts.HEADER_BYTES + artifact.size)
+            if not data or not artifact.take(data):
+                break
+        if artifact.sha256() == found.sha256:
+            with contextlib.suppress(msgspec.MsgspecError):
+                known = msgspec.json.decode(found.notes, type=prepared_model(_CachedBuild))
+                artifact.complete = known.status == 0
+                return known
+    artifact.clear()
+    artifacts.remove_artifact(key)
+    return None

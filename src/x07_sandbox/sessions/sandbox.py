@@ -51,7 +51,8 @@ if TYPE_CHECKING:
     from x07_sandbox.policy.denials import Denial
     from x07_sandbox.policy.outcomes import Evidence
     from x07_sandbox.sessions.execution import Execution
-    from x07_sandbox.sessions.request import ChangesChoice, RunCaller, RunRequest
+    from x07_sandbox.sessions.request import RunCaller, RunRequest
+    from x07_sandbox.sessions.result import ChangesChoice
     from x07_sandbox.sessions.session import Session
 
 _DISCARD_S: Final = 5.0  # for the guest to report the ends of commands, if its changes are not wanted

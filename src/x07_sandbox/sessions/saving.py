@@ -37,7 +37,7 @@ from x07_sandbox.host.waiting import Caller, Cancel, Notice, cancelled_by_signal
 from x07_sandbox.images.store import Image, find_image
 from x07_sandbox.images.verify import open_image
 from x07_sandbox.policy.controls import run_limits
-from x07_sandbox.policy.default import default_policy
+from x07_sandbox.policy.decode import default_policy
 from x07_sandbox.policy.guest import UNCONFINED, build_limits, command_limits, confinement, ram_class_bytes
 from x07_sandbox.policy.outcomes import classify
 from x07_sandbox.programs.toolchains import ARTIFACT

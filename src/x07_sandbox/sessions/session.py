@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from x07_sandbox.backends.handshake import input_poll, wait_for_exit
+from x07_sandbox.backends.handshake import wait_for_exit
 from x07_sandbox.channel import streams
 from x07_sandbox.channel.connection import Carrier
 from x07_sandbox.channel.link import COMMANDS_MAX, DATA_MAX, State, Stream
@@ -30,6 +30,7 @@ from x07_sandbox.channel.messages import (
 from x07_sandbox.channel.streams import Event
 from x07_sandbox.errors import PeerError, UsageError
 from x07_sandbox.host import settings
+from x07_sandbox.host.waiting import input_poll
 from x07_sandbox.policy.outcomes import Evidence, Stage
 from x07_sandbox.sessions.execution import CONNECT, CONNECTIONS_MAX, FILES, FILL, Execution, Facts, Limit
 

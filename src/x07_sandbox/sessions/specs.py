@@ -15,7 +15,7 @@ from x07_sandbox.backends.base import Job, MachineKind, Needs, RootPlace
 from x07_sandbox.channel.messages import CommandLimits, Exec, InputFile, Left, Mount, Network, Open, Room
 from x07_sandbox.errors import RefusedError
 from x07_sandbox.host import settings
-from x07_sandbox.policy.default import program_environment
+from x07_sandbox.policy.decode import program_environment
 from x07_sandbox.policy.denials import GuestMount
 from x07_sandbox.policy.guest import (
     UNCONFINED,

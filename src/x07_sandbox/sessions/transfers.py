@@ -10,14 +10,23 @@ import sys
 import threading
 import unicodedata
 from collections.abc import Callable
-from typing import Any, Final
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from x07_sandbox.channel.messages import Close, Left, Output
-from x07_sandbox.errors import BackendError, escaped
-from x07_sandbox.host import linux, start_thread
+from x07_sandbox.channel import messages
+from x07_sandbox.channel.messages import Close, Left
+from x07_sandbox.errors import BackendError, HostError, escaped
+from x07_sandbox.host import linux, paths, start_thread
+from x07_sandbox.host.locks import lock_shared
+from x07_sandbox.host.paths import open_private_file, private_dir
 from x07_sandbox.host.waiting import Event, wait_readable, wait_writable, write_all
+from x07_sandbox.records.runs import KILL, all_runs
+from x07_sandbox.sessions.result import Output, output_with
+
+if TYPE_CHECKING:
+    from x07_sandbox.host.waiting import Cancel
 
 _CHUNK: Final = 64 * 1024
 TAIL_BYTES: Final = 32 * 1024  # of each output stream of a failed command, for hints
@@ -306,7 +315,9 @@ class Receivers(msgspec.Struct, frozen=True, kw_only=True):
     def closing(self, after: int = 0) -> Close:
         """Return the message that closes a session once the command *after* has ended; 0 for at once."""
         out = self.output
-        return Close(after, None if out is None else Output(out.path, out.max_bytes, self.is_tree), self.left_wanted)
+        return Close(
+            after, None if out is None else messages.Output(out.path, out.max_bytes, self.is_tree), self.left_wanted
+        )
 
 
 class Unwanted:
@@ -337,3 +348,57 @@ def memory_file(data: bytes, stack: contextlib.ExitStack) -> int:
     fd = linux.memory_file(data)
     stack.callback(os.close, fd)
     return fd
+
+
+class RunFolder:
+    """The folder `runs/RUN/`, locked while the run is in progress."""
+
+    def __init__(self, run_id: str, stack: contextlib.ExitStack) -> None:
+        self.path = private_dir(all_runs() / run_id)
+        self._stack = stack
+        try:
+            stack.callback(os.close, lock_shared(self.path))  # keeps it from being pruned
+        except OSError as exc:
+            why = exc.strerror or str(exc)
+            raise HostError(f"cannot use the run's folder {self.path}", why, "Start the run again") from exc
+
+    def accept_kill(self, cancel: Cancel) -> None:
+        """Let `x07 kill` cancel the run. If the disk has no named pipes, `x07 kill` ends the run's jobs instead."""
+        path = self.path / KILL
+        self._stack.callback(path.unlink, missing_ok=True)
+        with contextlib.suppress(OSError):
+            cancel.listen(path)
+
+    def sink(self, name: str, *, live_fd: int | None, max_bytes: int, raw: bool = False) -> tuple[Sink, int]:
+        """Return a sink that stores a stream in the file *name* of this folder, and the file's descriptor.
+
+        Raises HostError.
+        """
+        path = self.path / name
+        try:
+            fd = open_private_file(path, os.O_RDWR | os.O_EXCL)
+        except OSError as exc:
+            raise HostError(f"cannot write {path}", exc.strerror or str(exc), ROOM) from exc
+        self._stack.callback(os.close, fd)
+        sink = Sink(name.rpartition("-")[2], keep_fd=fd, live_fd=live_fd, max_bytes=max_bytes, raw=raw)
+        self._stack.callback(sink.close)
+        return sink, fd
+
+    def out_file(self, guest_path: str, max_bytes: int) -> OutFile:
+        """Return an unnamed file that receives a file from the guest."""
+        return unnamed_file(self.path, guest_path, max_bytes, self._stack)
+
+
+def unnamed_file(folder: Path, guest_path: str, max_bytes: int, stack: contextlib.ExitStack) -> OutFile:
+    """Create a file without a name on the disk of *folder*. *stack* closes it. Raises HostError."""
+    fd = paths.unnamed_file(folder, "cannot create a temporary file")
+    stack.callback(os.close, fd)
+    return OutFile(path=guest_path, fd=fd, max_bytes=max_bytes)
+
+
+def output_of(sink: Sink, fd: int) -> Output:
+    """Return the output that a sink stored in the file *fd*, in the form that the result has."""
+    data = b""
+    while chunk := os.pread(fd, 1 << 20, len(data)):
+        data += chunk
+    return output_with(data, sink.total_bytes, truncated=sink.overflow, undelivered=sink.reader_problem or None)

@@ -12,13 +12,17 @@ from x07_sandbox.host.paths import is_folder, read_bounded
 from x07_sandbox.host.variables import number, text
 from x07_sandbox.programs.project import ProjectFolder
 from x07_sandbox.programs.toolchains import PROJECT_FOLDER, SOURCE_FOLDER, Source, source_name
-from x07_sandbox.sessions.program import (
+from x07_sandbox.sessions.request import (
+    Program,
+    RunCaller,
+    RunRequest,
+    in_memory,
     reject_overridden_options,
     reject_profile,
+    sha256_text,
     single_file,
     with_project_files,
 )
-from x07_sandbox.sessions.request import Program, RunCaller, RunRequest, in_memory, sha256_text
 from x07_sandbox.x07 import project as x07
 from x07_sandbox.x07.project import X07, X07_ARTIFACT
 

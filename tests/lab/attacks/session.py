@@ -27,7 +27,7 @@ from msgspec.structs import replace
 from x07_sandbox.host.paths import cache_dir
 from x07_sandbox.images.build import build_image
 from x07_sandbox.images.store import GuestCode, read_guest_code
-from x07_sandbox.policy.default import default_policy, render_policy
+from x07_sandbox.policy.decode import default_policy, render_policy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

@@ -25,11 +25,10 @@ from x07_sandbox.channel.egress import RESOLV_CONF
 from x07_sandbox.errors import BackendError, Flag, HostError, ImageError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.linux import boot_ms, open_pidfd
-from x07_sandbox.host.os_errors import raised_as
-from x07_sandbox.host.paths import read_bounded
+from x07_sandbox.host.paths import raised_as, read_bounded
 from x07_sandbox.host.processes import Launch, identify, launch, own_identity
 from x07_sandbox.host.variables import text
-from x07_sandbox.images import manifest
+from x07_sandbox.images import store
 from x07_sandbox.images.store import read_guest_code
 from x07_sandbox.images.verify import OpenImage
 from x07_sandbox.policy.features import LEAVES_TREE, NO_ROOT, NOT_OBSERVED, VM_CAPABILITIES, Features
@@ -164,10 +163,10 @@ class WithImages(ContainerBackend):
         identity, labels = self._image(wanted)
         if not identity:
             raise ImageError(f"cannot use the image {wanted}", f"{self.name} reports no id for it", self.fix_image)
-        if not (data := manifest.manifest_in(labels)):
+        if not (data := store.manifest_in(labels)):
             why = "it lacks x07's labels, so x07's agent is not in it"
             raise ImageError(f"cannot use the image {wanted}", why, self.fix_image)
-        found = manifest.decode(data, f"the guest image {wanted}")
+        found = store.decode_manifest(data, f"the guest image {wanted}")
         if found.guest_code != read_guest_code().digest:
             why = "another version of x07-sandbox made it, so its agent may not be compatible"
             raise ImageError(f"cannot use the image {wanted}", why, self.fix_image)

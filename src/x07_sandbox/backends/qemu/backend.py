@@ -39,7 +39,7 @@ from x07_sandbox.errors import BackendError, HostError, ImageError, SandboxError
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import ARCHES, Arch, host_arch, is_foreign
 from x07_sandbox.host.locks import file_lock
-from x07_sandbox.host.os_errors import host_error
+from x07_sandbox.host.paths import host_error
 from x07_sandbox.host.processes import Identity
 from x07_sandbox.host.verdicts import Verdict, file_state, forget, validity
 from x07_sandbox.host.waiting import Caller, Deadline

@@ -48,11 +48,11 @@ from x07_sandbox.host.linux import of_process
 from x07_sandbox.host.paths import closing_fd, unnamed_file
 from x07_sandbox.host.variables import flag
 from x07_sandbox.host.verdicts import file_state
-from x07_sandbox.images.manifest import Part
+from x07_sandbox.images.store import Part
 from x07_sandbox.images.verify import FOLDER_MODE, Subject, opened_folder, opened_parts
 from x07_sandbox.jail.bwrap import CRIU, CRIU_NULL, DUMPED_PID, may_nest
 from x07_sandbox.jail.forms import jail_form, needed_files
-from x07_sandbox.policy.default import canonical_json
+from x07_sandbox.policy.decode import canonical_json
 
 IMAGES: Final = "images"
 VARIABLE: Final = "X07_VM_NO_HOT_CLONES"

@@ -14,7 +14,7 @@ from x07_sandbox.backends.jailed import BoundedStream, Jailed, RunningAgent, Sta
 from x07_sandbox.backends.qemu.machine import QMP_CONTINUE, QMP_QUIT, Paths, qmp_resume
 from x07_sandbox.errors import BackendError
 from x07_sandbox.host import close_on_fork, settings
-from x07_sandbox.host.os_errors import raised_as
+from x07_sandbox.host.paths import raised_as
 from x07_sandbox.host.processes import Identity
 from x07_sandbox.host.waiting import wait_readable
 from x07_sandbox.jail.resources import HostGroups

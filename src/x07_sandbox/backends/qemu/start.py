@@ -33,10 +33,9 @@ from x07_sandbox.host import settings
 from x07_sandbox.host.arch import Arch, host_arch, is_foreign
 from x07_sandbox.host.close_on_fork import FdGroup
 from x07_sandbox.host.linux import fd_path, memory_file, processor, require_own_proc
-from x07_sandbox.host.os_errors import out_of_cpu_time
-from x07_sandbox.host.paths import unnamed_file
+from x07_sandbox.host.paths import out_of_cpu_time, unnamed_file
 from x07_sandbox.host.processes import Identity, Launch
-from x07_sandbox.images.manifest import ScratchDisk
+from x07_sandbox.images.store import ScratchDisk
 from x07_sandbox.images.verify import OpenImage, write_disk
 from x07_sandbox.jail.bwrap import BWRAP, CRIU, DUMPED_PID, PERL, SETPRIV, Criu, Jail, may_nest
 from x07_sandbox.jail.forms import Form, jail_form, namespace_flags, needed_files

@@ -20,7 +20,7 @@ from typing import Any, Final
 import msgspec
 
 from x07_sandbox.backends.base import NOT_IMPORTED, SLOW_IMPORT, Instance, MachineKind, Prunable
-from x07_sandbox.backends.handshake import Handshake, input_poll
+from x07_sandbox.backends.handshake import Handshake
 from x07_sandbox.backends.qemu import start as starts
 from x07_sandbox.backends.qemu.instance import QemuInstance
 from x07_sandbox.backends.qemu.machine import QMP_QUERY_SAVE, Machine, Origin, qemu_argv, qmp_save
@@ -42,9 +42,8 @@ from x07_sandbox.host.paths import (
     why_not_ours,
 )
 from x07_sandbox.host.verdicts import Verdict, file_state, validity
-from x07_sandbox.host.waiting import Deadline, Notice, Remark, unix_ms, write_all
-from x07_sandbox.images.manifest import Part, ScratchDisk
-from x07_sandbox.images.store import list_images
+from x07_sandbox.host.waiting import Deadline, Notice, Remark, input_poll, unix_ms, write_all
+from x07_sandbox.images.store import Part, ScratchDisk, list_images
 from x07_sandbox.images.verify import (
     CHUNK_BYTES,
     FILE_MODE,
@@ -56,7 +55,7 @@ from x07_sandbox.images.verify import (
     read_disk,
 )
 from x07_sandbox.policy.controls import run_limits
-from x07_sandbox.policy.default import canonical_json, default_policy
+from x07_sandbox.policy.decode import canonical_json, default_policy
 from x07_sandbox.policy.guest import build_limits, command_limits, tmp_bytes
 
 SCHEMA: Final = "x07.sandbox.template@0.3.0"
