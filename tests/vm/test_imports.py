@@ -22,24 +22,22 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.vm, pytest.mark.usefixtures("state")]
 
 OURS: Final = """
-backends.base backends.handshake backends.jailed backends.lease backends.prerequisites backends.qemu.backend
-backends.qemu.hot backends.qemu.instance backends.qemu.machine backends.qemu.start
-backends.qemu.template backends.registry
+backends.base backends.handshake backends.jailed backends.prerequisites backends.qemu.backend backends.qemu.hot
+backends.qemu.instance backends.qemu.machine backends.qemu.start backends.qemu.template backends.registry
 channel.connection channel.contents channel.link channel.messages channel.streams
 cli.console cli.main cli.parser cli.run
 errors
 host.arch host.close_on_fork host.decoding host.linux host.locks host.paths host.processes host.settings
-host.sockets host.variables host.verdicts host.waiting
+host.variables host.verdicts host.waiting
 images.store images.verify
 jail.bwrap jail.forms jail.resources jail.seccomp
 library.upkeep
 options
 policy.controls policy.decode policy.denials policy.features policy.guest policy.model policy.outcomes
-
 programs.artifacts programs.toolchains
 records.admission records.record records.runs
-sessions.denials sessions.execution sessions.job sessions.prepare
-sessions.request sessions.result sessions.run sessions.session sessions.specs sessions.transfers
+sessions.execution sessions.job sessions.prepare sessions.request sessions.result sessions.run sessions.session
+sessions.specs sessions.transfers
 """
 # Beyond what a bare interpreter has. Absent because costly: dataclasses (with inspect, ast, dis), asyncio, logging,
 # tempfile, shutil, random, http, ssl.
