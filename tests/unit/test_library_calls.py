@@ -37,7 +37,8 @@ from x07_sandbox.library.run import OPTIONS, CommandOptions, RunOptions
 from x07_sandbox.options import BY_FLAG, BY_KEYWORD, LIMITS, keyword
 from x07_sandbox.options import OPTIONS as OPTIONS_TABLE
 from x07_sandbox.policy.changes import LimitChanges, Overrides
-from x07_sandbox.policy.decode import PolicyError, default_policy, render_policy
+from x07_sandbox.policy.decode import default_policy, render_policy
+from x07_sandbox.policy.model import PolicyError
 from x07_sandbox.policy.schema import fields as schema_fields
 from x07_sandbox.policy.schema import range_of
 from x07_sandbox.programs.project import Manifest, RunTable

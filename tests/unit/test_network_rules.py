@@ -25,9 +25,9 @@ from x07_sandbox.network.rules import (
 )
 from x07_sandbox.network.settings import parse_settings
 from x07_sandbox.policy.changes import Overrides, derive_policy
-from x07_sandbox.policy.decode import PolicyError, decode_policy, default_policy, render_policy
+from x07_sandbox.policy.decode import decode_policy, default_policy, render_policy
 from x07_sandbox.policy.denials import HowToAllow
-from x07_sandbox.policy.model import Db, DbNet, Drivers, HostPorts, Policy
+from x07_sandbox.policy.model import Db, DbNet, Drivers, HostPorts, Policy, PolicyError
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping

@@ -15,15 +15,13 @@ from x07_sandbox.errors import UsageError
 from x07_sandbox.policy.decode import (
     MAX_BYTES,
     MAX_PROBLEMS,
-    PolicyError,
-    Problem,
     accept,
     decode_policy,
     default_policy,
     parse,
     render_policy,
 )
-from x07_sandbox.policy.model import Policy
+from x07_sandbox.policy.model import Policy, PolicyError, Problem
 from x07_sandbox.policy.schema import schema_problems
 
 DEFAULT = render_policy(default_policy())

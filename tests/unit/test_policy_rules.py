@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from x07_sandbox.policy.decode import RULES, PolicyError, decode_policy, default_policy, regex_lite_fault, render_policy
+from x07_sandbox.policy.decode import RULES, decode_policy, default_policy, regex_lite_fault, render_policy
+from x07_sandbox.policy.model import PolicyError
 
 DB = {"enabled": True, "drivers": {"sqlite": False, "postgres": False, "mysql": False}}
 LISTS = (

@@ -20,7 +20,8 @@ from tests.published import document
 from tests.vm.conftest import Sandbox, left_behind
 from x07_sandbox import SandboxError, load_policy, run_program, run_program_async
 from x07_sandbox.host import settings
-from x07_sandbox.policy.decode import PolicyError, render_policy
+from x07_sandbox.policy.decode import render_policy
+from x07_sandbox.policy.model import PolicyError
 
 if TYPE_CHECKING:
     from collections.abc import Callable

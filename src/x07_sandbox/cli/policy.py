@@ -34,9 +34,9 @@ from x07_sandbox.network.settings import read_settings
 from x07_sandbox.options import OF_POLICIES
 from x07_sandbox.policy.changes import Overrides
 from x07_sandbox.policy.controls import make_plan
-from x07_sandbox.policy.decode import PolicyError, is_policy_id, policy_digest, render_policy
+from x07_sandbox.policy.decode import is_policy_id, policy_digest, render_policy
 from x07_sandbox.policy.guest import confinement
-from x07_sandbox.policy.model import Policy, leaf_values
+from x07_sandbox.policy.model import Policy, PolicyError, leaf_values
 from x07_sandbox.policy.schema import render_schema
 from x07_sandbox.policy.templates import BUILT_IN, TEMPLATES, make_policy
 from x07_sandbox.programs.project import project_root, write_document

@@ -25,7 +25,7 @@ from x07_sandbox.host.documents import render_json
 from x07_sandbox.host.paths import is_file, is_folder
 from x07_sandbox.host.variables import flag
 from x07_sandbox.library.upkeep import carry_out
-from x07_sandbox.policy.decode import PolicyError
+from x07_sandbox.policy.model import PolicyError
 from x07_sandbox.policy.outcomes import REFUSED_EXIT
 from x07_sandbox.programs.project import project_root, write_document
 from x07_sandbox.programs.toolchains import ARTIFACT, PROGRAM_FOLDER, Protocol

@@ -46,10 +46,9 @@ from x07_sandbox.network.hosts import (
     special_within,
     unmapped,
 )
-from x07_sandbox.policy.decode import PolicyError, Problem
 from x07_sandbox.policy.denials import HowToAllow
 from x07_sandbox.policy.hosts import Addresses, covers
-from x07_sandbox.policy.model import Policy
+from x07_sandbox.policy.model import Policy, PolicyError, Problem
 from x07_sandbox.policy.observed import advise
 
 Transport = Literal["tcp", "udp"]

@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from x07_sandbox.host.decoding import prepared
-from x07_sandbox.policy.decode import HUGE, MISSING, Problem, json_path
-from x07_sandbox.policy.model import SCHEMA_VERSION, Policy
+from x07_sandbox.policy.model import HUGE, MISSING, SCHEMA_VERSION, Policy, Problem, json_path
 
 _REF = "#/$defs/"
 _SHOWN_CHARS = 40

@@ -26,8 +26,8 @@ from x07_sandbox.errors import (
 )
 from x07_sandbox.host import settings
 from x07_sandbox.host.decoding import prepared as prepared_model
-from x07_sandbox.policy.decode import PolicyError
 from x07_sandbox.policy.denials import Denial, HowToAllow, Outcome
+from x07_sandbox.policy.model import PolicyError
 from x07_sandbox.programs import artifacts
 from x07_sandbox.programs.toolchains import OUTPUT, build_driver
 from x07_sandbox.records.record import new_run_id
