@@ -24,7 +24,7 @@ WORDS = re.compile(r"[A-Za-z]+(?:: | )|\A\W* [A-Za-z]{2,}")
 # The words of other programs.
 FOREIGN = {
     "cli/parser.py": "argparse",
-    "host/decoding.py": "msgspec",
+    "host/documents.py": "msgspec",
     "images/base.py": "debootstrap and dpkg",
     "images/pip.py": "pip",
     "jail/forms.py": "ldd",

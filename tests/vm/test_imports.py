@@ -27,7 +27,7 @@ backends.qemu.instance backends.qemu.machine backends.qemu.start backends.qemu.t
 channel.connection channel.contents channel.link channel.messages channel.streams
 cli.console cli.main cli.parser cli.run
 errors
-host.arch host.close_on_fork host.decoding host.linux host.locks host.paths host.processes host.settings
+host.arch host.close_on_fork host.documents host.linux host.locks host.paths host.processes host.settings
 host.variables host.verdicts host.waiting
 images.store images.verify
 jail.bwrap jail.forms jail.resources jail.seccomp

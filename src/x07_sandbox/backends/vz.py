@@ -26,7 +26,7 @@ from x07_sandbox.backends.jailed import Ends, Start, StreamInstance, running
 from x07_sandbox.backends.prerequisites import Need, require
 from x07_sandbox.errors import BackendError, HostError, ImageError
 from x07_sandbox.host.arch import host_arch
-from x07_sandbox.host.decoding import prepared
+from x07_sandbox.host.documents import prepared
 from x07_sandbox.host.linux import require_linux, require_own_proc
 from x07_sandbox.host.paths import find_program, private_dir, raised_as, state_dir
 from x07_sandbox.host.processes import COMMAND_ENVIRONMENT, Launch

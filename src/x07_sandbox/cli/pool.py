@@ -12,7 +12,7 @@ from x07_sandbox.cli.json_output import document_wanted, print_document
 from x07_sandbox.cli.parser import add_document_flags, inner_verb, whole_number
 from x07_sandbox.errors import Command, HostError
 from x07_sandbox.host import settings
-from x07_sandbox.host.decoding import prepared
+from x07_sandbox.host.documents import prepared
 from x07_sandbox.host.linux import peer_of
 from x07_sandbox.library import resident
 from x07_sandbox.reports.commands import PoolReport, PoolStatus

@@ -18,7 +18,7 @@ import msgspec
 from msgspec.structs import replace
 
 from x07_sandbox.errors import escaped
-from x07_sandbox.host.decoding import prepared
+from x07_sandbox.host.documents import prepared
 
 SCHEMA: Final = "x07.sandbox.changes@0.1.0"
 DEPTH_MAX: Final = 256

@@ -22,7 +22,7 @@ from x07_sandbox.errors import HostError
 from x07_sandbox.files.changes import Node
 from x07_sandbox.files.inode import MISSING, Ident, OpenInode, conflict_error, ident_of, open_inode
 from x07_sandbox.host import beneath
-from x07_sandbox.host.decoding import prepared
+from x07_sandbox.host.documents import prepared
 from x07_sandbox.host.paths import closing_fd, replace_file
 
 Phase = Literal["staging", "journal", "committed"]

@@ -24,7 +24,7 @@ import msgspec
 
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host.arch import Arch
-from x07_sandbox.host.decoding import prepared
+from x07_sandbox.host.documents import prepared
 from x07_sandbox.images import boot, commands, sources, store, verify
 from x07_sandbox.policy.decode import canonical_json
 

@@ -29,7 +29,7 @@ import msgspec
 from x07_sandbox.errors import HostError, ImageError, UsageError
 from x07_sandbox.host import beneath
 from x07_sandbox.host.arch import host_arch
-from x07_sandbox.host.decoding import prepared
+from x07_sandbox.host.documents import prepared
 from x07_sandbox.host.linux import path_flag
 from x07_sandbox.host.paths import closing_fd
 from x07_sandbox.images import commands

@@ -19,7 +19,7 @@ import msgspec.structs
 
 from x07_sandbox.errors import Flag, ImageError, UsageError
 from x07_sandbox.host.arch import Arch, arch_named, host_arch
-from x07_sandbox.host.decoding import prepared
+from x07_sandbox.host.documents import prepared
 from x07_sandbox.host.paths import cache_folder, private_dir, read_bounded, replace_file
 from x07_sandbox.host.variables import text
 from x07_sandbox.policy.decode import canonical_json

@@ -17,7 +17,7 @@ import msgspec
 
 from x07_sandbox.channel.messages import PROTOCOL
 from x07_sandbox.errors import HostError, ImageError, UsageError
-from x07_sandbox.host.decoding import prepared
+from x07_sandbox.host.documents import prepared
 from x07_sandbox.host.paths import private_dir, read_bounded
 from x07_sandbox.images import base, boot, store, verify
 from x07_sandbox.images.store import Image, Manifest, Part, ScratchDisk, read_guest_code

@@ -18,7 +18,7 @@ from x07_sandbox.channel.link import Stream
 from x07_sandbox.channel.messages import Exec, encode
 from x07_sandbox.errors import BackendError, ChannelUsageError, SandboxError, UsageError
 from x07_sandbox.host import close_on_fork
-from x07_sandbox.host.decoding import prepared
+from x07_sandbox.host.documents import prepared
 from x07_sandbox.host.sockets import connected
 from x07_sandbox.library import resident
 from x07_sandbox.library.held_messages import (

@@ -11,8 +11,7 @@ import msgspec
 from msgspec.structs import replace
 
 from x07_sandbox.channel.messages import FORMS, Exec, decode
-from x07_sandbox.host.decoding import prepared
-from x07_sandbox.host.documents import encodable
+from x07_sandbox.host.documents import encodable, prepared
 from x07_sandbox.library.resident import Message, Problem
 from x07_sandbox.sessions.command import Ended, StreamName
 from x07_sandbox.sessions.result import ChangesChoice, Diff, Result

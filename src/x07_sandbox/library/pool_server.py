@@ -23,7 +23,7 @@ import msgspec
 from x07_sandbox.backends.lease import ANSWER_S, GONE_S, PROTOCOL, SOCKET, handover, pool_dir, receive, send
 from x07_sandbox.errors import HostError, SandboxError
 from x07_sandbox.host import settings
-from x07_sandbox.host.decoding import prepared
+from x07_sandbox.host.documents import prepared
 from x07_sandbox.host.linux import open_pidfd, peer_of
 from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.paths import state_dir

@@ -21,8 +21,7 @@ import msgspec
 from x07_sandbox import errors
 from x07_sandbox.errors import Cancelled, Command, Flag, HostError, SandboxError, Text
 from x07_sandbox.host import start_thread
-from x07_sandbox.host.decoding import prepared
-from x07_sandbox.host.documents import encodable
+from x07_sandbox.host.documents import encodable, prepared
 from x07_sandbox.host.paths import host_error
 from x07_sandbox.host.processes import reap_later, start_in_background
 from x07_sandbox.host.sockets import is_own

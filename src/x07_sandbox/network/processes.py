@@ -17,7 +17,7 @@ import msgspec
 
 from x07_sandbox.errors import HostError
 from x07_sandbox.host import close_on_fork
-from x07_sandbox.host.decoding import prepared
+from x07_sandbox.host.documents import prepared
 from x07_sandbox.host.linux import memory_file
 from x07_sandbox.host.paths import raised_as
 from x07_sandbox.host.processes import Launch, launch

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import msgspec
 
-from x07_sandbox.host.decoding import prepared
+from x07_sandbox.host.documents import prepared
 from x07_sandbox.policy import model
 from x07_sandbox.policy.model import (
     ADVICE,

@@ -12,7 +12,7 @@ from typing import Final, Literal
 import msgspec
 
 from x07_sandbox.channel.messages import Denied
-from x07_sandbox.host.decoding import prepared
+from x07_sandbox.host.documents import prepared
 from x07_sandbox.policy.changes import NAMES, FlagReach
 from x07_sandbox.policy.decode import rule_problems
 from x07_sandbox.policy.denials import STARTS, Denial, GuestMount, HowToAllow

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from x07_sandbox.host.decoding import prepared
+from x07_sandbox.host.documents import prepared
 from x07_sandbox.policy.model import HUGE, MISSING, SCHEMA_VERSION, Policy, Problem, json_path
 
 _REF = "#/$defs/"

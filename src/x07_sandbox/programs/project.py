@@ -20,7 +20,7 @@ from typing import Annotated, Final, Literal, NoReturn
 import msgspec
 
 from x07_sandbox.errors import Command, Text, UsageError
-from x07_sandbox.host.decoding import prepared, why_invalid
+from x07_sandbox.host.documents import prepared, why_invalid
 from x07_sandbox.host.linux import fd_path, path_flag
 from x07_sandbox.host.paths import closing_fd, is_file, is_folder, real_path
 from x07_sandbox.programs.toolchains import MAKEFILES, TOOLCHAINS, Toolchain, toolchain_named

@@ -9,7 +9,7 @@ import msgspec
 
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host import settings
-from x07_sandbox.host.decoding import prepared
+from x07_sandbox.host.documents import prepared
 from x07_sandbox.host.locks import is_locked
 from x07_sandbox.host.paths import read_bounded
 from x07_sandbox.host.processes import Identity

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Final, Literal, NamedTuple, TypeVar
 import msgspec
 
 from x07_sandbox.host import linux, processes, settings
-from x07_sandbox.host.decoding import prepared
+from x07_sandbox.host.documents import prepared
 from x07_sandbox.host.paths import closing_fd, state_dir, why_not_ours
 from x07_sandbox.host.processes import Identity
 from x07_sandbox.records.record import (

@@ -12,7 +12,7 @@ from typing import Final
 import msgspec
 
 from x07_sandbox.errors import Command, Text, UsageError
-from x07_sandbox.host.decoding import prepared
+from x07_sandbox.host.documents import prepared
 from x07_sandbox.host.paths import entries, private_dir, state_dir
 from x07_sandbox.policy.denials import Denial
 from x07_sandbox.records.record import JOB_NAME, state_home

@@ -25,7 +25,7 @@ from x07_sandbox.errors import (
     UsageError,
 )
 from x07_sandbox.host import settings
-from x07_sandbox.host.decoding import prepared as prepared_model
+from x07_sandbox.host.documents import prepared as prepared_model
 from x07_sandbox.policy.denials import Denial, HowToAllow, Outcome
 from x07_sandbox.policy.model import PolicyError
 from x07_sandbox.programs import artifacts

@@ -16,8 +16,7 @@ from msgspec.structs import replace
 
 from x07_sandbox.errors import RefusedError, UsageError
 from x07_sandbox.host import settings
-from x07_sandbox.host.decoding import prepared, why_invalid
-from x07_sandbox.host.documents import render_json
+from x07_sandbox.host.documents import prepared, render_json, why_invalid
 from x07_sandbox.host.paths import read_bounded
 from x07_sandbox.host.settings import __version__
 from x07_sandbox.policy.decode import MAX_BYTES as POLICY_MAX_BYTES

@@ -16,7 +16,7 @@ import msgspec
 from msgspec.structs import replace
 
 from x07_sandbox.errors import Flag, UsageError
-from x07_sandbox.host.decoding import prepared, why_invalid
+from x07_sandbox.host.documents import prepared, why_invalid
 from x07_sandbox.programs.toolchains import SOURCE_FOLDER, BuildExtras, Protocol, Toolchain
 
 PROJECT_FILE: Final = "x07.json"

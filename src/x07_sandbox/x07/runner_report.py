@@ -20,8 +20,7 @@ from msgspec import UNSET, Meta, UnsetType
 from msgspec.structs import replace
 
 from x07_sandbox.errors import Command, Flag, RefusedError, SandboxError, Text
-from x07_sandbox.host.decoding import prepared
-from x07_sandbox.host.documents import encodable
+from x07_sandbox.host.documents import encodable, prepared
 from x07_sandbox.host.paths import is_folder
 from x07_sandbox.policy.model import Policy
 from x07_sandbox.policy.outcomes import ending_line

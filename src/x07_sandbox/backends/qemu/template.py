@@ -30,7 +30,7 @@ from x07_sandbox.channel.link import State
 from x07_sandbox.channel.messages import Warm
 from x07_sandbox.errors import BackendError, Command, HostError, ImageError
 from x07_sandbox.host import settings
-from x07_sandbox.host.decoding import prepared
+from x07_sandbox.host.documents import prepared
 from x07_sandbox.host.linux import boot_id, boot_ms, processor
 from x07_sandbox.host.locks import file_lock, is_locked, lock_for_removal, lock_shared
 from x07_sandbox.host.paths import (
