@@ -138,7 +138,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Greeting(NamedTuple):
-    """A ready agent: it has answered, clock and entropy are set, and START is the next frame.
+    """A ready agent: it has answered, clock and entropy are set, and OPEN is the next message.
 
     released_at: when the instance was released, in seconds on the monotonic clock. times_ms: milliseconds from then
     until the frames HELLO and SEEDED arrived.

@@ -65,7 +65,7 @@ _OWN: Final = (Addresses(_V4, 0xC0000008, 0xC0000009), Addresses(6, 0xFD783037 <
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
-    """A connection request of a program. host: in normal form (names.py)."""
+    """A connection request of a program. host: in normal form (network/hosts)."""
 
     host: Host
     port: int

@@ -123,7 +123,7 @@ class InspectReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 class _Sandbox(msgspec.Struct, frozen=True):
-    """The fields of a sandbox's record (sessions/command) that `JobLine` needs."""
+    """The fields of a sandbox's record (records/runs) that `JobLine` needs."""
 
     name: str
     until_unix_ms: int

@@ -61,7 +61,7 @@ _FIX: Final = "Jobs clone a saved VM instead. See x07 doctor"
 _DUMP_S: Final = 30.0
 _CRIU_KILLED: Final = 75  # the exit status of data/criu.pl
 _FILES_MIN: Final = 512
-# Limits that the jail does not set (bounds.limits_of).
+# Limits that the jail does not set (`instance.limits_of`).
 _INHERITED: Final = (resource.RLIMIT_STACK, resource.RLIMIT_RSS, resource.RLIMIT_NICE, resource.RLIMIT_RTPRIO)
 _NAMES_MAX: Final = 4096
 _NO_FILTER: Final = b"\nSeccomp:\t0\n"  # proc(5)
