@@ -26,10 +26,11 @@ from x07_sandbox.host import settings
 from x07_sandbox.host.waiting import Cancel
 from x07_sandbox.policy.outcomes import Stage
 from x07_sandbox.sessions import execution
+from x07_sandbox.sessions.execution import FILES
 from x07_sandbox.sessions.files import FileServer
 from x07_sandbox.sessions.session import Session
 from x07_sandbox.sessions.specs import input_files
-from x07_sandbox.sessions.transfers import CommandStreams, Inbox, InFile, Receivers, Sink, memory_file
+from x07_sandbox.sessions.transfers import CommandStreams, Inbox, InFile, Receivers, Sink, kept_streams, memory_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -225,9 +226,16 @@ def test_output_in_memory_holds_up_the_guest(pair: Pair) -> None:
     assert pair.guest.link.streams.window(number) == WINDOW
 
 
+def served(pair: Pair, number: int) -> FileServer:
+    """A file server that was started."""
+    return FileServer(
+        pair.session, pair.session.execute(Exec(number, [], {}, "/", LIMITS, FILES), kept_streams(), None)
+    )
+
+
 def file_server(pair: Pair, output: bytes) -> FileServer:
     """Start a file server, whose answers are *output*."""
-    files = FileServer(pair.session, 1, LIMITS)
+    files = served(pair, 1)
     pair.turn()
     pair.guest.until(Exec)
     pair.guest.say(Started(1))
@@ -258,7 +266,7 @@ def test_a_file_server_that_ends_is_reported(pair: Pair) -> None:
 
 def test_a_file_server_without_progress_does_not_hold_its_caller(pair: Pair) -> None:
     """A request that is not answered, or whose content is not taken, raises TimeoutError, and the server is killed."""
-    files = FileServer(pair.session, 1, LIMITS)
+    files = served(pair, 1)
     with pytest.raises(TimeoutError, match=r"made no progress for 0.05 s: '/a'") as raised:
         files.ask(Request("list", "/a"), (), 0.05)
     assert raised.value.errno == errno.ETIMEDOUT
@@ -266,14 +274,14 @@ def test_a_file_server_without_progress_does_not_hold_its_caller(pair: Pair) -> 
     pair.turn()
     assert (pair.guest.until(Stop), pair.session.over) == (Stop(1, signal.SIGKILL), False)
     with pytest.raises(TimeoutError):
-        FileServer(pair.session, 2, LIMITS).ask(Request("write", "/a"), [bytes(WINDOW)] * 4, 0.05)
+        served(pair, 2).ask(Request("write", "/a"), [bytes(WINDOW)] * 4, 0.05)
 
 
 def test_single_bytes_are_no_progress_of_a_file_request(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file server that sends single bytes reaches the time limit, and one that sends much does not."""
     still = FakeClock()
     monkeypatch.setattr(sessions.files, "Deadline", still)
-    files = FileServer(pair.session, 1, LIMITS)
+    files = served(pair, 1)
     pair.turn()
     pair.guest.until(Exec)
     pair.guest.say(Started(1))

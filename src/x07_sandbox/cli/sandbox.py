@@ -16,7 +16,7 @@ import tty
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from msgspec.structs import replace
+from msgspec.structs import asdict, replace
 
 from x07_sandbox.cli.console import LiveLine, say, show, show_table
 from x07_sandbox.cli.json_output import document_wanted, print_document
@@ -95,6 +95,7 @@ _OF_BACKENDS: Final = ("--sandbox-backend", "--backend", "--i-accept-weaker-isol
 _COLUMNS: Final = ("SANDBOX", "NAME", "BACKEND", "AGE", "LEFT", "COMMANDS", "TAGS")
 _READ: Final = 64 * 1024
 _KILLED_S: Final = 5.0  # for the end of a killed command to arrive
+_OUTPUT: Final = {"stdout", "stderr", "truncated"}  # fields of `Ended`
 _SHELL: Final = "command -v bash > /dev/null && exec bash -l; exec sh -l"
 
 
@@ -472,7 +473,7 @@ def _attached(opened: HeldSandbox, command: Process, options: argparse.Namespace
             if isinstance(exc, BrokenPipeError):  # as `| head` does
                 return SIGNAL_BASE + signal.SIGPIPE
             raise
-    return _report(opened.run, command, end, kept, options)
+    return _report(opened.run, end, kept, options)
 
 
 def _carry(command: Process, kept: tuple[Kept, Kept] | None, *, raw: bool) -> None:
@@ -516,7 +517,7 @@ def _raw_terminal(command: Process) -> Iterator[None]:
         signal.signal(signal.SIGWINCH, resized)
 
 
-def _report(run: str, command: Process, end: Ended, kept: tuple[Kept, Kept] | None, options: argparse.Namespace) -> int:
+def _report(run: str, end: Ended, kept: tuple[Kept, Kept] | None, options: argparse.Namespace) -> int:
     if kept is not None:
         from x07_sandbox.reports.sandboxes import CommandDocument
         from x07_sandbox.sessions.result import output_with
@@ -525,18 +526,7 @@ def _report(run: str, command: Process, end: Ended, kept: tuple[Kept, Kept] | No
         stdout, stderr = (output_with(one.data(), one.size, truncated=one.truncated) for one in kept)
         document = CommandDocument(
             sandbox=run,
-            id=command.id,
-            outcome=end.outcome,
-            reason_code=end.reason_code,
-            reason=end.reason,
-            x07_exit_code=end.x07_exit_code,
-            exit_code=end.exit_code,
-            signal=end.signal,
-            wall_ms=end.wall_ms,
-            cpu_ms=end.cpu_ms,
-            memory_peak_bytes=end.memory_peak_bytes,
-            denials=end.denials,
-            hints=end.hints,
+            **{name: value for name, value in asdict(end).items() if name not in _OUTPUT},
             stdout=stdout,
             stderr=stderr,
         )

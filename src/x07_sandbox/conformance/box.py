@@ -15,10 +15,11 @@ from x07_sandbox.host import settings
 from x07_sandbox.host.waiting import Caller, Cancel
 from x07_sandbox.policy.guest import RAM_CLASSES, UNCONFINED
 from x07_sandbox.records.record import Claim, new_run_id
+from x07_sandbox.sessions.execution import FILES
 from x07_sandbox.sessions.files import FileServer
 from x07_sandbox.sessions.session import Session
 from x07_sandbox.sessions.specs import CWD, SessionSpec, opening
-from x07_sandbox.sessions.transfers import CommandStreams, InFile, Receivers, Sink, memory_file
+from x07_sandbox.sessions.transfers import CommandStreams, InFile, Receivers, Sink, kept_streams, memory_file
 
 if TYPE_CHECKING:
     from x07_sandbox.files.incoming import Incoming
@@ -110,7 +111,8 @@ class Box:
 
     def files(self) -> FileServer:
         """Start a file server."""
-        return FileServer(self.session, self._next(), self._limits)
+        order = Exec(self._next(), [], {}, "/", self._limits, FILES)
+        return FileServer(self.session, self.session.execute(order, kept_streams(), None))
 
     def _next(self) -> int:
         self._last += 1

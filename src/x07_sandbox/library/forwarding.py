@@ -107,7 +107,6 @@ class Forwarder:
         with contextlib.suppress(OSError):
             connection.shutdown(socket.SHUT_RDWR)  # ends `recv`
         reader.join()
-        self._sandbox.forget(command)
 
 
 def _send(connection: socket.socket, command: Process, sent_all: threading.Event) -> None:

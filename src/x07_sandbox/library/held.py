@@ -55,7 +55,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from x07_sandbox.library.held_messages import Create
-    from x07_sandbox.sessions.files import FileServer
     from x07_sandbox.sessions.result import ChangesChoice, Diff
 
 _READ: Final = 256 * 1024
@@ -316,13 +315,6 @@ class HeldSandbox(AnySandbox):
         if not execution.order.service:
             self._commands[command.id] = command
         return command
-
-    def file_server(self) -> FileServer:
-        """See `AnySandbox.file_server`."""
-        from x07_sandbox.sessions.files import FileServer  # most clients run commands
-
-        self.require_open()
-        return FileServer(self.session, 0, command_order([]).limits, "")
 
     def command(self, number: int) -> Process | None:
         """See `AnySandbox.command`."""

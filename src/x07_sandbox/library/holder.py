@@ -200,8 +200,6 @@ class Holder:
             command.kill()
             if not service and command.until(_ENDED_S):
                 command.ending()
-        if service:
-            self._opened.forget(command)
         with contextlib.suppress(OSError):
             client.connection.shutdown(socket.SHUT_RDWR)  # ends `recv`
 

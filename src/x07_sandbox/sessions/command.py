@@ -352,16 +352,16 @@ class AnySandbox(ABC):
         or the call is wrong.
         """
 
-    @abstractmethod
     def file_server(self) -> FileServer:
         """Start a file server. Raises SandboxError if the sandbox is closed."""
+        from x07_sandbox.sessions.execution import FILES, order  # most callers run commands
+        from x07_sandbox.sessions.files import FileServer
+
+        return FileServer(self.session, self.start(order([], service=FILES)).execution)
 
     @abstractmethod
     def command(self, number: int) -> Process | None:
         """Return a command that has not been waited for, or None."""
-
-    def forget(self, command: Process) -> None:  # noqa: B027 - most sandboxes have nothing to drop
-        """Drop a service of the agent that has ended: it is no command of the caller."""
 
     @abstractmethod
     def ending(self, command: Process) -> Ended:

@@ -7,16 +7,14 @@ import signal
 from typing import TYPE_CHECKING, Any, Final
 
 from x07_sandbox.channel.files import Answer, Buffer, Request, answer_of, encode
-from x07_sandbox.channel.messages import CommandLimits, Exec
 from x07_sandbox.errors import BackendError
 from x07_sandbox.host.settings import FILES_S
 from x07_sandbox.host.waiting import Deadline
-from x07_sandbox.sessions.execution import FILES
-from x07_sandbox.sessions.transfers import kept_streams
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from x07_sandbox.sessions.execution import Execution
     from x07_sandbox.sessions.session import Session
     from x07_sandbox.sessions.shared import SharedSession
 
@@ -27,16 +25,14 @@ _PROGRESS: Final = 64 * 1024  # bytes of content; a server that sends single byt
 class FileServer:
     """The file server of a session, which is one of its commands. It answers one request after the other.
 
-    cwd: the folder to which relative paths refer.
-
     All methods raise BackendError if the server or the session has ended, PeerError for a bad answer, and TimeoutError
     if the server makes no progress: a program may stop it, since it runs as the same user. Call `kill` then.
     """
 
-    def __init__(self, session: Session | SharedSession, number: int, limits: CommandLimits, cwd: str = "/") -> None:
+    def __init__(self, session: Session | SharedSession, execution: Execution) -> None:
+        """Take the command, whose service is FILES. Relative paths refer to its folder."""
         self._session = session
-        with session.using() as using:
-            self._execution = using.execute(Exec(number, [], {}, cwd, limits, FILES), kept_streams(), None)
+        self._execution = execution
         self._buffer = Buffer()
         self._path, self._within_s, self._deadline = "", FILES_S, Deadline.after(FILES_S)
         self._uncounted = 0  # bytes of content since the last progress

@@ -35,7 +35,6 @@ from x07_sandbox.records.runs import SANDBOX, SandboxRecord
 from x07_sandbox.sessions.command import AnySandbox, Ended, Process
 from x07_sandbox.sessions.denials import Observed, ending_of
 from x07_sandbox.sessions.execution import FILES, terminal_kind
-from x07_sandbox.sessions.files import FileServer
 from x07_sandbox.sessions.job import SessionJob
 from x07_sandbox.sessions.request import check_arguments, check_variables
 from x07_sandbox.sessions.result import Changes, CommandReport, Diff, Draft, Result
@@ -152,7 +151,7 @@ class OpenSandbox(AnySandbox):
     @property
     def running(self) -> int:
         """How many commands run."""
-        return sum(not command.ended and not command.execution.order.service for command in [*self._commands.values()])
+        return sum(not command.ended for command in [*self._commands.values()])
 
     def _close_log(self) -> None:
         with self._logging:
@@ -215,25 +214,14 @@ class OpenSandbox(AnySandbox):
                 streams = kept_streams(open_input=not asked.detached)
                 execution = session.execute(given._replace(id=number), streams, wall_ms)
             command = Process(self, execution, wall_ms, self._caller.word)
-            self._commands[number] = command
-            self._net_before[number] = self._net
+            if not service:
+                self._commands[number] = command
+                self._net_before[number] = self._net
         return command
-
-    def file_server(self) -> FileServer:
-        """See `AnySandbox.file_server`."""
-        with self._starting:
-            self.require_open()
-            limits = self._limits._replace(fds=_SERVER_FILES)
-            return FileServer(self.session, next(self._numbers), limits, self.cwd)
 
     def command(self, number: int) -> Process | None:
         """See `AnySandbox.command`."""
         return self._commands.get(number)
-
-    def forget(self, command: Process) -> None:
-        """See `AnySandbox.forget`."""
-        self._commands.pop(command.id, None)
-        self._net_before.pop(command.id, None)
 
     def at_end(self, call: Callable[[], object]) -> None:
         """See `AnySandbox.at_end`."""
@@ -394,8 +382,7 @@ class OpenSandbox(AnySandbox):
             why = "lost"
         evidence = self._loop.evidence()
         for command in list(self._commands.values()):
-            if not command.execution.order.service:
-                command.ending()
+            command.ending()
         evidence, net = job.end(evidence)
         ending, released_at = self._verdict(why, evidence), job.instance.greeting.released_at
         times_s = {"opened": self._opened_at - released_at, "end": time.monotonic() - released_at}
