@@ -23,8 +23,7 @@ from pathlib import Path
 
 from x07_sandbox.backends.engines import CLIENTS, engine
 from x07_sandbox.errors import SandboxError
-from x07_sandbox.images.store import decode, manifest_in
-from x07_sandbox.images.store import find_image
+from x07_sandbox.images.store import decode_manifest, find_image, manifest_in
 from x07_sandbox.images.vz_bundle import make_bundle
 
 def of_engine(reference):  # the digest of the guest image in an image of an engine, else the reference itself
@@ -33,7 +32,7 @@ def of_engine(reference):  # the digest of the guest image in an image of an eng
             client = engine(name)
             for found in client.objects(client.call("image", "inspect", "--", reference)):
                 if data := manifest_in((found.get("Config") or {}).get("Labels")):
-                    return decode(data, reference).digest
+                    return decode_manifest(data, reference).digest
     return reference
 
 image, out, kernel = sys.argv[1:]

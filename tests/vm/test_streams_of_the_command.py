@@ -153,7 +153,7 @@ def test_a_signal_during_import_cancels_the_command(name: str, code: int) -> Non
         "import signal, sys\n"
         "class Interrupt:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name == 'x07_sandbox.sessions.run':\n"
+        "        if name == 'x07_sandbox.sessions.request':\n"
         "            sys.meta_path.remove(self)\n"
         f"            signal.raise_signal(signal.{name})\n"
         "sys.meta_path.insert(0, Interrupt())\n"
