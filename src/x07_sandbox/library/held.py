@@ -257,9 +257,9 @@ class HeldSandbox(AnySandbox):
 
     def __init__(self, run: str, *, flags: bool = False) -> None:
         """Connect to a sandbox. flags: whether messages name flags instead of keywords. Raises BackendError."""
+        self._session = HeldSession(run)
         super().__init__(run)
         self._flags = flags
-        self._session = HeldSession(run)
         self._left = False
         self._at_end: list[Callable[[], object]] = []
         self._lock = threading.Lock()
@@ -269,9 +269,17 @@ class HeldSandbox(AnySandbox):
         weakref.finalize(self, _leave, self.session, self._session)
         self.session.begin()
 
+    @property
+    def result(self) -> Result | None:
+        """See `AnySandbox`. It is known no later than the end of the session."""
+        return self._session.result
+
+    @result.setter
+    def result(self, value: Result | None) -> None:
+        self._session.result = value
+
     def _on_end(self) -> None:
         self._session.close()
-        self.result = self._session.result
         with self._lock:
             calls, self._at_end = self._at_end, []
         for call in calls:
@@ -283,7 +291,6 @@ class HeldSandbox(AnySandbox):
             why = "this object was disconnected from it"
             return BackendError("cannot use the sandbox", why, "Connect again", code="sandbox-lost")
         self.session.until(lambda: False, _ENDED_S)  # the end of a command may arrive before that of its sandbox
-        self.result = self._session.result
         return super().gone()
 
     def disconnect(self) -> None:
