@@ -65,7 +65,7 @@ def test_the_words_of_a_command_keep_their_bytes(argv: list[str], env: dict[str,
 @pytest.mark.parametrize("wrong", [b"", b"[]", b"{}", encode(order([1], {}))[1], encode(order([], {"A": None}))[1]])  # type: ignore[list-item,dict-item]
 def test_a_malformed_command_is_rejected(wrong: bytes) -> None:
     """A command whose fields have other types raises an error that the holder handles."""
-    with pytest.raises((ValueError, PeerError)):
+    with pytest.raises((UsageError, PeerError)):
         Start(wrong, None, "", flags=False).asked()
 
 

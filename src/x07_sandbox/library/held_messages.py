@@ -11,6 +11,7 @@ import msgspec
 from msgspec.structs import replace
 
 from x07_sandbox.channel.messages import FORMS, Exec, decode
+from x07_sandbox.errors import UsageError
 from x07_sandbox.host.documents import encodable, prepared
 from x07_sandbox.library.resident import Message, Problem
 from x07_sandbox.sessions.command import Ended, StreamName
@@ -32,9 +33,12 @@ class Start(Message, frozen=True):
     flags: bool
 
     def asked(self) -> Exec:
-        """Return the command to start. Raises ValueError."""
+        """Return the command to start. Raises UsageError, PeerError."""
         order = decode(FORMS[Exec].number, self.order)
-        return msgspec.convert([*order], prepared(Exec))
+        try:
+            return msgspec.convert([*order], prepared(Exec))
+        except msgspec.ValidationError as exc:
+            raise UsageError("cannot run the command", f"its arguments are malformed ({exc})", "Pass strings") from exc
 
 
 class Attach(Message, frozen=True):

@@ -448,8 +448,10 @@ class Sandbox:
             raise error
 
     def wake(self) -> None:
-        """Have all threads that wait for commands look whether they still should."""
+        """Have all threads that wait for commands or files look whether they still should."""
         self._open.session.wake()
+        if self._files is not None:
+            self._files.wake()
 
     def _using(self) -> AnySandbox:
         self._open.require_own_process()

@@ -479,7 +479,8 @@ def _build(
     with contextlib.ExitStack() as stack:
         end = run_job(prepared, build_spec(prepared, program, artifact, stack), folder)
     ending = _verdict(prepared, program, end.ending)
-    report = end.report(ending, prepared.caller.word)
+    # The phase says how the compiler ended, the run that the build failed.
+    report = replace(end.report(ending, prepared.caller.word), outcome=end.ending.outcome)
     build = BuildOutput(stdout=report.stdout, stderr=report.stderr)
     draft.set_phase("build", report)
     draft.set(build=build, jail=end.job.instance.jail)
