@@ -15,7 +15,7 @@ import pytest
 from x07_sandbox import AsyncSandbox, Sandbox, SandboxError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Coroutine, Iterator
     from pathlib import Path
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("confined")]
@@ -91,6 +91,31 @@ def test_time_limits_of_file_requests_hold_for_asyncio_and_the_command_line(tmp_
         )
     finally:
         held.close("discard")
+
+
+def test_a_cancelled_transfer_ends_at_once(tmp_path: Path) -> None:
+    """A cancelled task of AsyncSandbox that uploads or downloads ends at once, and not at its time limit."""
+    (tmp_path / "large").touch()
+    os.truncate(tmp_path / "large", 1 << 30)
+
+    async def use() -> None:
+        async with AsyncSandbox() as opened:
+            await opened.files.write("kept", b"kept")
+            transfers: list[Callable[[], Coroutine[Any, Any, None]]] = [
+                lambda: opened.upload(tmp_path / "large", "large", timeout_s=600),
+                lambda: opened.download("kept", tmp_path / "kept", timeout_s=600),
+            ]
+            for transfer in transfers:
+                assert await opened.files.read("kept") == b"kept"
+                await opened.shell(STOP, check=True)
+                task = asyncio.create_task(transfer())
+                await asyncio.wait({task}, timeout=0.5)  # it waits for the server that is stopped
+                assert not task.done()
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await asyncio.wait_for(task, 60)
+
+    asyncio.run(use())
 
 
 @pytest.mark.parametrize("timeout_s", [0, -1, True, "1", float("nan"), float("inf")])

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tests.command import x07
-from x07_sandbox import Sandbox, SandboxError
+from x07_sandbox import Sandbox, SandboxError, UsageError
 from x07_sandbox.records.listing import list_jobs
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 WAIT_S = 60.0
 
@@ -47,6 +51,29 @@ def test_ps_shows_a_sandbox_s_name_and_lifetime(tmp_path: Path) -> None:
             left_s = list_jobs().jobs[0].left_s
             assert left_s is not None
             assert left_s <= 100
+        finally:
+            sandbox.close()
+
+
+@pytest.mark.parametrize("open_one", [Sandbox, Sandbox.create])
+def test_words_that_no_system_call_can_take_are_usage_errors(open_one: Callable[..., Sandbox]) -> None:
+    """A wrong word, variable or folder of a command is an error that names it, and the sandbox stays open."""
+    surrogate, malformed = "contains a lone surrogate", "not a string|malformed"
+    cases: list[tuple[list[Any], dict[str, Any], str]] = [
+        (["echo", "\ud800"], {}, f"argument 1 {surrogate}"),
+        (["\ud800"], {}, f"argument 0 {surrogate}"),
+        (["env"], {"env": {"A": "\ud800"}}, f"the value {surrogate}"),
+        (["env"], {"cwd": "\ud800"}, f"its path {surrogate}"),
+        ([""], {}, "its name is empty"),
+        ([3], {}, malformed),
+        (["echo", b"1"], {}, malformed),
+    ]
+    with open_one(backend="none") as sandbox:
+        try:
+            for argv, options, why in cases:
+                with pytest.raises(UsageError, match=why):
+                    sandbox.exec(argv, **options)
+            assert sandbox.exec(["echo", "\udcff"]).stdout == b"\xff\n"
         finally:
             sandbox.close()
 

@@ -701,6 +701,7 @@ def test_an_endless_build_is_ended(sandbox: Sandbox, monkeypatch: pytest.MonkeyP
     ran = sandbox.run(folder)
     assert (ran.outcome, ran.result.x07_exit_code) == ("build-failed", 126)
     assert "2 s" in ran.reason
+    assert ran.result.phases["build"].outcome == "timeout"
 
 
 def test_a_compiler_that_exhausts_memory_is_ended(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:

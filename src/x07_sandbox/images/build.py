@@ -239,7 +239,7 @@ def _architecture(name: str, wanted: Arch | None, old: Arch | None = None) -> Ar
     if old is not None and old.name != arch.name:
         raise UsageError(what, f"the present image of this name is for {old.deb}", fix)
     if name == store.DEFAULT and is_foreign(arch):
-        raise UsageError(what, f"this host is {host_arch().deb}, and jobs use this image unless told otherwise", fix)
+        raise UsageError(what, f"this host is {host_arch().deb}, and jobs use this image if they name no other", fix)
     return arch
 
 

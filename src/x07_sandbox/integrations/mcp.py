@@ -134,8 +134,8 @@ def _failed(error: CallError) -> types.CallToolResult:
 
 
 def _knows_tasks(ctx: Any) -> bool:  # noqa: ANN401 - of the framework
-    told = ctx.session.client_capabilities
-    known = told is not None and TASKS in (told.extensions or {})
+    client = ctx.session.client_capabilities
+    known = client is not None and TASKS in (client.extensions or {})
     return known and ctx.protocol_version in MODERN_PROTOCOL_VERSIONS
 
 

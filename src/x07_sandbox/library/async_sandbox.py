@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from x07_sandbox.sessions.result import Result
 
 
+_ON_OUTPUT = "*on_output* is called in the thread of the event loop."
+
+
 class AsyncSandbox(Awaited[Sandbox]):
     """A virtual machine that stays open for many commands, for asyncio.
 
@@ -107,15 +110,15 @@ class AsyncSandbox(Awaited[Sandbox]):
 
         return AsyncFiles(self._target.files)
 
-    exec = awaited(Sandbox.exec)
-    shell = awaited(Sandbox.shell)
+    exec = awaited(Sandbox.exec, _ON_OUTPUT)
+    shell = awaited(Sandbox.shell, _ON_OUTPUT)
     upload = awaited(Sandbox.upload)
     download = awaited(Sandbox.download)
     forward = awaited(Sandbox.forward)
     changes = awaited(Sandbox.changes)
     disconnect = awaited(Sandbox.disconnect)
     extend = awaited(Sandbox.extend)
-    close = awaited(Sandbox.close)
+    close = awaited(Sandbox.close, "If the task is cancelled, the sandbox is closed nevertheless.")
     kill = awaited(Sandbox.kill)
 
     async def start(self, argv: Sequence[str | os.PathLike[str]], **options: Unpack[StartOptions]) -> AsyncProcess:

@@ -80,11 +80,11 @@ class Awaited(Generic[_S]):
 
 
 def awaited(
-    method: Callable[Concatenate[_S, _P], _T],
+    method: Callable[Concatenate[_S, _P], _T], note: str = ""
 ) -> Callable[Concatenate[Awaited[_S], _P], Coroutine[Any, Any, _T]]:
     """Return *method* to be awaited. It runs in a thread, and ends soon if the task is cancelled.
 
-    A function `on_output` is called in the thread of the event loop.
+    A function `on_output` is called in the thread of the event loop. note: a sentence to add to the docstring.
     """
 
     @wraps(method)
@@ -97,4 +97,8 @@ def awaited(
             options["on_output"] = partial(asyncio.get_running_loop().call_soon_threadsafe, on_output)
         return await in_thread(partial(method, target, *args, **options), target.wake)
 
+    if note:
+        # Before Python 3.13, the last line of a docstring of several lines is its indentation.
+        _, found, indentation = (call.__doc__ or "").rpartition("\n")
+        call.__doc__ = f"{call.__doc__}\n{indentation if found else ''}{note}"
     return call  # type: ignore[return-value]  # mypy takes `self` for a keyword, too

@@ -43,6 +43,7 @@ from x07_sandbox.library.held_messages import (
     Watch,
 )
 from x07_sandbox.library.resident import Problem, Reader, packed
+from x07_sandbox.options import milliseconds
 from x07_sandbox.records.runs import SOCKET, all_runs
 from x07_sandbox.sessions.command import AnySandbox, Ended, Process
 from x07_sandbox.sessions.execution import Execution, terminal_kind
@@ -181,7 +182,7 @@ class HeldSession:
         """Change the size of a command's terminal, if it has not ended. The last of several calls counts."""
         for one in self._connections:
             if one.execution is execution:
-                one.out += packed(Resize(id=execution.order.id, rows=rows, columns=columns))
+                one.out += packed(Resize(rows=rows, columns=columns))
 
     def _tell(self, request: Request) -> None:
         with contextlib.suppress(OSError, BackendError), connect(self._run) as connection:
@@ -291,7 +292,7 @@ class HeldSandbox(AnySandbox):
             why = "this object was disconnected from it"
             return BackendError("cannot use the sandbox", why, "Connect again", code="sandbox-lost")
         self.session.until(lambda: False, _ENDED_S)  # the end of a command may arrive before that of its sandbox
-        return super().gone()
+        return super().gone() if self.session.over else _bad_answer()
 
     def disconnect(self) -> None:
         """See `AnySandbox.disconnect`."""
@@ -302,7 +303,7 @@ class HeldSandbox(AnySandbox):
     def start(self, asked: Exec, timeout_s: float | None = None, term: str = "") -> Process:
         """See `AnySandbox.start`."""
         self.require_open()
-        wall_ms = None if timeout_s is None else max(1, round(timeout_s * 1000))
+        wall_ms = None if timeout_s is None else milliseconds(timeout_s)
         term = "" if asked.terminal is None else term or terminal_kind()
         try:
             with self.session.using():

@@ -55,14 +55,6 @@ class Signal(Message, frozen=True):
     number: int
 
 
-class Resize(Message, frozen=True):
-    """Change the size of a command's terminal, in the command's connection. There is no answer."""
-
-    id: int
-    rows: int
-    columns: int
-
-
 class Extend(Message, frozen=True):
     """Set the lifetime. The answer is STATUS."""
 
@@ -87,7 +79,7 @@ class Watch(Message, frozen=True):
     """The answer is FINISHED, once the sandbox has ended."""
 
 
-Request = Start | Attach | Signal | Resize | Extend | AskStatus | AskChanges | Finish | Watch
+Request = Start | Attach | Signal | Extend | AskStatus | AskChanges | Finish | Watch
 
 # further messages of a client to its command
 
@@ -102,7 +94,14 @@ class EndInput(Message, frozen=True):
     """The end of the input."""
 
 
-ClientMessage = Request | Input | EndInput
+class Resize(Message, frozen=True):
+    """Change the size of the command's terminal."""
+
+    rows: int
+    columns: int
+
+
+ClientMessage = Request | Input | EndInput | Resize
 
 # answers
 

@@ -64,7 +64,6 @@ _READ: Final = 256 * 1024
 _REQUEST_S: Final = 10.0  # for a client to send its request
 _ENDED_S: Final = 10.0  # for clients to get the end of their commands
 _LOOK_S: Final = 5.0  # between two looks whether the client of a command that takes no input is still there
-_CLIENTS_MAX: Final = 512
 
 
 class _Client:
@@ -103,7 +102,7 @@ class Holder:
 
     def __init__(self, opened: OpenSandbox, listener: socket.socket) -> None:
         self._opened = opened
-        self.server = Server(listener, self._serve_one, _CLIENTS_MAX)
+        self.server = Server(listener, self._serve_one)
         self._watchers: list[_Client] = []
         opened.at_end(self.server.end)
 

@@ -34,7 +34,6 @@ from x07_sandbox.library.resident import Problem, Progress, Ready, Server, Start
 from x07_sandbox.library.warm import WarmMachine, WarmMachines
 from x07_sandbox.records.record import Claim
 
-_CLIENTS_MAX: Final = 512
 _JOB_ID: Final = re.compile(r"[0-9]{1,20}-[0-9]{1,10}-[0-9]{1,10}-[a-z]{1,16}")
 _WALL_MS_MAX: Final = 86_400_000
 
@@ -45,7 +44,7 @@ class PoolServer:
     def __init__(self, machines: WarmMachines, listener: socket.socket, idle_s: float) -> None:
         self.machines = machines
         self.idle_s = idle_s
-        self.server = Server(listener, self._serve_one, _CLIENTS_MAX)
+        self.server = Server(listener, self._serve_one)
         self._filled = False
         self._leases = 0
         self._lock = threading.Lock()

@@ -36,6 +36,7 @@ _FRAME_MAX: Final = 1 << 30  # for patches
 _HEAD: Final = 4
 _READ: Final = 256 * 1024
 _NO_FDS_S: Final = 0.2
+_CLIENTS_MAX: Final = 512  # connections that one process serves at once
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 _MARKS: Final[dict[str, type[str]]] = {"flag": Flag, "command": Command, "": str}
 
@@ -230,15 +231,11 @@ def run(starter: Starter, work: Callable[[], object]) -> int:
 
 
 class Server:
-    """Accepts connections, and serves each in a thread, until `end`. *serve* gets those of this user's processes.
+    """Accepts connections, and serves each in a thread, until `end`. *serve* gets those of this user's processes."""
 
-    most: how many are served at once.
-    """
-
-    def __init__(self, listener: socket.socket, serve: Callable[[socket.socket], object], most: int) -> None:
+    def __init__(self, listener: socket.socket, serve: Callable[[socket.socket], object]) -> None:
         self._listener = listener
         self._serve = serve
-        self._most = most
         self._end = Event()
         self._threads: list[threading.Thread] = []
         self.signal: int | None = None  # that has ended it
@@ -283,7 +280,7 @@ class Server:
         self._threads = [thread for thread in self._threads if thread.is_alive()]
         try:
             connection, _ = self._listener.accept()
-            if len(self._threads) >= self._most:
+            if len(self._threads) >= _CLIENTS_MAX:
                 connection.close()
                 return
             thread = threading.Thread(target=self._serve_one, args=(connection,), name="x07-client", daemon=True)

@@ -88,8 +88,8 @@ class Ended(msgspec.Struct, frozen=True, kw_only=True):
         """Return the same as HTML, which notebooks show."""
         from x07_sandbox.sessions.html import command_fragment
 
-        told = {name: msgspec.to_builtins(getattr(self, name)) for name in ("denials", "hints")}
-        return command_fragment(msgspec.structs.asdict(self) | told)
+        nested = {name: msgspec.to_builtins(getattr(self, name)) for name in ("denials", "hints")}
+        return command_fragment(msgspec.structs.asdict(self) | nested)
 
 
 class FileInfo(NamedTuple):

@@ -17,6 +17,7 @@ from msgspec.structs import replace
 
 from x07_sandbox.errors import Flag, RefusedError, Text, UsageError, listed
 from x07_sandbox.host import settings
+from x07_sandbox.host.documents import encodable
 from x07_sandbox.host.paths import is_folder, read_bounded
 from x07_sandbox.host.waiting import Caller
 from x07_sandbox.policy.decode import MAX_BYTES, decode_policy, default_policy, render_policy
@@ -211,15 +212,17 @@ class RunCaller(Caller, frozen=True, kw_only=True):
 
 def check_arguments(request: RunRequest) -> None:
     """Raise UsageError for arguments and variables that execve(2) would reject."""
-    if request.command and (not request.command[0] or "\0" in request.command[0]):
-        why = "its name is empty or contains a NUL byte"
+    name = request.command[0] if request.command else "make"
+    if not isinstance(name, str) or not name or "\0" in name:
+        why = "its name is empty, contains a NUL byte or is not a string"
         raise UsageError("cannot run the command", why, "Use a name such as make")
-    what = f"cannot run {request.program or ''.join(request.command[:1]) or 'the source'} with these arguments"
+    shown = encodable(str(request.program or "".join(request.command[:1]) or "the source"))
+    what = f"cannot run {shown} with these arguments"
     total = 0
     for number, arg in enumerate((*request.command, *request.args), start=0 if request.command else 1):
         if not isinstance(arg, str):
             raise UsageError(what, f"argument {number} is not a string", "Pass strings")
-        size = len(os.fsencode(arg)) + 1
+        size = len(encoded(arg, what, f"argument {number}")) + 1
         total += size
         if "\0" in arg:
             raise UsageError(what, f"argument {number} contains a NUL byte", "Pass such data on standard input")
@@ -227,6 +230,14 @@ def check_arguments(request: RunRequest) -> None:
             why = f"one is over {_ARGUMENT_MAX_BYTES} bytes, or all together are over {ARGUMENTS_MAX_BYTES} bytes"
             raise UsageError(what, why, "Pass long data on standard input")
     _check_environment(request, total)
+
+
+def encoded(text: str, what: Text, which: str) -> bytes:
+    """Return the bytes of a text for system calls. Raises UsageError for a surrogate that stands for no byte."""
+    try:
+        return os.fsencode(text)
+    except UnicodeEncodeError:
+        raise UsageError(what, f"{which} contains a lone surrogate", "Pass text or os.fsdecode(BYTES)") from None
 
 
 def _check_environment(request: RunRequest, total: int) -> None:
@@ -241,7 +252,7 @@ def _check_environment(request: RunRequest, total: int) -> None:
             raise UsageError(what, "it is not a valid variable name", "Use letters, digits and '_'")
         if name.startswith("X07_"):
             raise UsageError(what, "names that start with X07_ are reserved", "Use another name")
-        total += len(name) + len(os.fsencode(value)) + 2
+        total += len(name) + len(encoded(value, what, "the value")) + 2
         if "\0" in value or total > ARGUMENTS_MAX_BYTES or len(value) > _ARGUMENT_MAX_BYTES - len(name) - 2:
             why = "the value is too long or contains a NUL byte"
             raise UsageError(what, why, "Pass the value on standard input")

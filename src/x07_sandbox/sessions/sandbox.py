@@ -27,6 +27,7 @@ from x07_sandbox.errors import Cancelled, Flag, SandboxError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.paths import open_private_file, replace_file
 from x07_sandbox.host.waiting import Notice, unix_ms
+from x07_sandbox.options import milliseconds
 from x07_sandbox.policy.denials import CONNECTS, NetworkUse
 from x07_sandbox.policy.outcomes import Verdict, cancelled_verdict, classify, limit_set_by, verdict
 from x07_sandbox.records.admission import SANDBOXES
@@ -36,7 +37,7 @@ from x07_sandbox.sessions.command import AnySandbox, Ended, Process
 from x07_sandbox.sessions.denials import Observed, ending_of
 from x07_sandbox.sessions.execution import FILES, terminal_kind
 from x07_sandbox.sessions.job import SessionJob
-from x07_sandbox.sessions.request import check_arguments, check_variables
+from x07_sandbox.sessions.request import check_arguments, check_variables, encoded
 from x07_sandbox.sessions.result import Changes, CommandReport, Diff, Draft, Result
 from x07_sandbox.sessions.run import described, ended_by, make_folder, planned, settle, store_result, verdict_of
 from x07_sandbox.sessions.shared import SharedSession
@@ -196,10 +197,11 @@ class OpenSandbox(AnySandbox):
             check_arguments(checked)
             check_variables(checked, self.prepared.policy.policy)
         cwd = posixpath.normpath(posixpath.join(self.cwd, asked.cwd))
-        if "\0" in cwd or len(os.fsencode(cwd)) > _PATH_MAX:
+        what = "cannot use the folder of the command"
+        if "\0" in cwd or len(encoded(cwd, what, "its path")) > _PATH_MAX:
             why = f"it contains a NUL byte, or is longer than {_PATH_MAX} bytes"
-            raise UsageError("cannot use the folder of the command", why, "Use another folder")
-        asked_ms = None if timeout_s is None else max(1, round(timeout_s * 1000))
+            raise UsageError(what, why, "Use another folder")
+        asked_ms = None if timeout_s is None else milliseconds(timeout_s)
         limits_ms = [] if service else [limit for limit in (self._wall_ms, asked_ms) if limit is not None]
         wall_ms = min(limits_ms, default=None)
         kind = {} if asked.terminal is None else {"TERM": term or terminal_kind()}
