@@ -23,8 +23,9 @@ import pytest
 
 from tests.unit.test_refused_lines import result
 from x07_sandbox.channel.trees import Entry, Kind, Reader
+from x07_sandbox.cli.console import print_bytes
 from x07_sandbox.cli.main import main
-from x07_sandbox.cli.messages import change_lines, denial_lines, print_bytes, say_changes
+from x07_sandbox.cli.messages import change_lines, denial_lines, say_changes
 from x07_sandbox.cli.outputs import changes_json, write_diff
 from x07_sandbox.errors import BackendError, HostError, RefusedError, SandboxError, UsageError
 from x07_sandbox.files import journal

@@ -13,9 +13,9 @@ from typing import Final
 
 from msgspec.structs import replace
 
-from x07_sandbox.cli.console import say
+from x07_sandbox.cli.console import print_bytes, say
 from x07_sandbox.cli.json_output import deliver, document_wanted
-from x07_sandbox.cli.messages import add_run_argument, left_out, print_bytes, say_deleted, summary
+from x07_sandbox.cli.messages import add_run_argument, left_out, say_deleted, summary
 from x07_sandbox.cli.outputs import changes_json
 from x07_sandbox.cli.parser import add_document_flags, add_row, nonempty, switch
 from x07_sandbox.files.changes import ChangeSet

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
 _KIB = 1024
+_RETURN: Final = re.compile(rb"\r(?!\n)")
 _COLOURS: Final = {"good": "32", "BAD": "1;31", "note": "33"}
 _NAMES: Final = ("stdin", "stdout", "stderr")
 
@@ -81,6 +83,16 @@ def write_stdout(data: bytes) -> None:
         sys.stdout.buffer.flush()
     except OSError as exc:
         raise OutputError(exc.errno, exc.strerror) from exc
+
+
+def print_bytes(data: bytes) -> None:
+    """Write *data* (whole lines) to standard output, without control sequences on a terminal. Raises OSError."""
+    if sys.stdout.isatty():
+        from x07_sandbox.sessions.transfers import TerminalFilter
+
+        # Users read a patch to judge it. A carriage return would hide the text before it.
+        data = _RETURN.sub(rb"\\r", TerminalFilter()(data))
+    write_stdout(data)
 
 
 class LiveLine:

@@ -1,18 +1,18 @@
 """What `x07 run` says about a run: its denials with a change that would allow each, its changes to files, its plan."""
 
+from __future__ import annotations
+
 import argparse
 import json
 import posixpath
-import re
 import shlex
-import sys
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from msgspec.structs import replace
 
-from x07_sandbox.cli.console import say, show, write_stdout
+from x07_sandbox.cli.console import say, show
 from x07_sandbox.cli.json_output import print_document
 from x07_sandbox.cli.outputs import print_failure
 from x07_sandbox.cli.parser import nonempty
@@ -21,10 +21,12 @@ from x07_sandbox.files.changes import ChangeSet, display_name
 from x07_sandbox.policy.denials import CONNECTS, Denial, Hint, HowToAllow
 from x07_sandbox.policy.outcomes import REFUSED_EXIT
 from x07_sandbox.policy.templates import BUILT_IN, built_in
-from x07_sandbox.sessions.preview import Preview, preview
-from x07_sandbox.sessions.request import RunCaller, RunRequest
 from x07_sandbox.sessions.result import Changes, Result
 from x07_sandbox.sessions.saved_changes import command, find_saved, folder_names
+
+if TYPE_CHECKING:
+    from x07_sandbox.sessions.preview import Preview
+    from x07_sandbox.sessions.request import RunCaller, RunRequest
 
 _SHOWN: Final = 4
 _ENTRIES: Final = 4
@@ -70,7 +72,6 @@ _RULES: Final = {
 }
 _PROTECTED: Final = "protected"
 _WHY_PROTECTED: Final = "protected: other tools execute or trust it"  # in the first entry of a line
-_RETURN: Final = re.compile(rb"\r(?!\n)")
 _LISTED: Final = 8
 _STATES: Final = {"advisory": "advisory (not enforced; some libraries check them)"}
 _ACCESS: Final = {False: "read-only", True: "writable"}
@@ -381,18 +382,10 @@ def say_deleted(changes: ChangeSet, diff: str, *, back: bool = False) -> None:
         say(line)
 
 
-def print_bytes(data: bytes) -> None:
-    """Write *data* (whole lines) to standard output, without control sequences on a terminal. Raises OSError."""
-    if sys.stdout.isatty():
-        from x07_sandbox.sessions.transfers import TerminalFilter
-
-        # Users read a patch to judge it. A carriage return would hide the text before it.
-        data = _RETURN.sub(rb"\\r", TerminalFilter()(data))
-    write_stdout(data)
-
-
 def show_plan(request: RunRequest, caller: RunCaller, options: argparse.Namespace) -> int:
     """Print the plan of a run. Return 0 if the run could start, or 125 if it would be refused. Raises SandboxError."""
+    from x07_sandbox.sessions.preview import preview  # few runs show it
+
     try:
         found = preview(request, caller)
     except RefusedError as exc:  # the result of a run; not an error before it, which would have X07's exit code 2

@@ -28,7 +28,6 @@ from x07_sandbox.records.runs import NET_LOG, all_runs
 from x07_sandbox.reports.result import render_result
 from x07_sandbox.sessions.request import Program, ProjectPolicy, RunRequest
 from x07_sandbox.sessions.result import Result
-from x07_sandbox.sessions.run import failure
 from x07_sandbox.sessions.transfers import OutFile, unnamed_file
 
 if TYPE_CHECKING:
@@ -251,5 +250,7 @@ def _failed(exc: Exception, code: int | None) -> Result:
     if isinstance(exc, SandboxError) and exc.result is not None:
         result: Result = with_write_errors(exc.result, [str(exc)])
     else:
+        from x07_sandbox.sessions.run import failure  # other commands than runs write files too
+
         result = failure(exc, exc.signal if isinstance(exc, Cancelled) else None)
     return result if code is None else replace(result, x07_exit_code=code)

@@ -10,19 +10,17 @@ from pathlib import Path
 from typing import Final
 
 from x07_sandbox.backends.registry import find
-from x07_sandbox.cli.console import say, show, show_table, write_stdout
+from x07_sandbox.cli.console import print_bytes, say, show, show_table, write_stdout
 from x07_sandbox.cli.json_output import print_document
-from x07_sandbox.cli.messages import print_bytes
 from x07_sandbox.cli.outputs import check_outputs, write_bytes
 from x07_sandbox.cli.parser import add_document_flags, file_path, nonempty, switch
 from x07_sandbox.errors import Command, HostError, SandboxError, UsageError
 from x07_sandbox.host.locks import is_locked
 from x07_sandbox.host.waiting import unix_ms
-from x07_sandbox.library.held import stored_result
 from x07_sandbox.records.listing import JobLine, RecentRun, inspect_run, list_jobs, program_of, recent_runs
 from x07_sandbox.records.runs import NET_LOG, find_run, known_run, run_folder, started_ms
 from x07_sandbox.records.stopping import KillReport, kill_run
-from x07_sandbox.sessions.result import Result
+from x07_sandbox.sessions.result import Result, stored_result
 from x07_sandbox.sessions.transfers import TerminalFilter
 
 _PS_EPILOG: Final = """A run is one call of x07 run or x07 exec. Each VM or container that a run starts is a job.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import pickle
 import select
 import socket
 import threading
@@ -18,7 +17,6 @@ from x07_sandbox.channel.link import Stream
 from x07_sandbox.channel.messages import Exec, encode
 from x07_sandbox.errors import BackendError, ChannelUsageError, SandboxError, UsageError
 from x07_sandbox.host import close_on_fork
-from x07_sandbox.host.documents import prepared
 from x07_sandbox.host.sockets import connected
 from x07_sandbox.library import resident
 from x07_sandbox.library.held_messages import (
@@ -48,7 +46,7 @@ from x07_sandbox.records.runs import SOCKET, all_runs
 from x07_sandbox.sessions.command import AnySandbox, Ended, Process
 from x07_sandbox.sessions.execution import Execution, terminal_kind
 from x07_sandbox.sessions.execution import order as command_order
-from x07_sandbox.sessions.result import Result
+from x07_sandbox.sessions.result import Result, stored_result
 from x07_sandbox.sessions.shared import SharedSession
 from x07_sandbox.sessions.transfers import CommandStreams, kept_streams
 
@@ -419,14 +417,6 @@ def ask(run: str, request: Request, within_s: float | None = _ANSWER_S) -> Answe
     return found[0]
 
 
-def stored_result(run: str) -> Result | None:
-    """Return the result of a sandbox that has ended, from the folder of its run, or None."""
-    try:
-        return msgspec.json.decode((all_runs() / run / "result.json").read_bytes(), type=prepared(Result))
-    except (OSError, msgspec.MsgspecError):
-        return None
-
-
 def status_of(run: str) -> Status | None:
     """Return facts about a sandbox from its holder, or None if it does not answer."""
     with contextlib.suppress(SandboxError):
@@ -445,6 +435,8 @@ def create(asked: Create, cancel_fd: int, progress: Callable[[str], None] = lamb
 
     cancel_fd: readable once the caller no longer wants the sandbox; Cancelled is raised then.
     """
+    import pickle  # only here
+
     with os.fdopen(os.memfd_create("x07-holder"), "r+b") as log:
         given, cancel = pickle.dumps(asked), (cancel_fd, "the sandbox was not opened")
         module, what = "x07_sandbox.library.holder", "cannot open the sandbox"

@@ -369,6 +369,17 @@ def draft_result(run: str) -> Result:
     )
 
 
+def stored_result(run: str) -> Result | None:
+    """Return the result of a run or sandbox that has ended, from its folder, or None."""
+    from x07_sandbox.host.documents import prepared  # only where a result is read
+    from x07_sandbox.records.runs import all_runs
+
+    try:
+        return msgspec.json.decode((all_runs() / run / "result.json").read_bytes(), type=prepared(Result))
+    except (OSError, msgspec.MsgspecError):
+        return None
+
+
 class Draft:
     """The result of a run in progress, as far as it is known: an interrupted run ends with it."""
 
