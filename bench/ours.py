@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.figures import WrongRunError, expected
-from x07_sandbox.backends.base import MachineKind
-from x07_sandbox.backends.handshake import greet
+from x07_sandbox.backends.base import MachineKind, greet
 from x07_sandbox.backends.qemu.hot import VARIABLE, hot_template, opened_hot
 from x07_sandbox.backends.qemu.machine import QMP_QUIT
 from x07_sandbox.backends.qemu.start import QemuJob, start_qemu
@@ -35,7 +34,7 @@ from x07_sandbox.policy.decode import default_policy, render_policy
 from x07_sandbox.policy.features import vm_features
 from x07_sandbox.policy.guest import UNCONFINED, ram_class_bytes
 from x07_sandbox.programs.toolchains import ARTIFACT
-from x07_sandbox.records.record import Claim, create_record, new_run_id
+from x07_sandbox.records.runs import Claim, create_record, new_run_id
 from x07_sandbox.sessions.request import in_memory
 from x07_sandbox.sessions.session import Session
 from x07_sandbox.sessions.specs import CWD, SessionSpec, opening

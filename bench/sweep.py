@@ -21,14 +21,14 @@ from x07_sandbox.backends.registry import find
 from x07_sandbox.host.processes import Identity, own_identity
 from x07_sandbox.library import upkeep
 from x07_sandbox.records.pruning import Pruner
-from x07_sandbox.records.record import Claim, create_record, mark_done, new_run_id, write_owner
+from x07_sandbox.records.runs import Claim, create_record, mark_done, new_run_id, write_owner
 from x07_sandbox.records.stopping import live_records
 from x07_sandbox.records.sweep import sweep_jobs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from x07_sandbox.records.record import JobRecord
+    from x07_sandbox.records.runs import JobRecord
 
 _DEAD = Identity(pid=2**22 - 1, start_ticks=1)
 

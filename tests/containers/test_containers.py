@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from tests.engines import EngineUnderTest
     from x07_sandbox.backends.engines import Client
-    from x07_sandbox.records.record import JobRecord
+    from x07_sandbox.records.runs import JobRecord
 
 pytestmark = [pytest.mark.root]
 X07 = str(Path(sys.executable).with_name("x07"))

@@ -16,19 +16,17 @@ import pytest
 from msgspec.structs import replace
 
 from x07_sandbox.backends import registry
-from x07_sandbox.backends.base import Availability, Cloning, Greeting, Job
-from x07_sandbox.backends.handshake import greet
+from x07_sandbox.backends.base import Availability, Cloning, Greeting, Job, greet
 from x07_sandbox.backends.jailed import Jailed, Start, inner_process
 from x07_sandbox.backends.process import NoneBackend, agent_argv, agent_code, remove_folder
 from x07_sandbox.backends.registry import BackendRow
 from x07_sandbox.conformance import harness
 from x07_sandbox.conformance.behaviours import BEHAVIOURS, check_behaviour, conform
 from x07_sandbox.conformance.harness import open_bench
-from x07_sandbox.host.close_on_fork import FdGroup
-from x07_sandbox.host.processes import Launch, launch, own_identity
+from x07_sandbox.host.processes import FdGroup, Launch, launch, own_identity
 from x07_sandbox.jail.bwrap import supervisor_argv
 from x07_sandbox.policy.features import Features
-from x07_sandbox.records.record import JobRecord, create_record, mark_done
+from x07_sandbox.records.runs import JobRecord, create_record, mark_done
 from x07_sandbox.records.stopping import stop_recorded
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from tests.process.conversation import Conversation, Ended, Program
 from x07_sandbox.backends.process import NoneBackend, OsBackend, start_confined, start_unconfined
 from x07_sandbox.errors import HostError
 from x07_sandbox.host.processes import has_mark
-from x07_sandbox.records.record import Claim, JobRecord, create_record, new_run_id
+from x07_sandbox.records.runs import Claim, JobRecord, create_record, new_run_id
 
 if TYPE_CHECKING:
     from x07_sandbox.backends.jailed import StreamInstance

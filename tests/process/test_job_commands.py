@@ -18,8 +18,7 @@ import pytest
 from tests.command import x07 as command
 from tests.published import document
 from tests.unit.test_stop_rules import GONE, edit, recorded
-from x07_sandbox.records.record import mark_done, mark_reaped
-from x07_sandbox.records.runs import runs_dir
+from x07_sandbox.records.runs import mark_done, mark_reaped, runs_dir
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

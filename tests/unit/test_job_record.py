@@ -19,8 +19,8 @@ from x07_sandbox.errors import HostError
 from x07_sandbox.host.linux import boot_id, boot_ms, pid_namespace
 from x07_sandbox.host.processes import identify
 from x07_sandbox.host.waiting import unix_ms
-from x07_sandbox.records import record as records
-from x07_sandbox.records.record import (
+from x07_sandbox.records import runs as records
+from x07_sandbox.records.runs import (
     Claim,
     JobRecord,
     create_record,
@@ -315,7 +315,7 @@ def test_processes_that_start_together_agree_on_one_id(home: Path) -> None:
     """Processes that start at the same time agree on one id."""
     code = (
         "import pathlib, sys\n"
-        "from x07_sandbox.records.record import runner_instance\n"
+        "from x07_sandbox.records.runs import runner_instance\n"
         "print('ready', flush=True)\n"
         "sys.stdin.readline()\n"
         "print(runner_instance(pathlib.Path(sys.argv[1])))\n"

@@ -28,8 +28,7 @@ from x07_sandbox.images import store
 from x07_sandbox.library.cleanup import prune
 from x07_sandbox.programs.artifacts import artifact_key
 from x07_sandbox.records.pruning import PARTS, Part, PruneReport, everything
-from x07_sandbox.records.record import Claim, JobRecord, create_record, mark_done, write_owner
-from x07_sandbox.records.runs import APPLYING
+from x07_sandbox.records.runs import APPLYING, Claim, JobRecord, create_record, mark_done, write_owner
 from x07_sandbox.sessions.transfers import RunFolder
 
 DAY_MS = 86_400_000

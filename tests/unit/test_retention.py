@@ -17,8 +17,7 @@ from x07_sandbox.host.paths import private_dir
 from x07_sandbox.images import store
 from x07_sandbox.library.upkeep import retain_records
 from x07_sandbox.records.pruning import Pruner, prune_records
-from x07_sandbox.records.record import JobRecord
-from x07_sandbox.records.runs import RETENTION
+from x07_sandbox.records.runs import RETENTION, JobRecord
 
 
 @pytest.fixture(autouse=True)

@@ -18,9 +18,8 @@ from msgspec.structs import replace
 
 from tests.vm.programs import lies
 from tests.vm.programs.lies import EXITED
-from x07_sandbox.backends import handshake
-from x07_sandbox.backends.base import NoAnswerError
-from x07_sandbox.backends.handshake import evidence_of, greet
+from x07_sandbox.backends import base
+from x07_sandbox.backends.base import NoAnswerError, evidence_of, greet
 from x07_sandbox.channel import streams
 from x07_sandbox.channel.connection import Connection
 from x07_sandbox.channel.link import DATA_MAX, WINDOW, State, Stream
@@ -48,7 +47,7 @@ from x07_sandbox.channel.messages import (
 from x07_sandbox.channel.streams import Event, Role
 from x07_sandbox.channel.trees import Entry, Kind
 from x07_sandbox.files.incoming import Incoming
-from x07_sandbox.host import settings
+from x07_sandbox.host import settings, waiting
 from x07_sandbox.host.waiting import Cancel, Deadline
 from x07_sandbox.policy.outcomes import Stage, classify
 from x07_sandbox.sessions import execution
@@ -279,7 +278,8 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Runs]:
     """Phases whose guest and clock the test controls."""
     clock = FakeClock()
     monkeypatch.setattr(execution, "Deadline", clock)
-    monkeypatch.setattr(handshake, "Deadline", clock)
+    monkeypatch.setattr(base, "Deadline", clock)
+    monkeypatch.setattr(waiting, "Deadline", clock)
     with contextlib.ExitStack() as stack:
         yield lambda start_mode="cold", **given: Run(start_mode, stack, clock, **given)
 

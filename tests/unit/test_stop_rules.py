@@ -12,7 +12,7 @@ import pytest
 from x07_sandbox.host.linux import boot_id, pid_namespace
 from x07_sandbox.host.processes import Identity, own_identity
 from x07_sandbox.records.reader import Now, StoredJob, all_stored, here_and_now, judge, read_stored, state_of
-from x07_sandbox.records.record import (
+from x07_sandbox.records.runs import (
     Claim,
     JobRecord,
     create_record,

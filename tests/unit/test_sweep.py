@@ -21,7 +21,7 @@ from x07_sandbox.host import waiting
 from x07_sandbox.host.processes import Identity, identify, own_identity
 from x07_sandbox.library.cleanup import sweep
 from x07_sandbox.records.pruning import Pruner
-from x07_sandbox.records.record import Claim, JobRecord, create_record, mark_done, new_run_id, runner_instance
+from x07_sandbox.records.runs import Claim, JobRecord, create_record, mark_done, new_run_id, runner_instance
 from x07_sandbox.records.stopping import Orphan
 from x07_sandbox.records.sweep import SweepReport, sweep_jobs, why_kept
 from x07_sandbox.sessions.transfers import RunFolder

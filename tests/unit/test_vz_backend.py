@@ -21,7 +21,7 @@ from x07_sandbox.host.waiting import Caller, Cancel
 from x07_sandbox.images import store
 from x07_sandbox.images.verify import OpenImage
 from x07_sandbox.images.vz_bundle import SCHEMA, Bundle, OpenBundle
-from x07_sandbox.records.record import Claim
+from x07_sandbox.records.runs import Claim
 
 HELPER: Final = Path(__file__).resolve().parents[1] / "vz_helper.py"
 GOOD: Final = {

@@ -28,8 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
 
-from x07_sandbox.backends.base import MachineKind, NoAnswerError
-from x07_sandbox.backends.handshake import evidence_of, greet
+from x07_sandbox.backends.base import MachineKind, NoAnswerError, evidence_of, greet
 from x07_sandbox.backends.qemu.start import Hot, QemuJob, Warming, start_qemu
 from x07_sandbox.channel.messages import Exec
 from x07_sandbox.errors import BackendError
@@ -44,7 +43,7 @@ from x07_sandbox.policy.controls import run_limits
 from x07_sandbox.policy.decode import default_policy
 from x07_sandbox.policy.guest import UNCONFINED
 from x07_sandbox.policy.outcomes import classify
-from x07_sandbox.records.record import Claim, create_record, new_run_id
+from x07_sandbox.records.runs import Claim, create_record, new_run_id
 from x07_sandbox.sessions.session import Session
 from x07_sandbox.sessions.specs import CWD, opening
 from x07_sandbox.sessions.transfers import CommandStreams, Receivers, Sink

@@ -29,7 +29,7 @@ from tests.vm.conftest import (
     owners,
     usual_start,
 )
-from x07_sandbox.backends import handshake
+from x07_sandbox.backends import base
 from x07_sandbox.backends.qemu.hot import IMAGES, VARIABLE
 from x07_sandbox.backends.qemu.instance import QemuInstance
 from x07_sandbox.backends.qemu.template import (
@@ -49,7 +49,7 @@ from x07_sandbox.host.paths import cache_folder
 from x07_sandbox.host.verdicts import forget
 from x07_sandbox.images.build import build_image
 from x07_sandbox.images.store import find_image
-from x07_sandbox.jail.forms import needed_files
+from x07_sandbox.jail.bwrap import needed_files
 from x07_sandbox.library.warm import WarmMachines
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ def test_a_clones_clock_is_the_runners(either: Sandbox, monkeypatch: pytest.Monk
     before_s, after_s, now = found()
     assert before_s > -1
     assert after_s < 1
-    monkeypatch.setattr(handshake, "unix_ns", lambda: waiting.unix_ns() + 3600 * 10**9)
+    monkeypatch.setattr(base, "unix_ns", lambda: waiting.unix_ns() + 3600 * 10**9)
     before_s, after_s, later = found()
     assert before_s > 3599
     assert after_s < 3601

@@ -16,8 +16,8 @@ import pytest
 
 from tests.vm.conftest import copy_cache, left_behind, usual_start
 from x07_sandbox import run_program
-from x07_sandbox.host import close_on_fork
 from x07_sandbox.host.locks import file_lock
+from x07_sandbox.host.processes import close_on_fork
 from x07_sandbox.records.admission import admitted
 
 if TYPE_CHECKING:

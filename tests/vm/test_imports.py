@@ -22,20 +22,20 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.vm, pytest.mark.usefixtures("state")]
 
 OURS: Final = """
-backends.base backends.handshake backends.jailed backends.prerequisites backends.qemu.backend backends.qemu.hot
+backends.base backends.jailed backends.prerequisites backends.qemu.backend backends.qemu.hot
 backends.qemu.instance backends.qemu.machine backends.qemu.start backends.qemu.template backends.registry
 channel.connection channel.contents channel.link channel.messages channel.streams
 cli.console cli.main cli.parser cli.run
 errors
-host.arch host.close_on_fork host.documents host.linux host.locks host.paths host.processes host.settings
+host.arch host.documents host.linux host.locks host.paths host.processes host.settings
 host.variables host.verdicts host.waiting
 images.store images.verify
-jail.bwrap jail.forms jail.resources jail.seccomp
+jail.bwrap jail.resources jail.seccomp
 library.upkeep
 options
 policy.controls policy.decode policy.denials policy.features policy.guest policy.model policy.outcomes
 programs.artifacts programs.toolchains
-records.admission records.record records.runs
+records.admission records.runs
 sessions.execution sessions.job sessions.prepare sessions.request sessions.result sessions.run sessions.session
 sessions.specs sessions.transfers
 """

@@ -41,7 +41,7 @@ from x07_sandbox.library.warm import WarmMachines
 from x07_sandbox.policy.decode import default_policy, render_policy
 from x07_sandbox.policy.guest import ram_class_bytes
 from x07_sandbox.records.admission import admitted
-from x07_sandbox.records.record import Claim, new_run_id
+from x07_sandbox.records.runs import Claim, new_run_id
 from x07_sandbox.sessions.request import RunCaller, RunRequest
 from x07_sandbox.sessions.run import attempt
 
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from x07_sandbox.backends.base import Lease
     from x07_sandbox.backends.qemu.instance import LeasedInstance, QemuInstance
     from x07_sandbox.images.store import Image
-    from x07_sandbox.records.record import JobRecord
+    from x07_sandbox.records.runs import JobRecord
     from x07_sandbox.sessions.result import Result
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(900)]

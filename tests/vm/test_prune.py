@@ -40,7 +40,7 @@ def test_prune_keeps_the_records_of_an_active_run(
     sandbox: Sandbox, threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`x07 prune` removes no record of an active run, even if the clock and the file times look old."""
-    monkeypatch.setattr("x07_sandbox.records.record.unix_ms", lambda: 1_000)
+    monkeypatch.setattr("x07_sandbox.records.runs.unix_ms", lambda: 1_000)
     sandbox.run_text("sleep.py", SLEEP)  # creates the snapshots, which are jobs too
     make_old(sandbox.state.parent)
     prune_runs()

@@ -27,7 +27,7 @@ from x07_sandbox.images.commands import unpack_root
 from x07_sandbox.images.store import ENTRY, Image, find_image
 from x07_sandbox.images.verify import OpenImage
 from x07_sandbox.policy.features import VM_CAPABILITIES, Features
-from x07_sandbox.records.record import state_home
+from x07_sandbox.records.runs import state_home
 
 _FLAGS: Final = ("--platform=systrap", "--network=none", "--host-uds=none", "--overlay2=none")
 _NO_FILTER: Final = "gVisor has no nftables, which the relay needs, so a policy that lists hosts is refused"

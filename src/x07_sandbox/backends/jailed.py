@@ -14,12 +14,11 @@ from typing import Final, NamedTuple, TypeVar
 from x07_sandbox.backends.base import Greeting, StartMode
 from x07_sandbox.errors import BackendError, HostError, escaped
 from x07_sandbox.host import settings
-from x07_sandbox.host.close_on_fork import FdGroup
 from x07_sandbox.host.linux import children_of, open_pidfd, send_signal
 from x07_sandbox.host.paths import closing_fd
-from x07_sandbox.host.processes import Identity, Launch, identify, launch, own_identity, wait_gone
+from x07_sandbox.host.processes import FdGroup, Identity, Launch, identify, launch, own_identity, wait_gone
 from x07_sandbox.host.waiting import Deadline, wait_readable
-from x07_sandbox.records.record import JobRecord, mark_done, write_owner
+from x07_sandbox.records.runs import JobRecord, mark_done, write_owner
 
 _J = TypeVar("_J", bound="Jailed")
 _SETUP_S: Final = 10.0

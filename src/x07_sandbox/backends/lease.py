@@ -14,14 +14,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from x07_sandbox.backends.base import Backend, Instance, Job
-from x07_sandbox.backends.handshake import greet
+from x07_sandbox.backends.base import Backend, Instance, Job, greet
 from x07_sandbox.errors import BackendError
-from x07_sandbox.host import close_on_fork
 from x07_sandbox.host.paths import cache_folder, state_dir
+from x07_sandbox.host.processes import close_on_fork
 from x07_sandbox.host.sockets import connected
 from x07_sandbox.host.waiting import wait_readable
-from x07_sandbox.records.record import record_from, record_values
+from x07_sandbox.records.runs import record_from, record_values
 
 PROTOCOL: Final = 3
 SOCKET: Final = "socket"

@@ -22,8 +22,7 @@ from typing import Final
 
 import msgspec
 
-from x07_sandbox.backends.base import Availability, Job
-from x07_sandbox.backends.handshake import Handshake, greet
+from x07_sandbox.backends.base import Availability, Handshake, Job, greet
 from x07_sandbox.backends.jailed import Ends, Start, StreamInstance, running
 from x07_sandbox.backends.prerequisites import Need, require, version_in
 from x07_sandbox.channel.link import State
@@ -41,7 +40,7 @@ from x07_sandbox.jail.resources import lease_uid, program_groups, remove_groups
 from x07_sandbox.kernel import landlock_version
 from x07_sandbox.policy.features import LEAVES_TREE, NO_ROOT, NOT_OBSERVED, Features
 from x07_sandbox.records.reader import StoredJob
-from x07_sandbox.records.record import Claim, JobRecord, create_record, drop_unstarted, new_run_id
+from x07_sandbox.records.runs import Claim, JobRecord, create_record, drop_unstarted, new_run_id
 from x07_sandbox.records.stopping import stop_recorded
 
 PYTHON: Final = "/usr/bin/python3"

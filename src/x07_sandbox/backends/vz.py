@@ -20,8 +20,7 @@ from typing import Final, Literal
 
 import msgspec
 
-from x07_sandbox.backends.base import Availability, Job
-from x07_sandbox.backends.handshake import greet
+from x07_sandbox.backends.base import Availability, Job, greet
 from x07_sandbox.backends.jailed import Ends, Start, StreamInstance, running
 from x07_sandbox.backends.prerequisites import Need, require
 from x07_sandbox.errors import BackendError, HostError, ImageError
@@ -35,7 +34,7 @@ from x07_sandbox.host.waiting import Deadline, wait_readable
 from x07_sandbox.images.verify import OpenImage, write_disk
 from x07_sandbox.images.vz_bundle import OpenBundle, open_bundle
 from x07_sandbox.policy.features import Features, vm_features
-from x07_sandbox.records.record import JobRecord, create_record, drop_unstarted, state_home
+from x07_sandbox.records.runs import JobRecord, create_record, drop_unstarted, state_home
 from x07_sandbox.records.stopping import stop_recorded
 
 BUNDLE: Final = "X07_VM_VZ_GUEST_BUNDLE"

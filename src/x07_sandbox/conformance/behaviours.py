@@ -46,7 +46,7 @@ from x07_sandbox.policy.denials import CONNECTS
 from x07_sandbox.policy.features import Isolation
 from x07_sandbox.policy.guest import RAM_CLASSES
 from x07_sandbox.policy.model import HostPorts
-from x07_sandbox.records.record import Claim, new_run_id
+from x07_sandbox.records.runs import Claim, new_run_id
 
 if TYPE_CHECKING:
     from x07_sandbox.sessions.result import Result

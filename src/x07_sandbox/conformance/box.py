@@ -14,7 +14,7 @@ from x07_sandbox.conformance.harness import ANSWER_S, Bench, BrokenError, expect
 from x07_sandbox.host import settings
 from x07_sandbox.host.waiting import Caller, Cancel
 from x07_sandbox.policy.guest import RAM_CLASSES, UNCONFINED
-from x07_sandbox.records.record import Claim, new_run_id
+from x07_sandbox.records.runs import Claim, new_run_id
 from x07_sandbox.sessions.execution import FILES
 from x07_sandbox.sessions.files import FileServer
 from x07_sandbox.sessions.session import Session

@@ -41,7 +41,7 @@ from x07_sandbox.sessions.transfers import OutFile, memory_file
 
 if TYPE_CHECKING:
     from x07_sandbox.backends.base import Backend
-    from x07_sandbox.records.record import JobRecord
+    from x07_sandbox.records.runs import JobRecord
     from x07_sandbox.sessions.result import Result
 
 _T = TypeVar("_T")

@@ -26,9 +26,10 @@ from x07_sandbox.files.inode import MISSING, ConflictError, conflict_error
 from x07_sandbox.files.journal import Head, Place, Site, Step
 from x07_sandbox.files.protected import completed_repository, why_repository
 from x07_sandbox.files.staging import Planner, fill, undo_changes
-from x07_sandbox.host import beneath, close_on_fork, linux, settings
+from x07_sandbox.host import beneath, linux, settings
 from x07_sandbox.host.locks import OnWait, lock_fd_held
 from x07_sandbox.host.paths import closing_fd, private_dir
+from x07_sandbox.host.processes import close_on_fork
 
 __all__ = ["ConflictError", "apply", "recover"]
 

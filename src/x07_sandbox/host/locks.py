@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
-from x07_sandbox.host import close_on_fork
 from x07_sandbox.host.paths import closing_fd, open_private_file
+from x07_sandbox.host.processes import close_on_fork
 from x07_sandbox.host.waiting import LOOK_AGAIN_S, Deadline
 
 Pause = Callable[[], None]

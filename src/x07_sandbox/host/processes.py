@@ -4,10 +4,15 @@ A mark is a random text that x07 puts into the arguments of a job's processes, t
 
 One thread starts every virtual machine of this process. The kernel sends the parent-death signal when the *thread* that
 started a child ends (prctl(2)), so this thread must live as long as the process.
+
+Descriptors that a forked child must not keep open are given to `close_on_fork`. A lock (flock(2)), connection or pipe
+lasts as long as any copy of its descriptor. O_CLOEXEC does not close the copy of a child that never calls exec, such as
+a multiprocessing child. That child would keep a dead parent's locks.
 """
 
 import contextlib
 import errno
+import fcntl
 import os
 import queue
 import signal
@@ -21,13 +26,84 @@ from typing import IO, Annotated, Final
 import msgspec
 
 from x07_sandbox.errors import HostError
-from x07_sandbox.host import close_on_fork, start_thread
+from x07_sandbox.host import start_thread
 from x07_sandbox.host.linux import of_process, open_pidfd, process_ids, send_signal
 from x07_sandbox.host.paths import closing_fd
 from x07_sandbox.host.variables import inherited_environment
 from x07_sandbox.host.waiting import wait_readable
 
 COMMAND_ENVIRONMENT: Final = MappingProxyType({"PATH": "/usr/bin:/bin", "LC_ALL": "C"})
+
+
+class _CloseOnFork:
+    """The descriptors of this process that forked children must not keep open."""
+
+    def __init__(self) -> None:
+        self._ours: set[int] = set()
+        self._starting = threading.RLock()  # only its owner can release it, even if a signal interrupts
+        os.register_at_fork(
+            before=self._starting.acquire, after_in_parent=self._starting.release, after_in_child=self._after_fork
+        )
+
+    def add(self, fd: int) -> int:
+        """Make every child forked from now on replace *fd* by /dev/null. Return *fd*."""
+        self._ours.add(fd)
+        return fd
+
+    def unlock(self, fd: int) -> None:
+        """Release the lock of a descriptor and close the descriptor, even if a forked child still has a copy."""
+        self._ours.discard(fd)
+        fcntl.flock(fd, fcntl.LOCK_UN)
+        os.close(fd)
+
+    def close(self, fd: int) -> None:
+        """Close a descriptor. Its lock stays if another process has a copy of the descriptor."""
+        self._ours.discard(fd)
+        os.close(fd)
+
+    def discard(self, fd: int) -> None:
+        """Let forked children keep a descriptor that was added before. The caller closes the descriptor."""
+        self._ours.discard(fd)
+
+    def no_fork(self) -> contextlib.AbstractContextManager[object]:
+        """Return a context in which this process does not fork.
+
+        subprocess.Popen needs it: Popen waits for a pipe to close, and a forked child would keep the pipe open.
+        """
+        return self._starting
+
+    def _after_fork(self) -> None:
+        self._starting.release()
+        if not self._ours:
+            return
+        with contextlib.suppress(OSError):
+            # Not closed: copied objects still refer to these numbers and will close them.
+            null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+            for fd in self._ours:
+                with contextlib.suppress(OSError):
+                    os.dup2(null, fd, inheritable=False)
+            os.close(null)
+        self._ours.clear()
+
+
+close_on_fork: Final = _CloseOnFork()
+
+
+class FdGroup:
+    """Descriptors that are closed together, exactly once. Forked children do not keep them open."""
+
+    def __init__(self) -> None:
+        self._fds: list[int] = []
+
+    def add(self, owned_fd: int) -> int:
+        """Add a descriptor and return it."""
+        self._fds.append(close_on_fork.add(owned_fd))
+        return owned_fd
+
+    def close(self) -> None:
+        """Close all descriptors. Idempotent."""
+        while self._fds:
+            close_on_fork.close(self._fds.pop())
 
 
 class Identity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

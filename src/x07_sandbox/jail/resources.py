@@ -21,10 +21,9 @@ import msgspec
 import msgspec.structs
 
 from x07_sandbox.errors import HostError
-from x07_sandbox.host import close_on_fork
 from x07_sandbox.host.linux import sees_every_process
 from x07_sandbox.host.paths import private_dir
-from x07_sandbox.host.processes import identify
+from x07_sandbox.host.processes import close_on_fork, identify
 from x07_sandbox.host.waiting import unix_ms
 
 COUNT: Final = 4096

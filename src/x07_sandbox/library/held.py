@@ -16,7 +16,7 @@ import msgspec
 from x07_sandbox.channel.link import Stream
 from x07_sandbox.channel.messages import Exec, encode
 from x07_sandbox.errors import BackendError, ChannelUsageError, SandboxError, UsageError
-from x07_sandbox.host import close_on_fork
+from x07_sandbox.host.processes import close_on_fork
 from x07_sandbox.host.sockets import connected
 from x07_sandbox.library import resident
 from x07_sandbox.library.held_messages import (

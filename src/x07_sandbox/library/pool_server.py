@@ -32,7 +32,7 @@ from x07_sandbox.host.sockets import listening
 from x07_sandbox.host.waiting import Deadline, input_poll
 from x07_sandbox.library.resident import Problem, Progress, Ready, Server, Starter, run
 from x07_sandbox.library.warm import WarmMachine, WarmMachines
-from x07_sandbox.records.record import Claim
+from x07_sandbox.records.runs import Claim
 
 _JOB_ID: Final = re.compile(r"[0-9]{1,20}-[0-9]{1,10}-[0-9]{1,10}-[a-z]{1,16}")
 _WALL_MS_MAX: Final = 86_400_000

@@ -380,7 +380,7 @@ class _Output:
                     self._cancel()
 
     def __enter__(self) -> Self:
-        from x07_sandbox.host import close_on_fork
+        from x07_sandbox.host.processes import close_on_fork
 
         for fd in self.fds:
             close_on_fork.add(fd)  # a forked child would keep the threads reading
@@ -389,7 +389,7 @@ class _Output:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        from x07_sandbox.host import close_on_fork
+        from x07_sandbox.host.processes import close_on_fork
 
         for fd in self.fds:
             close_on_fork.close(fd)

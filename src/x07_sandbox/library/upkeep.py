@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Final
 from x07_sandbox.errors import SandboxError
 from x07_sandbox.host.paths import cache_dir, state_dir
 from x07_sandbox.host.waiting import unix_ms
-from x07_sandbox.records.record import JOB_NAME, unfinished_jobs
-from x07_sandbox.records.runs import RETENTION, runs_dir
+from x07_sandbox.records.runs import JOB_NAME, RETENTION, runs_dir, unfinished_jobs
 
 if TYPE_CHECKING:
     from collections.abc import Callable

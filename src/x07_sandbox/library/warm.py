@@ -12,8 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Final
 
-from x07_sandbox.backends.base import Backend, Cloning, Instance, Job, MachineKind, NoAnswerError
-from x07_sandbox.backends.handshake import greet
+from x07_sandbox.backends.base import Backend, Cloning, Instance, Job, MachineKind, NoAnswerError, greet
 from x07_sandbox.backends.registry import choice_from_environment, create
 from x07_sandbox.errors import BackendError, Cancelled, Command, HostError, SandboxError, UsageError
 from x07_sandbox.host import settings
@@ -25,7 +24,7 @@ from x07_sandbox.images.verify import open_image
 from x07_sandbox.policy.decode import default_policy
 from x07_sandbox.policy.guest import ram_class_bytes
 from x07_sandbox.records.admission import admitted, warm_slots
-from x07_sandbox.records.record import Claim, new_run_id
+from x07_sandbox.records.runs import Claim, new_run_id
 from x07_sandbox.sessions.prepare import check_pinned, current_image
 from x07_sandbox.sessions.saving import needs_of_programs, warm_up
 

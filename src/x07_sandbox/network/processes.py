@@ -16,11 +16,10 @@ from typing import Final
 import msgspec
 
 from x07_sandbox.errors import HostError
-from x07_sandbox.host import close_on_fork
 from x07_sandbox.host.documents import prepared
 from x07_sandbox.host.linux import memory_file
 from x07_sandbox.host.paths import raised_as
-from x07_sandbox.host.processes import Launch, launch
+from x07_sandbox.host.processes import FdGroup, Launch, close_on_fork, launch
 from x07_sandbox.host.waiting import wait_readable
 from x07_sandbox.jail.resources import lease_uid
 from x07_sandbox.network.ledger import ACCOUNT
@@ -152,7 +151,7 @@ def gate_running(config: GateConfig, log_fd: int) -> Iterator[GateProcess]:
     with contextlib.ExitStack() as stack:
         uid, lock_fd = stack.enter_context(lease_uid()) if os.geteuid() == 0 else (-1, None)
         locks = () if lock_fd is None else (lock_fd,)
-        given = close_on_fork.FdGroup()
+        given = FdGroup()
         stack.callback(given.close)
         ours, control = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         close_on_fork.add(ours.fileno())
@@ -160,7 +159,7 @@ def gate_running(config: GateConfig, log_fd: int) -> Iterator[GateProcess]:
         control_fd = given.add(control.detach())
         names = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         gate_fd, resolver_fd = (given.add(end.detach()) for end in names)
-        files = close_on_fork.FdGroup()
+        files = FdGroup()
         stack.callback(files.close)
         contents = (config.encoded(), b"", b"", b"")
         config_fd, account_fd, stderr_fd, resolver_stderr_fd = (files.add(memory_file(data)) for data in contents)

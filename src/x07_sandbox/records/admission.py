@@ -21,10 +21,10 @@ from typing import Final
 import msgspec
 
 from x07_sandbox.errors import Cancelled, Command, HostError, RefusedError
-from x07_sandbox.host import close_on_fork, settings
+from x07_sandbox.host import settings
 from x07_sandbox.host.linux import cores, memory_bytes, open_pidfd
 from x07_sandbox.host.paths import cache_folder, fix_for, open_private_file
-from x07_sandbox.host.processes import need_exit_statuses
+from x07_sandbox.host.processes import close_on_fork, need_exit_statuses
 from x07_sandbox.host.variables import number
 from x07_sandbox.host.waiting import Deadline
 

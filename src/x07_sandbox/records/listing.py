@@ -24,8 +24,7 @@ from x07_sandbox.records.reader import (
     overdue_ms,
     state_of,
 )
-from x07_sandbox.records.record import JOB_NAME
-from x07_sandbox.records.runs import KILL, REQUEST, SANDBOX, run_folder, run_names, started_ms
+from x07_sandbox.records.runs import JOB_NAME, KILL, REQUEST, SANDBOX, run_folder, run_names, started_ms
 
 _T = TypeVar("_T", bound=msgspec.Struct)
 _LIVE: Final = frozenset({"starting", "running", "ending", "orphaned", "expired"})

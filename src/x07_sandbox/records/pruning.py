@@ -27,8 +27,7 @@ from x07_sandbox.host.processes import is_alive
 from x07_sandbox.host.user_settings import DiskLimits, disk_limits
 from x07_sandbox.host.waiting import Deadline, unix_ms
 from x07_sandbox.records.reader import StoredJob, read_stored
-from x07_sandbox.records.record import JOB_NAME, runner_instance
-from x07_sandbox.records.runs import APPLYING, RUN_NAME, runs_dir, started_ms
+from x07_sandbox.records.runs import APPLYING, JOB_NAME, RUN_NAME, runner_instance, runs_dir, started_ms
 
 Part = Literal["images", "cache", "runs"]
 PartName = Literal["images", "templates", "cache", "runs", "records"]  # of `x07 df`

@@ -20,7 +20,7 @@ from x07_sandbox.host import linux, processes, settings
 from x07_sandbox.host.documents import prepared
 from x07_sandbox.host.paths import closing_fd, state_dir, why_not_ours
 from x07_sandbox.host.processes import Identity
-from x07_sandbox.records.record import (
+from x07_sandbox.records.runs import (
     ENDS,
     JOB_NAME,
     JOB_SCHEMA,

@@ -1,21 +1,286 @@
-"""The folders of runs, `runs/RUN/`: where they are, the names of their files, and runs that a user names.
+"""Jobs and runs: the record of a job, which records/reader reads, and the folders of runs.
 
-A run's folder holds everything that is stored about the run except the records of its jobs. It is locked while the run
-is in progress.
+`job.json` has exactly the keys that the X07 language's tools use. `owner.json`, for this tool only, names the x07
+process to which the job belongs. A file `done` or `reaped` means that the job's machine (VM, container or confined
+process) is proven gone. The job's x07 process writes `done`; any other process writes `reaped`.
+
+A run's folder, `runs/RUN/`, holds everything that is stored about the run except the records of its jobs. It is locked
+while the run is in progress.
 """
 
+import contextlib
+import itertools
+import json
 import os
 import re
+from hashlib import sha256
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, Literal
 
 import msgspec
+from msgspec.structs import asdict, replace
 
-from x07_sandbox.errors import Command, Text, UsageError
+from x07_sandbox.errors import Command, HostError, Text, UsageError
+from x07_sandbox.host import settings
 from x07_sandbox.host.documents import prepared
-from x07_sandbox.host.paths import entries, private_dir, state_dir
+from x07_sandbox.host.linux import boot_id, boot_ms, pid_namespace
+from x07_sandbox.host.paths import entries, fix_for, private_dir, raised_as, replace_file, state_dir
+from x07_sandbox.host.processes import Identity
+from x07_sandbox.host.waiting import unix_ms
 from x07_sandbox.policy.denials import Denial
-from x07_sandbox.records.record import JOB_NAME, state_home
+
+JOB_SCHEMA: Final = "x07.vm.job@0.1.0"
+OWNER_SCHEMA: Final = "x07.sandbox.owner@0.1.0"
+JOB_NAME: Final = re.compile(r"((\d{1,15})-(\d{1,10})-\d{1,10})-([a-z][a-z0-9-]{0,63})")
+Ended = Literal["done", "reaped"]
+ENDS: Final[tuple[Ended, ...]] = ("done", "reaped")
+_MACHINE_ID: Final = Path("/etc/machine-id")
+_INSTANCE_ID: Final = re.compile(r"ri-[0-9a-f]{32}\n?")
+
+_FREE: Final = "Free disk space, or set X07_VM_STATE_DIR"
+
+_counter = itertools.count()
+
+
+def new_run_id() -> str:
+    """Return `<unix_ms>-<pid>-<n>`: unique on this machine unless the clock is set back within one process."""
+    return f"{unix_ms()}-{os.getpid()}-{next(_counter)}"
+
+
+class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """The fixed facts about a job.
+
+    mark: the random text among the arguments of the job's processes, which identifies them. deadline_boot_ms: the
+    deadline on the boot clock (host/waiting.boot_ms), which does not jump.
+    """
+
+    job_id: str
+    run_id: str
+    backend: str
+    folder: Path
+    created_unix_ms: int
+    deadline_unix_ms: int
+    grace_ms: int
+    mark: str
+    runner_instance: str
+    image_digest: str
+    deadline_boot_ms: int
+
+    def labels(self) -> dict[str, str]:
+        """Return the `io.x07.*` labels of the job's machine or container."""
+        return {
+            "io.x07.schema": "1",
+            "io.x07.run_id": self.job_id,
+            "io.x07.job_id": self.job_id,
+            "io.x07.runner_instance": self.runner_instance,
+            "io.x07.deadline_unix_ms": str(self.deadline_unix_ms),
+            "io.x07.backend": f"vm.{self.backend}",
+            "io.x07.created_unix_ms": str(self.created_unix_ms),
+            "io.x07.image_digest": self.image_digest,
+        }
+
+
+class Claim(msgspec.Struct, frozen=True, kw_only=True):
+    """The job of the phase *phase* in the run *run_id*. wall_ms: how long the job's program may run."""
+
+    run_id: str
+    phase: str
+    wall_ms: int
+
+    @property
+    def job_id(self) -> str:
+        """The job's id."""
+        return f"{self.run_id}-{self.phase}"
+
+    @property
+    def deadline_s(self) -> int:
+        """The time until the job is killed, in whole seconds."""
+        return (settings.allowance_ms() + self.wall_ms) // 1000 + 1
+
+
+def create_record(claim: Claim, *, backend: str, image_digest: str) -> JobRecord:
+    """Make the job's folder and write `job.json`. Raises HostError if that fails."""
+    root = private_dir(state_dir())
+    record = JobRecord(
+        backend=backend,
+        folder=root / claim.job_id,
+        mark=os.urandom(16).hex(),
+        runner_instance=runner_instance(root),
+        image_digest=image_digest,
+        **_claimed(claim),
+    )
+    with raised_as(HostError, f"cannot make the job's folder {record.folder}", _FREE):
+        record.folder.mkdir(mode=0o700)
+        record.folder.chmod(0o700)  # the umask may have removed some of these bits
+    try:
+        _write_job(record)
+    except HostError:
+        drop_unstarted(record)
+        raise
+    return record
+
+
+def record_values(record: JobRecord) -> dict[str, object]:
+    """Return a record as JSON values, for `record_from`."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(record).items()}
+
+
+def record_from(values: dict[str, object]) -> JobRecord:
+    """Return the record that has *values* (see `record_values`). Raises TypeError if a field is missing or unknown."""
+    return JobRecord(**(values | {"folder": Path(str(values["folder"]))}))  # type: ignore[arg-type]  # as written
+
+
+def renewed_record(record: JobRecord, claim: Claim) -> JobRecord:
+    """Rewrite a waiting machine's record for the job of *claim*. Raises HostError.
+
+    The record keeps its folder and the random mark that identifies the machine's processes.
+    """
+    renewed = replace(record, **_claimed(claim))
+    _write_job(renewed)
+    return renewed
+
+
+def _claimed(claim: Claim) -> dict[str, Any]:
+    """Return the fields of a record that depend on *claim* and the current time."""
+    created, allowed_ms = unix_ms(), settings.allowance_ms() + claim.wall_ms
+    return {
+        "job_id": claim.job_id,
+        "run_id": claim.run_id,
+        "created_unix_ms": created,
+        "deadline_unix_ms": created + allowed_ms,
+        "deadline_boot_ms": boot_ms() + allowed_ms,
+        "grace_ms": settings.grace_ms(claim.wall_ms),
+    }
+
+
+def renamed_record(record: JobRecord) -> JobRecord:
+    """Rename the record's folder after its job. Raises HostError if that fails."""
+    with raised_as(HostError, f"cannot rename {record.folder}", "Free disk space"):
+        folder = record.folder.rename(record.folder.with_name(record.job_id))
+    return replace(record, folder=folder)
+
+
+def _write_job(record: JobRecord) -> None:
+    known = {name: getattr(record, name) for name in ("created_unix_ms", "deadline_unix_ms", "grace_ms")}
+    head: dict[str, object] = {"schema_version": JOB_SCHEMA, "run_id": record.job_id, "backend": record.backend}
+    head |= {"container_id": f"x07-{record.job_id}", "pid": None}
+    _write_json(record.folder / "job.json", head | known | {"cleanup_ms": settings.CLEANUP_MS, "ctr": None})
+
+
+def drop_unstarted(record: JobRecord) -> None:
+    """Remove the folder of a job if it has no owner.json, because then nothing was started for the job."""
+    if not (record.folder / "owner.json").exists():
+        import shutil
+
+        shutil.rmtree(record.folder, ignore_errors=True)
+
+
+def write_owner(
+    record: JobRecord, *, runner: Identity, processes: dict[str, Identity], cgroups: tuple[str, ...]
+) -> None:
+    """Write owner.json: the job's x07 process (*runner*), its other processes and control groups.
+
+    Call this while the other processes still wait for permission to continue. Raises HostError if it fails.
+    """
+    _write_json(
+        record.folder / "owner.json",
+        {
+            "schema_version": OWNER_SCHEMA,
+            "run": record.run_id,
+            "instance": record.mark,
+            "boot_id": boot_id(),
+            "deadline_boot_ms": record.deadline_boot_ms,
+            "pid_namespace": pid_namespace(),
+            "runner": asdict(runner),
+            "processes": {name: asdict(identity) for name, identity in processes.items()},
+            "cgroups": list(cgroups),
+            "labels": record.labels(),
+        },
+    )
+
+
+def unfinished_jobs(root: Path, most: int | None = None) -> list[str]:
+    """Check the *most* newest jobs. Return the names of those without a `done` or `reaped` file, newest first."""
+    try:
+        names = [name for name in os.listdir(root) if JOB_NAME.fullmatch(name)]  # noqa: PTH208 - names are wanted
+    except OSError:
+        return []
+    names.sort(reverse=True)  # the names start with the run's time
+    place = os.fspath(root)
+    return [name for name in names[:most] if not any(os.path.lexists(f"{place}/{name}/{end}") for end in ENDS)]
+
+
+def mark_done(record: JobRecord) -> None:
+    """Write the file `done`: the job's machine is proven gone. For the job's own x07 process. Raises HostError."""
+    _write(record.folder / "done", b"done\n")
+
+
+def mark_reaped(record: JobRecord) -> None:
+    """Write the file `reaped`: the job's machine is proven gone. For all other processes. Raises HostError."""
+    _write(record.folder / "reaped", b"reaped\n")
+
+
+def state_home(root: Path) -> Path:
+    """Return the folder for other state files: the parent of *root* if only this user can write there, else *root*."""
+    info = root.parent.stat()
+    return root.parent if info.st_uid == os.geteuid() and not info.st_mode & 0o022 else root
+
+
+def runner_instance(root: Path) -> str:
+    """Return the stable `runner_instance` id of this user on this machine. Raises HostError for a damaged file.
+
+    Machines or users may share a home folder (NFS, a container's volume), but a pid on one machine means nothing on
+    another. The file `runner_instance` has the format of X07's tools. `runner_instance.owner` records the machine and
+    uid to which the id belongs. Every other machine or uid derives its own id from both files, so that no process takes
+    another machine's jobs for its own.
+    """
+    path = state_home(root) / "runner_instance"
+    try:
+        made = _made_once(path, f"ri-{os.urandom(16).hex()}\n")
+        if not _INSTANCE_ID.fullmatch(made):
+            raise HostError(f"cannot use {path}", "it contains no valid id", "Remove the file. x07 creates a new one")
+        made, ours = made.strip(), _machine_and_user()
+        if _made_once(path.with_name("runner_instance.owner"), f"{ours}\n").strip() == ours:
+            return made
+        return f"ri-{_sha256(made, ours)[:32]}"
+    except OSError as exc:
+        fix = fix_for(exc, "Remove the file. x07 creates a new one")
+        raise HostError(f"cannot use {path}", exc.strerror or str(exc), fix) from exc
+
+
+def _machine_and_user() -> str:
+    """Return a digest of this machine's id and uid. machine-id(5) asks programs not to reveal the id itself."""
+    try:
+        machine = _MACHINE_ID.read_text(encoding="ascii", errors="replace").strip()
+    except OSError:
+        machine = ""  # as in many containers
+    return _sha256("x07-sandbox", machine, str(os.geteuid()))
+
+
+def _sha256(*words: str) -> str:
+    return sha256("\0".join(words).encode()).hexdigest()
+
+
+def _made_once(path: Path, content: str) -> str:
+    """Create a small file with *content* if it is missing, and return the start of it. Raises OSError, HostError."""
+    if not path.exists():
+        temporary = path.with_name(f".{path.name}.{os.urandom(8).hex()}")
+        _write(temporary, content.encode())
+        with contextlib.suppress(FileExistsError):  # another process was faster
+            os.link(temporary, path)
+        temporary.unlink()
+    with path.open(encoding="ascii", errors="replace") as file:
+        return file.read(256)
+
+
+def _write_json(path: Path, value: dict[str, object]) -> None:
+    _write(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def _write(path: Path, data: bytes) -> None:
+    with raised_as(HostError, f"cannot write {path}", _FREE):
+        replace_file(path, data)
+
 
 KILL: Final = "kill"  # a pipe to the x07 process of the run
 SANDBOX: Final = "sandbox.json"  # a SandboxRecord

@@ -17,8 +17,15 @@ from x07_sandbox.host.paths import closing_fd, state_dir
 from x07_sandbox.host.processes import Identity, is_alive, kill_identity, processes_with_mark, wait_gone
 from x07_sandbox.host.waiting import Deadline
 from x07_sandbox.records.reader import StoredJob, all_stored, here_and_now, read_stored, state_of
-from x07_sandbox.records.record import JOB_NAME, JobRecord, mark_reaped, runner_instance, unfinished_jobs
-from x07_sandbox.records.runs import KILL, run_folder
+from x07_sandbox.records.runs import (
+    JOB_NAME,
+    KILL,
+    JobRecord,
+    mark_reaped,
+    run_folder,
+    runner_instance,
+    unfinished_jobs,
+)
 
 _GONE_S: Final = 10.0
 _GRACE_S: Final = 2.0

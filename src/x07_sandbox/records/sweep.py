@@ -24,8 +24,7 @@ from x07_sandbox.host.processes import identify
 from x07_sandbox.host.waiting import Deadline, unix_ms
 from x07_sandbox.records.pruning import Pruner, Row, doomed_name
 from x07_sandbox.records.reader import Now, StoredJob, here_and_now, judge, locked_stored
-from x07_sandbox.records.record import ENDS, JOB_NAME, runner_instance, unfinished_jobs
-from x07_sandbox.records.runs import run_folder
+from x07_sandbox.records.runs import ENDS, JOB_NAME, run_folder, runner_instance, unfinished_jobs
 from x07_sandbox.records.stopping import FindBackend, HoldsInstances
 
 # job: a job that was ended, cleaned up and recorded as reaped. unstarted: the folder of a job that never started.

@@ -66,8 +66,7 @@ from x07_sandbox.options import flag_for_file
 from x07_sandbox.policy.denials import Denial, GuestMount
 from x07_sandbox.policy.guest import OUT, PROGRAM, WORK
 from x07_sandbox.programs.toolchains import PROJECT_FOLDER
-from x07_sandbox.records.record import state_home
-from x07_sandbox.records.runs import runs_dir
+from x07_sandbox.records.runs import runs_dir, state_home
 from x07_sandbox.sessions.refusals import apply_command, denial, denials_and_entries, flag_for
 from x07_sandbox.sessions.request import Program, ProjectPolicy, RunRequest, is_built_in
 from x07_sandbox.sessions.result import Changes, ChangesChoice, LeftOutEntry

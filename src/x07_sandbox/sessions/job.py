@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from msgspec.structs import replace
 
-from x07_sandbox.backends.base import Cloning, Instance, MachineKind, NoAnswerError
-from x07_sandbox.backends.handshake import evidence_of
+from x07_sandbox.backends.base import Cloning, Instance, MachineKind, NoAnswerError, evidence_of
 from x07_sandbox.errors import BackendError, Flag
 from x07_sandbox.host import settings
 from x07_sandbox.host.variables import flag
 from x07_sandbox.records.admission import RUNS, Slots, admitted
-from x07_sandbox.records.record import Claim
+from x07_sandbox.records.runs import Claim
 from x07_sandbox.sessions.prepare import Prepared, output_caps
 from x07_sandbox.sessions.result import EMPTY_OUTPUT, PhaseReport
 from x07_sandbox.sessions.transfers import CommandStreams, Sink

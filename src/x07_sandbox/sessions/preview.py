@@ -9,7 +9,7 @@ import msgspec
 
 from x07_sandbox.files.copy import Root, trees_of
 from x07_sandbox.policy.controls import Plan
-from x07_sandbox.records.record import new_run_id
+from x07_sandbox.records.runs import new_run_id
 from x07_sandbox.sessions.host_files import effective_roots
 from x07_sandbox.sessions.prepare import Prepared, prepare, wants_scaling
 from x07_sandbox.sessions.request import loaded

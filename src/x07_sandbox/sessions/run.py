@@ -30,8 +30,7 @@ from x07_sandbox.policy.denials import Denial, HowToAllow, Outcome
 from x07_sandbox.policy.model import PolicyError
 from x07_sandbox.programs import artifacts
 from x07_sandbox.programs.toolchains import OUTPUT, build_driver
-from x07_sandbox.records.record import new_run_id
-from x07_sandbox.records.runs import REQUEST
+from x07_sandbox.records.runs import REQUEST, new_run_id
 from x07_sandbox.sessions.job import JobEnd, run_job
 from x07_sandbox.sessions.prepare import Prepared, output_caps, prepare, wants_scaling
 from x07_sandbox.sessions.request import loaded, sha256_text

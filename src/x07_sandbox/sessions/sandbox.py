@@ -31,8 +31,7 @@ from x07_sandbox.options import milliseconds
 from x07_sandbox.policy.denials import CONNECTS, NetworkUse
 from x07_sandbox.policy.outcomes import Verdict, cancelled_verdict, classify, limit_set_by, verdict
 from x07_sandbox.records.admission import SANDBOXES
-from x07_sandbox.records.record import new_run_id
-from x07_sandbox.records.runs import SANDBOX, SandboxRecord
+from x07_sandbox.records.runs import SANDBOX, SandboxRecord, new_run_id
 from x07_sandbox.sessions.command import AnySandbox, Ended, Process
 from x07_sandbox.sessions.denials import Observed, ending_of
 from x07_sandbox.sessions.execution import FILES, terminal_kind

@@ -23,8 +23,7 @@ from typing import TYPE_CHECKING, Final
 
 from msgspec.structs import replace
 
-from x07_sandbox.backends.base import MachineKind
-from x07_sandbox.backends.handshake import greet
+from x07_sandbox.backends.base import MachineKind, greet
 from x07_sandbox.backends.registry import BackendRequest, create, select, this_platform
 from x07_sandbox.channel.messages import Exec, Left
 from x07_sandbox.errors import BackendError, HostError

@@ -25,7 +25,7 @@ from x07_sandbox.policy.controls import RunLimits, make_plan
 from x07_sandbox.policy.decode import default_policy, render_policy
 from x07_sandbox.policy.schema import largest
 from x07_sandbox.programs.toolchains import OUTPUT
-from x07_sandbox.records.record import new_run_id
+from x07_sandbox.records.runs import new_run_id
 from x07_sandbox.sessions.job import run_job
 from x07_sandbox.sessions.request import EffectivePolicy, RunCaller, RunRequest, load_program
 from x07_sandbox.sessions.result import Scaling

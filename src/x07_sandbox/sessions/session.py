@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from x07_sandbox.backends.handshake import wait_for_exit
+from x07_sandbox.backends.base import wait_for_exit
 from x07_sandbox.channel import streams
 from x07_sandbox.channel.connection import Carrier
 from x07_sandbox.channel.link import COMMANDS_MAX, DATA_MAX, State, Stream

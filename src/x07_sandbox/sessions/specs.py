@@ -40,7 +40,7 @@ from x07_sandbox.sessions.transfers import InFile, OutFile, Receivers
 if TYPE_CHECKING:
     from x07_sandbox.host.waiting import Caller
     from x07_sandbox.images.verify import OpenImage
-    from x07_sandbox.records.record import Claim
+    from x07_sandbox.records.runs import Claim
     from x07_sandbox.sessions.host_files import HostFiles
     from x07_sandbox.sessions.prepare import Prepared
     from x07_sandbox.sessions.private_files import LeftFiles

@@ -15,7 +15,7 @@ from x07_sandbox.backends.base import MachineKind
 from x07_sandbox.backends.qemu.start import QemuJob, start_qemu
 from x07_sandbox.images.store import find_image
 from x07_sandbox.images.verify import open_image
-from x07_sandbox.records.record import Claim, create_record, new_run_id
+from x07_sandbox.records.runs import Claim, create_record, new_run_id
 
 
 def main(image: str, deadline_s: str) -> None:

@@ -14,11 +14,10 @@ from typing import Final
 
 import msgspec
 
-from x07_sandbox.backends.base import Availability, Job
+from x07_sandbox.backends.base import Availability, Job, greet
 from x07_sandbox.backends.container import reaper
 from x07_sandbox.backends.container.runtime import ContainerSpec, Runtime, is_ours
 from x07_sandbox.backends.engines import DEFAULT_REFERENCE
-from x07_sandbox.backends.handshake import greet
 from x07_sandbox.backends.jailed import Ends, RunningAgent
 from x07_sandbox.backends.prerequisites import Need
 from x07_sandbox.channel.egress import RESOLV_CONF
@@ -32,7 +31,7 @@ from x07_sandbox.images import store
 from x07_sandbox.images.store import read_guest_code
 from x07_sandbox.images.verify import OpenImage
 from x07_sandbox.policy.features import LEAVES_TREE, NO_ROOT, NOT_OBSERVED, VM_CAPABILITIES, Features
-from x07_sandbox.records.record import JobRecord, create_record, drop_unstarted, mark_done, write_owner
+from x07_sandbox.records.runs import JobRecord, create_record, drop_unstarted, mark_done, write_owner
 from x07_sandbox.records.stopping import Orphan, stop_recorded
 
 _REFERENCE_MAX: Final = 512

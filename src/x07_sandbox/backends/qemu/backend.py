@@ -19,14 +19,16 @@ from msgspec.structs import replace
 from x07_sandbox.backends.base import (
     EMULATED,
     Availability,
+    Handshake,
     Instance,
     Job,
     Lease,
     MachineKind,
     NoAnswerError,
     WarmUp,
+    evidence_of,
+    greet,
 )
-from x07_sandbox.backends.handshake import Handshake, evidence_of, greet
 from x07_sandbox.backends.prerequisites import KVM, NO_KVM, Need, check
 from x07_sandbox.backends.qemu import hot as processes
 from x07_sandbox.backends.qemu import start as starts
@@ -44,10 +46,10 @@ from x07_sandbox.host.processes import Identity
 from x07_sandbox.host.verdicts import Verdict, file_state, forget, validity
 from x07_sandbox.host.waiting import Caller, Deadline
 from x07_sandbox.images.verify import OpenImage
-from x07_sandbox.jail.forms import jail_form
+from x07_sandbox.jail.bwrap import jail_form
 from x07_sandbox.policy.features import Features, vm_features
 from x07_sandbox.policy.guest import RAM_CLASSES
-from x07_sandbox.records.record import Claim, JobRecord, create_record, drop_unstarted
+from x07_sandbox.records.runs import Claim, JobRecord, create_record, drop_unstarted
 
 _ANY_TIMER: Final = "timers in the {} VM may run late: its kernel measured the timer wrong, as in each earlier attempt"
 

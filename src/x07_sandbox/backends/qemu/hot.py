@@ -19,8 +19,7 @@ from typing import Any, Final
 
 import msgspec.structs
 
-from x07_sandbox.backends.base import Instance, MachineKind, NoAnswerError
-from x07_sandbox.backends.handshake import greet, wait_for_exit
+from x07_sandbox.backends.base import Instance, MachineKind, NoAnswerError, greet, wait_for_exit
 from x07_sandbox.backends.qemu import start as starts
 from x07_sandbox.backends.qemu.instance import QemuInstance, hard_limit
 from x07_sandbox.backends.qemu.machine import QMP_PAUSE, Paths
@@ -50,8 +49,7 @@ from x07_sandbox.host.variables import flag
 from x07_sandbox.host.verdicts import file_state
 from x07_sandbox.images.store import Part
 from x07_sandbox.images.verify import FOLDER_MODE, Subject, opened_folder, opened_parts
-from x07_sandbox.jail.bwrap import CRIU, CRIU_NULL, DUMPED_PID, may_nest
-from x07_sandbox.jail.forms import jail_form, needed_files
+from x07_sandbox.jail.bwrap import CRIU, CRIU_NULL, DUMPED_PID, jail_form, may_nest, needed_files
 from x07_sandbox.policy.decode import canonical_json
 
 IMAGES: Final = "images"

@@ -13,12 +13,12 @@ from x07_sandbox.backends.base import Lease, StartMode
 from x07_sandbox.backends.jailed import BoundedStream, Jailed, RunningAgent, Start
 from x07_sandbox.backends.qemu.machine import QMP_CONTINUE, QMP_QUIT, Paths, qmp_resume
 from x07_sandbox.errors import BackendError
-from x07_sandbox.host import close_on_fork, settings
+from x07_sandbox.host import settings
 from x07_sandbox.host.paths import raised_as
-from x07_sandbox.host.processes import Identity
+from x07_sandbox.host.processes import Identity, close_on_fork
 from x07_sandbox.host.waiting import wait_readable
 from x07_sandbox.jail.resources import HostGroups
-from x07_sandbox.records.record import Claim, JobRecord, renamed_record, renewed_record
+from x07_sandbox.records.runs import Claim, JobRecord, renamed_record, renewed_record
 
 _DEADLINE_SIGNAL: Final = 40  # a real-time signal, since these are queued
 _GONE_S: Final = 10.0

@@ -31,16 +31,27 @@ from x07_sandbox.backends.qemu.machine import OVERCOMMIT, Machine, Origin, Paths
 from x07_sandbox.errors import HostError
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import Arch, host_arch, is_foreign
-from x07_sandbox.host.close_on_fork import FdGroup
 from x07_sandbox.host.linux import fd_path, memory_file, processor, require_own_proc
 from x07_sandbox.host.paths import out_of_cpu_time, unnamed_file
-from x07_sandbox.host.processes import Identity, Launch
+from x07_sandbox.host.processes import FdGroup, Identity, Launch
 from x07_sandbox.images.store import ScratchDisk
 from x07_sandbox.images.verify import OpenImage, write_disk
-from x07_sandbox.jail.bwrap import BWRAP, CRIU, DUMPED_PID, PERL, SETPRIV, Criu, Jail, may_nest
-from x07_sandbox.jail.forms import Form, jail_form, namespace_flags, needed_files
+from x07_sandbox.jail.bwrap import (
+    BWRAP,
+    CRIU,
+    DUMPED_PID,
+    PERL,
+    SETPRIV,
+    Criu,
+    Form,
+    Jail,
+    jail_form,
+    may_nest,
+    namespace_flags,
+    needed_files,
+)
 from x07_sandbox.jail.resources import lease_uid, make_groups
-from x07_sandbox.records.record import Claim, JobRecord, create_record, drop_unstarted, new_run_id
+from x07_sandbox.records.runs import Claim, JobRecord, create_record, drop_unstarted, new_run_id
 
 MISCALIBRATED: Final = "its kernel calibrated its timer wrong, as happens on an overloaded host"
 # Generations below the supervisor, by whether there are namespaces: then bubblewrap's outer process is in between.

@@ -19,8 +19,7 @@ from typing import Any, Final
 
 import msgspec
 
-from x07_sandbox.backends.base import NOT_IMPORTED, SLOW_IMPORT, Instance, MachineKind, Prunable
-from x07_sandbox.backends.handshake import Handshake
+from x07_sandbox.backends.base import NOT_IMPORTED, SLOW_IMPORT, Handshake, Instance, MachineKind, Prunable
 from x07_sandbox.backends.qemu import start as starts
 from x07_sandbox.backends.qemu.instance import QemuInstance
 from x07_sandbox.backends.qemu.machine import QMP_QUERY_SAVE, Machine, Origin, qemu_argv, qmp_save
