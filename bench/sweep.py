@@ -19,11 +19,11 @@ from unittest import mock
 
 from x07_sandbox.backends.registry import find
 from x07_sandbox.host.processes import Identity, own_identity
-from x07_sandbox.library import upkeep
 from x07_sandbox.records.pruning import Pruner
 from x07_sandbox.records.runs import Claim, create_record, mark_done, new_run_id, write_owner
 from x07_sandbox.records.stopping import live_records
 from x07_sandbox.records.sweep import sweep_jobs
+from x07_sandbox.sessions import run
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -69,9 +69,9 @@ def _before_a_run(count: int) -> float:
             mark_done(_add_record(_DEAD))
         times = []
         for _ in range(5):
-            upkeep._not_before = 0.0  # noqa: SLF001 - as in a new process
+            run._not_before = 0.0  # noqa: SLF001 - as in a new process
             started = time.monotonic()
-            upkeep.sweep_before_start()
+            run.sweep_before_start()
             times.append(time.monotonic() - started)
         return statistics.median(times)
 

@@ -27,7 +27,7 @@ FOREIGN = {
     "host/documents.py": "msgspec",
     "images/base.py": "debootstrap and dpkg",
     "images/pip.py": "pip",
-    "jail/bwrap.py": "ldd",
+    "jail/forms.py": "ldd",
     "network/settings.py": "PEM",
     "policy/outcomes.py": "the kernel and setpriv",
     "sessions/html.py": "a patch in git's format",

@@ -29,7 +29,8 @@ from tests.unit.test_jail_own_limits import (
 from x07_sandbox import kernel
 from x07_sandbox.errors import HostError
 from x07_sandbox.host.arch import Arch, host_arch
-from x07_sandbox.jail.bwrap import BWRAP, FLAGS_FOR_A_USER, FLAGS_FOR_ROOT, PERL, SETPRIV, landlock_form
+from x07_sandbox.jail.bwrap import BWRAP, PERL, SETPRIV
+from x07_sandbox.jail.forms import FLAGS_FOR_A_USER, FLAGS_FOR_ROOT, landlock_form
 from x07_sandbox.jail.landlock import (
     file_rights,
     landlock_argv,

@@ -12,7 +12,8 @@ import pytest
 
 from x07_sandbox.errors import HostError
 from x07_sandbox.host.arch import host_arch
-from x07_sandbox.jail.bwrap import SETPRIV, needed_files
+from x07_sandbox.jail.bwrap import SETPRIV
+from x07_sandbox.jail.forms import needed_files
 
 
 @pytest.fixture(autouse=True)

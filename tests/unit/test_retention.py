@@ -15,9 +15,9 @@ from x07_sandbox import run_program
 from x07_sandbox.host.locks import lock_shared
 from x07_sandbox.host.paths import private_dir
 from x07_sandbox.images import store
-from x07_sandbox.library.upkeep import retain_records
 from x07_sandbox.records.pruning import Pruner, prune_records
 from x07_sandbox.records.runs import RETENTION, JobRecord
+from x07_sandbox.sessions.run import retain_records
 
 
 @pytest.fixture(autouse=True)

@@ -49,7 +49,7 @@ from x07_sandbox.host.paths import cache_folder
 from x07_sandbox.host.verdicts import forget
 from x07_sandbox.images.build import build_image
 from x07_sandbox.images.store import find_image
-from x07_sandbox.jail.bwrap import needed_files
+from x07_sandbox.jail.forms import needed_files
 from x07_sandbox.library.warm import WarmMachines
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from x07_sandbox import Sandbox, SandboxError, exec_command, run_program
 from x07_sandbox.guest.confine import UID
 from x07_sandbox.images.build import build_image, import_image
 from x07_sandbox.images.verify import verify_image
-from x07_sandbox.jail.bwrap import needed_files
+from x07_sandbox.jail.forms import needed_files
 
 if TYPE_CHECKING:
     from x07_sandbox.images.store import Image

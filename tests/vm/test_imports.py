@@ -30,8 +30,7 @@ errors
 host.arch host.documents host.linux host.locks host.paths host.processes host.settings
 host.variables host.verdicts host.waiting
 images.store images.verify
-jail.bwrap jail.resources jail.seccomp
-library.upkeep
+jail.bwrap jail.forms jail.resources jail.seccomp
 options
 policy.controls policy.decode policy.denials policy.features policy.guest policy.model policy.outcomes
 programs.artifacts programs.toolchains

@@ -29,7 +29,8 @@ from tests.vm.jail_helpers import (
 from x07_sandbox.backends.qemu.machine import OVERCOMMIT
 from x07_sandbox.host import settings
 from x07_sandbox.images.store import find_image
-from x07_sandbox.jail.bwrap import INNER_UID, SETPRIV, needed_files
+from x07_sandbox.jail.bwrap import INNER_UID, SETPRIV
+from x07_sandbox.jail.forms import needed_files
 from x07_sandbox.jail.resources import COUNT, free_range
 
 pytestmark = pytest.mark.vm

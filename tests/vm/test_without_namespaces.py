@@ -18,7 +18,8 @@ from tests.vm.jail_helpers import (
     account_fixture,  # noqa: F401 - pytest finds it here
     accounts_fixture,  # noqa: F401 - pytest finds it here
 )
-from x07_sandbox.jail.bwrap import FLAGS_FOR_A_USER, FLAGS_FOR_ROOT, SETPRIV
+from x07_sandbox.jail.bwrap import SETPRIV
+from x07_sandbox.jail.forms import FLAGS_FOR_A_USER, FLAGS_FOR_ROOT
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -109,7 +110,7 @@ def test_doctor_lists_its_findings_where_nothing_runs(account: Account) -> None:
 
 def test_a_container_filter_costs_only_hot_clones(tmp_path: Path) -> None:
     """Where a container's filter forbids setting host names, the jail has namespaces, and no hot clone is tried."""
-    code = "from x07_sandbox.backends.qemu.hot import unsupported; from x07_sandbox.jail.bwrap import jail_form; "
+    code = "from x07_sandbox.backends.qemu.hot import unsupported; from x07_sandbox.jail.forms import jail_form; "
     code += "print(jail_form().name, unsupported(kvm=False), sep='; ')"
     argv = [sys.executable, str(WRAPPER), "--only-host-name", sys.executable, "-c", code]
     env = os.environ | {"X07_VM_CACHE_DIR": str(tmp_path / "cache")}
@@ -151,7 +152,7 @@ def test_doctor_names_the_form_and_the_flags(bare: Account) -> None:
 def test_the_namespace_verdict_is_cached(tmp_path: Path) -> None:
     """The verdict on namespaces is cached for one boot and set of privileges."""
     env = os.environ | {"X07_VM_CACHE_DIR": str(tmp_path / "cache")}
-    code = "from x07_sandbox.jail.bwrap import forbidden; print(bool(forbidden()))"
+    code = "from x07_sandbox.jail.forms import forbidden; print(bool(forbidden()))"
 
     def tried(*before: str) -> tuple[str, int]:
         argv = [*before, sys.executable, "-c", code]
@@ -176,7 +177,7 @@ def test_the_suggested_flags_allow_namespaces(tmp_path: Path, more: tuple[str, .
     need(os.geteuid() == 0, "needs root, to take rights away from it", installable=False)
     assert all(f"--cap-add {capability.upper()}" in FLAGS_FOR_ROOT for capability in more)
     kept = "-all," + ",".join(f"+{name}" for name in (*IN_A_CONTAINER, *more))
-    code = "from x07_sandbox.jail.bwrap import jail_form; print(jail_form().name)"
+    code = "from x07_sandbox.jail.forms import jail_form; print(jail_form().name)"
     argv = [SETPRIV, f"--bounding-set={kept}", "--inh-caps=-all", sys.executable, "-c", code]
     env = os.environ | {"X07_VM_CACHE_DIR": str(tmp_path / "cache")}
     done = subprocess.run(argv, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)

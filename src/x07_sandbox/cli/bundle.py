@@ -38,7 +38,6 @@ from x07_sandbox.host.paths import closing_fd, raised_as
 from x07_sandbox.host.variables import text
 from x07_sandbox.host.waiting import write_all
 from x07_sandbox.images.store import DEFAULT, arch_of
-from x07_sandbox.library.upkeep import carry_out, sweep_before_start
 from x07_sandbox.options import COPIED, FILE_SIZE, GRANTS, GROUPS, LIMITS, OF_X07
 from x07_sandbox.policy.decode import decode_policy
 from x07_sandbox.programs.toolchains import SOURCE_FOLDER, toolchain_named
@@ -51,7 +50,7 @@ from x07_sandbox.sessions.request import (
     load_program,
     sha256_text,
 )
-from x07_sandbox.sessions.run import attempt
+from x07_sandbox.sessions.run import attempt, carry_out, sweep_before_start
 from x07_sandbox.x07 import bundle
 from x07_sandbox.x07.bundle import POLICY, Bundle, folder_of, read_bundle
 from x07_sandbox.x07.project import X07_ARTIFACT, arguments_as_input

@@ -343,7 +343,8 @@ def _capacity() -> Finding:
 
 def _jail(name: str) -> Finding | None:
     """Return which form of the jail around QEMU this host allows: with or without namespaces."""
-    from x07_sandbox.jail.bwrap import BWRAP, jail_form, namespace_flags
+    from x07_sandbox.jail.bwrap import BWRAP
+    from x07_sandbox.jail.forms import jail_form, namespace_flags
 
     if name != "qemu" or not os.access(BWRAP, os.X_OK):
         return None

@@ -168,7 +168,7 @@ def _recover() -> None:
 def _retain(verb: str) -> None:
     """After a run, remove old records of runs."""
     if verb in _RUNS:
-        from x07_sandbox.library.upkeep import retain_records
+        from x07_sandbox.sessions.run import retain_records
 
         with contextlib.suppress(KeyboardInterrupt):  # the run has ended, and the next one continues
             retain_records(_say)

@@ -359,7 +359,9 @@ def _closing(run: str, changes: Changes) -> str:
 def summary(changes: ChangeSet, done: str) -> str:
     """Return the numbers of added, changed and deleted names, followed by the text *done*."""
     counts = {word: changes.count(word) for word in ("added", "changed", "deleted")}
-    return f"{_in_words(counts) or 'nothing to do'} in {folder_names(changes)}: {done}"
+    return (
+        f"{_in_words(counts)} in {folder_names(changes)}: {done}" if any(counts.values()) else f"nothing to do: {done}"
+    )
 
 
 def _in_words(counts: dict[str, int]) -> str:

@@ -37,10 +37,10 @@ from x07_sandbox.host.paths import is_folder
 from x07_sandbox.host.settings import MIB
 from x07_sandbox.host.variables import SANDBOX_BACKENDS, check_environment, flag, text
 from x07_sandbox.host.waiting import cancelled_by_signals
-from x07_sandbox.library.upkeep import pool_machines
 from x07_sandbox.options import Option
 from x07_sandbox.programs.project import FILE
 from x07_sandbox.sessions.request import Program, RunCaller, RunRequest, effective_policy_of, load_program
+from x07_sandbox.sessions.run import pool_machines
 from x07_sandbox.x07.programs import load_x07
 from x07_sandbox.x07.project import PROJECT_FILE, Options
 from x07_sandbox.x07.runner_report import World, failure_report, mode_of

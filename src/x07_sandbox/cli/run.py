@@ -20,10 +20,10 @@ from x07_sandbox.host.paths import is_folder
 from x07_sandbox.host.settings import SOURCE_MAX_BYTES
 from x07_sandbox.host.variables import text
 from x07_sandbox.host.waiting import cancelled_by_signals
-from x07_sandbox.library.upkeep import carry_out, pool_machines
 from x07_sandbox.options import OF_X07, OPTIONS
 from x07_sandbox.policy.outcomes import REFUSED_EXIT, ending_line
 from x07_sandbox.sessions.request import RunCaller, loaded, make_request, toolchain_of_text
+from x07_sandbox.sessions.run import carry_out, pool_machines
 from x07_sandbox.sessions.transfers import read_all
 
 if TYPE_CHECKING:

@@ -24,7 +24,6 @@ from x07_sandbox.errors import RefusedError, SandboxError, UsageError
 from x07_sandbox.host.documents import render_json
 from x07_sandbox.host.paths import is_file, is_folder
 from x07_sandbox.host.variables import flag
-from x07_sandbox.library.upkeep import carry_out
 from x07_sandbox.policy.model import PolicyError
 from x07_sandbox.policy.outcomes import REFUSED_EXIT
 from x07_sandbox.programs.project import project_root, write_document
@@ -32,6 +31,7 @@ from x07_sandbox.programs.toolchains import ARTIFACT, PROGRAM_FOLDER, Protocol
 from x07_sandbox.sessions import request as requests
 from x07_sandbox.sessions.request import EffectivePolicy, Program, RunCaller, RunRequest
 from x07_sandbox.sessions.result import Result
+from x07_sandbox.sessions.run import carry_out
 from x07_sandbox.x07 import runner_report
 from x07_sandbox.x07.project import INPUT_MAX_BYTES, PROJECT_FILE, USAGE_EXIT, diagnostics_line
 from x07_sandbox.x07.runner_report import WRITE_CODE, Attested, CompileRunReport, attest, reference

@@ -9,9 +9,9 @@ from msgspec.structs import replace
 from x07_sandbox.backends.registry import backend_request, select, this_platform
 from x07_sandbox.host.settings import LIFETIME_S, QUEUE_S
 from x07_sandbox.library.arguments import SANDBOX, bad_argument, checked_options, checked_seconds
-from x07_sandbox.library.upkeep import pool_machines, sweep_before_start
 from x07_sandbox.options import keyword
 from x07_sandbox.sessions.request import RunCaller, make_request
+from x07_sandbox.sessions.run import pool_machines, sweep_before_start
 from x07_sandbox.sessions.sandbox import NAME, NAME_RULE, Life, OpenSandbox
 
 if TYPE_CHECKING:

@@ -288,9 +288,9 @@ def run_once(
     and any exception that *on_output* raises.
     """
     from x07_sandbox.backends.registry import choice_from_environment
-    from x07_sandbox.library.upkeep import carry_out, pool_machines, retain_records
     from x07_sandbox.options import keyword
     from x07_sandbox.sessions.request import RunCaller, make_request
+    from x07_sandbox.sessions.run import carry_out, pool_machines, retain_records
     from x07_sandbox.sessions.transfers import memory_file
 
     choice = choice_from_environment()

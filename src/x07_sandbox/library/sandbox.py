@@ -418,7 +418,7 @@ class Sandbox:
             cancel, self._cancel = self._cancel, None
             if cancel is not None:
                 cancel.close()
-            from x07_sandbox.library.upkeep import retain_records
+            from x07_sandbox.sessions.run import retain_records
 
             retain_records()
 

@@ -1,5 +1,7 @@
 """One run from request to result: a session with one command, and before it perhaps another one for the build.
 
+Before a run, jobs of dead x07 processes are removed, and after it, records of runs that exceed the limits.
+
 Each step fills in the draft of the result, so an interrupted run ends with what is known.
 """
 
@@ -7,9 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 from msgspec.structs import replace
@@ -26,11 +29,13 @@ from x07_sandbox.errors import (
 )
 from x07_sandbox.host import settings
 from x07_sandbox.host.documents import prepared as prepared_model
+from x07_sandbox.host.paths import cache_dir, state_dir
+from x07_sandbox.host.waiting import unix_ms
 from x07_sandbox.policy.denials import Denial, HowToAllow, Outcome
 from x07_sandbox.policy.model import PolicyError
 from x07_sandbox.programs import artifacts
 from x07_sandbox.programs.toolchains import OUTPUT, build_driver
-from x07_sandbox.records.runs import REQUEST, new_run_id
+from x07_sandbox.records.runs import JOB_NAME, REQUEST, RETENTION, new_run_id, runs_dir, unfinished_jobs
 from x07_sandbox.sessions.job import JobEnd, run_job
 from x07_sandbox.sessions.prepare import Prepared, output_caps, prepare, wants_scaling
 from x07_sandbox.sessions.request import loaded, sha256_text
@@ -39,6 +44,7 @@ from x07_sandbox.sessions.specs import build_spec, run_spec
 from x07_sandbox.sessions.transfers import TAIL_BYTES, RunFolder
 
 if TYPE_CHECKING:
+    from x07_sandbox.backends.base import MachineSource
     from x07_sandbox.channel.messages import Closed
     from x07_sandbox.policy.outcomes import Verdict
     from x07_sandbox.sessions.host_files import HostFiles
@@ -54,6 +60,77 @@ _KNOWN_OUTCOMES: tuple[tuple[tuple[type[SandboxError], ...], Outcome], ...] = (
     ((UsageError,), "usage-error"),
     ((BackendError,), "backend-error"),
 )
+
+
+# If there is nothing to remove before a run, the sweep costs one folder listing and a few stat(2).
+_SWEEP_S: Final = 0.2
+_NEWEST: Final = 512  # bounds the cost of a start
+_RECENT_MS: Final = 3_600_000
+_RETAIN_MS: Final = 3_600_000  # between removals of records
+_SHARE: Final = 20  # sweeps take at most 1/20 of the time of a process with many jobs
+
+_not_before = 0.0  # on the monotonic clock, for the next sweep
+
+
+def carry_out(
+    request: RunRequest, caller: RunCaller, say: Callable[[str], None] = lambda _text: None
+) -> tuple[Result, SandboxError | None]:
+    """Remove jobs of killed x07 processes, then carry out one run. Return its result, and the error that caused it.
+
+    say: called with a message about removed jobs.
+    """
+    sweep_before_start(say)
+    return attempt(request, caller)
+
+
+def pool_machines() -> MachineSource | None:
+    """Return the VMs of `x07 pool`, or None if this user has no pool."""
+    if not os.path.lexists(cache_dir() / "pool" / "socket"):
+        return None
+    from x07_sandbox.backends.lease import PoolClient  # few users have one
+
+    return PoolClient()
+
+
+def sweep_before_start(say: Callable[[str], None] = lambda _text: None) -> None:
+    """Remove jobs of dead x07 processes, within 0.2 s. Errors are ignored. say: called with a line after a removal."""
+    global _not_before  # noqa: PLW0603 - one time per process
+    started_at = time.monotonic()
+    if started_at < _not_before:
+        return
+    with contextlib.suppress(SandboxError, OSError):
+        if any(not _surely_lives(name) for name in unfinished_jobs(state_dir(), _NEWEST)):
+            # Usually there is nothing to remove.
+            from x07_sandbox.backends.registry import find
+            from x07_sandbox.records.pruning import Pruner
+            from x07_sandbox.records.sweep import sweep_jobs
+
+            pruner = Pruner(say, dry_run=False)
+            sweep_jobs(pruner, find, _SWEEP_S)
+            if count := len(pruner.removed):
+                say(f"removed {count} job{'' if count == 1 else 's'} of dead x07 processes")
+    now = time.monotonic()
+    _not_before = now + _SHARE * (now - started_at)
+
+
+def _surely_lives(name: str) -> bool:
+    """Whether a job is young and the pid in its name is in use. Then the job's record need not be read."""
+    match = JOB_NAME.fullmatch(name)
+    return match is not None and unix_ms() - int(match[2]) < _RECENT_MS and os.path.exists(f"/proc/{int(match[3])}")  # noqa: PTH110
+
+
+def retain_records(say: Callable[[str], None] = lambda _text: None) -> None:
+    """After a run, and at most once an hour, remove records of runs that exceed the limits. Errors are ignored.
+
+    say: called with a line the first time that something is removed.
+    """
+    with contextlib.suppress(SandboxError, OSError):
+        mark = runs_dir(state_dir()) / RETENTION
+        if os.path.lexists(mark) and abs(unix_ms() - mark.lstat().st_mtime_ns // 1_000_000) < _RETAIN_MS:
+            return
+        from x07_sandbox.records.pruning import remove_excess  # usually there is nothing to remove
+
+        remove_excess(mark, say)
 
 
 def attempt(request: RunRequest, caller: RunCaller, *, build_only: bool = False) -> tuple[Result, SandboxError | None]:

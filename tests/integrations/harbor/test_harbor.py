@@ -18,7 +18,7 @@ from harbor.models.trial.paths import TrialPaths
 from tests.oci_images import Entry, layer, layout
 from x07_sandbox import Sandbox
 from x07_sandbox.integrations.harbor import X07Environment, image_name
-from x07_sandbox.jail.bwrap import needed_files
+from x07_sandbox.jail.forms import needed_files
 
 TASK = Path(__file__).parents[3] / "examples/harbor_task"
 CLASS = "x07_sandbox.integrations.harbor:X07Environment"

@@ -46,7 +46,7 @@ from x07_sandbox.host.processes import Identity
 from x07_sandbox.host.verdicts import Verdict, file_state, forget, validity
 from x07_sandbox.host.waiting import Caller, Deadline
 from x07_sandbox.images.verify import OpenImage
-from x07_sandbox.jail.bwrap import jail_form
+from x07_sandbox.jail.forms import jail_form
 from x07_sandbox.policy.features import Features, vm_features
 from x07_sandbox.policy.guest import RAM_CLASSES
 from x07_sandbox.records.runs import Claim, JobRecord, create_record, drop_unstarted

@@ -49,7 +49,8 @@ from x07_sandbox.host.variables import flag
 from x07_sandbox.host.verdicts import file_state
 from x07_sandbox.images.store import Part
 from x07_sandbox.images.verify import FOLDER_MODE, Subject, opened_folder, opened_parts
-from x07_sandbox.jail.bwrap import CRIU, CRIU_NULL, DUMPED_PID, jail_form, may_nest, needed_files
+from x07_sandbox.jail.bwrap import CRIU, CRIU_NULL, DUMPED_PID, may_nest
+from x07_sandbox.jail.forms import jail_form, needed_files
 from x07_sandbox.policy.decode import canonical_json
 
 IMAGES: Final = "images"

@@ -36,20 +36,8 @@ from x07_sandbox.host.paths import out_of_cpu_time, unnamed_file
 from x07_sandbox.host.processes import FdGroup, Identity, Launch
 from x07_sandbox.images.store import ScratchDisk
 from x07_sandbox.images.verify import OpenImage, write_disk
-from x07_sandbox.jail.bwrap import (
-    BWRAP,
-    CRIU,
-    DUMPED_PID,
-    PERL,
-    SETPRIV,
-    Criu,
-    Form,
-    Jail,
-    jail_form,
-    may_nest,
-    namespace_flags,
-    needed_files,
-)
+from x07_sandbox.jail.bwrap import BWRAP, CRIU, DUMPED_PID, PERL, SETPRIV, Criu, Jail, may_nest
+from x07_sandbox.jail.forms import Form, jail_form, namespace_flags, needed_files
 from x07_sandbox.jail.resources import lease_uid, make_groups
 from x07_sandbox.records.runs import Claim, JobRecord, create_record, drop_unstarted, new_run_id
 
