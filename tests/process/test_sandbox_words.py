@@ -56,6 +56,18 @@ def test_ps_shows_a_sandbox_s_name_and_lifetime(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("open_one", [Sandbox, Sandbox.create])
+def test_a_command_that_ended_with_its_sandbox_raises(open_one: Callable[..., Sandbox]) -> None:
+    """After a close, waiting for a command that ran until then raises; one that had ended before has its end."""
+    sandbox = open_one(backend="none")
+    early, late = sandbox.start(["true"]), sandbox.start(["sleep", "600"])
+    assert early.read() == b""  # it has ended
+    sandbox.close()
+    with pytest.raises(SandboxError, match="it was closed"):
+        late.wait(WAIT_S)
+    assert early.wait(WAIT_S).ok
+
+
+@pytest.mark.parametrize("open_one", [Sandbox, Sandbox.create])
 def test_words_that_no_system_call_can_take_are_usage_errors(open_one: Callable[..., Sandbox]) -> None:
     """A wrong word, variable or folder of a command is an error that names it, and the sandbox stays open."""
     surrogate, malformed = "contains a lone surrogate", "not a string|malformed"

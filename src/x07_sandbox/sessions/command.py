@@ -172,6 +172,11 @@ class Process:
         """Whether the command has ended. Output may still wait to be read."""
         return self.execution.ended
 
+    @property
+    def _completed(self) -> bool:
+        """Whether the command has ended before its sandbox. One that ended with it raises, whoever notices first."""
+        return self.execution.ended and not self.execution.cut_off
+
     def feed(self, data: bytes) -> None:
         """Queue bytes for the standard input, without waiting until the command takes them."""
         with self._session.using():
@@ -203,7 +208,7 @@ class Process:
         if stream not in _STREAMS:
             raise bad_value("stream", stream, "'stdout' or 'stderr'")
         deadline = _deadline(timeout_s)
-        while not (data := self._arrived(stream)) and not self.ended:
+        while not (data := self._arrived(stream)) and not self._completed:
             left_s = None if deadline is None else max(0.0, deadline - time.monotonic())
             if not self.until(left_s, output=(stream,)):
                 raise TimeoutError(_NOBODY if given_up() else f"no output within {timeout_s} s")
@@ -255,7 +260,7 @@ class Process:
 
         def due() -> bool:
             arrived = (self._unread[stream] or self.execution.inbox(stream).waiting for stream in output)
-            return self.ended or given_up() or any(arrived)
+            return self._completed or given_up() or any(arrived)
 
         self._sandbox.require_own_process()
         if self._session.until(due, within_s):
@@ -270,7 +275,7 @@ class Process:
         Raises BackendError if the sandbox ends first.
         """
         self.until(within_s, output=_STREAMS)
-        ended = self.ended or given_up()
+        ended = self._completed or given_up()
         return ended, [(stream, data) for stream in _STREAMS if (data := self._arrived(stream))]
 
     def collect(
@@ -295,7 +300,7 @@ class Process:
                 kept[name].take(data)
                 if on_output is not None:
                     on_output(name, data)
-        if not self.ended:
+        if not self._completed:
             raise TimeoutError(_NOBODY)
         truncated = any(one.truncated for one in kept.values())
         return replace(self.ending(), stdout=kept["stdout"].data(), stderr=kept["stderr"].data(), truncated=truncated)

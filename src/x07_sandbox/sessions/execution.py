@@ -107,6 +107,7 @@ class Execution:
         self.times_ms: dict[str, float] = {}
         self.denied: list[Denied] = []
         self.asked_to_stop = False
+        self.cut_off = False  # whether the session was closed while it ran
         self.stdin = 0  # number of the input's stream
         self.outputs: dict[Stream, int] = {}  # numbers of the output's streams
         self.input_problem = ""

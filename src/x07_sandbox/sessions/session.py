@@ -169,6 +169,8 @@ class Session:
         within_s: how long the guest may take without progress.
         """
         if not self._over:
+            for execution in self._executions.values():
+                execution.cut_off = not execution.ended
             self._link.send(receivers.closing())
             self._receivers, self._close_limit = receivers, Limit(within_s)
             self._take_no_more(*self._executions.values())
