@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import grimp
 import pytest
 
-from scripts.make_specification import Promise, promises
 from x07_sandbox.host.arch import ARCHES
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "src" / "x07_sandbox"
@@ -170,13 +174,26 @@ def test_no_file_names_a_place_on_a_developers_machine() -> None:
     assert not found, shown(found)
 
 
+def tests_of(path: Path) -> Iterator[tuple[str, str]]:
+    """The tests of a file, also in classes, with pytest's names; and the docstring of each on one line."""
+    for node in ast.parse(path.read_bytes()).body:
+        if isinstance(node, ast.ClassDef) and node.name.startswith("Test"):
+            inside = [(f"{node.name}::", child) for child in node.body]
+        else:
+            inside = [("", node)]
+        for prefix, child in inside:
+            if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef) and child.name.startswith("test_"):
+                yield prefix + child.name, " ".join((ast.get_docstring(child) or "").split())
+
+
 def test_every_test_states_its_promise_in_one_sentence() -> None:
     """Every test's docstring is one sentence."""
-
-    def is_sentence(promise: Promise) -> bool:
-        return promise.text.endswith(".") and not re.search(r"[.!?] [A-Z]", promise.text)
-
-    wrong = [f"{promise.file}::{promise.test}: {promise.text!r}" for promise in promises() if not is_sentence(promise)]
+    wrong = [
+        f"{name_of(path)}::{test}: {text!r}"
+        for path in sorted((ROOT / "tests").rglob("test_*.py"))
+        for test, text in tests_of(path)
+        if not text.endswith(".") or re.search(r"[.!?] [A-Z]", text)
+    ]
     assert not wrong, shown(wrong)
 
 
