@@ -2,7 +2,7 @@
 
 Most messages that a fresh clone of a saved VM handles are packed, since code that a clone runs for the first time is
 slow. The others are JSON arrays with the fields in order. The guest is hostile, so all fields of its messages are
-bounded. The guest trusts the host.
+bounded. The guest trusts the host. In each message but EXEC, *id* is the id of a command.
 """
 
 from __future__ import annotations
@@ -27,13 +27,17 @@ _LARGE_JSON_MAX: Final = 16 * 1024 * 1024  # arguments and environment, which JS
 
 
 class Hello(NamedTuple):
-    """The agent is up, and speaks this protocol."""
+    """The agent is up. protocol: `PROTOCOL` of its code."""
 
     protocol: int
 
 
 class CommandLimits(NamedTuple):
-    """The limits of one command. tasks: processes and threads. core_bytes: -1 for no limit."""
+    """The limits of one command.
+
+    mem_bytes: memory. tasks: processes and threads. cpu_ms: CPU time. fds: open files of a process.
+    core_bytes: size of a core file, or -1 for no limit.
+    """
 
     mem_bytes: int
     tasks: int
@@ -48,8 +52,8 @@ class Warm(NamedTuple):
     The host then saves the VM, or keeps it waiting for a job.
 
     preload: modules that a waiting Python interpreter imports; None if the waiting process is no interpreter.
-    limits, tmp_bytes, hostname, out_writable: the values that OPEN and EXEC will probably have. commands: programs of
-    the image to run once. network: whether there is a relay.
+    limits, tmp_bytes, hostname, out_writable: the values that OPEN and EXEC will probably have. network: whether OPEN
+    will configure a relay. commands: programs of the image to run once, so that the kernel has read them.
     """
 
     preload: list[str] | None
@@ -66,7 +70,11 @@ class Warmed(NamedTuple):
 
 
 class Seed(NamedTuple):
-    """The time in nanoseconds since 1970, 64 bytes of entropy, a nonce to repeat, and the machine id."""
+    """Clock, entropy and names for a resumed VM.
+
+    unix_ns: the time in nanoseconds since 1970. entropy: 64 bytes for the kernel's entropy pool. nonce: 16 bytes, which
+    the answer repeats. machine_id: 16 bytes, written to /etc/machine-id in hexadecimal.
+    """
 
     unix_ns: int
     entropy: bytes
@@ -75,13 +83,17 @@ class Seed(NamedTuple):
 
 
 class Seeded(NamedTuple):
-    """Clock and entropy are set."""
+    """Clock and entropy are set. nonce: that of SEED."""
 
     nonce: bytes
 
 
 class InputFile(NamedTuple):
-    """A file that the host sends. kind: "file" or "tree" (channel/trees). size: the number of bytes on the stream."""
+    """A file that the host sends on a stream whose subject is the file's number.
+
+    path: where the agent puts it. mode: its permission bits. kind: "file" or "tree" (channel/trees). size: the number
+    of bytes on the stream.
+    """
 
     path: str
     mode: int
@@ -90,9 +102,11 @@ class InputFile(NamedTuple):
 
 
 class Mount(NamedTuple):
-    """A folder that programs see at the path *at*: the folder *sub* of the input file number *tree*, which is a tree.
+    """A folder that programs see.
 
-    tree: None for the private working folder. changes: whether its changes are sent.
+    tree: the number of an input file, which is a tree; None for the private working folder. sub: the part of the tree
+    to mount; "" for all of it. at: the path for programs. write: whether it is writable. changes: whether its changes
+    are sent at the end.
     """
 
     tree: int | None
@@ -105,6 +119,7 @@ class Mount(NamedTuple):
 class Confine(NamedTuple):
     """What programs may do.
 
+    threads, spawn, execute: whether they may start threads, start processes, and execute other programs.
     programs: paths that may be executed; None if the policy has no list. prefixes: prefixes of further paths that may
     be executed. alone: whether the inputs contain nothing else that can be executed.
     """
@@ -131,18 +146,20 @@ class Network(NamedTuple):
 
 
 class Room(NamedTuple):
-    """The room for contents of changed files, in bytes: for one file and for all of them."""
+    """The room for contents of changed files. file_bytes: of one file. total_bytes: of all of them."""
 
     file_bytes: int
     total_bytes: int
 
 
 class Open(NamedTuple):
-    """Open the session, with everything that its commands share. The host sends its files on streams of kind INPUT.
+    """Open the session, with everything that its commands share.
 
-    mem_bytes, tasks: of all commands together. tmp_bytes: the size of /tmp and of /dev/shm.
-    out_writable: whether programs may write to /x07/out. network: None if there is no relay. room: for changes.
-    root: whether programs are root in a user namespace of their own, over a writable layer of the system.
+    hostname: as programs see it. mem_bytes, tasks: of all commands together. tmp_bytes: the size of /tmp and of
+    /dev/shm. files: those that the host sends, file N on a stream INPUT with the subject N. mounts: the folders that
+    programs see. confine: what programs may do. network: None if there is no relay. out_writable: whether programs may
+    write to /x07/out. room: for changes. root: whether programs are root in a user namespace of their own, over a
+    writable layer of the system.
     """
 
     hostname: str
@@ -159,7 +176,7 @@ class Open(NamedTuple):
 
 
 class Terminal(NamedTuple):
-    """The size of a terminal in characters."""
+    """The size of a terminal. rows, columns: in characters."""
 
     rows: int
     columns: int
@@ -168,8 +185,9 @@ class Terminal(NamedTuple):
 class Exec(NamedTuple):
     """Start a command once all files of OPEN have arrived. id: from 1, each higher than the one before.
 
-    service: "" for a program; else the service of the agent to run like a command, on the same streams: "files"
-    (channel/files), or "connect", which connects its streams to the port argv[0] of this sandbox.
+    argv: the program and its arguments. env: the complete environment. cwd: the working directory. limits: of this
+    command. service: "" for a program; else the service of the agent to run like a command, on the same streams:
+    "files" (channel/files), or "connect", which connects its streams to the port argv[0] of this sandbox.
     merge: whether standard error goes to standard output. terminal: if not None, the command gets a terminal, whose
     output is standard output. detached: whether it has no streams.
     """
@@ -191,20 +209,23 @@ class Exec(NamedTuple):
 
 
 class Started(NamedTuple):
-    """The command was executed."""
+    """The command was executed. Its time counts from this message."""
 
     id: int
 
 
 class Stop(NamedTuple):
-    """Send a signal to a command; SIGKILL goes to all its processes. Before its start, any signal makes it fail."""
+    """Send a signal to a command. signal: its number. SIGKILL goes to all processes of the command.
+
+    Before the start of the command, any signal makes it fail.
+    """
 
     id: int
     signal: int
 
 
 class Resize(NamedTuple):
-    """Change the size of a command's terminal."""
+    """Change the size of a command's terminal. rows, columns: in characters."""
 
     id: int
     rows: int
@@ -216,11 +237,12 @@ class Changes(NamedTuple):
 
 
 class Denied(NamedTuple):
-    """A system call that was denied to a command, and how many times. by: "kernel", "seccomp" or "network".
+    """A system call that was denied to a command. by: "kernel", "seccomp" or "network".
 
-    path: the path in the call, with a final slash for a new entry in that folder; empty if there is none. If the call
-    raises a limit: `core`, `cpu` or `nofile`. By "network" in a session without connections: ADDRESS:PORT of a
-    `connect`, or the name in a `lookup`, which is no system call.
+    call: its name. errno: the error that it returned. write: whether it would have changed something. times: how many
+    times it was denied. path: the path in the call, with a final slash for a new entry in that folder; empty if there
+    is none. If the call raises a limit: `core`, `cpu` or `nofile`. By "network" in a session without connections:
+    ADDRESS:PORT of a `connect`, or the name in a `lookup`, which is no system call.
     """
 
     id: int
@@ -236,9 +258,12 @@ class Exited(NamedTuple):
     """A command and its output have ended. Counters are of the command's control group; 0 where there is none.
 
     Where commands share a group, a counter includes what other commands did at the same time, and peaks are of all.
-    wait_status: as of waitpid(2). cpu_exceeded: whether the agent killed it for its CPU time. stopped: whether a signal
-    had stopped it when STOP came. disk_full, memory_full: of the machine. denials_lost: how many were not reported.
-    wall_us: the time since the agent let it start, by the guest's clock.
+    wait_status: as of waitpid(2). cpu_us: CPU time. memory_peak_bytes, tasks_peak: peaks of memory, and of processes
+    and threads. oom_kills: processes that the kernel killed for lack of memory. tasks_refused: processes and threads
+    that were refused. cpu_exceeded: whether the agent killed it for its CPU time. stopped: whether a signal had stopped
+    it when STOP came. disk_full, memory_full: whether the scratch disk, or one of /tmp and /dev/shm, is full.
+    denials_lost: how many denials, or records of denials, were not reported. wall_us: the time since the agent let it
+    start, by the guest's clock.
     """
 
     id: int
@@ -257,7 +282,11 @@ class Exited(NamedTuple):
 
 
 class Output(NamedTuple):
-    """The one file in /x07/out to send, or folder to send as a tree without times; and its largest size."""
+    """What to send of /x07/out.
+
+    path: the file, or the folder. max_bytes: the largest size that is sent. is_tree: whether it is a folder, which is
+    sent as a tree without times.
+    """
 
     path: str
     max_bytes: int
@@ -265,7 +294,7 @@ class Output(NamedTuple):
 
 
 class Left(NamedTuple):
-    """The most files and bytes to send from the private folders.
+    """What to send from the private folders. files, bytes: at most as many.
 
     If *files* is 0, the files of the working folder are only counted.
     """
@@ -277,7 +306,8 @@ class Left(NamedTuple):
 class Close(NamedTuple):
     """End all other commands once the command *after* has ended. Send what is asked for, then answer CLOSED.
 
-    after: 0 to end all commands now. Changes are sent for the mounts that OPEN marks.
+    after: 0, or the id of a command that has ended, to end all commands now. output: None for no output. left: None to
+    send no files of the private folders. Changes are sent for the mounts that OPEN marks.
     """
 
     after: int
@@ -286,8 +316,9 @@ class Close(NamedTuple):
 
 
 class Closed(NamedTuple):
-    """Everything has been sent. output_problem: why the output was not sent.
+    """Everything has been sent.
 
+    output_bytes: size of the output file; None if it was not sent. output_problem: why it was not sent.
     left_files, left_bytes: number and size of the files left in the private folders.
     """
 
@@ -298,7 +329,10 @@ class Closed(NamedTuple):
 
 
 class Failed(NamedTuple):
-    """The command *id* could not be started, or (id 0) the session failed. errno: 0 if there is none."""
+    """The command *id* could not be started, or (id 0) the session failed.
+
+    stage: what the agent was doing. errno: 0 if there is none. message: the error in words.
+    """
 
     id: int
     stage: str
