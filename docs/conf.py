@@ -30,7 +30,7 @@ myst_heading_anchors = 4
 # These lie outside the site: the text of the link stays, with the path in the
 # repository.
 _OUTSIDE: Final = re.compile(
-    r"\[([^\]]+)\]\((?:\.\./)+(examples/README\.md|\.github/[^)#]+)(?:#[^)]*)?\)"
+    r"\[([^\]]+)\]\((?:\.\./)+(examples/README\.md|CONTRIBUTING\.md|\.github/[^)#]+)(?:#[^)]*)?\)"
 )
 
 

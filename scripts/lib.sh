@@ -52,7 +52,7 @@ qemu_package() {
     esac
 }
 
-# docs/dependencies.md says why each package is needed.
+# CONTRIBUTING.md says why each package is needed.
 runtime_packages() {
     local qemu
     qemu=$(qemu_package) || return

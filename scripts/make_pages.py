@@ -62,7 +62,7 @@ _POLICY_COMMANDS: Final = {
 _CHECKED: Final = {
     "firecracker-ctr": "containerd with runc, and a stand-in for the VMs",
     "apple-container": "a stand-in for `container` over podman, in three versions",
-    "qemu": "emulated VMs, x86_64 and arm64; [KVM in an emulated computer](../explanation/kvm.md)",
+    "qemu": "emulated VMs, x86_64 and arm64; [KVM in an emulated computer](../../CONTRIBUTING.md#kvm-without-kvm)",
     "vz": "a stand-in for the helper over QEMU, x86_64 and arm64",
     "gvisor": "runsc",
     "podman": "the engine",

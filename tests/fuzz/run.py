@@ -1,6 +1,6 @@
 """Runs one fuzz target under atheris: python -m tests.fuzz.run TARGET [libFuzzer arguments].
 
-See docs/fuzzing.md.
+See CONTRIBUTING.md.
 """
 
 from __future__ import annotations

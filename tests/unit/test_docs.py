@@ -102,16 +102,16 @@ def test_all_pages_state_the_same_slowdown_of_emulation() -> None:
 
 @pytest.mark.parametrize("listed", ["runtime", "dev"])
 def test_every_dependency_has_its_reason(listed: str) -> None:
-    """docs/dependencies.md explains every Python dependency."""
-    text = (ROOT / "docs" / "dependencies.md").read_text(encoding="utf-8")
+    """CONTRIBUTING.md explains every Python dependency."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     wanted = re.findall(r"(?m)^([a-z][a-z0-9-]+)", (ROOT / "requirements" / f"{listed}.in").read_text(encoding="utf-8"))
     assert wanted
     assert [name for name in wanted if f"`{name}`" not in text] == []
 
 
 def test_every_debian_package_has_its_reason() -> None:
-    """docs/dependencies.md explains every Debian package that the scripts install."""
-    text = (ROOT / "docs" / "dependencies.md").read_text(encoding="utf-8")
+    """CONTRIBUTING.md explains every Debian package that the scripts install."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     ask = ["bash", "-c", "source scripts/lib.sh && runtime_packages && optional_packages && test_packages"]
     names = subprocess.run(ask, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     assert {"bubblewrap", "ca-certificates", "sudo"} <= set(names)

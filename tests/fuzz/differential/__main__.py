@@ -1,4 +1,4 @@
-"""Runs the differential fuzzer: python -m tests.fuzz.differential --seconds 3600. See docs/fuzzing.md."""
+"""Runs the differential fuzzer: python -m tests.fuzz.differential --seconds 3600. See CONTRIBUTING.md."""
 
 from __future__ import annotations
 
