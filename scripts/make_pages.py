@@ -251,22 +251,38 @@ def _table(head: str, rows: Iterable[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def behaviours() -> str:
-    """Return the table of the behaviours of each backend, and its known gaps."""
-    gaps = {name: create(name).known_gaps for name in BY_NAME}
-    rows = ["| | isolation | " + " | ".join(" or ".join(row.isolation) for row in BY_NAME.values())]
-    rows.append("| | checked with | " + " | ".join(_CHECKED[name] for name in BY_NAME))
+def backends() -> str:
+    """Return the table of the backends with the behaviours that each lacks."""
+    rows = []
+    for name, row in BY_NAME.items():
+        missing = ", ".join(f"`{gap}`" for gap in (one.name for one in BEHAVIOURS) if gap in create(name).known_gaps)
+        rows.append(f"`{name}` | {' or '.join(row.isolation)} | {_CHECKED[name]} | {missing or 'none'}")
+    return _table("backend | isolation | checked with | known gaps", rows)
+
+
+def gaps() -> str:
+    """Return the table of the behaviours that a backend lacks, with the reasons."""
+    known = {name: create(name).known_gaps for name in BY_NAME}
+    rows = []
     for one in BEHAVIOURS:
-        cells = ["gap" if one.name in known else "yes" for known in gaps.values()]
-        rows.append(" | ".join([one.group, one.name, one.promise, *cells]))
-    parts = [_table(f"group | behaviour | promise | {' | '.join(f'`{name}`' for name in BY_NAME)}", rows)]
-    for name, known in gaps.items():
-        if known:
-            parts.append(f"\n## Known gaps of `{name}`\n\n")
-        for reason in dict.fromkeys(known.values()):
-            names = ", ".join(behaviour for behaviour, given in known.items() if given == reason)
-            parts.append(f"- {names}: {reason}.\n")
-    return "".join(parts)
+        by_reason: dict[str, list[str]] = {}
+        for name, reasons in known.items():
+            if one.name in reasons:
+                by_reason.setdefault(reasons[one.name], []).append(f"`{name}`")
+        if by_reason:
+            why = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in by_reason.items())
+            rows.append(f"`{one.name}` | {one.promise} | {why}")
+    return _table("behaviour | promise | backends without it", rows)
+
+
+def without_gaps() -> str:
+    """Return the behaviours that every backend has, by group."""
+    missing = {gap for name in BY_NAME for gap in create(name).known_gaps}
+    shared = [one for one in BEHAVIOURS if one.name not in missing]
+    return "".join(
+        f"- **{group}**: {' '.join(one.promise for one in shared if one.group == group)}\n"
+        for group in dict.fromkeys(one.group for one in shared)
+    )
 
 
 def x07_backends() -> str:
@@ -413,7 +429,7 @@ def x07_flags() -> str:
 
 
 PAGES: Final[Mapping[str, Mapping[str, Callable[[], str]]]] = {
-    "backends/README.md": {"behaviours": behaviours},
+    "backends/README.md": {"backends": backends, "gaps": gaps, "without gaps": without_gaps},
     "reference/codes.md": {"reasons": reasons, "hints": hints},
     "reference/command-line.md": {"commands": commands},
     "reference/library.md": {"keywords": keywords},
