@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -89,4 +90,6 @@ def test_the_fuzzer_finds_nothing(target: str, tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, errors="replace", check=False)
     inputs = {path.name: path.read_bytes()[:200] for path in tmp_path.iterdir() if path.is_file()}
     assert done.returncode == 0, f"{inputs}\n{done.stderr[-3000:]}"
-    assert f"Done {runs} runs" in done.stderr
+    counted = re.search(r"Done (\d+) runs", done.stderr)
+    assert counted is not None, done.stderr[-3000:]
+    assert int(counted[1]) >= runs  # libFuzzer may carry out a few more

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import logging
 import os
+import signal
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
@@ -13,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from x07_sandbox import AsyncSandbox, Sandbox, SandboxError
+from x07_sandbox.host.locks import is_locked
+from x07_sandbox.records.runs import run_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
@@ -113,9 +117,82 @@ def test_a_cancelled_transfer_ends_at_once(tmp_path: Path) -> None:
                 assert not task.done()
                 task.cancel()
                 with pytest.raises(asyncio.CancelledError):
-                    await asyncio.wait_for(task, 60)
+                    await asyncio.wait_for(task, 20)
 
     asyncio.run(use())
+
+
+def test_a_cancelled_write_ends_at_once() -> None:
+    """A cancelled task that writes to a command that takes no input ends at once, and the command goes on."""
+
+    async def use() -> None:
+        async with AsyncSandbox() as opened:
+            process = await opened.start(["sleep", "600"])
+            task = asyncio.create_task(process.write(bytes(64 << 20)))
+            await asyncio.wait({task}, timeout=0.5)
+            assert not task.done()
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await asyncio.wait_for(task, 20)
+            assert await process.poll() is None
+            await process.kill()
+
+    asyncio.run(use())
+
+
+def test_a_cancelled_create_leaves_no_sandbox() -> None:
+    """A sandbox that another process holds is closed if the task that creates it is cancelled."""
+
+    async def use(after_s: float) -> None:
+        task = asyncio.create_task(AsyncSandbox.create())
+        await asyncio.wait({task}, timeout=after_s)
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await (await task).close()  # it was quicker
+
+    for after_s in (0.0, 0.1, 0.3):
+        asyncio.run(use(after_s))
+    assert Sandbox.list() == []
+
+
+def test_a_forked_child_cannot_use_the_commands_of_its_parent(opened: Sandbox) -> None:
+    """In a forked child, every method of a command raises, and what its parent opens later stays its own."""
+    process = opened.start(["sleep", "600"])
+    process.signal(signal.SIGCONT)
+    report, theirs = os.pipe()
+    child = os.fork()
+    if child == 0:
+        calls = (process.kill, process.close_stdin, lambda: process.signal(9), lambda: process.resize(1, 1))
+        for call in calls:
+            try:
+                call()
+            except SandboxError as exc:
+                os.write(theirs, f"{exc.why}\n".encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    os.close(theirs)
+    with os.fdopen(report) as said:
+        assert said.read() == "it belongs to the parent process\n" * 4
+    assert not process.ended
+    process.kill()
+
+
+def test_a_forked_child_does_not_hold_the_folder_of_a_run() -> None:
+    """While a forked child lives, the folder of its dead parent's sandbox is free."""
+    code = (
+        "import os, time; from x07_sandbox import Sandbox; sandbox = Sandbox(); child = os.fork(); "
+        "print(sandbox.id, child, flush=True) if child else None; time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        run, child = parent.stdout.readline().split()
+        try:
+            assert is_locked(run_folder(run))
+            parent.kill()
+            parent.wait()
+            assert not is_locked(run_folder(run))
+        finally:
+            os.kill(int(child), signal.SIGKILL)
 
 
 @pytest.mark.parametrize("timeout_s", [0, -1, True, "1", float("nan"), float("inf")])

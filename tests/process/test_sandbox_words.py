@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,18 +68,31 @@ def test_a_command_that_ended_with_its_sandbox_raises(open_one: Callable[..., Sa
     assert early.wait(WAIT_S).ok
 
 
+def test_a_command_that_is_killed_right_after_its_start_ends_alone() -> None:
+    """A kill that arrives before the command has a session of its own leaves the sandbox as it was."""
+    with Sandbox(backend="none") as sandbox:
+        for _ in range(60):
+            process = sandbox.start(["sleep", "600"])
+            process.kill()
+            assert process.wait(10).signal == signal.SIGKILL
+        assert sandbox.exec(["true"]).ok
+
+
 @pytest.mark.parametrize("open_one", [Sandbox, Sandbox.create])
 def test_words_that_no_system_call_can_take_are_usage_errors(open_one: Callable[..., Sandbox]) -> None:
     """A wrong word, variable or folder of a command is an error that names it, and the sandbox stays open."""
-    surrogate, malformed = "contains a lone surrogate", "not a string|malformed"
-    cases: list[tuple[list[Any], dict[str, Any], str]] = [
+    surrogate = "contains a lone surrogate"
+    cases: list[tuple[Any, dict[str, Any], str]] = [
         (["echo", "\ud800"], {}, f"argument 1 {surrogate}"),
         (["\ud800"], {}, f"argument 0 {surrogate}"),
         (["env"], {"env": {"A": "\ud800"}}, f"the value {surrogate}"),
         (["env"], {"cwd": "\ud800"}, f"its path {surrogate}"),
         ([""], {}, "its name is empty"),
-        ([3], {}, malformed),
-        (["echo", b"1"], {}, malformed),
+        ([3], {}, "argument 0 is not a string"),
+        (["echo", b"1"], {}, "argument 1 is not a string"),
+        (["env"], {"env": {"A": b"1"}}, "the variable 'A' is not a string"),
+        (["env"], {"cwd": b"/"}, "the folder is not a string"),
+        (iter([]), {}, "not a list with at least one word"),
     ]
     with open_one(backend="none") as sandbox:
         try:

@@ -39,7 +39,7 @@ def test_a_holder_of_another_version_is_named_as_the_cause(tmp_path: Path, monke
         sandbox = HeldSandbox(RUN)
         with pytest.raises(BackendError, match="is of another version") as raised:
             sandbox.start(order(["true"]))
-        assert "x07 sandbox list; x07 kill ends a sandbox" in str(raised.value)
+        assert f"x07 sandbox close {RUN}" in str(raised.value)
         sandbox.disconnect()
         waiting.set()
         holder.join()

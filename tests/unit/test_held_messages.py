@@ -62,7 +62,19 @@ def test_the_words_of_a_command_keep_their_bytes(argv: list[str], env: dict[str,
     assert found.asked() == asked
 
 
-@pytest.mark.parametrize("wrong", [b"", b"[]", b"{}", encode(order([1], {}))[1], encode(order([], {"A": None}))[1]])  # type: ignore[list-item,dict-item]
+MALFORMED = [
+    encode(order(["true"])._replace(**{name: value}))[1]  # type: ignore[arg-type]
+    for name, value in (
+        ("argv", [1]),
+        ("env", {"A": None}),
+        ("terminal", "a\0"),
+        ("terminal", [1]),
+        ("limits", "abcde"),
+    )
+]
+
+
+@pytest.mark.parametrize("wrong", [b"", b"[]", b"{}", *MALFORMED])
 def test_a_malformed_command_is_rejected(wrong: bytes) -> None:
     """A command whose fields have other types raises an error that the holder handles."""
     with pytest.raises((UsageError, PeerError)):

@@ -291,9 +291,10 @@ def pid_here(parent: int, inner: int) -> int:
 def stopped_tree(leader: int) -> set[int]:
     """Stop a session leader, its descendants, and the other processes of their sessions. Return all of them.
 
-    None can leave the tree once all are stopped. A process that had left tree and session before is not found.
+    None can leave the tree once all are stopped. A process that had left tree and session before is not found. A leader
+    that has just been forked may still be in the session of this process, which is not stopped.
     """
-    tree, sessions = {leader}, {leader}
+    tree, sessions, ours = {leader}, {leader}, os.getsid(0)
     for _ in range(_PASSES):
         found = {int(name): stat for name in os.listdir("/proc") if name.isdigit() and (stat := stat_of(int(name)))}
         size = 0
@@ -302,7 +303,7 @@ def stopped_tree(leader: int) -> set[int]:
             for pid, (_, parent, _, session, *_) in found.items():
                 if pid in tree or int(parent) in tree or int(session) in sessions:
                     tree.add(pid)
-                    sessions.add(int(session))
+                    sessions.update({int(session)} - {ours})
         moving = [pid for pid in tree if pid in found and found[pid][0] not in _AT_REST]
         if not moving:
             break

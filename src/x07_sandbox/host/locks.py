@@ -66,6 +66,8 @@ def file_lock(
 def lock_shared(path: Path) -> int:
     """Open a folder, take a shared flock(2) on it, and return the descriptor. The lock prevents the folder's removal.
 
+    Forked children do not keep it: close it by `close_on_fork.close`.
+
     Raises OSError if the folder cannot be opened, and BlockingIOError while another process is removing the folder.
     """
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -81,7 +83,7 @@ def lock_shared(path: Path) -> int:
     except BaseException:
         os.close(fd)
         raise
-    return fd
+    return close_on_fork.add(fd)
 
 
 @contextlib.contextmanager

@@ -1,8 +1,10 @@
 """Unix sockets in private folders, between processes of one user. Each side checks the uid of the other."""
 
 import contextlib
+import errno
 import os
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -11,6 +13,7 @@ from x07_sandbox.host.linux import fd_path, path_flag, peer_of
 from x07_sandbox.host.paths import closing_fd
 
 _WAITING_MAX: Final = 128  # connections that nobody has accepted yet
+_BUSY_S: Final = 0.01
 
 
 @contextlib.contextmanager
@@ -39,8 +42,12 @@ def connected(folder: Path, name: str, timeout_s: float, kind: socket.SocketKind
     connection = socket.socket(socket.AF_UNIX, kind)
     try:
         connection.settimeout(timeout_s)
+        deadline = time.monotonic() + timeout_s
         with _address(folder, name) as address:
-            connection.connect(address)
+            while (problem := connection.connect_ex(address)) == errno.EAGAIN and time.monotonic() < deadline:
+                time.sleep(_BUSY_S)  # many others wait to be accepted; no event says when there are fewer
+        if problem:
+            raise OSError(problem, os.strerror(problem))  # noqa: TRY301 - as connect(2) does
         if not is_own(connection):
             raise PermissionError("the socket belongs to another user")  # noqa: TRY301 - as connect(2) does
     except BaseException:

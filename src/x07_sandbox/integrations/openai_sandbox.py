@@ -35,6 +35,7 @@ from agents.sandbox.util.tar_utils import UnsafeTarMemberError, validate_tar_byt
 
 from x07_sandbox import AsyncSandbox, SandboxError
 from x07_sandbox.integrations import was_stopped
+from x07_sandbox.library.files import READ_MAX
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -169,7 +170,7 @@ class X07Session(BaseSandboxSession):
         _no_user(user)
         return io.BytesIO(await self._read(path))
 
-    async def _read(self, path: Path, most: int | None = None) -> bytes:
+    async def _read(self, path: Path, most: int = READ_MAX) -> bytes:
         checked = await self._validate_path_access(path)
         try:
             return await self._sandbox.files.read(checked.as_posix(), max_bytes=most)

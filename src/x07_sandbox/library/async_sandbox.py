@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence
     from types import TracebackType
 
+    from x07_sandbox.host.waiting import Cancel
     from x07_sandbox.library.files import AsyncFiles
     from x07_sandbox.library.sandbox import SandboxOptions, StartOptions
     from x07_sandbox.policy.denials import Denial
@@ -43,14 +44,17 @@ class AsyncSandbox(Awaited[Sandbox]):
 
     async def open(self) -> Self:
         """Open the sandbox. Raises SandboxError."""
-        from x07_sandbox.host.waiting import Cancel
-
         if self._opened is not None:
             raise UsageError("cannot open the sandbox", "it was opened before", "Make a new one")
+        return await self._open(lambda cancel: Sandbox(cancel=cancel, **self._options))
+
+    async def _open(self, work: Callable[[Cancel], Sandbox]) -> Self:
+        from x07_sandbox.host.waiting import Cancel
+
         cancel = Cancel()
         opened: list[Sandbox] = []
         try:
-            await in_thread(lambda: opened.append(Sandbox(cancel=cancel, **self._options)), cancel)
+            await in_thread(lambda: opened.append(work(cancel)), cancel)
         except BaseException:
             for one in opened:  # the cancellation came too late to prevent it
                 await in_thread(partial(one.close, "discard"))
@@ -61,17 +65,13 @@ class AsyncSandbox(Awaited[Sandbox]):
     @classmethod
     async def create(cls, *, name: str = "", **options: Unpack[SandboxOptions]) -> Self:
         """See `Sandbox.create`."""
-        return await cls._around(lambda: Sandbox.create(name=name, **options))
+        return await cls()._open(lambda cancel: Sandbox._created(name, options, cancel))  # noqa: SLF001 - one idea
 
     @classmethod
     async def connect(cls, id: str) -> Self:  # noqa: A002 - as the property
         """See `Sandbox.connect`."""
-        return await cls._around(lambda: Sandbox.connect(id))
-
-    @classmethod
-    async def _around(cls, call: Callable[[], Sandbox]) -> Self:
         found = cls()
-        found._opened = await in_thread(call)
+        found._opened = await in_thread(lambda: Sandbox.connect(id))
         return found
 
     @staticmethod

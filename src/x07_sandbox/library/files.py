@@ -59,11 +59,11 @@ class Files:
         path: str | os.PathLike[str],
         *,
         offset: int = 0,
-        max_bytes: int | None = READ_MAX,
+        max_bytes: int = READ_MAX,
         timeout_s: float | None = None,
     ) -> bytes:
         """Return the content of a file from *offset* on, at most *max_bytes* of it."""
-        size = READ_MAX if max_bytes is None else min(_whole("max_bytes", max_bytes), READ_MAX)
+        size = min(_whole("max_bytes", max_bytes), READ_MAX)
         request = Request(calls.READ, os.fspath(path), offset=_whole("offset", offset), size=size)
         return self._ask(request, timeout_s, take=lambda server, answer: server.content(_bounded(answer, size)))
 

@@ -15,7 +15,7 @@ import msgspec
 
 from x07_sandbox.channel.link import Stream
 from x07_sandbox.channel.messages import Exec, encode
-from x07_sandbox.errors import BackendError, ChannelUsageError, SandboxError, UsageError
+from x07_sandbox.errors import BackendError, ChannelUsageError, Command, SandboxError, UsageError
 from x07_sandbox.host.processes import close_on_fork
 from x07_sandbox.host.sockets import connected
 from x07_sandbox.library import resident
@@ -51,7 +51,7 @@ from x07_sandbox.sessions.shared import SharedSession
 from x07_sandbox.sessions.transfers import CommandStreams, kept_streams
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from x07_sandbox.library.held_messages import Create
     from x07_sandbox.sessions.result import ChangesChoice, Diff
@@ -147,7 +147,7 @@ class HeldSession:
 
     def _add(self, request: Request, execution: HeldExecution | None) -> None:
         if self.over:
-            raise _bad_answer()
+            raise _bad_answer(self._run)
         connection = _Connection(connect(self._run), execution)
         connection.out += packed(request)
         self._connections.append(connection)
@@ -183,7 +183,7 @@ class HeldSession:
                 one.out += packed(Resize(rows=rows, columns=columns))
 
     def _tell(self, request: Request) -> None:
-        with contextlib.suppress(OSError, BackendError), connect(self._run) as connection:
+        with contextlib.suppress(OSError, BackendError), _connection(self._run) as connection:
             connection.sendall(packed(request))
 
     def read(self, execution: Execution, name: Literal["stdout", "stderr"]) -> bytes:
@@ -290,7 +290,7 @@ class HeldSandbox(AnySandbox):
             why = "this object was disconnected from it"
             return BackendError("cannot use the sandbox", why, "Connect again", code="sandbox-lost")
         self.session.until(lambda: False, _ENDED_S)  # the end of a command may arrive before that of its sandbox
-        return super().gone() if self.session.over else _bad_answer()
+        return super().gone() if self.session.over else _bad_answer(self.run)
 
     def disconnect(self) -> None:
         """See `AnySandbox.disconnect`."""
@@ -353,7 +353,7 @@ class HeldSandbox(AnySandbox):
         self.require_open()
         answer = ask(self.run, AskChanges(), within_s=None)
         if not isinstance(answer, SoFar):
-            raise _bad_answer()
+            raise _bad_answer(self.run)
         return answer.diff
 
     def extend(self, lifetime_s: float) -> None:
@@ -376,7 +376,7 @@ class HeldSandbox(AnySandbox):
                 return stored
             raise
         if not isinstance(answer, Finished):
-            raise _bad_answer()
+            raise _bad_answer(self.run)
         return answer.result
 
 
@@ -396,22 +396,30 @@ def connect(run: str) -> socket.socket:
     return connection
 
 
+@contextlib.contextmanager
+def _connection(run: str) -> Iterator[socket.socket]:
+    """Connect to the holder of a sandbox for one request. Raises BackendError."""
+    with connect(run) as connection:
+        try:
+            yield connection
+        finally:
+            close_on_fork.discard(connection.fileno())
+
+
 def ask(run: str, request: Request, within_s: float | None = _ANSWER_S) -> Answer:
     """Send one request to a holder and return its answer. Raises BackendError, or the error that the holder sends."""
     reader: Reader[Answer] = Reader(Answer)
     found: list[Answer] = []
-    with connect(run) as connection:
+    with _connection(run) as connection:
         connection.settimeout(within_s)
         try:
             connection.sendall(packed(request))
             while not found and (data := connection.recv(_READ)):
                 found = reader.take(data)
         except (OSError, *_BAD) as exc:
-            raise _bad_answer() from exc
-        finally:
-            close_on_fork.discard(connection.fileno())
+            raise _bad_answer(run) from exc
     if not found:
-        raise _bad_answer()
+        raise _bad_answer(run)
     if isinstance(found[0], Problem):
         raise found[0].error()
     return found[0]
@@ -425,9 +433,10 @@ def status_of(run: str) -> Status | None:
     return None
 
 
-def _bad_answer() -> BackendError:
-    what, fix = "cannot use the sandbox", "See x07 sandbox list; x07 kill ends a sandbox"
-    return BackendError(what, "the process that holds it has ended, or is of another version", fix, code="sandbox-lost")
+def _bad_answer(run: str) -> BackendError:
+    what, why = "cannot use the sandbox", "the process that holds it has ended, or is of another version"
+    fix = (Command(f"x07 sandbox close {run}"), " closes it, with its changes; see also x07 sandbox list")
+    return BackendError(what, why, fix, code="sandbox-lost")
 
 
 def create(asked: Create, cancel_fd: int, progress: Callable[[str], None] = lambda _text: None) -> str:

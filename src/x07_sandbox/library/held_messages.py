@@ -5,7 +5,7 @@ Each command, and each request, has a connection to the holder's socket of its o
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 from msgspec.structs import replace
@@ -36,7 +36,7 @@ class Start(Message, frozen=True):
         """Return the command to start. Raises UsageError, PeerError."""
         order = decode(FORMS[Exec].number, self.order)
         try:
-            return msgspec.convert([*order], prepared(Exec))
+            return msgspec.convert(msgspec.to_builtins(order), prepared(Exec))
         except msgspec.ValidationError as exc:
             raise UsageError("cannot run the command", f"its arguments are malformed ({exc})", "Pass strings") from exc
 
@@ -58,7 +58,7 @@ class Signal(Message, frozen=True):
 class Extend(Message, frozen=True):
     """Set the lifetime. The answer is STATUS."""
 
-    lifetime_s: float
+    lifetime_s: Annotated[float, msgspec.Meta(gt=0)]
 
 
 class AskStatus(Message, frozen=True):

@@ -188,17 +188,22 @@ class Sandbox:
         name: a name by which `connect` finds it. options: see `Sandbox`.
         """
         from x07_sandbox.host.waiting import Cancel as NewCancel
+
+        return cls._created(name, options, NewCancel())
+
+    @classmethod
+    def _created(cls, name: str, options: SandboxOptions, cancel: Cancel) -> Self:
+        """Carry out `create`. cancel: ends the opening; closed at its end."""
         from x07_sandbox.library.held import create
         from x07_sandbox.library.held_messages import Create
         from x07_sandbox.library.listing import require_new_name
 
-        check_names("Sandbox.create", options, SandboxOptions.__annotations__)
-        require_new_name(name)
-        tell = _teller(options.pop("on_progress", None))
-        given = {key: value for key, value in options.items() if value is not _DEFAULTS.get(key, options)}
-        asked = Create(dict(given, name=name), None, flags=False)
-        cancel = NewCancel()
         with contextlib.closing(cancel):
+            check_names("Sandbox.create", options, SandboxOptions.__annotations__)
+            require_new_name(name)
+            tell = _teller(options.pop("on_progress", None))
+            given = {key: value for key, value in options.items() if value is not _DEFAULTS.get(key, options)}
+            asked = Create(dict(given, name=name), None, flags=False)
             run = run_uninterrupted(cancel, lambda: create(asked, cancel.fd, tell))
         return cls.connect(run)
 
@@ -335,19 +340,22 @@ class Sandbox:
         from x07_sandbox.channel.messages import Terminal
         from x07_sandbox.sessions.execution import order
 
-        if isinstance(argv, str | bytes) or not argv:
+        given = () if isinstance(argv, str | bytes) else argv
+        words = [os.fspath(word) if isinstance(word, os.PathLike) else word for word in given]
+        if not words:
             why, fix = "argv is not a list with at least one word", 'Pass a list such as ["make", "test"]'
             raise ArgumentError("cannot run the command", why, fix)
         if timeout_s is not None:
             checked_seconds("timeout_s", timeout_s, bad_value("timeout_s", timeout_s, "a number of seconds above 0"))
         terminal = Terminal(*_SIZE) if tty else None
-        words = [os.fspath(word) if isinstance(word, os.PathLike) else word for word in argv]
         folder = "" if cwd is None else os.fspath(cwd)
         asked = order(words, env or {}, folder, merge=merge, terminal=terminal, detached=detach)
         return self._using().start(asked, timeout_s)
 
     def process(self, number: int) -> Process:
         """Return a command that runs, or whose end nobody has asked for, by its id. Raises UsageError."""
+        if isinstance(number, bool) or not isinstance(number, int):
+            raise bad_value("number", number, "the id of a command")
         command = self._using().command(number)
         if command is None:
             why = "none has this id, or it was waited for"

@@ -20,13 +20,14 @@ from x07_sandbox.policy.denials import Denial, Hint, Outcome
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from contextlib import AbstractContextManager
 
     from x07_sandbox.channel.messages import Exec
     from x07_sandbox.errors import Flag
     from x07_sandbox.sessions.execution import Execution
     from x07_sandbox.sessions.files import FileServer
     from x07_sandbox.sessions.result import ChangesChoice, Diff, Result
-    from x07_sandbox.sessions.shared import SharedSession
+    from x07_sandbox.sessions.shared import CommandSession, SharedSession
 
 StreamName = Literal["stdout", "stderr"]
 Keep = Literal["head", "tail", "both"]
@@ -179,7 +180,7 @@ class Process:
 
     def feed(self, data: bytes) -> None:
         """Queue bytes for the standard input, without waiting until the command takes them."""
-        with self._session.using():
+        with self._using():
             self.execution.write(data)
 
     def write(self, data: bytes) -> None:
@@ -190,14 +191,14 @@ class Process:
         self._sandbox.require_open()
         if not self.ended:
             self.feed(data)
-            if not self._session.until(lambda: self.execution.has_room() or self.ended):
+            if not self._session.until(lambda: self.execution.has_room() or self.ended or given_up()):
                 raise self._sandbox.gone()
         if self.ended:
             raise BrokenPipeError(errno.EPIPE, "the command has ended")
 
     def close_stdin(self) -> None:
         """End the standard input."""
-        with self._session.using():
+        with self._using():
             self.execution.end_input()
 
     def read(self, stream: StreamName = "stdout", timeout_s: float | None = None) -> bytes:
@@ -237,7 +238,7 @@ class Process:
     def signal(self, number: int) -> None:
         """Send a signal to the command, if it has not ended. SIGKILL goes to all its processes."""
         number = _whole("number", number, 1, 64)
-        with self._session.using() as session:
+        with self._using() as session:
             session.stop(self.execution, number)
 
     def kill(self) -> None:
@@ -247,7 +248,7 @@ class Process:
     def resize(self, rows: int, columns: int) -> None:
         """Change the size of the command's terminal, in characters."""
         size = _whole("rows", rows, 1, 65535), _whole("columns", columns, 1, 65535)
-        with self._session.using() as session:
+        with self._using() as session:
             session.resize(self.execution, *size)
 
     # for x07 itself
@@ -319,6 +320,10 @@ class Process:
     def wake(self) -> None:
         """Have all callers look whether they still wait."""
         self._session.wake()
+
+    def _using(self) -> AbstractContextManager[CommandSession]:
+        self._sandbox.require_own_process()
+        return self._session.using()
 
     def _arrived(self, stream: StreamName) -> bytes:
         """Return what has arrived on a stream since the last call."""

@@ -13,7 +13,7 @@ import msgspec
 
 from x07_sandbox.channel.link import COMMANDS_MAX, DATA_MAX, Stream
 from x07_sandbox.channel.messages import DENIED_MAX, Closed, CommandLimits, Denied, Exec, Exited, Failed
-from x07_sandbox.errors import PeerError
+from x07_sandbox.errors import PeerError, UsageError
 from x07_sandbox.host.waiting import Deadline, input_poll, read_deadline
 from x07_sandbox.policy.outcomes import Evidence, Stage
 from x07_sandbox.sessions.transfers import CommandStreams, Inbox
@@ -37,7 +37,15 @@ def order(
     cwd: str = "",
     **how: Any,  # noqa: ANN401 - fields
 ) -> Exec:
-    """Return a command for `AnySandbox.start`, which sets its id and its limits. how: further fields of `Exec`."""
+    """Return a command for `AnySandbox.start`, which sets its id and its limits. how: further fields of `Exec`.
+
+    Raises UsageError if a word, a variable or the folder is not a string.
+    """
+    named = [(f"argument {number}", word) for number, word in enumerate(argv)]
+    named += [(f"the variable {name!r}", text) for name, value in env.items() for text in (name, value)]
+    for which, text in [*named, ("the folder", cwd)]:
+        if not isinstance(text, str):
+            raise UsageError("cannot run the command", f"{which} is not a string", "Pass strings")
     return Exec(0, [*argv], dict(env), cwd, CommandLimits(0, 0, 0, 0, 0), **how)
 
 

@@ -191,6 +191,8 @@ class OpenSandbox(AnySandbox):
     def start(self, asked: Exec, timeout_s: float | None = None, term: str = "") -> Process:
         """See `AnySandbox.start`."""
         service = asked.service
+        if not service and not asked.argv:
+            raise UsageError("cannot run the command", "it has no words", "Name a program")
         if not service:
             checked = replace(self.prepared.request, command=tuple(asked.argv), args=(), env=asked.env)
             check_arguments(checked)

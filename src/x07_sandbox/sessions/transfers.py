@@ -21,6 +21,7 @@ from x07_sandbox.errors import BackendError, HostError, escaped
 from x07_sandbox.host import linux, paths, start_thread
 from x07_sandbox.host.locks import lock_shared
 from x07_sandbox.host.paths import open_private_file, private_dir
+from x07_sandbox.host.processes import close_on_fork
 from x07_sandbox.host.waiting import Event, wait_readable, wait_writable, write_all
 from x07_sandbox.records.runs import KILL, all_runs
 from x07_sandbox.sessions.result import Output, output_with
@@ -357,7 +358,7 @@ class RunFolder:
         self.path = private_dir(all_runs() / run_id)
         self._stack = stack
         try:
-            stack.callback(os.close, lock_shared(self.path))  # keeps it from being pruned
+            stack.callback(close_on_fork.close, lock_shared(self.path))  # keeps it from being pruned
         except OSError as exc:
             why = exc.strerror or str(exc)
             raise HostError(f"cannot use the run's folder {self.path}", why, "Start the run again") from exc

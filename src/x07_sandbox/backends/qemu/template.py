@@ -40,6 +40,7 @@ from x07_sandbox.host.paths import (
     unnamed_file,
     why_not_ours,
 )
+from x07_sandbox.host.processes import close_on_fork
 from x07_sandbox.host.verdicts import Verdict, file_state, validity
 from x07_sandbox.host.waiting import Deadline, Notice, Remark, input_poll, unix_ms, write_all
 from x07_sandbox.images.store import Part, ScratchDisk, list_images
@@ -229,7 +230,8 @@ def opened_template(template: Template) -> Iterator[Saved | None]:
 def opened_manifest(template: Template, stack: contextlib.ExitStack) -> tuple[int, TemplateManifest] | None:
     """Return a template's folder, which *stack* closes, and its manifest, or None. Raises ImageError."""
     try:
-        stack.callback(os.close, lock_shared(template.folder))  # until then, `delete_unused` does not remove it
+        # Until then, `delete_unused` does not remove it.
+        stack.callback(close_on_fork.close, lock_shared(template.folder))
     except (FileNotFoundError, BlockingIOError):  # the latter while another process removes it
         return None
     except OSError:
