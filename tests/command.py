@@ -1,4 +1,4 @@
-"""The command `x07` in this process, as a user starts it in a folder, without the start of another Python."""
+"""The command `x07`: as the words that start it in a process of its own, or carried out in this process."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 import tempfile
-from typing import IO, TYPE_CHECKING, NamedTuple
+from typing import IO, TYPE_CHECKING, Final, NamedTuple
 
 import pytest
 
@@ -15,6 +15,9 @@ from x07_sandbox.cli.main import main
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
+
+
+X07: Final = [sys.executable, "-m", "x07_sandbox.cli.main"]
 
 
 class Done(NamedTuple):
@@ -32,7 +35,7 @@ def x07(
     env: Mapping[str, str] | None = None,
     command: Callable[[Sequence[str]], int] = main,
 ) -> Done:
-    """Carry out a command in *where*, with more variables."""
+    """Carry out a command in *where*, with more variables, without the start of another Python."""
     with contextlib.ExitStack() as stack:
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         patch.chdir(where)

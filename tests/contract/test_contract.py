@@ -53,7 +53,7 @@ def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         patch.setenv("X07_VM_STATE_DIR", str(tmp_path_factory.mktemp("contract") / "jobs"))
         if not FULL:
-            patch.setattr(commands, "IN_A_ROW", 100)  # a thousand take minutes in an emulated VM
+            patch.setattr(commands, "IN_A_ROW", 40)  # a thousand take minutes in an emulated VM
         for name, value in variables(request, tmp_path_factory).items():
             patch.setenv(name, value)
         if request.param == "vz":  # QEMU stands in for Apple's framework: this proves nothing about a Mac

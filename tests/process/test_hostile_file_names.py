@@ -6,12 +6,11 @@ import json
 import os
 import pty
 import subprocess
-import sys
 from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.command import x07
+from tests.command import X07, x07
 from tests.hostile_names import FILES, unseen
 from tests.published import document
 from tests.unit.test_hostile_names import exact
@@ -49,7 +48,7 @@ def opened(confined: OsBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def on_a_terminal(*words: str) -> bytes:
     """Return what a command prints on a terminal."""
     ours, theirs = pty.openpty()
-    argv = [sys.executable, "-m", "x07_sandbox.cli.main", *words]
+    argv = [*X07, *words]
     printed = bytearray()
     with subprocess.Popen(argv, stdin=theirs, stdout=theirs, stderr=theirs) as child:
         os.close(theirs)

@@ -8,13 +8,13 @@ import os
 import pty
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.command import X07
 from tests.command import x07 as command
 from tests.published import document
 from tests.unit.test_stop_rules import GONE, edit, recorded
@@ -23,7 +23,6 @@ from x07_sandbox.records.runs import mark_done, mark_reaped, runs_dir
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-X07 = [sys.executable, "-m", "x07_sandbox.cli.main"]
 NONE = ["--sandbox-backend", "none", "--i-accept-weaker-isolation", "--toolchain", "python"]
 LONG = "import sys, time; print('begun', flush=True); print('warned', file=sys.stderr, flush=True); time.sleep(600)"
 WAIT_S = 60

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.command import X07
 from x07_sandbox import AsyncSandbox, Sandbox, SandboxError
 from x07_sandbox.host.locks import is_locked
 from x07_sandbox.records.runs import run_folder
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("confined")]
 
-X07 = [sys.executable, "-m", "x07_sandbox.cli.main", "sandbox"]
+SANDBOX = [*X07, "sandbox"]
 STOP = "for pid in /proc/[0-9]*; do pid=${pid#/proc/}; [ $pid -le 2 -o $pid = $$ ] || kill -STOP $pid; done"
 NONE_STOPPED = "while grep -q '^State:.T' /proc/[0-9]*/status; do sleep 0.1; done"
 LONG = {"LONG": "n" * 200}
@@ -89,7 +90,7 @@ def test_time_limits_of_file_requests_hold_for_asyncio_and_the_command_line(tmp_
     try:
         held.start(["sh", "-c", f"while :; do {STOP}; done"])
         words = ["cp", "--timeout", "0.5", str(tmp_path / "large"), "stops:large"]
-        done = subprocess.run([*X07, *words], capture_output=True, text=True, check=False)
+        done = subprocess.run([*SANDBOX, *words], capture_output=True, text=True, check=False)
         assert (done.returncode, f"{NO_PROGRESS}. Try again, with a larger --timeout" in done.stderr) == (125, True), (
             done
         )
@@ -271,7 +272,7 @@ def test_the_command_line_says_that_it_waits() -> None:
     """`x07 sandbox create` says for what it waits, also without a terminal, until --queue-timeout."""
     for seconds, waits in ((2, True), (0, False)):
         words = ["create", "--queue-timeout", str(seconds)]
-        done = subprocess.run([*X07, *words], capture_output=True, text=True, check=False)
+        done = subprocess.run([*SANDBOX, *words], capture_output=True, text=True, check=False)
         assert (done.returncode, "waiting until one ends" in done.stderr) == (125, waits), done
         assert f"within {seconds} s" in done.stderr
 

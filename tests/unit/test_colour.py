@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import pty
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.command import X07
 
 MISSING = ["policy", "explain", "missing.json"]
 RED = b"\x1b[1;31m"
@@ -17,7 +18,7 @@ RED = b"\x1b[1;31m"
 def _output(tmp_path: Path, words: list[str], stream: str, **env: str) -> bytes:
     """Return the output of a command on that stream, a terminal."""
     ours, theirs = pty.openpty()
-    argv = [sys.executable, "-m", "x07_sandbox.cli.main", *words]
+    argv = [*X07, *words]
     place = {"X07_VM_STATE_DIR": str(tmp_path / "state"), "X07_VM_CACHE_DIR": str(tmp_path / "cache")}
     others = {name: value for name, value in os.environ.items() if name not in {"NO_COLOR", "TERM"}}
     streams: dict[str, int] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, stream: theirs}
@@ -52,7 +53,7 @@ def test_no_colour_where_it_is_not_wanted(tmp_path: Path, env: dict[str, str]) -
 
 def test_no_colour_without_a_terminal(tmp_path: Path) -> None:
     """A pipe gets plain text, whatever TERM says."""
-    argv = [sys.executable, "-m", "x07_sandbox.cli.main", *MISSING]
+    argv = [*X07, *MISSING]
     done = subprocess.run(argv, cwd=tmp_path, env=os.environ | {"TERM": "xterm"}, capture_output=True, check=False)
     assert done.stderr.startswith(b"x07: ")
     assert b"\x1b" not in done.stderr

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.command import X07
 from x07_sandbox.cli.parser import VERBS
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-COMMAND = [sys.executable, "-m", "x07_sandbox.cli.main"]
 # Asks as bash itself does on a tab: which function is registered for the command, then that function.
 ASK = """
 source "$1" || exit 9
@@ -31,7 +31,7 @@ printf '%s\\n' "${COMPREPLY[@]}"
 def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The completion script for bash."""
     path = tmp_path_factory.mktemp("completion") / "x07.bash"
-    path.write_bytes(subprocess.run([*COMMAND, "completion", "bash"], capture_output=True, check=True).stdout)
+    path.write_bytes(subprocess.run([*X07, "completion", "bash"], capture_output=True, check=True).stdout)
     return path
 
 
@@ -66,7 +66,7 @@ def test_bash_completes_files_where_one_is_meant(script: Path) -> None:
 @pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
 def test_every_shell_gets_every_verb(shell: str) -> None:
     """The script for each shell names all verbs and no path of this machine."""
-    done = subprocess.run([*COMMAND, "completion", shell], capture_output=True, text=True, check=True)
+    done = subprocess.run([*X07, "completion", shell], capture_output=True, text=True, check=True)
     assert done.stderr == ""
     assert all(re.search(rf"\b{verb}\b", done.stdout) for verb in VERBS)
     assert sys.prefix not in done.stdout
@@ -74,6 +74,6 @@ def test_every_shell_gets_every_verb(shell: str) -> None:
 
 def test_another_shell_is_named_as_unknown() -> None:
     """An unknown shell is a usage error that names the known ones."""
-    done = subprocess.run([*COMMAND, "completion", "cmd"], capture_output=True, text=True, check=False)
+    done = subprocess.run([*X07, "completion", "cmd"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "bash" in done.stderr

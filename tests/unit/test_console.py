@@ -5,10 +5,10 @@ from __future__ import annotations
 import fcntl
 import os
 import subprocess
-import sys
 
 import pytest
 
+from tests.command import X07
 from x07_sandbox.cli.console import LiveLine
 from x07_sandbox.host.waiting import Notice
 
@@ -25,7 +25,7 @@ from x07_sandbox.host.waiting import Notice
 )
 def test_a_slow_reader_gets_all_output(words: tuple[str, ...]) -> None:
     """A non-blocking standard output with a slow reader gets all output."""
-    argv = [sys.executable, "-m", "x07_sandbox.cli.main", *words]
+    argv = [*X07, *words]
     whole = subprocess.run(argv, capture_output=True, check=True).stdout
     read, write = os.pipe()
     fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.command import X07
 
-@pytest.mark.parametrize(
-    "words", [(sys.executable, "-m", "x07_sandbox.cli.main"), (str(Path(sys.executable).with_name("x07")),)]
-)
+
+@pytest.mark.parametrize("words", [tuple(X07), (str(Path(sys.executable).with_name("x07")),)])
 def test_names_work_in_any_locale(tmp_path: Path, words: tuple[str, ...]) -> None:
     """Names that are not ASCII work in any locale."""
     (tmp_path / "prüf.py").touch()

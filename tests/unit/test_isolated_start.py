@@ -11,6 +11,7 @@ from typing import Final
 
 import pytest
 
+from tests.command import X07
 from tests.conftest import sample
 from tests.hostile_folder import BIN, HostileFolder
 from x07_sandbox.cli.parser import VERBS, actions, parser_for
@@ -73,7 +74,7 @@ def start(folder: HostileFolder, *argv: str, shell: str = "", **env: str) -> sub
 
 def test_the_folder_notices_a_start_without_isolation(folder: HostileFolder) -> None:
     """Without isolation, a module of the hostile folder is executed."""
-    start(folder, sys.executable, "-m", "x07_sandbox.cli.main", "--version")
+    start(folder, *X07, "--version")
     assert "module encodings" in folder.executed()
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 
 from scripts.make_pages import DOCS
+from tests.command import X07
 from x07_sandbox.policy.outcomes import OUTCOMES, ExitRule, outcomes_by_exit
 
-HELP = [sys.executable, "-m", "x07_sandbox.cli.main", "run", "--help-all"]
+HELP = [*X07, "run", "--help-all"]
 
 
 def test_its_tables_are_those_of_the_source() -> None:

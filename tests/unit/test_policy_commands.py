@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.command import X07
 from tests.unit.policy_command import as_json, policy
 from x07_sandbox.host.paths import settings_file
 from x07_sandbox.policy.decode import policy_digest, render_policy
@@ -114,7 +114,7 @@ def test_a_file_with_a_non_utf8_name_is_checked(tmp_path: Path) -> None:
     """A policy file whose name is not UTF-8 can be checked; the name is printed escaped."""
     name = os.fsdecode(b"p\xff.json")
     (tmp_path / name).write_bytes(GOOD)
-    argv = [sys.executable, "-m", "x07_sandbox.cli.main", "policy", "check", name]
+    argv = [*X07, "policy", "check", name]
     done = subprocess.run(argv, cwd=tmp_path, capture_output=True, check=False)
     assert (done.returncode, done.stdout) == (0, b"p\\xff.json: valid (sandbox.cli.base)\n")
 
@@ -127,7 +127,7 @@ def test_documents_escape_non_utf8_names(tmp_path: Path, words: tuple[str, ...])
     folder = tmp_path / os.fsdecode(b"f\xff")
     folder.mkdir()
     (folder / "policy.json").write_bytes(GOOD)
-    argv = [sys.executable, "-m", "x07_sandbox.cli.main", "policy", *words, str(folder / "policy.json")]
+    argv = [*X07, "policy", *words, str(folder / "policy.json")]
     done = subprocess.run(argv, cwd=tmp_path, capture_output=True, check=True)
     assert b"/f\\\\xff" in done.stdout
     assert json.dumps(json.loads(done.stdout), ensure_ascii=False).encode()  # raises for half a pair

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from typing import TYPE_CHECKING
 
 import msgspec
 import pytest
 
+from tests.command import X07 as COMMAND
 from tests.unit.policy_command import as_json, policy
 from x07_sandbox.backends.registry import backend_named
 from x07_sandbox.policy.controls import make_plan
@@ -130,7 +130,7 @@ def test_explain_has_exit_codes_for_errors(tmp_path: Path) -> None:
 
 def test_explaining_touches_nothing(tmp_path: Path) -> None:
     """`x07 policy explain` creates nothing and needs no image."""
-    argv = [sys.executable, "-m", "x07_sandbox.cli.main", "policy", "explain"]
+    argv = [*COMMAND, "policy", "explain"]
     done = subprocess.run(argv, cwd=tmp_path, env={"HOME": str(tmp_path)}, capture_output=True, check=False)
     assert (done.returncode, done.stderr, os.listdir(tmp_path)) == (0, b"", [])  # noqa: PTH208 - names are wanted
 

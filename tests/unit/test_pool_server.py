@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from typing import TYPE_CHECKING
 
+from tests.command import X07
 from x07_sandbox.library.resident import Progress, Reader, Starter, Starting
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def test_a_failed_start_gives_the_reason(tmp_path: Path) -> None:
     (cache / "pool" / "socket").mkdir(parents=True)
     for folder in (cache, cache / "pool"):
         folder.chmod(0o700)
-    argv = [sys.executable, "-m", "x07_sandbox.cli.main", "pool", "start"]
+    argv = [*X07, "pool", "start"]
     done = subprocess.run(
         argv, env=os.environ | {"X07_VM_CACHE_DIR": str(cache)}, capture_output=True, text=True, check=False
     )

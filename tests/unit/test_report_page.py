@@ -6,7 +6,6 @@ import base64
 import os
 import re
 import subprocess
-import sys
 from html.parser import HTMLParser
 from typing import TYPE_CHECKING, Any, Final
 
@@ -16,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.browser import missing, running
-from tests.command import x07
+from tests.command import X07, x07
 from x07_sandbox import Ended
 from x07_sandbox.policy.denials import Contact, Denial, Hint, HowToAllow, NetworkUse
 from x07_sandbox.policy.model import Limits
@@ -364,7 +363,7 @@ def test_report_opens_the_page_if_asked(finished: Path, tmp_path: Path) -> None:
     script, opened = tmp_path / "browser", tmp_path / "opened"
     script.write_text(f'#!/bin/sh\nprintf %s "$1" > {opened}\n', encoding="utf-8")
     script.chmod(0o700)
-    argv = [sys.executable, "-m", "x07_sandbox.cli.main", "report", "--open"]
+    argv = [*X07, "report", "--open"]
     usual = {name: value for name, value in os.environ.items() if name not in {"BROWSER", "DISPLAY"}}
     done = subprocess.run(argv, env=usual | {"BROWSER": f"{script} %s"}, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.command import X07
 from tests.published import document
 from x07_sandbox.cli import os_runner
 from x07_sandbox.cli.main import main
@@ -138,7 +139,7 @@ def test_project_files_are_not_overwritten(
 def test_a_source_on_standard_input_is_not_written_over(place: Path, flag: str) -> None:
     """An output over the source on standard input is refused."""
     (place / "a.c").write_text("int main(void) {}")
-    argv = [sys.executable, "-m", "x07_sandbox.cli.main", "run", "--toolchain", "c", flag, "a.c", "-"]
+    argv = [*X07, "run", "--toolchain", "c", flag, "a.c", "-"]
     with (place / "a.c").open() as source:
         done = subprocess.run(argv, stdin=source, capture_output=True, check=False, timeout=60)
     assert (done.returncode, b"the run reads it" in done.stderr) == (2, True), done.stderr

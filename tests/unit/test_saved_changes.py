@@ -7,13 +7,13 @@ import json
 import os
 import shlex
 import subprocess
-import sys
 from typing import TYPE_CHECKING
 
 import msgspec
 import pytest
 
 import x07_sandbox
+from tests.command import X07
 from x07_sandbox.cli.main import main
 from x07_sandbox.errors import UsageError
 from x07_sandbox.files.changes import Change, ChangeSet, Node, Refused, RootChanges, encode
@@ -369,7 +369,7 @@ def test_a_long_diff_stops_on_a_terminal(tmp_path: Path) -> None:
     root = tmp_path / "root"
     saved_run(1, root, *(f"name {number:050}" for number in range(2000)))
     ends = os.openpty()
-    argv = [sys.executable, "-m", "x07_sandbox.cli.main", "diff"]
+    argv = [*X07, "diff"]
     proc = subprocess.Popen(argv, cwd=root, stdout=ends[1], stderr=subprocess.PIPE, text=True)
     os.close(ends[1])
     lines = 0

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import pytest
 
+from tests.command import X07
 from tests.contract.test_one_file_backend import registered
 from tests.unit.test_stop_rules import GONE, edit, recorded
 from x07_sandbox.backends.process import NoneBackend
@@ -378,7 +379,7 @@ def test_a_job_of_another_machine_is_kept() -> None:
 
 def run_here(code: str = "pass") -> subprocess.CompletedProcess[str]:
     """`x07 run` of a Python program without a VM."""
-    argv = [sys.executable, "-m", "x07_sandbox.cli.main", "run", "--sandbox-backend", "none"]
+    argv = [*X07, "run", "--sandbox-backend", "none"]
     argv += ["--i-accept-weaker-isolation", "--toolchain", "python", "-c", code]
     return subprocess.run(argv, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
 

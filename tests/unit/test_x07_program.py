@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import jsonschema
 import pytest
 
+from tests.command import X07 as COMMAND
 from tests.published import document
 from x07_sandbox.cli import os_runner
 from x07_sandbox.cli.main import main
@@ -348,7 +348,7 @@ def test_an_unwritable_derived_policy_names_its_folder(project: Path, capfd: pyt
 def test_an_x07_program_waits_for_no_terminal(project: Path, words: tuple[str, ...]) -> None:
     """An X07 program does not wait for terminal input."""
     ours, theirs = os.openpty()
-    argv = [sys.executable, "-m", "x07_sandbox.cli.main", "run", *words]
+    argv = [*COMMAND, "run", *words]
     try:
         done = subprocess.run(argv, stdin=theirs, capture_output=True, check=False, timeout=30)
     finally:

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 import jsonschema
 import pytest
 
-from tests.command import x07
+from tests.command import X07, x07
 from tests.vm.conftest import left_behind
 from x07_sandbox.policy.decode import render_policy
 from x07_sandbox.policy.templates import TEMPLATES
@@ -144,7 +143,7 @@ def test_a_cancelled_bundle_leaves_nothing(tmp_path: Path, state: Path) -> None:
         'schema_version = "x07.sandbox.project@0.1.0"\ntoolchain = "make"\nartifact = "prog"\nfiles = ["Makefile"]\n'
     )
     (place / "project" / "x07-sandbox.toml").write_text(manifest)
-    argv = [sys.executable, "-m", "x07_sandbox.cli.main", "bundle", "--no-cache", "--out", "prog", "project"]
+    argv = [*X07, "bundle", "--no-cache", "--out", "prog", "project"]
     with subprocess.Popen(argv, cwd=place, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE) as command:
         deadline = time.monotonic() + 60
         while not list(state.glob("*-build/job.json")) and time.monotonic() < deadline:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import pytest
 
+from tests.command import X07
 from tests.conftest import need, overwrite, sample
 from tests.vm.conftest import (
     BEHAVE,
@@ -297,7 +298,7 @@ def test_a_process_short_of_resources_keeps_saved_machines(saved: Sandbox, limit
     folder = template_folder()
     if not there:
         shutil.rmtree(folder)
-    command = [sys.executable, "-m", "x07_sandbox.cli.main", "run", "/bin/true"]
+    command = [*X07, "run", "/bin/true"]
     subprocess.run(["/bin/sh", "-c", limited, "sh", *command], check=False, capture_output=True)
     assert [path.name for path in templates_dir().iterdir() if path.name != ".lock"] == [folder.name] * there
     assert starts(saved.behave("nothing")) == {"run": "clone"}
@@ -364,7 +365,7 @@ def test_leftovers_do_not_block_saving_a_machine(saved: Sandbox, own_cache: Path
     source.write_text("print(1)\n")
     for _ in range(20):  # if we were too slow it has saved one, and another is killed
         shutil.rmtree(templates_dir(), ignore_errors=True)
-        with subprocess.Popen([sys.executable, "-m", "x07_sandbox.cli.main", "run", str(source)], env=env) as child:
+        with subprocess.Popen([*X07, "run", str(source)], env=env) as child:
             while child.poll() is None and not list(templates_dir().glob(".new-*/ram")):
                 time.sleep(0.02)  # only the folder shows it
             child.kill()

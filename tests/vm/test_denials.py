@@ -6,11 +6,11 @@ import json
 import os
 import shlex
 import subprocess
-import sys
 from typing import TYPE_CHECKING, Final
 
 import pytest
 
+from tests.command import X07
 from tests.conftest import sample
 
 if TYPE_CHECKING:
@@ -325,7 +325,7 @@ def test_the_command_prints_advice_below_an_error(state: Path, tmp_path: Path, r
     program.write_text(
         f"try: open('/etc/x', 'w')\nexcept OSError: pass\nopen('{root}/in.txt').read()\nimport nothing_like_it\n"
     )
-    argv = [sys.executable, "-m", "x07_sandbox.cli.main", "run", str(program)]
+    argv = [*X07, "run", str(program)]
     done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "x07: denied: writing to the folder /etc. It cannot be allowed.\n" in done.stderr
@@ -345,7 +345,7 @@ def test_a_missing_module_beside_the_program_gets_advice(state: Path, tmp_path: 
     (tmp_path / "helper.py").write_text("NUMBER = 5\n")
 
     def x07(*words: str) -> subprocess.CompletedProcess[str]:
-        argv = [sys.executable, "-m", "x07_sandbox.cli.main", *words]
+        argv = [*X07, *words]
         return subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, check=False)
 
     said = x07("run", "it s.py").stderr.splitlines()[-1]
@@ -363,6 +363,6 @@ def test_a_folder_whose_name_is_not_utf8_gives_no_hint(state: Path, tmp_path: Pa
     folder.mkdir()
     (folder / "it.py").write_text("import helper\n")
     (folder / "helper.py").touch()
-    argv = [sys.executable, "-m", "x07_sandbox.cli.main", "run", "--json", str(folder / "it.py")]
+    argv = [*X07, "run", "--json", str(folder / "it.py")]
     done = subprocess.run(argv, capture_output=True, check=False)
     assert json.loads(done.stdout)["outcome"] == "failed"

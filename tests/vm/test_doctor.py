@@ -6,12 +6,12 @@ import json
 import os
 import pty
 import subprocess
-import sys
 from typing import TYPE_CHECKING, Any
 
 import jsonschema
 import pytest
 
+from tests.command import X07
 from x07_sandbox.backends.qemu.backend import known_verdict
 from x07_sandbox.backends.registry import BY_NAME
 from x07_sandbox.host.paths import cache_dir, cache_folder
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.vm, pytest.mark.usefixtures("image")]
 
-DOCTOR = (sys.executable, "-m", "x07_sandbox.cli.main", "doctor", "--json")
+DOCTOR = (*X07, "doctor", "--json")
 SUBJECT = "VM start"
 
 

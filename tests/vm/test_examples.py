@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.command import X07
 from tests.vm.conftest import Sandbox, left_behind
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(180)]
@@ -100,7 +101,7 @@ def test_json_lines_become_csv(sandbox: Sandbox) -> None:
 
 def test_the_command_runs_the_python_example(state: Path) -> None:
     """`x07 run --input orders.jsonl jsonl_to_csv.py` prints only the CSV, and leaves no remains."""
-    argv = [sys.executable, "-m", "x07_sandbox.cli.main", "run", "--input", str(ORDERS), str(CSV)]
+    argv = [*X07, "run", "--input", str(ORDERS), str(CSV)]
     done = subprocess.run(argv, capture_output=True, stdin=subprocess.DEVNULL, timeout=120, check=False)
     assert (done.returncode, done.stderr) == (0, b"")
     assert done.stdout == expected_csv()

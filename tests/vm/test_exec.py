@@ -7,12 +7,12 @@ import json
 import os
 import pty
 import subprocess
-import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from msgspec.structs import replace
 
+from tests.command import X07
 from tests.command import x07 as command
 from tests.vm.conftest import left_behind
 from x07_sandbox import Pool, exec_command, exec_command_async, load_policy, run_program, run_program_async
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.vm
 
-COMMAND = [sys.executable, "-m", "x07_sandbox.cli.main"]
 MAKEFILE = """\
 all:
 \tcp in.txt out.txt
@@ -169,7 +168,7 @@ def test_other_calls_have_files_too(state: Path) -> None:
 def test_a_terminal_shows_discarded_files_once(project: Path) -> None:
     """Files left in the private working folder are counted in the result, and a terminal shows one note."""
     ours, theirs = pty.openpty()
-    words = [*COMMAND, "exec", "--", "sh", "-c", "touch a b .c"]
+    words = [*X07, "exec", "--", "sh", "-c", "touch a b .c"]
     done = subprocess.run(words, cwd=project, stdin=subprocess.DEVNULL, stderr=theirs, check=False)
     os.close(theirs)
     said = os.read(ours, 65536).decode()

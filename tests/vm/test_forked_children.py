@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.command import X07
 from tests.vm.conftest import copy_cache, left_behind, usual_start
 from x07_sandbox import run_program
 from x07_sandbox.host.locks import file_lock
@@ -167,8 +168,7 @@ def test_a_killed_runner_frees_its_slot_despite_forked_children(
 @pytest.mark.usefixtures("_own_cache")
 def test_a_pool_ends_the_machine_of_a_killed_process(state: Path, sleeping: list[int]) -> None:
     """If a process that claimed a pool machine is killed, the pool ends the machine despite its forked children."""
-    x07 = [sys.executable, "-m", "x07_sandbox.cli.main"]
-    subprocess.run([*x07, "pool", "start", "--size", "1"], check=True, capture_output=True)
+    subprocess.run([*X07, "pool", "start", "--size", "1"], check=True, capture_output=True)
     try:
         with subprocess.Popen([sys.executable, "-c", FORKING], stdout=subprocess.PIPE, text=True) as runner:
             assert runner.stdout is not None
@@ -176,7 +176,7 @@ def test_a_pool_ends_the_machine_of_a_killed_process(state: Path, sleeping: list
             runner.kill()
         deadline = time.monotonic() + 60  # the child lives longer
         while True:
-            shown = subprocess.run([*x07, "pool", "status", "--json"], check=False, capture_output=True)
+            shown = subprocess.run([*X07, "pool", "status", "--json"], check=False, capture_output=True)
             pool = json.loads(shown.stdout)["pool"] if shown.returncode == 0 else None  # a busy one answers later
             if pool is not None and pool["running"] == 0:
                 break
@@ -184,7 +184,7 @@ def test_a_pool_ends_the_machine_of_a_killed_process(state: Path, sleeping: list
             time.sleep(0.2)  # another process's state: there is nothing to wait on
         assert pool["claimed"] == 1
     finally:
-        subprocess.run([*x07, "pool", "stop"], check=True, capture_output=True)
+        subprocess.run([*X07, "pool", "stop"], check=True, capture_output=True)
     wait_gone(state)
 
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import pytest
 
+from tests.command import X07
 from tests.vm.conftest import left_behind, marked, owners
 from x07_sandbox import AsyncSandbox, Ended, Sandbox, SandboxError
 from x07_sandbox.host.linux import process_ids
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(120), pytest.mark.usefixtures("image", "state")]
 
-X07 = [sys.executable, "-m", "x07_sandbox.cli.main"]
 # Waits for signals that announce a new size of the terminal, until it has 59 rows.
 WATCH = (
     "import os, signal as s; s.pthread_sigmask(s.SIG_BLOCK, [s.SIGWINCH]); print('ready', flush=True); "

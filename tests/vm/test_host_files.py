@@ -8,14 +8,13 @@ import re
 import shlex
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.command import x07
+from tests.command import X07, x07
 from tests.conftest import sample
 from tests.published import document
 from tests.vm.conftest import left_behind
@@ -28,8 +27,6 @@ if TYPE_CHECKING:
 import msgspec
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(180)]
-
-COMMAND = [sys.executable, "-m", "x07_sandbox.cli.main"]
 
 
 class Project:
@@ -236,7 +233,7 @@ def test_only_changes_of_a_program_that_ended_by_itself_are_applied(
 def test_a_host_file_that_changed_meanwhile_is_a_conflict(project: Project) -> None:
     """If a host file changed since it was copied in, no change is applied: exit code 125, and the file is named."""
     words = ["run", "--allow-write-root", ".", "-c", "print(1, flush=True)\ninput()\n" + CHANGE]
-    argv = [*COMMAND, *words, "--toolchain", "python"]
+    argv = [*X07, *words, "--toolchain", "python"]
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     with subprocess.Popen(argv, cwd=project.folder, text=True, **pipes) as running:  # type: ignore[call-overload]
         assert running.stdout.readline() == "1\n"
@@ -479,7 +476,7 @@ for n in range(150):
         # The folder of prepared files shows that it has begun, and a new file that it is halfway, however slow this
         # machine is.
         sign = (".x07-apply-*", "data/n*")[step % 2]
-        argv = [*COMMAND, "apply"]
+        argv = [*X07, "apply"]
         with subprocess.Popen(argv, cwd=project.folder, stderr=subprocess.DEVNULL) as child:
             while child.poll() is None and not list(project.folder.glob(sign)):
                 time.sleep(0.001)
@@ -504,7 +501,7 @@ input()
 for name in ("in.txt", *range(40)):
     open(f"data/{name}", "w").write(sys.argv[1])
 """
-    argv = [*COMMAND, "run", "--allow-write-root", ".", "-c", source, "--toolchain", "python", "--report-out"]
+    argv = [*X07, "run", "--allow-write-root", ".", "-c", source, "--toolchain", "python", "--report-out"]
     reports = [project.folder.parent / f"{word}.json" for word in ("one", "two")]
     running = [
         subprocess.Popen(

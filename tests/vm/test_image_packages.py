@@ -64,7 +64,7 @@ def test_python_packages_come_from_wheels(index: Path, sandbox: Sandbox) -> None
     built = build_image(name=NAME, pip=["tiny-for-tests>=1"], progress=print)
     assert [(wheel.name, wheel.version) for wheel in built.manifest.pip] == [("tiny-for-tests", "1.0")]
     assert str(index).encode() not in (built.folder / "manifest.json").read_bytes()
-    ran = sandbox.run_text("use.py", PROGRAM, image=NAME)
+    ran = sandbox.run_text("use.py", PROGRAM, image=NAME, cold=True)  # no other run uses this image
     assert ran.outcome == "ok", ran.stderr
     assert ran.stdout.decode().splitlines() == [
         f"42 /usr/local/lib/python{_python(built)}/dist-packages/tiny_for_tests/__init__.py True 1.0",

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.command import X07
 from tests.oci_images import Entry, layer, layout
 from tests.vm.conftest import left_behind
 from x07_sandbox import Sandbox, SandboxError, exec_command, run_program
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(400), pytest.mark.usefixtures("image", "state")]
 
-X07 = [sys.executable, "-m", "x07_sandbox.cli.main"]
 BUSYBOX = "/usr/bin/busybox"
 HELLO = """
 #include <stdio.h>

@@ -18,6 +18,7 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
+from tests.command import X07
 from tests.conftest import need
 from tests.vm.conftest import usual_start
 from x07_sandbox import run_program
@@ -25,7 +26,6 @@ from x07_sandbox.host.paths import cache_dir
 from x07_sandbox.policy.decode import default_policy, render_policy
 
 ROOT = Path(__file__).resolve().parents[2]
-X07 = [sys.executable, "-m", "x07_sandbox.cli.main"]
 HELLO = ["-c", "echo hello", "--toolchain", "shell"]
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(180), pytest.mark.usefixtures("image")]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.command import X07
 from tests.conftest import need
 from x07_sandbox.host.paths import cache_dir
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from tests.vm.conftest import Sandbox
 
 ROOT = Path(__file__).resolve().parents[2]
-X07 = [sys.executable, "-m", "x07_sandbox.cli.main"]
 HELLO = ["run", "--json", "-c", "print('hello')", "--toolchain", "python"]
 NOBODY = 65534
 VARIABLES = ("X07_VM_STATE_DIR", "X07_VM_CACHE_DIR")

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.command import X07
 from tests.conftest import sample
 from tests.vm.conftest import BEHAVE, PROGRAMS, Artifacts, Ran, Sandbox, left_behind, marked, owners, wait_done
 from x07_sandbox.host.waiting import Cancel
@@ -348,7 +349,7 @@ def test_a_cancel_ends_the_run(sandbox: Sandbox, threads: ThreadPoolExecutor) ->
 @contextlib.contextmanager
 def command(args: Sequence[str], **options: object) -> Iterator[subprocess.Popen[bytes]]:
     """Run the real `x07` with *args*, and kill it on exit."""
-    argv = [sys.executable, "-m", "x07_sandbox.cli.main", *args]
+    argv = [*X07, *args]
     child = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)  # type: ignore[call-overload]
     with child:
         try:

@@ -10,7 +10,6 @@ import re
 import select
 import signal
 import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import wait
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 import msgspec
 import pytest
 
+from tests.command import X07
 from tests.conftest import FULL, sample
 from tests.hostile_folder import BIN, HostileFolder
 from tests.published import document
@@ -58,7 +58,6 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(900)]
 
-COMMAND = (sys.executable, "-m", "x07_sandbox.cli.main")
 ECHO = "import sys\nprint('got', sys.stdin.read())\n"
 # Prints traces that an earlier program could have left in the machine.
 TRACES = """
@@ -75,7 +74,7 @@ print(json.dumps({
 
 def x07(*words: str, stdin: bytes = b"", folder: HostileFolder | None = None) -> subprocess.CompletedProcess[bytes]:
     """Run one `x07` command, in a hostile folder if one is given."""
-    argv = [*(COMMAND if folder is None else [str(BIN / "x07")]), *words]
+    argv = [*(X07 if folder is None else [str(BIN / "x07")]), *words]
     cwd, env = (None, None) if folder is None else (folder.path, folder.variables())
     return subprocess.run(argv, input=stdin, capture_output=True, check=False, timeout=300, cwd=cwd, env=env)
 
@@ -285,7 +284,7 @@ def alive(state: Path) -> set[str]:
 def test_killing_claimer_or_pool_leaves_no_machine(echo: str, state: Path, killed: str, full: bool) -> None:  # noqa: FBT001
     """SIGKILL of the claimer, the pool or both, at any moment of a run, leaves no machine behind."""
     moments = range(40, 400, 15) if full else (140,)
-    argv = [*COMMAND, "run", "--json", echo]
+    argv = [*X07, "run", "--json", echo]
     kept = 1 if killed == "claimer" else 0
 
     def at_rest() -> bool:
@@ -355,7 +354,7 @@ def test_a_pool_start_that_waits_reports_it_and_can_be_stopped(
     with (
         contextlib.closing(Cancel()) as cancel,
         admitted(cancel_fd=cancel.fd, timeout_s=60),
-        subprocess.Popen([*COMMAND, "pool", "start"], stderr=subprocess.PIPE, text=True) as start,
+        subprocess.Popen([*X07, "pool", "start"], stderr=subprocess.PIPE, text=True) as start,
     ):
         assert start.stderr is not None
         assert any("only 1 may run at once" in line for line in start.stderr)
@@ -515,7 +514,7 @@ def test_stopping_a_pool_ends_its_runs(state: Path, tmp_path: Path, echo: str) -
     sleeper = tmp_path / "sleeper.py"
     sleeper.write_text("print('up', flush=True)\nimport time\ntime.sleep(50)\n")
     with pool_process(1):
-        argv = [*COMMAND, "run", str(sleeper)]
+        argv = [*X07, "run", str(sleeper)]
         with subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
             assert child.stdout is not None
             assert child.stdout.readline() == b"up\n"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.command import X07
 from tests.vm.conftest import PROGRAMS, Artifacts, Sandbox
 from tests.x07_variables import EXPECTED, policy_document
 
@@ -159,7 +159,7 @@ def test_a_program_finds_its_policy_in_x07_variables(state: Path, tmp_path: Path
         (tmp_path / name).mkdir()
     (tmp_path / "p.json").write_text(json.dumps(policy_document()))
     (tmp_path / "it.py").write_text("import json, os\nprint(json.dumps(dict(os.environ)))\n")
-    argv = [sys.executable, "-m", "x07_sandbox.cli.main", "run", "--policy", "p.json", "it.py"]
+    argv = [*X07, "run", "--policy", "p.json", "it.py"]
     done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)

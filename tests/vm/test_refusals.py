@@ -6,13 +6,12 @@ import hashlib
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.command import x07
+from tests.command import X07, x07
 from x07_sandbox import Pool, SandboxError, run_program
 from x07_sandbox.errors import RefusedError
 from x07_sandbox.policy.decode import decode_policy, default_policy, render_policy
@@ -108,7 +107,7 @@ def test_arguments_that_execve_rejects_are_a_usage_error(
 
 def test_an_unknown_option_names_the_commands_help() -> None:
     """An unknown option of `x07 run` is a usage error that names `x07 run --help`."""
-    argv = [sys.executable, "-m", "x07_sandbox.cli.main", "run", "--json", PROGRAM, "--bogus"]
+    argv = [*X07, "run", "--json", PROGRAM, "--bogus"]
     done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, check=False, timeout=60)
     assert (done.returncode, json.loads(done.stdout)["outcome"]) == (2, "usage-error")
     assert b"See x07 run --help" in done.stdout

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.command import X07
 from tests.vm.conftest import left_behind, marked, owners, usual_start
 from x07_sandbox import AsyncSandbox, Ended, Pool, Process, Sandbox, SandboxError
 from x07_sandbox.library import forwarding
@@ -666,10 +667,9 @@ def test_x07_kill_ends_a_sandbox(state: Path) -> None:
     """`x07 kill` ends a sandbox of another process."""
     opened = Sandbox()
     process = opened.start(SLEEPER)
-    x07 = [sys.executable, "-m", "x07_sandbox.cli.main"]
-    listed = subprocess.run([*x07, "ps"], check=True, capture_output=True, text=True).stdout
+    listed = subprocess.run([*X07, "ps"], check=True, capture_output=True, text=True).stdout
     assert opened.id in listed
-    subprocess.run([*x07, "kill", opened.id], check=True, capture_output=True)
+    subprocess.run([*X07, "kill", opened.id], check=True, capture_output=True)
     with pytest.raises(SandboxError):
         process.wait(60)
     assert opened.close().outcome == "cancelled"
@@ -692,7 +692,7 @@ def test_a_killed_creator_takes_its_sandbox_along(state: Path) -> None:
         assert process.stdout is not None
         assert process.stdout.readline()
         process.kill()
-    subprocess.run([sys.executable, "-m", "x07_sandbox.cli.main", "sweep"], check=True, capture_output=True)
+    subprocess.run([*X07, "sweep"], check=True, capture_output=True)
     assert left_behind(state) == []
 
 

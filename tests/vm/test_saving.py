@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.command import X07
 from tests.conftest import need
 from tests.vm.conftest import BEHAVE, Artifacts, Sandbox, copy_cache, left_behind, marked, owners, usual_start
 from x07_sandbox import Pool
@@ -86,7 +87,7 @@ def start_of(sandbox: Sandbox) -> tuple[str, str]:
 
 def command(saver: Identity, deadline: float) -> str:
     """The phase that `x07 ps` shows for the VM of the process in the background, once there is one."""
-    argv = [sys.executable, "-m", "x07_sandbox.cli.main", "ps", "--json"]
+    argv = [*X07, "ps", "--json"]
     while True:
         jobs = json.loads(subprocess.run(argv, check=True, capture_output=True).stdout)["jobs"]
         if found := [one["phase"] for one in jobs if one["run"].split("-")[1] == str(saver.pid)]:
@@ -134,7 +135,7 @@ def test_a_killed_process_in_the_background_loses_only_its_vm(unsaved: Sandbox) 
 
 def test_cancelling_a_run_loses_nothing(unsaved: Sandbox) -> None:
     """Ctrl-C of a run does not reach the process in the background, which completes what it saves."""
-    argv = [sys.executable, "-m", "x07_sandbox.cli.main", "exec", "--", "/bin/sh", "-c", "echo here; exec sleep 60"]
+    argv = [*X07, "exec", "--", "/bin/sh", "-c", "echo here; exec sleep 60"]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, start_new_session=True) as child:
         assert child.stdout is not None
         assert child.stdout.readline() == b"here\n"

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import secrets
 import subprocess
-import sys
 from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.command import X07
 from tests.published import document
 from x07_sandbox.records.runs import all_runs
 
@@ -28,7 +28,7 @@ def test_the_json_of_a_trivial_run_is_short(image: Image, tmp_path: Path) -> Non
     assert image.digest
     program = tmp_path / "one.py"
     program.write_text(f"print(1)  # {secrets.token_hex()}\n", encoding="utf-8")  # never built before
-    argv = [sys.executable, "-m", "x07_sandbox.cli.main", "run", "--json", str(program)]
+    argv = [*X07, "run", "--json", str(program)]
     done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, check=True)
     assert len(done.stdout) <= MOST_BYTES
     short = document(done.stdout)

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.command import X07
+
 if TYPE_CHECKING:
     from x07_sandbox.images.store import Image
 
@@ -120,7 +122,7 @@ def test_a_source_from_a_non_blocking_pipe_is_read_to_its_end(tmp_path: Path, im
     program, out = os.pipe()
     os.set_blocking(program, False)
     env = os.environ | {"X07_VM_STATE_DIR": str(tmp_path / "jobs")}
-    argv = [sys.executable, "-m", "x07_sandbox.cli.main", "run", "--toolchain", "shell", "-"]
+    argv = [*X07, "run", "--toolchain", "shell", "-"]
     os.write(out, b"echo one\n")
     with subprocess.Popen(argv, env=env, stdin=program, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as command:
         os.close(program)

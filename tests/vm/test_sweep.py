@@ -7,11 +7,11 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.command import X07
 from tests.vm.conftest import left_behind, marked, owners
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from x07_sandbox.images.store import Image
 
 pytestmark = [pytest.mark.vm, pytest.mark.usefixtures("image")]
-X07 = [sys.executable, "-m", "x07_sandbox.cli.main"]
 LONG = "import time; print('up', flush=True); time.sleep(600)"
 WAIT_S = 120
 

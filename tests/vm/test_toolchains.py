@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from msgspec.structs import replace
 
-from tests.command import x07
+from tests.command import X07, x07
 from tests.conftest import FULL
 from tests.published import document
 from tests.vm.conftest import Sandbox, left_behind
@@ -508,7 +507,7 @@ def test_a_time_limit_of_the_command_line_holds() -> None:
 def test_waiting_for_a_pipes_writer_can_be_cancelled(tmp_path: Path) -> None:
     """SIGTERM cancels a run that waits for a writer of its input pipe."""
     os.mkfifo(tmp_path / "pipe")
-    argv = [sys.executable, "-m", "x07_sandbox.cli.main", "run", "--input", str(tmp_path / "pipe")]
+    argv = [*X07, "run", "--input", str(tmp_path / "pipe")]
     with subprocess.Popen([*argv, "-c", "cat", "--toolchain", "shell"], stderr=subprocess.PIPE) as child:
         wanted = Path(f"/proc/{child.pid}/wchan")
         deadline = time.monotonic() + 60
@@ -606,7 +605,7 @@ def test_artifact_and_report_can_be_saved(tmp_path: Path) -> None:
     out, report = tmp_path / "prog", tmp_path / "result.json"
     words = ["--json", "--quiet-json", "--report-out", str(report), "--compiled-out", str(out)]
     done = command(*words, "-c", "int main(void) { return 3; }", "--toolchain", "c")
-    before = [sys.executable, "-m", "x07_sandbox.cli.main", "--quiet-json", "--report-out", str(tmp_path / "first")]
+    before = [*X07, "--quiet-json", "--report-out", str(tmp_path / "first")]
     first = subprocess.run(
         [*before, "run", "--json", "--toolchain", "shell", "-c", "exit 4"],
         capture_output=True,

@@ -38,7 +38,7 @@ from x07_sandbox.backends.registry import BY_NAME
 BY_NAME["vz"] = replace(BY_NAME["vz"], linux=True)
 exec_command(["sh", "-c", "echo here; sleep 600"], on_output=lambda _name, data: os.write(1, data))
 """
-NAMES = ("deadline", "output-limit", "unlisted-name", "gate-asked", "connect-fails", "memory", "write-root")
+NAMES = ("deadline", "unlisted-name", "write-root")  # each boots a VM; tests/contract checks all in full runs
 
 
 @pytest.fixture
