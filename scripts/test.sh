@@ -80,4 +80,4 @@ fi
 # templates are made once, and so has each container engine (tests/durations.py).
 step "pytest"
 workers=$(($(nproc) * 5 / 2))
-exec .venv/bin/pytest -rsfE --durations=30 -n "$workers" --maxprocesses 6 --dist loadgroup --no-loadscope-reorder "$@"
+exec .venv/bin/pytest -rsfE --durations=30 -n "$workers" --maxprocesses 6 --dist loadfile --no-loadscope-reorder "$@"

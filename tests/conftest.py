@@ -9,7 +9,7 @@ import signal
 import stat
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import pytest
 from hypothesis import settings
@@ -212,6 +212,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if not FULL and (mark := item.get_closest_marker("full")):
             item.add_marker(pytest.mark.skip(f"full sizes only: {mark.args[0]}"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:  # noqa: ANN401 - of xdist, without types
+    """Give each worker whole groups of tests."""
+    from xdist.scheduler import LoadFileScheduling  # type: ignore[import-untyped]
+
+    class Groups(LoadFileScheduling):  # type: ignore[misc]
+        """Groups of tests by `durations.group_of`."""
+
+        def _split_scope(self, nodeid: str) -> str:
+            return durations.group_of(nodeid)
+
+    return Groups(config, log)
 
 
 @pytest.fixture(scope="session", name="need")

@@ -16,7 +16,12 @@ import pytest
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-ENGINES: Final = ("podman", "docker", "containerd")  # fixtures, and parameters of tests
+ENGINES: Final = ("podman", "docker", "containerd")
+ENGINE_OF: Final = {
+    "tests/containers/test_apple.py": "podman",
+    "tests/containers/test_containers.py": "podman",
+    "tests/containers/test_firecracker.py": "containerd",
+}
 RECORD: Final = Path(__file__).with_suffix(".json")
 
 
@@ -35,6 +40,13 @@ def file_of(nodeid: str) -> str:
     return nodeid.partition("::")[0]
 
 
+def group_of(nodeid: str) -> str:
+    """Return what one worker runs: a file, or the tests of a container engine, whose store is then filled once."""
+    file, _, words = nodeid.partition("[")
+    named = words.rstrip("]").split("-")
+    return next((engine for engine in ENGINES if engine in named), ENGINE_OF.get(file_of(file), file_of(file)))
+
+
 def slowest_first(names: Iterable[str], seconds: Mapping[str, int]) -> list[str]:
     """Return each name once: names without a time first, then the others by time; equals stay in their order."""
     return sorted(dict.fromkeys(names), key=lambda name: -seconds.get(name, math.inf))
@@ -43,21 +55,12 @@ def slowest_first(names: Iterable[str], seconds: Mapping[str, int]) -> list[str]
 def sort_by_file(items: list[pytest.Item]) -> None:
     """Sort tests so that those of the slowest files are first. The tests of a file stay in their order.
 
-    xdist (--dist loadgroup --no-loadscope-reorder) hands out groups in this order: one to each worker, and the next one
+    xdist (--no-loadscope-reorder) hands out groups (`group_of`) in this order: one to each worker, and the next one
     to a worker with at most two tests left. So the last files are the shortest, and no worker is left with a long one.
     """
     names = slowest_first((file_of(item.nodeid) for item in items), recorded())
     place = {name: number for number, name in enumerate(names)}
     items.sort(key=lambda item: place[file_of(item.nodeid)])
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(_group_of(item)))
-
-
-def _group_of(item: pytest.Item) -> str:
-    """Return what one worker runs together: a file, or the tests of a container engine, whose store is filled once."""
-    call = getattr(item, "callspec", None)
-    named = {*getattr(item, "fixturenames", ()), *map(str, call.params.values() if call is not None else ())}
-    return next((engine for engine in ENGINES if engine in named), file_of(item.nodeid))
 
 
 class Recorder:

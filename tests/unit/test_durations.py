@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests import durations
-from tests.durations import Recorder, recorded, slowest_first
+from tests.durations import Recorder, group_of, recorded, slowest_first
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -18,6 +18,18 @@ def test_files_are_ordered_by_their_recorded_time() -> None:
     names = ["a", "b", "new", "a", "c", "d", "newer"]
     assert slowest_first(names, {"a": 0, "b": 7, "c": 90, "d": 7, "gone": 5}) == ["new", "newer", "c", "b", "d", "a"]
     assert slowest_first(names, {}) == ["a", "b", "new", "c", "d", "newer"]
+
+
+def test_the_tests_of_an_engine_are_one_group() -> None:
+    """Tests with an engine in their parameters, and files that need one, form a group; others one for each file."""
+    groups = {
+        "tests/contract/test_contract.py::test_it[podman-arguments]": "podman",
+        "tests/chaos/test_chaos.py::test_it[containerd]": "containerd",
+        "tests/containers/test_containers.py::test_it": "podman",
+        "tests/contract/test_contract.py::test_it[qemu-arguments]": "tests/contract/test_contract.py",
+        "tests/unit/test_a.py::test_it[a::b-podmans]": "tests/unit/test_a.py",
+    }
+    assert {name: group_of(name) for name in groups} == groups
 
 
 def test_a_record_keeps_the_times_of_files_that_did_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
