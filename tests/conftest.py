@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 import os
+import shutil
 import signal
 import stat
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -42,6 +45,30 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
 
 # A process in the background would outlive the test whose run started it, and take processor time from others.
 os.environ["X07_VM_SAVE_FIRST"] = "1"
+
+
+def _own_settings() -> None:
+    """Give all tests settings with room for the saved VMs of all their images, in place of the user's settings.
+
+    With the ordinary limit, each test that saves a VM would remove one that a later test has to save anew. What other
+    programs have in the user's folder of settings, such as pip, stays in force. Workers inherit the first one's folder.
+    """
+    if "X07_TEST_SETTINGS" in os.environ:
+        return
+    users = Path(os.environ.get("XDG_CONFIG_HOME", "") or Path.home() / ".config")
+    folder = Path(tempfile.mkdtemp(prefix="x07-test-settings-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    for entry in users.iterdir() if users.is_dir() else ():
+        if entry.name != "x07":
+            (folder / entry.name).symlink_to(entry.absolute())
+    (folder / "x07").mkdir(mode=0o700)
+    path = folder / "x07" / "sandbox.toml"
+    path.write_text("[disk]\nsaved_vms_mib = 20480\n", encoding="utf-8")
+    path.chmod(0o600)
+    os.environ["XDG_CONFIG_HOME"] = os.environ["X07_TEST_SETTINGS"] = str(folder)
+
+
+_own_settings()
 
 MORE_PACKAGES = ("nodejs", "python3-pip", "python3-requests", "redis-tools") if FULL else ()
 VZ_HELPER = str(Path(__file__).with_name("vz_helper.py"))

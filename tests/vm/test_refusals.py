@@ -42,9 +42,8 @@ def _policy(tmp_path: Path, change: Callable[[dict[str, Any]], None]) -> str:
 
 
 def _no_machine(tmp_path: Path) -> bool:
-    """Return whether no job was created."""
-    jobs = tmp_path / "jobs"
-    return not [path for path in jobs.iterdir() if (path / "job.json").exists()] if jobs.exists() else True
+    """Return whether no job was created, except to test KVM: some failures are tried again after minutes."""
+    return {record.parent.name.rpartition("-")[2] for record in tmp_path.glob("jobs/*/job.json")} <= {"probe"}
 
 
 PROGRAM = str(ROOT / "examples/jsonl_to_csv.py")
