@@ -31,8 +31,9 @@ from tests.lab.attacks.rows import (
     reached,
     tls,
 )
-from tests.lab.attacks.session import Seen, Session, Stage, make_cache
+from tests.lab.attacks.session import Seen, Session, Stage
 from tests.lab.laboratory import SITE, Laboratory
+from tests.vm.conftest import cache_with_base
 
 if TYPE_CHECKING:
     from tests.lab.laboratory import Script
@@ -49,7 +50,7 @@ def stage(lab: Laboratory, tmp_path_factory: pytest.TempPathFactory) -> Stage:
     """The laboratory, and an image whose programs are root of the guest."""
     folder = tmp_path_factory.mktemp("attacks")
     folder.chmod(0o700)
-    made = Stage(lab=lab, folder=folder, cache=make_cache(folder))
+    made = Stage(lab=lab, folder=folder, cache=cache_with_base(folder / "lost-cache"))
     made.prepare()
     return made
 

@@ -49,6 +49,28 @@ def test_a_result_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Verdict("speed").read_or_make(test)["count"] == 2
 
 
+def test_each_failure_of_the_host_doubles_the_time_to_the_next_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failure that the host may have caused counts for 5 minutes, the next for 10, and so on up to an hour.
+
+    After a success, or for another key, it counts for 5 minutes again.
+    """
+    now_ms = verdicts.boot_ms()
+    monkeypatch.setattr(verdicts, "boot_ms", lambda: now_ms)
+    minutes = []
+    for _ in range(6):
+        Verdict("speed", key=1).write({"works": False}, transient=True)
+        assert (Verdict("speed", key=1).read()["works"], Verdict("speed", key=2).read()) == (False, {})
+        minutes.append(verdicts.validity(Verdict("speed", key=1).read()))
+        now_ms += int(verdicts.settings.RETRY_MAX_S * 1000)
+        assert Verdict("speed", key=1).read() == {}
+    assert minutes == [f"for {number} minutes" for number in (5, 10, 20, 40, 60, 60)]
+    Verdict("speed", key=2).write({"works": False}, transient=True)
+    assert verdicts.validity(Verdict("speed", key=2).read()) == "for 5 minutes"
+    Verdict("speed", key=2).write({"works": True})
+    Verdict("speed", key=2).write({"works": False}, transient=True)
+    assert verdicts.validity(Verdict("speed", key=2).read()) == "for 5 minutes"
+
+
 def test_all_results_of_a_test_can_be_forgotten() -> None:
     """All results of one test can be removed, and those of other tests stay."""
     for verdict in (Verdict("speed", "a"), Verdict("speed", "b"), Verdict("size")):

@@ -289,6 +289,30 @@ def copy_cache(place: Path) -> None:
             _link_all(path, place / path.name)
 
 
+def cache_with_base(place: Path) -> Path:
+    """Make a cache beside the user's with the base of its images, for images with another agent."""
+    (place / "images").mkdir(parents=True, mode=0o700)
+    place.chmod(0o700)
+    for base in (cache_dir() / "images").glob("base-*"):
+        shutil.copytree(base, place / "images" / base.name, copy_function=_link_or_copy)
+    copy_kvm_verdict(place)
+    return place
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def copy_kvm_verdict(cache: Path) -> None:
+    """Copy to another cache whether KVM works: where its guests hang, a test of it takes a processor for 5 to 30 s."""
+    (cache / "verdicts").mkdir(mode=0o700, parents=True, exist_ok=True)
+    for path in (cache_dir() / "verdicts").glob("kvm-*"):
+        shutil.copy2(path, cache / "verdicts")
+
+
 def _link_all(source: Path, target: Path) -> None:
     """Hard-link a folder that others change meanwhile, in which case cp finds some files gone."""
     said = b""

@@ -25,6 +25,7 @@ from tests.vm.conftest import (
     Ran,
     Sandbox,
     copy_cache,
+    copy_kvm_verdict,
     left_behind,
     marked,
     owners,
@@ -173,6 +174,7 @@ def own_cache(image: Image, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         return {*unused(folder, names), *(others if folder == str(image.folder.parent) else ())}
 
     shutil.copytree(image.folder.parents[1], cache, ignore=ignored)
+    copy_kvm_verdict(cache)
     for folder in (cache, *(path for path in cache.rglob("*") if path.is_dir())):
         folder.chmod(0o700)
     with pytest.MonkeyPatch.context() as patch:

@@ -6,7 +6,6 @@ The images are real ones, built in a separate cache; only their agent is another
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,11 +15,10 @@ import pytest
 from msgspec.structs import replace
 
 from tests.conftest import sample
-from tests.vm.conftest import BEHAVE, PROGRAMS, Ran, Sandbox, wait_done
+from tests.vm.conftest import BEHAVE, PROGRAMS, Ran, Sandbox, cache_with_base, wait_done
 from x07_sandbox.channel.link import WINDOW
 from x07_sandbox.host import settings
 from x07_sandbox.host.locks import file_lock
-from x07_sandbox.host.paths import cache_dir
 from x07_sandbox.images.build import build_image
 from x07_sandbox.images.store import GuestCode, read_guest_code
 
@@ -55,23 +53,8 @@ def hostile_cache(image: Image, tmp_path_factory: pytest.TempPathFactory) -> Pat
     cache = place / "hostile-cache"
     with file_lock(place / "hostile.lock"):
         if not cache.exists():
-            made = place / "hostile-cache.new"
-            (made / "images").mkdir(parents=True, mode=0o700)
-            made.chmod(0o700)
-            for base in (cache_dir() / "images").glob("base-*"):
-                shutil.copytree(base, made / "images" / base.name, copy_function=_link_or_copy)
-            if (cache_dir() / "kvm").is_dir():  # a lying agent cannot report what the processor supports
-                shutil.copytree(cache_dir() / "kvm", made / "kvm")
-                (made / "kvm").chmod(0o700)
-            made.rename(cache)
+            cache_with_base(place / "hostile-cache.new").rename(cache)
     return cache
-
-
-def _link_or_copy(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
 
 
 Hostile = Callable[..., Ran]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.conftest import overwrite
-from tests.vm.conftest import marked
+from tests.vm.conftest import copy_kvm_verdict, marked
 from x07_sandbox.host import paths
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.images import build, commands, sources, store, verify
@@ -44,6 +44,8 @@ def killed(image: Image, tmp_path_factory: pytest.TempPathFactory) -> Iterator[P
     """The cache folder of a build that was killed while it installed packages."""
     del image  # built in the user's cache before this module sets its own
     cache = tmp_path_factory.mktemp("killed") / "a cache"  # the space: a path is no shell text
+    cache.mkdir(mode=0o700)
+    copy_kvm_verdict(cache)
     env = commands.environment({"X07_VM_CACHE_DIR": str(cache)})
     with subprocess.Popen([sys.executable, "-c", BUILD], env=env, stdout=subprocess.PIPE, text=True) as running:
         assert running.stdout is not None

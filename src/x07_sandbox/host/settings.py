@@ -36,6 +36,7 @@ FILES_S: Final = 60.0  # a file request of a sandbox without progress, unless it
 KVM_PROOF_S: Final = 5.0  # least time for the test of KVM; the most is BOOT_S
 KVM_PROOF_JAILS: Final = 100  # in between: this many times the measured start of the jail
 RETRY_S: Final = 300.0  # before KVM or a template is tried again after a failure that the host may have caused
+RETRY_MAX_S: Final = 3600.0  # the most: each further failure doubles that time
 # How long a guest may take to report the state of its program at the deadline. Equals the longest grace, because a
 # tenth of a short wall time is too short for an emulated machine.
 STOPPED_S: Final = 1.0

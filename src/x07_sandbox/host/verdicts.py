@@ -43,10 +43,17 @@ class Verdict:
         return stored if stored.get("key") == self._key else {}
 
     def write(self, values: Mapping[str, object], *, transient: bool = False) -> None:
-        """Store *values* until the host reboots, or for minutes if the cause may be *transient*. Raises OSError."""
+        """Store *values* until the host reboots, or for minutes if the cause may be *transient*. Raises OSError.
+
+        Each failure after such a one doubles the minutes: the test of KVM where its guests hang takes a processor for
+        5 to 30 s, and the cause is then hardly transient.
+        """
         stored = dict(values) | {"boot_id": boot_id(), "key": self._key}
         if transient:
-            stored["retry_at_ms"] = boot_ms() + int(settings.RETRY_S * 1000)
+            before = _of_this_boot(self.path)
+            last_s = float(before.get("retry_s", 0)) if before.get("key") == self._key else 0.0
+            stored["retry_s"] = min(settings.RETRY_MAX_S, max(settings.RETRY_S, 2 * last_s))
+            stored["retry_at_ms"] = boot_ms() + int(stored["retry_s"] * 1000)
         replace_file(self.path, json.dumps(stored).encode())
 
     def read_or_make(self, test: Callable[[], Mapping[str, object]]) -> Mapping[str, Any]:
@@ -64,10 +71,17 @@ def _digest(value: object) -> str:
 
 def stored_in(path: Path) -> dict[str, Any]:
     """Return the values stored in a verdict's file, or {} if there are none or if they have expired."""
+    stored = _of_this_boot(path)
+    return stored if boot_ms() < stored.get("retry_at_ms", math.inf) else {}
+
+
+def _of_this_boot(path: Path) -> dict[str, Any]:
+    """Return the values that were stored since the host's boot, expired ones too, or {} if there are none."""
     with contextlib.suppress(UsageError, ValueError, RecursionError, AttributeError, TypeError, KeyError):
-        stored = json.loads(read_bounded(path, "verdict", _MAX))
-        if stored["boot_id"] == boot_id() and boot_ms() < float(stored.get("retry_at_ms", math.inf)):
-            return dict(stored)
+        stored = dict(json.loads(read_bounded(path, "verdict", _MAX)))
+        times = {name: float(stored[name]) for name in ("retry_at_ms", "retry_s") if name in stored}
+        if stored["boot_id"] == boot_id():
+            return stored | times
     return {}
 
 

@@ -11,7 +11,6 @@ import json
 import os
 import re
 import select
-import shutil
 import subprocess
 import sys
 import time
@@ -24,7 +23,6 @@ from typing import TYPE_CHECKING, Any, Final, Self
 import msgspec
 from msgspec.structs import replace
 
-from x07_sandbox.host.paths import cache_dir
 from x07_sandbox.images.build import build_image
 from x07_sandbox.images.store import GuestCode, read_guest_code
 from x07_sandbox.policy.decode import default_policy, render_policy
@@ -64,26 +62,6 @@ def compromised_code() -> GuestCode:
     agent["guest/honest.py"] = agent["guest/agent.py"]
     agent["guest/agent.py"] = (HERE / "root_agent.py").read_bytes()
     return replace(honest, agent=agent)
-
-
-def make_cache(place: Path) -> Path:
-    """Make an image cache that shares the user's base image by hard links."""
-    made = place / "lost-cache"
-    (made / "images").mkdir(parents=True, mode=0o700)
-    made.chmod(0o700)
-    for base in (cache_dir() / "images").glob("base-*"):
-        shutil.copytree(base, made / "images" / base.name, copy_function=_link_or_copy)
-    if (cache_dir() / "kvm").is_dir():
-        shutil.copytree(cache_dir() / "kvm", made / "kvm")
-        (made / "kvm").chmod(0o700)
-    return made
-
-
-def _link_or_copy(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
