@@ -34,6 +34,8 @@ CHANGING = {
 # How many calls further the next try is made where each costs most.
 STRIDE = 1 if os.environ.get("X07_TEST_FULL") == "1" else 5
 """Of the calls at which something can go wrong, every so many are tried; the tests of a full run try all."""
+WIDE = 1 if STRIDE == 1 else 12
+"""The same where each try costs more, or a second file system or user has the same calls."""
 KILLED, FINE, CONFLICT, REFUSED = -signal.SIGKILL, 0, 3, 4
 
 
@@ -147,18 +149,18 @@ def killed_on_fuse(base: Path) -> None:
         case = Case(base)
         case.root = base / "shown" / "root"
         case.changes, case.data = difference(case.root, OLD, NEW)
-        killed(base, case)
+        killed(base, case, WIDE)
     finally:
         subprocess.run(["/usr/bin/umount", base / "shown"], check=True)
 
 
-def killed(base: Path, given: Case | None = None) -> None:
-    """Kill the process at every STRIDE-th call, and its recovery at random calls."""
+def killed(base: Path, given: Case | None = None, stride: int = STRIDE) -> None:
+    """Kill the process at every *stride*-th call, and its recovery at random calls."""
     case = given or Case(base)
     results: list[str] = []
     dice = random.Random(7)  # noqa: S311 - nothing secret
     while True:
-        number = STRIDE * len(results) + 1
+        number = stride * len(results) + 1
         case.begin()
         code = in_child(case.apply, partial(at_call, number, die))
         if code != KILLED:
@@ -225,9 +227,9 @@ def disturbed(base: Path) -> None:
             other.replace(path)
 
     for first, name in enumerate(names, start=1):
-        number = first - STRIDE
+        number = first - WIDE
         while True:
-            number += STRIDE
+            number += WIDE
             case.begin()
             (base / "other").unlink(missing_ok=True)
             code = in_child(case.apply, partial(at_call, number, partial(disturb, name)))
@@ -266,9 +268,9 @@ def led_outside(base: Path) -> None:
             path.symlink_to(outside)
 
     for first, name in enumerate(("open", "gone", "to-folder", "added-tree", "to-file/a"), start=1):
-        number = first - STRIDE
+        number = first - WIDE
         while True:
-            number += STRIDE
+            number += WIDE
             case.begin()
             for path in (outside, away):
                 if path.exists():
@@ -298,7 +300,7 @@ def together(base: Path) -> None:
     """Apply two exclusive sets in two processes at once: one succeeds, the other reports a conflict."""
     root = base / "root"
     trees = [{**OLD, f"new-{n}": ("file", 0o644, b"n"), "changed": ("file", 0o644, b"%d" % n)} for n in range(2)]
-    for _ in range(20):
+    for _ in range(8):
         if root.exists():
             remove(root)
         put(root, OLD)
@@ -374,7 +376,7 @@ def without_exchange(base: Path) -> None:
     same(read(case.root), NEW, "without exchange")
     undone(case.folder)
     same(read(case.root), OLD, "without exchange, undone")
-    killed(base)
+    killed(base, stride=WIDE)
     led_outside(base)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import resource
 import stat
 import tempfile
 from typing import TYPE_CHECKING
@@ -165,3 +166,14 @@ def undone(folder: Path, other: Path | None = None) -> ChangeSet:
     undoing = decode((folder / "undo" / "changes.json").read_bytes())
     with (folder / "undo" / "data").open("rb") as file:
         return apply(undoing, file.fileno(), other or folder)
+
+
+@contextlib.contextmanager
+def full_disk(most_bytes: int) -> Iterator[None]:
+    """Let no file of this process grow beyond a size, as on a disk without room for more."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, limit[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)

@@ -136,6 +136,7 @@ def test_a_git_folder_comes_in_two_steps(run: Run, capsys: pytest.CaptureFixture
     """`--allow-protected .git` applies no hook; the next printed command does, and each step can be undone."""
     entries = [folder(name) for name in (".git", ".git/hooks", ".git/hooks/x", ".git/objects")]
     changes, denials, _ = run.back(run.files(), *entries)
+    assert (changes.state, changes.reason, changes.added) == ("kept", "", 0)
     lines, states = messages(changes, denials), [there(run)]
     while command := next(filter(None, map(command_of, lines)), None):
         assert main(command) == 0
@@ -154,14 +155,6 @@ def test_all_or_nothing_applies_nothing(run: Run) -> None:
     assert there(run) == set()
     assert main(["apply", "--allow-protected", ".envrc"]) == 0
     assert there(run) == {"a", ".envrc"}
-
-
-def test_all_changes_left_out(run: Run) -> None:
-    """A run whose changes are all left out saves and names them without changing its exit code."""
-    changes, denials, _ = run.back(run.files(), file(".envrc"))
-    assert (changes.state, changes.reason, changes.added, changes.left_out) == ("kept", "", 0, 1)
-    (line,) = messages(changes, denials)
-    assert line.startswith("left out: .envrc (protected: other tools execute or trust it)")
 
 
 def test_a_change_only_the_policy_can_allow(run: Run) -> None:
@@ -339,7 +332,7 @@ def test_thousands_of_links_and_renames_take_no_time() -> None:
 
 @pytest.mark.parametrize("verb", ["apply", "undo"])
 def test_a_kill_of_a_later_apply_or_undo_is_recovered(run: Run, verb: str) -> None:
-    """After a kill during apply or undo, the tree is entirely old or new and can be undone."""
+    """After a kill during apply or undo, the tree is entirely old or new, counts as what it is, and can be undone."""
     run.back(run.files(), folder("a"), folder("AGENTS.md"), folder("a/.envrc"))
     first, both = {"a"}, {"a", "AGENTS.md", "a/.envrc"}
     every = ["apply", "--allow-protected", "*"]
@@ -355,6 +348,7 @@ def test_a_kill_of_a_later_apply_or_undo_is_recovered(run: Run, verb: str) -> No
         ended = os.waitpid(pid, 0)[1] == 0
         recover_all(pytest.fail)
         assert there(run) in (first, both)
+        assert {name for _, name in find_saved(RUN).done()} == there(run)
         if there(run) == both or len(find_saved(RUN).undos) > 1:
             undo_saved(find_saved(RUN), lambda _path: None)
         assert there(run) == first

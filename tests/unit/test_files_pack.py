@@ -43,16 +43,6 @@ def tree(root: Path, *names: str) -> None:
         path.write_text(name)
 
 
-def test_patterns_select_files(tmp_path: Path) -> None:
-    """Patterns select files once each, and hidden files only if a pattern names them."""
-    tree(tmp_path, "Makefile", "src/a.c", "src/deep/b.c", "src/.secret", ".env", ".git/config", "other.txt")
-    packed = pack_tree(tmp_path, ["Makefile", "src/**", "src/a.c"])
-    assert sorted(packed.files) == ["Makefile", "src/a.c", "src/deep/b.c"]
-    assert unpacked(packed.tree) == packed.files
-    assert sorted(pack_tree(tmp_path, ["**"]).files) == ["Makefile", "other.txt", "src/a.c", "src/deep/b.c"]
-    assert list(pack_tree(tmp_path, [".env"]).files) == [".env"]
-
-
 def test_the_same_files_are_the_same_stream(tmp_path: Path) -> None:
     """The same files give the same stream, whatever their order, times and owners."""
     tree(tmp_path, "a.c", "b/c.c")

@@ -17,7 +17,6 @@ from x07_sandbox.host.waiting import Cancel
 from x07_sandbox.policy.changes import LimitChanges, Overrides
 from x07_sandbox.policy.decode import default_policy, render_policy
 from x07_sandbox.policy.model import HostPorts
-from x07_sandbox.sessions.host_files import effective_roots
 from x07_sandbox.sessions.request import (
     Program,
     ProjectPolicy,
@@ -190,16 +189,6 @@ def test_reading_a_project_ends_when_it_is_cancelled(folder: Path, stack: contex
     cancel(15)
     with pytest.raises(Cancelled):
         load_program(RunRequest(program=folder), RunCaller(cancel=cancel, loaders=(load_x07,)), stack)
-
-
-def test_out_is_refused_where_the_policy_gives_no_files(folder: Path, stack: contextlib.ExitStack) -> None:
-    """--out with fs.enabled false is an error that names the field."""
-    out = folder.parent / "out"
-    request, program = load(stack, folder, out=out)
-    policy = default_policy()
-    assert [root.host for root in effective_roots(request, program, policy)] == [str(out)]
-    with pytest.raises(RefusedError, match=r"fs.enabled is false .*Set fs.enabled to true"):
-        effective_roots(request, program, replace(policy, fs=replace(policy.fs, enabled=False)))
 
 
 @pytest.mark.parametrize("field", ["read_roots", "write_roots"])

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
-import itertools
 import json
 import os
 import pty
-import resource
 import shlex
 import shutil
 import signal
@@ -21,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import pytest
 
+from tests.unit.apply_trees import full_disk
 from tests.unit.test_refused_lines import result
 from x07_sandbox.channel.trees import Entry, Kind, Reader
 from x07_sandbox.cli.console import print_bytes
@@ -383,9 +381,9 @@ def test_a_root_in_a_repository_is_protected(run: Run) -> None:
     assert run.back(run.files({"write_roots": (str(bare / "tree/deep"),)}), hook)[0].state == "applied"
 
 
-@pytest.mark.parametrize("late", ["HEAD", "objects", "refs"])
+@pytest.mark.parametrize("late", ["HEAD", "objects", "refs", "hooks"])
 def test_two_runs_make_no_repository_together(run: Run, late: str) -> None:
-    """A change that would complete a repository, with files that came after the copy, is a conflict."""
+    """A change in a repository, or that would complete one, with files that came after the copy, is a conflict."""
     (run.root / "x").mkdir()
     files = run.files()
     for name in {"HEAD", "objects", "refs"} - {late}:
@@ -395,15 +393,6 @@ def test_two_runs_make_no_repository_together(run: Run, late: str) -> None:
     assert changes.state == "conflict"
     assert f"git treats {run.root}/x as a repository and would run what is in it" in changes.reason
     assert not (run.root / "x" / late).exists()
-
-
-def test_nothing_is_written_in_a_repository_that_came_after_the_copy(run: Run) -> None:
-    """A change below a folder that became a repository after the copy is a conflict."""
-    (run.root / "x").mkdir()
-    files = run.files()
-    for name in ("HEAD", "objects", "refs"):
-        (run.root / "x" / name).mkdir()
-    assert run.back(files, Entry(Kind.FOLDER, b"x/hooks", mode=0o755))[0].state == "conflict"
 
 
 def test_an_allowed_change_in_a_repository_is_applied_again(run: Run) -> None:
@@ -593,22 +582,6 @@ def test_a_root_keeps_its_own_mode(run: Run, more: tuple[Entry, ...]) -> None:
     assert (run.root / "new").exists() == bool(more)
 
 
-def test_refused_changes_say_what_would_allow_them(run: Run) -> None:
-    """Refused changes say whether anything would allow them."""
-    files = run.files({"allow_symlinks": False})
-    pipe = Entry(Kind.UNSUPPORTED, b"p", mode=0o010644)
-    ours = Entry(Kind.FOLDER, b".x07-apply-1", mode=0o755)
-    _, denials, _ = run.back(
-        files, pipe, ours, Entry(Kind.LINK, b"l", target=b"x"), Entry(Kind.LINK, b"m", target=b"/x")
-    )
-    assert [(denial.field, denial.how_to_allow and denial.how_to_allow.value) for denial in denials] == [
-        ("reserved", None),
-        ("fs.allow_symlinks", True),
-        ("fs.allow_symlinks", None),
-        ("kind", None),
-    ]
-
-
 def packed(files: HostFiles) -> list[set[str]]:
     """The names in each tree, each once and after its folder."""
     found = []
@@ -701,79 +674,40 @@ def test_out_may_not_be_a_file(run: Run, monkeypatch: pytest.MonkeyPatch) -> Non
     assert run.files(out=Path("new")).areas[0].at == OUT
 
 
-def save_set(changes: ChangeSet, folder: Path) -> None:
+def save_set(run: Run, *changes: Change) -> None:
+    """Save changes of its root as a run does."""
+    roots = (RootChanges(root=str(run.root), guest="/g", missing=False, changes=changes),) if changes else ()
+    save_roots(run, *roots)
+
+
+def save_roots(run: Run, *roots: RootChanges) -> None:
     """Save a change set as a run does."""
-    private_dir(folder / "changes")
-    (folder / "changes" / "changes.json").write_bytes(encode(changes))
-    (folder / "changes" / "data").write_bytes(b"")
+    private_dir(run.folder.path / "changes")
+    (run.folder.path / "changes" / "changes.json").write_bytes(encode(ChangeSet(run=RUN, roots=roots)))
+    (run.folder.path / "changes" / "data").write_bytes(b"")
+
+
+def made(name: str) -> Change:
+    """A new folder."""
+    return Change(name=name, before=None, after=Node(kind="folder", mode=0o755))
+
+
+def apply_all() -> None:
+    """Apply the saved changes."""
+    apply_saved(find_saved(RUN), find_saved(RUN).changes, lambda _path: None)
 
 
 def test_a_damaged_set_is_an_error(run: Run) -> None:
     """A damaged change set is an error when it is applied."""
-    made = Change(name=".x07-apply-1", before=None, after=Node(kind="folder", mode=0o755))
-    root = RootChanges(root=str(run.root), guest="/g", missing=False, changes=(made,))
-    save_set(ChangeSet(run=RUN, roots=(root,)), run.folder.path)
+    save_set(run, made(".x07-apply-1"))
     with pytest.raises(HostError, match="damaged"):
-        apply_saved(find_saved(RUN), find_saved(RUN).changes, lambda _path: None)
-
-
-def test_a_killed_undo_is_completed(run: Run) -> None:
-    """A killed undo is completed or reverted by the next command, and the changes count as applied only if they are."""
-    (run.root / "a").write_bytes(b"x")
-    node = Node(kind="file", mode=0o644, size=1, sha256=hashlib.sha256(b"x").hexdigest())
-    changes = tuple(Change(name=name, before=node, after=None) for name in "ab")
-    save_set(
-        ChangeSet(run=RUN, roots=(RootChanges(root=str(run.root), guest="/g", missing=False, changes=changes),)),
-        run.folder.path,
-    )
-    parts = [select_changes(find_saved(RUN).changes, [skipped]) for skipped in "ab"]
-    killed = 0
-    for number in itertools.count():
-        (run.root / "b").write_bytes(b"x")
-        apply_saved(find_saved(RUN), parts[number % 2], lambda _path: None)
-        pid = os.fork()
-        if pid == 0:
-            die_at(number)
-            undo_saved(find_saved(RUN), lambda _path: None)
-            os._exit(0)
-        ended = os.waitpid(pid, 0)[1] == 0
-        recover_all(pytest.fail)
-        is_undone = sorted(path.name for path in run.root.iterdir()) == ["a", "b"]
-        assert is_undone == (find_saved(RUN).done() == set())
-        with contextlib.suppress(UsageError):  # it was done, to the end
-            undo_saved(find_saved(RUN), lambda _path: None)
-        assert sorted(path.name for path in run.root.iterdir()) == ["a", "b"]
-        if ended:
-            break
-        killed += 1
-    assert killed > 10
-
-
-def test_an_undo_on_a_full_disk_can_be_repeated(run: Run) -> None:
-    """An undo that fails for lack of space reports it and succeeds once there is space."""
-    (run.root / "a").write_bytes(b"x" * 1000)
-    node = Node(kind="file", mode=0o644, size=1000, sha256=hashlib.sha256(b"x" * 1000).hexdigest())
-    gone = Change(name="a", before=node, after=None)
-    root = RootChanges(root=str(run.root), guest="/g", missing=False, changes=(gone,))
-    save_set(ChangeSet(run=RUN, roots=(root,)), run.folder.path)
-    apply_saved(find_saved(RUN), find_saved(RUN).changes, lambda _path: None)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (900, hard))
-    try:
-        with pytest.raises(HostError, match=f"^cannot undo the changes of run {RUN}: File too large .'/.*/a'"):
-            undo_saved(find_saved(RUN), lambda _path: None)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    undo_saved(find_saved(RUN), lambda _path: None)
-    assert (run.root / "a").stat().st_size == 1000
+        apply_all()
 
 
 def test_a_second_concurrent_undo_does_nothing(run: Run) -> None:
     """The second of two concurrent undos finds nothing to do."""
-    made = Change(name="a", before=None, after=Node(kind="folder", mode=0o755))
-    root = RootChanges(root=str(run.root), guest="/g", missing=False, changes=(made,))
-    save_set(ChangeSet(run=RUN, roots=(root,)), run.folder.path)
-    apply_saved(find_saved(RUN), find_saved(RUN).changes, lambda _path: None)
+    save_set(run, made("a"))
+    apply_all()
     folder = run.folder.path / "changes"
     held = os.open(folder, os.O_RDONLY)
     fcntl.flock(held, fcntl.LOCK_EX)
@@ -789,7 +723,7 @@ def test_a_second_concurrent_undo_does_nothing(run: Run) -> None:
 
 def test_a_failed_recovery_names_its_journal(run: Run) -> None:
     """A failed recovery names its journal and what to do."""
-    save_set(ChangeSet(run=RUN, roots=()), run.folder.path)
+    save_set(run)
     folder = run.folder.path / "changes"
     place = Place(path=str(run.root / "gone"), ident=(1, 1), staging=".x07-apply-1")
     journal.write(folder, "journal", Head(run=RUN, places=(place,)))
@@ -804,10 +738,8 @@ def test_a_failed_recovery_names_its_journal(run: Run) -> None:
 
 def test_a_later_change_is_a_conflict_of_undo(run: Run) -> None:
     """A file changed since apply is a conflict of undo, with the command that shows the changes."""
-    made = Change(name="a", before=None, after=Node(kind="folder", mode=0o755))
-    root = RootChanges(root=str(run.root), guest="/g", missing=False, changes=(made,))
-    save_set(ChangeSet(run=RUN, roots=(root,)), run.folder.path)
-    apply_saved(find_saved(RUN), find_saved(RUN).changes, lambda _path: None)
+    save_set(run, made("a"))
+    apply_all()
     (run.root / "a" / "mine").touch()
     with pytest.raises(ConflictError, match=r"cannot undo .* '/.*/a/mine' changed on the host after .*x07 diff"):
         undo_saved(find_saved(RUN), lambda _path: None)
@@ -817,43 +749,34 @@ def test_a_later_change_is_a_conflict_of_undo(run: Run) -> None:
 
 
 def test_apply_distinguishes_skipped_and_applied(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    """`x07 apply` says whether nothing is left or everything is already applied."""
-    made = Change(name="a", before=None, after=Node(kind="folder", mode=0o755))
-    root = RootChanges(root=str(run.root), guest="/g", missing=False, changes=(made,))
-    save_set(ChangeSet(run=RUN, roots=(root,)), run.folder.path)
-    printed = []
+    """`x07 apply` says whether nothing is left or everything is already applied, and --json lists what it changed."""
+    save_set(run, made("a"))
+    printed, reported = [], []
     for words in (["--skip", "a"], [], []):
         assert main(["apply", *words]) == 0
         printed.append(capsys.readouterr().err)
+    assert main(["undo"]) == 0
+    capsys.readouterr()
+    for words in (["--skip", "a"], [], []):
+        assert main(["apply", "--json", *words]) == 0
+        roots = json.loads(capsys.readouterr().out)["roots"]
+        reported.append([change["name"] for root in roots for change in root["changes"]])
     assert printed == [
         f"x07: nothing to apply in {run.root}\n",
         f"x07: 1 added in {run.root}: applied; revert with x07 undo\n",
         f"x07: already applied in {run.root}\n",
     ]
-
-
-def test_the_apply_document_lists_changes(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    """`x07 apply --json` lists exactly the changes that it made."""
-    made = Change(name="a", before=None, after=Node(kind="folder", mode=0o755))
-    root = RootChanges(root=str(run.root), guest="/g", missing=False, changes=(made,))
-    save_set(ChangeSet(run=RUN, roots=(root,)), run.folder.path)
-    reported = []
-    for words in (["--skip", "a"], [], []):
-        assert main(["apply", "--json", *words]) == 0
-        roots = json.loads(capsys.readouterr().out)["roots"]
-        reported.append([change["name"] for root in roots for change in root["changes"]])
     assert reported == [[], ["a"], []]
 
 
 def test_undo_lists_deletions(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     """`x07 undo` lists each deleted name."""
-    made = tuple(Change(name=name, before=None, after=Node(kind="folder", mode=0o755)) for name in ("a", "a/b", "c"))
-    root = RootChanges(root=str(run.root), guest="/g", missing=False, changes=made)
-    save_set(ChangeSet(run=RUN, roots=(root,)), run.folder.path)
+    names = ("a", "a/b", "c")
+    save_set(run, *map(made, names))
     assert main(["apply"]) == 0
     capsys.readouterr()
     assert main(["undo"]) == 0
-    reported = [f"x07: deleted: {change.name}" for change in made]
+    reported = [f"x07: deleted: {name}" for name in names]
     assert capsys.readouterr().err.splitlines() == [
         *reported,
         f"x07: 3 added in {run.root}: reverted; apply again with x07 apply",
@@ -957,15 +880,8 @@ def die_at(number: int) -> None:
 def test_a_full_disk_leaves_no_partial_list(run: Run) -> None:
     """A full disk while changes are saved is an error and leaves no partial list."""
     files = run.files(changes="keep")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
-    try:
-        with pytest.raises(BackendError, match="cannot save"):
-            run.back(files, *(Entry(Kind.FOLDER, b"%d" % number, mode=0o755) for number in range(20)))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, handler)
+    with full_disk(100), pytest.raises(BackendError, match="cannot save"):
+        run.back(files, *(Entry(Kind.FOLDER, b"%d" % number, mode=0o755) for number in range(20)))
     with pytest.raises(UsageError):
         find_saved(RUN)
 
@@ -992,7 +908,7 @@ def test_the_first_deletions_are_printed(run: Run, capsys: pytest.CaptureFixture
     other = RootChanges(root="/other", guest="/o", missing=False, changes=more)
     names = tuple(ChangedName(root=str(run.root), name=name, action="deleted") for name in sorted(gone))
     for added, roots, above in ((0, (root,), ""), (1, (root, other), f"{run.root}/")):
-        save_set(ChangeSet(run=RUN, roots=roots), run.folder.path)
+        save_roots(run, *roots)
         reported = Changes(state="kept", added=added, deleted=1500, names=names)
         say_changes(msgspec.structs.replace(result(), run=RUN, changes=reported))
         lines = [line for line in capsys.readouterr().err.splitlines() if "would be deleted" in line]
