@@ -18,6 +18,7 @@ import pytest
 
 from tests.conftest import overwrite
 from tests.published import document
+from tests.unit.test_images_manifest import MANIFEST
 from tests.unit.test_images_verify import write_image
 from x07_sandbox.cli.main import main
 from x07_sandbox.errors import HostError, ImageError, UsageError
@@ -63,9 +64,8 @@ def _make(include: Sequence[str]) -> str:
     for name in SHARED:
         os.link(folder / name, place / name)
     made = store.sealed(
-        store.Manifest(
-            schema_version=store.SCHEMA,
-            digest=store.NO_DIGEST,
+        msgspec.structs.replace(
+            MANIFEST,
             recipe=bases.RECIPE,
             arch=host_arch().name,
             suite=sources.release_codename(),
@@ -76,7 +76,6 @@ def _make(include: Sequence[str]) -> str:
             parts=store.Parts(kernel=base.kernel, initrd=initrd, root=base.root, scratch=base.scratch),
             scratch_disk=base.scratch_disk,
             packages=base.packages,
-            filters={},
         )
     )
     bases.put(place, "manifest.json", store.encode_manifest(made))
@@ -109,13 +108,6 @@ def science(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> store.Image:
     monkeypatch.setattr(paths, "PROGRAMS", ())
     store.set_name("science", _make(PACKAGES))
     return store.find_image("science")
-
-
-def test_an_intact_image_is_reused(science: store.Image) -> None:
-    """A build reuses an intact image without running any command."""
-    output: list[str] = []
-    assert build.build_image(name="science", include=PACKAGES, progress=output.append) == science
-    assert output == []
 
 
 @pytest.mark.parametrize("name", [*SHARED, "initrd.cpio", "notes.txt"])
@@ -154,28 +146,8 @@ def test_a_build_checks_disk_space_first(science: store.Image, monkeypatch: pyte
     assert "X07_VM_CACHE_DIR" in caught.value.fix
 
 
-def test_a_build_hashes_large_parts_once(science: store.Image, monkeypatch: pytest.MonkeyPatch, need: Need) -> None:
-    """A second build does not hash large unchanged parts again."""
-    monkeypatch.setattr(verify, "SETTLED_NS", 0)
-    with (science.folder / "root.erofs").open("rb") as file:
-        kind = verify.filesystem(file.fileno())
-    need(kind in verify.TIMES_MOVE, f"tests' folder on a disk file system, not {kind}", installable=False)
-    sizes: list[int] = []
-    real = verify.sha256_of
-
-    def watch(fd: int, size: int) -> str:
-        sizes.append(size)
-        return real(fd, size)
-
-    monkeypatch.setattr(verify, "sha256_of", watch)
-    for expected in (True, False):
-        sizes.clear()
-        build.build_image(name="science", include=PACKAGES, progress=print)
-        assert any(size > verify.SMALL_BYTES for size in sizes) == expected
-
-
 def test_a_named_image_keeps_its_packages(science: store.Image) -> None:
-    """A rebuild without package flags keeps the image's packages and names them."""
+    """A rebuild without package flags keeps the image's packages and names them, and reuses an intact image."""
     output: list[str] = []
     assert build.build_image(name="science", progress=output.append) == science
     assert output == ["keeping the packages: hello, netbase"]

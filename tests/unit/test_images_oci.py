@@ -258,10 +258,10 @@ def test_blobs_of_a_layout_stay_beneath_it(tmp_path: Path) -> None:
         names(source, tmp_path)
 
 
-def test_two_thousand_hostile_images_end_in_an_image_or_an_error() -> None:
+def test_hundreds_of_hostile_images_end_in_an_image_or_an_error() -> None:
     """Mutated layers, archives and documents raise no other error, and write no byte over the limit or elsewhere."""
-    became_images = sum(fuzz_images.one_input(fuzz_images.seeded(seed)) for seed in range(100_000 if FULL else 2_000))
-    assert became_images > 200  # else the mutations prove little
+    became_images = sum(fuzz_images.one_input(fuzz_images.seeded(seed)) for seed in range(100_000 if FULL else 500))
+    assert became_images > 50  # else the mutations prove little
 
 
 FOLDER, LINK, HARD = tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE

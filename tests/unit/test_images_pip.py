@@ -242,24 +242,34 @@ def test_pip_errors_become_one_line(tmp_path: Path, output: list[str], expected:
     assert pip.failure(["Collecting six"], PYTHON, tmp_path / "build.sources") is None
 
 
+def _index(folder: Path, monkeypatch: pytest.MonkeyPatch, **needs: str) -> Path:
+    """Make pip take wheels from a folder only; needs: for each wheel what it requires. Return a file of sources."""
+    index, sources = folder / "index", folder / "sources.list"
+    index.mkdir()
+    sources.touch()
+    for name, needed in needs.items():
+        about = f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n"
+        inside = {
+            "METADATA": about + (f"Requires-Dist: {needed}\n" if needed else ""),
+            "WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        }
+        files = {f"{name}-1.0.dist-info/{file}": text.encode() for file, text in inside.items()}
+        _wheel(index, files, name=f"{name}-1.0")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
+    return sources
+
+
 def test_no_package_is_built_on_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A wheel whose dependency would be built from source is refused, and nothing runs on the host."""
     ran = tmp_path / "ran"
-    index, source, evil = tmp_path / "index", tmp_path / "evil-1.0", tmp_path / "evil.tar.gz"
-    for folder in (index, source):
-        folder.mkdir()
+    source, evil = tmp_path / "evil-1.0", tmp_path / "evil.tar.gz"
+    source.mkdir()
     (source / "pyproject.toml").write_text('[build-system]\nrequires = []\nbuild-backend = "b"\nbackend-path = ["."]\n')
     (source / "b.py").write_text(f"open({str(ran)!r}, 'w').close()\n")
     with tarfile.open(evil, "w:gz") as archive:
         archive.add(source, "evil-1.0")
-    about = f"Metadata-Version: 2.1\nName: good\nVersion: 1.0\nRequires-Dist: evil @ {evil.as_uri()}\n"
-    wheel_file = "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-    files = {"good-1.0.dist-info/METADATA": about.encode(), "good-1.0.dist-info/WHEEL": wheel_file.encode()}
-    _wheel(index, files, name="good-1.0")
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
-    sources = tmp_path / "sources.list"
-    sources.touch()
+    sources = _index(tmp_path, monkeypatch, good=f"evil @ {evil.as_uri()}")
     with pytest.raises(ImageError, match="source packages are not built on this host"):
         pip.download(tmp_path / "wheels", ("good",), PYTHON, lambda _text: None, sources_file=sources)
     assert not ran.exists()
@@ -267,16 +277,6 @@ def test_no_package_is_built_on_the_host(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_pip_fetches_a_wheel_and_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wheels of a package and its dependencies come from pip's configured index."""
-    index = tmp_path / "index"
-    index.mkdir()
-    for name, needs in (("good", "Requires-Dist: other\n"), ("other", "")):
-        about = f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n{needs}"
-        wheel_file = "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-        inside = {"METADATA": about.encode(), "WHEEL": wheel_file.encode()}
-        _wheel(index, {f"{name}-1.0.dist-info/{file}": data for file, data in inside.items()}, name=f"{name}-1.0")
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
-    sources = tmp_path / "sources.list"
-    sources.touch()
+    sources = _index(tmp_path, monkeypatch, good="other", other="")
     found = pip.download(tmp_path / "wheels", ("good",), PYTHON, lambda _text: None, sources_file=sources)
     assert [wheel.name for wheel in found] == ["good", "other"]

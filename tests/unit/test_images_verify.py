@@ -7,8 +7,10 @@ import os
 from typing import TYPE_CHECKING
 
 import pytest
+from msgspec.structs import replace
 
 from tests.published import document
+from tests.unit.test_images_manifest import MANIFEST
 from x07_sandbox.cli.main import main
 from x07_sandbox.errors import ImageError, worded
 from x07_sandbox.images import store, verify
@@ -37,19 +39,10 @@ def write_image(folder: Path) -> str:
         (folder / name).chmod(0o444)
         parts.append(store.Part(file=name, sha256=hashlib.sha256(data).hexdigest(), bytes=len(data)))
     made = store.sealed(
-        store.Manifest(
-            schema_version=store.SCHEMA,
-            digest=store.NO_DIGEST,
-            recipe=1,
-            arch="x86_64",
-            suite="trixie",
-            include=[],
-            base="0" * 64,
-            guest_code="0" * 64,
-            kernel_release="6.12",
+        replace(
+            MANIFEST,
             parts=store.Parts(kernel=parts[0], initrd=parts[1], root=parts[2], scratch=parts[3]),
             scratch_disk=store.ScratchDisk(bytes=1 << 20, pieces=[store.Piece(offset=8192, bytes=4096)]),
-            packages=[],
             filters={"base": parts[4]},
         )
     )
@@ -171,13 +164,18 @@ def test_any_visible_change_makes_the_file_be_hashed_again(
 
 
 @pytest.mark.usefixtures("settled")
-def test_new_boot_makes_everything_be_hashed_again(
-    image: store.Image, counted: list[int], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("host.verdicts.boot_id", lambda: "another"), ("images.verify.TIMES_MOVE", frozenset({"none-such"}))],
+    ids=["new-boot", "unknown-file-system"],
+)
+def test_everything_is_hashed_again_where_times_prove_nothing(
+    image: store.Image, counted: list[int], monkeypatch: pytest.MonkeyPatch, name: str, value: object
 ) -> None:
-    """After a reboot every file is hashed again."""
+    """After a reboot, and on a file system with unreliable change times, a start hashes every file."""
     _open(image)
     counted.clear()
-    monkeypatch.setattr("x07_sandbox.host.verdicts.boot_id", lambda: "another")
+    monkeypatch.setattr(f"x07_sandbox.{name}", value)
     _open(image)
     assert sorted(counted) == sorted(map(len, FILES.values()))
 
@@ -196,18 +194,6 @@ def test_file_changed_just_now_is_not_recorded(
     assert len(FILES["root.erofs"]) in counted
 
 
-def test_unknown_file_system_means_hashing_each_time(
-    image: store.Image, counted: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On a file system with unreliable change times every start hashes everything."""
-    monkeypatch.setattr(verify, "SETTLED_NS", 0)
-    monkeypatch.setattr(verify, "TIMES_MOVE", frozenset({"none-such"}))
-    _open(image)
-    counted.clear()
-    _open(image)
-    assert sorted(counted) == sorted(map(len, FILES.values()))
-
-
 @pytest.mark.usefixtures("settled")
 def test_path_swapped_after_opening_changes_nothing(image: store.Image) -> None:
     """Replacing a file after it was verified does not change what the VM gets."""
@@ -220,55 +206,40 @@ def test_path_swapped_after_opening_changes_nothing(image: store.Image) -> None:
         _open(image)
 
 
-def test_link_is_refused(image: store.Image) -> None:
-    """A symbolic link in place of a part is refused."""
-    path = image.folder / "vmlinux"
-    path.rename(image.folder.parent / "elsewhere")
-    path.symlink_to(image.folder.parent / "elsewhere")
-    with pytest.raises(ImageError, match="is a link"):
-        _open(image)
+def _replace(path: Path, make: Callable[[Path], object]) -> None:
+    """Move a file or folder away and make something else in its place."""
+    path.rename(path.with_name("elsewhere"))
+    make(path)
 
 
-def test_folder_that_is_a_link_is_refused(image: store.Image) -> None:
-    """A symbolic link in place of an image's folder is refused."""
-    image.folder.rename(image.folder.parent / "elsewhere")
-    image.folder.symlink_to(image.folder.parent / "elsewhere")
-    with pytest.raises(ImageError, match="cannot open guest image"):
-        _open(image)
+def _shorten(path: Path) -> None:
+    """Remove the last byte of a part, and restore its mode."""
+    path.chmod(0o644)
+    os.truncate(path, path.stat().st_size - 1)
+    path.chmod(0o444)
 
 
-def test_fifo_is_refused_and_does_not_hang(image: store.Image) -> None:
-    """A fifo in place of a part is refused without blocking."""
-    (image.folder / "vmlinux").unlink()
-    os.mkfifo(image.folder / "vmlinux", 0o444)
-    with pytest.raises(ImageError, match="not a regular file"):
-        _open(image)
-
-
-@pytest.mark.parametrize("mode", [0o644, 0o400, 0o666, 0o4444])
-def test_wrong_mode_is_refused(image: store.Image, mode: int) -> None:
-    """A part with a writable mode is refused."""
-    (image.folder / "vmlinux").chmod(mode)
-    with pytest.raises(ImageError, match="has mode"):
-        _open(image)
-
-
-def test_open_folder_is_refused(image: store.Image) -> None:
-    """An image folder that others can enter is refused."""
-    image.folder.chmod(0o755)
-    with pytest.raises(ImageError, match="mode 0700"):
+@pytest.mark.parametrize(
+    ("name", "damage", "why"),
+    [
+        ("vmlinux", lambda path: _replace(path, lambda at: at.symlink_to("elsewhere")), "is a link"),
+        ("", lambda path: _replace(path, lambda at: at.symlink_to("elsewhere")), "cannot open guest image"),
+        ("vmlinux", lambda path: _replace(path, lambda at: os.mkfifo(at, 0o444)), "not a regular file"),
+        ("vmlinux", lambda path: path.chmod(0o644), "has mode"),
+        ("vmlinux", lambda path: path.chmod(0o4444), "has mode"),
+        ("", lambda path: path.chmod(0o755), "mode 0700"),
+        ("root.erofs", _shorten, "bytes instead of"),
+    ],
+    ids=["link", "folder-link", "fifo", "writable", "set-user-id", "open-folder", "short"],
+)
+def test_an_unsafe_file_or_folder_is_refused(
+    image: store.Image, name: str, damage: Callable[[Path], object], why: str
+) -> None:
+    """A link, fifo, wrong mode or wrong size in place of a part, or an open folder, is refused without blocking."""
+    damage(image.folder / name)
+    with pytest.raises(ImageError, match=why):
         _open(image)
     assert verify.verify_image(image) != []
-
-
-def test_wrong_size_is_refused(image: store.Image) -> None:
-    """A part of the wrong size is refused before it is hashed."""
-    path = image.folder / "root.erofs"
-    path.chmod(0o644)
-    os.truncate(path, len(FILES["root.erofs"]) - 1)
-    path.chmod(0o444)
-    with pytest.raises(ImageError, match="bytes instead of"):
-        _open(image)
 
 
 def test_manifest_changed_since_it_was_read_is_refused(image: store.Image) -> None:
