@@ -1,13 +1,8 @@
 """Fuzz target: the streams of connections, for the guest's end and for the gate's.
 
-An input is a byte of switches, the sizes of the pieces in which the stream is read, and the stream itself:
-
-    bit 7        1: we are the guest, and the bytes come from a gate; 0: we are the gate
-    bit 6        1: a stalled reader, who never takes what has arrived
-    bits 0 to 3  number of size bytes that follow; a size byte N cuts off N + 1 bytes, and the sizes repeat
-
-The gate answers every OPEN; the guest has already asked for four flows. Both send as much as the window takes on the
-first TCP flow that opens. Invariants:
+`check_any_cut` in tests/guest/answering.py says what an input is, with the gate as the host. The gate answers every
+OPEN; the guest has already asked for four flows. Both send as much as the window takes on the first TCP flow that
+opens. Invariants:
 
 * only events or PeerError come out, and nothing after a PeerError;
 * at most one frame of the input is held, and a limited number of flows;
@@ -19,61 +14,91 @@ first TCP flow that opens. Invariants:
 
 from __future__ import annotations
 
+import struct
 from typing import Final
 
-from tests.fuzz.fuzz_channel import pieces
+from tests.guest.answering import Side, check_any_cut
+from tests.guest.messages import credit, frame
 from x07_sandbox.channel import egress, streams
-from x07_sandbox.channel.egress import DATA_MAX, FLOWS_MAX, TCP, UDP, WINDOW, Target
+from x07_sandbox.channel.egress import DATA_MAX, DATAGRAM_MAX, FLOWS_MAX, TCP, UDP, WINDOW, Target
+from x07_sandbox.channel.messages import Message
 from x07_sandbox.channel.streams import HEADER, Event, Role, Streams
 from x07_sandbox.errors import PeerError
 
-HELD_MAX: Final = HEADER.size + max(egress.DATA_MAX, egress.DATAGRAM_MAX)
+HELD_MAX: Final = HEADER.size + max(DATA_MAX, DATAGRAM_MAX)
 OWN_FLOWS: Final = ((TCP, b"a.example"), (UDP, b"a.example"), (TCP, b"93.184.215.14"), (TCP, b"b.example"))
 OUR_BYTES: Final = bytes(WINDOW + 1)
 ANSWERS: Final = (egress.OK, egress.OK, egress.POLICY)  # in turn
 
 
-class Side:
+def asking(stream: int, transport: int = TCP, host: bytes = b"a.example", port: int = 443) -> bytes:
+    """Return a frame that opens a flow."""
+    return frame(streams.OPEN, stream, struct.pack(">H", port) + host, transport)
+
+
+def refusal(transport: int = TCP, host: bytes = b"a.example", stream: int = 0) -> bytes:
+    """Return a frame that reports a refusal."""
+    return frame(streams.MESSAGE, stream, struct.pack(">BH", transport, 443) + host, egress.REFUSAL)
+
+
+FLOWS: Final = asking(1) + asking(3, UDP)
+TOO_MUCH: Final = frame(streams.DATA, 1, bytes(DATA_MAX)) * (WINDOW // DATA_MAX)
+# What a guest must not send to a gate, behind FLOWS.
+TO_GATE: Final = {
+    "REFUSAL with a stream": refusal(stream=1),
+    "REFUSAL without a host": refusal(host=b""),
+    "REFUSAL with a long host": refusal(host=b"x" * 256),
+    "another message": frame(streams.MESSAGE, 0, b"\x06\x01\xbbx", 2),
+    "ANSWER is the gate's": frame(streams.ANSWER, 1),
+    "code out of range": frame(streams.RESET, 1, code=egress.NO_NAME + 1),
+    "data too long": HEADER.pack(streams.DATA, 0, 0, 1, DATA_MAX + 1),
+    "datagram too long": HEADER.pack(streams.DATAGRAM, 0, 0, 3, DATAGRAM_MAX + 1),
+    "empty host": asking(5, host=b""),
+    "host too long": asking(5, host=b"x" * 256),
+    "no port": frame(streams.OPEN, 5, b"\x01", TCP),
+    "unknown transport": asking(5, 1),
+    "past credit": TOO_MUCH + frame(streams.DATA, 1, b"x"),
+    "more credit than the window": credit(1, WINDOW + 1),
+    "DATAGRAM on TCP": frame(streams.DATAGRAM, 1, b"x"),
+    "DATA on UDP": frame(streams.DATA, 3, b"x"),
+    "CREDIT on UDP": credit(3, 1),
+    "DATA before ANSWER": asking(5) + frame(streams.DATA, 5, b"x"),
+}
+# What a gate must not send to a guest that has asked for flow 1 (TCP).
+TO_GUEST: Final = {
+    "OPEN is the guest's": asking(2),
+    "REFUSAL is the guest's": refusal(),
+    "code out of range": frame(streams.ANSWER, 1, code=egress.NO_NAME + 1),
+    "past credit": frame(streams.ANSWER, 1) + TOO_MUCH + frame(streams.DATA, 1, b"x"),
+    "DATA before ANSWER": frame(streams.DATA, 1, b"x"),
+    "DATAGRAM on TCP": frame(streams.ANSWER, 1) + frame(streams.DATAGRAM, 1, b"x"),
+}
+
+
+class Flows(Side):
     """One end: answers correctly, and checks the invariants after each event."""
 
     def __init__(self, role: Role, *, stalled: bool) -> None:
         self.link = Streams(role, egress.STREAMS)
-        self.stalled = stalled
-        self.events: list[Event] = []
-        self.failed = False
-        self.on_the_way: dict[int, int] = {}
+        super().__init__(self.link, HELD_MAX, WINDOW, stalled=stalled)
         self.ended: set[int] = set()
         self.gone: set[int] = set()
         self.open: dict[int, int] = {}  # transports, by stream
         self.asked: dict[int, int] = {}
         self.ours = 0  # the flow that we send on
-        self.allowed = 0  # bytes that may be queued
         if role is Role.GUEST:
             for transport, host in OWN_FLOWS:
                 self.asked[self.link.open(transport, Target(transport, host, 443).opening())] = transport
-            self._sent_all()
+            while data := self.link.data_to_send():
+                self.link.sent(len(data))
 
-    def _sent_all(self) -> None:
-        while data := self.link.data_to_send():
-            self.link.sent(len(data))
+    def check(self) -> None:
+        """Check the number of flows."""
+        assert len(self.link._open) <= 2 * FLOWS_MAX  # noqa: SLF001 - the bound is the promise
 
-    def feed(self, piece: bytes) -> None:
-        """Feed a piece of the stream."""
-        try:
-            for event in self.link.receive(piece):
-                self._take(event)
-        except PeerError:
-            self.failed = True
-        else:
-            assert not self.failed, "the link came back to life"
-        held = len(self.link._in)  # noqa: SLF001 - the bound on it is the promise
-        assert held <= HELD_MAX, f"{held} bytes are held"
-        assert len(self.link._open) <= 2 * FLOWS_MAX  # noqa: SLF001
-        assert self.link.pending() <= self.allowed
-
-    def _take(self, event: Event) -> None:
-        assert not self.failed, "an event after the fault"
-        self.events.append(event)
+    def take(self, event: Message | Event) -> None:
+        """Check an event, and answer it."""
+        assert isinstance(event, Event)
         stream = event.stream
         assert stream not in self.gone
         if event.type == streams.MESSAGE:
@@ -100,7 +125,8 @@ class Side:
         else:
             assert (event.type == streams.DATAGRAM) == (self.open[stream] == UDP)
             if event.type == streams.DATA:
-                self._take_data(stream, event.data)
+                assert len(event.data) <= DATA_MAX
+                self.take_data(stream, event.data)
 
     def _refused(self, event: Event) -> None:
         assert not event.stream
@@ -137,40 +163,12 @@ class Side:
         assert self.link.send(stream, OUR_BYTES) == room
         self.allowed += room + HEADER.size * (room // DATA_MAX + 1)
 
-    def _take_data(self, stream: int, data: bytes) -> None:
-        assert 0 < len(data) <= DATA_MAX
-        way = self.on_the_way.get(stream, 0) + len(data)
-        assert way <= WINDOW, f"{way} bytes of stream {stream} are on the way"
-        self.on_the_way[stream] = way
-        if not self.stalled:
-            before = self.link.pending()
-            self.link.consumed(stream, len(data))
-            if (queued := self.link.pending() - before) > 0:  # only now may the peer send as much again
-                self.on_the_way[stream] = 0
-                self.allowed += queued
-
     def _gone(self, stream: int) -> None:
         self.open.pop(stream, None)
         self.gone.add(stream)
         assert not self.link.window(stream)
 
 
-def play(role: Role, parts: list[bytes], *, stalled: bool) -> Side:
-    """Return a side that was fed these pieces and then two empty ones."""
-    side = Side(role, stalled=stalled)
-    for part in [*parts, b"", b""]:
-        side.feed(part)
-    return side
-
-
 def one_input(data: bytes) -> None:
     """Check one input. Raises AssertionError, or any exception that the code under test must not raise."""
-    if not data:
-        return
-    role, stalled = Role.GUEST if data[0] & 0x80 else Role.HOST, bool(data[0] & 0x40)
-    count = data[0] & 0x0F
-    stream = data[1 + count :]
-    cut = play(role, pieces(stream, data[1 : 1 + count]), stalled=stalled)
-    whole = play(role, [stream], stalled=stalled)
-    assert cut.events == whole.events
-    assert cut.failed == whole.failed
+    check_any_cut(data, lambda role, stalled: Flows(role, stalled=stalled))

@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Final
 
 from tests import hostile_images as hostile
-from tests.fuzz.fuzz_channel import DENIED, MESSAGES, NONCE, OPEN, frame, opening
-from tests.fuzz.fuzz_channel import message as control
 from tests.fuzz.fuzz_client_hello import body, extension, hello, message, records, sni
 from tests.fuzz.fuzz_documents import BETWEEN, BUILT, result
 from tests.fuzz.fuzz_images import DOCUMENTS, OUTER, SUMMED, TWICE, ZIPPED, archive, manifest
@@ -25,7 +23,9 @@ from tests.fuzz.fuzz_observed import POLICIES
 from tests.fuzz.fuzz_ttrpc import failed, field
 from tests.fuzz.fuzz_ttrpc import frame as response
 from tests.fuzz.fuzz_unpack import MOST_BYTES, ON_HOST
-from tests.vm.programs.lies import EXITED
+from tests.guest.lies import DENIED, EXITED
+from tests.guest.messages import MESSAGES, NONCE, OPEN, frame, opening
+from tests.guest.messages import message as control
 from x07_sandbox.channel import egress, streams
 from x07_sandbox.channel.link import WINDOW, Stream
 from x07_sandbox.channel.messages import (

@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from tests.guest.messages import FREE, PLAIN
 from x07_sandbox.channel import streams
 from x07_sandbox.channel.connection import Connection
 from x07_sandbox.channel.link import State, Stream
@@ -15,14 +16,12 @@ from x07_sandbox.channel.messages import (
     Close,
     Closed,
     CommandLimits,
-    Confine,
     Exec,
     Exited,
     Failed,
     InputFile,
     Left,
     Mount,
-    Open,
     Output,
     Room,
     Seed,
@@ -37,7 +36,6 @@ if TYPE_CHECKING:
 
 LIMITS = CommandLimits(mem_bytes=256 << 20, tasks=64, cpu_ms=20_000, fds=128, core_bytes=0)
 TMP_BYTES = 16 << 20
-FREE = Confine(threads=True, spawn=True, execute=True, programs=None, prefixes=[], alone=True)
 ENV = {"PATH": "/usr/bin:/bin", "HOME": "/opt/x07", "LANG": "C.UTF-8"}
 PROGRAM = "/x07/in/program.py"
 MOST_S = 30.0
@@ -145,15 +143,13 @@ class Conversation:
             self.turn()
         limits = LIMITS._replace(**program.limits)
         out_writable = program.output is not None or (program.left is not None and program.left.files > 0)
-        opening = Open(
-            hostname="x07",
+        opening = PLAIN._replace(
             mem_bytes=limits.mem_bytes,
             tasks=limits.tasks,
             tmp_bytes=TMP_BYTES,
             files=[InputFile(path, mode, kind, len(data)) for path, (mode, kind, data) in program.files.items()],
             mounts=program.mounts,
             confine=FREE._replace(**program.confine),
-            network=None,
             out_writable=out_writable,
             room=Room(1 << 20, 2 << 20),
         )

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.guest.messages import FREE
 from tests.process.conftest import started
-from tests.process.conversation import ENV, FREE, LIMITS, TMP_BYTES
+from tests.process.conversation import ENV, LIMITS, TMP_BYTES
 from x07_sandbox.channel import streams
 from x07_sandbox.channel.connection import Connection
 from x07_sandbox.channel.files import Answer, Buffer, Request, answer_of, encode

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.fuzz.fuzz_channel import MESSAGES, NONCE, OPEN
-from tests.unit.test_channel_link import same
+from tests.guest.messages import MESSAGES, same, steps_to
 from x07_sandbox.channel import streams
 from x07_sandbox.channel.connection import Connection
-from x07_sandbox.channel.link import DATA_MAX, WINDOW, State, Stream
-from x07_sandbox.channel.messages import FORMS, Exec, Hello, Message, Seed, Seeded, Started, Stop
+from x07_sandbox.channel.link import DATA_MAX, WINDOW, CommandState, State, Stream
+from x07_sandbox.channel.messages import FORMS, Hello, Message, Seed, Stop
 from x07_sandbox.channel.streams import Event, Role
 from x07_sandbox.errors import PeerError
 
@@ -40,7 +39,7 @@ def read_some(connection: Connection) -> list[Message | Event]:
 def running(one: socket.socket, other: socket.socket) -> tuple[Connection, Connection]:
     """Return host and guest connections with a running command."""
     host, guest = Connection(one.fileno(), Role.HOST), Connection(other.fileno(), Role.GUEST)
-    for step in (MESSAGES[Hello], MESSAGES[Seed], Seeded(NONCE), OPEN, MESSAGES[Exec], Started(1)):
+    for step in steps_to(State.OPEN, CommandState.RUNNING):
         sender, receiver = (host, guest) if FORMS[type(step)].sender is Role.HOST else (guest, host)
         sender.link.send(step)
         assert sender.flush()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
-from tests.fuzz.fuzz_channel import frame
+from tests.guest.messages import frame
 from x07_sandbox.channel import egress, link, messages, streams
 from x07_sandbox.channel.link import COMMAND_NEXT, NEXT, CommandState, State, Stream
 from x07_sandbox.channel.messages import BOUNDS, FORMS, Form

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.fuzz.fuzz_channel import DENIED, LIMITS, MESSAGES, OPEN
-from tests.vm.programs.lies import EXITED
+from tests.guest.lies import DENIED, EXITED
+from tests.guest.messages import LIMITS, MESSAGES, OPEN
 from x07_sandbox.channel.link import DATA_MAX
 from x07_sandbox.channel.messages import (
     BOUNDS,

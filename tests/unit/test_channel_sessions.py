@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
+from hypothesis.stateful import invariant, rule, run_state_machine_as_test
 
-from tests.fuzz.fuzz_channel import DENIED, HELD_MAX, MESSAGES, NONCE, OPEN, check_remembered
-from tests.unit.test_channel_link import AFTER_OPEN, CLOSED, GUEST, HOST, OPENER, OTHER, execute, pair_in, same
-from tests.vm.programs.lies import EXITED
+from tests.guest.joined import Joined
+from tests.guest.lies import CLOSED, DENIED, EXITED
+from tests.guest.messages import (
+    AFTER_OPEN,
+    GUEST,
+    HOST,
+    MESSAGES,
+    NONCE,
+    OPEN,
+    OTHER,
+    check_remembered,
+    execute,
+    pair_in,
+    same,
+)
 from x07_sandbox.channel import streams
-from x07_sandbox.channel.link import WINDOW, CommandState, Link, State, Stream
+from x07_sandbox.channel.link import STREAMS, CommandState, State, Stream
 from x07_sandbox.channel.messages import (
     FORMS,
     Changes,
@@ -31,24 +45,19 @@ from x07_sandbox.channel.streams import Event, Role
 from x07_sandbox.errors import ChannelUsageError
 
 
-class Sessions(RuleBasedStateMachine):
+class Sessions(Joined):
     """A host and a guest, several commands, and several sessions one after the other, over two pipes."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.ends = dict(zip(Role, pair_in(State.OPEN), strict=True))
-        self.pipes = {role: bytearray() for role in Role}  # by writer
+        self.links = dict(zip(Role, pair_in(State.OPEN), strict=True))
+        self.join(STREAMS, {role: link.streams for role, link in self.links.items()})
         self.said: dict[Role, list[Message]] = {role: [] for role in Role}  # and not received
         self.begin()
 
     def begin(self) -> None:
         """Forget the streams and commands of the session before, and start a first command."""
-        self.sent: dict[int, bytearray] = {}
-        self.came: dict[int, bytearray] = {}
-        self.used: dict[int, int] = {}
-        self.whole: set[int] = set()  # streams that have ended at their receiver
-        self.finished: set[int] = set()
-        self.dropped: set[int] = set()  # reset, or the input of a command that has ended
+        self.forget()
         self.subjects: dict[int, tuple[Stream, int]] = {}
         self.commands: dict[int, CommandState] = {}  # as the guest knows them
         self.next_id = 1
@@ -59,97 +68,99 @@ class Sessions(RuleBasedStateMachine):
         self.settle()
         self.start_one(1)
 
-    def say(self, role: Role, one: Message) -> None:
+    def say(self, one: Message) -> None:
         """Send a message."""
-        self.ends[role].send(one)
-        self.said[role].append(one)
+        sender = FORMS[type(one)].sender
+        self.links[sender].send(one)
+        self.said[sender].append(one)
 
     def open_stream(self, role: Role, stream: Stream, subject: int) -> None:
         """Open a stream, unless it was opened before."""
         if (stream, subject) in [of for number, of in self.subjects.items() if number not in self.so_far]:
             with pytest.raises(ChannelUsageError):
-                self.ends[role].open(stream, subject)
+                self.links[role].open(stream, subject)
             return
-        self.note(self.ends[role].open(stream, subject), stream, subject)
+        self.note_subject(self.links[role].open(stream, subject), stream, subject)
 
-    def note(self, number: int, stream: Stream, subject: int) -> None:
+    def note_subject(self, number: int, stream: Stream, subject: int) -> None:
         """Note a stream that was opened."""
         self.subjects[number] = stream, subject
-        self.sent[number], self.came[number], self.used[number] = bytearray(), bytearray(), 0
+        self.note(number, stream)
 
     # the host
 
     @rule(gap=st.sampled_from([0, 0, 2]))
     def execute(self, gap: int) -> None:
         """Send a command, and open its input."""
-        if self.ends[HOST].state is not State.OPEN:
+        if self.links[HOST].state is not State.OPEN:
             with pytest.raises(ChannelUsageError):
-                self.ends[HOST].send(execute(self.next_id))
+                self.links[HOST].send(execute(self.next_id))
             return
         self.send_one()
         self.next_id += gap
 
     def send_one(self) -> None:
         """Send the next command, and open its input."""
-        self.say(HOST, execute(self.next_id))
+        self.say(execute(self.next_id))
         self.open_stream(HOST, Stream.STDIN, self.next_id)
         self.next_id += 1
 
     @rule(file=st.integers(0, 3))
     def send_file(self, file: int) -> None:
         """Open the stream of a file."""
-        if self.ends[HOST].state in AFTER_OPEN:
+        if self.links[HOST].state in AFTER_OPEN:
             self.open_stream(HOST, Stream.INPUT, file)
 
     @rule(data=st.data())
     def stop(self, data: st.DataObject) -> None:
         """Stop a command, which may have ended."""
-        if self.commands and self.ends[HOST].state in {State.OPEN, State.CLOSING, State.CLOSED}:
-            self.say(HOST, Stop(data.draw(st.sampled_from(list(self.commands))), 9))
+        if self.commands and self.links[HOST].state in {State.OPEN, State.CLOSING, State.CLOSED}:
+            self.say(Stop(data.draw(st.sampled_from(list(self.commands))), 9))
 
     @rule(data=st.data())
     def close_session(self, data: st.DataObject) -> None:
         """Ask for the end, after a command or at once."""
-        if self.ends[HOST].state is State.OPEN:
+        if self.links[HOST].state is State.OPEN:
             after = data.draw(st.sampled_from([0, *self.commands]))
-            self.say(HOST, Close(after, Output("/x07/out/a", 1), None))
+            self.say(Close(after, Output("/x07/out/a", 1), None))
 
     # the guest
+
+    def one_of(self, data: st.DataObject, state: CommandState) -> int | None:
+        """Return a command in that state, if there is one and the guest may speak of it."""
+        found = [number for number, its in self.commands.items() if its is state]
+        may = found and self.links[GUEST].state in {State.OPEN, State.CLOSING}
+        return data.draw(st.sampled_from(found)) if may else None
 
     @rule(data=st.data(), good=st.sampled_from([True, True, True, False]))
     def start(self, data: st.DataObject, good: bool) -> None:  # noqa: FBT001 - as hypothesis gives it
         """A command starts or fails, and may open its output."""
-        starting = [number for number, state in self.commands.items() if state is CommandState.STARTING]
-        if not starting or self.ends[GUEST].state not in {State.OPEN, State.CLOSING}:
-            return
-        number = data.draw(st.sampled_from(starting))
-        if not good:
-            self.say(GUEST, Failed(number, "exec", 2, "no"))
+        number = self.one_of(data, CommandState.STARTING)
+        if number is not None and good:
+            self.start_one(number)
+        elif number is not None:
+            self.say(Failed(number, "exec", 2, "no"))
             self.end_command(number)
-            return
-        self.start_one(number)
 
     def start_one(self, command: int) -> None:
         """A command starts, and opens its output."""
-        self.say(GUEST, Started(command))
+        self.say(Started(command))
         self.commands[command] = CommandState.RUNNING
         self.open_stream(GUEST, Stream.STDOUT, command)
 
     @rule(data=st.data())
     def end_one(self, data: st.DataObject) -> None:
         """A command reports a denial and ends, once its output has ended."""
-        running = [number for number, state in self.commands.items() if state is CommandState.RUNNING]
-        if not running or self.ends[GUEST].state not in {State.OPEN, State.CLOSING}:
+        number = self.one_of(data, CommandState.RUNNING)
+        if number is None:
             return
-        number = data.draw(st.sampled_from(running))
-        self.say(GUEST, DENIED._replace(id=number))
+        self.say(DENIED._replace(id=number))
         output = next(of for of, subject in self.subjects.items() if subject == (Stream.STDOUT, number))
-        if self.ends[GUEST].streams.is_open(output):
+        if self.ends[GUEST].is_open(output):
             with pytest.raises(ChannelUsageError):
-                self.ends[GUEST].send(EXITED._replace(id=number))
-            self.ends[GUEST].streams.finish(output)
-            self.finished.add(output)
-        self.say(GUEST, EXITED._replace(id=number))
+                self.links[GUEST].send(EXITED._replace(id=number))
+            self.finish_one(GUEST, output)
+        self.say(EXITED._replace(id=number))
         self.end_command(number)
 
     def end_command(self, command: int) -> None:
@@ -160,34 +171,30 @@ class Sessions(RuleBasedStateMachine):
     @rule()
     def ask(self) -> None:
         """Ask for the changes so far."""
-        if self.ends[HOST].state is State.OPEN:
-            self.say(HOST, Changes())
+        if self.links[HOST].state is State.OPEN:
+            self.say(Changes())
 
     @rule()
     def send_so_far(self) -> None:
         """Send the changes so far, if the guest was asked for them."""
         if self.asked:
             self.finish_so_far()
-            number = self.ends[GUEST].open(Stream.CHANGES)
+            number = self.links[GUEST].open(Stream.CHANGES)
             self.asked -= 1
             self.so_far.add(number)
-            self.note(number, Stream.CHANGES, 0)
+            self.note_subject(number, Stream.CHANGES, 0)
 
     def finish_so_far(self) -> None:
         """End the streams of changes so far."""
         for number in self.so_far:
-            self.ends[GUEST].streams.finish(number)
-            self.finished.add(number)
+            self.finish_one(GUEST, number)
 
     @rule()
     def send_changes(self) -> None:
         """Open the streams of the end, or end them and report that all was sent."""
-        guest = self.ends[GUEST]
-        if guest.state is not State.CLOSING or self.close is None:
+        if self.links[GUEST].state is not State.CLOSING or self.close is None or self.asked:
             return
         if self.close.after and self.commands[self.close.after] is not CommandState.ENDED:
-            return
-        if self.asked:
             return
         self.finish_so_far()
         mine = [number for number, (stream, _) in self.subjects.items() if stream in {Stream.OUTPUT, Stream.CHANGES}]
@@ -197,75 +204,26 @@ class Sessions(RuleBasedStateMachine):
             self.open_stream(GUEST, Stream.CHANGES, 0)
             return
         for number in mine:
-            guest.streams.finish(number)
-            self.finished.add(number)
-        self.say(GUEST, CLOSED)
+            self.finish_one(GUEST, number)
+        self.say(CLOSED)
 
     # both
 
-    @rule(data=st.data(), size=st.integers(1, 2 * WINDOW), fill=st.integers(0, 255))
-    def give(self, data: st.DataObject, size: int, fill: int) -> None:
-        """Offer data, more than the window at times."""
-        if not self.subjects:
+    def events(self, role: Role, data: bytes) -> Iterator[Message | Event]:
+        """Return what the bytes mean at an end."""
+        return self.links[role].receive(data)
+
+    def take(self, role: Role, event: Message | Event) -> None:
+        """Check a message or an event from a role."""
+        if not isinstance(event, Event):
+            self.take_message(event, self.said[role].pop(0))
             return
-        number = data.draw(st.sampled_from(list(self.subjects)))
-        link = self.ends[OPENER[self.subjects[number][0]]]
-        content = bytes([fill, (fill * 7 + 1) % 256, 0]) * (size // 3 + 1)
-        window = link.streams.window(number)
-        count = link.streams.send(number, memoryview(content)[:size])
-        assert count == min(size, window)
-        self.sent[number] += content[:count]
-
-    @rule(data=st.data())
-    def finish(self, data: st.DataObject) -> None:
-        """End a stream."""
-        if self.subjects:
-            number = data.draw(st.sampled_from(list(self.subjects)))
-            self.ends[OPENER[self.subjects[number][0]]].streams.finish(number)
-            self.finished.add(number)
-
-    @rule(data=st.data(), role=st.sampled_from(Role))
-    def reset(self, data: st.DataObject, role: Role) -> None:
-        """Abort a stream."""
-        if self.subjects:
-            number = data.draw(st.sampled_from(list(self.subjects)))
-            self.ends[role].streams.reset(number)
-            self.dropped.add(number)
-
-    @rule(data=st.data(), share=st.sampled_from([0.001, 0.3, 1]))
-    def use(self, data: st.DataObject, share: float) -> None:
-        """The reader of a stream consumes some of it."""
-        if self.subjects:
-            number = data.draw(st.sampled_from(list(self.subjects)))
-            count = min(len(self.came[number]) - self.used[number], 1 + int(share * WINDOW))
-            self.used[number] += count
-            self.ends[OTHER[OPENER[self.subjects[number][0]]]].streams.consumed(number, count)
-
-    @rule(most=st.sampled_from([1, 13, 5000, 1 << 20]))
-    def carry(self, most: int) -> None:
-        """Both ends write and read."""
-        for role in Role:
-            self.write(role, most)
-            self.read(role, most)
-
-    @rule(role=st.sampled_from(Role), most=st.sampled_from([1, 13, 5000, 1 << 20]))
-    def write(self, role: Role, most: int) -> None:
-        """The pipe takes some bytes."""
-        data = self.ends[role].streams.data_to_send()[:most]
-        self.pipes[role] += data
-        self.ends[role].streams.sent(len(data))
-
-    @rule(role=st.sampled_from(Role), most=st.sampled_from([1, 13, 5000, 1 << 20]))
-    def read(self, role: Role, most: int) -> None:
-        """The other end reads some bytes."""
-        data = bytes(self.pipes[role][:most])
-        del self.pipes[role][:most]
-        link = self.ends[OTHER[role]]
-        for event in link.receive(data):
-            if isinstance(event, Event):
-                self.take_event(link, event)
-            else:
-                self.take_message(event, self.said[role].pop(0))
+        super().take(role, event)
+        if event.type == streams.OPEN:
+            link, (stream, subject) = self.links[OTHER[role]], self.subjects[event.stream]
+            assert (stream, subject) == (event.code, link.subject(event.stream))
+            if stream is Stream.STDIN and self.commands[subject] is CommandState.ENDED:
+                link.streams.reset(event.stream)
 
     def take_message(self, one: Message, expected: Message) -> None:
         """Check a message that has arrived."""
@@ -277,58 +235,29 @@ class Sessions(RuleBasedStateMachine):
         elif isinstance(one, Changes):
             self.asked += 1
 
-    def take_event(self, link: Link, event: Event) -> None:
-        """Check an event of a stream that has arrived at a link."""
-        if event.type == streams.OPEN:
-            stream, subject = self.subjects[event.stream]
-            assert (stream, subject) == (event.code, link.subject(event.stream))
-            if stream is Stream.STDIN and self.commands[subject] is CommandState.ENDED:
-                link.streams.reset(event.stream)
-        elif event.type == streams.DATA:
-            self.came[event.stream] += event.data
-        elif event.type == streams.FIN:
-            assert event.stream in self.finished
-            self.whole.add(event.stream)
-        elif event.type == streams.RESET:
-            assert event.stream in self.dropped
-
     @rule()
     def start_anew(self) -> None:
         """Once the session is closed and all was carried, the host's own warm-up program has run: start anew."""
-        if self.ends[HOST].state is not State.CLOSED:
+        if self.links[HOST].state is not State.CLOSED:
             return
         self.settle()
         self.check_whole()
         for one in (MESSAGES[Warm], Warmed(), MESSAGES[Seed], Seeded(NONCE), OPEN):
-            self.say(FORMS[type(one)].sender, one)
+            self.say(one)
             self.settle()
         self.begin()
 
-    def settle(self) -> None:
-        """Carry until nothing moves."""
-        while any(link.pending() for link in self.ends.values()) or any(self.pipes.values()):
-            self.carry(1 << 20)
-
     @invariant()
-    def in_order(self) -> None:
-        """Received bytes are a prefix of the bytes sent, nothing follows the end, and windows and memory hold."""
-        for number, came in self.came.items():
-            assert self.sent[number].startswith(came)
-            assert number not in self.whole or came == self.sent[number]
-            assert number in self.dropped or len(self.sent[number]) - self.used[number] <= WINDOW
-        for role, link in self.ends.items():
+    def bounded(self) -> None:
+        """Both ends remember a limited number of streams and commands."""
+        for link in self.links.values():
             check_remembered(link)
-            assert len(link.streams._in) <= HELD_MAX[role]  # noqa: SLF001 - the bound on it is the promise
 
     def check_whole(self) -> None:
         """Check that every byte of a stream that was not dropped has arrived, and every message."""
-        self.in_order()
+        super().check_whole()
         assert self.said == {role: [] for role in Role}
-        for number, came in self.came.items():
-            if number not in self.dropped:
-                assert came == self.sent[number]
-                assert (number in self.whole) == (number in self.finished)
-        assert self.ends[HOST].state is self.ends[GUEST].state
+        assert self.links[HOST].state is self.links[GUEST].state
 
     def teardown(self) -> None:
         """Once everything is carried, everything has arrived."""

@@ -4,51 +4,43 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, cast
 
 import pytest
 from msgspec.structs import replace
 
-from tests.vm.programs import lies
-from tests.vm.programs.lies import EXITED
+from tests.guest import lies
+from tests.guest.lies import CLOSED, EXITED
+from tests.guest.messages import PLAIN, execute
+from tests.guest.played import CHANGES, FakeClock, Guest, Machine
 from x07_sandbox.backends import base
 from x07_sandbox.backends.base import NoAnswerError, evidence_of, greet
 from x07_sandbox.channel import streams
-from x07_sandbox.channel.connection import Connection
 from x07_sandbox.channel.link import DATA_MAX, WINDOW, State, Stream
 from x07_sandbox.channel.messages import (
-    DENIED_MAX,
     PROTOCOL,
     Close,
-    Closed,
-    CommandLimits,
-    Confine,
-    Denied,
     Exec,
     Failed,
     Hello,
     Left,
-    Message,
     Open,
-    Room,
     Seed,
     Seeded,
     Started,
     Stop,
     encode,
 )
-from x07_sandbox.channel.streams import Event, Role
+from x07_sandbox.channel.streams import Event
 from x07_sandbox.channel.trees import Entry, Kind
 from x07_sandbox.files.incoming import Incoming
 from x07_sandbox.host import settings, waiting
-from x07_sandbox.host.waiting import Cancel, Deadline
+from x07_sandbox.host.waiting import Cancel
 from x07_sandbox.policy.outcomes import Stage, classify
 from x07_sandbox.sessions import execution
 from x07_sandbox.sessions.execution import Facts
@@ -63,112 +55,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.timeout(120)
 
 WALL_S = 60.0
-LIMITS = CommandLimits(mem_bytes=64 << 20, tasks=8, cpu_ms=1000, fds=64, core_bytes=0)
-CLOSED = Closed(None, None, 0, 0)
 SILENT = CommandStreams(stdin_fd=None, stdout=cast("Sink", None), stderr=cast("Sink", None))
-M = TypeVar("M")
-
-
-class FakeClock:
-    """A clock that only the test advances."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def after(self, seconds: float) -> Deadline:
-        """Like `Deadline.after`."""
-        return Deadline(self.now + seconds, clock=lambda: self.now)
-
-
-class Machine:
-    """A running VM as a phase sees it: its channel, and a stream beside it.
-
-    A write to `side` wakes the phase, which then calls `on_drain`.
-    """
-
-    def __init__(self, channel_fd: int, start_mode: StartMode, stack: contextlib.ExitStack) -> None:
-        self.channel_fd = channel_fd
-        self.start_mode = start_mode
-        self.record = SimpleNamespace(job_id="1-2-3-run")
-        self.pidfd = os.pidfd_open(os.getpid())
-        self.side = os.eventfd(0)
-        for fd in (self.pidfd, self.side):
-            stack.callback(os.close, fd)
-        self.on_drain: Callable[[], object] = lambda: None
-
-    def release(self) -> None:
-        """Do nothing: it runs already."""
-
-    def side_fds(self) -> tuple[int, ...]:
-        """Return one descriptor."""
-        return (self.side,)
-
-    def drain(self, fd: int) -> None:
-        """Consume the wake-up."""
-        os.eventfd_read(fd)
-        self.on_drain()
-
-    def console_tail(self) -> str:
-        """Return an empty console."""
-        return ""
-
-    def exit_status(self) -> None:
-        """Return None: it is alive."""
-
-
-class Guest:
-    """The guest's side: messages and streams from the test, and what was received."""
-
-    def __init__(self, fd: int, state: State) -> None:
-        self.connection = Connection(fd, Role.GUEST, state)
-        self.link = self.connection.link
-        self.events: list[Message | Event] = []
-
-    def say(self, *all_messages: Message) -> None:
-        """Send messages."""
-        for message in all_messages:
-            self.link.send(message)
-        self.flush()
-
-    def stream(self, kind: Stream, data: bytes, subject: int = 0, *, ended: bool = True) -> int:
-        """Open a stream and send *data*, which fits into its window. Return its number."""
-        number = self.link.open(kind, subject)
-        assert self.link.streams.send(number, data) == len(data)
-        if ended:
-            self.link.streams.finish(number)
-        self.flush()
-        return number
-
-    def flush(self) -> None:
-        """Send all queued bytes."""
-        poll = select.poll()
-        poll.register(self.connection.fd, select.POLLOUT)
-        while self.link.pending():
-            assert self.connection.flush()
-            poll.poll(60_000)
-
-    def next(self) -> Message | Event:
-        """Wait for the next message or event."""
-        poll = select.poll()
-        poll.register(self.connection.fd, select.POLLIN)
-        while not self.events:
-            assert poll.poll(60_000), "nothing came"
-            events = self.connection.read()
-            assert events is not None, "the channel has ended"
-            self.events += events
-        return self.events.pop(0)
-
-    def until(self, kind: type[M]) -> M:
-        """Skip everything up to the next message of that kind."""
-        while True:
-            if isinstance(event := self.next(), kind):
-                return event
-
-    def until_event(self, kind: int) -> Event:
-        """Skip everything up to the next frame of that type."""
-        while (event := self.until(Event)).type != kind:
-            pass
-        return event
 
 
 class Run:
@@ -201,18 +88,7 @@ class Run:
             InFile(path=f"/x07/in/{number}", mode=0o644, kind="file", fd=memory_file(data, stack), size=len(data))
             for number, data in enumerate(files)
         )
-        opening = Open(
-            hostname="x07",
-            mem_bytes=LIMITS.mem_bytes,
-            tasks=LIMITS.tasks,
-            tmp_bytes=1 << 20,
-            files=input_files(ins),
-            mounts=[],
-            confine=Confine(threads=True, spawn=True, execute=True, programs=None, prefixes=[], alone=True),
-            network=None,
-            out_writable=receivers.output is not None,
-            room=Room(0, 0),
-        )
+        opening = PLAIN._replace(files=input_files(ins), out_writable=receivers.output is not None)
         if receivers.left is not None:
             receivers = replace(receivers, left_wanted=Left(1, 1 << 20))
         given = CommandStreams(stdin_fd=stdin_fd, stdout=sinks[0], stderr=sinks[1])
@@ -229,7 +105,7 @@ class Run:
         except NoAnswerError as exc:
             return Facts(evidence=evidence_of(exc.failure, self.cancel.signal))
         session = Session(instance, self.cancel, opening, files)
-        return session.run(Exec(1, ["true"], {}, "/", LIMITS), given, int(WALL_S * 1000), receivers)
+        return session.run(execute(1), given, int(WALL_S * 1000), receivers)
 
     def begin(self, *, started: bool = False) -> None:
         """Go through the handshake up to CLOSE, which the host sends right after EXEC. started: answer STARTED."""
@@ -308,7 +184,7 @@ def test_copy_in_times_out_without_progress_only(runs: Runs) -> None:
 
 def test_a_command_whose_start_is_read_late_started_before(runs: Runs) -> None:
     """The time from start to exit is as the guest measured it, within what the host has seen, if both are read late."""
-    late = execution.Execution(Exec(1, ["true"], {}, "/", LIMITS), SILENT, None, 100.0)
+    late = execution.Execution(execute(1), SILENT, None, 100.0)
     late.times_ms["started"] = 500.0
     late.ran(500.2, 122.1)
     assert late.times_ms == {"started": 378.1, "exited": 500.2}
@@ -429,12 +305,6 @@ def output_of(receivers: Receivers) -> tuple[bytes, bool]:
     return os.pread(receivers.output.fd, 100, 0), receivers.output.complete
 
 
-CHANGES = b"".join(
-    entry.encoded()
-    for entry in (Entry(Kind.ROOT, b"0"), *(Entry(Kind.DELETED, name) for name in (b"a", b"b")), Entry(Kind.END, b""))
-)
-
-
 def test_output_and_changes_arrive_before_the_session_closes(runs: Runs, receivers: Receivers) -> None:
     """The output file is complete once CLOSED confirms its size."""
     run = runs(receivers=receivers)
@@ -450,44 +320,46 @@ def test_output_and_changes_arrive_before_the_session_closes(runs: Runs, receive
     assert output_of(receivers) == (b"built", True)
 
 
-@pytest.mark.parametrize("size", [None, 4, 6])
-def test_an_output_file_of_another_size_is_incomplete(runs: Runs, receivers: Receivers, size: int | None) -> None:
-    """An output file whose size is not the one that CLOSED states is not used."""
+@pytest.mark.parametrize(
+    ("sent", "stated", "error"),
+    [
+        (b"built", None, None),
+        (b"built", 4, None),
+        (b"built", 6, None),
+        (bytes(11), 11, "bad frame: the output file is larger than was asked for"),
+    ],
+)
+def test_an_output_file_of_another_size_is_incomplete(
+    runs: Runs, receivers: Receivers, sent: bytes, stated: int | None, error: str | None
+) -> None:
+    """An output file whose size is not the one that CLOSED states is not used, and a larger one ends the session."""
     run = runs(receivers=receivers)
     run.begin(started=True)
     run.guest.say(EXITED)
-    run.guest.stream(Stream.OUTPUT, b"built")
-    run.guest.say(CLOSED._replace(output_bytes=size))
-    assert run.result().evidence.channel_error is None
-    assert output_of(receivers) == (b"built", False)
+    run.guest.stream(Stream.OUTPUT, sent)
+    run.guest.say(CLOSED._replace(output_bytes=stated))
+    assert run.result().evidence.channel_error == error
+    assert output_of(receivers) == (b"" if error else sent, False)
 
 
-def test_a_larger_output_file_than_was_asked_for_ends_the_session(runs: Runs, receivers: Receivers) -> None:
-    """The guest cannot send a larger output file than the host asked for."""
-    run = runs(receivers=receivers)
+@pytest.mark.parametrize(
+    ("stream", "asked"),
+    [
+        *((stream, False) for stream in (Stream.OUTPUT, Stream.CHANGES, Stream.LEFT, Stream.RELAY)),
+        *((stream, True) for stream in (Stream.OUTPUT, Stream.CHANGES)),
+    ],
+)
+def test_what_was_not_asked_for_or_comes_too_early_ends_the_session(
+    runs: Runs,
+    receivers: Receivers,
+    stream: Stream,
+    asked: bool,  # noqa: FBT001 - as parametrize gives it
+) -> None:
+    """The guest can send nothing that the host has not asked for, and no output while the program still runs."""
+    run = runs(receivers=receivers if asked else None)
     run.begin(started=True)
-    run.guest.say(EXITED)
-    run.guest.stream(Stream.OUTPUT, bytes(11))
-    assert run.result().evidence.channel_error == "bad frame: the output file is larger than was asked for"
-    assert output_of(receivers) == (b"", False)
-
-
-@pytest.mark.parametrize("stream", [Stream.OUTPUT, Stream.CHANGES, Stream.LEFT, Stream.RELAY])
-def test_a_stream_that_nobody_asked_for_ends_the_session(runs: Runs, stream: Stream) -> None:
-    """The guest can send nothing that the host has not asked for."""
-    run = runs()
-    run.begin(started=True)
-    run.guest.say(EXITED)
-    run.guest.link.open(stream)
-    run.guest.flush()
-    assert run.result().evidence.channel_error == f"bad frame: {stream.name} was not asked for"
-
-
-@pytest.mark.parametrize("stream", [Stream.OUTPUT, Stream.CHANGES])
-def test_changes_before_the_program_has_ended_end_the_session(runs: Runs, receivers: Receivers, stream: Stream) -> None:
-    """The guest can send neither output files nor changes while the program still runs."""
-    run = runs(receivers=receivers)
-    run.begin(started=True)
+    if not asked:
+        run.guest.say(EXITED)
     run.guest.link.open(stream)
     run.guest.flush()
     assert run.result().evidence.channel_error == f"bad frame: {stream.name} was not asked for"
@@ -561,18 +433,6 @@ def test_two_ends_of_one_program_end_the_session(runs: Runs) -> None:
     assert (facts.evidence.wait_status, facts.exited) == (0, EXITED)
 
 
-@pytest.mark.parametrize("started", [True, False])
-def test_a_session_that_closes_before_its_program_ends_is_a_fault(runs: Runs, started: bool) -> None:  # noqa: FBT001 - as parametrize gives it
-    """CLOSED before the end of the program is an error, not an end of the program."""
-    run = runs()
-    run.begin(started=started)
-    run.guest.link.streams.message(*encode(CLOSED))
-    run.guest.flush()
-    facts = run.result()
-    assert facts.evidence.channel_error == "message out of order: CLOSED before the end of command 1"
-    assert (facts.evidence.stage, facts.exited) == (Stage.RUN if started else Stage.SETUP, None)
-
-
 def test_a_failed_start_names_its_errno(runs: Runs) -> None:
     """FAILED for the command carries the errno of execve(2), and FAILED for the session does not."""
     found = []
@@ -583,17 +443,6 @@ def test_a_failed_start_names_its_errno(runs: Runs) -> None:
         evidence = run.result().evidence
         found.append((evidence.stage, evidence.setup_failure, evidence.exec_errno))
     assert found == [(Stage.SETUP, "exec: no such file", 2), (Stage.SETUP, "mount: no such file", 0)]
-
-
-def test_more_denials_than_allowed_end_the_session(runs: Runs) -> None:
-    """The guest cannot fill the host's memory with denials."""
-    run = runs()
-    run.begin(started=True)
-    denied = Denied(id=1, by="kernel", call="openat", errno=13, path="/a", write=False, times=1)
-    run.guest.say(*[denied] * (DENIED_MAX + 1))
-    facts = run.result()
-    assert facts.evidence.channel_error == f"bad DENIED message: there are more than {DENIED_MAX}"
-    assert facts.denied == (denied,) * DENIED_MAX
 
 
 # lies

@@ -5,89 +5,31 @@ from __future__ import annotations
 import contextlib
 import errno
 import signal
-import socket
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.unit.test_session import CHANGES, CLOSED, LIMITS, FakeClock, Guest, Machine
-from tests.vm.programs.lies import EXITED
+from tests.guest.lies import CLOSED, EXITED
+from tests.guest.messages import execute
+from tests.guest.played import CHANGES, FakeClock, Pair, Ticking
 from x07_sandbox import sessions
-from x07_sandbox.backends.base import Greeting, Instance
 from x07_sandbox.channel import streams
-from x07_sandbox.channel.connection import Connection
 from x07_sandbox.channel.files import Answer, Request, encode
-from x07_sandbox.channel.link import COMMANDS_MAX, WINDOW, State, Stream
-from x07_sandbox.channel.messages import Changes, Close, Confine, Exec, Failed, Open, Room, Started, Stop
-from x07_sandbox.channel.streams import Role
+from x07_sandbox.channel.link import COMMANDS_MAX, WINDOW, Stream
+from x07_sandbox.channel.messages import Changes, Close, Exec, Failed, Started, Stop
 from x07_sandbox.errors import BackendError, PeerError, UsageError
 from x07_sandbox.files.incoming import Incoming
 from x07_sandbox.host import settings
-from x07_sandbox.host.waiting import Cancel
 from x07_sandbox.policy.outcomes import Stage
 from x07_sandbox.sessions import execution
 from x07_sandbox.sessions.execution import FILES
 from x07_sandbox.sessions.files import FileServer
-from x07_sandbox.sessions.session import Session
-from x07_sandbox.sessions.specs import input_files
-from x07_sandbox.sessions.transfers import CommandStreams, Inbox, InFile, Receivers, Sink, kept_streams, memory_file
+from x07_sandbox.sessions.transfers import CommandStreams, Inbox, InFile, Receivers, kept_streams, memory_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from x07_sandbox.sessions.execution import Execution
-
 pytestmark = pytest.mark.timeout(60)
-FREE = Confine(threads=True, spawn=True, execute=True, programs=None, prefixes=[], alone=True)
-
-
-class Ticking(FakeClock):
-    """A clock that the test and each look at it advance."""
-
-    @property
-    def now(self) -> float:
-        """The time in seconds."""
-        self._now += 0.001
-        return self._now
-
-    @now.setter
-    def now(self, value: float) -> None:
-        self._now = value
-
-
-class Pair:
-    """An open session, and its guest."""
-
-    def __init__(self, stack: contextlib.ExitStack, clock: FakeClock, files: tuple[InFile, ...] = ()) -> None:
-        self.clock = clock
-        ours, theirs = (stack.enter_context(end) for end in socket.socketpair())
-        machine = Machine(ours.fileno(), "cold", stack)
-        self.guest = Guest(theirs.fileno(), State.READY)
-        greeting = Greeting(Connection(ours.fileno(), Role.HOST, State.READY), 0.0, {})
-        cancel = stack.enter_context(contextlib.closing(Cancel()))
-        machine.greeting = greeting  # type: ignore[attr-defined]
-        opening = Open(
-            "x07", 1 << 20, 8, 1 << 20, input_files(files), [], FREE, None, out_writable=False, room=Room(0, 0)
-        )
-        self.session = Session(cast("Instance", machine), cancel, opening, files)
-        self.turn()
-        self.guest.until(Open)
-
-    def start(self, number: int, wall_ms: int | None = None, *, started: bool = True) -> Execution:
-        """Start a command. started: have the guest answer."""
-        sinks = [Sink(name, keep_fd=None, live_fd=None, max_bytes=100) for name in ("stdout", "stderr")]
-        given = CommandStreams(stdin_fd=None, stdout=sinks[0], stderr=sinks[1])
-        command = self.session.execute(Exec(number, ["true"], {}, "/", LIMITS), given, wall_ms)
-        self.turn()
-        self.guest.until(Exec)
-        if started:
-            self.guest.say(Started(number))
-            assert self.session.until(lambda: not command.starting)
-        return command
-
-    def turn(self) -> None:
-        """Have the session do what is due."""
-        self.session.until(lambda: False, 0.01)
 
 
 @pytest.fixture
@@ -208,7 +150,7 @@ def test_output_in_memory_holds_up_the_guest(pair: Pair) -> None:
     """Output that is kept in memory takes one window until it is read."""
     inbox = Inbox("stdout")
     given = CommandStreams(stdin_fd=None, stdout=inbox, stderr=Inbox("stderr"), open_input=True)
-    command = pair.session.execute(Exec(1, ["true"], {}, "/", LIMITS), given, None)
+    command = pair.session.execute(execute(1), given, None)
     command.write(b"input")
     pair.turn()
     assert pair.guest.until_event(streams.DATA).data == b"input"
@@ -228,9 +170,7 @@ def test_output_in_memory_holds_up_the_guest(pair: Pair) -> None:
 
 def served(pair: Pair, number: int) -> FileServer:
     """A file server that was started."""
-    return FileServer(
-        pair.session, pair.session.execute(Exec(number, [], {}, "/", LIMITS, FILES), kept_streams(), None)
-    )
+    return FileServer(pair.session, pair.session.execute(execute(number)._replace(service=FILES), kept_streams(), None))
 
 
 def file_server(pair: Pair, output: bytes) -> FileServer:
@@ -322,7 +262,7 @@ def test_a_command_whose_output_nobody_reads_can_be_stopped(pair: Pair) -> None:
     """After a stop, further output is dropped and the guest may send it, so that the command can end."""
     inbox = Inbox("stdout")
     given = CommandStreams(stdin_fd=None, stdout=inbox, stderr=Inbox("stderr"))
-    command = pair.session.execute(Exec(1, ["yes"], {}, "/", LIMITS), given, None)
+    command = pair.session.execute(execute(1), given, None)
     pair.turn()
     pair.guest.until(Exec)
     pair.guest.say(Started(1))

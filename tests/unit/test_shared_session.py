@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.unit.test_session import LIMITS
-from tests.unit.test_session_commands import Pair
-from tests.vm.programs.lies import EXITED
+from tests.guest.lies import EXITED
+from tests.guest.messages import execute
+from tests.guest.played import Pair
 from x07_sandbox.channel.link import Stream
 from x07_sandbox.channel.messages import Exec, Started, Stop
 from x07_sandbox.sessions.command import Kept
@@ -23,7 +23,7 @@ from x07_sandbox.sessions.transfers import CommandStreams, Inbox
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from tests.unit.test_session import FakeClock
+    from tests.guest.played import FakeClock
     from x07_sandbox.sessions.execution import Execution
 
 pytestmark = pytest.mark.timeout(60)
@@ -43,7 +43,7 @@ class Shared:
         inbox = Inbox("stdout")
         given = CommandStreams(stdin_fd=None, stdout=inbox, stderr=Inbox("stderr"), open_input=True)
         with self.session.using() as session:
-            command = session.execute(Exec(number, ["true"], {}, "/", LIMITS), given, None)
+            command = session.execute(execute(number), given, None)
         self.pair.guest.until(Exec)
         self.pair.guest.say(Started(number))
         assert self.session.until(lambda: not command.starting, 30)

@@ -15,6 +15,7 @@ import pytest
 from msgspec.structs import replace
 
 from tests.conftest import sample
+from tests.guest import lies
 from tests.vm.conftest import BEHAVE, PROGRAMS, Ran, Sandbox, cache_with_base, wait_done
 from x07_sandbox.channel.link import WINDOW
 from x07_sandbox.host import settings
@@ -38,7 +39,7 @@ def hostile_code(boot: str) -> GuestCode:
     agent = dict(honest.agent)
     agent["guest/honest.py"] = agent["guest/agent.py"]
     agent["guest/agent.py"] = (PROGRAMS / "hostile_agent.py").read_bytes()
-    agent["guest/lies.py"] = (PROGRAMS / "lies.py").read_bytes()
+    agent["guest/lies.py"] = Path(lies.__file__).read_bytes()
     agent["guest/mode.py"] = f"BOOT = {boot!r}\n".encode()
     return replace(honest, agent=agent)
 

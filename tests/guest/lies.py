@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from x07_sandbox.channel.connection import Connection
     from x07_sandbox.channel.link import Link
 
-DENIED = Denied(id=1, by="kernel", call="openat", errno=13, path="/x", write=False, times=1)
+DENIED = Denied(id=1, by="kernel", call="openat", errno=13, path="/root/x", write=False, times=1)
 EXITED = Exited(
     id=1,
     wait_status=0,
