@@ -88,13 +88,6 @@ def sleeps_in_flock(pid: int) -> bool:
     return name.endswith("(flock") and rest.split()[0] == "S"
 
 
-def test_a_free_slot_is_taken_at_once(never: int) -> None:
-    """A job takes a free slot without waiting and frees it at its end."""
-    for _ in range(3):
-        with admitted(cancel_fd=never, timeout_s=60) as waited:
-            assert waited < 30
-
-
 def test_a_killed_process_keeps_no_slot(never: int) -> None:
     """A wait for a slot times out while another process holds it, and a killed process frees its slot."""
     holder = Holder("first")
@@ -191,14 +184,10 @@ def test_a_waiter_says_that_sigchld_is_ignored(never: int) -> None:
 
 @pytest.mark.parametrize("value", ["0", "-1", "two", "1.5", "99999"])
 def test_a_wrong_number_is_an_error(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
-    """An invalid X07_VM_MAX_RUNNING is a usage error that names the variable."""
+    """An invalid X07_VM_MAX_RUNNING is a usage error that names the variable; by default cores and memory decide."""
     monkeypatch.setenv("X07_VM_MAX_RUNNING", value)
     with pytest.raises(UsageError, match="X07_VM_MAX_RUNNING"):
         max_running()
-
-
-def test_without_the_variable_cores_and_memory_decide(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By default at least one job runs, and no more than there are usable cores."""
     monkeypatch.delenv("X07_VM_MAX_RUNNING")
     assert 1 <= max_running() <= len(os.sched_getaffinity(0))
 

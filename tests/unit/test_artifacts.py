@@ -83,20 +83,16 @@ def test_every_part_changes_the_key() -> None:
     assert len(keys) == 5
 
 
-def test_notes_about_the_build_come_back_too(cache: Path) -> None:
-    """Build notes are returned unchanged, and a damaged entry or oversized notes are not used."""
+def test_notes_about_the_build_come_back_too() -> None:
+    """Build notes are returned unchanged, and an artifact with oversized notes is not stored."""
     key, notes = artifact_key("x"), b'{"stderr": "a warning"}'
     keep(key, DATA, notes)
     assert recalled(key) == DATA
     with cached_artifact(key) as found:
         assert found is not None
         assert found.notes == notes
-    whole = (cache / key).read_bytes()
-    for wrong in (whole[:-1] + b"?", whole[:-1], whole + b"?"):
-        (cache / key).write_bytes(wrong)
-        assert recalled(key) is None
     keep(artifact_key("y"), DATA, bytes(NOTES_MAX_BYTES + 1))
-    assert not (cache / artifact_key("y")).exists()
+    assert recalled(artifact_key("y")) is None
 
 
 @pytest.mark.parametrize("at", [0, 100, HEADER_BYTES - 1, HEADER_BYTES, HEADER_BYTES + 5000, -1])
@@ -114,12 +110,12 @@ def test_damage_is_found(cache: Path, at: int) -> None:
 def test_a_truncated_or_misplaced_entry_is_not_used(cache: Path) -> None:
     """A truncated, extended, linked or misplaced cache entry is not used."""
     key, other = artifact_key("x"), artifact_key("y")
-    keep(key)
+    keep(key, notes=b"notes")
     whole = (cache / key).read_bytes()
     (cache / other).write_bytes(whole)
     (cache / other).chmod(0o600)
     assert recalled(other) is None
-    for wrong in (whole[:-1], whole + b"x", b"", b"{}"):
+    for wrong in (whole[:-1], whole[:-1] + b"?", whole + b"x", b"", b"{}"):
         (cache / key).write_bytes(wrong)
         assert recalled(key) is None
     (cache / key).unlink()
