@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
 from msgspec.structs import replace
 
 from tests.apple_container import VERSIONS, create_options
-from tests.unit.test_container_commands import WANTED, after
+from tests.unit.test_container_commands import WANTED, after, changed
 from x07_sandbox.backends.apple import (
     create_argv,
     described,
@@ -80,13 +79,9 @@ def test_a_version_without_a_needed_option_is_refused() -> None:
 
 def test_a_limit_that_no_vm_can_hold_is_refused() -> None:
     """A memory limit below the least VM is refused instead of raised."""
+    small = replace(WANTED, needs=replace(WANTED.needs, mem_bytes=64 << 20))
     with pytest.raises(HostError, match="at least 200 MiB"):
-        argv_of_small()
-
-
-def argv_of_small() -> list[str]:
-    """The words for a container with little memory."""
-    return list(create_argv(replace(WANTED, needs=replace(WANTED.needs, mem_bytes=64 << 20)), "guest:1", NEW))
+        list(create_argv(small, "guest:1", NEW))
 
 
 @pytest.mark.parametrize(
@@ -113,11 +108,7 @@ def argv_of_small() -> list[str]:
 def test_a_container_that_differs_is_refused(path: tuple[Any, ...], value: object, name: str) -> None:
     """Each part of the configuration that the service's own settings could change is compared."""
     assert differences(WANTED, made(), NEW) == []
-    place = changed = copy.deepcopy(made())
-    for word in path[:-1]:
-        place = place[word]
-    place[path[-1]] = value
-    assert differences(WANTED, changed, NEW) == [name]
+    assert differences(WANTED, changed(made(), path, value), NEW) == [name]
 
 
 def test_an_old_version_is_held_to_what_it_can_do() -> None:

@@ -52,6 +52,16 @@ MADE: dict[str, Any] = {
 }
 
 
+def changed(document: dict[str, Any], path: tuple[Any, ...], value: object) -> dict[str, Any]:
+    """A copy of a document with another value at one place."""
+    made = copy.deepcopy(document)
+    inner = made
+    for name in path[:-1]:
+        inner = inner[name]
+    inner[path[-1]] = value
+    return made
+
+
 def after(argv: list[str], flag: str) -> list[str]:
     """All values of a flag."""
     return [value for word, value in itertools.pairwise(argv) if word == flag]
@@ -122,12 +132,7 @@ def test_a_matching_container_is_accepted() -> None:
 )
 def test_a_different_container_is_rejected(place: tuple[str, ...], value: object, named: str) -> None:
     """A container that differs from its request is rejected with the difference."""
-    made = copy.deepcopy(MADE)
-    inner = made
-    for name in place[:-1]:
-        inner = inner[name]
-    inner[place[-1]] = value
-    assert any(found.startswith(named) for found in differences(WANTED, made))
+    assert any(found.startswith(named) for found in differences(WANTED, changed(MADE, place, value)))
 
 
 @pytest.mark.parametrize(

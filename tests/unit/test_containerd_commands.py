@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from typing import Any
 
 import pytest
 from msgspec.structs import replace
 
-from tests.unit.test_container_commands import WANTED, after
+from tests.unit.test_container_commands import WANTED, after, changed
 from x07_sandbox.backends.containerd import create_argv, differences
 from x07_sandbox.backends.firecracker import FirecrackerBackend
 
@@ -95,11 +94,7 @@ def test_a_container_that_differs_is_refused(path: tuple[Any, ...], value: objec
     """Each part of the description that containerd's configuration could change is compared."""
     description = made()
     assert differences(WANTED, description, RUNC, in_machine=False) == []
-    place = changed = copy.deepcopy(description)
-    for word in path[:-1]:
-        place = place[word]
-    place[path[-1]] = value
-    assert differences(WANTED, changed, RUNC, in_machine=False) == [name]
+    assert differences(WANTED, changed(description, path, value), RUNC, in_machine=False) == [name]
 
 
 def test_the_variables_of_firecracker_and_their_defaults_are_x07s(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,9 +21,7 @@ from x07_sandbox.host.processes import Identity, has_mark, identify, is_alive, k
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from tests.conftest import Need
 
-LAST_PID = Path("/proc/sys/kernel/ns_last_pid")
 WAIT = "import sys; print('up', flush=True); sys.stdin.read()"
 
 
@@ -54,14 +52,6 @@ def child(mark: str) -> Iterator[subprocess.Popen[bytes]]:
     with start(mark) as process:
         yield process
         process.kill()
-
-
-def test_a_process_keeps_its_identity(child: subprocess.Popen[bytes]) -> None:
-    """A live process keeps its identity, which differs from that of any other."""
-    identity = identity_of(child.pid)
-    assert identity == identify(child.pid)
-    assert is_alive(identity)
-    assert identity != identify(os.getpid())
 
 
 def test_a_reaped_process_has_no_identity(child: subprocess.Popen[bytes]) -> None:
@@ -104,7 +94,7 @@ def test_a_process_name_shifts_no_fields(name: str) -> None:
 
 
 def test_another_start_is_another_process(child: subprocess.Popen[bytes], mark: str) -> None:
-    """A process with another start time is another process."""
+    """A process with another start time, as after its pid was reused, is another process."""
     identity = identity_of(child.pid)
     earlier = Identity(pid=identity.pid, start_ticks=identity.start_ticks - 1)
     assert not is_alive(earlier)
@@ -113,51 +103,11 @@ def test_another_start_is_another_process(child: subprocess.Popen[bytes], mark: 
     assert is_alive(identity)
 
 
-def can_choose_numbers() -> bool:
-    """Return whether this process may choose the next pid."""
-    try:
-        LAST_PID.write_text(LAST_PID.read_text(encoding="ascii"), encoding="ascii")
-    except OSError:
-        return False
-    return True
-
-
-@pytest.mark.root
-def test_a_reused_pid_is_another_process(mark: str, need: Need) -> None:
-    """A new process with a reused pid and the same arguments is not taken for the old one."""
-    need(can_choose_numbers(), "needs root and a kernel with ns_last_pid", installable=False)
-    with start(mark) as old:
-        identity = identity_of(old.pid)
-        old.kill()
-    # Start times are counted in ticks: go on when a new process gets a later one.
-    while True:
-        with start() as other:
-            later = identity_of(other.pid).start_ticks > identity.start_ticks
-            other.kill()
-        if later:
-            break
-    for _ in range(200):  # others start processes too, and may be faster
-        LAST_PID.write_text(str(identity.pid - 1), encoding="ascii")
-        with start(mark) as new:
-            try:
-                if new.pid != identity.pid:
-                    continue
-                assert identify(new.pid) != identity
-                assert not is_alive(identity)
-                assert not kill_identity(identity, mark)
-                assert wait_gone(identity, 0)
-                assert new.poll() is None
-                return
-            finally:
-                new.kill()
-    pytest.fail("the number did not come back")
-
-
-@pytest.mark.parametrize("wrong", ["0" * 32, "{mark}0", "X{mark}"])
+@pytest.mark.parametrize("wrong", ["", "0" * 32, "{mark}0", "X{mark}"])
 def test_nothing_is_killed_without_the_mark(wrong: str, child: subprocess.Popen[bytes], mark: str) -> None:
-    """A process without the mark among its arguments is never signalled."""
+    """A process without the mark among its arguments is never signalled, and an empty mark matches no process."""
     identity = identity_of(child.pid)
-    assert not has_mark(child.pid, wrong.format(mark=mark))
+    assert not wrong or not has_mark(child.pid, wrong.format(mark=mark))
     assert not kill_identity(identity, wrong.format(mark=mark))
     assert is_alive(identity)
 
@@ -165,6 +115,7 @@ def test_nothing_is_killed_without_the_mark(wrong: str, child: subprocess.Popen[
 def test_a_matching_process_is_killed(child: subprocess.Popen[bytes], mark: str) -> None:
     """A process whose pid, start time and mark match is killed."""
     identity = identity_of(child.pid)
+    assert identity != identify(os.getpid())
     assert has_mark(child.pid, mark)
     assert kill_identity(identity, mark)
     assert wait_gone(identity, 30)
@@ -176,13 +127,6 @@ def test_a_mark_is_found_within_an_argument(mark: str) -> None:
     with start(f"x07-{mark}", "more") as child:
         assert has_mark(child.pid, mark)
         child.kill()
-
-
-def test_an_empty_mark_matches_nothing(child: subprocess.Popen[bytes]) -> None:
-    """An empty mark matches no process."""
-    identity = identity_of(child.pid)
-    assert not kill_identity(identity, "")
-    assert is_alive(identity)
 
 
 def test_a_wait_times_out(child: subprocess.Popen[bytes]) -> None:

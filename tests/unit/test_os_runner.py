@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import jsonschema
 import pytest
@@ -20,6 +21,9 @@ from x07_sandbox.host.variables import VARIABLES
 from x07_sandbox.policy.decode import default_policy, render_policy
 from x07_sandbox.reports.schemas import schemas
 from x07_sandbox.x07.project import INPUT_MAX_BYTES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 SANDBOXED = ("--world", "run-os-sandboxed")
 
@@ -75,7 +79,7 @@ def test_exactly_one_program_is_required(refused: Refused, words: tuple[str, ...
     assert "exactly one of --program, --project, --artifact" in output
 
 
-@pytest.mark.parametrize("world", ["solve-pure", "solve-fs", "solve-", "run", "RUN-OS", "run-os-sandbox"])
+@pytest.mark.parametrize("world", ["solve-pure", "RUN-OS", "run-os-sandbox"])
 def test_other_worlds_are_refused(refused: Refused, world: str) -> None:
     """Deterministic and unknown worlds are refused by name."""
     assert repr(world) in refused("--world", world, "--program", "prog.c")
@@ -156,8 +160,6 @@ def test_an_accepted_backend_needs_no_image(
         ("X07_I_ACCEPT_WEAKER_ISOLATION", "True"),
         ("X07_SANDBOX_BACKEND", "qemu"),
         ("X07_VM_BACKEND", "kvm"),
-        ("X07_VM_STATE_DIR", "jobs"),
-        ("X07_VM_MAX_RUNNING", "many"),
     ],
 )
 def test_an_overridden_invalid_variable_is_an_error(
@@ -167,12 +169,6 @@ def test_an_overridden_invalid_variable_is_an_error(
     monkeypatch.setenv(name, value)
     words = ("--sandbox-backend", "vm", "--i-accept-weaker-isolation")
     assert name in refused(*SANDBOXED, "--policy", "policy.json", "--program", "prog.c", *words)
-
-
-def test_a_misspelt_variable_is_reported(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A misspelt variable gives a warning with a suggestion."""
-    monkeypatch.setenv("X07_SANDBOX_BACKENDS", "vm")
-    assert "did you mean X07_SANDBOX_BACKEND?" in refused()
 
 
 @pytest.mark.parametrize(
@@ -205,33 +201,24 @@ def test_unbuildable_programs_are_refused(refused: Refused, place: Path, words: 
 
 
 @pytest.mark.parametrize(
-    ("text", "named"),
+    ("change", "named"),
     [
-        (None, "policy.json"),
-        ("{", "policy"),
-        ('{"schema_version": "x07.run-os-policy@0.1.0"}', "$.limits"),
-        ("schema", "$.limits.cpu_mss"),
-        ("rule", "$.process.max_live"),
-        ("nan", "policy"),
+        (lambda _policy: None, "policy"),
+        (lambda policy: policy["limits"].update(cpu_mss=1), "$.limits.cpu_mss"),
+        (lambda policy: policy["process"].update(max_live=0), "$.process.max_live"),
     ],
 )
-def test_an_invalid_policy_ends_in_two(refused: Refused, place: Path, text: str | None, named: str) -> None:
+def test_an_invalid_policy_ends_in_two(
+    refused: Refused, place: Path, change: Callable[[dict[str, Any]], object], named: str
+) -> None:
     """An invalid policy ends with exit code 2 and names the place."""
-    good = json.loads(render_policy(default_policy()))
-    if text == "schema":
-        good["limits"]["cpu_mss"] = good["limits"].pop("cpu_ms")
-        text = json.dumps(good)
-    elif text == "rule":
-        good["process"]["max_live"] = 0
-        text = json.dumps(good)
-    elif text == "nan":
-        good["limits"]["cpu_ms"] = float("nan")
-        text = json.dumps(good)
-    if text is None:
-        (place / "policy.json").unlink()
-    else:
-        (place / "policy.json").write_text(text)
+    policy = json.loads(render_policy(default_policy()))
+    change(policy)
+    text = json.dumps(policy)
+    (place / "policy.json").write_text("{" if named == "policy" else text)
     assert named in refused(*SANDBOXED, "--policy", "policy.json", "--program", "prog.c")
+    (place / "policy.json").unlink()
+    assert "policy.json" in refused(*SANDBOXED, "--policy", "policy.json", "--program", "prog.c")
 
 
 def test_input_is_read_whole_or_refused(refused: Refused, place: Path) -> None:
@@ -288,10 +275,8 @@ def test_run_refuses_compiled_out_of_a_script(
     "words",
     [
         ("--progra", "prog.c"),
-        ("--program=prog.c", "--polic", "policy.json"),
         ("--program", "prog.c", "extra"),
         ("--program", "prog.c", "--max-output-bytes", "-1"),
-        ("--program", "prog.c", "--max-output-bytes", "1k"),
         ("--program", "prog.c", "--solve-fuel", "1.5"),
         ("--program", "prog.c", "--sandbox-backend", "VM"),
         ("--program", "prog.c", "--cc-profile", "fast"),
@@ -303,17 +288,12 @@ def test_flags_are_written_out_and_checked(refused: Refused, words: tuple[str, .
     assert "wrong usage" in refused(*SANDBOXED, "--policy", "policy.json", *words)
 
 
-@pytest.mark.parametrize(
-    "flag", ["--program", "--project", "--artifact", "--policy", "--input", "--compiled-out", "--attest-runtime"]
-)
-def test_an_empty_path_is_refused(refused: Refused, flag: str) -> None:
-    """An empty path is a usage error."""
+@pytest.mark.parametrize("flag", ["--program", "--policy", "--input", "--compiled-out", "--attest-runtime"])
+def test_an_empty_path_is_refused(refused: Refused, capfd: pytest.CaptureFixture[str], flag: str) -> None:
+    """An empty path is a usage error of x07-os-runner and of `x07 run`."""
     assert f"wrong usage of {flag}: the name is empty" in refused(*SANDBOXED, flag, "")
-
-
-@pytest.mark.parametrize("flag", ["--input", "--diff", "--compiled-out", "--attest-runtime", "--report-out"])
-def test_run_refuses_an_empty_path(capfd: pytest.CaptureFixture[str], flag: str) -> None:
-    """An empty path is a usage error of `x07 run` too."""
+    if flag in {"--program", "--policy"}:  # which `run` has not, or words as for a policy
+        return
     assert x07(["run", flag, "", "prog.py"]) == 2
     assert f"wrong usage of {flag}: the name is empty" in capfd.readouterr().err
 

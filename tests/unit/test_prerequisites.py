@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
@@ -49,19 +50,16 @@ def state(
 
 @pytest.mark.parametrize("name", BY_NAME)
 @pytest.mark.parametrize("platform", PLATFORMS, ids=str)
-@pytest.mark.parametrize("proof", [None, HERE, BROKEN])
-@pytest.mark.parametrize("machine", [*ARCHES, "riscv64"])
-def test_every_backend_has_a_state_on_any_host(
-    monkeypatch: pytest.MonkeyPatch, name: str, platform: Platform, proof: Finding | None, machine: str
-) -> None:
+def test_every_backend_has_a_state_on_any_host(monkeypatch: pytest.MonkeyPatch, name: str, platform: Platform) -> None:
     """`x07 doctor` gives the state of every backend on any host, with a reason, and remedies unless it is proven."""
-    monkeypatch.setattr("os.uname", lambda: SimpleNamespace(machine=machine))
-    found = backend_state(BY_NAME[name], platform, (), proof)
-    assert found.text
-    own = proof is BROKEN and machine in ARCHES and BY_NAME[name].isolation == ("container",)  # the engine's own advice
-    remedies = {"proven": 0, "failed": 1 if own else 3, "not-here": 2}
-    assert len(set(found.remedies)) == remedies[found.state], found
-    assert (found.state == "not-here") == (not BY_NAME[name].runs_on(platform))
+    for machine, proof in itertools.product([*ARCHES, "riscv64"], [None, HERE, BROKEN]):
+        monkeypatch.setattr("os.uname", lambda machine=machine: SimpleNamespace(machine=machine))
+        found = backend_state(BY_NAME[name], platform, (), proof)
+        assert found.text
+        own = proof is BROKEN and machine in ARCHES and BY_NAME[name].isolation == ("container",)  # the engine's advice
+        remedies = {"proven": 0, "failed": 1 if own else 3, "not-here": 2}
+        assert len(set(found.remedies)) == remedies[found.state], found
+        assert (found.state == "not-here") == (not BY_NAME[name].runs_on(platform))
 
 
 def test_only_a_started_vm_proves_a_backend() -> None:

@@ -55,20 +55,8 @@ def test_a_template_is_made_only_where_it_fits(
         assert (lack_of_space(ram_bytes) == "") is fits
 
 
-def test_distrust_of_templates_can_be_reset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A distrusted template stays unused until trust is reset."""
-    monkeypatch.setenv("X07_VM_CACHE_DIR", str(tmp_path / "cache"))
-    templates = [Template(key=key, folder=templates_dir() / key) for key in ("a" * 64, "b" * 64)]
-    for template in templates:
-        template.suspend("a clone of it ended", transient=False)
-    for template in templates:
-        assert template.suspended().startswith("a clone of it ended. Such jobs boot a new VM until this host reboots")
-    forget(SUSPENDED)
-    assert [template.suspended() for template in templates] == ["", ""]
-
-
-def test_a_late_clone_distrusts_its_template_for_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A template whose clone timed out is distrusted for five minutes."""
+def test_a_distrusted_template_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A template whose clone timed out is distrusted for five minutes; one whose clone ended, until trust is reset."""
     monkeypatch.setenv("X07_VM_CACHE_DIR", str(tmp_path / "cache"))
     late, ended = (Template(key=key, folder=templates_dir() / key) for key in ("a" * 64, "b" * 64))
     reason = late.suspend("a clone of it did not answer in time", transient=True)
@@ -78,7 +66,9 @@ def test_a_late_clone_distrusts_its_template_for_minutes(tmp_path: Path, monkeyp
     now_ms = boot_ms()
     monkeypatch.setattr("x07_sandbox.host.verdicts.boot_ms", lambda: now_ms + 301_000)
     assert late.suspended() == ""
-    assert ended.suspended() != ""
+    assert ended.suspended().startswith("a clone of it ended. Such jobs boot a new VM until this host reboots")
+    forget(SUSPENDED)
+    assert ended.suspended() == ""
 
 
 @pytest.fixture
