@@ -8,7 +8,9 @@ import os
 import resource
 import stat
 import tempfile
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from hypothesis import strategies as st
 
 from x07_sandbox.files.apply import apply
 from x07_sandbox.files.changes import Change, ChangeSet, Node, RootChanges, decode
@@ -67,6 +69,30 @@ NEW: Tree = {
     "\udcfe": ("link", 0, b"\xff"),
 }
 """Between them is every kind of change, and what only a folder's owner can do with its mode."""
+
+
+def flat(mode: int, nodes: dict[str, Any], prefix: str = "") -> Tree:
+    """Return a tree from nested dictionaries."""
+    tree: Tree = {prefix: ("folder", mode, b"")}
+    for name, node in nodes.items():
+        path = f"{prefix}/{name}".lstrip("/")
+        if isinstance(node[1], dict):
+            tree |= flat(node[0], node[1], path)
+        else:
+            tree[path] = node
+    return tree
+
+
+def trees(names: st.SearchStrategy[str], targets: st.SearchStrategy[bytes]) -> st.SearchStrategy[Tree]:
+    """Return any trees of files, folders and links with these names and targets."""
+    contents = st.binary(max_size=20) | st.builds(lambda n: b"long" * n, st.integers(1000, 30_000))
+    files = st.tuples(st.just("file"), st.sampled_from([0o644, 0o755, 0o600, 0o400]), contents)
+    links = st.tuples(st.just("link"), st.just(0), targets)
+    modes = st.sampled_from([0o755, 0o700, 0o555, 0o500])
+    nodes = st.recursive(
+        files | links, lambda inner: st.tuples(modes, st.dictionaries(names, inner, max_size=4)), max_leaves=12
+    )
+    return st.builds(flat, st.sampled_from([0o755, 0o700]), st.dictionaries(names, nodes, max_size=5))
 
 
 def put(root: Path, tree: Tree) -> None:

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from tests.conftest import need
 from tests.unit.apply_driver import STRIDE
-from tests.unit.apply_trees import NEW, OLD, Tree, applied, difference, full_disk, put, read, remove, undone
+from tests.unit.apply_trees import NEW, OLD, Tree, applied, difference, full_disk, put, read, remove, trees, undone
 from x07_sandbox.errors import HostError
 from x07_sandbox.files.apply import ConflictError, apply, recover
 from x07_sandbox.files.changes import Change, ChangeSet, Node, RootChanges, decode
@@ -615,28 +615,7 @@ def test_nothing_is_applied_without_openat2(fast: Path) -> None:
 
 
 NAMES = st.sampled_from(["a", "b", "c", "a-", "é", "x y", "\udcff", "\n"])
-CONTENTS = st.binary(max_size=20) | st.builds(lambda n: b"long" * n, st.integers(1000, 30_000))
-FILES = st.tuples(st.just("file"), st.sampled_from([0o644, 0o755, 0o600, 0o400]), CONTENTS)
-LINKS = st.tuples(st.just("link"), st.just(0), st.sampled_from([b"a", b"/", b"../..", b"\xff"]))
-MODES = st.sampled_from([0o755, 0o700, 0o555, 0o500])
-
-
-def flat(mode: int, nodes: dict[str, Any], prefix: str = "") -> Tree:
-    """A tree from nested dictionaries."""
-    tree: Tree = {prefix: ("folder", mode, b"")}
-    for name, node in nodes.items():
-        path = f"{prefix}/{name}".lstrip("/")
-        if isinstance(node[1], dict):
-            tree |= flat(node[0], node[1], path)
-        else:
-            tree[path] = node
-    return tree
-
-
-NODES = st.recursive(
-    FILES | LINKS, lambda nodes: st.tuples(MODES, st.dictionaries(NAMES, nodes, max_size=4)), max_leaves=12
-)
-TREES = st.builds(flat, st.sampled_from([0o755, 0o700]), st.dictionaries(NAMES, NODES, max_size=5))
+TREES = trees(NAMES, st.sampled_from([b"a", b"/", b"../..", b"\xff"]))
 
 
 def _closed(old: Tree, new: Tree) -> bool:
