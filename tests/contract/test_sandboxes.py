@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(300)]
 
-LEFT = "sleep 600 & echo $! > pid; echo left"
-
 
 @pytest.fixture(params=["podman", "containerd", "os", "none"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, state: Path) -> str:
@@ -61,12 +59,6 @@ def test_commands_files_and_processes_work_on_each_backend(opened: Sandbox) -> N
         opened.files.read("missing")
 
 
-def test_a_process_that_is_left_behind_can_be_ended_later(opened: Sandbox) -> None:
-    """A background process outlives its command, and a later command may signal it."""
-    assert opened.shell(LEFT).stdout == b"left\n"
-    assert opened.shell("kill $(cat pid) && echo killed").stdout == b"killed\n"
-
-
 def test_files_are_those_of_the_sandbox(backend: str, opened: Sandbox, tmp_path: Path) -> None:
     """A relative path never leads to the folder of that name on the host."""
     opened.files.write("made-by-test", b"1")
@@ -86,20 +78,3 @@ def test_a_terminal_has_the_kind_of_its_client(backend: str, opened: Sandbox, mo
     assert opened.exec(words).stdout == b"kind=\n"
     with Sandbox(backend=backend, env={"TERM": "linux"}) as other:
         assert other.start(words, tty=True).wait(60).stdout == b"kind=linux\r\n"
-
-
-def test_a_held_command_keeps_the_last_size_of_its_terminal(monkeypatch: pytest.MonkeyPatch, state: Path) -> None:
-    """After many changes of the size, a command that a held sandbox runs has the last one, and its client's TERM."""
-    monkeypatch.setenv("X07_I_ACCEPT_WEAKER_ISOLATION", "1")
-    held = Sandbox.create(backend="none")
-    try:
-        assert state.exists()
-        monkeypatch.setenv("TERM", "tmux-256color")
-        process = held.start(["sh", "-c", "echo $TERM; read line; stty size"], tty=True)
-        for rows in range(1, 200):
-            process.resize(rows, 100)
-        process.write(b"\n")
-        printed = process.wait(60).stdout.split()  # with the echo of the line, before or after the first output
-        assert printed == [b"tmux-256color", b"199", b"100"]
-    finally:
-        held.close("discard")

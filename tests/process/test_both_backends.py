@@ -74,6 +74,28 @@ def test_a_signal_is_reported(backend: Backend) -> None:
     assert run_on(backend, python("import os; os.abort()")).code == -signal.SIGABRT
 
 
+def test_other_signals_leave_a_program_running(backend: Backend) -> None:
+    """Signals that are ignored by default, and a terminal's stop signals, neither end nor stop a program."""
+    numbers = [signal.SIGCHLD, signal.SIGCONT, signal.SIGURG, signal.SIGWINCH]
+    numbers += [signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU]
+    source = f"import os\nfor number in {[*map(int, numbers)]}: os.kill(os.getpid(), number)\nprint('alive')\n"
+    ended = run_on(backend, python(source))
+    assert (ended.code, ended.stdout) == (0, "alive\n"), ended.stderr
+
+
+def test_outputs_held_in_sockets_do_not_delay_the_end(backend: Backend) -> None:
+    """A program whose outputs are held open in socket messages that nobody receives ends with its own status."""
+    source = """
+import os, socket, sys
+ours, theirs = socket.socketpair()
+socket.send_fds(theirs, [b"x"], [ours.fileno(), theirs.fileno(), 1, 2])
+print("sent", flush=True)
+os._exit(7)
+"""
+    ended = run_on(backend, python(source))
+    assert (ended.code, ended.stdout) == (7, "sent\n"), ended.stderr
+
+
 def test_a_missing_program_fails_with_the_reason(backend: Backend) -> None:
     """A program that does not exist fails with the kernel's reason."""
     ended = run_on(backend, Program(argv=["/x07/in/nothing"]))

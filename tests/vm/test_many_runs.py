@@ -31,7 +31,7 @@ def test_runs_in_a_row_leave_nothing(sandbox: Sandbox, full: bool) -> None:  # n
     """Sequential runs leave no process, descriptor, thread, control group or temporary file behind."""
     sandbox.behave("nothing")
     before = open_descriptors_and_threads()
-    for number in range(1000 if full else 8):
+    for number in range(1000 if full else 4):
         # The check for leftovers takes longer with each record, so it runs only now and then.
         ran = sandbox.behave("args", str(number), alone=number % 50 == 0)
         assert (ran.outcome, ran.stdout) == ("ok", f"{number}\0".encode()), ran.reason
@@ -45,7 +45,7 @@ def test_runs_at_once_leave_nothing(sandbox: Sandbox, threads: ThreadPoolExecuto
     """Four parallel runs in one process each get their own output and leave nothing behind."""
     sandbox.behave("nothing")
     before = open_descriptors_and_threads()[0]
-    jobs = [threads.submit(sandbox.behave, "args", str(number), alone=False) for number in range(200 if full else 6)]
+    jobs = [threads.submit(sandbox.behave, "args", str(number), alone=False) for number in range(200 if full else 4)]
     for number, job in enumerate(jobs):
         ran = job.result(300)
         assert (ran.outcome, ran.stdout) == ("ok", f"{number}\0".encode()), ran.reason

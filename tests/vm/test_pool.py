@@ -130,14 +130,16 @@ def pool_process(size: int, folder: HostileFolder | None = None) -> Iterator[int
         assert x07("pool", "stop").returncode == 0
 
 
-@pytest.fixture
-def echo(tmp_path: Path, state: Path) -> str:
+@pytest.fixture(scope="module")
+def echo(own_cache: None, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A program in the build cache, so that its runs need one machine only."""
-    del state
-    path = tmp_path / "echo.py"
-    path.write_text(ECHO)
-    ran(str(path), "--no-pool")
-    return str(path)
+    del own_cache
+    folder = tmp_path_factory.mktemp("echo")
+    (folder / "echo.py").write_text(ECHO)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("X07_VM_STATE_DIR", str(folder / "jobs"))
+        ran(str(folder / "echo.py"), "--no-pool")
+    return str(folder / "echo.py")
 
 
 @pytest.fixture
@@ -307,6 +309,7 @@ def test_killing_claimer_or_pool_leaves_no_machine(echo: str, state: Path, kille
         wait_for(lambda: alive(state) == set(), 60)
 
 
+@pytest.mark.usefixtures("state")
 def test_runs_fall_back_to_clones_without_an_answer(echo: str) -> None:
     """Runs fall back to clones if the pool is stopped or dead, with a warning if it does not answer."""
     with pool_process(1) as pid:
@@ -323,6 +326,7 @@ def test_runs_fall_back_to_clones_without_an_answer(echo: str) -> None:
 
 
 @pytest.mark.full("one more pool")
+@pytest.mark.usefixtures("state")
 def test_a_clone_replaces_a_warm_machine_that_died(echo: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A clone replaces a claimed machine that died before it got the program, with a warning."""
     leased = QemuBackend.leased
@@ -406,7 +410,7 @@ def test_programs_run_from_short_lived_threads_and_from_asyncio(state: Path, ech
 
 
 def test_a_pool_takes_what_run_program_takes(state: Path, echo: str, tmp_path: Path) -> None:
-    """`Pool.submit` streams output, uses a project's input, and rejects an unknown option at once."""
+    """A pool streams output, uses a project's input, a policy and limits, and rejects an unknown option at once."""
     project = tmp_path / "project"
     project.mkdir()
     (project / "main.py").write_text(ECHO)
@@ -416,6 +420,8 @@ def test_a_pool_takes_what_run_program_takes(state: Path, echo: str, tmp_path: P
     )
     (project / "x07-sandbox.toml").write_text(f'{text}[run]\ninput = "road"\n')
     came: list[tuple[str, bytes]] = []
+    descriptors = tmp_path / "descriptors.py"
+    descriptors.write_text("import resource as r\nprint(input(), r.getrlimit(r.RLIMIT_NOFILE)[0])\n")
     with Pool(size=1) as pool:
         with pytest.raises(TypeError, match=re.escape("submit() got an unexpected keyword argument 'stdin'")):
             pool.submit(echo, stdin=b"x")  # type: ignore[call-arg]  # the point
@@ -424,6 +430,12 @@ def test_a_pool_takes_what_run_program_takes(state: Path, echo: str, tmp_path: P
         assert {name for name, _ in came} == {"stdout"}
         assert pool.submit(project).result(300).stdout.text == "got Ulm\n"
         assert pool.submit(project, b"").result(300).stdout.text == "got \n"
+        left = pool.submit(command=["sh", "-c", "cat a > b"], files={"a": b"1"}).result(300)
+        assert left.files == {"b": b"1"}
+        found = pool.map(descriptors, [b"a"], policy="built-in:cli", fds=64)
+        assert [result.stdout.text for result in found] == ["a 64\n"]
+        with pytest.raises(SandboxError, match=r"cannot use fds=4000|fds is 4000"):
+            pool.submit(echo, fds=4000).result(300)
     assert left_behind(state) == []
 
 

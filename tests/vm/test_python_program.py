@@ -102,6 +102,8 @@ def test_a_compile_error_fails_the_build(sandbox: Sandbox, tmp_path: Path) -> No
     assert (ran.outcome, ran.result.x07_exit_code, ran.result.fault) == ("build-failed", 126, "program")
     assert "broken.c:1:25: error: " in ran.stderr.decode()
     assert "missing" in ran.stderr.decode()
+    assert ran.result.build is not None
+    assert "undeclared" in (ran.result.build.stderr.text or "")
     assert shows_no_host_path(ran, tmp_path)
 
 
