@@ -147,8 +147,6 @@ def test_a_start_refuses_an_incomplete_bundle(tmp_path: Path, name: str) -> None
 @pytest.mark.parametrize(
     "env",
     [
-        {},
-        {"X07_I_ACCEPT_WEAKER_ISOLATION": "1"},
         {"X07_I_ACCEPT_WEAKER_ISOLATION": "1", "X07_VM_BACKEND": "podman"},
         {"X07_I_ACCEPT_WEAKER_ISOLATION": "1", "X07_SANDBOX_BACKEND": "none"},
         {"X07_VM_GUEST_IMAGE": "other", "X07_VM_GUEST_IMAGE_DIGEST": f"sha256:{'5' * 64}"},
@@ -287,17 +285,6 @@ def test_what_cannot_be_bundled_is_refused(tmp_path: Path) -> None:
     weaker = ("--sandbox-backend", "none", "--i-accept-weaker-isolation")
     assert "the backend none uses none" in refused(place, *weaker, "--out", "prog", "prog.py", code=125)
     assert "unrecognized arguments: --workdir" in refused(place, "--workdir", ".", "--out", "prog", "prog.py")
-
-
-def test_an_error_is_a_document(tmp_path: Path) -> None:
-    """With --json and --report-out, an error is printed and written as the usual document."""
-    (tmp_path / "prog").touch()
-    done = x07(tmp_path, "bundle", "--json", "--report-out", "report.json", "--out", "prog", "prog.py")
-    assert done.code == 2
-    document = json.loads(done.out)
-    jsonschema.validate(document, json.loads(schemas()["failure.schema.json"]))
-    assert document["error"]["why"] == "prog exists"
-    assert json.loads((tmp_path / "report.json").read_bytes()) == document
 
 
 def test_an_image_other_than_the_pinned_one_is_refused() -> None:

@@ -28,9 +28,7 @@ def put(root: Path, groups: str, limits: dict[str, str]) -> None:
 @pytest.mark.parametrize(
     ("groups", "limits", "expected"),
     [
-        ("", {}, ALL),
         ("0::/\n", {}, ALL),
-        ("0::/\n", {"memory.max": "max\n"}, ALL),
         ("0::/\n", {"memory.max": f"{600 * MIB}\n"}, 600 * MIB),
         ("0::/a/b\n", {"a/memory.max": f"{500 * MIB}\n", "a/b/memory.max": "max\n"}, 500 * MIB),
         ("0::/a/b\n", {"a/memory.max": "max\n", "a/b/memory.max": f"{400 * MIB}\n"}, 400 * MIB),
@@ -61,8 +59,6 @@ def test_spare_memory_is_what_the_kernel_can_give(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("groups", "limits", "expected"),
     [
-        ("0::/\n", {}, HERE),
-        ("0::/\n", {"cpu.max": "max 100000\n"}, HERE),
         ("0::/\n", {"cpu.max": "200000 100000\n"}, 2),
         ("0::/a/b\n", {"a/cpu.max": "150000 100000\n", "a/b/cpu.max": "max 100000\n"}, 2),
         ("0::/\n", {"cpu.max": "5000 100000\n"}, 1),

@@ -18,14 +18,10 @@ def _sh(script: str) -> list[str]:
     return ["/bin/sh", "-c", script]
 
 
-def test_error_shows_the_last_lines(tmp_path: Path) -> None:
-    """The error of a failed command shows its last lines of output."""
+def test_an_error_shows_its_cause_and_the_last_lines(tmp_path: Path) -> None:
+    """The error of a failed command shows its last lines of output, and the line with the cause, however early."""
     with pytest.raises(ImageError, match=r"sh exited with status 3: \n  first\n  second"):
         commands.run(_sh("echo first; echo second >&2; exit 3"), cwd=tmp_path, timeout_s=10)
-
-
-def test_an_error_far_above_the_end_is_shown(tmp_path: Path) -> None:
-    """The error of a failed command shows the line with the cause, however early it was printed."""
     script = "echo 'update-alternatives: error: no such folder'; seq 100; exit 1"
     with pytest.raises(ImageError, match=r"update-alternatives: error: no such folder\n  89\n  90"):
         commands.run(_sh(script), cwd=tmp_path, timeout_s=10)
@@ -102,13 +98,9 @@ def test_missing_command_names_its_package(monkeypatch: pytest.MonkeyPatch, tmp_
 
 @pytest.mark.parametrize("name", ["", "Gcc", "-o", "gcc=1", "a b", "gcc,make", "../x", "$(id)"])
 def test_odd_package_names_are_refused(name: str) -> None:
-    """Only valid package names reach apt."""
+    """Only valid package names reach apt, and their order does not change the image."""
     with pytest.raises(UsageError, match="not a valid Debian package name"):
         base.check_packages([name])
-
-
-def test_packages_are_sorted_and_counted_once() -> None:
-    """The order of packages does not change the image."""
     assert base.check_packages(["zip", "jq", "gcc", "zip"]) == ("jq", "zip")
 
 

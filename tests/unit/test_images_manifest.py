@@ -99,16 +99,17 @@ def test_scratch_pieces_must_add_up() -> None:
         store.decode_manifest(_resealed(scratch_disk={"bytes": 1 << 33, "pieces": [{"offset": 0, "bytes": 8192}]}), "x")
 
 
-def test_large_manifest_is_refused() -> None:
-    """An oversized manifest is rejected."""
-    with pytest.raises(ImageError, match="more than"):
-        store.decode_manifest(b" " * (store.MAX_BYTES + 1), "x")
-
-
-@pytest.mark.parametrize("data", [b'{"schema_version": "\xff"}', b'{"schema_version": "1", "a": ' + b"[" * 100_000])
-def test_malformed_manifest_is_refused(data: bytes) -> None:
-    """A manifest that is no UTF-8, or nested without end, is rejected, as any other malformed one."""
-    with pytest.raises(ImageError):
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (b'{"schema_version": "\xff"}', "image"),
+        (b'{"schema_version": "1", "a": ' + b"[" * 100_000, "image"),
+        (b" " * (store.MAX_BYTES + 1), "more than"),
+    ],
+)
+def test_malformed_manifest_is_refused(data: bytes, why: str) -> None:
+    """A manifest that is no UTF-8, nested without end, or too large, is rejected, as any other malformed one."""
+    with pytest.raises(ImageError, match=why):
         store.decode_manifest(data, "x")
 
 

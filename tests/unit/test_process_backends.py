@@ -95,16 +95,16 @@ def test_root_runs_all_of_it_as_another_user() -> None:
 
 
 def test_unconfined_paths_are_mapped() -> None:
-    """An unconfined program's paths are mapped to the job's folder."""
-    adapted = Unconfined(3, "/state/files").adapt_command(ORDER)
+    """An unconfined program's paths, also of a project, are mapped to the job's folder, and nothing restricts it."""
+    platform = Unconfined(3, "/state/files")
+    adapted = platform.adapt_command(ORDER)
     assert adapted.argv == ["/state/files/in/a", "/x07/input", "x/x07/in", "/state/files/out"]
     assert (adapted.env, adapted.cwd) == ({"HOME": "/state/files/work"}, "/state/files/work")
-
-
-def test_an_unconfined_program_has_no_restrictions() -> None:
-    """An unconfined program gets no restriction that only confinement could enforce."""
-    confine = Unconfined(3, "/state/files").adapt(OPENING).confine
+    opening = platform.adapt(OPENING._replace(mounts=[Mount(None, "", "/project", write=True, changes=False)]))
+    confine = opening.confine
     assert (confine.threads, confine.spawn, confine.execute, confine.programs) == (True, True, True, None)
+    assert opening.mounts == []
+    assert platform.adapt_command(ORDER._replace(cwd="/project")).cwd == "/state/files/work"
 
 
 def test_an_unconfined_program_gets_no_folder_of_the_host() -> None:
@@ -113,14 +113,6 @@ def test_an_unconfined_program_gets_no_folder_of_the_host() -> None:
         Unconfined(3, "/state/files").adapt(
             OPENING._replace(mounts=[Mount(0, "", "/data", write=False, changes=False)])
         )
-
-
-def test_a_project_of_an_unconfined_program_lies_in_the_work_folder() -> None:
-    """An unconfined project lies in the job's work folder."""
-    platform = Unconfined(3, "/state/files")
-    mounts = [Mount(None, "", "/project", write=True, changes=False)]
-    assert platform.adapt(OPENING._replace(mounts=mounts)).mounts == []
-    assert platform.adapt_command(ORDER._replace(cwd="/project")).cwd == "/state/files/work"
 
 
 @given(st.text())
