@@ -12,6 +12,7 @@ import jsonschema
 import pytest
 
 from tests.command import X07
+from tests.vm.conftest import usual_start
 from x07_sandbox.backends.qemu.backend import known_verdict
 from x07_sandbox.backends.registry import BY_NAME
 from x07_sandbox.host.paths import cache_dir, cache_folder
@@ -46,6 +47,8 @@ def _vm_start_finding(state: Path, *before: str, stderr: int = subprocess.DEVNUL
     assert states["qemu"]["state"] == ("proven" if done.returncode == 0 else "failed")
     assert len(states["qemu"]["remedies"]) == (0 if done.returncode == 0 else 3)
     assert report["good"] == (done.returncode == 0)
+    if report["good"] and usual_start() == "hot":
+        assert "VMs are restored from saved processes" in findings["hot clones"]["text"]
     return done.returncode, findings[SUBJECT]
 
 
