@@ -13,6 +13,9 @@ cd -- "$root"
 # shellcheck source=scripts/lib.sh
 source "$root/scripts/lib.sh"
 
+# Without byte code, each of the thousands of processes that tests start would compile what it imports.
+unset PYTHONDONTWRITEBYTECODE
+
 full=no integrations=no
 while [[ $# -gt 0 ]]; do
     case $1 in

@@ -66,6 +66,7 @@ def test_python_packages_come_from_wheels(index: Path, sandbox: Sandbox) -> None
     assert str(index).encode() not in (built.folder / "manifest.json").read_bytes()
     ran = sandbox.run_text("use.py", PROGRAM, image=NAME, cold=True)  # no other run uses this image
     assert ran.outcome == "ok", ran.stderr
+    assert {name: phase.start for name, phase in ran.result.phases.items()} == {"build": "cold", "run": "cold"}
     assert ran.stdout.decode().splitlines() == [
         f"42 /usr/local/lib/python{_python(built)}/dist-packages/tiny_for_tests/__init__.py True 1.0",
         "True #!/usr/bin/python3",

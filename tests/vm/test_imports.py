@@ -6,6 +6,7 @@ Also the number of garbage collections, which take time too.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -72,8 +73,9 @@ def test_a_run_imports_only_listed_modules(image: Image, tmp_path: Path) -> None
     (site / "msgspec").symlink_to(Path(msgspec.__file__).parent)
     source = Path(paths.__file__).parents[2]
     argv = [sys.executable, "-I", "-S", "-c", SHOW, *map(str, (source, site, program))]
-    subprocess.run(argv, capture_output=True, check=True, stdin=subprocess.DEVNULL)  # builds it
-    done = subprocess.run(argv, capture_output=True, check=True, stdin=subprocess.DEVNULL)
+    env = os.environ | {"XDG_CONFIG_HOME": str(tmp_path)}  # few users have settings
+    subprocess.run(argv, env=env, capture_output=True, check=True, stdin=subprocess.DEVNULL)  # builds it
+    done = subprocess.run(argv, env=env, capture_output=True, check=True, stdin=subprocess.DEVNULL)
     found, collections = json.loads(done.stdout)
     assert collections == 0
     packages = {name.rpartition(".")[0] for name in OURS.split()} | {"backends"}

@@ -38,7 +38,7 @@ from x07_sandbox.backends.registry import BY_NAME
 BY_NAME["vz"] = replace(BY_NAME["vz"], linux=True)
 exec_command(["sh", "-c", "echo here; sleep 600"], on_output=lambda _name, data: os.write(1, data))
 """
-NAMES = ("deadline", "unlisted-name", "write-root")  # each boots a VM; tests/contract checks all in full runs
+NAMES = ("unlisted-name", "write-root")  # each boots a VM; tests/contract checks all in full runs
 
 
 @pytest.fixture
@@ -125,6 +125,6 @@ def bench(vz_stand_in: Mapping[str, str], tmp_path_factory: pytest.TempPathFacto
 
 @pytest.mark.parametrize("behaviour", [one for one in BEHAVIOURS if one.name in NAMES], ids=lambda one: one.name)
 def test_the_backend_has_the_behaviour(bench: Bench, behaviour: Behaviour) -> None:
-    """Deadlines, limits and the allowlist of hosts are those of every backend."""
+    """Files that come back and the allowlist of hosts are those of every backend."""
     verdict = check_behaviour(behaviour, bench)
     assert verdict.verdict == "passed", verdict.reason
