@@ -16,7 +16,7 @@ from x07_sandbox.files.apply import apply
 from x07_sandbox.files.changes import Change, ChangeSet, Node, RootChanges, decode
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 Entry = tuple[str, int, bytes]
@@ -179,12 +179,14 @@ def _node(entry: Entry | None, at: int | None = None) -> Node | None:
     return Node(kind="file", mode=mode, size=len(data), sha256=hashlib.sha256(data).hexdigest(), at=at)
 
 
-def applied(changes: ChangeSet, data: bytes, folder: Path) -> ChangeSet:
+def applied(
+    changes: ChangeSet, data: bytes, folder: Path, on_wait: Callable[[str], object] = lambda _path: None
+) -> ChangeSet:
     """Apply a set whose data is in memory."""
     with tempfile.TemporaryFile() as file:
         file.write(data)
         file.flush()
-        return apply(changes, file.fileno(), folder)
+        return apply(changes, file.fileno(), folder, on_wait=on_wait)
 
 
 def undone(folder: Path, other: Path | None = None) -> ChangeSet:

@@ -26,6 +26,7 @@ from tests.unit.apply_trees import NEW, OLD, Tree, applied, difference, full_dis
 from x07_sandbox.errors import HostError
 from x07_sandbox.files.apply import ConflictError, apply, recover
 from x07_sandbox.files.changes import Change, ChangeSet, Node, RootChanges, decode
+from x07_sandbox.host.paths import closing_fd
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -505,51 +506,32 @@ def test_a_damaged_journal_is_reported(tmp_path: Path) -> None:
         assert (tmp_path / "state" / "journal").read_bytes() == text
 
 
-def test_applying_to_a_locked_root_waits(tmp_path: Path) -> None:
-    """Applying to a locked root waits, and reports the path once."""
-    root = make(tmp_path / "root", OLD)
-    changes, data = difference(root, OLD, NEW)
-    held = os.open(root, os.O_RDONLY)
-    waits: list[str] = []
-
-    def let_go(path: str) -> None:
-        waits.append(path)
-        assert read(root) == OLD
-        fcntl.flock(held, fcntl.LOCK_UN)
-
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        with tempfile.TemporaryFile() as file:
-            file.write(data)
-            file.flush()
-            apply(changes, file.fileno(), tmp_path / "state", on_wait=let_go)
-    finally:
-        os.close(held)
-    assert waits == [str(root)]
-    assert read(root) == NEW
-
-
-def test_a_root_that_was_exchanged_while_it_waited_is_a_conflict(tmp_path: Path) -> None:
-    """A root that was replaced while its lock was awaited is a conflict."""
+@pytest.mark.parametrize("is_exchanged", [False, True])
+def test_applying_to_a_locked_root_waits(tmp_path: Path, *, is_exchanged: bool) -> None:
+    """Applying to a locked root waits, and reports the path once; a root that is replaced meanwhile is a conflict."""
     root = make(tmp_path / "root", OLD)
     make(tmp_path / "another", OLD)
-    changes, data = difference(root, OLD, NEW)
-    held = os.open(root, os.O_RDONLY)
-
-    def exchange(_: str) -> None:
-        root.rename(tmp_path / "first")
-        (tmp_path / "another").rename(root)
-        fcntl.flock(held, fcntl.LOCK_UN)
-
-    (tmp_path / "data").write_bytes(data)
-    try:
+    waits: list[str] = []
+    with closing_fd(os.open(root, os.O_RDONLY)) as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        with (tmp_path / "data").open("rb") as file, pytest.raises(ConflictError) as caught:
-            apply(changes, file.fileno(), tmp_path / "state", on_wait=exchange)
-    finally:
-        os.close(held)
-    assert caught.value.names == (str(root),)
-    assert read(root) == read(tmp_path / "first") == OLD
+
+        def let_go(path: str) -> None:
+            waits.append(path)
+            assert read(root) == OLD
+            if is_exchanged:
+                root.rename(tmp_path / "first")
+                (tmp_path / "another").rename(root)
+            fcntl.flock(held, fcntl.LOCK_UN)
+
+        if is_exchanged:
+            with pytest.raises(ConflictError) as caught:
+                applied(*difference(root, OLD, NEW), tmp_path / "state", let_go)
+            assert caught.value.names == (str(root),)
+            assert read(tmp_path / "first") == OLD
+        else:
+            applied(*difference(root, OLD, NEW), tmp_path / "state", let_go)
+    assert waits == [str(root)]
+    assert read(root) == (OLD if is_exchanged else NEW)
 
 
 def test_a_kill_at_any_call_leaves_the_old_tree_or_the_new_one(fast: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.fuzz.fuzz_ttrpc import failed, field, frame, one_input
+from tests.fuzz.fuzz_ttrpc import failed, field, frame
 from x07_sandbox.backends.firecracker import (
     ANSWER_MAX,
     HEADER_SIZE,
@@ -253,9 +253,3 @@ def test_any_answer_gives_bytes_or_an_error(answer: bytes) -> None:
         except BackendError as exc:
             error = exc
         assert error is None or error.why.isprintable()
-
-
-@given(st.binary(max_size=300) | st.binary(max_size=100).map(frame))
-def test_any_bytes_keep_the_invariants_of_the_fuzz_target(data: bytes) -> None:
-    """Any bytes are an answer, an error of the daemon or ValueError, within the limits."""
-    one_input(data)

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from x07_sandbox.host import verdicts
+from x07_sandbox.host import settings, verdicts
+from x07_sandbox.host.linux import boot_ms
 from x07_sandbox.host.verdicts import Verdict, file_state, forget
 
 if TYPE_CHECKING:
@@ -50,18 +51,15 @@ def test_a_result_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_each_failure_of_the_host_doubles_the_time_to_the_next_try(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A failure that the host may have caused counts for 5 minutes, the next for 10, and so on up to an hour.
-
-    After a success, or for another key, it counts for 5 minutes again.
-    """
-    now_ms = verdicts.boot_ms()
+    """A failure of the host counts for 5 minutes, the next for 10, up to an hour; after a success for 5 again."""
+    now_ms = boot_ms()
     monkeypatch.setattr(verdicts, "boot_ms", lambda: now_ms)
     minutes = []
     for _ in range(6):
         Verdict("speed", key=1).write({"works": False}, transient=True)
         assert (Verdict("speed", key=1).read()["works"], Verdict("speed", key=2).read()) == (False, {})
         minutes.append(verdicts.validity(Verdict("speed", key=1).read()))
-        now_ms += int(verdicts.settings.RETRY_MAX_S * 1000)
+        now_ms += int(settings.RETRY_MAX_S * 1000)
         assert Verdict("speed", key=1).read() == {}
     assert minutes == [f"for {number} minutes" for number in (5, 10, 20, 40, 60, 60)]
     Verdict("speed", key=2).write({"works": False}, transient=True)

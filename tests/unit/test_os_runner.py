@@ -85,15 +85,11 @@ def test_other_worlds_are_refused(refused: Refused, world: str) -> None:
     assert repr(world) in refused("--world", world, "--program", "prog.c")
 
 
-def test_the_sandboxed_world_needs_a_policy(refused: Refused) -> None:
-    """run-os-sandboxed requires --policy."""
-    assert "--policy" in refused(*SANDBOXED, "--program", "prog.c")
-
-
 @pytest.mark.parametrize("flag", ["--policy", "--attest-runtime"])
 def test_the_other_world_has_no_policy(refused: Refused, flag: str) -> None:
-    """--policy and --attest-runtime are refused in run-os."""
+    """--policy and --attest-runtime are refused in run-os, and run-os-sandboxed requires --policy."""
     assert flag in refused("--program", "prog.c", flag, "policy.json")
+    assert "--policy" in refused(*SANDBOXED, "--program", "prog.c")
 
 
 @pytest.mark.parametrize(
@@ -254,18 +250,14 @@ def test_places_for_files_are_checked_before_anything_starts(refused: Refused, p
     assert (place / "policy.json").read_bytes() == render_policy(default_policy())
 
 
-def test_a_script_has_no_executable(refused: Refused) -> None:
-    """--compiled-out is refused for languages without executables."""
-    words = (*SANDBOXED, "--policy", "policy.json", "--program", "prog.py", "--compiled-out", "out")
-    assert "python makes no executable" in refused(*words)
-
-
 @pytest.mark.parametrize("how", [[], ["--report", "runner"]])
 @pytest.mark.parametrize("words", [["prog.py"], ["-c", "true", "--toolchain", "shell"]])
-def test_run_refuses_compiled_out_of_a_script(
-    place: Path, capfd: pytest.CaptureFixture[str], how: list[str], words: list[str]
+def test_a_script_has_no_executable(
+    refused: Refused, place: Path, capfd: pytest.CaptureFixture[str], how: list[str], words: list[str]
 ) -> None:
-    """`x07 run --compiled-out` of a script is refused before anything starts."""
+    """--compiled-out of a script is refused before anything starts, by x07-os-runner and by `x07 run`."""
+    runner = (*SANDBOXED, "--policy", "policy.json", "--program", "prog.py", "--compiled-out", "out")
+    assert "python makes no executable" in refused(*runner)
     assert x07(["run", *how, "--compiled-out", "out", *words]) == 2
     assert "makes no executable" in capfd.readouterr().err
     assert not (place / "out").exists()

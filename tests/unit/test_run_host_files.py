@@ -560,17 +560,6 @@ def test_a_left_out_entry_is_never_replaced(
     assert f"f/d/{left}" in run.files({**fs, **more}, changes="discard", **words).copied[0].nodes
 
 
-def test_no_link_escapes_through_a_left_out_one(run: Run) -> None:
-    """A new link may not leave its root through a link that was left out."""
-    (run.root / "lk").mkdir()
-    (run.root / "lk/out").symlink_to("/etc/passwd")
-    files = run.files({"allow_symlinks": True})
-    changes, (denial,), _ = run.back(files, Entry(Kind.LINK, b"lk/l4", target=b"out"))
-    assert (changes.state, denial.field, denial.how_to_allow) == ("kept", "fs.allow_symlinks", None)
-    assert "lk/out, which was not copied into the VM" in denial.reason
-    assert not (run.root / "lk/l4").is_symlink()
-
-
 @pytest.mark.parametrize("more", [(), (Entry(Kind.FOLDER, b"new", mode=0o755),)])
 def test_a_root_keeps_its_own_mode(run: Run, more: tuple[Entry, ...]) -> None:
     """The mode of a root folder on the host stays, whatever the program makes of it."""
@@ -650,9 +639,7 @@ def test_changes_of_a_nested_root_are_its_own(run: Run) -> None:
         changes, (denial,), _ = reported(Entry(Kind.FOLDER, name, mode=0o755), Entry(Kind.ROOT, b"1"), made)
         assert (changes.state, denial.field) == ("kept", "secrets")
         assert flag_of(denial) == ["--reveal", ".aws"]
-        (run.folder.path / "changes/changes.json").unlink()
-        (run.folder.path / "changes/data").unlink()
-        (run.folder.path / "changes").rmdir()
+        shutil.rmtree(run.folder.path / "changes")
     (inner / "k.pem").touch()
     both = {"write_roots": (str(run.root), f"{inner}/k.pem")}
     gone = [Entry(Kind.DELETED, name) for name in (b".aws/new/k.pem", b".aws/new", b".aws")]

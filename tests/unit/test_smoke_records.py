@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -71,17 +70,6 @@ def test_a_process_with_the_mark_and_a_control_group_are_seen(tmp_path: Path) ->
         f"process {process.pid} has the job's mark in its arguments",
         f"its control group {tmp_path} still exists",
     ]
-
-
-def test_a_process_with_the_mark_is_seen_without_proc() -> None:
-    """Where there is no /proc, ps lists the processes with a job's mark."""
-    marked = runpy.run_path(str(HOST))["_marked_by_ps"]
-    mark = f"x07-test-{os.getpid()}"
-    with subprocess.Popen([sys.executable, "-c", "input()", mark], stdin=subprocess.PIPE) as process:
-        found = [*marked(mark)]
-        process.kill()
-    assert found == [process.pid]
-    assert [*marked(f"{mark}-absent")] == []
 
 
 @pytest.mark.parametrize(
