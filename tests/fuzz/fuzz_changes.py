@@ -11,7 +11,9 @@ import hashlib
 import os
 from typing import TYPE_CHECKING, Final
 
-from x07_sandbox.channel.trees import check_name
+from tests.guest import lies
+from x07_sandbox.channel.trees import Entry, check_name, file_record, segment
+from x07_sandbox.channel.trees import Kind as R
 from x07_sandbox.errors import BackendError, PeerError
 from x07_sandbox.files.change_rules import AllowedActions, check_changes
 from x07_sandbox.files.changes import ChangeSet, Node, RootChanges, decode, encode
@@ -34,6 +36,33 @@ BEFORE: Final = {
     "a/b": Node(kind="file", mode=0o644, size=3, sha256=hashlib.sha256(b"abc").hexdigest()),
     "l": Node(kind="link", target="a/b"),
 }
+
+
+def seeds() -> dict[str, bytes]:
+    """Return changes as the guest sends them, and hostile ones. The first byte cuts them."""
+    whole, cut = b"\xff", b"\x04"
+    root, other, end = (Entry(kind, name).encoded() for kind, name in ((R.ROOT, b"0"), (R.ROOT, b"1"), (R.END, b"")))
+    sparse = Entry(R.FILE, b"sparse", mode=0o600, size=90).encoded() + segment(80, hole=True) + segment(10) + b"x" * 10
+    folder, gone = Entry(R.FOLDER, b"new", mode=0o755).encoded(), Entry(R.DELETED, b"a/b").encoded()
+    link = Entry(R.LINK, b"new/link", target=b"../a/b").encoded()
+    sets = {
+        **{name: b"".join(made()) for name, made in lies.CHANGES.items() if name != "million"},
+        "renamed": gone + file_record(b"a/c", b"abc"),
+        "mode": file_record(b"a/b", b"abc", 0o755),
+        "deep": file_record(b"a/b/c/d/e/f", b"x"),
+        "many": b"".join(file_record(b"%d" % number, b"") for number in range(40)),
+        "staging": file_record(b".x07-apply-0", b""),
+        # A link in place of the root was accepted as a change.
+        "found-root-link": gone + Entry(R.LINK, b"", target=b"a").encoded(),
+        "found-root-gone": Entry(R.DELETED, b"").encoded(),
+    }
+    return {
+        **{name: whole + root + data + end for name, data in sets.items()},
+        "all": cut + root + file_record(b"a/b", b"abcd") + folder + link + sparse + other + gone + end,
+        "no-root": whole + file_record(b"x", b"1") + end,
+        "third-root": whole + Entry(R.ROOT, b"2").encoded() + end,
+        "after-end": whole + root + end + root,
+    }
 
 
 def one_input(data: bytes) -> None:

@@ -17,10 +17,12 @@ Invariants:
 
 from __future__ import annotations
 
-import struct
 from ipaddress import IPv4Address
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
+from tests.fuzz.differential.case import GOOD
+from tests.fuzz.differential.corpus import CORPUS, PREFACE
+from tests.fuzz.tls import body, extension, hello, message, records, sni
 from x07_sandbox.network.first_bytes import HELD_MAX, Inspector
 from x07_sandbox.network.protocols import InspectionError
 
@@ -32,6 +34,7 @@ NAME: Final = "a.example"
 ADDRESS: Final = IPv4Address("192.0.2.7")
 DENIED: Final = "denied.example"
 TLS_ANSWER: Final = b"\x16\x03\x03"
+LONGEST: Final = 4000  # of a seed: the fuzzer takes no longer inputs
 
 
 class Verdict(NamedTuple):
@@ -41,40 +44,6 @@ class Verdict(NamedTuple):
     rule: str
     reason: str
     inspected: Inspector
-
-
-def extension(kind: int, data: bytes) -> bytes:
-    """Return one extension of a ClientHello."""
-    return struct.pack("!HH", kind, len(data)) + data
-
-
-def sni(*names: bytes, kind: int = 0) -> bytes:
-    """Return a server name extension with these names."""
-    entries = b"".join(struct.pack("!BH", kind, len(name)) + name for name in names)
-    return extension(0, struct.pack("!H", len(entries)) + entries)
-
-
-def body(*extensions: bytes, session_id: bytes = b"", ciphers: bytes = b"\x13\x01") -> bytes:
-    """Return a ClientHello without its header."""
-    fixed = b"\x03\x03" + bytes(32) + bytes([len(session_id)]) + session_id
-    joined = b"".join(extensions)
-    return fixed + struct.pack("!H", len(ciphers)) + ciphers + b"\x01\x00" + struct.pack("!H", len(joined)) + joined
-
-
-def records(message: bytes, size: int = 1 << 14, kind: int = 22) -> bytes:
-    """Return *message* in TLS records of at most *size* bytes each."""
-    pieces = [message[at : at + size] for at in range(0, len(message), size)]
-    return b"".join(struct.pack("!BHH", kind, 0x0301, len(piece)) + piece for piece in pieces)
-
-
-def message(content: bytes, kind: int = 1) -> bytes:
-    """Return a handshake message."""
-    return struct.pack("!I", kind << 24 | len(content)) + content
-
-
-def hello(*extensions: bytes) -> bytes:
-    """Return a ClientHello in one record."""
-    return records(message(body(*extensions)))
 
 
 def pieces(data: bytes, size: int) -> list[bytes]:
@@ -120,6 +89,39 @@ def check_sticky(inspected: Inspector, error: InspectionError) -> None:
         assert again is error, "the inspector came back to life"
 
 
+def corpus() -> dict[str, bytes]:
+    """Return the client's bytes of all cases of the differential fuzzer, for our host in place of theirs."""
+    joined = {case.name: b"".join(filter(None, case.steps)).replace(GOOD, NAME.encode()) for case in CORPUS}
+    return {name: data for name, data in joined.items() if len(data) <= LONGEST}
+
+
+def seeds() -> dict[str, bytes]:
+    """Return first bytes of connections: ClientHellos, and what the differential fuzzer knows of other protocols."""
+    tls, literal, anything = b"\x06", b"\x46", b"\x83"
+    good = sni(NAME.encode())
+    versions = extension(43, b"\x02\x03\x04")
+    hellos = {
+        "good": hello(good, versions) + b"\x17\x03\x03\x00\x01x",
+        "small-records": records(message(body(good)), 1),
+        "upper-case": hello(sni(b"A.EXAMPLE.")),
+        "no-extensions": records(message(body()[:-2])),
+        "two-names": hello(sni(NAME.encode(), b"b.example")),
+        "two-extensions": hello(good, good),
+        "ech": hello(good, extension(0xFE0D, bytes(8))),
+        "too-large": records(b"\x01\xff\xff\xff" + bytes(9)),
+        "trailing": records(message(body(good) + b"x")),
+        "alert": records(message(body(good)), 9)[:14] + b"\x15\x03\x01\x00\x02\x01\x00",
+    }
+    return {
+        **{name: tls + data for name, data in hellos.items()},
+        **{f"any-{name}": anything + data for name, data in corpus().items()},
+        "any-http2": anything + PREFACE,
+        "any-postgres": anything + bytes.fromhex("0000000804d21630 0000000804d2162f") + hello(good),
+        "literal": literal + hello(sni(DENIED.encode())),
+        "literal-address": literal + hello(sni(b"192.0.2.7")),
+    }
+
+
 def one_input(data: bytes) -> None:
     """Check one input. Raises AssertionError, or any exception that the code under test must not raise."""
     if not data:
@@ -129,7 +131,8 @@ def one_input(data: bytes) -> None:
     stream = data[1:]
     cut = run(mode, host, pieces(stream, (data[0] & 0x3F) + 1))
     whole = run(mode, host, [stream])
-    assert (cut.rule, cut.reason) == (whole.rule, whole.reason)
+    assert cut.rule == whole.rule
+    assert cut.reason == whole.reason or cut.rule == "http:malformed"  # it quotes what h11 has read so far
     assert cut.inspected.tls_name == whole.inspected.tls_name
     assert cut.forwarded.startswith(whole.forwarded) or b"HTTP/" in stream.upper()
     assert whole.rule or cut.forwarded == whole.forwarded == stream or b"HTTP/" in stream.upper()

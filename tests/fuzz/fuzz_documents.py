@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host.documents import render_json
-from x07_sandbox.policy.decode import decode_policy, render_policy
+from x07_sandbox.policy.decode import decode_policy, default_policy, render_policy
 from x07_sandbox.programs.project import decode_manifest
 from x07_sandbox.sessions.result import EMPTY_OUTPUT, BuildOutput, Changes, Digests, Output, Result
 from x07_sandbox.x07.project import decode_project
-from x07_sandbox.x07.runner_report import Built, x07_report
+from x07_sandbox.x07.runner_report import Built, runner_report, x07_report
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -99,6 +99,23 @@ def _output(data: bytes) -> Output:
 
 
 READERS: Final[tuple[Callable[[bytes], None], ...]] = (_manifest, _project, _policy, _report)
+
+
+def seeds() -> dict[str, bytes]:
+    """Return one of each document, which the first byte selects, and program output that is no report."""
+    manifest = b'schema_version = "x07.sandbox.project@0.1.0"\ntoolchain = "python"\nfiles = ["*.py"]\nentry = "a.py"\n'
+    tables = b'policy = "p.json"\n[run]\nargs = ["--top", "10"]\ninput = "in.txt"\nenv = {A = "1"}\n'
+    project = b'{"schema_version":"x07.project@0.5.0","default_profile":"os","lockfile":"x07.lock.json","profiles":'
+    profiles = b'{"os":{"world":"run-os-sandboxed","policy":"p.json","input":"in.bin","solve_fuel":1}}}'
+    said = render_json(runner_report(result(b"", b"", b""), BUILT))
+    counted = b'talk\n{"fuel_used": 12, "heap_used": 3, "debug_stats": {"borrow_violations": 0}, "later": [1]}\n'
+    return {
+        "manifest": b"\x00" + manifest + tables,
+        "project": b"\x01" + project + profiles,
+        "policy": b"\x02" + render_policy(default_policy()),
+        "report": b"\x03" + BETWEEN.join((said, b"\x02\0\0\0ok", counted)),
+        "no-report": b"\x03" + BETWEEN.join((b"{}", b"ok", b"{[\n{}")),
+    }
 
 
 def one_input(data: bytes) -> None:

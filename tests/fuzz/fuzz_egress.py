@@ -169,6 +169,28 @@ class Flows(Side):
         assert not self.link.window(stream)
 
 
+def seeds() -> dict[str, bytes]:
+    """Return frames as relay and gate send them, and every violation."""
+    gate, cut, stalled, guest = b"\x00", b"\x03\x00\x06\x12", b"\x41\x63", b"\x82\x08\x1f"
+    data, fin = frame(streams.DATA, 1, b"hello"), frame(streams.FIN, 1)
+    opened, reset, quarter = frame(streams.ANSWER, 1), frame(streams.RESET, 1), credit(1, WINDOW // 4)
+    datagrams = frame(streams.DATAGRAM, 3, b"x") + frame(streams.DATAGRAM, 3)
+    return {
+        **{f"gate-{name}": gate + FLOWS + wire for name, wire in TO_GATE.items()},
+        **{f"guest-{name}": guest + wire for name, wire in TO_GUEST.items()},
+        "talk": cut + FLOWS + data + quarter + datagrams + data + fin + quarter,
+        "refusals": gate + refusal() + refusal(UDP) + refusal(1),
+        "reset": gate + asking(1) + data + reset + data + asking(5) + frame(streams.DATA, 5, b"x"),
+        "stalled": stalled + asking(1) + data * 8,
+        "guest": guest + opened + data + quarter + frame(streams.ANSWER, 3) + datagrams + fin + reset,
+        "refused": guest + frame(streams.ANSWER, 1, code=egress.POLICY) + data + frame(streams.RESET, 5, code=4),
+        "never-opened": gate + asking(1) + frame(streams.DATA, 3, b"x"),
+        "numbers": gate + asking(7) + asking(5),
+        # Input after a fault was kept.
+        "found-kept-after-fault": gate + b"\xff" * 2000,
+    }
+
+
 def one_input(data: bytes) -> None:
     """Check one input. Raises AssertionError, or any exception that the code under test must not raise."""
     check_any_cut(data, lambda role, stalled: Flows(role, stalled=stalled))

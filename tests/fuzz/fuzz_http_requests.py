@@ -21,7 +21,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from tests.fuzz.fuzz_client_hello import ADDRESS, NAME, check_sticky, denied, pieces
+from tests.fuzz.fuzz_client_hello import ADDRESS, NAME, check_sticky, corpus, denied, pieces
 from x07_sandbox.network.first_bytes import HELD_MAX, Inspector
 from x07_sandbox.network.protocols import InspectionError
 
@@ -119,6 +119,24 @@ def chunks(data: bytes) -> tuple[bytes, bytes] | None:
         assert data[size : size + 2] == b"\r\n"
         joined += data[:size]
         data = data[size + 2 :]
+
+
+def seeds() -> dict[str, bytes]:
+    """Return requests as programs send them, and those of the differential fuzzer."""
+    refused, accepted, literal = b"\x06", b"\x86", b"\x46"
+    host = b" HTTP/1.1\r\nHost: a.example\r\n"
+    get, chunked = b"GET /x" + host + b"\r\n", b"POST /x" + host + b"Transfer-Encoding: chunked\r\n\r\n"
+    return {
+        **{name: refused + data for name, data in corpus().items()},
+        "absolute": refused + b"GET http://A.Example?x" + host + b"\r\n",
+        "absolute-other": refused + b"GET http://b.example/" + host + b"\r\n",
+        "trailer-host": refused + chunked + b"0\r\nHost: b.example\r\n\r\n",
+        "chunked": refused + chunked + b"3;x=y\r\nabc\r\n0A\r\n0123456789\r\n0\r\nDigest: x\r\n\r\n" + get,
+        "chunk-footer": refused + chunked + b"3\r\nabcGET / HTTP/1.1\r\n",
+        "folded": refused + get[:-2] + b"X: y\r\n z\r\n\r\n",
+        "websocket": accepted + get[:-2] + b"Connection: Upgrade\r\nUpgrade: websocket\r\n\r\n\x81\x05hello",
+        "literal": literal + get.replace(b"a.example", b"[2001:db8::1]:80") + get.replace(b"a.", b"denied."),
+    }
 
 
 def one_input(data: bytes) -> None:

@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import resource
 import tarfile
 import tempfile
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Final
 from unittest import mock
 
-from tests.hostile_images import BLOCK, END, damaged, file, mutated, summed
+from tests.hostile_images import BLOCK, END, HOSTILE, damaged, extended, file, header, mutated, padded, record, summed
 from tests.oci_images import Entry, layer, layout
 from x07_sandbox.errors import ImageError, UsageError
 from x07_sandbox.images import oci
@@ -97,6 +98,25 @@ def check_archive(path: Path, most: int) -> None:
             assert info.type in {tarfile.REGTYPE, tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE}
             total += info.size
     assert total <= most, f"{total} bytes of content from {most}"
+
+
+def seeds() -> dict[str, bytes]:
+    """Return layers, archives and documents of images; the first byte says which (see fuzz_images)."""
+    low = file(b"1", "a/b") + header("d/", kind=b"5") + header("l", kind=b"2", link="a")
+    whiteouts = file(b"", "a/.wh.b") + file(b"", "d/.wh..wh..opq") + header("h", kind=b"1", link="a/b")
+    long = header("L", 200, b"L") + padded(b"n" * 200)
+    keys = ("path", "linkpath", "size", "uid", "gid", "mtime", "SCHILY.xattr.user.a", "GNU.sparse.realsize")
+    small = {re.sub(r"\W", "-", name): data for name, data in HOSTILE.items() if len(data) <= 1 << 13}
+    return {
+        **{name: bytes([SUMMED]) + data for name, data in small.items()},
+        "layer": bytes([SUMMED]) + low + whiteouts + long + low + END,
+        "twice": bytes([SUMMED | TWICE | ZIPPED]) + low + whiteouts + END,
+        **{key: bytes([SUMMED]) + extended(record(key, "1")) + low + END for key in keys},
+        "archive": bytes([SUMMED | OUTER]) + archive(low + END, manifest("0/layer.tar")),
+        "archive-up": bytes([SUMMED | OUTER]) + archive(low + END, manifest("../kept")),
+        "documents": bytes([DOCUMENTS]) + b'{"manifests": []}',
+        "documents-up": bytes([DOCUMENTS]) + b"\0" + manifest("0/layer.tar", config="../kept"),
+    }
 
 
 def one_input(data: bytes) -> bool:

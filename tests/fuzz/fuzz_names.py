@@ -21,6 +21,18 @@ from x07_sandbox.network.hosts import Host, matches, parse_guest_host, parse_hos
 _NAME: Final = re.compile(r"(?=.{1,253}\Z)[a-z0-9_-]{1,63}(?:\.[a-z0-9_-]{1,63})*")
 
 
+HOSTS: Final = (
+    *("A.Example.org.", "xn--fa-hia.example", "xn--a.example", f"xn--hoa{'4' * 53}aaa.example", "_srv-1.example"),
+    *("192.0.2.7", "127.1", "0x7f.1", "017700000001", "[2001:db8::1]", "::ffff:127.0.0.1", "fe80::1%lo"),
+    *("*.example.org", "a b", "a\0b", "a" * 64, ".".join(["a" * 63] * 4)),
+)
+
+
+def seeds() -> dict[str, bytes]:
+    """Return hosts as guests write them, valid and invalid."""
+    return {str(number): host.encode() for number, host in enumerate(HOSTS)}
+
+
 def one_input(data: bytes) -> None:
     """Check one input. Raises AssertionError, or any exception that the code under test must not raise."""
     host = parsed(data)

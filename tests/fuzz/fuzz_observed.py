@@ -6,11 +6,13 @@ that can be written: at most one per message, counts within what JSON can hold, 
 
 from __future__ import annotations
 
+import json
 import shlex
 from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+from tests.guest.lies import DENIED
 from x07_sandbox.channel.messages import FORMS, Denied, decode
 from x07_sandbox.errors import PeerError
 from x07_sandbox.policy.decode import decode_policy
@@ -30,6 +32,32 @@ AREAS: Final = (
 )
 POLICIES: Final = tuple(TEMPLATES.values())
 COUNT_MAX: Final = 2**63 - 1
+
+
+def seeds() -> dict[str, bytes]:
+    """Return bodies as a guest sends them, and hostile ones; the first byte chooses the policy."""
+    refused = [
+        DENIED._replace(by="seccomp", call="clone", errno=1, path=""),
+        DENIED._replace(by="seccomp", call="execve", errno=1, path=""),
+        DENIED._replace(call="socket", errno=24, path=""),
+        DENIED._replace(call="execve", path="/usr/bin/true"),
+        DENIED._replace(call="execve", path="/data/out/made"),
+        DENIED._replace(call="mkdir", errno=30, path="/data/", write=True),
+        DENIED._replace(call="openat", errno=30, path="/opt/x07/in/f", write=True),
+        DENIED._replace(call="openat", errno=30, path="/x07/out/", write=True),
+        DENIED._replace(call="openat", errno=30, path=".../", write=True),
+        DENIED._replace(call="openat", path="/usr/bin/true"),
+    ]
+    hostile = [
+        DENIED._replace(call="\x1b[2J", path="/srv/$(id); '\n", write=True, errno=30, times=2**63 - 1),
+        DENIED._replace(by="nobody", call="", path="\ud800/" * 500, write=True, errno=4096),
+        DENIED._replace(path="/" * 2000, write=True, errno=30),
+    ]
+    # With lone surrogates, which no agent sends.
+    made = [json.dumps(denied).encode() for denied in (*refused, *hostile)]
+    found = {f"policy-{number}": bytes([number]) + b"\n".join(made[: len(refused)]) for number in range(len(POLICIES))}
+    found |= {f"hostile-{number}": b"\x00" + body for number, body in enumerate(made[len(refused) :])}
+    return {**found, "counted": b"\x00" + b"\n".join(made[-3:] * 3), "no-fields": b"\x00{}\n[]\n\xff"}
 
 
 def one_input(data: bytes) -> None:

@@ -16,6 +16,19 @@ _HEAD: Final = re.compile(rb"@@ -(\d+)(?:,(\d+))? \+(\d+)(?:,(\d+))? @@\n")
 _NO_END: Final = b"\n\\ No newline at end of file\n"
 
 
+def seeds() -> dict[str, bytes]:
+    """Return two texts, which the first byte cuts apart."""
+    return {
+        "nothing": b"",
+        "same": b"\x80a\nb\na\nb\n",
+        "made": b"\x00a\nb\n",
+        "removed": b"\xffa\nb\n",
+        "no-line-end": b"\x80a\nb\na\nc",
+        "far-apart": b"\x80" + b"".join(b"%d\n" % line for line in range(40)) + b"x\n" + b"1\n" * 38 + b"y\n",
+        "empty-lines": b"\x60" + b"\n" * 90 + b"\r\n\x0b\n",
+    }
+
+
 def one_input(data: bytes) -> None:
     """Check one input. Raises AssertionError, or any exception that the code under test must not raise."""
     text = data[1 : BYTES_MAX + 1]

@@ -46,6 +46,29 @@ def failed(status: int, text: bytes) -> bytes:
     return frame(field(1, field(1, status) + field(2, text)))
 
 
+def seeds() -> dict[str, bytes]:
+    """Return answers of a daemon, valid and hostile."""
+    made = field(1, b"vm-1") + field(2, b"/run/x.sock")
+    return {
+        "empty": frame(b""),
+        "made": frame(field(2, made)),
+        "ok-status": frame(field(1, field(1, 0)) + field(2, made)),
+        "unimplemented": failed(12, b"service Firecracker"),
+        "negative-status": failed(-1, b""),
+        "odd-text": failed(2, b"\x1b[2J\xff\n  x07: ok " + "\u202e".encode() * 200),
+        "details": frame(field(1, field(1, 5) + field(3, b"\x0a\x01x")) + field(9, 1)),
+        "fixed": frame(b"\x4d1234\x511234567" + b"8" + field(2, made)),
+        "two-answers": frame(field(2, b"a") + field(2, b"b")),
+        "number-as-status": frame(field(1, 12)),
+        "cut-off": frame(field(2, made)[:-1]),
+        "long-integer": frame(b"\x10" + b"\xff" * 10 + b"\x01"),
+        "group": frame(b"\x0b\x0c"),
+        "other-stream": frame(b"", stream=3),
+        "data": frame(b"", kind=3, flags=1),
+        "too-large": (b"\xff" * 4) + frame(b"")[4:],
+    }
+
+
 def one_input(data: bytes) -> None:
     """Check one input. Raises AssertionError, or any exception that the code under test must not raise."""
     header, message = data[:HEADER_SIZE], data[HEADER_SIZE:]

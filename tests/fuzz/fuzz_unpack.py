@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 from unittest.mock import patch
 
+from tests.guest import lies
+from x07_sandbox.channel.trees import Entry, Kind, file_record, segment
 from x07_sandbox.errors import BackendError, PeerError
 from x07_sandbox.files import incoming
 from x07_sandbox.guest import trees as in_guest
@@ -61,6 +63,30 @@ def unpack(target: Path, data: bytes, step: int, *, host: bool) -> None:
             unpacker.finish()
     finally:
         unpacker.close()
+
+
+def seeds() -> dict[str, bytes]:
+    """Return trees as a build makes them, and hostile ones. The first byte says where they are unpacked."""
+    end, cut = Entry(Kind.END, b"").encoded(), b"\x07"
+    small, folder = file_record(b"f", b"12345"), Entry(Kind.FOLDER, b"program", mode=0o755).encoded()
+    large = Entry(Kind.FILE, b"f", mode=0o644, size=MOST_BYTES + 1).encoded()
+    trees = {
+        **{name: b"".join(made()) for name, made in lies.CHANGES.items() if name != "million"},
+        "tree": folder + file_record(b"program/main.py", b"print(1)\n") + file_record(b"program/run", b"#!", 0o755),
+        "large": file_record(b"zeros", bytes(MOST_BYTES)),
+        "under-a-file": small + file_record(b"f/g", b"x"),
+        "link-replaced": Entry(Kind.LINK, b"f", target=b"../../../outside").encoded() + small,
+        "long-name": file_record(b"x" * 256, b""),
+        "hole": large + segment(MOST_BYTES + 1, hole=True),
+    }
+    head = Entry(Kind.FILE, b"f", mode=0o644, size=5).encoded()
+    return {
+        **{name: cut + data + end for name, data in trees.items()},
+        **{f"{name}-host": bytes([ON_HOST]) + data + end for name, data in trees.items()},
+        # Of the format that was used before, where a signed number made room for files over the limit.
+        "found-negative-folder": cut + Entry(Kind.FOLDER, b"d", mode=0xFFFF).encoded() + large + segment((1 << 63) - 1),
+        "found-negative-file": cut + head + segment((1 << 63) - 1, hole=True) + small,
+    }
 
 
 def one_input(data: bytes) -> None:

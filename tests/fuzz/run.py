@@ -1,15 +1,18 @@
-"""Runs one fuzz target under atheris: python -m tests.fuzz.run TARGET [libFuzzer arguments].
+"""Runs one fuzz target under atheris: python -m tests.fuzz.run TARGET FOLDER [libFuzzer arguments].
 
-See CONTRIBUTING.md.
+The seeds are written to the folder first, to which the fuzzer adds the inputs that it finds. See CONTRIBUTING.md.
 """
 
 from __future__ import annotations
 
-import importlib
+import hashlib
 import sys
+from pathlib import Path
 from typing import Final
 
 import atheris
+
+from tests.fuzz.targets import target
 
 # Instrumented for coverage; a target is imported only here, so that these modules are imported instrumented.
 WATCHED: Final = {
@@ -32,11 +35,15 @@ WATCHED: Final = {
 
 def main(argv: list[str]) -> None:
     """Fuzz until a failure, a limit in the arguments, or Ctrl-C."""
-    if len(argv) < 2 or argv[1] not in WATCHED:
+    if len(argv) < 3 or argv[1] not in WATCHED:
         sys.exit(__doc__)
     with atheris.instrument_imports(include=WATCHED[argv[1]]):
-        target = importlib.import_module(f"tests.fuzz.fuzz_{argv[1]}")
-    atheris.Setup([argv[0], *argv[2:]], target.one_input)
+        fuzzed = target(argv[1])
+    folder = Path(argv[2])
+    folder.mkdir(parents=True, exist_ok=True)
+    for data in fuzzed.seeds().values():
+        (folder / hashlib.sha256(data).hexdigest()).write_bytes(data)
+    atheris.Setup([argv[0], *argv[2:]], fuzzed.one_input)
     atheris.Fuzz()
 
 

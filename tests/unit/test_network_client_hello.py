@@ -10,7 +10,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tests.fuzz.fuzz_client_hello import body, extension, hello, message, pieces, records, sni
+from tests.fuzz.fuzz_client_hello import pieces
+from tests.fuzz.tls import body, extension, hello, message, records, sni
 from x07_sandbox.network.protocols import HELLO_MAX, ClientHello, HelloReader, InspectionError
 
 GOOD: Final = body(sni(b"a.example"))

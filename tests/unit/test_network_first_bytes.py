@@ -9,22 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.fuzz.fuzz_client_hello import (
-    ADDRESS,
-    DENIED,
-    NAME,
-    TLS_ANSWER,
-    body,
-    denied,
-    extension,
-    hello,
-    message,
-    one_input,
-    pieces,
-    records,
-    run,
-    sni,
-)
+from tests.fuzz.fuzz_client_hello import ADDRESS, DENIED, NAME, TLS_ANSWER, denied, one_input, pieces, run
+from tests.fuzz.tls import body, extension, hello, message, records, sni
 from x07_sandbox.network.first_bytes import HELD_MAX, Inspector
 from x07_sandbox.network.protocols import InspectionError
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final, Self
 from tests.fuzz.differential.evidence import FENCE, Log, Taken
 from tests.fuzz.differential.programs import PROGRAMS, SERVERS, Program
 from tests.fuzz.differential.sink import Sink
-from tests.fuzz.fuzz_client_hello import hello, sni
+from tests.fuzz.tls import hello, sni
 
 if TYPE_CHECKING:
     from collections.abc import Collection

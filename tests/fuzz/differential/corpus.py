@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from tests.fuzz.differential.case import EVIL, GOOD, Case, Mode, Step
-from tests.fuzz.fuzz_client_hello import hello, sni
+from tests.fuzz.tls import hello, sni
 
 NEWLINES: Final = b"\n" * 8192
 GET: Final = b"GET / HTTP/1.1\r\nHost: " + GOOD + b"\r\n\r\n"

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 from tests.fuzz.differential.case import EVIL, GOOD, Step
 from tests.fuzz.differential.corpus import ABSOLUTE, BAD_GET, CONNECT, GET, PREFACE, SSL_REQUEST, field, frame
-from tests.fuzz.fuzz_client_hello import extension, hello, records, sni
+from tests.fuzz.tls import extension, hello, records, sni
 
 if TYPE_CHECKING:
     from random import Random
