@@ -65,8 +65,8 @@ def seeds() -> dict[str, bytes]:
         for kind, one in MESSAGES.items():
             if FORMS[kind].sender is not role:
                 found[f"{role.name}-{kind.__name__}"] = running + message(one) * 2
-        for kind in range(streams.OPEN + 1, streams.DATAGRAM + 1):
-            found[f"{role.name}-frame-{kind}"] = running + frame(kind, 4 - (role is GUEST), b"")
+        for number in range(streams.OPEN + 1, streams.DATAGRAM + 1):
+            found[f"{role.name}-frame-{number}"] = running + frame(number, 4 - (role is GUEST))
     running = said(HOST, State.OPEN, CommandState.RUNNING)
     output = opening(1, Stream.STDOUT, 1) + frame(streams.DATA, 1, b"hello\n") + opening(3, Stream.STDERR, 1)
     exited = running + output + frame(streams.FIN, 1) + frame(streams.FIN, 3) + message(EXITED)

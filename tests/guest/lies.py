@@ -21,7 +21,7 @@ from x07_sandbox.channel.trees import Entry, segment
 from x07_sandbox.channel.trees import Kind as R
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from x07_sandbox.channel.connection import Connection
     from x07_sandbox.channel.link import Link
@@ -240,7 +240,7 @@ def million() -> Iterator[bytes]:
         yield file(b"%d" % number)
 
 
-CHANGES = {
+CHANGES: dict[str, Callable[[], Iterable[bytes]]] = {
     "up": lambda: [file(b"../evil")],
     "absolute": lambda: [file(b"/evil")],
     "inside": lambda: [file(b"a/../../evil")],

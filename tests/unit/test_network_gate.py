@@ -400,9 +400,9 @@ class Lab(Waiting):
         self.outside.routes[address, port] = server.target
         return server
 
-    async def open(self, host: str, port: int, **server: bool) -> tuple[int, Far]:
+    async def open(self, host: str, port: int) -> tuple[int, Far]:
         """Connect to a new server at GOOD; return the stream and the server's end of the connection."""
-        made = await self.server(GOOD, port, **server)
+        made = await self.server(GOOD, port)
         stream = await self.relay.connect(host, port)
         return stream, await made.connection()
 
