@@ -180,7 +180,7 @@ def _node(entry: Entry | None, at: int | None = None) -> Node | None:
 
 
 def applied(
-    changes: ChangeSet, data: bytes, folder: Path, on_wait: Callable[[str], object] = lambda _path: None
+    changes: ChangeSet, data: bytes, folder: Path, on_wait: Callable[[str], Callable[[], None] | None] | None = None
 ) -> ChangeSet:
     """Apply a set whose data is in memory."""
     with tempfile.TemporaryFile() as file:
