@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import pytest
 
-pytest_plugins = ["pytester"]
+from x07_sandbox.host.paths import cache_dir
 
-# pytester sets another HOME, in which there is no image.
-CACHE = os.environ.get("X07_VM_CACHE_DIR") or str(Path.home() / ".cache" / "x07-sandbox")
+pytest_plugins = ["pytester"]
+pytestmark = [pytest.mark.vm, pytest.mark.usefixtures("image")]
+
+CACHE = str(cache_dir())
 
 
 @pytest.fixture(autouse=True)
 def folders(monkeypatch: pytest.MonkeyPatch, pytester: pytest.Pytester) -> None:
-    """Let the inner pytest find the image, and keep its records in the test's folder."""
+    """Let the inner pytest find the image, for which it has another HOME, and keep its records in the test's folder."""
     jobs = pytester.path / "jobs"
     jobs.mkdir(mode=0o700)
     monkeypatch.setenv("X07_VM_CACHE_DIR", CACHE)
