@@ -1,21 +1,27 @@
-"""What a program inside the machine can and cannot do, by default and under its policy."""
+"""What a program can and cannot do, by default and under its policy.
+
+Most tests run under `os`, where the same agent sets up the same filters and Landlock rules as in a VM. In VMs run those
+of the guest's kernel, of the waiting interpreter, and one of each kind of policy.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 from typing import TYPE_CHECKING, Final
 
 import pytest
 
-from tests.conftest import FULL
-from tests.vm.conftest import PROGRAMS
+from tests.conftest import FULL, need
+from tests.vm.conftest import PROGRAMS, Artifacts
+from x07_sandbox.kernel import landlock_version
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from tests.vm.conftest import Artifacts, Ran, Sandbox
+    from tests.vm.conftest import Ran, Sandbox
     from x07_sandbox.images.store import Image
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(180)]
@@ -80,12 +86,38 @@ print(json.dumps({
 REFUSED: Final = "Operation not permitted"
 
 
+@pytest.fixture(autouse=True)
+def under_os(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run under `os`."""
+    able = "in_vms" in request.fixturenames or landlock_version() >= 2
+    need(able, "this host's kernel has no Landlock to confine programs", installable=False)
+    monkeypatch.setenv("X07_SANDBOX_BACKEND", "os")
+    monkeypatch.setenv("X07_I_ACCEPT_WEAKER_ISOLATION", "1")
+
+
+@pytest.fixture
+def in_vms(under_os: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run in VMs instead."""
+    del under_os
+    monkeypatch.delenv("X07_SANDBOX_BACKEND")
+
+
 @pytest.fixture(scope="module")
-def escape(artifacts: Artifacts, tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """programs/escape.c, built."""
+def built_here(image: Image, tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
+    """Programs that are built by this host's compiler."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("X07_SANDBOX_BACKEND", "os")
+        patch.setenv("X07_I_ACCEPT_WEAKER_ISOLATION", "1")
         patch.setenv("X07_VM_STATE_DIR", str(tmp_path_factory.mktemp("building") / "jobs"))
-        return artifacts.built(ESCAPE)
+        made = Artifacts(tmp_path_factory.mktemp("built"), image)
+        made.built(ESCAPE)
+    return made
+
+
+@pytest.fixture
+def escape(artifacts: Artifacts, built_here: Artifacts) -> bytes:
+    """programs/escape.c, built for where it runs."""
+    return (built_here if "X07_SANDBOX_BACKEND" in os.environ else artifacts).built(ESCAPE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +162,7 @@ def python(sandbox: Sandbox, *args: str, policy: dict[str, object], **options: o
 # every program
 
 
+@pytest.mark.usefixtures("in_vms")
 @pytest.mark.parametrize("cold", [False, True] if FULL else [False])
 def test_known_escape_attempts_fail(sandbox: Sandbox, escape: bytes, *, cold: bool) -> None:
     """Under the most permissive policy, over 90 escape attempts of a C program fail with the expected errno."""
@@ -148,6 +181,7 @@ def test_known_escape_attempts_fail(sandbox: Sandbox, escape: bytes, *, cold: bo
     assert ran.program_ms < 20_000
 
 
+@pytest.mark.usefixtures("in_vms")
 def test_ordinary_c_programs_work(attempt: Escapes) -> None:
     """Threads, children, sockets, shared memory, semaphores, executable memory and the like work."""
     found = attempt("usual")
@@ -155,6 +189,7 @@ def test_ordinary_c_programs_work(attempt: Escapes) -> None:
     assert set(found.values()) == {"OK"}
 
 
+@pytest.mark.usefixtures("in_vms")
 def test_ordinary_python_programs_work(sandbox: Sandbox) -> None:
     """Threads, children, queues between processes, callbacks from C and other programs work in Python."""
     assert python(sandbox, "queue", policy={}) == {
@@ -170,10 +205,13 @@ def test_ordinary_python_programs_work(sandbox: Sandbox) -> None:
     }
 
 
+@pytest.mark.usefixtures("in_vms")
 def test_the_result_names_the_filters_by_their_digests(attempt: Escapes, image: Image) -> None:
     """The result lists name and sha256 of each filter that the program ran under."""
     known = image.manifest.filters
     ran = attempt.run("tasks", process__allow_spawn=False, process__allow_exec=False)
+    refused = dict.fromkeys((*TASKS, "posix_spawn", "clone-vm"), "EPERM")
+    assert dict(line.rsplit(" ", 1) for line in ran.lines()) == {"thread": "OK", **refused}
     names = ("base", "quiet", "no-spawn-no-exec", "no-spawn-no-exec-once")
     assert ran.result.filters == {name: f"sha256:{known[name].sha256}" for name in names}
     for part in known.values():
@@ -205,11 +243,11 @@ def test_process_enabled_false_denies_children_and_exec(attempt: Escapes) -> Non
     assert set(attempt("exec", "/usr/bin/true", process__enabled=False).values()) == {"EPERM"}
 
 
-@pytest.mark.parametrize("env", [{}, {"PYTHONHASHSEED": "1"}], ids=["waiting", "fresh"])
-def test_process_limits_hold_in_python(sandbox: Sandbox, env: dict[str, str]) -> None:
-    """Limits on threads, children and exec hold in Python, in the preloaded interpreter and in a fresh one."""
+@pytest.mark.usefixtures("in_vms")
+def test_process_limits_hold_in_python(sandbox: Sandbox) -> None:
+    """Limits on threads, children and exec hold in Python, in the interpreter that waited for the program."""
     policy: dict[str, object] = {"threads.enabled": False, "process.enabled": False}
-    report = python(sandbox, "exec", policy=policy, env=env)
+    report = python(sandbox, "exec", policy=policy)
     assert re.search("start new thread", str(report.pop("thread")))
     assert report.pop("loop") == "done"
     assert report.pop("callback") == 3
@@ -217,6 +255,7 @@ def test_process_limits_hold_in_python(sandbox: Sandbox, env: dict[str, str]) ->
     assert set(report.values()) == {REFUSED}
 
 
+@pytest.mark.usefixtures("in_vms")
 def test_max_live_limits_children_by_name(attempt: Escapes, sandbox: Sandbox) -> None:
     """process.max_live limits the number of further tasks, and excess ones are denied in its name."""
     ran = sandbox.behave("spawn", "20", policy={"process.max_live": 3})
@@ -231,20 +270,24 @@ def test_max_live_limits_children_by_name(attempt: Escapes, sandbox: Sandbox) ->
 # executing
 
 
-@pytest.mark.parametrize("python_too", [False, True], ids=["C", "Python"])
-def test_allow_exec_false_starts_only_the_program(attempt: Escapes, sandbox: Sandbox, *, python_too: bool) -> None:
-    """With process.allow_exec false the program starts, and every later exec fails with EPERM, also in children."""
-    if python_too:
-        report = python(sandbox, "exec", policy=NO_EXEC)
-        assert (report["thread"], report["fork"]) == ("done", 7)
-        assert {report[name] for name in ("true", "cat", "python", "execve")} == {REFUSED}
-        again = python(sandbox, "exec", policy=NO_EXEC, env={"PYTHONUTF8": "1"})  # a fresh interpreter
-        assert again == report
-        return
+def test_allow_exec_false_starts_only_the_program(attempt: Escapes) -> None:
+    """With process.allow_exec false the program starts, and every later exec fails with EPERM."""
     found = attempt("exec", "/usr/bin/true", "/bin/sh", "/proc/self/exe", "/x07/in/artifact", **fields(NO_EXEC))
     assert set(found.values()) == {"EPERM"}
 
 
+@pytest.mark.parametrize("place", ["under_os", "in_vms"])
+def test_allow_exec_false_starts_only_the_interpreter(
+    request: pytest.FixtureRequest, sandbox: Sandbox, place: str
+) -> None:
+    """With process.allow_exec false a new or a waiting interpreter starts, and every later exec fails, also in children."""
+    request.getfixturevalue(place)
+    report = python(sandbox, "exec", policy=NO_EXEC)
+    assert (report["thread"], report["fork"]) == ("done", 7)
+    assert {report[name] for name in ("true", "cat", "python", "execve")} == {REFUSED}
+
+
+@pytest.mark.usefixtures("in_vms")
 def test_the_start_permission_cannot_be_reused(attempt: Escapes) -> None:
     """The start secret cannot be guessed, no other exec works after the start, and the filter cannot be read back."""
     found = attempt("again", **fields(NO_EXEC))
@@ -267,6 +310,7 @@ def test_written_files_can_be_executed_with_the_prefix_root(attempt: Escapes) ->
     assert set(attempt("write", *WRITABLE).values()) == {"OK"}
 
 
+@pytest.mark.usefixtures("in_vms")
 def test_only_listed_programs_can_be_executed(attempt: Escapes) -> None:
     """With a list of programs and prefixes, only those and the program itself can be executed."""
     wanted = dict.fromkeys(("/usr/bin/true", "/bin/true", "/proc/self/exe", "/bin/env"), "OK")
@@ -279,6 +323,7 @@ def test_only_listed_programs_can_be_executed(attempt: Escapes) -> None:
     assert found == wanted
 
 
+@pytest.mark.usefixtures("in_vms")
 def test_the_loader_cannot_bypass_a_list_of_programs(attempt: Escapes) -> None:
     """Under a list, unlisted programs cannot be read, loaded or copied; libraries and data can."""
     found = attempt("loader", "/usr/bin/true", "/usr/bin/ls", "/usr/bin/python3", **fields(LISTED))
@@ -303,6 +348,7 @@ def test_a_list_of_programs_affects_only_exec(attempt: Escapes) -> None:
     assert set(found.values()) == {"OK"}
 
 
+@pytest.mark.usefixtures("in_vms")
 def test_a_list_of_programs_holds_in_python(sandbox: Sandbox) -> None:
     """A Python program can run only the listed programs, its own interpreter not included."""
     report = python(sandbox, "queue", policy=LISTED)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import subprocess
 from typing import TYPE_CHECKING, Final
 
 import pytest
 
-from tests.command import X07
+from tests.command import x07
 from tests.conftest import sample
 
 if TYPE_CHECKING:
@@ -68,7 +67,6 @@ import mmap
 reserved = mmap.mmap(-1, 8 << 30, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 held = bytearray(100 << 20)
 """
-TEMPORARY: Final = "with open('/tmp/big', 'wb') as file:\n    for _ in range(30): file.write(bytes(1 << 20))\n"
 SHARED: Final = """
 from multiprocessing import shared_memory
 held = shared_memory.SharedMemory(create=True, size=30 << 20)
@@ -76,10 +74,6 @@ for start in range(0, 30 << 20, 1 << 20):
     held.buf[start : start + (1 << 20)] = bytes(1 << 20)
 held.unlink()
 """
-# From its own start: the clock includes start-up, which is longer under load and not under the limit.
-CPU: Final = "import time\nend = time.process_time() + 1.1\nwhile time.process_time() < end: pass\n"
-CHANGE: Final = "import os\nos.chdir({root!r})\nos.mkdir('new')\nos.remove('gone')\nos.rename('old', 'renamed')\n"
-
 Policy = dict[str, object]
 
 
@@ -148,10 +142,7 @@ def until_it_passes(sandbox: Sandbox, text: str, policy: Policy) -> tuple[list[s
             (WATCHERS, {"limits.fds": 150}, ["limits.fds"]),
             (LIMITS, {"limits.fds": 150}, ["limits.fds", "limits.core_dumps"]),
             (MEMORY, {"limits.mem_bytes": 96 << 20}, ["limits.mem_bytes"]),
-            (TEMPORARY, {"limits.mem_bytes": 96 << 20}, ["limits.mem_bytes"]),
             (SHARED, {"limits.mem_bytes": 96 << 20}, ["limits.mem_bytes"]),
-            (CPU, {"limits.cpu_ms": 1000}, ["limits.cpu_ms"]),
-            ("import time\ntime.sleep(2.2)\n", {"limits.wall_ms": 2000}, ["limits.wall_ms"]),
         ],
         4,
     ),
@@ -165,6 +156,14 @@ def test_following_the_advice_leads_to_a_passing_run(
     assert [denial for denial in runs[-1].result.denials if denial.field != "permissions"] == []
 
 
+@pytest.fixture
+def under_os(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run under `os`: hints follow from what a program prints, and need no kernel of ours."""
+    monkeypatch.setenv("X07_SANDBOX_BACKEND", "os")
+    monkeypatch.setenv("X07_I_ACCEPT_WEAKER_ISOLATION", "1")
+
+
+@pytest.mark.usefixtures("under_os")
 def test_the_advice_passes_a_variable_in(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     """A host variable that three policy fields keep out is passed in by following the advice."""
     name = f"TOKEN_{os.urandom(8).hex()}"
@@ -183,30 +182,17 @@ def root(tmp_path: Path) -> Path:
     folder = tmp_path / f"data-{os.urandom(8).hex()}"
     folder.mkdir()
     (folder / "in.txt").write_text("here\n")
-    (folder / ".hidden").write_text("hidden\n")
-    (folder / "gone").write_text("")
-    (folder / "old").write_text("old\n")
-    (folder / "link").symlink_to("in.txt")
     return folder
 
 
 def test_the_advice_for_files_works(sandbox: Sandbox, root: Path) -> None:
-    """Denials of reads, hidden names, links, writes, folders, removals and renames all have advice that works."""
-    assert until_it_passes(sandbox, f"print(open('{root}/in.txt').read())", {})[0] == ["fs.read_roots"]
-    reads = f"print(open('{root}/.hidden').read(), open('{root}/link').read())"
-    said, _ = until_it_passes(sandbox, reads, {"fs.read_roots": [str(root)], "fs.deny_hidden": True})
-    assert set(said) == {"fs.deny_hidden", "fs.allow_symlinks"}
+    """Denials of reads and writes have advice that works; a write of a name in an open folder names that folder."""
     writes = f"import os; os.open('out.txt', os.O_CREAT | os.O_WRONLY, dir_fd=os.open('{root}', os.O_RDONLY))"
-    writes += f"; open('{root}/out.txt', 'w').write('out')"
-    said, runs = until_it_passes(sandbox, writes, {"fs.read_roots": [str(root)]})
-    assert said == ["fs.write_roots"]
-    assert f"{root}/" in [denial.subject for denial in runs[0].result.denials]
-    assert (root / "out.txt").read_text() == "out"
-    policy: Policy = {"fs.write_roots": [str(root)], "fs.deny_hidden": False, "fs.allow_symlinks": True}
-    policy |= dict.fromkeys(("fs.allow_mkdir", "fs.allow_remove", "fs.allow_rename"), False)
-    said, _ = until_it_passes(sandbox, CHANGE.format(root=str(root)), policy)
-    assert set(said) == {"fs.allow_mkdir", "fs.allow_remove", "fs.allow_rename"}
-    assert sorted(path.name for path in root.iterdir()) == [".hidden", "in.txt", "link", "new", "out.txt", "renamed"]
+    writes += f"; open('{root}/out.txt', 'w').write(open('{root}/in.txt').read())"
+    said, runs = until_it_passes(sandbox, writes, {})
+    assert said == ["fs.read_roots", "fs.write_roots"]
+    assert f"{root}/" in [denial.subject for denial in runs[1].result.denials]
+    assert (root / "out.txt").read_text() == "here\n"
 
 
 @pytest.mark.parametrize(
@@ -321,48 +307,36 @@ print("done")
 def test_the_command_prints_advice_below_an_error(state: Path, tmp_path: Path, root: Path) -> None:
     """Below the program's error the command names the flag or the policy line, and what no setting allows."""
     assert state.parent.is_dir()
-    program = tmp_path / "it.py"
-    program.write_text(
-        f"try: open('/etc/x', 'w')\nexcept OSError: pass\nopen('{root}/in.txt').read()\nimport nothing_like_it\n"
-    )
-    argv = [*X07, "run", str(program)]
-    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert "x07: denied: writing to the folder /etc. It cannot be allowed.\n" in done.stderr
+    text = f"try: open('/etc/x', 'w')\nexcept OSError: pass\nopen('{root}/in.txt').read()\nimport nothing_like_it\n"
+    (tmp_path / "it.py").write_text(text)
+    done = x07(tmp_path, "run", "it.py")
+    assert done.code == 1
+    assert "x07: denied: writing to the folder /etc. It cannot be allowed.\n" in done.err
     flags = ["--allow-read-root", f"{root}/in.txt"]
     assert (
         f"x07: {root}/in.txt is not in the sandbox. To allow it, use {' '.join(flags)} "
-        f"(to write: --allow-write-root {root})\n" in done.stderr
+        f"(to write: --allow-write-root {root})\n" in done.err
     )
-    done = subprocess.run([*argv[:4], *flags, argv[4]], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert "run x07 image build --name default --pip PACKAGE" in done.stderr
+    assert "run x07 image build --name default --pip PACKAGE" in x07(tmp_path, "run", *flags, "it.py").err
 
 
-def test_a_missing_module_beside_the_program_gets_advice(state: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("state", "under_os")
+def test_a_missing_module_beside_the_program_gets_advice(tmp_path: Path) -> None:
     """A program that misses a module beside it gets the command that makes a project, and that project runs."""
-    assert state.parent.is_dir()
     (tmp_path / "it s.py").write_text("import helper\nprint(helper.NUMBER)\n")
     (tmp_path / "helper.py").write_text("NUMBER = 5\n")
-
-    def x07(*words: str) -> subprocess.CompletedProcess[str]:
-        argv = [*X07, *words]
-        return subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, check=False)
-
-    said = x07("run", "it s.py").stderr.splitlines()[-1]
+    said = x07(tmp_path, "run", "it s.py").err.splitlines()[-1]
     first, then = said.partition(", run ")[2].split(", then use ")
     assert (first.split()[0], then.split()[0]) == ("x07", "x07")
-    x07(*shlex.split(first)[1:])
-    done = x07(*shlex.split(then)[1:])
-    assert (done.returncode, done.stdout) == (0, "5\n")
+    x07(tmp_path, *shlex.split(first)[1:])
+    assert x07(tmp_path, *shlex.split(then)[1:])[:2] == (0, b"5\n")
 
 
-def test_a_folder_whose_name_is_not_utf8_gives_no_hint(state: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("state", "under_os")
+def test_a_folder_whose_name_is_not_utf8_gives_no_hint(tmp_path: Path) -> None:
     """A missing module in a folder whose name is no UTF-8 gives an ordinary result."""
-    assert state.parent.is_dir()
     folder = tmp_path / "fo\udcff"
     folder.mkdir()
     (folder / "it.py").write_text("import helper\n")
     (folder / "helper.py").touch()
-    argv = [*X07, "run", "--json", str(folder / "it.py")]
-    done = subprocess.run(argv, capture_output=True, check=False)
-    assert json.loads(done.stdout)["outcome"] == "failed"
+    assert json.loads(x07(tmp_path, "run", "--json", str(folder / "it.py")).out)["outcome"] == "failed"

@@ -24,6 +24,7 @@ from tests.vm.jail_helpers import (
     accounts_fixture,  # noqa: F401 - pytest finds it here
     each_form_fixture,  # noqa: F401 - pytest finds it here
     ended,
+    ordinary_fixture,  # noqa: F401 - pytest finds it here
     parse,
 )
 from x07_sandbox.host import settings
@@ -50,9 +51,9 @@ def _phase(account: Account, mode: str, boot_s: float) -> dict[str, object]:
     return verdict
 
 
-def test_floods_are_bounded(account: Account) -> None:
+def test_floods_are_bounded(ordinary: Account) -> None:
     """A VMM that floods QMP, console and stderr at once is drained in bounded memory and ends in time."""
-    verdict = _phase(account, "flood", 4 * BOOT_S)
+    verdict = _phase(ordinary, "flood", 4 * BOOT_S)
     assert verdict["reason"] == BOOT_REASON
     said = verdict["said"]
     assert isinstance(said, dict)
@@ -72,9 +73,9 @@ def test_floods_are_bounded(account: Account) -> None:
         ("garbage", "the guest violated the channel protocol while booting"),
     ],
 )
-def test_every_misbehaviour_has_its_verdict(account: Account, mode: str, reason: str) -> None:
+def test_every_misbehaviour_has_its_verdict(ordinary: Account, mode: str, reason: str) -> None:
     """A VMM that stays silent, ignores signals, exits, hangs up or sends garbage ends in time with its own reason."""
-    verdict = _phase(account, mode, BOOT_S if reason == BOOT_REASON else NEVER_S)
+    verdict = _phase(ordinary, mode, BOOT_S if reason == BOOT_REASON else NEVER_S)
     assert reason in str(verdict["reason"])
     assert int(str(verdict["grown_kib"])) < 20 * 1024
 
@@ -167,7 +168,7 @@ def test_an_unreleased_machine_dies_with_its_runner(each_form: Account) -> None:
 def test_a_runner_killed_during_a_start_leaves_no_process(each_form: Account, do: str) -> None:
     """A runner killed at any moment of a start, or just after the release, leaves no process behind."""
     step_us = 100 if do == "die" else 2500
-    for turn in sample(range(24), 3):
+    for turn in sample(range(24), 2):
         order = json.dumps({"binary": str(each_form.hostile("stubborn")), "do": do, "after_us": turn * step_us})
         argv = [*each_form.words, sys.executable, "-B", str(each_form.folder / "jail_driver.py"), order]
         died = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, env=each_form.env, check=False)
@@ -182,7 +183,7 @@ def test_a_runner_killed_during_a_start_leaves_no_process(each_form: Account, do
 
 def test_the_machine_dies_with_runner_and_supervisor(each_form: Account) -> None:
     """Killing the runner and the supervisor together leaves no process behind, at any moment after the release."""
-    for turn in sample(range(24), 3):
+    for turn in sample(range(24), 2):
         with Runner(each_form, mode="stubborn", do="hold") as runner:
             runner.say("release")
             moment = time.monotonic() + turn * 0.0002
@@ -196,10 +197,10 @@ def test_the_machine_dies_with_runner_and_supervisor(each_form: Account) -> None
                 select.select([], [], [], 0.01)  # they are not our children: no event reports their exit
 
 
-def test_a_machine_outlives_the_thread_that_started_it(account: Account) -> None:
+def test_a_machine_outlives_the_thread_that_started_it(ordinary: Account) -> None:
     """A machine outlives the thread that started it, and dies with the process."""
     with contextlib.ExitStack() as stack:
-        runner = stack.enter_context(Runner(account, mode="mute", do="thread"))
+        runner = stack.enter_context(Runner(ordinary, mode="mute", do="thread"))
         runner.hear("thread-ended")
         pidfds = runner.pidfds(stack)
         assert not ended(pidfds[:1], 0.5)
