@@ -122,6 +122,16 @@ def test_the_run_of_a_stopped_command_is_cancelled_too() -> None:
     assert "by x07 kill while" in found("inspect", run)["result"]["reason"]
 
 
+def test_a_sweep_spares_the_run_of_a_stopped_command() -> None:
+    """A sweep leaves the run of a stopped command (Ctrl-Z) alone before its deadline."""
+    with running() as (runner, run):
+        runner.send_signal(signal.SIGSTOP)
+        assert found("sweep", "--json")["removed"] == []
+        runner.send_signal(signal.SIGCONT)
+        assert x07("kill", run).returncode == 0
+        assert runner.wait(WAIT_S) == 143
+
+
 def test_the_run_of_a_dead_command_is_killed_too() -> None:
     """`x07 kill` of a run whose command was killed sweeps it."""
     with running() as (runner, run):

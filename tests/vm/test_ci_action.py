@@ -74,10 +74,9 @@ class Runner:
 
 
 def test_the_action_prepares_a_machine_and_runs_a_command(image: Image, state: Path, tmp_path: Path) -> None:
-    """After the action the command has x07 on PATH, the image's digest is an output, and the exit code is its own."""
-    runner = Runner(tmp_path, run="x07 run -c 'print(6 * 7)' --toolchain python\nexit 7")
+    """The action has outputs and its command's exit code; programs print between markers with an unguessable token."""
+    runner = Runner(tmp_path, run="x07 run -c 'print(\"::add-mask::secret\")' --toolchain python\nexit 7")
     assert runner.run() == 7, runner.output
-    assert "\n42\n" in runner.output
     assert runner.outputs() == {
         "image-digest": image.digest,
         "x07": str(ROOT / ".venv/bin/x07"),
@@ -85,19 +84,10 @@ def test_the_action_prepares_a_machine_and_runs_a_command(image: Image, state: P
         "cache-dir": str(cache_dir()),
     }
     assert re.fullmatch(r"x07-image-\w+-\d{4}-\d\d-[0-9a-f]{32}", runner.values["steps.key.outputs.name"])
-
-
-def test_a_program_cannot_send_workflow_commands(image: Image, state: Path, tmp_path: Path) -> None:
-    """A sandboxed program's output stands between `::stop-commands::` markers with an unguessable token."""
-    assert image.digest
-    del state
-    runner = Runner(tmp_path, run="x07 run -c 'print(\"::add-mask::secret\")' --toolchain python")
-    assert runner.run() == 0, runner.output
     lines = runner.output.splitlines()
     match = re.fullmatch("::stop-commands::([0-9a-f]{32})", lines[0])
     assert match
-    assert lines[-1] == f"::{match[1]}::"
-    assert "::add-mask::secret" in lines[1:-1]
+    assert f"::{match[1]}::" in lines[lines.index("::add-mask::secret") :]
 
 
 @pytest.mark.parametrize("owner", [0, 1001], ids=["root's", "the runner's"])

@@ -280,7 +280,7 @@ def test_allow_exec_false_starts_only_the_program(attempt: Escapes) -> None:
 def test_allow_exec_false_starts_only_the_interpreter(
     request: pytest.FixtureRequest, sandbox: Sandbox, place: str
 ) -> None:
-    """With process.allow_exec false a new or a waiting interpreter starts, and every later exec fails, also in children."""
+    """With process.allow_exec false an interpreter starts, new or waiting, and no later exec works, nor in children."""
     request.getfixturevalue(place)
     report = python(sandbox, "exec", policy=NO_EXEC)
     assert (report["thread"], report["fork"]) == ("done", 7)

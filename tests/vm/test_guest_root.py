@@ -9,7 +9,6 @@ import pytest
 
 from tests.vm.conftest import left_behind
 from x07_sandbox import Sandbox, SandboxError, exec_command
-from x07_sandbox.guest.confine import UID
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(300), pytest.mark.usefixtures("image", "state")]
 
@@ -181,8 +180,8 @@ sh -c 'kill $$' || true
 """
 
 
-def test_root_can_change_the_system_of_its_vm_and_nothing_stays(tmp_path: Path) -> None:
-    """Root inside writes to the whole system, owns files and changes users; a later sandbox has the image's system."""
+def test_root_can_change_the_system_of_its_vm(tmp_path: Path, state: Path) -> None:
+    """Root inside writes to the whole system, owns files and changes users, but reaches neither agent nor kernel."""
     work = tmp_path / "work"
     work.mkdir()
     (work / "a").write_text("1\n")
@@ -193,31 +192,24 @@ def test_root_can_change_the_system_of_its_vm_and_nothing_stays(tmp_path: Path) 
         sandbox.files.write("/etc/written", b"1")
         assert sandbox.files.read("/etc/written") == b"1"
         assert sandbox.shell("cat a; echo 2 > b; chown 7 b; rm a").stdout == b"1\n"
+        attack(sandbox)
     assert [(path.name, path.read_text()) for path in work.iterdir()] == [("b", "2\n")]
-    with Sandbox(guest_root=True) as sandbox:
-        done = sandbox.shell("ls /etc/new /new; grep changed /etc/passwd; test -e /usr/bin/head && echo there")
-        assert done.stdout == b"there\n"
-    with Sandbox() as sandbox:
-        assert sandbox.shell("id -u; touch /etc/new").stdout == f"{UID}\n".encode()
-
-
-def test_root_cannot_reach_the_agent_the_gate_or_the_kernel(state: Path) -> None:
-    """All attacks of root inside are refused, and afterwards the sandbox still works."""
-    with Sandbox(guest_root=True) as sandbox:
-        sandbox.files.write("attacks.py", ATTACKS.encode())
-        done = sandbox.exec(["python3", "attacks.py"])
-        assert done.ok, done.stderr
-        found = json.loads(done.stdout)
-        assert len(found) >= 50
-        assert {name: said for name, said in found.items() if said == "done" or not said.startswith("E")} == {}
-        assert sandbox.exec(["echo", "on"]).stdout == b"on\n"
-        filled = sandbox.shell(
-            "fallocate -l 100G /big || for n in 1 2 3; do fallocate -l 3G /big$n; done; df / | tail -1"
-        )
-        assert b"100%" in filled.stdout, filled
-        assert sandbox.exec(["rm", "-f", "/big1", "/big2", "/big3"]).ok
-        assert sandbox.exec(["echo", "on"]).stdout == b"on\n"
     assert left_behind(state) == []
+
+
+def attack(sandbox: Sandbox) -> None:
+    """Try all attacks of root inside, each of which must be refused; the sandbox must still work after that."""
+    sandbox.files.write("/root/attacks.py", ATTACKS.encode())
+    done = sandbox.exec(["python3", "/root/attacks.py"])
+    assert done.ok, done.stderr
+    found = json.loads(done.stdout)
+    assert len(found) >= 50
+    assert {name: said for name, said in found.items() if said == "done" or not said.startswith("E")} == {}
+    assert sandbox.exec(["echo", "on"]).stdout == b"on\n"
+    filled = sandbox.shell("fallocate -l 100G /big || for n in 1 2 3; do fallocate -l 3G /big$n; done; df / | tail -1")
+    assert b"100%" in filled.stdout, filled
+    assert sandbox.exec(["rm", "-f", "/big1", "/big2", "/big3"]).ok
+    assert sandbox.exec(["echo", "on"]).stdout == b"on\n"
 
 
 def test_limits_hold_for_root() -> None:
@@ -231,10 +223,9 @@ def test_limits_hold_for_root() -> None:
 
 
 def test_a_run_can_be_root() -> None:
-    """A run has the same root inside, and its plan says so."""
+    """A run has the same root inside."""
     result = exec_command(["sh", "-c", "id -u; touch /usr/new && echo wrote"], guest_root=True)
     assert result.stdout.text == "0\nwrote\n"
-    assert exec_command(["sh", "-c", "touch /usr/new"]).outcome == "failed"
 
 
 @pytest.mark.parametrize("backend", ["os", "none"])

@@ -51,6 +51,13 @@ def x07(
     return done
 
 
+@pytest.fixture
+def under_os(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run under `os`: these promises are about folders, whatever runs the program."""
+    monkeypatch.setenv("X07_SANDBOX_BACKEND", "os")
+    monkeypatch.setenv("X07_I_ACCEPT_WEAKER_ISOLATION", "1")
+
+
 def refused(done: subprocess.CompletedProcess[str]) -> str:
     """Assert that the run was refused as the host's fault, and return the reason."""
     result: dict[str, Any] = json.loads(done.stdout)
@@ -128,6 +135,7 @@ def test_a_read_only_run_folder_is_named(tmp_path: Path) -> None:
     assert "X07_VM_STATE_DIR" not in reason
 
 
+@pytest.mark.usefixtures("under_os")
 def test_without_home_the_variables_to_set_are_named(tmp_path: Path) -> None:
     """Without HOME a run is refused and names the variables to set; with them set, it works."""
     bare = ["/usr/bin/env", "-u", "HOME", "-u", "XDG_CACHE_HOME"]
@@ -139,6 +147,7 @@ def test_without_home_the_variables_to_set_are_named(tmp_path: Path) -> None:
     assert json.loads(done.stdout)["stdout"]["text"] == "hello\n"
 
 
+@pytest.mark.usefixtures("under_os")
 def test_a_read_only_checkout_is_enough(tmp_path: Path) -> None:
     """Runs work from a read-only checkout, and commands that write there fail with a clear error."""
     env = {"X07_VM_STATE_DIR": str(tmp_path / "state"), "X07_VM_CACHE_DIR": str(cache_dir())}

@@ -201,18 +201,6 @@ def test_output_is_capped(caller: Caller) -> None:
     assert decoded(solve, "solve_output_b64") == b"x" * 1000
 
 
-def test_a_protected_name_is_left_out_of_the_changes(caller: Caller) -> None:
-    """A successful program that changed a protected name is ok; the change is left out, and stderr says so."""
-    document = msgspec.to_builtins(default_policy())
-    document["fs"]["write_roots"] = ["."]
-    (caller.place / "policy.json").write_bytes(render_policy(document))
-    done = caller.call("change.py", 'open("Jenkinsfile", "w")\n')
-    solve = parsed(done.stdout, done.returncode)["solve"]
-    assert (done.returncode, solve["ok"], solve["exit_status"]) == (0, True, 0)
-    assert b"left out: Jenkinsfile (protected: other tools execute or trust it); to apply: x07 apply " in done.stderr
-    assert not (caller.place / "Jenkinsfile").exists()
-
-
 def test_applied_changes_are_reported_if_the_attestation_fails(caller: Caller) -> None:
     """A run that cannot write its attestation exits with 2, and reports the changes it applied."""
     document = msgspec.to_builtins(default_policy())

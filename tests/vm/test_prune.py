@@ -23,6 +23,13 @@ pytestmark = [pytest.mark.vm, pytest.mark.timeout(180)]
 SLEEP = "import sys, time\nsys.stdin.read()\nprint('awake')\n"
 
 
+@pytest.fixture
+def under_os(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run under `os`, where the same agent runs programs as in a VM."""
+    monkeypatch.setenv("X07_SANDBOX_BACKEND", "os")
+    monkeypatch.setenv("X07_I_ACCEPT_WEAKER_ISOLATION", "1")
+
+
 def make_old(place: Path) -> None:
     """Set all file times below *place* to 400 days ago."""
     then = unix_ms() / 1000 - 400 * 86_400
@@ -36,14 +43,12 @@ def prune_runs() -> PruneReport:
     return prune(["runs"], progress=lambda _text: None, dry_run=False)
 
 
+@pytest.mark.usefixtures("under_os")
 def test_prune_keeps_the_records_of_an_active_run(
     sandbox: Sandbox, threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`x07 prune` removes no record of an active run, even if the clock and the file times look old."""
     monkeypatch.setattr("x07_sandbox.records.runs.unix_ms", lambda: 1_000)
-    sandbox.run_text("sleep.py", SLEEP)  # creates the snapshots, which are jobs too
-    make_old(sandbox.state.parent)
-    prune_runs()
     ours, theirs = os.pipe()
     with os.fdopen(ours, "rb") as stdin_read, os.fdopen(theirs, "wb") as stdin_write:
         running = threads.submit(sandbox.run_text, "sleep.py", SLEEP, stdin=stdin_read.fileno())

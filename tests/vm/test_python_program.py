@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.command import X07
+from tests.command import x07
 from tests.vm.conftest import PROGRAMS, Artifacts, Sandbox
 from tests.x07_variables import EXPECTED, policy_document
 
@@ -20,6 +19,13 @@ pytestmark = [pytest.mark.vm, pytest.mark.timeout(180)]
 
 NAME = "my prog.v1 Zoë.py"
 FOLDER = "/x07/in/program"
+
+
+@pytest.fixture
+def under_os(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run under `os`, where the same agent builds programs as in a VM."""
+    monkeypatch.setenv("X07_SANDBOX_BACKEND", "os")
+    monkeypatch.setenv("X07_I_ACCEPT_WEAKER_ISOLATION", "1")
 
 
 def shows_no_host_path(ran: Ran, folder: Path) -> bool:
@@ -128,12 +134,14 @@ def test_a_source_reads_only_the_guests_files(sandbox: Sandbox, tmp_path: Path) 
     assert ran.stdout != Path("/etc/passwd").read_bytes()
 
 
+@pytest.mark.usefixtures("under_os")
 @pytest.mark.parametrize("name", ["driver.py", "traceback.py"])
 def test_a_source_may_share_a_name_with_the_build_script(sandbox: Sandbox, name: str) -> None:
     """A program runs even if it is named like the build script or like a module that the script imports."""
     assert sandbox.run_text(name, "print(__file__)\n").stdout == f"/x07/in/program/{name}\n".encode()
 
 
+@pytest.mark.usefixtures("under_os")
 def test_a_source_that_is_too_complex_fails_the_build(sandbox: Sandbox) -> None:
     """A source that is too complex for the compiler is a failed build that names the file, without a traceback."""
     ran = sandbox.run_text("deep.py", "x = " + "-" * 100_000 + "1\n")
@@ -154,15 +162,14 @@ def test_an_invalid_source_name_is_a_usage_error(sandbox: Sandbox, name: str) ->
     assert ran.result.phases == {}
 
 
-def test_a_program_finds_its_policy_in_x07_variables(state: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("state", "under_os")
+def test_a_program_finds_its_policy_in_x07_variables(tmp_path: Path) -> None:
     """A program's X07 variables are exactly the policy fields that have one."""
-    assert state.parent.is_dir()
     for name in ("given", "also given", "written"):
         (tmp_path / name).mkdir()
     (tmp_path / "p.json").write_text(json.dumps(policy_document()))
     (tmp_path / "it.py").write_text("import json, os\nprint(json.dumps(dict(os.environ)))\n")
-    argv = [*X07, "run", "--policy", "p.json", "it.py"]
-    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    done = x07(tmp_path, "run", "--policy", "p.json", "it.py")
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
     assert {name: text for name, text in found.items() if name.startswith("X07")} == EXPECTED

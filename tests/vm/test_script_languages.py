@@ -96,17 +96,6 @@ def test_a_script_with_a_syntax_error_is_a_failed_build(sandbox: Sandbox, langua
 
 
 @EACH
-@pytest.mark.usefixtures("state")
-def test_a_script_finds_a_module_beside_it(languages: str, toolchain: str) -> None:
-    """A source text imports a module that is passed beside it."""
-    language = LANGUAGES[toolchain]
-    name, text = language.beside
-    files = {name: text.encode()}
-    result = run_program(source=language.main, toolchain=toolchain, files=files, image=languages)
-    assert (result.outcome, result.stdout.text) == ("ok", "42\n"), result.stderr.text
-
-
-@EACH
 def test_a_project_of_scripts_runs_from_the_manifest_that_init_writes(
     sandbox: Sandbox, languages: str, toolchain: str
 ) -> None:

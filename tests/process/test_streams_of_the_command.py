@@ -10,18 +10,21 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.command import X07
 
-if TYPE_CHECKING:
-    from x07_sandbox.images.store import Image
-
 POLICY = Path(__file__).resolve().parents[2] / "examples" / "policies" / "small.json"
 
-pytestmark = [pytest.mark.vm, pytest.mark.timeout(180)]
+pytestmark = pytest.mark.timeout(180)
+
+
+@pytest.fixture(autouse=True)
+def without_isolation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs run without a VM: these promises are about the command's own streams."""
+    monkeypatch.setenv("X07_SANDBOX_BACKEND", "os")
+    monkeypatch.setenv("X07_I_ACCEPT_WEAKER_ISOLATION", "1")
 
 
 def _shell(tmp_path: Path, line: str) -> subprocess.CompletedProcess[bytes]:
@@ -39,24 +42,21 @@ def _shell(tmp_path: Path, line: str) -> subprocess.CompletedProcess[bytes]:
     )
 
 
-def test_closed_streams_cancel_nothing(tmp_path: Path, image: Image) -> None:
+def test_closed_streams_cancel_nothing(tmp_path: Path) -> None:
     """A program runs to its end with all three standard streams closed."""
-    assert image.digest
     done = _shell(tmp_path, 'x07 run "$PROGRAM" <&- >&- 2>&-; echo $?')
     assert done.stdout == b"0\n"
 
 
-def test_json_holds_no_control_character(tmp_path: Path, image: Image) -> None:
+def test_json_holds_no_control_character(tmp_path: Path) -> None:
     """The JSON result is ASCII: control characters of the program's output are escaped and decode unchanged."""
-    assert image.digest
     done = _shell(tmp_path, 'x07 run --json "$PROGRAM"')
     assert done.stdout.isascii()
     assert json.loads(done.stdout)["stdout"]["text"] == "early \x9b31m \u202e\n"
 
 
-def test_a_full_disk_behind_stdout_is_reported(tmp_path: Path, image: Image) -> None:
+def test_a_full_disk_behind_stdout_is_reported(tmp_path: Path) -> None:
     """A full disk behind stdout is reported on stderr, and a successful run exits with 125."""
-    assert image.digest
     done = _shell(tmp_path, 'x07 run "$PROGRAM" >/dev/full')
     assert done.returncode == 125
     assert done.stderr == b"x07: could not write the program's standard output: No space left on device\n"
@@ -75,13 +75,11 @@ def _started(
     [
         (("run", "--help"), 0),
         (("policy", "schema"), 0),
-        (("image", "list"), 0),
         (("run", "--json", "-c", "exit 3", "--toolchain", "shell"), 3),
     ],
 )
-def test_a_closed_pipe_is_no_error(tmp_path: Path, image: Image, words: tuple[str, ...], code: int) -> None:
+def test_a_closed_pipe_is_no_error(tmp_path: Path, words: tuple[str, ...], code: int) -> None:
     """A command ends normally and silently if nobody reads its output any more."""
-    assert image.digest
     heard, out = os.pipe()
     os.close(heard)
     with _started(tmp_path, out, words) as command:
@@ -98,10 +96,9 @@ def test_a_closed_pipe_is_no_error(tmp_path: Path, image: Image, words: tuple[st
     ],
 )
 def test_json_is_complete_on_a_non_blocking_pipe(
-    tmp_path: Path, image: Image, command: str, words: tuple[str, ...], code: int
+    tmp_path: Path, command: str, words: tuple[str, ...], code: int
 ) -> None:
     """A JSON document arrives complete through a non-blocking pipe with a slow reader."""
-    assert image.digest
     program = tmp_path / "long.py"
     program.write_text("print('x' * 9000)\n", encoding="ascii")
     words = tuple(word.format(policy=POLICY, x=program) for word in words)
@@ -116,9 +113,8 @@ def test_json_is_complete_on_a_non_blocking_pipe(
         assert (started.communicate()[1], started.returncode) == (b"", code)
 
 
-def test_a_source_from_a_non_blocking_pipe_is_read_to_its_end(tmp_path: Path, image: Image) -> None:
+def test_a_source_from_a_non_blocking_pipe_is_read_to_its_end(tmp_path: Path) -> None:
     """A source that arrives in pieces through a non-blocking pipe runs complete."""
-    assert image.digest
     program, out = os.pipe()
     os.set_blocking(program, False)
     env = os.environ | {"X07_VM_STATE_DIR": str(tmp_path / "jobs")}
@@ -132,9 +128,8 @@ def test_a_source_from_a_non_blocking_pipe_is_read_to_its_end(tmp_path: Path, im
         assert (command.communicate(), command.returncode) == ((b"one\ntwo\n", b""), 0)
 
 
-def test_a_read_error_on_the_input_is_a_warning(tmp_path: Path, image: Image) -> None:
+def test_a_read_error_on_the_input_is_a_warning(tmp_path: Path) -> None:
     """A read error on the input is a warning, and the result has no input digest."""
-    assert image.digest
     done = _shell(tmp_path, 'x07 run --json "$PROGRAM" </proc/self/mem')
     result = json.loads(done.stdout)
     assert [warning for warning in result["warnings"] if "input could not be read" in warning]
@@ -189,16 +184,14 @@ def test_a_named_pipe_as_policy_is_a_usage_error(tmp_path: Path) -> None:
     assert b"not a regular file" in done.stderr
 
 
-def test_an_ignored_sighup_stays_ignored(tmp_path: Path, image: Image) -> None:
+def test_an_ignored_sighup_stays_ignored(tmp_path: Path) -> None:
     """A command started with SIGHUP ignored, as by nohup, survives the end of its terminal."""
-    assert image.digest
     done = _shell(tmp_path, "trap '' HUP; x07 run \"$PROGRAM\" & sleep 1.5; kill -HUP $!; wait $!; echo $?")
     assert done.stdout.endswith(b"\n0\n"), done.stderr
 
 
-def test_a_folder_named_like_a_source_is_a_usage_error(tmp_path: Path, image: Image) -> None:
+def test_a_folder_named_like_a_source_is_a_usage_error(tmp_path: Path) -> None:
     """A folder named like a source is a usage error."""
-    assert image.digest
     (tmp_path / "folder.py").mkdir()
     done = _shell(tmp_path, f"x07 run '{tmp_path}/folder.py'")
     assert done.returncode == 2
