@@ -1,10 +1,11 @@
-"""A whole conversation with an agent, without the rest of a run."""
+"""Sessions with an agent, without the rest of a run."""
 
 from __future__ import annotations
 
 import os
 import select
 import time
+from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from x07_sandbox.channel.messages import (
     Close,
     Closed,
     CommandLimits,
+    Confine,
     Exec,
     Exited,
     Failed,
@@ -110,89 +112,99 @@ def python(source: str, *words: str, **how: Any) -> Program:  # noqa: ANN401 - f
     return Program(argv=["/usr/bin/python3", PROGRAM, *words], files=files, **how)
 
 
-class Conversation:
-    """The host's side, from HELLO on."""
+class Session:
+    """The host's side of a session, from HELLO on. ended: the last report about each command."""
 
     def __init__(self, instance: StreamInstance) -> None:
         self.instance = instance
         self.connection = Connection(instance.channel_fd, Role.HOST)
         self.link = self.connection.link
-        self.nonce = os.urandom(16)
-        self.output: dict[Stream, bytearray] = {}
-        self.last: Exited | Failed | None = None
+        self.output: defaultdict[tuple[Stream, int], bytearray] = defaultdict(bytearray)
+        self.ended: dict[int, Exited | Failed] = {}
         self.closed: Closed | None = None
-        self.until = time.monotonic() + MOST_S
+
+    def open(self, files: list[InputFile], confine: Confine = FREE, **other: Any) -> None:  # noqa: ANN401 - fields of Open
+        """Do the handshake and open the session."""
+        self.wait(lambda: self.link.state is not State.WAITING)
+        self.link.send(Seed(1, bytes(64), os.urandom(16), bytes(15) + b"\1"))
+        self.wait(lambda: self.link.state is State.READY)
+        limits = {"mem_bytes": LIMITS.mem_bytes, "tasks": LIMITS.tasks, "tmp_bytes": TMP_BYTES}
+        room = Room(1 << 20, 2 << 20)
+        self.link.send(PLAIN._replace(files=files, confine=confine, room=room, **(limits | other)))
+
+    def send(self, number: int, data: bytes) -> None:
+        """Write *data* to a stream of a command, which may end before."""
+        left, command = data, self.link.subject(number)
+
+        def sent() -> bool:
+            nonlocal left
+            if command not in self.ended:
+                left = left[self.link.streams.send(number, left) :]
+            return not left or command in self.ended
+
+        self.wait(sent)
+
+    def wait(self, done: Callable[[], bool]) -> None:
+        """Take what the agent sends until *done* returns True."""
+        until = time.monotonic() + MOST_S
+        while not done():
+            assert self.connection.flush(), self.instance.console_tail()
+            poll = select.poll()
+            poll.register(self.connection.fd, select.POLLIN | (select.POLLOUT if self.link.pending() else 0))
+            poll.register(self.instance.pidfd, select.POLLIN)
+            left_s = until - time.monotonic()
+            assert left_s > 0, f"in time; state {self.link.state}, {self.instance.console_tail()}"
+            ready = dict(poll.poll(left_s * 1000))
+            assert self.instance.pidfd not in ready, self.instance.console_tail()
+            if ready.get(self.connection.fd, 0) & (select.POLLIN | select.POLLHUP):
+                events = self.connection.read()
+                assert events is not None, self.instance.console_tail()
+                for event in events:
+                    self._take(event)
+
+    def _take(self, event: object) -> None:
+        if isinstance(event, (Exited, Failed)):
+            self.ended[event.id] = event
+        elif isinstance(event, Closed):
+            self.closed = event
+        elif isinstance(event, Event) and event.type == streams.DATA:
+            self.output[Stream(event.code), self.link.subject(event.stream)] += event.data
+            self.link.streams.consumed(event.stream, len(event.data))
+
+
+class Conversation(Session):
+    """A session with one program, which is command 1."""
 
     def run(self, program: Program, *, on_output: Callable[[Conversation], None] | None = None) -> Ended:
         """Run it to its end. on_output: called once, on the first output."""
         self.start(program)
-        while self.closed is None and not isinstance(self.last, Failed):
-            self.turn()
-            if on_output is not None and self.output.get(Stream.STDOUT):
-                on_output(self)
-                on_output = None
-        assert self.last is not None
-        return Ended(last=self.last, closed=self.closed, output=self.output)
+        if on_output is not None:
+            self.wait(lambda: (Stream.STDOUT, 1) in self.output)
+            on_output(self)
+        self.wait(lambda: self.closed is not None or isinstance(self.ended.get(1), Failed))
+        output = {stream: data for (stream, _), data in self.output.items()}
+        return Ended(last=self.ended[1], closed=self.closed, output=output)
 
     def start(self, program: Program) -> None:
         """Start it; its files and its input are queued."""
-        while self.link.state is State.WAITING:
-            self.turn()
-        self.link.send(Seed(1, bytes(64), self.nonce, bytes(15) + b"\1"))
-        while self.link.state is not State.READY:
-            self.turn()
         limits = LIMITS._replace(**program.limits)
-        out_writable = program.output is not None or (program.left is not None and program.left.files > 0)
-        opening = PLAIN._replace(
+        self.open(
+            [InputFile(path, mode, kind, len(data)) for path, (mode, kind, data) in program.files.items()],
+            FREE._replace(**program.confine),
             mem_bytes=limits.mem_bytes,
             tasks=limits.tasks,
-            tmp_bytes=TMP_BYTES,
-            files=[InputFile(path, mode, kind, len(data)) for path, (mode, kind, data) in program.files.items()],
             mounts=program.mounts,
-            confine=FREE._replace(**program.confine),
-            out_writable=out_writable,
-            room=Room(1 << 20, 2 << 20),
+            out_writable=program.output is not None or (program.left is not None and program.left.files > 0),
         )
-        self.link.send(opening)
         self.link.send(Exec(1, program.argv, dict(program.env), program.cwd, limits))
         self.link.send(Close(1, program.output, program.left))
         parts = [(Stream.INPUT, number, content) for number, (_, _, content) in enumerate(program.files.values())]
         parts.insert(0 if program.input_first else len(parts), (Stream.STDIN, 1, program.stdin))
         for stream, subject, content in parts:
-            self.send(self.link.open(stream, subject), content)
-
-    def send(self, number: int, data: bytes) -> None:
-        """Send all input and its end; the program may end before."""
-        while data and self.last is None:
-            count = self.link.streams.send(number, data)
-            data = data[count:]
-            if not count:
-                self.turn()
-        self.link.streams.finish(number)
+            number = self.link.open(stream, subject)
+            self.send(number, content)
+            self.link.streams.finish(number)
 
     def stop(self) -> None:
         """Request the program's end."""
         self.link.send(Stop(1, 9))
-
-    def turn(self) -> None:
-        """Write queued bytes, and read what has arrived."""
-        assert self.connection.flush(), self.instance.console_tail()
-        poll = select.poll()
-        poll.register(self.connection.fd, select.POLLIN | (select.POLLOUT if self.link.pending() else 0))
-        poll.register(self.instance.pidfd, select.POLLIN)
-        left_s = self.until - time.monotonic()
-        assert left_s > 0, f"in time; state {self.link.state}, {self.instance.console_tail()}"
-        ready = dict(poll.poll(left_s * 1000))
-        assert self.instance.pidfd not in ready, self.instance.console_tail()
-        if not ready.get(self.connection.fd, 0) & (select.POLLIN | select.POLLHUP):
-            return
-        events = self.connection.read()
-        assert events is not None, self.instance.console_tail()
-        for event in events:
-            if isinstance(event, (Exited, Failed)):
-                self.last = event
-            elif isinstance(event, Closed):
-                self.closed = event
-            elif isinstance(event, Event) and event.type == streams.DATA:
-                self.output.setdefault(Stream(event.code), bytearray()).extend(event.data)
-                self.link.streams.consumed(event.stream, len(event.data))

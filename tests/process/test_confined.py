@@ -1,4 +1,4 @@
-"""The backend `os`: what a confined process on this host can and cannot do."""
+"""The backend `os`: what a confined process on this host can and cannot do, beyond the contract of backends."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.process.conftest import run_on
-from tests.process.conversation import Conversation, Ended, Program, python
+from tests.process.conversation import Ended, Program, python
 from x07_sandbox.channel.link import Stream
-from x07_sandbox.channel.messages import Left, Mount, Output
-from x07_sandbox.channel.trees import Entry, FileEnd, Piece, Reader, segment
+from x07_sandbox.channel.messages import Left, Mount
+from x07_sandbox.channel.trees import Entry
 from x07_sandbox.channel.trees import Kind as Record
 from x07_sandbox.jail import resources
 
@@ -132,12 +132,6 @@ def test_no_capability_is_left_and_no_namespace_can_be_made(confined: OsBackend)
     ]
 
 
-def test_forbidden_system_calls_are_refused(confined: OsBackend) -> None:
-    """System calls that the policy forbids, such as fork, are refused."""
-    ended = run_with_try(confined, "print(tried(os.fork))", confine={"spawn": False})
-    assert ended.stdout == "no EPERM\n"
-
-
 def test_only_listed_programs_can_be_executed(confined: OsBackend) -> None:
     """With a list of programs, other programs can be neither executed nor read."""
     listed = {"programs": ["/usr/bin/python3", "/usr/bin/true"]}
@@ -154,122 +148,20 @@ def test_only_listed_programs_can_be_executed(confined: OsBackend) -> None:
     assert ended.stdout == "0 99 no EACCES\n", ended.stderr
 
 
-def test_limits_of_each_process_hold(confined: OsBackend) -> None:
-    """The number of open files is limited, and no core is dumped."""
-    ended = run_with_try(
-        confined,
-        "print(resource.getrlimit(resource.RLIMIT_NOFILE), resource.getrlimit(resource.RLIMIT_CORE)[1] < 4096)\n"
-        "print(tried(resource.setrlimit, resource.RLIMIT_NPROC, (1 << 20, 1 << 20)))\n"
-        * 0
-        + "print(resource.getrlimit(resource.RLIMIT_NOFILE), resource.getrlimit(resource.RLIMIT_CORE)[1] < 4096)\n",
-        limits={"fds": 64},
-    )
-    assert ended.stdout == "(64, 64) True\n"
-
-
-def test_tasks_are_limited(confined: OsBackend) -> None:
-    """A program cannot have more tasks than its limit."""
-    ended = run_with_try(
-        confined,
-        "count = 0\n"
-        "while (got := tried(os.fork)) != 'no EAGAIN':\n"
-        "    if got == 0: signal.pause()\n"
-        "    count += 1\n"
-        "print(count)\n",
-        limits={"tasks": 8},
-    )
-    assert ended.stdout == "7\n"
-
-
-def test_memory_is_limited(confined: OsBackend) -> None:
-    """A program that exceeds its memory limit is killed, and the agent reports the reason."""
-    if "limits.mem_bytes" not in confined.probe().features.can_enforce:
-        pytest.skip("this host gives no control group for memory")
-    ended = run_with_try(confined, "held = [bytearray(1 << 20) for _ in range(256)]", limits={"mem_bytes": 48 << 20})
-    assert ended.code == -signal.SIGKILL
-    assert ended.exited.oom_kills >= 1
-
-
-@pytest.mark.parametrize("children", [0, 3])
-def test_processor_time_is_limited(confined: OsBackend, children: int) -> None:
-    """A program that exceeds its CPU time limit, together with its children, is killed."""
-    ended = run_with_try(
-        confined,
-        f"for _ in range({children}): os.fork()\nwhile True: pass",
-        limits={"cpu_ms": 500},
-    )
-    assert ended.exited.cpu_exceeded
-    assert ended.code == -signal.SIGKILL
-    assert ended.exited.cpu_us >= 500_000
-
-
-def tree(files: dict[str, bytes]) -> bytes:
-    """Return a tree of plain files in one folder, as a host sends it."""
-    made = bytearray(Entry(Record.FOLDER, b"", mode=0o755).encoded())
-    for name, content in files.items():
-        made += Entry(Record.FILE, name.encode(), mode=0o644, mtime_ns=1, size=len(content)).encoded()
-        made += segment(len(content)) + content if content else b""
-    return bytes(made + Entry(Record.END, b"").encoded())
-
-
-def changes(ended: Ended) -> dict[str, bytes | None]:
-    """Return the changes that came back, by name; None for a removed file."""
-    found: dict[str, bytes | None] = {}
-    name = ""
-    for event in Reader().feed(bytes(ended.output[Stream.CHANGES])):
-        match event:
-            case Entry(kind=Record.FILE, name=raw):
-                name = raw.decode()
-                found[name] = b""
-            case Entry(kind=Record.DELETED, name=raw):
-                found[raw.decode()] = None
-            case Piece(data=data):
-                found[name] = (found[name] or b"") + data
-            case Entry() | FileEnd() | _:
-                pass
-    return found
-
-
-def test_folders_of_the_host_go_in_and_changes_come_out(confined: OsBackend) -> None:
-    """A program works on copies of the host's folders; only its changes come back."""
-    content = tree({"same": b"same\n", "other": b"before\n", "gone": b"gone\n"})
-    write = Mount(tree=1, sub="", at="/data/w", write=True, changes=True)
-    read = Mount(tree=1, sub="", at="/data/r", write=False, changes=False)
-    ended = run_with_try(
-        confined,
-        "print(sorted(os.listdir('/data/w')), open('/data/r/same').read().strip(), tried(open, '/data/r/same', 'w'))\n"
-        "open('/data/w/other', 'w').write('after\\n'); open('/data/w/new', 'w').write('new\\n')\n"
-        "os.remove('/data/w/gone')\n",
-        files={"": (0o755, "tree", content)},
-        mounts=[write, read],
-    )
-    assert ended.code == 0, ended.stderr
-    assert ended.stdout == "['gone', 'other', 'same'] same no EROFS\n"
-    assert changes(ended) == {"other": b"after\n", "new": b"new\n", "gone": None}
-
-
 def test_changes_and_left_files_come_back_together(confined: OsBackend) -> None:
     """A run hands over both the changes to the host's folders and the files left in private folders."""
     mount = Mount(tree=1, sub="", at="/data/w", write=True, changes=True)
+    empty = Entry(Record.FOLDER, b"", mode=0o755).encoded() + Entry(Record.END, b"").encoded()
     ended = run_with_try(
         confined,
         "open('/data/w/new', 'w').write('new\\n'); open('mine', 'w').write('left')\n",
-        files={"": (0o755, "tree", tree({}))},
+        files={"": (0o755, "tree", empty)},
         mounts=[mount],
         left=Left(5, 100),
     )
     assert ended.code == 0, ended.stderr
-    assert changes(ended) == {"new": b"new\n"}
+    assert b"new\n" in ended.output[Stream.CHANGES]
     assert b"left" in ended.output[Stream.LEFT]
-
-
-def test_an_output_file_comes_back(confined: OsBackend) -> None:
-    """A build's files in /x07/out are sent to the host."""
-    path = "/x07/out/compiled-out"
-    program = python(f"open({path!r}, 'wb').write(b'made')", output=Output(path, 1000))
-    ended = run_on(confined, program)
-    assert ended.code == 0, ended.stderr
-    assert bytes(ended.output[Stream.OUTPUT]) == b"made"
 
 
 def test_the_hosts_compiler_works(confined: OsBackend) -> None:
@@ -285,13 +177,6 @@ def test_the_hosts_compiler_works(confined: OsBackend) -> None:
         ),
     )
     assert ended.stdout == "compiled\n", ended.stderr
-
-
-def test_stopping_a_program_kills_its_process_tree(confined: OsBackend) -> None:
-    """Stopping a program kills its whole process tree, including processes in a new session."""
-    source = "import os, signal\nos.fork() or os.setsid()\nos.fork()\nprint('here', flush=True)\nsignal.pause()\n"
-    ended = run_on(confined, python(source), on_output=Conversation.stop)
-    assert ended.code == -signal.SIGKILL
 
 
 @pytest.mark.root
