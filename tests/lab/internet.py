@@ -275,7 +275,7 @@ class Http:
         if path == b"/upgrade" and headers.get(b"upgrade", b"").lower() == b"websocket":
             await self._upgraded()
             return False
-        await self._reply(words[0], path, head, body)
+        await self._reply(words[0], path, body)
         return headers.get(b"connection", b"").lower() != b"close" and words[2] != b"HTTP/1.0"
 
     async def _body(self, headers: dict[bytes, bytes]) -> bytes:
@@ -297,31 +297,19 @@ class Http:
             pass
         return body
 
-    async def _reply(self, method: bytes, path: bytes, head: bytes, body: bytes) -> None:
+    async def _reply(self, method: bytes, path: bytes, body: bytes) -> None:
         if method == b"CONNECT":
             await self._answer(b"405 Method Not Allowed", b"")
         elif path in {b"/", b"/refuse-upgrade"}:
             await self._answer(b"200 OK", b"hello", bare=method == b"HEAD")
         elif path == b"/echo":
             await self._answer(b"200 OK", body, bare=method == b"HEAD")
-        elif path == b"/head":
-            await self._answer(b"200 OK", head, bare=method == b"HEAD")
-        elif path == b"/chunked":
-            start = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
-            await self._connection.send(start + b"3\r\nhel\r\n2;x=y\r\nlo\r\n0\r\n\r\n")
-        elif found := re.fullmatch(rb"/bytes/([0-9]{1,11})", path):
-            await self._many(int(found[1]))
         else:
             await self._answer(b"404 Not Found", b"")
 
     async def _answer(self, status: bytes, body: bytes, *, bare: bool = False) -> None:
         head = b"HTTP/1.1 %b\r\nContent-Length: %d\r\n\r\n" % (status, len(body))
         await self._connection.send(head if bare else head + body)
-
-    async def _many(self, count: int) -> None:
-        await self._connection.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % count)
-        for start in range(0, count, READ_BYTES):
-            await self._connection.send(bytes(min(READ_BYTES, count - start)))
 
     async def _upgraded(self) -> None:
         head = b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
@@ -377,23 +365,6 @@ def banner(text: bytes) -> Handler:
 
     async def handle(connection: Connection) -> None:
         await connection.send(text)
-        await discard(connection)
-
-    return handle
-
-
-def postgres(context: ssl.SSLContext) -> Handler:
-    """Act as PostgreSQL before its first query: answer SSLRequest with "S", then start TLS."""
-
-    async def handle(connection: Connection) -> None:
-        start = await connection.receive()
-        connection.note(start)
-        if start == struct.pack(">II", 8, 80_877_103):
-            await connection.send(b"S")
-            if not await connection.secure(context):
-                return
-            connection.note(await connection.receive(), "tls")
-        await connection.send(b"R" + struct.pack(">II", 8, 0) + b"Z" + struct.pack(">I", 5) + b"I")
         await discard(connection)
 
     return handle
@@ -490,7 +461,7 @@ class Dns:
     def __init__(self, log: Log, zone: Zone) -> None:
         self._log, self._zone = log, zone
 
-    async def reply(self, wire: bytes, max_bytes: int) -> bytes | None:
+    def reply(self, wire: bytes) -> bytes | None:
         """Return the answer to a query; None for bytes that are no query, or if the script is silent."""
         try:
             query = dns.message.from_wire(wire)
@@ -501,49 +472,29 @@ class Dns:
             return None
         name, kind = question.name.to_text(omit_final_dot=True), dns.rdatatype.to_text(question.rdtype)
         self._log.write(f"{DNS_ADDRESS}:53", "dns", "query", kind.encode(), name=name)
-        delay_s, rcode = self._fill(response, question.name, kind)
-        await asyncio.sleep(delay_s)
+        rcode = self._fill(response, question.name, kind)
         if rcode == "SILENT":
             return None
         response.set_rcode(dns.rcode.from_text(rcode))
         response.flags |= dns.flags.RA  # glibc takes an empty answer without it for one of a lame server
-        try:
-            return response.to_wire(max_size=max_bytes)
-        except dns.exception.TooBig:
-            response.answer.clear()
-            response.flags |= dns.flags.TC
-            return response.to_wire()
+        return response.to_wire()
 
-    def _fill(self, response: dns.message.Message, name: dns.name.Name, kind: str) -> tuple[float, str]:
-        """Add the answers, following CNAMEs; return the delay in seconds and the response code."""
-        delay_s = 0.0
+    def _fill(self, response: dns.message.Message, name: dns.name.Name, kind: str) -> str:
+        """Add the answers, following CNAMEs; return the response code."""
         for _ in range(16):
             answer = self._zone.answer(name.to_text(omit_final_dot=True).lower(), kind)
             if answer is None:
-                return delay_s, "NXDOMAIN"
-            delay_s += answer["delay_s"]
+                return "NXDOMAIN"
             if answer["rcode"] != "NOERROR":
-                return delay_s, str(answer["rcode"])
+                return str(answer["rcode"])
             if answer["cname"] is None:
                 wanted = [a for a in answer["addresses"] if kind == ("AAAA" if ":" in a else "A")]
                 if wanted:
                     response.answer.append(dns.rrset.from_text_list(name, answer["ttl"], "IN", kind, wanted))
-                return delay_s, "NOERROR"
+                return "NOERROR"
             response.answer.append(dns.rrset.from_text(name, answer["ttl"], "IN", "CNAME", answer["cname"] + "."))
             name = dns.name.from_text(answer["cname"])
-        return delay_s, "NOERROR"
-
-    async def stream(self, connection: Connection) -> None:
-        """Serve DNS over TCP: any number of queries, each after its length."""
-        buffer = b""
-        while data := await connection.receive():
-            buffer += data
-            while len(buffer) >= 2 and len(buffer) >= 2 + int.from_bytes(buffer[:2]):
-                size = 2 + int.from_bytes(buffer[:2])
-                wire, buffer = buffer[2:size], buffer[size:]
-                if response := await self.reply(wire, 65_535):
-                    await connection.send(len(response).to_bytes(2) + response)
-        connection.note(buffer, "dns")
+        return "NOERROR"
 
 
 class DnsUdp(asyncio.DatagramProtocol):
@@ -551,7 +502,6 @@ class DnsUdp(asyncio.DatagramProtocol):
 
     def __init__(self, server: Dns) -> None:
         self._server = server
-        self._running: set[asyncio.Task[None]] = set()
         self._transport: asyncio.DatagramTransport | None = None
 
     def connection_made(self, transport: asyncio.DatagramTransport) -> None:  # type: ignore[override] # it is one
@@ -559,13 +509,8 @@ class DnsUdp(asyncio.DatagramProtocol):
         self._transport = transport
 
     def datagram_received(self, data: bytes, addr: tuple[str | Any, int]) -> None:
-        """Answer, after a delay if the script says so."""
-        task = asyncio.create_task(self._answer(data, addr))
-        self._running.add(task)
-        task.add_done_callback(self._running.discard)
-
-    async def _answer(self, data: bytes, addr: tuple[str | Any, int]) -> None:
-        response = await self._server.reply(data, 1232)
+        """Answer, unless the script is silent."""
+        response = self._server.reply(data)
         if response is not None and self._transport is not None:
             self._transport.sendto(response, addr)
 
@@ -649,12 +594,11 @@ async def internet(log: Log, setting: dict[str, Any]) -> None:
         7: echo,
         9: discard,
         19: chargen,
-        5432: postgres(context),
         6000: deaf,
     }
     for port, handler in handlers.items():
         await serve_tcp(log, addresses, port, handler)
-    await serve_tcp(log, [DNS_ADDRESS], 53, server.stream)
+    await serve_tcp(log, [DNS_ADDRESS], 53, discard)
     await asyncio.get_running_loop().create_datagram_endpoint(lambda: DnsUdp(server), (DNS_ADDRESS, 53))
     for address in addresses:
         for port in (*UDP_ECHO_PORTS, SPOOFED_PORT):

@@ -238,30 +238,6 @@ def test_ten_thousand_requests_stay_within_the_rate_limit(stage: Stage) -> None:
 
 
 @pytest.mark.full("tests/unit/test_network_gate.py has the limits of the gate")
-def test_open_connections_are_limited(stage: Stage) -> None:
-    """A gate keeps at most 256 connections open, however slowly they are opened (68)."""
-    stage.lab.names({"drip.lab.example": [SITE]})
-    with stage.session("frames", {"drip.lab.example": [9]}) as session:
-        words = {"host": "drip.lab.example", "port": 9, "count": 400, "reset": False, "pace_s": 0.3}
-        seen = session.do("open_flood", **words)
-    assert seen.answer["codes"] == {"0": 256, "6": 144}
-    assert arrived(seen, "connect", f"{SITE}:9") == 256
-    assert {row["rule"] for row in session.net("denied")} == {"limit:max_connections"}
-
-
-@pytest.mark.full("tests/unit/test_network_gate.py has the limits of the gate")
-def test_names_below_a_wildcard_are_limited(stage: Stage) -> None:
-    """A gate looks up at most 256 names below a wildcard (37, peers 1)."""
-    with stage.session("frames", {"*.wild.lab.example": [9]}) as session:
-        words = {"host": "l{}.wild.lab.example", "port": 9, "count": 5000, "reset": True, "pace_s": 0.02}
-        seen = session.do("open_flood", **words)
-    names = {contact.name for contact in seen.contacts if contact.event == "query"}
-    assert 200 <= len(names) <= 256
-    assert arrived(seen, "query") == 2 * len(names)
-    assert arrived(seen, "connect") == len(names) == seen.answer["codes"]["0"]
-
-
-@pytest.mark.full("tests/unit/test_network_gate.py has the limits of the gate")
 def test_a_syn_flood_is_limited(stage: Stage) -> None:
     """A SYN flood inside the guest causes no more connections than the gate's limits allow."""
     stage.lab.names({"syn.lab.example": [SITE]})
@@ -288,33 +264,6 @@ def test_a_program_that_connects_without_end_is_held_to_the_rate(stage: Stage) -
     assert seen.answer["codes"] == {"OK": 600}
     assert contacts == allowed == 600 <= opens_at_most(seen.answer["seconds"])
     assert session.result["outcome"] == "ok", session.said
-
-
-@pytest.mark.full("tests/unit/test_network_gate.py has the limits of the gate")
-def test_unread_connections_do_not_block_another(stage: Stage) -> None:
-    """A connection carries 16 MiB while 50 others wait unread (67), and the gate's memory stays bounded."""
-    stage.lab.names({"endless.lab.example": [SITE]})
-    with stage.session("frames", {"endless.lab.example": [19]}) as session:
-        gate = session.child("gate")
-        before = memory_bytes(gate)
-        answer = session.do("unread", host="endless.lab.example", flows=50, size=16 << 20).answer
-        grown = memory_bytes(gate) - before
-    assert (answer["open"], answer["lost"]) == (50, False)
-    assert answer["most_unread"] <= 512 * 1024
-    assert answer["received"] >= 16 << 20
-    assert grown < 50 * 1024 * 1024
-
-
-@pytest.mark.full("tests/unit/test_network_gate.py has the limits of the gate")
-def test_servers_that_do_not_read_do_not_fill_memory(stage: Stage) -> None:
-    """Servers that read nothing do not fill the gate's memory: the data waits in the guest."""
-    stage.lab.names({"deaf.lab.example": [SITE]})
-    with stage.session("frames", {"deaf.lab.example": [6000]}) as session:
-        gate = session.child("gate")
-        answer = session.do("fill", host="deaf.lab.example", flows=60).answer
-        peak = memory_bytes(gate)
-    assert (answer["open"], answer["lost"]) == (60, False)
-    assert peak < MEMORY_MAX
 
 
 def test_hostile_names_cannot_break_the_log(stage: Stage) -> None:

@@ -228,55 +228,6 @@ def noise(state: State, *, count: int) -> dict[str, Any]:
     return {"closed": gate.lost}
 
 
-def unread(state: State, *, host: str, flows: int, size: int) -> dict[str, Any]:
-    """Open *flows* connections to a server that sends without end, read none, then take *size* bytes of another."""
-    gate = _port(state)
-    gate.auto_credit = False
-    live = gate.open(host.encode(), 19)
-    gate.until(live, "code", 12)
-    numbers = []
-    for _ in range(flows):
-        number = gate.open(host.encode(), 19)
-        if gate.until(number, "code", 12).code == 0:
-            numbers.append(number)
-    gate.quiet(0.3)
-    credited, deadline = 0, time.monotonic() + 30
-    while gate.streams[live].received < size and time.monotonic() < deadline and not gate.lost:
-        gate.read(0.05)
-        if (more := gate.streams[live].received - credited) >= 65536:
-            credited += more
-            gate.write(frame(CREDIT, live, struct.pack(">I", more)))
-    return {
-        "received": gate.streams[live].received,
-        "open": len(numbers),
-        "most_unread": max(gate.streams[number].received for number in numbers),
-        "lost": gate.lost,
-    }
-
-
-def fill(state: State, *, host: str, flows: int) -> dict[str, Any]:
-    """Fill the windows of *flows* connections to servers that do not read, within their credit."""
-    gate = _port(state)
-    numbers = [gate.open(host.encode(), 6000) for _ in range(flows)]
-    numbers = [number for number in numbers if gate.until(number, "code", 12).code == 0]
-    sent = 0
-    deadline = time.monotonic() + 6
-    idle = 0
-    while time.monotonic() < deadline and idle < 5 and not gate.lost:
-        moved = 0
-        for number in numbers:
-            size = min(32768, gate.streams[number].may_send)
-            if size and not gate.streams[number].over:
-                gate.streams[number].may_send -= size
-                moved += gate.write(frame(DATA, number, bytes(size)), 1)
-            gate.read(0)
-        sent += moved
-        if not moved:
-            idle += 1
-            gate.read(0.1)
-    return {"open": len(numbers), "sent": sent, "lost": gate.lost}
-
-
 def download(state: State, *, host: str, port: int, size: int) -> dict[str, Any]:
     """Read *size* bytes from an endless source."""
     gate = _port(state)

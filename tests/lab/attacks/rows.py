@@ -263,13 +263,8 @@ NAME_ROWS: Final = [
         for word, what, bad in (
             ("nul", "a NUL byte", b"\0.evil.test"),
             ("crlf", "a line break", b"\r\nevil.test"),
-            ("lf", "a line feed", b"\n"),
-            ("space", "a space", b" evil.test"),
-            ("percent", "an escape", b"%2eevil.test"),
             ("at", "a user's part", b"@evil.test"),
-            ("slash", "a path", b"/evil.test"),
             ("colon", "a port", b":80"),
-            ("backslash", "a backslash", b"\\evil.test"),
             ("two-dots", "two final dots", b".."),
         )
     ],
@@ -315,19 +310,11 @@ NAME_ROWS: Final = [
     ],
     resolving("30-loopback", "A listed name resolves to the host's loopback.", "127.0.0.1"),
     resolving("30-private", "A listed name resolves to a private network.", "10.7.7.7", port=80),
-    resolving("30-lan", "A listed name resolves to the local network.", LAN, port=80),
     resolving("30-metadata", "A listed name resolves to the cloud's metadata service.", METADATA, port=80),
     resolving("31-mapped", "A listed name resolves to an IPv4 address in an IPv6 one.", "::ffff:127.0.0.1"),
     resolving("31-nat64", "A listed name resolves to a translated address of the metadata.", "64:ff9b::a9fe:a9fe"),
-    resolving("31-6to4", "A listed name resolves to a tunnel's form of the loopback.", "2002:7f00:1::"),
-    resolving("31-link-local", "A listed name resolves to a link-local address.", "fe80::1"),
-    resolving("31-loopback-6", "A listed name resolves to the loopback of IPv6.", "::1"),
     resolving("32", "A listed name resolves to the host's own public address.", GATE_ADDRESS),
-    resolving(
-        "32-6",
-        "A listed name resolves to the host's own public IPv6 address.",
-        GATE_ADDRESS_6,
-    ),
+    resolving("32-6", "A listed name resolves to the host's own public IPv6 address.", GATE_ADDRESS_6),
     resolving(
         "31-nat64-64",
         "A listed name resolves to the metadata service, for a translator with a prefix of 64 bits.",
@@ -413,7 +400,6 @@ LITERAL_ROWS: Final = [
         lists={"46.46.46.46/31": [7, 8443], "0.0.0.0/0": [8600], "::/0": [8600]},
     ),
     ask("38", "The neighbour of a listed network.", "46.46.46.48", 7),
-    ask("38-below", "The neighbour before a listed network.", "46.46.46.45", 7),
     ask("39", "Another port of a listed address.", SITE, 9),
     ask("40", "The address of a listed name, as an address.", SITE, 8080, lists={"a40.lab.example": [8080]}),
     *literals(
@@ -431,8 +417,6 @@ LITERAL_ROWS: Final = [
 DNS_ROWS: Final = [
     ask("43-53", "DNS over TCP to a server of our choice.", "45.45.45.53", 53),
     ask("43-53-udp", "DNS over UDP to a server of our choice.", "45.45.45.53", 53, udp=True),
-    ask("43-853", "DNS over TLS to a server of our choice.", "45.45.45.53", 853),
-    ask("45", "DNS over HTTPS to a name that nothing lists.", "dns.google", 443, names={"dns.google": [OTHER_SITE]}),
 ]
 TLS_ROWS: Final = [
     listed("46", "The hello names another server than the connection is for.", 443, tls("a24.lab.example")),
@@ -475,7 +459,6 @@ TLS_ROWS: Final = [
         b"".join(records(hello(server_names(EVIL)), 1)),
     ),
     listed("53", "Another protocol on a port of TLS.", 443, b"SSH-2.0-attack\r\n"),
-    listed("53-http", "A request in the clear on a port of TLS.", 443, request("{N}")),
     listed(
         "p4",
         "A tunnel is requested on a TLS port, with another name inside.",
@@ -491,13 +474,6 @@ TLS_ROWS: Final = [
         1.0,
         allowed=(f"tls {SITE}:443 ap6-grease.lab.example",),
     ),
-    listed(
-        "p6-other",
-        "The hello has an encrypted hello inside, and another outer name.",
-        443,
-        b"".join(records(hello(server_names("cloudflare-ech.test"), GREASE_ECH))),
-    ),
-    listed("p6-only", "The only name of the hello is encrypted.", 443, b"".join(records(hello(GREASE_ECH)))),
     listed(
         "p25-endless",
         "A hello never ends, to fill the gate's buffer.",
@@ -558,17 +534,8 @@ HTTP_ROWS: Final = [
         80,
         b"GET / HTTP/1.1\r\nHost: {N}\r\nHost : evil.lab.example\r\n\r\n",
     ),
-    listed(
-        "58-fold", "A header is folded.", 80, b"GET / HTTP/1.1\r\nHost: {N}\r\nX: a\r\n Host: evil.lab.example\r\n\r\n"
-    ),
     listed("58-bare-lf", "Lines end in LF alone.", 80, b"GET / HTTP/1.1\nHost: {N}\n\n"),
     listed("58-two-hosts", "There are two hosts.", 80, request("{N}", "GET / HTTP/1.1", f"Host: {EVIL}")),
-    listed(
-        "58-tab",
-        "The host follows a tab, and a second host follows a comma.",
-        80,
-        b"GET / HTTP/1.1\r\nHost:\t{N}, evil.lab.example\r\n\r\n",
-    ),
     listed("59", "The target names another host than Host.", 80, request("{N}", f"GET http://{EVIL}/ HTTP/1.1")),
     listed(
         "59-same",
@@ -610,10 +577,7 @@ HTTP_ROWS: Final = [
                 "8 KiB of line breaks precede a tunnel.",
                 (b"\r\n" * 4096, 0.2, b"CONNECT 46.46.46.47:80 HTTP/1.1\r\n\r\n"),
             ),
-            ("version", "A tunnel with an odd version.", (b"CONNECT 46.46.46.47:80 HTTP/1.1x\r\n\r\n",)),
             ("http-0.9", "A request of HTTP/0.9 without a line break.", (b"GET http://46.46.46.47/", 0.2, b"\n")),
-            ("proxy", "A PROXY line precedes a request.", (b"PROXY TCP4 1.2.3.4 5.6.7.8 1 2\r\n" + request("{N}"),)),
-            ("control", "Control bytes precede a request.", (b"\0\1\2\3" + request("{N}"),)),
             ("unknown", "An unknown protocol.", (b"hello\n",)),
         )
     ],
@@ -668,14 +632,12 @@ HTTP_ROWS: Final = [
     listed("http-0.9", "A request without a version.", 80, b"GET /\r\n"),
     listed("http-1.0", "A request of HTTP/1.0 without a host.", 80, b"GET / HTTP/1.0\r\n\r\n"),
     listed("p7-user", "The host of the request has a user's part.", 80, request("{N}@evil.lab.example")),
-    listed("p7-percent", "The host of the request has an escape.", 80, request("{N}%00.evil.lab.example")),
     listed(
         "p17-socks",
         "A proxy's handshake on an allowed connection.",
         80,
         b"\x05\x01\x00\x05\x01\x00\x03" + block(1, EVIL.encode()) + b"\0\x50",
     ),
-    listed("p19", "Another virtual host of the same address.", 80, request("vhost.lab.example")),
     listed("any-http", "A request for another host on a port where anything goes.", 8000, HTTP_EVIL),
     listed("any-tls", "A hello with another name on a port where anything goes.", 9443, tls(EVIL)),
 ]
@@ -689,7 +651,6 @@ UDP_ROWS: Final = [
         lists={"a65.lab.example": [443, 9000]},
     ),
     ask("65-53", "UDP to a port that is not listed.", "a65.lab.example", 53, udp=True),
-    ask("65-123", "UDP to another port that is not listed.", "a65.lab.example", 123, udp=True),
     ask(
         "65-listed",
         "UDP to a port that is listed.",
@@ -718,17 +679,13 @@ UDP_ROWS: Final = [
     ),
 ]
 PEER_ROWS: Final = [
-    ask("p7-nul-name", "A listed name, a NUL byte, and another name.", b"a24.lab.example\0evil.test"),
     ask("p7-octal", "An address with octal numbers.", "0056.0056.0056.0056", 80),
-    ask("p7-user-name", "A listed name as a user's part.", "a24.lab.example@evil.test"),
-    ask("p10", "Another port of a listed name.", "a24.lab.example", 22),
     *literals(
         "p12",
         "Unlisted IPv6 addresses, plain and with an IPv4 address inside.",
         [SITE_6, "::ffff:46.46.46.46", "64:ff9b::2e2e:2e2e"],
         80,
     ),
-    ask("p13", "An address instead of a name.", SITE, 80),
     *literals(
         "p15",
         "The host by an alias that other sandboxes define.",
@@ -1028,7 +985,7 @@ def answered(number: str, tried: str, codes: list[int], *queries: bytes) -> Row:
 
 _DATA_LABELS: Final = labels(f"{'6578666c' * 7}.{'74726174' * 7}.lab.example")
 _LISTED: Final = labels(STACK_NAME)
-TXT, NULL, ANY, PTR, A, HTTPS = 16, 10, 255, 12, 1, 65
+TXT, PTR, A, HTTPS = 16, 12, 1, 65
 STACK_ROWS: Final = [
     stack(
         "s-listed",
@@ -1041,8 +998,6 @@ STACK_ROWS: Final = [
         answer={"said": "OK"},
     ),
     answered("42-txt", "Data goes in the labels of a question for text.", [3], dns_query(_DATA_LABELS, TXT)),
-    answered("42-null", "Data goes in the labels of a question of an odd type.", [3], dns_query(_DATA_LABELS, NULL)),
-    answered("42-any", "Data goes in the labels of a question for anything.", [3], dns_query(_DATA_LABELS, ANY)),
     answered("42-below", "Data goes in labels before a listed name.", [3], dns_query(labels("secret") + _LISTED, A)),
     answered("p1", "A name that nothing lists is looked up; TCP is not even tried.", [3], dns_query(labels(EVIL), A)),
     answered("p6-keys", "The keys of an encrypted hello are asked for.", [0], dns_query(_LISTED, HTTPS)),
@@ -1060,8 +1015,6 @@ STACK_ROWS: Final = [
         say=dns_query(labels(EVIL), A).hex(),
     ),
     stack("p2-tcp", "DNS over TCP to a server of our choice.", "tcp", host="45.45.45.53", port=53),
-    stack("p2-dot", "DNS over TLS to a server of our choice.", "tcp", host="45.45.45.53", port=853),
-    stack("p2-doh", "DNS over HTTPS to a name that nothing lists.", "tcp", host="dns.google", port=443),
     stack(
         "p10-stack", "Another port of a listed name.", "tcp", host=STACK_NAME, port=22, answer={"said": "EHOSTUNREACH"}
     ),
@@ -1125,5 +1078,4 @@ STACK_NAMES: Final[Mapping[str, Script]] = {
     STACK_NAME: [SITE],
     "ap14.lab.example": [LAN],
     **EVIL_NAMES,
-    "dns.google": [OTHER_SITE],
 }
