@@ -61,10 +61,8 @@ def test_a_message_ends_with_a_full_stop_or_a_command(fix: Text, end: str) -> No
     [
         (["policy", "check", "NAME"], "stdout"),
         (["policy", "explain", "NAME"], "stdout"),
-        (["policy", "check", "NAME.x"], "stderr"),
         (["run", "--policy", "NAME.x", "-c", "true", "--toolchain", "shell"], "stderr"),
         (["run", "--diff", "NAME/x", "NAME"], "stderr"),
-        (["policy", "init", "--template", "cli", "--project", "NAME.x"], "stderr"),
         (["doctor", "NAME"], "stderr"),
     ],
 )

@@ -103,28 +103,20 @@ def test_files_over_the_limit_name_it_and_the_ways_around_it() -> None:
     ("words", "why"),
     [
         ({"program": "a\0b"}, "program contains a zero byte"),
-        ({"program": Bytes()}, "program is Bytes, not a path"),
         ({"files": {"a": 5}}, "files['a'] is int, not str or bytes"),
         ({"files": {5: b""}}, "files has the name 5"),
         ({"out": "a\0"}, "out contains a zero byte"),
-        ({"out": Bytes()}, "out is Bytes, not a path"),
-        ({"out": ""}, "out is empty"),
         ({"program": ""}, "program is empty"),
         ({"policy": 5}, "policy is int, not a path or a Policy"),
         ({"memory": "lots"}, "memory is 'lots', which is not a size"),
         ({"memory": 5}, "memory is 5, but must be at least 1M and at most 16G"),
-        ({"memory": True}, "memory is bool, not a size"),
-        ({"cpu_s": 0}, "cpu_s is 0, but must be above 0"),
         ({"timeout_s": 601}, "timeout_s is 601, but must be at least 0.001 and at most 600 seconds"),
         ({"procs": -1}, "procs is -1, but must be at least 0"),
         ({"fds": 1.5}, "fds is float, not int"),
         ({"build_timeout_s": 5000}, "build_timeout_s is 5000, but must be at least 0 and at most 3600 seconds"),
         ({"allow_hosts": "a.org:443"}, "allow_hosts is str, not a list of str"),
-        ({"read_roots": [5]}, "read_roots is not a list of str"),
-        ({"hide": b"x"}, "hide is bytes, not a list of str"),
         ({"changes": "maybe"}, "changes is 'maybe'"),
         ({"max_files_bytes": -1}, "max_files_bytes is -1, but must be at least 0"),
-        ({"max_output_bytes": -1}, "max_output_bytes is -1, but must be at least 0"),
         ({"read_only": True}, "read_only requires workdir"),
     ],
 )
@@ -184,7 +176,6 @@ def test_an_invalid_policy_object_is_refused(change: dict[str, Any]) -> None:
     ("name", "why"),
     [
         (5, "name is int, not a path or a Policy"),
-        (b"x", "name is bytes"),
         ("\0", "zero byte"),
     ],
 )
@@ -305,12 +296,6 @@ def test_a_wrong_host_is_named_by_its_keyword() -> None:
         run_program(source="", toolchain="python", allow_hosts=["a.org"])
 
 
-def test_files_are_texts_or_bytes() -> None:
-    """`files` takes bytes, and text, which becomes UTF-8."""
-    request = make_request(checked_options({"source": "", "files": {"a": "\u00e4", "b": b"\0"}}))
-    assert request.files == {"a": b"\xc3\xa4", "b": b"\0"}
-
-
 def asked(stack: contextlib.ExitStack, folder: Path, **words: Any) -> tuple[RunRequest, Program]:  # noqa: ANN401 - any option
     """The request of a call for the project in *folder*, after its manifest has been read."""
     cancel = stack.enter_context(contextlib.closing(Cancel()))
@@ -379,7 +364,6 @@ def test_importing_the_library_costs_only_what_is_on_the_list(tmp_path: Path) ->
     [
         ("X07_VM_BACKEND", "vz", "not supported.* Use X07_VM_BACKEND=qemu, or unset it[.]$"),
         ("X07_VM_BACKEND", "podman", "weaker isolation.* unset it, or set X07_I_ACCEPT_WEAKER_ISOLATION=1[.]$"),
-        ("X07_VM_BACKEND", "xen", "X07_VM_BACKEND"),
         (
             "X07_SANDBOX_BACKEND",
             "none",

@@ -70,11 +70,6 @@ def test_part_of_a_hello_is_no_verdict(end: int) -> None:
     assert read(hello(sni(b"a.example"))[:end]) is None
 
 
-def test_ech_is_seen() -> None:
-    """An encrypted ClientHello is reported, and the outer name is read."""
-    assert read(hello(sni(b"a.example"), extension(0xFE0D, bytes(8)))) == ClientHello(b"a.example")
-
-
 def test_a_hello_without_extensions_is_read() -> None:
     """A ClientHello without extensions has no name."""
     assert read(records(message(GOOD[: 34 + 1 + 4 + 2]))) == ClientHello(None)

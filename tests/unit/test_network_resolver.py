@@ -78,14 +78,6 @@ def test_any_bytes_are_an_answer_or_an_error(data: bytes) -> None:
     assert all(isinstance(address, IPv4Address | IPv6Address) for address in addresses)
 
 
-@pytest.mark.parametrize("name", ["no-such-name.invalid", "a.b.invalid"])
-def test_a_missing_name_is_not_found(name: str) -> None:
-    """A name that does not exist has no addresses."""
-    status, addresses = look_up(name)
-    assert status in {NO_NAME, FAILED}
-    assert addresses == []
-
-
 def test_each_address_is_returned_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each address is returned once, and only IPv6 addresses of ipv4only.arpa are asked for."""
     asked: list[tuple[object, ...]] = []

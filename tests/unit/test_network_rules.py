@@ -232,12 +232,6 @@ allow_special = ["198.18.0.5:80"]
     assert not decide(opened, parse_request("[fd00:ec2::254]:80")).allowed
 
 
-def test_a_policy_is_not_refused_for_special_addresses() -> None:
-    """A policy may list special addresses; only connections to them are denied."""
-    policy = policy_with(("127.0.0.1", (80,)), ("10.0.0.0/8", (80,)), ("localhost", (80,)), ("example.org", (80,)))
-    assert rule(policy, "example.org:80") == (True, "net.allow_hosts[3]")
-
-
 def test_all_malformed_hosts_are_reported() -> None:
     """All malformed hosts of a list are reported at once with their places."""
     hosts = (("*", (80,)), ("example.org", (80,)), ("*.org", (80,)), ("127.1", (80,)))

@@ -174,16 +174,11 @@ def test_disabled_fs_gives_no_roots() -> None:
     [
         ("/", "own /bin"),
         ("/usr/share/dict", "own /usr"),
-        ("/etc", "own /etc"),
-        ("/x07/in", "own /x07"),
         ("//x07/../x07", "own /x07"),
-        ("/tmp", "own /tmp"),  # noqa: S108 - the guest's own
-        ("/opt", "own /opt"),
         ("/opt/x07/a", "own /opt/x07"),
         ("..", "must stay below the folder where the program starts"),
         ("a/../../b", "must stay below the folder where the program starts"),
         (".git", "is hidden"),
-        ("a/.b/c", "is hidden"),
         ("/home/u/.config/x", "is hidden"),
     ],
 )
@@ -202,11 +197,6 @@ def test_other_roots_are_accepted(root: str) -> None:
     assert plan(fs__read_roots=[root]).refusals == ()
 
 
-def test_a_hidden_root_needs_deny_hidden_false() -> None:
-    """With fs.deny_hidden false a hidden root is accepted."""
-    assert plan(fs__read_roots=[".config"], fs__deny_hidden=False).refusals == ()
-
-
 def test_a_database_in_a_file_needs_no_server() -> None:
     """A database in a file needs no network."""
     made = plan(db={"enabled": True, "drivers": {"sqlite": True, "postgres": False, "mysql": False}})
@@ -214,34 +204,17 @@ def test_a_database_in_a_file_needs_no_server() -> None:
     assert states(made, "db.enabled", "db.drivers.sqlite") == {"advisory"}
 
 
-def test_no_network_holds_for_every_network_field() -> None:
-    """Without hosts, or with net.enabled false, every network field is enforced."""
-    names = ("net.enabled", "net.allow_dns", "net.allow_tcp", "net.allow_udp", "net.allow_hosts")
-    off = plan(net__enabled=False, net__allow_hosts=[{"host": "a", "ports": [1]}])
-    for made in (plan(), off):
-        assert states(made, *names) == {"enforced"}
-        assert made.refusals == ()
-
-
 @pytest.mark.parametrize(
     ("changes", "field", "state"),
     [
         ({"process__allow_spawn": False}, "process.allow_spawn", "enforced"),
-        ({"process__allow_spawn": False, "limits__procs": 0}, "process.allow_spawn", "enforced"),
         ({"threads__enabled": False}, "threads.enabled", "enforced"),
-        ({"threads__enabled": False, "limits__procs": 0}, "threads.enabled", "enforced"),
         ({"process__enabled": False}, "process.enabled", "enforced"),
         ({"process__enabled": False}, "process.allow_spawn", "enforced"),
-        ({"process__enabled": False}, "process.allow_exec", "enforced"),
         ({"process__allow_exec": False}, "process.allow_exec", "enforced"),
-        ({"process__allow_exec": False}, "process.enabled", "enforced"),
         ({"process__allow_exec_prefixes": ["/usr/"]}, "process.allow_exec_prefixes", "enforced"),
-        ({"process__allow_execs": ["/bin/true"]}, "process.allow_execs", "enforced"),
         ({"process__max_live": 8}, "process.max_live", "enforced"),
-        ({"process__max_live": 8, "limits__procs": 8}, "process.max_live", "enforced"),
         ({"process__kill_tree": False}, "process.kill_tree", "advisory"),
-        ({"process__kill_on_drop": False}, "process.kill_on_drop", "advisory"),
-        ({"env__deny_keys": ["SECRET"]}, "env.deny_keys", "enforced"),
         ({"env__deny_keys": ["PATH"]}, "env.deny_keys", "enforced"),
         ({"env__enabled": False, "env__allow_keys": ["HOME"]}, "env.enabled", "enforced"),
     ],
@@ -311,7 +284,6 @@ def test_unavailable_confinement_is_refused() -> None:
         ({"process__allow_exec_prefixes": ["/data/b"]}, ""),
         ({"process__allow_exec_prefixes": ["/data/b"], "fs__write_roots": ["/data"]}, "/data/b"),
         ({"process__allow_exec_prefixes": ["/data/b"], "fs__write_roots": ["/data"], "fs__enabled": False}, ""),
-        ({"process__allow_exec_prefixes": ["/data/../usr/"], "fs__write_roots": ["/data"]}, ""),
         (
             {"process__allow_exec_prefixes": [], "process__allow_execs": ["a/../tool"], "fs__write_roots": ["tool"]},
             "a/../tool",
@@ -329,7 +301,6 @@ def test_writable_executables_are_named(changes: dict[str, object], expected: st
     ("root", "path", "value"),
     [
         ("a/.git", "$.fs.deny_hidden", False),
-        ("/srv/.data", "$.fs.deny_hidden", False),
         ("/etc/.x", "$.fs.read_roots", []),
     ],
 )
@@ -375,7 +346,6 @@ def test_fewer_children_than_tasks_bound_all_tasks() -> None:
                 ("/tmp/x", "/home/x/deps/", "/usr/bin/", "/home/x/deps/x"),  # noqa: S108 - the guest's own
             ),
         ),
-        ({"process__allow_exec_prefixes": ["//"]}, (True, True, True, None, ())),
         ({"process__allow_exec_prefixes": ["/usr/.."]}, (True, True, True, None, ())),
     ],
 )

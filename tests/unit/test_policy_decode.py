@@ -140,19 +140,6 @@ def test_any_bytes_give_a_policy_or_a_policy_error(data: bytes) -> None:
         assert error.problems  # noqa: PT017 - either end is right
 
 
-@settings(deadline=None)
-@given(nearly_valid(), st.data())
-def test_any_cut_of_a_document_gives_a_policy_or_a_policy_error(value: object, data: st.DataObject) -> None:
-    """A truncated or joined document gives a policy or PolicyError."""
-    whole = encode(value)
-    cut = data.draw(st.integers(0, len(whole)))
-    for part in (whole[:cut], whole[cut:], whole[:cut] + b"\0" + whole[cut:]):
-        try:
-            decode_policy(part, source="p")
-        except PolicyError as error:
-            assert str(error).startswith("policy p is ")  # noqa: PT017 - either end is right
-
-
 @pytest.mark.parametrize(
     ("data", "message"),
     [

@@ -135,36 +135,6 @@ def test_variables_and_fields_match() -> None:
     }
 
 
-def test_the_default_environment_matches_the_policy() -> None:
-    """The environment under the default policy matches it."""
-    env = program_environment(default_policy())
-    assert env["X07_WORLD"] == "run-os-sandboxed"
-    assert env["X07_OS_SANDBOXED"] == "1"
-    assert env["X07_OS_FS"] == "1"
-    assert env["X07_OS_TIME_ALLOW_LOCAL_TZID"] == "0"
-    assert env["X07_OS_PROC_MAX_RUNTIME_MS"] == "60000"
-    assert env["X07_OS_PROC_ALLOW_EXEC_PREFIXES"] == "/"
-    assert env["X07_OS_NET_ALLOW_HOSTS"] == ""
-    assert env["X07_OS_DB"] == "0"
-    assert env["X07_OS_DB_NET_REQUIRE_TLS"] == "0"
-    assert len(env) == len(VARIABLES) + 2
-
-
-def test_lists_are_joined_as_x07_reads_them() -> None:
-    """Lists in variables are joined as X07 expects."""
-    made = json.loads(render_policy(TEMPLATES["postgres-client"]))
-    made["fs"]["read_roots"] = ["a", "b c"]
-    made["net"]["allow_hosts"] = [{"host": "a.example", "ports": [80, 443]}, {"host": "::1", "ports": [1]}]
-    made["db"]["net"] = {"allow_ports": [5432, 5433], "allow_dns": ["db.example", "db2.example"]}
-    env = program_environment(decode_policy(render_policy(made), source="p"))
-    assert env["X07_OS_FS_READ_ROOTS"] == "a;b c"
-    assert env["X07_OS_NET_ALLOW_HOSTS"] == "a.example:80,443;::1:1"
-    assert env["X07_OS_DB_NET_ALLOW_PORTS"] == "5432,5433"
-    assert env["X07_OS_DB_NET_ALLOW_DNS"] == "db.example;db2.example"
-    assert env["X07_OS_DB_NET_REQUIRE_TLS"] == "1"
-    assert env["X07_OS_DB_MAX_CONNECT_TIMEOUT_MS"] == "5000"
-
-
 def test_threads_are_allowed_when_their_section_is_absent() -> None:
     """Absent sections have X07's defaults: threads on, unsafe language features off."""
     made = json.loads(render_policy(default_policy()))

@@ -16,7 +16,6 @@ from x07_sandbox.options import BY_FLAG, OPTIONS, keyword, parse_size, size_text
 from x07_sandbox.policy.changes import LimitChanges, change_limits
 from x07_sandbox.policy.controls import run_limits
 from x07_sandbox.policy.decode import default_policy, render_policy
-from x07_sandbox.policy.templates import TEMPLATES
 from x07_sandbox.sessions.request import EffectivePolicy, ProjectPolicy, RunRequest, effective_policy_of, make_request
 
 if TYPE_CHECKING:
@@ -158,12 +157,6 @@ def test_a_flag_out_of_range_is_refused(words: tuple[str, str], capsys: pytest.C
     with pytest.raises(SystemExit):
         flags(*words)
     assert words[0] in capsys.readouterr().err
-
-
-def test_templates_can_be_raised_too() -> None:
-    """The limits of every template can be raised."""
-    for name in TEMPLATES:
-        assert effective_policy(f"built-in:{name}", **RAISED.given()).policy.limits.mem_bytes == GIB
 
 
 def test_the_size_of_files_follows_the_flag() -> None:

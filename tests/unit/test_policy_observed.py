@@ -59,9 +59,6 @@ def seccomp(call: str) -> Denied:
         ({"process.allow_exec": False}, seccomp("execve"), "process.allow_exec", ("$.process.allow_exec", True)),
         ({"process.enabled": False}, seccomp("execve"), "process.allow_exec", ("$.process.enabled", True)),
         ({}, seccomp("clone"), "system-calls", None),
-        ({}, seccomp("execveat"), "system-calls", None),
-        ({"process.allow_exec": False}, seccomp("execveat"), "process.allow_exec", ("$.process.allow_exec", True)),
-        ({}, seccomp("mount"), "system-calls", None),
         # programs
         (
             LISTED,
@@ -83,8 +80,6 @@ def seccomp(call: str) -> Denied:
         ),
         # on the list already: it is the file that cannot be executed
         (LISTED, kernel("execve", "/usr/bin/env", EACCES), "permissions", None),
-        (LISTED, kernel("openat", "/usr/bin/env", EACCES), "permissions", None),
-        ({"process.allow_exec_prefixes": ["/tmp/"]}, kernel("execve", "/tmp/a.txt", EACCES), "permissions", None),  # noqa: S108
         ({"process.allow_exec_prefixes": ["../x07/"]}, kernel("execve", "/opt/x07/a.txt", EACCES), "permissions", None),
         # on the list, but made by the program: an entry counts only for files that existed before
         (
@@ -92,12 +87,6 @@ def seccomp(call: str) -> Denied:
             kernel("execve", "/opt/x07/bin/made", EACCES),
             "process.allow_exec_prefixes",
             ("$.process.allow_exec_prefixes", ["/opt/x07/bin/", "/opt/x07/"]),
-        ),
-        (
-            {"process.allow_exec_prefixes": [], "process.allow_execs": ["made"]},
-            kernel("execve", "/opt/x07/made", EACCES),
-            "process.allow_exec_prefixes",
-            ("$.process.allow_exec_prefixes", ["/opt/x07/"]),
         ),
         (
             {"process.allow_exec_prefixes": [], "process.allow_execs": ["/data/out/made"]},
@@ -120,35 +109,19 @@ def seccomp(call: str) -> Denied:
         ),
         # of a folder that is not known
         (LISTED, kernel("execve", ".../tool", EACCES), "permissions", None),
-        ({"fs.deny_hidden": False}, kernel("mkdirat", ".../", EROFS, write=True), "permissions", None),
         ({"fs.deny_hidden": False}, kernel("creat", "a/b", EROFS, write=True), "permissions", None),
-        ({}, kernel("bind", "", EACCES, write=True), "permissions", None),
         # no policy could say it
         ({}, kernel("mkdir", "/srv/a;b/", EROFS, write=True), "fs.write_roots", None),
         ({"process.allow_exec_prefixes": []}, kernel("execve", "/usr/bin/a;b", EACCES), "process.allow_execs", None),
         ({}, kernel("execve", "/opt/x07/a.txt", EACCES), "permissions", None),
-        ({}, kernel("openat", "/usr/bin/secret", EACCES), "permissions", None),
         # files
         ({"limits.fds": 256}, kernel("openat", "", EMFILE), "limits.fds", ("$.limits.fds", 512)),
         ({"limits.fds": 256}, kernel("prlimit64", "nofile", EPERM), "limits.fds", ("$.limits.fds", 512)),
         ({}, kernel("setrlimit", "core", EPERM, write=True), "limits.core_dumps", ("$.limits.core_dumps", True)),
-        ({"limits.core_dumps": True}, kernel("setrlimit", "core", EPERM, write=True), "limits.core_dumps", None),
-        ({}, kernel("prlimit64", "", EPERM, write=True), "permissions", None),
         ({}, kernel("openat", "/etc/", EROFS, write=True), "permissions", None),
         # no root can be made of these, but of a new folder in them
         ({}, kernel("mkdir", "/", EROFS, write=True), "fs.write_roots", (None, None)),
-        ({"fs.enabled": False}, kernel("mkdir", "/opt/", EROFS, write=True), "fs.write_roots", ("$.fs.enabled", True)),
-        ({}, kernel("openat", "/", EROFS, write=True), "permissions", None),
-        ({}, kernel("mkdir", "/etc/", EROFS, write=True), "permissions", None),
-        ({}, kernel("openat", "/root/x", EACCES), "permissions", None),
-        ({}, kernel("unlink", "/tmp/x", EPERM, write=True), "permissions", None),  # noqa: S108 - as above
         ({}, kernel("openat", "/x07/out/", EROFS, write=True), "fs.write_roots", (None, None)),
-        (
-            {"fs.enabled": False},
-            kernel("openat", "/x07/out/", EROFS, write=True),
-            "fs.write_roots",
-            ("$.fs.enabled", True),
-        ),
         (
             {"fs.enabled": True},
             kernel("openat", "/srv/", EROFS, write=True),
@@ -168,7 +141,6 @@ def seccomp(call: str) -> Denied:
             "fs.write_roots",
             ("$.fs.write_roots", ["in"]),
         ),
-        ({"fs.enabled": True}, kernel("openat", "/data/out/locked", EACCES, write=True), "permissions", None),
         # the folders around a relative root belong to it
         (
             {"fs.write_roots": ["rr/one.txt"]},
@@ -181,9 +153,7 @@ def seccomp(call: str) -> Denied:
         # a root stays where it is, but for one around it
         ({}, kernel("rename", "/opt/x07/in", EBUSY, write=True), "fs.write_roots", ("$.fs.write_roots", ["."])),
         ({}, kernel("rmdir", "/data/out", EBUSY, write=True), "fs.write_roots", ("$.fs.write_roots", ["/data"])),
-        ({}, kernel("unlinkat", "/opt/x07/in", EACCES, write=True), "fs.write_roots", ("$.fs.write_roots", ["."])),
         ({}, kernel("rename", "/data", EBUSY, write=True), "fs.write_roots", None),
-        ({}, kernel("rmdir", "/x07/out", EBUSY, write=True), "fs.write_roots", None),
         ({}, kernel("rmdir", "/tmp", EBUSY, write=True), "fs.write_roots", None),  # noqa: S108 - the guest's
     ],
 )
@@ -297,13 +267,6 @@ def test_equal_denials_are_merged() -> None:
     assert (denial.subject, denial.count) == ("a new process", 4)
 
 
-def test_flags_name_folders_as_the_user_did() -> None:
-    """Suggested flags name folders as the user did."""
-    (denial,) = denials([kernel("openat", "/opt/x07/in/", EROFS, write=True)], policy({}), AREAS, START)
-    assert denial.how_to_allow is not None
-    assert denial.how_to_allow.flag == "--allow-write-root in"
-
-
 def test_a_mount_inside_a_write_root_is_not_advised_as_a_root_again() -> None:
     """Replacing a mount inside a write root names the field and advises nothing."""
     areas = (GuestMount(given=".", at=START, write=True), GuestMount(given="k", at=f"{START}/k", write=True))
@@ -320,22 +283,6 @@ def test_project_folders_are_named_relatively() -> None:
         assert denial.how_to_allow is not None
         assert denial.how_to_allow.value == [given]
         assert denial.how_to_allow.flag == f"--allow-write-root {shlex.quote(given)}"
-
-
-@pytest.mark.parametrize(
-    ("outcome", "path", "value"),
-    [
-        ("timeout", "$.limits.wall_ms", 120_000),
-        ("cpu-limit", "$.limits.cpu_ms", 120_000),
-        ("oom", "$.limits.mem_bytes", 2 * 512 * 1024**2),
-    ],
-)
-def test_a_reached_limit_is_a_denial(outcome: str, path: str, value: int) -> None:
-    """A limit that ended the program is a denial with twice the value."""
-    denial = limit_hit(outcome, policy({}))
-    assert denial is not None
-    assert denial.how_to_allow == HowToAllow(json_path=path, value=value)
-    assert limit_hit("failed", policy({})) is None
 
 
 @pytest.mark.parametrize(
@@ -368,12 +315,14 @@ def test_a_limiting_flag_is_suggested(
         ("oom", "--memory 1G", "$.limits.mem_bytes", 1 << 30),
     ],
 )
-def test_the_flag_that_raises_a_limit_is_named(outcome: str, flag: str, path: str, value: int) -> None:
-    """With a built-in policy the advice names the flag and the policy field."""
-    reach = flag_reach(None, policy({}).limits, may_raise=True)
-    denial = limit_hit(outcome, policy({}), reach)
-    assert denial is not None
-    assert denial.how_to_allow == HowToAllow(json_path=path, value=value, flag=flag)
+def test_a_reached_limit_is_a_denial(outcome: str, flag: str, path: str, value: int) -> None:
+    """A limit that ended the program is a denial with twice the value, and with a built-in policy names the flag."""
+    limits = policy({}).limits
+    with_flag = limit_hit(outcome, policy({}), flag_reach(None, limits, may_raise=True))
+    for denial, named in ((with_flag, flag), (limit_hit(outcome, policy({})), None)):
+        assert denial is not None
+        assert denial.how_to_allow == HowToAllow(json_path=path, value=value, flag=named)
+    assert limit_hit("failed", policy({})) is None
 
 
 def test_more_processes_and_open_files_have_flags_too() -> None:
@@ -405,26 +354,15 @@ def test_a_maximal_limit_gets_no_advice() -> None:
     ("text", "subject", "flag"),
     [
         ("FileNotFoundError: [Errno 2] No such file or directory: '/srv/a b.csv'", "/srv/a b.csv", "/srv/a b.csv"),
-        ("cat: /srv/x: No such file or directory\n", "/srv/x", "/srv/x"),
         ("sort: cannot read: '/srv/x': No such file or directory\n", "/srv/x", "/srv/x"),
-        ("head: cannot open '/srv/x' for reading: No such file or directory\n", "/srv/x", "/srv/x"),
         ("cat: '/srv/my dir/f.txt': No such file or directory\n", "/srv/my dir/f.txt", "'/srv/my dir/f.txt'"),
         ('cat: "/srv/it\'s": No such file or directory\n', "/srv/it's", "/srv/it"),
-        ("fgrep: /srv/my dir/f.txt: No such file or directory\n", "/srv/my dir/f.txt", "'/srv/my dir/f.txt'"),
         ("/srv/my dir/f.txt: No such file or directory\n", "/srv/my dir/f.txt", "'/srv/my dir/f.txt'"),
-        ("what():  filesystem error: cannot open: No such file or directory [/srv/x]\n", "/srv/x", "/srv/x"),
         ("what():  filesystem error: cannot open: No such file or directory [in/x]\n", "in/x", "in/x"),
-        ("tool: cannot open /srv/x: No such file or directory\n", "/srv/x", "/srv/x"),
         ("open /srv/x: no such file or directory\n", "/srv/x", "/srv/x"),
         ("/x07/in/program/it.sh: line 3: jq: command not found\n", "the program jq", "--include jq"),
         ("/x07/in/program/it.sh: 3: tool: not found\n", "the program tool", "--include PACKAGE"),
-        ('FileNotFoundError: [Errno 2] No such file or directory: "/srv/it\'s"', "/srv/it's", "/srv/it"),
         ("FileNotFoundError: [Errno 2] No such file or directory: 'a.csv'", "./a.csv", "./a.csv"),
-        (
-            "ModuleNotFoundError: No module named 'some_thing.more'\n",
-            "the Python module some_thing",
-            "--pip PACKAGE",
-        ),
     ],
 )
 def test_a_missing_path_gives_a_hint(text: str, subject: str, flag: str) -> None:
@@ -472,7 +410,6 @@ KeyError: b'{}'
 """,
         "/x07/in/program/it.sh: line 2: {}: unbound variable\n",
         "/x07/in/program/it.sh: 2: {}: parameter not set\n",
-        "it.sh: line 3: {}: parameter null or not set\n",
         "it.sh: 3: {}: parameter not set or null\n",
     ],
 )

@@ -168,12 +168,6 @@ def test_only_names_need_name_resolution(host: str, dns: object) -> None:
     assert len(hosts_of(derived)) == 1
 
 
-def test_a_deny_switches_nothing_on() -> None:
-    """Denying hosts enables nothing."""
-    base = with_hosts(("a.example", (1,)), ("b.example", (2,)), allow_dns=False)
-    assert derive(base, deny_host=("a.example:*",)).policy.net.allow_dns is False
-
-
 def test_roots_are_added_once() -> None:
     """Roots are trimmed and added once."""
     derived = derive(TEMPLATES["cli"], allow_read_root=(" data ", ".", "data"), allow_write_root=("out", "tmp"))
@@ -187,19 +181,13 @@ def test_roots_are_added_once() -> None:
     [
         *(
             "",
-            " ",
             "example.org",
             ":443",
-            "example.org:",
-            "[]:1",
             "a:0",
             "[::1",
             "[2001:db8::1:80",
-            "2001:db8::1]:80",
             "a:65536",
             "a:1,,2",
-            "a:+1",
-            "a:1-2",
             "a:\u0661",
         ),
         *("a b:1", "a;b:1", "a\0:1", "\udcff:1", "x" * 256 + ":1", "https://example.org:443", "*.example.org:443"),
@@ -311,14 +299,6 @@ def test_any_text_is_a_host_or_wrong_usage(spec: str) -> None:
         derive(None, {"f": spec.encode()}, allow_host_file=("f",))
     except UsageError as error:
         assert error.fix  # noqa: PT017 - as above
-
-
-@given(HOSTS, HOSTS)
-def test_overlapping_hosts_are_recognized(mine: str, theirs: str) -> None:
-    """Overlapping hosts are recognized from both sides."""
-    one, other = meaning(mine), meaning(theirs)
-    assert covers(one, one) == "whole"
-    assert (covers(one, other) == "none") == (covers(other, one) == "none")
 
 
 @pytest.mark.parametrize("host", ["1", "10.0.0.9-10.0.0.1", "10.0.0.1-::1", "a-b.example", "a/8", "10.0.0.0/33", "[a]"])
