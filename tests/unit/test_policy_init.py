@@ -1,4 +1,4 @@
-"""`x07 policy init`: where the policy goes, what is reported, and what is never overwritten."""
+"""`x07 policy init` and `new`: where the policy goes, what is reported, and what is never overwritten."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from tests.command import Done, x07
 from tests.unit.policy_command import policy
-from x07_sandbox.policy.decode import render_policy
+from x07_sandbox.policy.decode import decode_policy, render_policy
 from x07_sandbox.policy.templates import TEMPLATES
 
 if TYPE_CHECKING:
@@ -172,3 +172,30 @@ def test_a_planted_link_does_not_lead_out_of_the_project(tmp_path: Path, planted
     code, _, err = init(project, "--force", *words)
     assert (code, list(outside.iterdir())) == (2, [])
     assert "is a link or not a folder" in err
+
+
+@pytest.mark.parametrize("template", ["cli", "worker"])
+def test_a_closed_template_accepts_hosts_and_roots(tmp_path: Path, template: str) -> None:
+    """Named hosts and roots are usable even if the template has none."""
+    code, out, _ = policy(tmp_path, "new", "--template", template, "--allow-host", "example.org:443", "--read", ".")
+    found = json.loads(out)
+    assert (code, decode_policy(out.encode(), source="printed").policy_id) == (0, f"custom.{template}")
+    assert found["fs"]["enabled"]
+    assert found["net"]["enabled"]
+    assert found["net"]["allow_tcp"]
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (("--memory", "99G"), "must be at least 1M and at most 16G"),
+        (("--allow-host", "example.org"), "the port is missing"),
+        (("--id", "a b"), "an id has 1 to 64 letters"),
+        (("--build-timeout", "9"), "unrecognized arguments: --build-timeout"),
+    ],
+)
+def test_invalid_values_of_new_are_refused(tmp_path: Path, words: tuple[str, ...], why: str) -> None:
+    """Invalid values end with exit code 2 and print no policy."""
+    code, out, err = policy(tmp_path, "new", *words)
+    assert (code, out) == (2, "")
+    assert why in err

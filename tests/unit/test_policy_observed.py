@@ -360,8 +360,6 @@ def test_a_maximal_limit_gets_no_advice() -> None:
         ("/srv/my dir/f.txt: No such file or directory\n", "/srv/my dir/f.txt", "'/srv/my dir/f.txt'"),
         ("what():  filesystem error: cannot open: No such file or directory [in/x]\n", "in/x", "in/x"),
         ("open /srv/x: no such file or directory\n", "/srv/x", "/srv/x"),
-        ("/x07/in/program/it.sh: line 3: jq: command not found\n", "the program jq", "--include jq"),
-        ("/x07/in/program/it.sh: 3: tool: not found\n", "the program tool", "--include PACKAGE"),
         ("FileNotFoundError: [Errno 2] No such file or directory: 'a.csv'", "./a.csv", "./a.csv"),
     ],
 )
