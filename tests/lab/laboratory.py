@@ -52,6 +52,18 @@ for file in resolv.conf hosts nsswitch.conf; do
 done
 exec nsenter --net="/run/netns/$0" -- "$@"
 """
+_FILE_SERVER: Final = """
+import functools, http.server, ssl, sys
+folder, address, port, *certificate = sys.argv[1:]
+handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
+server = http.server.ThreadingHTTPServer((address, int(port)), handler)
+if certificate:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*certificate)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+print("ready", flush=True)
+server.serve_forever()
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -234,6 +246,31 @@ class Laboratory:
         """Restore exactly the names of DEFAULT_NAMES, with fresh scripts."""
         self._entries.clear()
         self.names(DEFAULT_NAMES)
+
+    @contextlib.contextmanager
+    def serving(self, folder: Path, port: int, *, tls: bool = False) -> Iterator[None]:
+        """Serve the files of a folder at SITE by HTTP. tls: with the laboratory's certificate."""
+        certificate = [str(self.folder / "server.pem")] if tls else []
+        argv = [
+            "ip",
+            "netns",
+            "exec",
+            self.inet,
+            sys.executable,
+            "-I",
+            "-c",
+            _FILE_SERVER,
+            str(folder),
+            SITE,
+            str(port),
+        ]
+        with subprocess.Popen([*argv, *certificate], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as server:
+            try:
+                assert server.stdout is not None
+                assert server.stdout.readline() == b"ready\n"
+                yield
+            finally:
+                server.kill()
 
     # ------------------------------------------------------------------------------------------------------ its parts
 

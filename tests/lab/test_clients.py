@@ -7,13 +7,13 @@ import shutil
 import subprocess
 import sys
 import time
-import zipfile
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
 from tests.conftest import FULL, need
 from tests.lab.laboratory import SITE
+from tests.lab.test_packages_as_root import make_wheel
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,17 +26,6 @@ pytestmark = [pytest.mark.vm, pytest.mark.timeout(300)]
 WEB: Final = "web.lab.example"
 FILES: Final = "files.lab.example:9444"
 REDIS: Final = "redis.lab.example"
-SERVER: Final = """
-import functools, http.server, ssl, sys
-folder, certificate, address = sys.argv[1:]
-handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
-server = http.server.ThreadingHTTPServer((address, 9444), handler)
-context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-context.load_cert_chain(certificate)
-server.socket = context.wrap_socket(server.socket, server_side=True)
-print("ready", flush=True)
-server.serve_forever()
-"""
 NODE: Final = f"""
 require("https").get("https://{WEB}/", answer => answer.pipe(process.stdout))
 """
@@ -48,42 +37,21 @@ def far_end(lab: Laboratory, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     redis = shutil.which("redis-check-rdb")
     need(redis, "redis-tools", installable=True)  # which holds the server, under another name
     site = tmp_path_factory.mktemp("site")
-    _make_package(site / "simple/tiny")
+    make_wheel(site / "simple/tiny", "tiny", "print('tiny was installed')\n")
     _make_repository(site / "work", site / "repo.git")
     lab.names({name: [SITE] for name in ("files.lab.example", REDIS)})
-    inside = ["ip", "netns", "exec", lab.inet]
-    serve = [sys.executable, "-c", SERVER, str(site), str(lab.folder / "server.pem"), SITE]
+    inside = ["ip", "netns", "exec", lab.inet, "bash", "-c", 'exec -a redis-server "$0" "$@"', str(redis)]
     options = ["--bind", SITE, "--port", "6379", "--save", "", "--protected-mode", "no", "--daemonize", "no"]
-    servers = [
-        subprocess.Popen([*inside, *serve], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=site),
-        subprocess.Popen(
-            [*inside, "bash", "-c", 'exec -a redis-server "$0" "$@"', str(redis), *options],
-            stdout=subprocess.DEVNULL,
-            cwd=site,
-        ),
-    ]
-    try:
-        assert servers[0].stdout is not None
-        assert servers[0].stdout.readline() == b"ready\n"
-        _wait_for_redis(lab)
-        yield
-    finally:
-        for server in servers:
+    with (
+        lab.serving(site, 9444, tls=True),
+        subprocess.Popen([*inside, *options], stdout=subprocess.DEVNULL, cwd=site) as server,
+    ):
+        try:
+            _wait_for_redis(lab)
+            yield
+        finally:
             server.kill()
-            server.communicate()
-        lab.reset_names()
-
-
-def _make_package(folder: Path) -> None:
-    """Make a wheel that pip finds in a listing."""
-    folder.mkdir(parents=True)
-    info = "tiny-1.0.dist-info"
-    wheel = "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-    with zipfile.ZipFile(folder / "tiny-1.0-py3-none-any.whl", "w") as archive:
-        archive.writestr("tiny.py", "print('tiny was installed')\n")
-        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny\nVersion: 1.0\n")
-        archive.writestr(f"{info}/WHEEL", wheel)
-        archive.writestr(f"{info}/RECORD", f"tiny.py,,\n{info}/METADATA,,\n{info}/WHEEL,,\n{info}/RECORD,,\n")
+            lab.reset_names()
 
 
 def _make_repository(work: Path, bare: Path) -> None:

@@ -6,7 +6,6 @@ import hashlib
 import json
 import shutil
 import subprocess
-import sys
 import zipfile
 from typing import TYPE_CHECKING, Any, Final
 
@@ -26,14 +25,6 @@ pytestmark = [pytest.mark.vm, pytest.mark.timeout(600)]
 IMAGE_PACKAGES: Final = ("adduser", "apt", "passwd", "python3-pip")
 APT: Final = ("apt.lab.example", 8081)
 INDEX: Final = ("index.lab.example", 8082)
-SERVER: Final = """
-import functools, http.server, sys
-folder, address, port = sys.argv[1:]
-handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
-server = http.server.ThreadingHTTPServer((address, int(port)), handler)
-print("ready", flush=True)
-server.serve_forever()
-"""
 # Run in the laboratory: opens a sandbox, runs each script in it, and prints their outputs and the connections.
 DRIVER: Final = """
 import json, sys
@@ -113,23 +104,9 @@ def mirrors(lab: Laboratory, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     make_repository(str(dpkg_deb), site / "apt", site / "build")
     make_index(site / "index")
     lab.names({APT[0]: [SITE], INDEX[0]: [SITE]})
-    inside = ["ip", "netns", "exec", lab.inet, sys.executable, "-I", "-c", SERVER]
-    servers = [
-        subprocess.Popen(
-            [*inside, str(site / folder), SITE, str(port)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-        )
-        for folder, port in (("apt", APT[1]), ("index", INDEX[1]))
-    ]
-    try:
-        for server in servers:
-            assert server.stdout is not None
-            assert server.stdout.readline() == b"ready\n"
+    with lab.serving(site / "apt", APT[1]), lab.serving(site / "index", INDEX[1]):
         yield
-    finally:
-        for server in servers:
-            server.kill()
-            server.communicate()
-        lab.reset_names()
+    lab.reset_names()
 
 
 def make_repository(dpkg_deb: str, folder: Path, build: Path) -> None:
@@ -164,23 +141,34 @@ def _size_and_hash(file: Path) -> str:
     return f"Size: {file.stat().st_size}\nSHA256: {hashlib.sha256(file.read_bytes()).hexdigest()}\n"
 
 
+def make_wheel(folder: Path, name: str, source: str, entry_points: str = "") -> Path:
+    """Make a wheel of one module, which pip installs."""
+    module = name.replace("-", "_")
+    info, wheel = f"{module}-1.0.dist-info", folder / f"{module}-1.0-py3-none-any.whl"
+    contents = {
+        f"{module}.py": source,
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{info}/entry_points.txt": entry_points,
+    }
+    folder.mkdir(parents=True)
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for file, text in contents.items():
+            archive.writestr(file, text)
+        archive.writestr(f"{info}/RECORD", "".join(f"{file},,\n" for file in (*contents, f"{info}/RECORD")))
+    return wheel
+
+
 def make_index(folder: Path) -> None:
     """Make an index (PEP 503) of one wheel that has a command."""
-    place = folder / "simple/tiny-of-lab"
-    place.mkdir(parents=True)
-    info, wheel = "tiny_of_lab-1.0.dist-info", "tiny_of_lab-1.0-py3-none-any.whl"
-    contents = {
-        "tiny_of_lab.py": "def main():\n    print('hello from a wheel')\n",
-        f"{info}/METADATA": "Metadata-Version: 2.1\nName: tiny-of-lab\nVersion: 1.0\n",
-        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
-        f"{info}/entry_points.txt": "[console_scripts]\ntiny-of-lab = tiny_of_lab:main\n",
-    }
-    with zipfile.ZipFile(place / wheel, "w") as archive:
-        for name, text in contents.items():
-            archive.writestr(name, text)
-        archive.writestr(f"{info}/RECORD", "".join(f"{name},,\n" for name in (*contents, f"{info}/RECORD")))
-    digest = hashlib.sha256((place / wheel).read_bytes()).hexdigest()
-    (place / "index.html").write_text(f'<a href="{wheel}#sha256={digest}">{wheel}</a>\n', encoding="ascii")
+    source, command = (
+        "def main():\n    print('hello from a wheel')\n",
+        "[console_scripts]\ntiny-of-lab = tiny_of_lab:main\n",
+    )
+    wheel = make_wheel(folder / "simple/tiny-of-lab", "tiny-of-lab", source, command)
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    link = f'<a href="{wheel.name}#sha256={digest}">{wheel.name}</a>\n'
+    wheel.with_name("index.html").write_text(link, encoding="ascii")
 
 
 def run_as_root(lab: Laboratory, image: str, *scripts: str) -> tuple[list[tuple[int, str]], dict[str, Any]]:

@@ -146,13 +146,6 @@ def test_an_ordinary_user_reaches_listed_hosts(run: Run, ordinary: Account, flag
     assert rows(result, "allowed") == [("web.lab.example", 80, "net.allow_hosts[0]")]
 
 
-def test_none_refuses_a_list_of_hosts(run: Run) -> None:
-    """`none` refuses a list of hosts, because it cannot enforce it."""
-    result = run("pass\n", "--sandbox-backend", "none", "--i-accept-weaker-isolation", "--allow-host", "a.example:1")
-    assert (result["outcome"], result["net"]) == ("refused", None)
-    assert "net.allow_hosts" in result["reason"]
-
-
 def test_a_run_without_hosts_has_no_gate(run: Run) -> None:
     """A run without a list of hosts has no gate, no relay, no log, and no connections in its result."""
     result = run("import socket\nsocket.create_connection(('192.0.2.1', 1))\n")
@@ -220,13 +213,6 @@ for port in (9000, 9002):
     assert result["stdout"]["text"] in {f"b'one'\nb'two'\n{error}\n" for error in ("PermissionError", "OSError")}
     assert rows(result, "allowed") == [("raw.lab.example", 9000, "net.allow_hosts[0]")]
     assert rows(result, "denied") == [("raw.lab.example", 9002, "net.allow_hosts[0].ports")]
-
-
-def test_names_below_a_wildcard_are_reached(run: Run) -> None:
-    """`*.wild.lab.example` allows names below it, at any depth, but not the name itself."""
-    ends = ("a.wild.lab.example", 80), ("b.a.wild.lab.example", 80), ("wild.lab.example", 80)
-    said, _ = run.connect(*ends, allow_hosts=hosts(("*.wild.lab.example", 80)))
-    assert list(said.values()) == ["hello", "hello", "Name or service not known"]
 
 
 @pytest.mark.parametrize("opened", [False, True])
