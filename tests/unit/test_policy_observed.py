@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Mapping
+from typing import Any, Final, NamedTuple
 
 import msgspec
 import pytest
@@ -16,9 +17,6 @@ from x07_sandbox.policy.hints import Adding, LocalModules, hints
 from x07_sandbox.policy.model import Policy
 from x07_sandbox.policy.observed import denials, limit_hit, more_tasks, too_much_output
 from x07_sandbox.policy.templates import TEMPLATES
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 EACCES, EPERM, EROFS, EMFILE, EBUSY = 13, 1, 30, 24, 16
 START: Final = "/opt/x07"
@@ -49,124 +47,113 @@ def seccomp(call: str) -> Denied:
     return Denied(1, "seccomp", call, EPERM, "", write=False, times=2)
 
 
-@pytest.mark.parametrize(
-    ("changes", "denied", "field", "how"),
-    [
-        # filters
-        ({"threads.enabled": False}, seccomp("clone"), "threads.enabled", ("$.threads.enabled", True)),
-        ({"process.allow_spawn": False}, seccomp("clone"), "process.allow_spawn", ("$.process.allow_spawn", True)),
-        ({"process.enabled": False}, seccomp("vfork"), "process.allow_spawn", ("$.process.enabled", True)),
-        ({"process.allow_exec": False}, seccomp("execve"), "process.allow_exec", ("$.process.allow_exec", True)),
-        ({"process.enabled": False}, seccomp("execve"), "process.allow_exec", ("$.process.enabled", True)),
-        ({}, seccomp("clone"), "system-calls", None),
-        # programs
-        (
-            LISTED,
-            kernel("execve", "/usr/bin/true", EACCES),
-            "process.allow_execs",
-            ("$.process.allow_execs", ["/usr/bin/env", "/usr/bin/true"]),
-        ),
-        (
-            LISTED,
-            kernel("openat", "/usr/bin/true", EACCES),
-            "process.allow_execs",
-            ("$.process.allow_execs", ["/usr/bin/env", "/usr/bin/true"]),
-        ),
-        (
-            LISTED,
-            kernel("execve", "/tmp/a/made", EACCES),  # noqa: S108 - the guest's
-            "process.allow_exec_prefixes",
-            ("$.process.allow_exec_prefixes", ["/tmp/"]),  # noqa: S108 - as above
-        ),
-        # on the list already: it is the file that cannot be executed
-        (LISTED, kernel("execve", "/usr/bin/env", EACCES), "permissions", None),
-        ({"process.allow_exec_prefixes": ["../x07/"]}, kernel("execve", "/opt/x07/a.txt", EACCES), "permissions", None),
-        # on the list, but made by the program: an entry counts only for files that existed before
-        (
-            {"process.allow_exec_prefixes": ["/opt/x07/bin/"]},
-            kernel("execve", "/opt/x07/bin/made", EACCES),
-            "process.allow_exec_prefixes",
-            ("$.process.allow_exec_prefixes", ["/opt/x07/bin/", "/opt/x07/"]),
-        ),
-        (
-            {"process.allow_exec_prefixes": [], "process.allow_execs": ["/data/out/made"]},
-            kernel("execve", "/data/out/made", EACCES),
-            "process.allow_exec_prefixes",
-            ("$.process.allow_exec_prefixes", ["/data/out/"]),
-        ),
-        # in a read root nothing can be made
-        (
-            {"process.allow_exec_prefixes": [], "process.allow_execs": ["in/tool"]},
-            kernel("execve", "/opt/x07/in/tool", EACCES),
-            "permissions",
-            None,
-        ),
-        (
-            LISTED,
-            kernel("execve", "/opt/x07/in/tool", EACCES),
-            "process.allow_execs",
-            ("$.process.allow_execs", ["/usr/bin/env", "/opt/x07/in/tool"]),
-        ),
-        # of a folder that is not known
-        (LISTED, kernel("execve", ".../tool", EACCES), "permissions", None),
-        ({"fs.deny_hidden": False}, kernel("creat", "a/b", EROFS, write=True), "permissions", None),
-        # no policy could say it
-        ({}, kernel("mkdir", "/srv/a;b/", EROFS, write=True), "fs.write_roots", None),
-        ({"process.allow_exec_prefixes": []}, kernel("execve", "/usr/bin/a;b", EACCES), "process.allow_execs", None),
-        ({}, kernel("execve", "/opt/x07/a.txt", EACCES), "permissions", None),
-        # files
-        ({"limits.fds": 256}, kernel("openat", "", EMFILE), "limits.fds", ("$.limits.fds", 512)),
-        ({"limits.fds": 256}, kernel("prlimit64", "nofile", EPERM), "limits.fds", ("$.limits.fds", 512)),
-        ({}, kernel("setrlimit", "core", EPERM, write=True), "limits.core_dumps", ("$.limits.core_dumps", True)),
-        ({}, kernel("openat", "/etc/", EROFS, write=True), "permissions", None),
-        # no root can be made of these, but of a new folder in them
-        ({}, kernel("mkdir", "/", EROFS, write=True), "fs.write_roots", (None, None)),
-        ({}, kernel("openat", "/x07/out/", EROFS, write=True), "fs.write_roots", (None, None)),
-        (
-            {"fs.enabled": True},
-            kernel("openat", "/srv/", EROFS, write=True),
-            "fs.write_roots",
-            ("$.fs.write_roots", ["/srv"]),
-        ),
-        ({"fs.enabled": False}, kernel("mkdir", "/srv/", EROFS, write=True), "fs.write_roots", ("$.fs.enabled", True)),
-        (
-            {"fs.enabled": True},
-            kernel("openat", "/data/a/b", EROFS, write=True),
-            "fs.write_roots",
-            ("$.fs.write_roots", ["/data"]),
-        ),
-        (
-            {"fs.enabled": True},
-            kernel("openat", "/opt/x07/in/", EROFS, write=True),
-            "fs.write_roots",
-            ("$.fs.write_roots", ["in"]),
-        ),
-        # the folders around a relative root belong to it
-        (
-            {"fs.write_roots": ["rr/one.txt"]},
-            kernel("openat", "/opt/x07/rr/", EACCES, write=True),
-            "fs.write_roots",
-            ("$.fs.write_roots", ["rr/one.txt", "rr"]),
-        ),
-        ({}, kernel("mkdir", "/opt/x07/rr/a/", EROFS, write=True), "fs.write_roots", ("$.fs.write_roots", ["rr/a"])),
-        ({"fs.deny_hidden": True}, kernel("mkdir", "/opt/x07/.rr/", EACCES, write=True), "permissions", None),
-        # a root stays where it is, but for one around it
-        ({}, kernel("rename", "/opt/x07/in", EBUSY, write=True), "fs.write_roots", ("$.fs.write_roots", ["."])),
-        ({}, kernel("rmdir", "/data/out", EBUSY, write=True), "fs.write_roots", ("$.fs.write_roots", ["/data"])),
-        ({}, kernel("rename", "/data", EBUSY, write=True), "fs.write_roots", None),
-        ({}, kernel("rmdir", "/tmp", EBUSY, write=True), "fs.write_roots", None),  # noqa: S108 - the guest's
-    ],
-)
-def test_a_refusal_names_the_field_and_what_would_allow_it(
-    changes: dict[str, object], denied: Denied, field: str, how: tuple[str | None, object] | None
-) -> None:
+NO_ADVICE: Final = object()
+
+
+class Case(NamedTuple):
+    """A denial, its field, and the value that would allow it. path: of the value, if it is not the field."""
+
+    changes: Mapping[str, object]
+    denied: Denied
+    field: str
+    value: object = NO_ADVICE
+    path: str | None = ""
+
+
+CASES: Final = [
+    # filters
+    Case({"threads.enabled": False}, seccomp("clone"), "threads.enabled", value=True),
+    Case({"process.allow_spawn": False}, seccomp("clone"), "process.allow_spawn", value=True),
+    Case({"process.enabled": False}, seccomp("vfork"), "process.allow_spawn", value=True, path="$.process.enabled"),
+    Case({"process.allow_exec": False}, seccomp("execve"), "process.allow_exec", value=True),
+    Case({"process.enabled": False}, seccomp("execve"), "process.allow_exec", value=True, path="$.process.enabled"),
+    Case({}, seccomp("clone"), "system-calls"),
+    # programs
+    Case(LISTED, kernel("execve", "/usr/bin/true", EACCES), "process.allow_execs", ["/usr/bin/env", "/usr/bin/true"]),
+    Case(LISTED, kernel("openat", "/usr/bin/true", EACCES), "process.allow_execs", ["/usr/bin/env", "/usr/bin/true"]),
+    Case(LISTED, kernel("execve", "/tmp/a/made", EACCES), "process.allow_exec_prefixes", ["/tmp/"]),  # noqa: S108
+    # on the list already: it is the file that cannot be executed
+    Case(LISTED, kernel("execve", "/usr/bin/env", EACCES), "permissions"),
+    Case({"process.allow_exec_prefixes": ["../x07/"]}, kernel("execve", "/opt/x07/a.txt", EACCES), "permissions"),
+    # on the list, but made by the program: an entry counts only for files that existed before
+    Case(
+        {"process.allow_exec_prefixes": ["/opt/x07/bin/"]},
+        kernel("execve", "/opt/x07/bin/made", EACCES),
+        "process.allow_exec_prefixes",
+        ["/opt/x07/bin/", "/opt/x07/"],
+    ),
+    Case(
+        {"process.allow_exec_prefixes": [], "process.allow_execs": ["/data/out/made"]},
+        kernel("execve", "/data/out/made", EACCES),
+        "process.allow_exec_prefixes",
+        ["/data/out/"],
+    ),
+    # in a read root nothing can be made
+    Case(
+        {"process.allow_exec_prefixes": [], "process.allow_execs": ["in/tool"]},
+        kernel("execve", "/opt/x07/in/tool", EACCES),
+        "permissions",
+    ),
+    Case(
+        LISTED,
+        kernel("execve", "/opt/x07/in/tool", EACCES),
+        "process.allow_execs",
+        ["/usr/bin/env", "/opt/x07/in/tool"],
+    ),
+    # of a folder that is not known
+    Case(LISTED, kernel("execve", ".../tool", EACCES), "permissions"),
+    Case({"fs.deny_hidden": False}, kernel("creat", "a/b", EROFS, write=True), "permissions"),
+    # no policy could say it
+    Case({}, kernel("mkdir", "/srv/a;b/", EROFS, write=True), "fs.write_roots"),
+    Case({"process.allow_exec_prefixes": []}, kernel("execve", "/usr/bin/a;b", EACCES), "process.allow_execs"),
+    Case({}, kernel("execve", "/opt/x07/a.txt", EACCES), "permissions"),
+    # files
+    Case({"limits.fds": 256}, kernel("openat", "", EMFILE), "limits.fds", 512),
+    Case({"limits.fds": 256}, kernel("prlimit64", "nofile", EPERM), "limits.fds", 512),
+    Case({}, kernel("setrlimit", "core", EPERM, write=True), "limits.core_dumps", value=True),
+    Case({}, kernel("openat", "/etc/", EROFS, write=True), "permissions"),
+    # no root can be made of these, but of a new folder in them
+    Case({}, kernel("mkdir", "/", EROFS, write=True), "fs.write_roots", None, path=None),
+    Case({}, kernel("openat", "/x07/out/", EROFS, write=True), "fs.write_roots", None, path=None),
+    Case({"fs.enabled": True}, kernel("openat", "/srv/", EROFS, write=True), "fs.write_roots", ["/srv"]),
+    Case(
+        {"fs.enabled": False},
+        kernel("mkdir", "/srv/", EROFS, write=True),
+        "fs.write_roots",
+        value=True,
+        path="$.fs.enabled",
+    ),
+    Case({"fs.enabled": True}, kernel("openat", "/data/a/b", EROFS, write=True), "fs.write_roots", ["/data"]),
+    Case({"fs.enabled": True}, kernel("openat", "/opt/x07/in/", EROFS, write=True), "fs.write_roots", ["in"]),
+    # the folders around a relative root belong to it
+    Case(
+        {"fs.write_roots": ["rr/one.txt"]},
+        kernel("openat", "/opt/x07/rr/", EACCES, write=True),
+        "fs.write_roots",
+        ["rr/one.txt", "rr"],
+    ),
+    Case({}, kernel("mkdir", "/opt/x07/rr/a/", EROFS, write=True), "fs.write_roots", ["rr/a"]),
+    Case({"fs.deny_hidden": True}, kernel("mkdir", "/opt/x07/.rr/", EACCES, write=True), "permissions"),
+    # a root stays where it is, but for one around it
+    Case({}, kernel("rename", "/opt/x07/in", EBUSY, write=True), "fs.write_roots", ["."]),
+    Case({}, kernel("rmdir", "/data/out", EBUSY, write=True), "fs.write_roots", ["/data"]),
+    Case({}, kernel("rename", "/data", EBUSY, write=True), "fs.write_roots"),
+    Case({}, kernel("rmdir", "/tmp", EBUSY, write=True), "fs.write_roots"),  # noqa: S108 - the guest's
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.denied.call} {case.denied.path}")
+def test_a_refusal_names_the_field_and_what_would_allow_it(case: Case) -> None:
     """A denial names its field and the smallest policy change that would allow it."""
-    (denial,) = denials([denied], policy(changes), AREAS, START)
-    assert denial.field == field
-    allowing = denial.how_to_allow
-    assert (allowing and (allowing.json_path, allowing.value)) == how
-    assert denial.observed_by == "guest"
-    assert denial.count == denied.times
+    (denial,) = denials([case.denied], policy(case.changes), AREAS, START)
+    assert (denial.field, denial.observed_by, denial.count) == (case.field, "guest", case.denied.times)
+    how = denial.how_to_allow
+    if case.value is NO_ADVICE:
+        assert how is None
+    else:
+        path = f"$.{case.field}" if case.path == "" else case.path
+        assert how is not None
+        assert (how.json_path, how.value) == (path, case.value)
 
 
 REFUSED: Final = (

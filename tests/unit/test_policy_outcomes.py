@@ -3,7 +3,7 @@
 import errno
 import itertools
 import re
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import pytest
 from hypothesis import given
@@ -41,48 +41,44 @@ def run(**facts: Any) -> Evidence:  # noqa: ANN401 - the fields of Evidence
     return Evidence(**{"stage": Stage.RUN, **facts})
 
 
-# outcome, fault, a part of the reason, the program's code and signal
-CASES: list[tuple[Evidence, str, str, str, int | None, int | None]] = [
-    (run(wait_status=0), "ok", "none", "status 0", 0, None),
-    (run(wait_status=3 << 8), "failed", "program", "status 3", 3, None),
-    (run(wait_status=137 << 8, stage=Stage.COLLECT), "failed", "program", "status 137", 137, None),
-    (run(wait_status=11), "signalled", "program", "killed by SIGSEGV", None, 11),
-    (run(wait_status=6 | 0x80), "signalled", "program", "SIGABRT (core dumped)", None, 6),
-    (run(wait_status=9), "signalled", "program", "SIGKILL", None, 9),
-    (run(wait_status=35), "signalled", "program", "SIGRTMIN+1", None, 35),
-    (run(wait_status=9, oom_kills=1), "oom", "policy", "limits.mem_bytes", None, 9),
-    (run(wait_status=9, cpu_exceeded=True), "cpu-limit", "policy", "limits.cpu_ms", None, 9),
-    (run(deadline_passed=True), "timeout", "policy", "reached its time limit", None, None),
-    (run(deadline_passed=True, stopped=True), "timeout", "policy", "stopped by a signal and then reached", None, None),
-    (
+class Case(NamedTuple):
+    """Evidence, and what follows from it. reason: a part of it. code, signal: the program's own."""
+
+    evidence: Evidence
+    outcome: str
+    fault: str
+    reason: str
+    code: int | None = None
+    signal: int | None = None
+
+
+CASES = [
+    Case(run(wait_status=0), "ok", "none", "status 0", code=0),
+    Case(run(wait_status=3 << 8), "failed", "program", "status 3", code=3),
+    Case(run(wait_status=137 << 8, stage=Stage.COLLECT), "failed", "program", "status 137", code=137),
+    Case(run(wait_status=11), "signalled", "program", "killed by SIGSEGV", signal=11),
+    Case(run(wait_status=6 | 0x80), "signalled", "program", "SIGABRT (core dumped)", signal=6),
+    Case(run(wait_status=9), "signalled", "program", "SIGKILL", signal=9),
+    Case(run(wait_status=35), "signalled", "program", "SIGRTMIN+1", signal=35),
+    Case(run(wait_status=9, oom_kills=1), "oom", "policy", "limits.mem_bytes", signal=9),
+    Case(run(wait_status=9, cpu_exceeded=True), "cpu-limit", "policy", "limits.cpu_ms", signal=9),
+    Case(run(deadline_passed=True), "timeout", "policy", "reached its time limit"),
+    Case(run(deadline_passed=True, stopped=True), "timeout", "policy", "stopped by a signal and then reached"),
+    Case(
         run(output_overflow="stdout", output_max_bytes=1 << 26),
         "output-limit",
         "policy",
         "the output limit of 64 MiB for stdout (--max-output-bytes)",
-        None,
-        None,
     ),
-    (run(output_overflow="stderr", output_max_bytes=9), "output-limit", "policy", "9 bytes for stderr", None, None),
-    (run(cancelled_by=2), "cancelled", "none", "by SIGINT", None, 2),
-    (run(cancelled_by=BY_KILL, instance_status=-9), "cancelled", "none", "by x07 kill while", None, None),
-    (run(cancelled_by=0), "cancelled", "none", "cancelled while", None, None),
-    (
-        Evidence(stage=Stage.SETUP, setup_failure="mount: 5"),
-        "refused",
-        "host",
-        "could not prepare the program: mount",
-        None,
-        None,
+    Case(run(output_overflow="stderr", output_max_bytes=9), "output-limit", "policy", "9 bytes for stderr"),
+    Case(run(cancelled_by=2), "cancelled", "none", "by SIGINT", signal=2),
+    Case(run(cancelled_by=BY_KILL, instance_status=-9), "cancelled", "none", "by x07 kill while"),
+    Case(run(cancelled_by=0), "cancelled", "none", "cancelled while"),
+    Case(
+        Evidence(stage=Stage.SETUP, setup_failure="mount: 5"), "refused", "host", "could not prepare the program: mount"
     ),
     *(
-        (
-            Evidence(stage=Stage.SETUP, setup_failure="exec: x", exec_errno=number),
-            "failed",
-            fault,
-            why,
-            code,
-            None,
-        )
+        Case(Evidence(stage=Stage.SETUP, setup_failure="exec: x", exec_errno=number), "failed", fault, why, code=code)
         for number, fault, why, code in (
             (errno.ENOEXEC, "program", "not be executed: Exec format error", 126),
             (errno.EACCES, "program", "not be executed: Permission denied", 126),
@@ -90,49 +86,41 @@ CASES: list[tuple[Evidence, str, str, str, int | None, int | None]] = [
         )
     ),
     # Outcomes of the sandbox itself, then outcomes of a program that ran.
-    (Evidence(stage=Stage.SETUP, setup_failure="exec: x", exec_errno=1), "refused", "host", "exec: x", None, None),
-    (run(setup_failure="exec: x", exec_errno=8), "guest-lost", "program", "exec: x", None, None),
-    (run(setup_failure="pack: 28"), "guest-lost", "program", "failed while running the program: pack", None, None),
-    (run(console_tail=PANIC, instance_status=0), "guest-lost", "program", "kernel panicked", None, None),
-    (run(console_tail=INIT_DIED, instance_status=0), "guest-lost", "program", "agent died", None, None),
-    (run(channel_error="bad frame: type 77"), "guest-lost", "program", "violated the channel protocol", None, None),
-    (run(instance_status=0), "guest-lost", "program", "powered off", None, None),
-    (run(instance_status=-9), "guest-lost", "host", "monitor was killed by SIGKILL", None, None),
-    (run(instance_status=1), "guest-lost", "host", "monitor exited with status 1", None, None),
-    (run(instance_status=152), "guest-lost", "host", "of this shell (ulimit -H -t) while", None, None),
-    (
+    Case(Evidence(stage=Stage.SETUP, setup_failure="exec: x", exec_errno=1), "refused", "host", "exec: x"),
+    Case(run(setup_failure="exec: x", exec_errno=8), "guest-lost", "program", "exec: x"),
+    Case(run(setup_failure="pack: 28"), "guest-lost", "program", "failed while running the program: pack"),
+    Case(run(console_tail=PANIC, instance_status=0), "guest-lost", "program", "kernel panicked"),
+    Case(run(console_tail=INIT_DIED, instance_status=0), "guest-lost", "program", "agent died"),
+    Case(run(channel_error="bad frame: type 77"), "guest-lost", "program", "violated the channel protocol"),
+    Case(run(instance_status=0), "guest-lost", "program", "powered off"),
+    Case(run(instance_status=-9), "guest-lost", "host", "monitor was killed by SIGKILL"),
+    Case(run(instance_status=1), "guest-lost", "host", "monitor exited with status 1"),
+    Case(run(instance_status=152), "guest-lost", "host", "of this shell (ulimit -H -t) while"),
+    Case(
         Evidence(stage=Stage.BOOT, instance_status=1, console_tail="qemu:\nno memory\n"),
         "guest-lost",
         "host",
         "while the guest was booting: qemu: no memory",
-        None,
-        None,
     ),
-    (run(), "guest-lost", "program", "stopped responding", None, None),
-    (run(wait_status=0x137F), "guest-lost", "program", "invalid wait status", None, None),
-    (
-        run(stage=Stage.COLLECT, wait_status=0, deadline_passed=True),
-        "guest-lost",
-        "program",
-        "reached its deadline",
-        None,
-        None,
+    Case(run(), "guest-lost", "program", "stopped responding"),
+    Case(run(wait_status=0x137F), "guest-lost", "program", "invalid wait status"),
+    Case(
+        run(stage=Stage.COLLECT, wait_status=0, deadline_passed=True), "guest-lost", "program", "reached its deadline"
     ),
-    (Evidence(stage=Stage.BOOT, boot_timeout=True), "guest-lost", "host", "did not boot in time", None, None),
-    (Evidence(stage=Stage.BOOT, instance_status=0), "guest-lost", "host", "exited without an error while", None, None),
-    (Evidence(stage=Stage.BOOT, console_tail=PANIC, boot_timeout=True), "guest-lost", "host", "panicked", None, None),
-    (Evidence(stage=Stage.START, instance_status=1), "backend-error", "host", "exited with status 1", None, None),
-    (Evidence(stage=Stage.SETUP, deadline_passed=True), "guest-lost", "host", "deadline while preparing", None, None),
+    Case(Evidence(stage=Stage.BOOT, boot_timeout=True), "guest-lost", "host", "did not boot in time"),
+    Case(Evidence(stage=Stage.BOOT, instance_status=0), "guest-lost", "host", "exited without an error while"),
+    Case(Evidence(stage=Stage.BOOT, console_tail=PANIC, boot_timeout=True), "guest-lost", "host", "panicked"),
+    Case(Evidence(stage=Stage.START, instance_status=1), "backend-error", "host", "exited with status 1"),
+    Case(Evidence(stage=Stage.SETUP, deadline_passed=True), "guest-lost", "host", "deadline while preparing"),
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[1]}-{case[3][:12]}")
-def test_each_end_has_its_outcome(case: tuple[Evidence, str, str, str, int | None, int | None]) -> None:
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.outcome}-{case.reason[:12]}")
+def test_each_end_has_its_outcome(case: Case) -> None:
     """Outcome, fault, reason, exit code and signal follow from the evidence."""
-    evidence, outcome, fault, reason, code, signal = case
-    found = classify(evidence)
-    assert (found.outcome, found.fault, found.exit_code, found.signal) == (outcome, fault, code, signal)
-    assert reason in found.reason
+    found = classify(case.evidence)
+    assert (found.outcome, found.fault, found.exit_code, found.signal) == (*case[1:3], case.code, case.signal)
+    assert case.reason in found.reason
     assert "\n" not in found.reason
     assert not found.reason.endswith(".")
 
