@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 import pytest
 
-from tests.lab.laboratory import LAN, ROUTER_6, SITE, SITE_6
+from tests.lab.laboratory import ROUTER_6, SITE, SITE_6
 from tests.vm.jail_helpers import (
     accounts_fixture,  # noqa: F401 - pytest finds it here
     ordinary_fixture,  # noqa: F401 - pytest finds it here
@@ -213,21 +213,3 @@ for port in (9000, 9002):
     assert result["stdout"]["text"] in {f"b'one'\nb'two'\n{error}\n" for error in ("PermissionError", "OSError")}
     assert rows(result, "allowed") == [("raw.lab.example", 9000, "net.allow_hosts[0]")]
     assert rows(result, "denied") == [("raw.lab.example", 9002, "net.allow_hosts[0].ports")]
-
-
-@pytest.mark.parametrize("opened", [False, True])
-def test_a_private_address_needs_the_users_settings(run: Run, monkeypatch: pytest.MonkeyPatch, *, opened: bool) -> None:
-    """A listed private address is refused unless [net] allow_local in the user's settings has its network and port."""
-    config = run.place / "config/x07"
-    config.mkdir(parents=True)
-    if opened:
-        (config / "sandbox.toml").write_text(f'[net]\nallow_local = ["{LAN}/24:8000"]\n', encoding="ascii")
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(config.parent))
-    ends = (LAN, 8000), (LAN, 8080), ("private.lab.example", 8000)
-    said, result = run.connect(
-        *ends, allow_hosts=[{"host": host, "ports": [8000, 8080]} for host in (LAN, "private.lab.example")]
-    )
-    closed = "No route to host"
-    assert list(said.values()) == (["hello", closed, "hello"] if opened else [closed] * 3)
-    refused = {row["rule"] for row in result["net"]["denied"]}
-    assert refused == {"deny-floor:private"}

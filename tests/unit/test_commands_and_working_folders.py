@@ -81,7 +81,6 @@ def test_a_working_folder_is_an_ordinary_root(here: Path) -> None:
     [
         ("/", "it is the root of the file system"),
         ("../home", "it is or contains your home folder"),
-        ("..", "it is or contains your home folder"),
         ("to-home", "it is or contains your home folder"),
         ("nothing", r"it does not exist.*mkdir -p nothing"),
         ("file", "it does not exist"),
@@ -118,7 +117,6 @@ def test_an_escaping_root_suggests_its_absolute_path() -> None:
     [
         (["make", "test"], "x07 exec --workdir . -- make test\n"),
         (["make", "--", "a b", "$(x)"], "x07 exec --workdir . -- make 'a b' '$(x)'"),
-        (["sh"], "x07 exec --workdir . -- sh"),
     ],
 )
 def test_run_suggests_exec_for_a_command(words: list[str], fix: str, capfd: pytest.CaptureFixture[str]) -> None:
@@ -142,7 +140,6 @@ def test_a_program_that_is_missing_is_no_command(
     ("words", "why"),
     [
         ([], "no command given"),
-        (["--workdir", "."], "no command given"),
         (["--read", "--", "ls"], "--read requires --workdir"),
         (["--", ""], "its name is empty"),
         (["--workdir", "", "--", "ls"], "the name of the folder is empty"),
@@ -162,12 +159,10 @@ def test_wrong_usage_of_exec_is_reported(words: list[str], why: str, capfd: pyte
         ({"command": ["make", 5]}, "command is not a list of str"),
         ({"command": ["make"], "source": "x"}, "exactly one of program, source and command"),
         ({"command": ["make"], "read_only": True}, "Pass workdir too"),
-        ({"command": ["make"], "workdir": 5}, "workdir is int"),
         (
             {"command": ["make"], "max_files_bytes": -1},
             "max_files_bytes is -1, but must be at least 0 and at most 1073741824",
         ),
-        ({"command": ["make"], "max_files_bytes": 1 << 40}, "max_files_bytes is 1099511627776, but must be"),
     ],
 )
 def test_a_wrong_call_names_its_argument(words: dict[str, Any], why: str) -> None:

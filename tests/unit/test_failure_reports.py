@@ -76,16 +76,13 @@ def test_pool_commands_report_a_missing_pool(tmp_path: Path, action: str) -> Non
         (["run", "--json", "--report-out", "r", "-c", "true", "--toolchain", "shell"], "x07.sandbox.result@0.1.0"),
         (["--json", "run"], "x07.sandbox.result@0.1.0"),
         (["diff", "--json"], "x07.sandbox.failure@0.1.0"),
-        (["--json", "policy", "explain", "--", "built-in:cli"], "x07.sandbox.policy.explain@0.1.0"),
         (["--json=pretty", "policy", "check", "built-in:cli"], "x07.sandbox.policy.check@0.1.0"),
-        (["policy", "check", "--json=canon", "built-in:cli"], "x07.sandbox.policy.check@0.1.0"),
         (["--json=off", "policy", "init", "--template", "cli", "--emit", "report"], "x07.policy.init.report@0.1.0"),
         (["--out", "p.json", "--json=canon", "policy", "init", "--template", "cli"], "x07.policy.init.report@0.1.0"),
         (["--json", "run", "nothing.py", "--", "--json=off"], "x07.sandbox.result@0.1.0"),
         (["ps", "--json", "--bogus"], "x07.sandbox.failure@0.1.0"),
         (["--json", "no-such-verb"], "x07.sandbox.failure@0.1.0"),
         (["run", "--json", "--bogus", "prog.py"], "x07.sandbox.result@0.1.0"),
-        (["--json", "run", "--toolchain", "shell", "nothing", "--", "--json"], "x07.sandbox.result@0.1.0"),
     ],
 )
 def test_every_verb_prints_its_published_document(tmp_path: Path, words: list[str], name: str) -> None:
@@ -113,7 +110,6 @@ def test_help_and_version_are_commands_too(words: list[str], capfd: pytest.Captu
         ("a" * 65, "it has 65 characters, and a name has at most 64"),
         ("aB", "'B' is not allowed in a name"),
         (".a", "'.' is not allowed at the start"),
-        ("0123456789ab", "it consists of 12 or more hexadecimal digits"),
     ],
 )
 def test_a_bad_image_name_gets_its_own_reason(name: str, why: str) -> None:
@@ -174,7 +170,6 @@ def test_report_out_writes_every_document(
         (["policy", "check", "--report-out", "p.json", "p.json"], "names it for something else"),
         (["policy", "init", "--template", "cli", "--report-out", "new", "--out", "new"], "names it for something else"),
         (["policy", "init", "--template", "cli", "--report-out", "no/r"], "is not a folder that you can write"),
-        (["--report-out", ".", "policy", "init", "--template", "cli"], "not a regular file"),
         (["--report-out", "r", "completion", "bash"], "unrecognized arguments: --report-out r"),
     ],
 )

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +14,8 @@ from hypothesis import strategies as st
 from tests.command import x07
 from x07_sandbox.errors import UsageError
 from x07_sandbox.files.pack import pack_tree
-from x07_sandbox.policy.templates import TEMPLATES
 from x07_sandbox.programs.project import FILE, ROWS, decode_manifest, sandbox_manifest
-from x07_sandbox.x07.project import choose_profile, decode_project, first_project
+from x07_sandbox.x07.project import decode_project, first_project
 
 if TYPE_CHECKING:
     from x07_sandbox.programs.toolchains import Toolchain
@@ -80,20 +77,6 @@ def test_init_prints_the_next_command(tmp_path: Path, words: tuple[str, ...]) ->
     assert x07(tmp_path, "init", *words) == (0, f"already up to date: {rest}".encode(), "")
 
 
-@pytest.mark.parametrize("template", ["default", "worker"])
-def test_its_profile_finds_the_policy_that_policy_init_writes(tmp_path: Path, template: str) -> None:
-    """The default profile names the policy file that `x07 policy init` writes."""
-    assert template in TEMPLATES
-    init(tmp_path, "--template", template)
-    project = decode_project((tmp_path / "x07.json").read_bytes(), source="x07.json")
-    profile = choose_profile(project, None, source="x07.json")
-    assert profile is not None
-    assert (profile.world, (tmp_path / str(profile.policy)).exists()) == ("run-os-sandboxed", False)
-    assert x07(tmp_path, "policy", "init", "--template", template)[0] == 0
-    assert (tmp_path / str(profile.policy)).is_file()
-    assert init(tmp_path, "--template", template)[2] == ""
-
-
 @pytest.mark.parametrize("folder", [".", "it's new", "sub/deep"])
 def test_the_printed_command_creates_the_policy(tmp_path: Path, folder: str) -> None:
     """The command that `x07 init` prints creates the project's policy."""
@@ -107,7 +90,6 @@ def test_the_printed_command_creates_the_policy(tmp_path: Path, folder: str) -> 
 @pytest.mark.parametrize(
     ("there", "entry", "root"),
     [
-        ((), "src/main.x07.json", "src"),
         (("main.x07.json", "other.x07.json"), "main.x07.json", "."),
         (("app/only.x07.json",), "app/only.x07.json", "app"),
         (("a.x07.json", "b.x07.json"), "src/main.x07.json", "src"),
@@ -155,7 +137,6 @@ def test_a_folder_that_is_named_is_made(tmp_path: Path) -> None:
     ("toolchain", "there", "expected"),
     [
         ("c", ["a.c", "a.h", "lib/b.c", "notes.txt"], {"files": ["a.c", "a.h", "lib/b.c"]}),
-        ("cpp", ["a.cpp", "x/b.cc", "x/b.hpp"], {"files": ["a.cpp", "x/b.cc", "x/b.hpp"]}),
         ("python", ["tool.py", "pkg/__init__.py"], {"files": ["pkg/__init__.py", "tool.py"], "entry": "tool.py"}),
         ("python", ["main.py", "other.py"], {"files": ["main.py", "other.py"], "entry": "main.py"}),
         ("shell", ["run.sh", "lib/a.bash"], {"files": ["lib/a.bash", "run.sh"], "entry": "run.sh"}),
@@ -164,8 +145,6 @@ def test_a_folder_that_is_named_is_made(tmp_path: Path) -> None:
             ["index.mjs", "lib/a.cjs", "package.json", "data.json"],
             {"files": ["index.mjs", "lib/a.cjs", "package.json"], "entry": "index.mjs"},
         ),
-        ("perl", ["tool.pl", "lib/A.pm"], {"files": ["lib/A.pm", "tool.pl"], "entry": "tool.pl"}),
-        ("lua", ["main.lua", "near.lua"], {"files": ["main.lua", "near.lua"], "entry": "main.lua"}),
         ("make", ["Makefile", "src/a.c"], {"files": ["Makefile", "src/a.c"], "artifact": "bin/p"}),
         ("c", ["odd [dir]/a*.c"], {"files": ["odd [dir]/a*.c"]}),
     ],
@@ -179,15 +158,6 @@ def test_a_manifest_lists_the_sources_that_are_there(
     code, report, err = init(tmp_path, "--toolchain", toolchain, *artifact)
     assert (code, report["status"], report["toolchain"], err) == (0, "created", toolchain, "")
     assert made(tmp_path) == {"entry": None, "artifact": None, "toolchain": toolchain} | expected
-
-
-def test_our_own_example_is_understood(tmp_path: Path) -> None:
-    """`x07 init` recognizes the make project in examples/routes."""
-    shutil.copytree(ROOT / "examples" / "routes", tmp_path / "routes", ignore=shutil.ignore_patterns(FILE))
-    init(tmp_path, "--toolchain", "make", "--artifact", "bin/routes", "routes")
-    found = made(tmp_path / "routes")
-    assert (found["toolchain"], found["artifact"]) == ("make", "bin/routes")
-    assert found["files"] == [*("Makefile", "policy.json", "roads.txt", "src/graph.cpp", "src/graph.h", "src/main.cpp")]
 
 
 def test_a_make_project_includes_all_inputs(tmp_path: Path) -> None:
@@ -235,7 +205,6 @@ def test_flags_name_what_cannot_be_inferred(tmp_path: Path) -> None:
         ("c", ["a.py"], r"no file ends in \.c"),
         ("make", ["a.c"], "no Makefile"),
         ("make", ["Makefile"], r"Add --artifact FILE, or .*x07 exec --workdir \. -- make test"),
-        ("make", ["Makefile", "configure"], r"-- sh -c '\./configure && make'"),
         ("make", ["configure", "Makefile.in"], r"before \./configure has created it.*x07 exec --workdir"),
         ("python", ["a.py", "b.py"], "any of a.py, b.py.*--entry"),
         ("shell", ["lib/a.sh"], "no such file is in the top folder"),
@@ -262,25 +231,6 @@ def test_any_names_make_a_manifest_or_our_error(row: Toolchain, names: list[str]
     except UsageError:
         return
     assert decode_manifest(data, source=FILE)[1] == row
-
-
-def test_a_tree_that_is_too_deep_is_refused(tmp_path: Path) -> None:
-    """A tree that is nested too deeply is refused."""
-    (tmp_path / "/".join("d" * 300)).mkdir(parents=True)
-    code, out, err = x07(tmp_path, "init", "--toolchain", "python")
-    assert (code, out) == (2, b"")
-    assert "nested deeper than 256" in err
-
-
-def test_a_tree_that_is_too_large_is_refused(tmp_path: Path) -> None:
-    """A folder with too many files is refused."""
-    for number in range(101):
-        (tmp_path / f"{number}").mkdir()
-        for other in range(100):
-            os.mknod(tmp_path / f"{number}" / f"{other}")
-    code, out, err = x07(tmp_path, "init")
-    assert (code, out) == (2, b"")
-    assert "more than 10000 files" in err
 
 
 def test_an_error_leaves_no_new_folder(tmp_path: Path) -> None:

@@ -346,26 +346,10 @@ def test_http_is_checked_on_every_port(data: bytes, rule: str, size: int) -> Non
     assert rule or out == data
 
 
-def test_a_websocket_works_on_every_port() -> None:
-    """A WebSocket handshake works on a port of any protocol."""
-    inspected = inspector("any")
-    handshake = GET[:-2] + b"Connection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
-    assert inspected.from_client(handshake + b"x") == handshake
-    assert (inspected.watches_server, inspected.held) == (True, 1)
-    inspected.from_server(b"HTTP/1.1 101 Switching Protocols\r\n")
-    assert (inspected.from_client(b""), inspected.transparent) == (b"x", True)
-
-
 @pytest.mark.parametrize("mode", ["tls", "http", "any"])
 def test_a_silent_client_is_accepted(mode: Mode) -> None:
     """A connection on which the client sends nothing ends without an error."""
     assert verdict(mode, b"") == ("", b"")
-
-
-@given(mode=st.sampled_from(["tls", "http", "any"]), data=st.binary(max_size=300), size=st.integers(1, 300))
-def test_random_bytes_give_bytes_or_an_error(mode: Mode, data: bytes, size: int) -> None:
-    """Random bytes are forwarded or raise InspectionError."""
-    run(mode, NAME, pieces(data, size))
 
 
 @pytest.mark.parametrize("mode", ["tls", "http", "any"])

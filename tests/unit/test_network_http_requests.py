@@ -154,14 +154,6 @@ def test_refused_requests_pass_no_byte(head: bytes, rule: str, size: int) -> Non
     assert out in (b"", GET)
 
 
-@pytest.mark.parametrize("size", [1, 10, 1 << 20])
-def test_every_request_is_checked(size: int) -> None:
-    """Every request on a connection is checked (attack 55)."""
-    rule, out = refused(GET + OTHER, size=size)
-    assert rule == "http:other-host"
-    assert out in (b"", GET)
-
-
 @pytest.mark.parametrize(
     "body",
     [

@@ -128,12 +128,6 @@ def test_what_a_sandbox_cannot_be_is_refused(tmp_path: Path, options: dict[str, 
         made(tmp_path, **options)
 
 
-def test_unknown_options_are_refused(tmp_path: Path) -> None:
-    """Harbor checks the options of --ek."""
-    with pytest.raises(ValueError, match="Unknown option 'imago'"):
-        made(tmp_path, imago="default")
-
-
 def test_force_build_is_refused(tmp_path: Path) -> None:
     """A Dockerfile is not built, even if the task also names an image."""
     environment = made(tmp_path, files=("Dockerfile",), image="default")

@@ -107,12 +107,6 @@ def await_end(state: State, *, keep: str, wait_s: float) -> dict[str, Any]:
     return {"reset": known.reset, "data": known.data.decode("latin-1")[:300]}
 
 
-def pause(state: State, *, seconds: float) -> dict[str, Any]:
-    """Read for a while."""
-    _port(state).quiet(seconds)
-    return {}
-
-
 def frames(
     state: State, *, opens: list[list[Any]], say: list[str], pause_s: float = 0.0, wait_s: float = 1.0
 ) -> dict[str, Any]:
