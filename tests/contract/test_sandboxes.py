@@ -57,24 +57,6 @@ def test_commands_files_and_processes_work_on_each_backend(opened: Sandbox) -> N
     assert opened.exec(["cat", "new/file"]).stdout == b"content"
     with pytest.raises(FileNotFoundError):
         opened.files.read("missing")
-    opened.files.mkdir("made/below", parents=True)
-    with pytest.raises(OSError, match="Directory not empty"):
-        opened.files.remove("made")
-    opened.files.remove("made", recursive=True)
-    assert not opened.files.exists("made")
-
-
-def test_trees_go_in_and_out(opened: Sandbox, tmp_path: Path) -> None:
-    """A folder with modes, links and empty folders is copied into the sandbox, and comes back the same."""
-    (tmp_path / "tree/empty").mkdir(parents=True)
-    (tmp_path / "tree/file").write_bytes(b"abc")
-    (tmp_path / "tree/file").chmod(0o640)
-    (tmp_path / "tree/link").symlink_to("file")
-    opened.upload(tmp_path / "tree", "tree")
-    assert opened.shell("cat tree/link; ls tree").stdout == b"abcempty\nfile\nlink\n"
-    opened.download("tree", back := tmp_path / "back")
-    assert (list((back / "empty").iterdir()), (back / "link").readlink().name) == ([], "file")
-    assert ((back / "file").read_bytes(), (back / "file").stat().st_mode & 0o777) == (b"abc", 0o640)
 
 
 def test_files_are_those_of_the_sandbox(backend: str, opened: Sandbox, tmp_path: Path) -> None:

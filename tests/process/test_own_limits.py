@@ -413,8 +413,8 @@ def test_a_helper_is_refused_all_that_it_does_not_need(helper: Look, what: str) 
 
 def test_a_helper_may_do_what_it_needs(helper: Look) -> None:
     """A helper makes TCP and UDP sockets, uses a descriptor that it is sent, and writes to its log up to 16 MiB."""
-    needed = ("log", "cut the log", "lengthen the log", "close-on-exec", "random", "own limits")
-    needed += ("socket INET STREAM", "socket INET DGRAM", "option TCP_NODELAY")
+    files = ("log", "cut the log", "lengthen the log", "close-on-exec", "random", "own limits")
+    needed = (*files, "socket INET STREAM", "socket INET DGRAM", "option TCP_NODELAY")
     assert {helper.found[name] for name in needed} == {"ok"}
     assert helper.found["too much log"] == "EFBIG"
     assert (helper.found["given"], helper.given) == ("take this", b"through a given descriptor")
