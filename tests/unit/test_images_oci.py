@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from tests.conftest import FULL
 from tests.fuzz import fuzz_images
-from tests.hostile_images import END, HOSTILE, extended, file, header, record
+from tests.hostile_images import END, HOSTILE, file, header
 from tests.oci_images import Entry, archived, docker_archive, layer, layout
 from x07_sandbox.errors import ImageError, SandboxError, UsageError
 from x07_sandbox.images import commands, oci
@@ -140,10 +140,8 @@ def test_damaged_images_are_refused(damage: str, tmp_path: Path) -> None:
     ("name", "text"),
     [
         ("index.json", "{"),
-        ("index.json", "[]"),
         ("index.json", '{"manifests": [{"digest": "sha256:../../etc/passwd", "size": 1}]}'),
         ("index.json", '{"manifests": [{"digest": "md5:1", "size": 1}]}'),
-        ("index.json", '{"manifests": 5}'),
         ("index.json", "[" * 100_000),
         ("index.json", '{"manifests": ["\udcff"]}'),
     ],
@@ -217,14 +215,6 @@ def test_an_archive_with_too_many_files_is_refused(data: bytes, tmp_path: Path) 
     (tmp_path / "image.tar").write_bytes(data + END)
     with pytest.raises(ImageError, match="more than 10000 files"):
         names(tmp_path / "image.tar", tmp_path)
-
-
-def test_sparse_files_are_refused(tmp_path: Path) -> None:
-    """Records of sparse files would let each entry claim the bytes of those after it, so that KiB become GiB."""
-    sparse = extended(record("GNU.sparse.realsize", str(1 << 20)))
-    data = b"".join(sparse + file(b"1", str(number)) for number in range(40)) + file(bytes(1 << 20), "last") + END
-    with pytest.raises(ImageError, match=r"GNU\.sparse\.realsize"):
-        names(layout(tmp_path / "image", data), tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["up", "absolute", "through a link", "a NUL byte"])

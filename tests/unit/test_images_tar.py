@@ -117,10 +117,8 @@ def test_hostile_archives_are_refused(name: str) -> None:
     ("data", "why"),
     [
         (extended(record("GNU.sparse.realsize", "99999")) + file(b"1"), "the record 'GNU.sparse.realsize', which x07"),
-        (extended(record("GNU.sparse.major", "1"), record("GNU.sparse.minor", "0")) + file(b"1"), "GNU.sparse.major"),
         (extended(record("SCHILY.realsize", "99999")) + file(b"1"), "the record 'SCHILY.realsize'"),
         (header(kind=b"S"), "an entry of type 'S'"),
-        (header(kind=b"M"), "an entry of type 'M'"),
         (extended(record("path", "b"), kind=b"g") + file(), "for all entries"),
         (extended(record("path", "b")) + header("L", 2, b"L") + padded(b"c\0") + file(), "two long names"),
         (extended(record("size", "-1")) + file(), "the size b'-1'"),
@@ -128,7 +126,6 @@ def test_hostile_archives_are_refused(name: str) -> None:
         (extended(record("uid", str(1 << 32))) + file(), "is out of range"),
         (extended(b"9999 path=b\n") + file(), "malformed extended header"),
         (extended(b"7 path=\n") + file(), "malformed extended header"),
-        (extended(b"path=b\n") + file(), "malformed extended header"),
         (header(size=b"+0000000001\0") + padded(b"1"), "is out of range"),
         (extended(record("mtime", "1")), "ends inside an entry"),
         (file() + bytes(100), "damaged or truncated at byte 512"),

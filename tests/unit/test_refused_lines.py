@@ -206,7 +206,7 @@ def test_a_first_step_is_called_one(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_command_to_write_a_policy_is_named(capsys: pytest.CaptureFixture[str]) -> None:
-    """If the built-in policy must change, the command that writes it is named."""
+    """If the built-in policy must change, the command that writes the template in use is named."""
     line = HowToAllow(json_path="$.limits.fds", value=512)
     flag = HowToAllow(json_path="$.fs.read_roots", value=["/d"], flag="--allow-read-root /d")
     suggested = []
@@ -216,10 +216,6 @@ def test_the_command_to_write_a_policy_is_named(capsys: pytest.CaptureFixture[st
         say_denials(replace(result(tried, outcome=outcome), policy=policy))
         suggested.append('x07 policy init --template default --out "$PWD/policy.json"' in capsys.readouterr().err)
     assert suggested == [True, False, False, True]
-
-
-def test_the_template_in_use_is_named() -> None:
-    """The command to write a policy names the template in use."""
     tried = result(denial("x", HowToAllow(json_path="$.fs.deny_hidden", value=False)))
     assert "x07 policy init --template worker --out" in denial_lines(replace(tried, policy="built-in:worker"))[-1]
     assert len(denial_lines(replace(tried, policy=None))) == 1

@@ -96,19 +96,13 @@ def test_only_jobs_of_dead_runners_are_reaped() -> None:
     assert swept().removed == ()
 
 
-def test_recorded_processes_are_killed() -> None:
-    """A sweep kills the recorded processes of a dead runner."""
+@pytest.mark.parametrize("is_recorded", [True, False])
+def test_processes_of_a_dead_runner_are_killed(*, is_recorded: bool) -> None:
+    """A sweep kills the recorded processes of a dead runner, and finds unrecorded ones by their mark."""
     record = recorded(GONE)
     with sleeper(record.mark) as identity:
-        edit(record, processes={"inner": {"pid": identity.pid, "start_ticks": identity.start_ticks}})
-        assert names(swept()) == [record.job_id]
-        assert not alive(identity)
-
-
-def test_unrecorded_processes_are_found() -> None:
-    """A sweep finds unrecorded processes of a dead runner by their mark."""
-    record = recorded(GONE)
-    with sleeper(record.mark) as identity:
+        if is_recorded:
+            edit(record, processes={"inner": {"pid": identity.pid, "start_ticks": identity.start_ticks}})
         assert names(swept()) == [record.job_id]
         assert not alive(identity)
 
@@ -227,12 +221,15 @@ def unstarted(*, phase: str = "run", backend: str = "qemu", pid: int = GONE.pid,
 
 
 def test_an_unstarted_job_is_removed() -> None:
-    """The folder of a job that never started is removed after a minute."""
-    old, young, owned = unstarted(), unstarted(age_s=10), unstarted(pid=os.getpid())
-    assert names(swept(), "unstarted") == [old.job_id]
-    assert not old.folder.exists()
-    assert young.folder.exists()
-    assert owned.folder.exists()
+    """The folder of a job that never started is removed after a minute, if no foreign files are in it."""
+    old, young, owned, full = unstarted(), unstarted(age_s=10), unstarted(pid=os.getpid()), unstarted()
+    (full.folder / "in").mkdir()
+    empty = unstarted(phase="warm")
+    (empty.folder / "job.json").unlink()
+    for record in (empty, full):
+        os.utime(record.folder, (1, 1))
+    assert sorted(names(swept(), "unstarted")) == sorted([old.job_id, empty.job_id])
+    assert [record.folder.exists() for record in (old, young, owned, full)] == [False, True, True, True]
 
 
 def test_a_running_run_keeps_its_unstarted_jobs() -> None:
@@ -251,17 +248,6 @@ def test_a_possible_x07_job_is_kept() -> None:
     with contextlib.ExitStack() as stack:
         RunFolder(record.run_id, stack)
     assert names(swept(), "unstarted") == [record.job_id]
-
-
-def test_an_unstarted_job_with_files_is_kept() -> None:
-    """An unstarted job's folder with foreign files is kept."""
-    empty, full = unstarted(phase="warm"), unstarted()
-    (empty.folder / "job.json").unlink()
-    (full.folder / "in").mkdir()
-    for record in (empty, full):
-        os.utime(record.folder, (1, 1))
-    assert names(swept(), "unstarted") == [empty.job_id]
-    assert full.folder.exists()
 
 
 # instances without a record
