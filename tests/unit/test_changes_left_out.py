@@ -109,19 +109,6 @@ def test_each_applied_part_can_be_undone(run: Run, capsys: pytest.CaptureFixture
     assert there(run) == set()
 
 
-def test_applying_twice_adds_one_undo(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    """Applying the same left-out changes twice adds one undo step."""
-    run.back(run.files(), file("a"), file(".envrc"))
-    for _ in range(2):
-        assert main(["apply", "--allow-protected", ".envrc"]) == 0
-    assert "nothing to apply" in capsys.readouterr().err
-    for expected in ({"a"}, set()):
-        assert main(["undo"]) == 0
-        assert there(run) == expected
-    with pytest.raises(UsageError, match="they are not applied"):
-        undo_saved(find_saved(RUN), lambda _path: None)
-
-
 def test_flags_that_allow_nothing_are_an_error(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     """Flags that allow none of the left-out changes apply nothing and print the remaining reasons."""
     run.back(run.files({"deny_hidden": True}), file("a"), file(".envrc"))
@@ -146,15 +133,6 @@ def test_a_git_folder_comes_in_two_steps(run: Run, capsys: pytest.CaptureFixture
     for state in (states[1], states[0]):
         assert main(["undo"]) == 0
         assert there(run) == state
-
-
-def test_all_or_nothing_applies_nothing(run: Run) -> None:
-    """With `--changes all-or-nothing` one refused entry holds back the whole set."""
-    changes, _, _ = run.back(run.files(changes="all-or-nothing"), file("a"), file(".envrc"))
-    assert (changes.state, changes.reason, changes.left_out) == ("kept", "1 of them is not allowed", 0)
-    assert there(run) == set()
-    assert main(["apply", "--allow-protected", ".envrc"]) == 0
-    assert there(run) == {"a", ".envrc"}
 
 
 def test_a_change_only_the_policy_can_allow(run: Run) -> None:

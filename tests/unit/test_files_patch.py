@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from tests.fuzz.fuzz_patch import applied, lines
 from tests.unit.apply_trees import NEW, OLD, Tree, difference, put
 from x07_sandbox.files import patch as patches
 from x07_sandbox.files.changes import ChangeSet, Refused, RootChanges
@@ -19,30 +19,10 @@ from x07_sandbox.files.patch import Work, hunks, patch, summarize
 if TYPE_CHECKING:
     import pytest
 
-HUNK = re.compile(rb"@@ -(\d+)(?:,(\d+))? \+(\d+)(?:,(\d+))? @@\n")
+
 # Lines that repeat, and after each match two halves in which they do again.
 MANY = b"".join(b"a\na\n%d\n" % number for number in range(499))
 OTHER = b"".join(b"a\n-%d\na\na\n" % number for number in range(370))
-
-
-def patched(old: bytes, output: list[bytes]) -> bytes:
-    """The text after applying the hunks."""
-    one = [line for line in re.split(rb"(?<=\n)", old) if line]
-    new: list[bytes] = []
-    at = 0
-    for line in output:
-        if head := HUNK.fullmatch(line):
-            start = int(head[1]) - (head[2] != b"0")
-            new += one[at:start]
-            at = start
-            continue
-        mark, text = line[:1], line[1:].removesuffix(b"\n\\ No newline at end of file\n")
-        if mark in b" -":
-            assert one[at] == text
-            at += 1
-        if mark in b" +":
-            new.append(text)
-    return b"".join(new + one[at:])
 
 
 TEXTS = st.lists(st.sampled_from([b"a\n", b"b\n", b"c\n", b"\n"]), max_size=30).map(b"".join)
@@ -53,7 +33,7 @@ TEXTS = st.lists(st.sampled_from([b"a\n", b"b\n", b"c\n", b"\n"]), max_size=30).
 def test_hunks_make_the_new_text_of_the_old_one(old: bytes, new: bytes, end: bytes, left: int) -> None:
     """The hunks turn the old text into the new one, however small the comparison budget."""
     work = Work(left)
-    assert patched(old, list(hunks(old, new + end, work))) == new + end
+    assert applied(lines(old), list(hunks(old, new + end, work))) == new + end
     assert 0 <= work.left <= left
 
 

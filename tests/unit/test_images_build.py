@@ -19,7 +19,7 @@ import pytest
 from tests.conftest import overwrite
 from tests.published import document
 from tests.unit.test_images_manifest import MANIFEST
-from tests.unit.test_images_verify import write_image
+from tests.unit.test_images_verify import store_image
 from x07_sandbox.cli.main import main
 from x07_sandbox.errors import HostError, ImageError, UsageError
 from x07_sandbox.host import paths
@@ -275,8 +275,7 @@ def say(_text: str) -> None:
 def sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, Pieces]:
     """The digest and the pieces of an image, and afterwards an empty store."""
     monkeypatch.setenv("X07_VM_CACHE_DIR", str(tmp_path / "there"))
-    digest = write_image(store.images_dir() / "made")
-    (store.images_dir() / "made").rename(store.images_dir() / digest)
+    digest = store_image()
     pieces = list(pieces_of(store.load(digest)))
     monkeypatch.setenv("X07_VM_CACHE_DIR", str(tmp_path / "here"))
     return f"sha256:{digest}", pieces

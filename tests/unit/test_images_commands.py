@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +9,7 @@ import pytest
 from x07_sandbox.errors import HostError, ImageError, UsageError
 from x07_sandbox.host import paths
 from x07_sandbox.host.arch import ARCHES
+from x07_sandbox.host.processes import identify, wait_gone
 from x07_sandbox.images import base, commands, store
 
 
@@ -65,18 +64,8 @@ def test_a_short_command_leaves_no_process(tmp_path: Path) -> None:
 
 
 def _ends(pid: int) -> bool:
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline and _runs(pid):
-        os.sched_yield()
-    return not _runs(pid)
-
-
-def _runs(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0]
-    except OSError:
-        return False
-    return state not in {b"Z", b"X"}
+    found = identify(pid)
+    return found is None or wait_gone(found, 30)
 
 
 def test_environment_is_explicit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

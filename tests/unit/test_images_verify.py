@@ -30,34 +30,33 @@ FILES = {
 }
 
 
-def write_image(folder: Path) -> str:
-    """Create a fake image in the store; return its digest in hex."""
+def store_image(files: dict[str, bytes] = FILES, **changes: object) -> str:
+    """Put an image of these files into the store; return its digest in hex. changes: of its manifest."""
+    folder = store.images_dir() / "made"
     folder.mkdir(mode=0o700)
     parts = []
-    for name, data in FILES.items():
+    for name, data in files.items():
         (folder / name).write_bytes(data)
         (folder / name).chmod(0o444)
         parts.append(store.Part(file=name, sha256=hashlib.sha256(data).hexdigest(), bytes=len(data)))
-    made = store.sealed(
-        replace(
-            MANIFEST,
-            parts=store.Parts(kernel=parts[0], initrd=parts[1], root=parts[2], scratch=parts[3]),
-            scratch_disk=store.ScratchDisk(bytes=1 << 20, pieces=[store.Piece(offset=8192, bytes=4096)]),
-            filters={"base": parts[4]},
-        )
-    )
+    changes |= {
+        "parts": store.Parts(kernel=parts[0], initrd=parts[1], root=parts[2], scratch=parts[3]),
+        "scratch_disk": store.ScratchDisk(bytes=1 << 20, pieces=[store.Piece(offset=8192, bytes=4096)]),
+        "filters": {part.file.removesuffix(".bpf"): part for part in parts[4:]},
+    }
+    made = store.sealed(replace(MANIFEST, **changes))
     (folder / "manifest.json").write_bytes(store.encode_manifest(made))
     (folder / "manifest.json").chmod(0o444)
-    return made.digest.removeprefix("sha256:")
+    digest = made.digest.removeprefix("sha256:")
+    folder.rename(store.images_dir() / digest)
+    return digest
 
 
 @pytest.fixture
 def image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> store.Image:
     """An image called "default" in a store of its own."""
     monkeypatch.setenv("X07_VM_CACHE_DIR", str(tmp_path / "cache"))
-    digest = write_image(store.images_dir() / "made")
-    (store.images_dir() / "made").rename(store.images_dir() / digest)
-    store.set_name("default", digest)
+    store.set_name("default", store_image())
     return store.find_image(None)
 
 

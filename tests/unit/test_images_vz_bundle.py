@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from tests.conftest import overwrite
-from tests.unit.test_images_manifest import MANIFEST
+from tests.unit.test_images_verify import store_image
 from x07_sandbox.channel.messages import PROTOCOL
 from x07_sandbox.errors import ImageError
 from x07_sandbox.images import store, vz_bundle
@@ -45,28 +45,8 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
     monkeypatch.setenv("X07_VM_CACHE_DIR", str(tmp_path / "cache"))
 
     def made(arch: str, kernel_bytes: bytes, root: bytes = b"r" * 4096, guest_code: str = "0" * 64) -> store.Image:
-        folder = store.images_dir() / "made"
-        folder.mkdir(mode=0o700)
         files = {"vmlinux": kernel_bytes, "initrd.cpio": b"initrd", "root.erofs": root, "scratch.head": b"s" * 4096}
-        parts = []
-        for name, data in files.items():
-            (folder / name).write_bytes(data)
-            (folder / name).chmod(0o444)
-            parts.append(store.Part(file=name, sha256=hashlib.sha256(data).hexdigest(), bytes=len(data)))
-        sealed = store.sealed(
-            msgspec.structs.replace(
-                MANIFEST,
-                arch=arch,
-                guest_code=guest_code,
-                kernel_release=RELEASE,
-                parts=store.Parts(kernel=parts[0], initrd=parts[1], root=parts[2], scratch=parts[3]),
-                scratch_disk=store.ScratchDisk(bytes=1 << 20, pieces=[store.Piece(offset=8192, bytes=4096)]),
-            )
-        )
-        (folder / "manifest.json").write_bytes(store.encode_manifest(sealed))
-        (folder / "manifest.json").chmod(0o444)
-        digest = sealed.digest.removeprefix("sha256:")
-        folder.rename(store.images_dir() / digest)
+        digest = store_image(files, arch=arch, guest_code=guest_code, kernel_release=RELEASE)
         store.set_name("default", digest)
         return store.find_image(None)
 

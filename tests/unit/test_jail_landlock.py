@@ -15,7 +15,6 @@ from tests.unit.test_jail_own_limits import (
     ALLOW,
     KILL,
     LACKING,
-    LEGACY,
     LINE,
     LINES_MOST,
     REFUSED,
@@ -55,14 +54,6 @@ def ask(arch: Arch, name: str, *arguments: int) -> int:
 def made(arch: Arch) -> bytes:
     """The filter of one job."""
     return landlock_filter(arch, PID, DRAWN)
-
-
-@each_arch
-def test_every_call_that_the_vmm_may_make_has_a_number(arch: Arch) -> None:
-    """The filter allows the same calls on every architecture, apart from legacy ones."""
-    names = {*VMM_CALLS, *vmm_rules(PID), "execve"}
-    missing = set() if arch.name == "x86_64" else LEGACY & names
-    assert {name for name in names if number(arch.name, name) < 0} == missing
 
 
 @each_arch

@@ -21,6 +21,7 @@ from x07_sandbox.jail.own_limits import (
     gate_filter,
     resolver_filter,
 )
+from x07_sandbox.jail.seccomp import VMM_CALLS, vmm_rules
 
 LINE = struct.Struct("=HBBI")
 DATA = struct.Struct("=IIQ6Q")
@@ -90,9 +91,13 @@ def ask(make: Filter, arch: Arch, name: str, *arguments: int) -> int:
 
 
 @each_arch
-def test_every_call_that_a_helper_may_make_has_a_number(arch: Arch) -> None:
+@pytest.mark.parametrize(
+    "names",
+    [{*BOTH, *RESOLVER_ONLY, *GATE_RULES, *RESOLVER_RULES}, {*VMM_CALLS, *vmm_rules(1), "execve"}],
+    ids=["helpers", "vmm"],
+)
+def test_every_allowed_call_has_a_number(arch: Arch, names: set[str]) -> None:
     """The filters allow the same calls on every architecture, apart from legacy ones."""
-    names = {*BOTH, *RESOLVER_ONLY, *GATE_RULES, *RESOLVER_RULES}
     missing = set() if arch.name == "x86_64" else LEGACY & names
     assert {name for name in names if number(arch.name, name) < 0} == missing
 

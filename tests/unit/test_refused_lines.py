@@ -216,9 +216,9 @@ def test_the_command_to_write_a_policy_is_named(capsys: pytest.CaptureFixture[st
         say_denials(replace(result(tried, outcome=outcome), policy=policy))
         suggested.append('x07 policy init --template default --out "$PWD/policy.json"' in capsys.readouterr().err)
     assert suggested == [True, False, False, True]
-    tried = result(denial("x", HowToAllow(json_path="$.fs.deny_hidden", value=False)))
-    assert "x07 policy init --template worker --out" in denial_lines(replace(tried, policy="built-in:worker"))[-1]
-    assert len(denial_lines(replace(tried, policy=None))) == 1
+    ended = result(denial("x", HowToAllow(json_path="$.fs.deny_hidden", value=False)))
+    assert "x07 policy init --template worker --out" in denial_lines(replace(ended, policy="built-in:worker"))[-1]
+    assert len(denial_lines(replace(ended, policy=None))) == 1
 
 
 def test_nothing_is_reported_twice(capsys: pytest.CaptureFixture[str]) -> None:

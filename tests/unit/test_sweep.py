@@ -7,7 +7,6 @@ import fcntl
 import json
 import os
 import subprocess
-import sys
 import threading
 from typing import TYPE_CHECKING, ClassVar
 
@@ -15,11 +14,12 @@ import pytest
 
 from tests.command import X07
 from tests.contract.test_one_file_backend import registered
+from tests.unit.test_host_processes import identity_of, start
 from tests.unit.test_stop_rules import GONE, edit, recorded
 from x07_sandbox.backends.process import NoneBackend
 from x07_sandbox.backends.registry import BackendRow, create, find
 from x07_sandbox.host import waiting
-from x07_sandbox.host.processes import Identity, identify
+from x07_sandbox.host.processes import Identity, is_alive
 from x07_sandbox.library.cleanup import sweep
 from x07_sandbox.records.pruning import Pruner
 from x07_sandbox.records.runs import Claim, JobRecord, create_record, mark_done, new_run_id
@@ -65,24 +65,11 @@ def ended(record: JobRecord) -> bool:
 @contextlib.contextmanager
 def sleeper(*words: str) -> Iterator[Identity]:
     """A live process of this user with these arguments."""
-    argv = [sys.executable, "-c", "import sys; print(flush=True); sys.stdin.read()", *words]
-    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
-        assert child.stdout is not None
-        assert child.stdout.readline() == b"\n"  # the kernel shows the arguments a moment after the exec
-        identity = identify(child.pid)
-        assert identity is not None
+    with start(*words) as child:
         try:
-            yield identity
+            yield identity_of(child.pid)
         finally:
             child.kill()
-
-
-def alive(identity: Identity) -> bool:
-    """Return whether that process still runs."""
-    return (
-        identify(identity.pid) == identity
-        and os.waitid(os.P_PID, identity.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
-    )
 
 
 def test_only_jobs_of_dead_runners_are_reaped() -> None:
@@ -104,7 +91,7 @@ def test_processes_of_a_dead_runner_are_killed(*, is_recorded: bool) -> None:
         if is_recorded:
             edit(record, processes={"inner": {"pid": identity.pid, "start_ticks": identity.start_ticks}})
         assert names(swept()) == [record.job_id]
-        assert not alive(identity)
+        assert not is_alive(identity)
 
 
 @pytest.mark.parametrize("role", ["processes", "runner"])
@@ -118,7 +105,7 @@ def test_a_forged_record_kills_no_process(role: str) -> None:
         else:
             edit(record, processes={"inner": exact})
         report = swept()
-        assert alive(identity)
+        assert is_alive(identity)
         if role == "processes":
             assert "nothing proves" in reason_kept(report, record)
         assert ended(record) == (role == "runner")
@@ -191,7 +178,7 @@ def test_a_record_of_x07_is_reported_and_kept() -> None:
         (folder / "rootfs.cow.img").write_bytes(b"")
         os.utime(folder, (1, 1))
         report = swept()
-        assert alive(identity)
+        assert is_alive(identity)
         assert (report.removed, [kept.id for kept in report.kept]) == ((), [folder.name])
         assert (folder / "rootfs.cow.img").exists()
 
