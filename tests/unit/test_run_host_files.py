@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import pty
@@ -689,6 +690,18 @@ def test_a_damaged_set_is_an_error(run: Run) -> None:
     save_set(run, made(".x07-apply-1"))
     with pytest.raises(HostError, match="damaged"):
         apply_all()
+
+
+def test_an_undo_on_a_full_disk_can_be_repeated(run: Run) -> None:
+    """An undo that fails for lack of space reports it and succeeds once there is space."""
+    (run.root / "a").write_bytes(b"x" * 1000)
+    node = Node(kind="file", mode=0o644, size=1000, sha256=hashlib.sha256(b"x" * 1000).hexdigest())
+    save_set(run, Change(name="a", before=node, after=None))
+    apply_all()
+    with full_disk(900), pytest.raises(HostError, match=f"^cannot undo the changes of run {RUN}: File too large"):
+        undo_saved(find_saved(RUN), lambda _path: None)
+    undo_saved(find_saved(RUN), lambda _path: None)
+    assert (run.root / "a").stat().st_size == 1000
 
 
 def test_a_second_concurrent_undo_does_nothing(run: Run) -> None:
