@@ -5,8 +5,8 @@
 Each round runs every case once, so that other load on the host affects all cases alike. A case that fails is recorded
 with its error, the others go on, and the exit status is 1. Needs root for podman and docker; install podman, runc and
 docker.io with apt. If no Docker daemon runs, one is started, on a socket of its own. 15 rounds take about 20 minutes,
-most of it for cases that boot VMs and for sandboxes. --short runs every case once, in a minute: it shows that the benchmark
-works, but its figures mean nothing.
+most of it for cases that boot VMs and for sandboxes. --short runs every case once, in a minute: it shows that the
+benchmark works, but its figures mean nothing.
 """
 
 from __future__ import annotations
