@@ -11,70 +11,21 @@ from tests.fuzz.tls import extension, hello, records, sni
 if TYPE_CHECKING:
     from random import Random
 
+_LINES: Final = (
+    *(b"SSH-2.0-OpenSSH_9.6", b"EHLO x", b"HELO x", b"LHLO x", b"USER x", b"CAPA", b"a1 CAPABILITY", b"AUTH TLS"),
+    *(b"QUIT", b"PING", b"INFO", b"HELLO 3", b"GET key", b"get key", b"set a 0 0 60", b"version", b"stats", b"HELP"),
+    *(b"CONNECT {}", b"NICK x", b"USER a b c d", b"OPTIONS sip:x SIP/2.0", b"DESCRIBE rtsp://x RTSP/1.0", b"*1"),
+    *(b"GET / ICAP/1.0", b"*1\r\n$4\r\nPING", b"*3\r\n$3\r\nSET\r\n$1\r\na\r\n$60", b"$4\r\nPING"),
+    *(b"*2\r\n$3\r\nGET\r\n$9\r\nhttp://x/", b"PRI * HTTP/1.1\r\n"),
+)
 GREETINGS: Final = (
-    *(
-        b"SSH-2.0-OpenSSH_9.6\r\n",
-        b"SSH-1.99-x\n",
-        b"SSH-2.0-x",
-        b"EHLO x\r\n",
-        b"HELO x\r\n",
-        b"LHLO x\r\n",
-        b"USER x\r\n",
-    ),
-    *(
-        b"CAPA\r\n",
-        b"a1 CAPABILITY\r\n",
-        b"AUTH TLS\r\n",
-        b"QUIT\r\n",
-        b"PING\r\n",
-        b"*1\r\n$4\r\nPING\r\n",
-        b"INFO\r\n",
-    ),
-    *(
-        b"*3\r\n$3\r\nSET\r\n$1\r\na\r\n$60\r\n",
-        b"*2\r\n$3\r\nGET\r\n$9\r\nhttp://x/\r\n",
-        b"*1\r\n",
-        b"$4\r\nPING\r\n",
-        b"HELLO 3\r\n",
-    ),
-    *(b"GET key\r\n", b"get key\r\n", b"set a 0 0 60\r\n", b"version\r\n", b"stats\r\n", b"\x80\x0b\0\0" + bytes(20)),
-    *(
-        b"\0\0\0\x11\0\x03\0\0user\0x\0\0",
-        SSL_REQUEST,
-        bytes.fromhex("00000008 04d21630"),
-        bytes.fromhex("00000010 04d2162e"),
-    ),
-    *(b"\0\0\x01\0\0\x03\0\0user\0", b"\x20\0\0\x01\x85\xa6\xff\x01\0\0\0\x01\x21" + bytes(23), b"\x01\0\0\0\x01"),
-    *(
-        b"\x10\x0c\0\x04MQTT\x04\x02\0<\0\0",
-        b"AMQP\0\0\x09\x01",
-        b"AMQP\x03\x01\0\0",
-        b"\x04\0\0\0\x05\0\0\0\0",
-        b"\0\0\0\x10",
-    ),
-    *(
-        b"CONNECT {}\r\n",
-        b"CONNECT\naccept-version:1.2\nhost:x\n\n\0",
-        b"NICK x\r\n",
-        b"USER a b c d\r\n",
-        b"HELP\r\n",
-        b"{\n",
-        b"<?xml?>",
-    ),
-    *(
-        b"\x13BitTorrent protocol",
-        b"RFB 003.008\n",
-        b"@RSYNCD: 31.0\n",
-        b"0032git-upload-pack /x\0host=",
-        b"\x03\0\0\x13\x0e\xe0",
-    ),
-    *(
-        b"NETCONF",
-        b"PRI * HTTP/1.1\r\n\r\n",
-        b"OPTIONS sip:x SIP/2.0\r\n",
-        b"DESCRIBE rtsp://x RTSP/1.0\r\n",
-        b"GET / ICAP/1.0\r\n",
-    ),
+    *(line + b"\r\n" for line in _LINES),
+    *(b"\0\0\0\x11\0\x03\0\0user\0x\0\0", b"\0\0\x01\0\0\x03\0\0user\0", b"\0\0\0\x10", b"\x01\0\0\0\x01"),
+    *(bytes.fromhex("00000008 04d21630"), bytes.fromhex("00000010 04d2162e"), b"\x80\x0b\0\0" + bytes(20)),
+    *(b"\x20\0\0\x01\x85\xa6\xff\x01\0\0\0\x01\x21" + bytes(23), b"\x10\x0c\0\x04MQTT\x04\x02\0<\0\0"),
+    *(b"AMQP\0\0\x09\x01", b"AMQP\x03\x01\0\0", b"\x04\0\0\0\x05\0\0\0\0", b"\x03\0\0\x13\x0e\xe0"),
+    *(SSL_REQUEST, b"SSH-1.99-x\n", b"SSH-2.0-x", b"CONNECT\naccept-version:1.2\nhost:x\n\n\0", b"{\n", b"<?xml?>"),
+    *(b"\x13BitTorrent protocol", b"RFB 003.008\n", b"@RSYNCD: 31.0\n", b"0032git-upload-pack /x\0host=", b"NETCONF"),
 )
 _REQUESTS: Final = (BAD_GET, ABSOLUTE, CONNECT, b"GET http://" + EVIL + b"/\r\n", b"GET /\r\n", PREFACE)
 _SETTINGS: Final = (
