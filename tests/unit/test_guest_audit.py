@@ -78,214 +78,130 @@ def read(*events: Sequence[Record]) -> dict[Refusal, int]:
     return refusals.found
 
 
-@pytest.mark.parametrize(
-    ("records", "expected"),
-    [
-        (
-            [called(257, 13, items=1), (CWD, 'cwd="/opt/x07"'), path('"/root/x"', "UNKNOWN")],
-            Refusal("kernel", "openat", 13, "/root/x", write=False),
-        ),
-        ([called(302, 1, items=0, a0="0", a1="7", a2="7f")], Refusal("kernel", "prlimit64", 1, "nofile", write=True)),
-        ([called(302, 1, items=0, a0="0", a1="3", a2="7f")], Refusal("kernel", "prlimit64", 1, "", write=True)),
-        (
-            [called(257, 30, items=1, a2="80241"), (CWD, 'cwd="/"'), path('"/etc/"', "PARENT")],
-            Refusal("kernel", "openat", 30, "/etc/", write=True),
-        ),
-        *[
-            (
-                [called(83, 30, items=1), (CWD, 'cwd="/"'), path(f'"{name}"', "PARENT")],
-                Refusal("kernel", "mkdir", 30, "/", write=True),
-            )
-            for name in ("/", "//")
-        ],
-        (
-            [called(83, 30, items=2), (CWD, 'cwd="/data"'), path('"a/"', "PARENT"), path('"a/new"', "CREATE")],
-            Refusal("kernel", "mkdir", 30, "/data/a/new", write=True),
-        ),
-        (
-            [called(263, 13, items=2, a0="5"), (CWD, 'cwd="/data"'), path('"/data"', "PARENT"), path('"x"', "DELETE")],
-            Refusal("kernel", "unlinkat", 13, ".../x", write=True),
-        ),
-        (
-            [called(59, 13, items=1, a0="55"), (CWD, 'cwd="/"'), path("2F746D702F6120C3A9")],
-            Refusal("kernel", "execve", 13, "/tmp/a é", write=False),  # noqa: S108 - the guest's
-        ),
-        (
-            [called(59, 13, items=2), (CWD, 'cwd="/"'), path('"/usr/bin/ldd"'), path('"/bin/bash"')],
-            Refusal("kernel", "execve", 13, "/bin/bash", write=False),
-        ),
-        (
-            [called(85, 30, items=1, a0="7ffe00"), (CWD, 'cwd="/data"'), path('"."', "PARENT")],
-            Refusal("kernel", "creat", 30, "/data/", write=True),
-        ),
-        *[
-            (
-                [called(number, 13, items=1, a0="7ffe00"), (CWD, 'cwd="/data"'), path('"a"')],
-                Refusal("kernel", name, 13, "/data/a", write=False),
-            )
-            for name, number in (("stat", 4), ("lstat", 6))
-        ],
-        (
-            [called(332, 13, items=1, a0="5"), (CWD, 'cwd="/data"'), path('"a"')],
-            Refusal("kernel", "statx", 13, ".../a", write=False),
-        ),
-        (
-            [called(316, 30, items=1, a2="5"), (CWD, 'cwd="/data"'), path('"a/"', "PARENT")],
-            Refusal("kernel", "renameat2", 30, ".../a/", write=True),
-        ),
-        # Of two names the one that is mounted, or, of a name relative to a descriptor, the only one that can be.
-        *[
-            (
-                [
-                    called(316, 16, items=4),
-                    (CWD, 'cwd="/opt/x07"'),
-                    *(path('"/opt/x07"', "PARENT") for _ in range(2)),
-                    *(path(f'"{name}"', "DELETE") for name in names),
-                ],
-                Refusal("kernel", "renameat2", 16, "/opt/x07/conf.json", write=True),
-            )
-            for names in (("new", "conf.json"), ("conf.json", "new"))
-        ],
-        *[
-            (
-                [
-                    called(263, 16, items=2, a0="3"),
-                    (CWD, 'cwd="/opt/x07"'),
-                    path('"/opt/x07"', "PARENT"),
-                    path(f'"{name}"', "DELETE"),
-                ],
-                Refusal("kernel", "unlinkat", 16, found, write=True),
-            )
-            for name, found in (("out", "/data/out"), ("tmp", ".../tmp"))
-        ],
-        # The one that lies in the folder, where that is known by its inode: of one name there may be two.
-        *[
-            (
-                [
-                    called(263, error, items=2, a0="3"),
-                    (CWD, 'cwd="/opt/x07"'),
-                    path('"/opt/x07"', "PARENT", 9, "00:20"),
-                    path('"tmp"', "DELETE"),
-                ],
-                Refusal("kernel", "unlinkat", error, "/srv/b/tmp", write=True),
-            )
-            for error in (16, 13)
-        ],
-        *[
-            (
-                [
-                    called(316, 16, items=4, a0="3", a2="3"),
-                    (CWD, 'cwd="/opt/x07"'),
-                    *(path('"/opt/x07"', "PARENT", inode, "00:20") for inode in inodes),
-                    *(path(f'"{name}"', "DELETE") for name in names),
-                ],
-                Refusal("kernel", "renameat2", 16, "/srv/b/tmp", write=True),
-            )
-            for inodes, names in (((67, 9), ("new", "tmp")), ((9, 67), ("tmp", "new")))
-        ],
-        # As Linux 6.12 told of `cp FILE FOLDER`, rm -r, os.open(..., dir_fd=) and the like in a read root: of a name
-        # without a slash, relative to a descriptor, the folder is said to be the working directory.
-        (
-            [called(257, 30, items=1, a0="3", a2="c1"), (CWD, 'cwd="/opt/x07"'), path('"/opt/x07"', "PARENT")],
-            Refusal("kernel", "openat", 30, ".../", write=True),
-        ),
-        (
-            [
-                called(257, 30, items=1, a0="3", a2="c1"),
-                (CWD, 'cwd="/opt/x07"'),
-                path('"/opt/x07"', "PARENT", 139268, "fe:10"),
-            ],
-            Refusal("kernel", "openat", 30, "/data/t/", write=True),
-        ),
-        (
-            [called(263, 30, items=1, a0="4"), (CWD, 'cwd="/"'), path('"/"', "PARENT", 139268, "fe:10")],
-            Refusal("kernel", "unlinkat", 30, "/data/t/", write=True),
-        ),
-        (
-            [
-                called(264, 30, items=2, a0="3", a2="3"),
-                (CWD, 'cwd="/opt/x07"'),
-                path('"/opt/x07"', "PARENT", 139268, "fe:10"),
-                path('"/opt/x07"', "PARENT", 139268, "fe:10"),
-            ],
-            Refusal("kernel", "renameat", 30, "/data/t/", write=True),
-        ),
-        (
-            [
-                called(257, 30, items=1, a0="3", a2="80001"),
-                (CWD, 'cwd="/opt/x07"'),
-                path('"f"', "NORMAL", 139269, "fe:10"),
-            ],
-            Refusal("kernel", "openat", 30, "/data/t/f", write=True),
-        ),
-        (
-            [called(91, 30, items=1, a0="4"), (CWD, 'cwd="/opt/x07"'), path("(null)", "NORMAL", 139269, "fe:10")],
-            Refusal("kernel", "fchmod", 30, "/data/t/f", write=True),
-        ),
-        # A link of the program's own, or a name for a descriptor, says nothing of where it leads.
-        (
-            [called(257, 30, items=1, a2="80241"), (CWD, 'cwd="/tmp"'), path('"td/"', "PARENT", 139268, "fe:10")],
-            Refusal("kernel", "openat", 30, "/data/t/", write=True),
-        ),
-        *[
-            (
-                [called(257, 30, items=1, a2="80001"), (CWD, 'cwd="/tmp"'), path(name, "NORMAL", 139269, "fe:10")],
-                Refusal("kernel", "openat", 30, "/data/t/f", write=True),
-            )
-            for name in ('"tf"', '"/tmp/td/f"', '"/proc/self/fd/6"')
-        ],
-        (
-            [called(257, 30, items=1, a2="80001"), (CWD, 'cwd="/data"'), path('"l"', "NORMAL", 139269, "fe:10")],
-            Refusal("kernel", "openat", 30, "/data/l", write=True),
-        ),
-        ([called(280, 30, items=0, a0="4")], Refusal("kernel", "utimensat", 30, "", write=True)),
-        # A path without a descriptor is the working directory's, with or without a slash in it.
-        (
-            [called(257, 30, items=1, a2="80241"), (CWD, 'cwd="/data"'), path('"/data"', "PARENT", 139268, "fe:10")],
-            Refusal("kernel", "openat", 30, "/data/", write=True),
-        ),
-        # The refused path is that of the new link, not its target.
-        (
-            [
-                called(88, 30, items=2, a0="7f33aa0193a0"),
-                (CWD, 'cwd="/opt/x07"'),
-                path('"/data/t/"', "PARENT", 139268, "fe:10"),
-                path('"/home/me/secret"', "UNKNOWN", 0),
-            ],
-            Refusal("kernel", "symlink", 30, "/data/t/", write=True),
-        ),
-        (
-            [
-                called(86, 30, items=2, a0="7f33aa0193a0"),
-                (CWD, 'cwd="/opt/x07"'),
-                path('"/data/t/"', "PARENT", 139268, "fe:10"),
-                path('"/etc/hostname"', "NORMAL", 1875),
-            ],
-            Refusal("kernel", "link", 30, "/data/t/", write=True),
-        ),
-        (
-            [called(266, 30, items=1, a0="7ffe00", a1="ffffff9c"), (CWD, 'cwd="/data"'), path('"a/"', "PARENT")],
-            Refusal("kernel", "symlinkat", 30, "/data/a/", write=True),
-        ),
-        (
-            [called(437, 30, items=1), (CWD, 'cwd="/data"'), path('"in.txt"')],
-            Refusal("kernel", "openat2", 30, "/data/in.txt", write=True),
-        ),
-        (
-            [called(257, 13, items=1), (CWD, 'cwd="/"'), path('"/root/nametype=PARENT"')],
-            Refusal("kernel", "openat", 13, "/root/nametype=PARENT", write=False),
-        ),
-        ([called(59, 13, items=1), path("FF2F")], Refusal("kernel", "execve", 13, "\\xff", write=False)),
-        ([called(41, 24, items=0)], Refusal("kernel", "socket", 24, "", write=True)),
-        ([called(999, 1, items=0)], Refusal("kernel", "system call 999", 1, "", write=True)),
-        ([called(257, 13, items=3), path('"/a"')], Refusal("kernel", "openat", 13, "/a", write=False)),
-        ([called(257, 13, items=1), path("(null)")], Refusal("kernel", "openat", 13, "", write=False)),
-        (
-            [(SECCOMP, f"{WHO} sig=0 arch=c000003e syscall=165 compat=0 ip=0x7f code=0x50000")],
-            Refusal("seccomp", "mount", 1, "", write=False),
-        ),
-    ],
-)
+def refused(
+    call: str,
+    error: int,
+    found: str,
+    *paths: Record,
+    cwd: str = "",
+    write: bool = False,
+    items: int | None = None,
+    **arguments: str,
+) -> tuple[list[Record], Refusal]:
+    """The records of a refused call, and what must be found in them: the path *found*."""
+    first = called(CALLS.get(call, 999), error, items=len(paths) if items is None else items, **arguments)
+    folder = [(CWD, f'cwd="{cwd}"')] if cwd else []
+    return [first, *folder, *paths], Refusal("kernel", call, error, found, write=write)
+
+
+def parent(name: str, inode: int = 139268) -> Record:
+    """The record of a folder in which an entry was to be made or removed."""
+    return path(f'"{name}"', "PARENT", inode, "00:20" if inode == 9 else "fe:10")
+
+
+IN_DATA: Final = path('"a"')
+CASES: Final = [
+    refused("openat", 13, "/root/x", path('"/root/x"', "UNKNOWN"), cwd="/opt/x07"),
+    refused("prlimit64", 1, "nofile", a0="0", a1="7", a2="7f", write=True),
+    refused("prlimit64", 1, "", a0="0", a1="3", a2="7f", write=True),
+    refused("openat", 30, "/etc/", path('"/etc/"', "PARENT"), cwd="/", a2="80241", write=True),
+    *(refused("mkdir", 30, "/", path(f'"{name}"', "PARENT"), cwd="/", write=True) for name in ("/", "//")),
+    refused("mkdir", 30, "/data/a/new", path('"a/"', "PARENT"), path('"a/new"', "CREATE"), cwd="/data", write=True),
+    refused("unlinkat", 13, ".../x", path('"/data"', "PARENT"), path('"x"', "DELETE"), cwd="/data", a0="5", write=True),
+    refused("execve", 13, "/tmp/a é", path("2F746D702F6120C3A9"), cwd="/", a0="55"),  # noqa: S108 - the guest's
+    refused("execve", 13, "/bin/bash", path('"/usr/bin/ldd"'), path('"/bin/bash"'), cwd="/"),
+    refused("creat", 30, "/data/", path('"."', "PARENT"), cwd="/data", a0="7ffe00", write=True),
+    *(refused(name, 13, "/data/a", IN_DATA, cwd="/data", a0="7ffe00") for name in ("stat", "lstat")),
+    refused("statx", 13, ".../a", IN_DATA, cwd="/data", a0="5"),
+    refused("renameat2", 30, ".../a/", path('"a/"', "PARENT"), cwd="/data", a2="5", write=True),
+    # Of two names the one that is mounted, or, of a name relative to a descriptor, the only one that can be.
+    *(
+        refused(
+            *("renameat2", 16, "/opt/x07/conf.json"),
+            *(path('"/opt/x07"', "PARENT") for _ in range(2)),
+            *(path(f'"{name}"', "DELETE") for name in names),
+            cwd="/opt/x07",
+            write=True,
+        )
+        for names in (("new", "conf.json"), ("conf.json", "new"))
+    ),
+    *(
+        refused(
+            *("unlinkat", 16, found, path('"/opt/x07"', "PARENT"), path(f'"{name}"', "DELETE")),
+            cwd="/opt/x07",
+            a0="3",
+            write=True,
+        )
+        for name, found in (("out", "/data/out"), ("tmp", ".../tmp"))
+    ),
+    # The one that lies in the folder, where that is known by its inode: of one name there may be two.
+    *(
+        refused(
+            *("unlinkat", error, "/srv/b/tmp", parent("/opt/x07", 9), path('"tmp"', "DELETE")),
+            cwd="/opt/x07",
+            a0="3",
+            write=True,
+        )
+        for error in (16, 13)
+    ),
+    *(
+        refused(
+            *("renameat2", 16, "/srv/b/tmp"),
+            *(path('"/opt/x07"', "PARENT", inode, "00:20") for inode in inodes),
+            *(path(f'"{name}"', "DELETE") for name in names),
+            cwd="/opt/x07",
+            a0="3",
+            a2="3",
+            write=True,
+        )
+        for inodes, names in (((67, 9), ("new", "tmp")), ((9, 67), ("tmp", "new")))
+    ),
+    # As Linux 6.12 told of `cp FILE FOLDER`, rm -r, os.open(..., dir_fd=) and the like in a read root: of a name
+    # without a slash, relative to a descriptor, the folder is said to be the working directory.
+    refused("openat", 30, ".../", path('"/opt/x07"', "PARENT"), cwd="/opt/x07", a0="3", a2="c1", write=True),
+    refused("openat", 30, "/data/t/", parent("/opt/x07"), cwd="/opt/x07", a0="3", a2="c1", write=True),
+    refused("unlinkat", 30, "/data/t/", parent("/"), cwd="/", a0="4", write=True),
+    refused("renameat", 30, "/data/t/", *[parent("/opt/x07")] * 2, cwd="/opt/x07", a0="3", a2="3", write=True),
+    *(
+        refused(call, 30, "/data/t/f", path(name, "NORMAL", 139269, "fe:10"), cwd="/opt/x07", a0="3", a2=a2, write=True)
+        for call, name, a2 in (("openat", '"f"', "80001"), ("fchmod", "(null)", "0"))
+    ),
+    # A link of the program's own, or a name for a descriptor, says nothing of where it leads.
+    refused("openat", 30, "/data/t/", parent("td/"), cwd="/tmp", a2="80241", write=True),  # noqa: S108 - the guest's
+    *(
+        refused("openat", 30, found, path(name, "NORMAL", 139269, "fe:10"), cwd=cwd, a2="80001", write=True)
+        for name, cwd, found in (
+            *((name, "/tmp", "/data/t/f") for name in ('"tf"', '"/tmp/td/f"', '"/proc/self/fd/6"')),  # noqa: S108
+            ('"l"', "/data", "/data/l"),
+        )
+    ),
+    refused("utimensat", 30, "", a0="4", write=True),
+    # A path without a descriptor is the working directory's, with or without a slash in it.
+    refused("openat", 30, "/data/", parent("/data"), cwd="/data", a2="80241", write=True),
+    # The refused path is that of the new link, not its target.
+    *(
+        refused(call, 30, "/data/t/", parent("/data/t/"), target, cwd="/opt/x07", a0="7f33aa0193a0", write=True)
+        for call, target in (
+            ("symlink", path('"/home/me/secret"', "UNKNOWN", 0)),
+            ("link", path('"/etc/hostname"', "NORMAL", 1875)),
+        )
+    ),
+    refused("symlinkat", 30, "/data/a/", path('"a/"', "PARENT"), cwd="/data", a0="7ffe00", a1="ffffff9c", write=True),
+    refused("openat2", 30, "/data/in.txt", path('"in.txt"'), cwd="/data", write=True),
+    refused("openat", 13, "/root/nametype=PARENT", path('"/root/nametype=PARENT"'), cwd="/"),
+    refused("execve", 13, "\\xff", path("FF2F")),
+    refused("socket", 24, "", write=True),
+    refused("system call 999", 1, "", write=True),
+    refused("openat", 13, "/a", path('"/a"'), items=3),
+    refused("openat", 13, "", path("(null)")),
+    (
+        [(SECCOMP, f"{WHO} sig=0 arch=c000003e syscall=165 compat=0 ip=0x7f code=0x50000")],
+        Refusal("seccomp", "mount", 1, "", write=False),
+    ),
+]
+
+
+@pytest.mark.parametrize(("records", "expected"), CASES)
 def test_a_refused_call_is_reported_by_name_and_path(records: list[Record], expected: Refusal) -> None:
     """A refused call is reported by its name and its absolute, decoded path."""
     assert read(records) == {expected: 1}
