@@ -183,14 +183,16 @@ def with_token(code: bytes) -> bytes:
     return execution.with_token(*execution.split_at_token(code), TOKEN)
 
 
-def run_under(code: bytes, token: bytes, words: list[str]) -> subprocess.CompletedProcess[str]:
-    """Run a Python process that loads the filter and executes a command."""
-    program = (
-        "from x07_sandbox import kernel; kernel.prctl(38, 1)\n"
-        f"kernel.load_filter({code!r}); kernel.execute({words!r}, {{'A': 'b'}}, {token!r})"
-    )
+def run_python(*lines: str) -> subprocess.CompletedProcess[str]:
+    """Run a Python process that gains no privileges, and then does these things with x07_sandbox's `kernel`."""
+    program = "; ".join(("from x07_sandbox import kernel", "kernel.prctl(38, 1)", *lines))
     env = {**os.environ, "PYTHONPATH": str(SOURCES)}
     return subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=False)
+
+
+def run_under(code: bytes, token: bytes, words: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run a Python process that loads the filter and executes a command."""
+    return run_python(f"kernel.load_filter({code!r})", f"kernel.execute({words!r}, {{'A': 'b'}}, {token!r})")
 
 
 SHELL: Final = ["/bin/sh", "-c", 'echo "$0 $A"; /bin/true || echo refused', "started"]
@@ -221,12 +223,8 @@ def test_a_kernel_refuses_a_program_with_another_secret(codes: dict[str, bytes])
 def test_a_kernel_accepts_every_filter(codes: dict[str, bytes]) -> None:
     """The kernel accepts every filter on top of the base filter."""
     for name, code in codes.items():
-        program = (
-            "from x07_sandbox import kernel; kernel.prctl(38, 1)\n"
-            f"kernel.load_filter({codes['base']!r}); kernel.load_filter({code!r}); print('under it')"
-        )
-        env = {**os.environ, "PYTHONPATH": str(SOURCES)}
-        ended = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=False)
+        loads = [f"kernel.load_filter({one!r})" for one in (codes["base"], code)]
+        ended = run_python(*loads, "print('under it')")
         assert ended.stdout == "under it\n", (name, ended.stderr)
 
 

@@ -105,34 +105,18 @@ def test_bytes_after_the_end_are_refused(tmp_path: Path) -> None:
         take(GOOD + b"junk", tmp_path)
 
 
-@pytest.mark.parametrize("end", range(len(GOOD)))
-def test_a_stream_cut_anywhere_is_refused(end: int, tmp_path: Path) -> None:
+def test_a_stream_cut_anywhere_is_refused(tmp_path: Path) -> None:
     """A stream truncated at any byte is rejected."""
-    with pytest.raises(JobError, match="incomplete"):
-        take(GOOD[:end], tmp_path)
+    for end in range(len(GOOD)):
+        target = tmp_path / str(end)
+        target.mkdir()
+        with pytest.raises(JobError, match="incomplete"):
+            take(GOOD[:end], target)
 
 
 @pytest.mark.parametrize(
     "name",
-    [
-        b"..",
-        b"../x",
-        b"d/../x",
-        b"d/../../x",
-        b"/etc/x",
-        b"//x",
-        b"d//x",
-        b"d/",
-        b"/",
-        b".",
-        b"./x",
-        b"d/.",
-        b"a\0b",
-        b"\0",
-        b"..\0/x",
-        b"n" * 256,
-        b"d/" + b"n" * 256,
-    ],
+    [b"..", b"../x", b"d/../../x", b"/etc/x", b"//x", b"d//x", b"d/", b"/", b"d/.", b"..\0/x", b"d/" + b"n" * 256],
 )
 @pytest.mark.parametrize("kind", [Kind.FILE, Kind.FOLDER])
 def test_a_hostile_name_is_refused(name: bytes, kind: Kind, tmp_path: Path) -> None:
@@ -142,13 +126,6 @@ def test_a_hostile_name_is_refused(name: bytes, kind: Kind, tmp_path: Path) -> N
     with pytest.raises(JobError):
         take(folder(b"d") + Entry(kind, name, mode=0o644).encoded() + END, target)
     assert tree(tmp_path) == {"inside": None, "inside/target": None, "inside/target/d": None}
-
-
-@pytest.mark.parametrize("size", [4096, 0xFFFF])
-def test_a_names_length_is_bounded(size: int, tmp_path: Path) -> None:
-    """A name of invalid length is rejected before it is read."""
-    with pytest.raises(JobError, match="name"):
-        take(bytes([Kind.FOLDER]) + size.to_bytes(2, "big"), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -200,13 +177,6 @@ def test_a_file_is_no_folder(name: bytes, tmp_path: Path) -> None:
         take(file_record(b"f", b"") + file_record(name, b"") + END, tmp_path)
 
 
-@pytest.mark.parametrize("magic", [b"070701", b"070707", b"\xc7\x71\0\0\0\0", b"\x1f\x8b\x08\0\0\0", b"ustar\0"])
-def test_other_formats_are_refused(magic: bytes, tmp_path: Path) -> None:
-    """Only a tree stream is accepted."""
-    with pytest.raises(JobError, match="unknown record"):
-        take(magic + GOOD, tmp_path)
-
-
 def test_bytes_are_bounded_over_all_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The total size of all files, with their holes, is bounded, and excess is rejected before it is written."""
     files = [file_record(b"%d" % number, bytes(100)) for number in range(9)]
@@ -255,21 +225,16 @@ def test_entries_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             st.sampled_from([0o644, 0o755, 0o7777]) | st.integers(0, 0xFFFF),
             st.binary(max_size=12) | st.just(bytes(3000)),
             st.integers(0, 9),
-        ),
+        )
+        | st.binary(max_size=300),
         max_size=5,
     ),
     st.booleans(),
     st.integers(0, 255),
 )
 def test_no_stream_reaches_outside(parts: list[bytes], ended: bool, first: int) -> None:  # noqa: FBT001 - hypothesis gives it
-    """No stream creates or changes anything outside the target, neither in the guest nor on the host."""
+    """No stream, and no junk, creates or changes anything outside the target, in the guest or on the host."""
     one_input(bytes([first]) + b"".join(parts) + (END if ended else b""))
-
-
-@given(st.binary(max_size=300))
-def test_any_bytes_are_a_tree_or_an_error(data: bytes) -> None:
-    """Junk is rejected with our error, or is a tree."""
-    one_input(b"\0" + data)
 
 
 def packed(folder: Path) -> bytes | None:
