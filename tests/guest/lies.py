@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from x07_sandbox.channel import messages, streams
 from x07_sandbox.channel.link import Stream
-from x07_sandbox.channel.messages import Closed, Denied, Exec, Exited, Failed
+from x07_sandbox.channel.messages import Closed, Denied, Exited, Failed
 from x07_sandbox.channel.streams import HEADER
 from x07_sandbox.channel.trees import Entry, segment
 from x07_sandbox.channel.trees import Kind as R
@@ -160,27 +160,9 @@ def fail(agent: Lies, command: int) -> None:
     agent.raw_message(Failed(command, "x", 5, "\x1b[2J it broke"))
 
 
-def huge_number(agent: Lies) -> None:
-    """Report the program's end with all counters at their highest."""
-    most = messages.FORMS[Exited].layout.size
-    agent.raw(streams.MESSAGE, 0, struct.pack(">I", 1) + b"\xff" * (most - 4), messages.FORMS[Exited].number)
-
-
 def message(agent: Lies, kind: type, payload: bytes) -> None:
     """Send any payload as a message."""
     agent.raw(streams.MESSAGE, 0, payload, messages.FORMS[kind].number)
-
-
-def two_streams(agent: Lies) -> None:
-    """Open the output of the program twice."""
-    agent.raw_open(agent.open(Stream.STDOUT, b"once", 1) + 2, Stream.STDOUT, 1)
-
-
-def churn(agent: Lies) -> None:
-    """Open and reset streams without end, each with a new number."""
-    for number in itertools.count(1, 2):
-        agent.raw_open(number, Stream.STDERR, 1)
-        agent.raw(streams.RESET, number)
 
 
 def unended_output(agent: Lies) -> None:
@@ -289,20 +271,11 @@ DEEDS = {
     "garbage": lambda agent: pour(agent.connection.fd, os.urandom(65536)),
     "oversized": lambda agent: agent.raw(streams.DATA, agent.open(Stream.STDOUT, subject=1), b"x" * 100, size=1 << 31),
     "frames": lambda agent: pour(agent.connection.fd, HEADER.pack(streams.MESSAGE, 8, 0, 0, 4) + struct.pack(">I", 1)),
-    "credit": lambda agent: pour(
-        agent.connection.fd,
-        HEADER.pack(streams.CREDIT, 0, 0, agent.open(Stream.STDOUT, subject=1), 4) + struct.pack(">I", 1 << 20),
-    ),
     "window": flood_output,
     "status": lambda agent: agent.end_and_close(wait_status=0x137F),
     "failed": lambda agent: fail(agent, 0),
     "unstarted": lambda agent: fail(agent, 1),
     "json": lambda agent: message(agent, Denied, b'[1,"kernel","x",NaN,"",false,1]'),
-    "deep": lambda agent: message(agent, Closed, b"[" * 16000),
-    "numbers": lambda agent: message(agent, Failed, b"[" + b"9" * 5000 + b"]"),
-    "short": lambda agent: message(agent, Exited, b"\0\0\0\1"),
-    "huge": huge_number,
-    "fields": lambda agent: message(agent, Closed, b"[null,null,0]"),
     "denials": many_denials,
     "denial": one_denial,
     "ok": lambda agent: agent.end_and_close(),
@@ -311,17 +284,9 @@ DEEDS = {
     "unsent": lambda agent: lie_about_file(agent, 10, 0),
     "endless": endless_file,
     "withheld": lambda agent: agent.end(),
-    # what the streams and several commands allow
-    "twice": two_streams,
     "nobody": lambda agent: agent.raw_open(1, Stream.STDOUT, 7),
-    "ours": lambda agent: agent.raw_open(1, Stream.INPUT, 0),
-    "even": lambda agent: agent.raw_open(2, Stream.STDOUT, 1),
-    "answer": lambda agent: agent.raw(streams.ANSWER, agent.open(Stream.STDOUT, subject=1)),
-    "datagram": lambda agent: agent.raw(streams.DATAGRAM, agent.open(Stream.STDOUT, subject=1)),
-    "order": lambda agent: message(agent, Exec, b"[]"),
     "stranger": lambda agent: agent.raw_message(EXITED._replace(id=2)),
     "changes": lambda agent: agent.open(Stream.CHANGES),
-    "churn": churn,
     "unended": unended_output,
     "ended": ended_twice,
     "close": lambda agent: agent.raw_message(CLOSED),
