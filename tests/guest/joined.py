@@ -126,8 +126,12 @@ class Joined(RuleBasedStateMachine):
         """Abort a stream, also one whose opening is still queued."""
         number = self.some(data)
         if number is not None and self.ends[role].is_open(number):
-            self.ends[role].reset(number, code if self.table.code_max else 0)
-            self.dropped.add(number)
+            self.reset_one(role, number, code if self.table.code_max else 0)
+
+    def reset_one(self, role: Role, number: int, code: int) -> None:
+        """Abort a stream."""
+        self.ends[role].reset(number, code)
+        self.dropped.add(number)
 
     @rule(data=st.data(), role=ROLES, share=st.sampled_from([0.001, 0.3, 1]))
     def use(self, data: st.DataObject, role: Role, share: float) -> None:

@@ -63,20 +63,23 @@ def test_an_empty_pipe_is_not_the_end(pipe: tuple[int, int]) -> None:
     assert (stream.text(), stream.ended) == ("bye", True)
 
 
+def shown(data: bytes) -> str:
+    """The text of a stream with these bytes."""
+    read_end, write_end = os.pipe2(os.O_NONBLOCK)
+    os.write(write_end, data)
+    os.close(write_end)
+    stream = BoundedStream(read_end, keep_bytes=1000)
+    stream.read()
+    os.close(read_end)
+    return stream.text()
+
+
 @given(st.binary(max_size=300))
 @example(b"\x1b]0;title\x07\x1b[31m\x9b2J\r\x08\x7f")
 @example("\u202e\u200b\u2028\U000e0041".encode())
 def test_guest_text_has_no_control_characters(data: bytes) -> None:
     """Guest text contains no control, escape, direction or separator characters except tab and newline."""
-    read_end, write_end = os.pipe2(os.O_NONBLOCK)
-    try:
-        os.write(write_end, data)
-        stream = BoundedStream(read_end, keep_bytes=200)
-        stream.read()
-    finally:
-        os.close(write_end)
-        os.close(read_end)
-    text = stream.text()
+    text = shown(data)
     text.encode("utf-8")
     assert all(char in "\n\t" or not unicodedata.category(char).startswith(("C", "Zl", "Zp")) for char in text)
 
@@ -84,12 +87,4 @@ def test_guest_text_has_no_control_characters(data: bytes) -> None:
 @given(st.text(st.characters(codec="utf-8", categories=["L", "N", "P"]), max_size=50))
 def test_readable_text_stays_as_it_is(text: str) -> None:
     """Letters, digits and punctuation of any script pass unchanged."""
-    read_end, write_end = os.pipe2(os.O_NONBLOCK)
-    try:
-        os.write(write_end, text.encode())
-        stream = BoundedStream(read_end, keep_bytes=1000)
-        stream.read()
-    finally:
-        os.close(write_end)
-        os.close(read_end)
-    assert stream.text() == text
+    assert shown(text.encode()) == text

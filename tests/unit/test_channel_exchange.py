@@ -10,7 +10,7 @@ from hypothesis.stateful import initialize, invariant, rule, run_state_machine_a
 from tests.guest.joined import ROLES, TABLES, Joined
 from tests.guest.messages import GUEST, HOST, OTHER
 from x07_sandbox.channel.messages import Message
-from x07_sandbox.channel.streams import ANSWER, CREDIT, DATAGRAM, OPEN, RESET, Event, Role, Streams
+from x07_sandbox.channel.streams import ANSWER, CREDIT, DATAGRAM, MESSAGE, OPEN, RESET, Event, Role, Streams
 from x07_sandbox.errors import ChannelUsageError
 
 
@@ -22,7 +22,10 @@ class Exchange(Joined):
         """Choose the table, and open a stream of each kind."""
         self.join(TABLES[name], {role: Streams(role, TABLES[name]) for role in Role})
         self.unanswered: list[int] = []
-        self.packets: dict[Role, list[bytes]] = {role: [] for role in Role}
+        self.payloads: dict[int, bytes] = {}
+        self.codes: dict[int, set[int]] = {}  # with which a stream was reset or refused
+        self.packets: dict[tuple[Role, int], list[bytes]] = {}  # that were sent and have not come
+        self.said: dict[Role, list[Event]] = {role: [] for role in Role}
         for code in self.table.streams:
             self.open_one(code, self.table.streams[code].most)
         self.settle()
@@ -48,7 +51,11 @@ class Exchange(Joined):
 
     def open_one(self, code: int, size: int) -> None:
         """Open a stream with a payload of this size."""
-        self.note(self.ends[self.table.streams[code].opener].open(code, bytes(size)), code)
+        self.filler += 1
+        payload = bytes([self.filler % 256]) * size
+        number = self.ends[self.table.streams[code].opener].open(code, payload)
+        self.note(number, code)
+        self.payloads[number] = payload
 
     @rule(data=st.data(), code=st.sampled_from([0, 0, 0, 1]))
     def answer(self, data: st.DataObject, code: int) -> None:
@@ -62,43 +69,59 @@ class Exchange(Joined):
         end = self.ends[OTHER[self.table.streams[self.kinds[number]].opener]]
         if end.is_open(number) and code:
             self.dropped.add(number)
+            self.codes.setdefault(number, set()).add(code)
         end.answer(number, code)
 
     @rule(data=st.data(), role=ROLES)
     def send_datagram(self, data: st.DataObject, role: Role) -> None:
-        """Offer a datagram, which is sent only on a stream of datagrams."""
+        """Offer a datagram, which is sent only on a stream of datagrams, and only if it is not too large."""
         number = self.some(data)
         if number is None:
             return
         self.filler += 1
-        packet = bytes([self.filler % 256]) * (self.filler % (self.table.datagram_max + 1) % 50)
+        most = self.table.datagram_max
+        size = data.draw(st.sampled_from([0, most, most + 1]) | st.integers(0, 50))
         before = self.ends[role].pending()
-        self.ends[role].send_datagram(number, packet)
+        self.ends[role].send_datagram(number, bytes([self.filler % 256]) * size)
         if self.ends[role].pending() > before:
-            self.packets[role].append(packet)
+            assert size <= most
+            assert self.table.streams[self.kinds[number]].datagrams
+            self.packets.setdefault((role, number), []).append(bytes([self.filler % 256]) * size)
 
     @rule(role=ROLES, data=st.data())
     def say(self, role: Role, data: st.DataObject) -> None:
         """Send a message."""
         code = data.draw(st.sampled_from(list(self.table.messages)))
-        if self.table.messages[code].sender is role:
-            self.ends[role].message(code, bytes(self.table.messages[code].least))
+        form = self.table.messages[code]
+        if form.sender is role:
+            self.filler += 1
+            payload = bytes([self.filler % 256]) * form.least
+            self.ends[role].message(code, payload)
+            self.said[role].append(Event(MESSAGE, 0, code, payload))
+
+    def reset_one(self, role: Role, number: int, code: int) -> None:
+        """Abort a stream."""
+        super().reset_one(role, number, code)
+        self.codes.setdefault(number, set()).add(code)
 
     def take(self, role: Role, event: Message | Event) -> None:
         """Check an event from a role."""
         assert isinstance(event, Event)
         number = event.stream
         super().take(role, event)
-        if event.type == OPEN:
-            assert self.kinds[number] == event.code
+        if event.type == MESSAGE:
+            assert event == self.said[role].pop(0)
+        elif event.type == OPEN:
+            assert event == Event(OPEN, number, self.kinds[number], self.payloads[number])
             if self.table.streams[event.code].answered:
                 self.unanswered.append(number)
         elif event.type == DATAGRAM:
-            assert event.data in self.packets[role]
+            assert event.data == self.packets[role, number].pop(0)
         elif event.type == CREDIT:
             assert self.ends[OTHER[role]].window(number) >= 0
         elif event.type == RESET or (event.type == ANSWER and event.code):
             assert number in self.dropped
+            assert event.code in self.codes[number]
             assert not self.ends[OTHER[role]].is_open(number)
 
     @invariant()
@@ -117,6 +140,11 @@ class Exchange(Joined):
                 self.use_one(role, number, len(self.came[role, number]))
         self.settle()
         self.check_whole()
+        assert self.said == {role: [] for role in Role}
+        assert not any(packets for (_, number), packets in self.packets.items() if number not in self.dropped)
+        for number in self.kinds:
+            if {(role, number) for role in Role if (role, number) in self.sent} <= self.finished:
+                assert not any(end.is_open(number) for end in self.ends.values())
         assert len(self.ends[HOST]._open) == len(self.ends[GUEST]._open)  # noqa: SLF001 - both agree on what is open
         self.check_credit()
 

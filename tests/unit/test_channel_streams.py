@@ -77,44 +77,7 @@ def opened(*kinds: int) -> tuple[Streams, Streams, list[int]]:
     return host, guest, numbers
 
 
-# from the opening to the end
-
-
-def test_a_stream_from_its_opening_to_its_end() -> None:
-    """Payload, data and both ends arrive unchanged, and then the stream is forgotten."""
-    host, guest = ends()
-    number = host.open(BOTH, b"abc")
-    assert passed(host, guest) == [Event(OPEN, number, BOTH, b"abc")]
-    assert host.send(number, b"question") == 8
-    host.finish(number)
-    host.finish(number)
-    assert passed(host, guest) == [Event(DATA, number, BOTH, b"question"), Event(FIN, number, BOTH)]
-    assert guest.send(number, b"answer") == 6
-    guest.finish(number)
-    assert passed(guest, host) == [Event(DATA, number, BOTH, b"answer"), Event(FIN, number, BOTH)]
-    assert not host.is_open(number)
-    assert not guest.is_open(number)
-
-
-@pytest.mark.parametrize(("kind", "sender"), [(DOWN, HOST), (UP, GUEST)])
-def test_a_one_way_stream_ends_with_its_sender(kind: int, sender: Role) -> None:
-    """A stream with one sender is forgotten at its end, and its receiver cannot send on it."""
-    host, guest, [number] = opened(kind)
-    by, to = (host, guest) if sender is HOST else (guest, host)
-    assert (to.window(number), to.send(number, b"x")) == (0, 0)
-    by.finish(number)
-    assert passed(by, to) == [Event(FIN, number, kind)]
-    assert not by.is_open(number)
-    assert not to.is_open(number)
-
-
-def test_messages_travel_in_order_with_the_streams() -> None:
-    """A message arrives after the data that was sent before it."""
-    host, guest, [number] = opened(DOWN)
-    host.send(number, b"first")
-    host.message(ORDER, b"second")
-    host.send(number, b"third")
-    assert [event.data for event in passed(host, guest)] == [b"first", b"second", b"third"]
+# from the opening to the end; see also test_channel_exchange.py
 
 
 def test_numbers_do_not_collide() -> None:
@@ -122,33 +85,6 @@ def test_numbers_do_not_collide() -> None:
     host, guest = ends()
     assert [host.open(DOWN), host.open(BOTH), host.open(DOWN)] == [2, 4, 6]
     assert [guest.open(UP), guest.open(ASKED, b"x")] == [1, 3]
-
-
-def test_datagrams_keep_their_borders() -> None:
-    """Datagrams keep their boundaries, and an oversized one is dropped."""
-    host, guest, [number] = opened(PACKETS)
-    sent = [b"", b"x", bytes(SMALL.datagram_max)]
-    for data in [*sent, bytes(SMALL.datagram_max + 1)]:
-        guest.send_datagram(number, data)
-    assert passed(guest, host) == [Event(DATAGRAM, number, PACKETS, data) for data in sent]
-
-
-@pytest.mark.parametrize("code", [1, SMALL.code_max])
-def test_a_refusal_carries_its_reason(code: int) -> None:
-    """A refusal or reset carries its code and removes the stream at both ends."""
-    host, guest = ends()
-    number = guest.open(ASKED, b"x")
-    passed(guest, host)
-    host.answer(number, code)
-    assert passed(host, guest) == [Event(ANSWER, number, code)]
-    assert not host.is_open(number)
-    assert not guest.is_open(number)
-    host, guest, [number] = opened(ASKED)
-    host.reset(number, code)
-    host.reset(number, code)
-    assert passed(host, guest) == [Event(RESET, number, code)]
-    assert not host.is_open(number)
-    assert not guest.is_open(number)
 
 
 def test_nothing_is_sent_before_the_answer() -> None:
@@ -177,17 +113,6 @@ def test_operations_on_an_ended_stream_do_nothing() -> None:
     assert host.send(number, b"x") == 0
     assert host.pending() == 0
     assert guest.is_open(number)
-
-
-def test_a_pending_stream_can_be_given_up() -> None:
-    """The opener can abort a stream before it is answered, and the answer is not sent then."""
-    host, guest = ends()
-    number = guest.open(ASKED, b"x")
-    passed(guest, host)
-    guest.reset(number)
-    assert passed(guest, host) == [Event(RESET, number)]
-    host.answer(number)
-    assert host.pending() == 0
 
 
 @pytest.mark.parametrize("kind", SMALL.streams)
@@ -562,14 +487,6 @@ def test_small_frames_overtake_data() -> None:
     assert kinds == [*small, *[(DATA, first)] * 3, (FIN, first)]
 
 
-def test_data_behind_an_urgent_reset_is_ignored() -> None:
-    """A reset may overtake the data of its own stream, which the peer then ignores."""
-    host, guest, [number] = opened(ASKED)
-    host.send(number, bytes(32))
-    host.reset(number)
-    assert passed(host, guest) == [Event(RESET, number)]
-
-
 def test_a_partly_written_frame_is_completed_first() -> None:
     """A partly written frame is completed before any other."""
     host, guest, [first, second] = opened(ASKED, ASKED)
@@ -602,16 +519,6 @@ def test_small_frames_are_written_together() -> None:
 
 
 # windows
-
-
-def test_a_sender_stops_at_the_window() -> None:
-    """A sender stops at the window, and a stalled stream does not block another."""
-    host, guest, [first, second] = opened(UP, UP)
-    assert guest.send(first, bytes(SMALL.window + 1)) == SMALL.window
-    assert guest.send(first, b"x") == guest.window(first) == 0
-    assert guest.send(second, b"goes on") == 7
-    received = b"".join(event.data for event in passed(guest, host) if event.type == DATA)
-    assert received == bytes(SMALL.window) + b"goes on"
 
 
 def test_credit_comes_in_steps_of_a_quarter_window() -> None:

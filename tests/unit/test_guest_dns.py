@@ -217,16 +217,6 @@ def test_a_reverse_lookup_of_any_other_address_finds_nothing(name: str) -> None:
 # the protocol
 
 
-def test_a_common_resolver_understands_the_answers() -> None:
-    """Negative answers can be cached by a resolver."""
-    query = dns.message.make_query("example.org", "AAAA")
-    reply = ask(query)
-    assert isinstance(reply, dns.message.QueryMessage)
-    assert query.is_response(reply)
-    kept = dns.resolver.Answer(dns.name.from_text("example.org"), dns.rdatatype.AAAA, dns.rdataclass.IN, reply)
-    assert (kept.rrset, kept.chaining_result.minimum_ttl) == (None, TTL_S)
-
-
 @pytest.mark.parametrize("recursion", [True, False])
 def test_the_flags_are_those_of_a_recursive_resolver(recursion: bool) -> None:  # noqa: FBT001 - a parameter of pytest
     """Answers have the flags of a recursive resolver that does not validate."""

@@ -29,6 +29,8 @@ from x07_sandbox.sessions.transfers import CommandStreams, Inbox, InFile, Receiv
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from x07_sandbox.sessions.execution import Execution
+
 pytestmark = pytest.mark.timeout(60)
 
 
@@ -146,26 +148,44 @@ def test_closing_awaits_the_end_of_all_commands(pair: Pair) -> None:
     assert pair.session.close(Receivers()) == CLOSED
 
 
-def test_output_in_memory_holds_up_the_guest(pair: Pair) -> None:
-    """Output that is kept in memory takes one window until it is read."""
-    inbox = Inbox("stdout")
-    given = CommandStreams(stdin_fd=None, stdout=inbox, stderr=Inbox("stderr"), open_input=True)
+def flooding(pair: Pair) -> tuple[Execution, int]:
+    """Start a command whose output is kept in memory and fills its window; return the number of its stream."""
+    given = CommandStreams(stdin_fd=None, stdout=Inbox("stdout"), stderr=Inbox("stderr"), open_input=True)
     command = pair.session.execute(execute(1), given, None)
     command.write(b"input")
     pair.turn()
     assert pair.guest.until_event(streams.DATA).data == b"input"
     pair.guest.say(Started(1))
-    number = pair.guest.stream(Stream.STDOUT, bytes(50_000), 1, ended=False)
-    for _ in range(5):
+    number = pair.guest.stream(Stream.STDOUT, bytes(30_000), 1, ended=False)
+    for _ in range(9):  # a socket takes no more at once
         pair.turn()
-        pair.guest.link.streams.send(number, bytes(50_000))
+        pair.guest.link.streams.send(number, bytes(30_000))
         pair.guest.flush()
     pair.turn()
     assert not pair.guest.events
+    return command, number
+
+
+def test_output_in_memory_holds_up_the_guest(pair: Pair) -> None:
+    """Output that is kept in memory takes one window until it is read."""
+    command, number = flooding(pair)
     assert len(pair.session.read(command)) == 300_000
     pair.turn()
     pair.guest.until_event(streams.CREDIT)
     assert pair.guest.link.streams.window(number) == WINDOW
+
+
+def test_a_command_whose_output_nobody_reads_can_be_stopped(pair: Pair) -> None:
+    """After a stop, further output is dropped and the guest may send it, so that the command can end."""
+    command, number = flooding(pair)
+    pair.session.stop(command)
+    pair.turn()
+    pair.guest.until_event(streams.CREDIT)
+    assert pair.guest.link.streams.send(number, b"more") == len(b"more")
+    pair.guest.link.streams.finish(number)
+    pair.guest.say(EXITED._replace(wait_status=9))
+    assert pair.session.until(lambda: command.ended, 5)
+    assert (pair.session.read(command), pair.session.over) == (bytes(300_000), False)
 
 
 def served(pair: Pair, number: int) -> FileServer:
@@ -256,30 +276,6 @@ def test_a_bad_answer_about_files_is_rejected(pair: Pair) -> None:
     """An answer that the file server could not have given raises PeerError."""
     with pytest.raises(PeerError):
         file_server(pair, b"\xff" * 100).ask(Request("read", "/a"))
-
-
-def test_a_command_whose_output_nobody_reads_can_be_stopped(pair: Pair) -> None:
-    """After a stop, further output is dropped and the guest may send it, so that the command can end."""
-    inbox = Inbox("stdout")
-    given = CommandStreams(stdin_fd=None, stdout=inbox, stderr=Inbox("stderr"))
-    command = pair.session.execute(execute(1), given, None)
-    pair.turn()
-    pair.guest.until(Exec)
-    pair.guest.say(Started(1))
-    number = pair.guest.stream(Stream.STDOUT, bytes(30_000), 1, ended=False)
-    for _ in range(9):  # a socket takes no more at once
-        pair.turn()
-        pair.guest.link.streams.send(number, bytes(30_000))
-        pair.guest.flush()
-    pair.turn()
-    pair.session.stop(command)
-    pair.turn()
-    pair.guest.until_event(streams.CREDIT)
-    assert pair.guest.link.streams.send(number, b"more") == len(b"more")
-    pair.guest.link.streams.finish(number)
-    pair.guest.say(EXITED._replace(wait_status=9))
-    assert pair.session.until(lambda: command.ended, 5)
-    assert (pair.session.read(command), pair.session.over) == (bytes(300_000), False)
 
 
 def test_what_happens_later_is_not_blamed_on_a_command_that_has_ended(pair: Pair) -> None:
