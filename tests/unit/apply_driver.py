@@ -155,7 +155,7 @@ def killed_on_fuse(base: Path) -> None:
 
 
 def killed(base: Path, given: Case | None = None, stride: int = STRIDE) -> None:
-    """Kill the process at every *stride*-th call, and its recovery at random calls."""
+    """Kill the process at every *stride*-th call, and its recovery twice at random calls."""
     case = given or Case(base)
     results: list[str] = []
     dice = random.Random(7)  # noqa: S311 - nothing secret
@@ -179,36 +179,6 @@ def killed(base: Path, given: Case | None = None, stride: int = STRIDE) -> None:
     if results != sorted(results, reverse=True):
         raise SystemExit(f"the mark is no point in time: {results}")
     say(f"{results.count('old')} old, {results.count('new')} new")
-
-
-def recovery_killed(base: Path) -> None:
-    """Kill the process half-way and after the commit; kill the recovery at every call."""
-    case = Case(base)
-    case.begin()
-    in_child(case.apply, partial(at_call, 10_000, die))
-    number = 1
-    for wanted, stride in (("journal", STRIDE), ("committed", 1)):
-        calls = 1 - STRIDE
-        for number in range(number, 1000, stride):  # noqa: B020 - where the last one ended
-            case.begin()
-            in_child(case.apply, partial(at_call, number, die))
-            if (case.folder / wanted).exists():
-                break
-        number += 30 if wanted == "journal" else 3
-        while True:
-            calls += STRIDE
-            case.begin()
-            in_child(case.apply, partial(at_call, number, die))
-            if not (case.folder / wanted).exists():
-                raise SystemExit(f"at call {number} there is no {wanted}")
-            code = in_child(lambda: recover(case.folder), partial(at_call, calls, die))
-            recover(case.folder)
-            found = case.check(f"{wanted}, recovery killed at call {calls}")
-            if found != ("old" if wanted == "journal" else "new"):
-                raise SystemExit(f"{wanted}: it is the {found} tree")
-            if code != KILLED:
-                break
-        say(f"{wanted}: {calls}")
 
 
 def disturbed(base: Path) -> None:
@@ -419,7 +389,6 @@ def _block(number: int, error: int, flags_at: int = 0) -> None:
 RUNS = {
     "killed": killed,
     "killed-on-fuse": killed_on_fuse,
-    "recovery-killed": recovery_killed,
     "disturbed": disturbed,
     "led-outside": led_outside,
     "together": together,

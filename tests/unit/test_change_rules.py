@@ -200,6 +200,7 @@ def test_git_runs_no_command_of_a_refused_tree(tmp_path: Path) -> None:
         *(".amazonq/x", ".junie/x", ".augment/x", ".goosehints", ".agents/x", ".agent/x", ".copilot/x", ".rules"),
         *(".gemini", ".GIT", "x07.json", ".husky/pre-commit", ".pre-commit-config.yaml"),
         *("copilot-instructions.md", "x.prompt.md", "x.instructions.md"),
+        *(".bashrc", "GIT~1", ".g\u200cit", "x07-sandbox.toml", ".vscode/tasks.json"),
     ],
 )
 def test_files_that_tools_execute_are_protected(name: str) -> None:

@@ -566,11 +566,6 @@ def test_a_kill_leaves_one_tree_on_fuse(fast: Path) -> None:
     assert driven("killed-on-fuse", fast, before=("/usr/bin/unshare", "--mount"))
 
 
-def test_recovery_can_be_killed_at_any_call(fast: Path) -> None:
-    """A recovery that is killed at any call is completed by the next one."""
-    assert driven("recovery-killed", fast)
-
-
 def test_concurrent_files_are_never_lost(fast: Path) -> None:
     """A file that another process writes during apply is never lost."""
     assert driven("disturbed", fast)
