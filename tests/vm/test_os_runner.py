@@ -229,15 +229,6 @@ def test_an_unenforceable_policy_is_a_setup_failure(caller: Caller) -> None:
     assert not list(caller.state.glob("*/job.json"))
 
 
-def test_an_invalid_policy_starts_nothing(caller: Caller) -> None:
-    """An invalid policy exits with 2, an empty stdout and no job record."""
-    caller.write_policy({"wall_ms": 0})
-    done = caller.call("quiet.py", "pass\n")
-    assert (done.returncode, done.stdout) == (2, b"")
-    assert b"$.limits.wall_ms" in done.stderr
-    assert not list(caller.state.glob("*/job.json"))
-
-
 @pytest.mark.usefixtures("in_vms")
 def test_another_image_than_the_pinned_one_is_refused(
     caller: Caller, image: Image, monkeypatch: pytest.MonkeyPatch

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from msgspec.structs import replace
 
 from tests.command import X07, x07
 from tests.conftest import FULL
@@ -20,7 +19,6 @@ from tests.vm.conftest import Sandbox, left_behind
 from x07_sandbox import SandboxError, load_policy, run_program, run_program_async
 from x07_sandbox.host import settings
 from x07_sandbox.policy.decode import render_policy
-from x07_sandbox.policy.model import PolicyError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -255,18 +253,6 @@ def test_a_library_call_takes_texts_files_and_more(state: Path) -> None:
 
 
 @pytest.mark.usefixtures("under_os")
-def test_a_policy_may_be_a_value() -> None:
-    """`run_program` takes a changed policy from `load_policy`, and rejects an invalid one."""
-    policy = load_policy("built-in:worker")
-    tight = replace(policy, limits=replace(policy.limits, wall_ms=300))
-    assert run_program(source="while True: pass", toolchain="python", policy=tight).outcome == "timeout"
-    with pytest.raises(SandboxError, match=r"\$\.limits\.wall_ms"):
-        run_program(source="true", toolchain="shell", policy=replace(policy, limits=replace(policy.limits, wall_ms=0)))
-    with pytest.raises(SandboxError, match="no such built-in policy"):
-        load_policy("built-in:nothing")
-
-
-@pytest.mark.usefixtures("under_os")
 def test_check_raises_for_a_program_that_fails() -> None:
     """With check=True a failing program raises an error that carries its result."""
     with pytest.raises(SandboxError, match="failed") as caught:
@@ -362,40 +348,6 @@ def test_a_queued_run_is_cancelled_at_once(state: Path, monkeypatch: pytest.Monk
     assert left_behind(state) == []
 
 
-@pytest.mark.parametrize(
-    ("words", "why"),
-    [
-        ({"program": 5}, "program is int, not a path"),
-        ({"source": 5}, "source is int"),
-        ({"source": "x", "toolchain": 5}, "toolchain is int"),
-        ({"source": "x", "args": "abc"}, "args is str, not a list of str"),
-        ({"source": "x", "files": ["a"]}, "files is list"),
-        ({"source": "x", "policy": {"a": 1}}, "policy is dict"),
-        ({"source": "x", "env": {"A": 1}}, "the value is int, not a string"),
-        ({"source": "x", "timeout_s": "5"}, "timeout_s is str"),
-        ({"source": "x", "timeout_s": True}, "timeout_s is bool"),
-        ({"source": "x", "timeout_s": float("nan")}, "timeout_s is nan"),
-        ({"source": "x", "max_output_bytes": 1.5}, "max_output_bytes is float"),
-        ({"source": "x", "input": "text"}, "input is str, not bytes"),
-        ({"source": "x", "on_output": 3}, "on_output is int, not a function"),
-        ({}, "exactly one of program, source and command"),
-    ],
-)
-def test_a_value_of_the_wrong_type_is_named(state: Path, words: dict[str, Any], why: str) -> None:
-    """A library argument of the wrong type raises an error that names it."""
-    del state
-    with pytest.raises(SandboxError, match=why):
-        run_program(**({"toolchain": "shell"} if "source" in words else {}) | words)
-
-
-def test_the_library_raises_specific_errors() -> None:
-    """The library raises a specific error with its result; a rejected policy carries all its problems."""
-    with pytest.raises(PolicyError) as caught:
-        run_program(source="true", toolchain="shell", policy=ROOT / "pyproject.toml")
-    assert caught.value.problems
-    assert caught.value.result.outcome == "refused"
-
-
 # usage mistakes
 
 
@@ -421,8 +373,6 @@ def written(path: Path) -> str:
         (lambda _: ["--toolchain", "make", "-c", "x"], 2, "the toolchain make needs a project"),
         (lambda _: ["a.x07.json"], 2, "cannot read the program a.x07.json"),
         (lambda at: [pipe(at / "a.py")], 2, "not a regular file"),
-        (lambda at: [written(at / "-a.py")], 2, "begins with '.' or '-'"),
-        (lambda at: [written(at / "a\nb.py")], 2, "control characters"),
         (lambda at: [written(at / "a.exe")], 2, "no toolchain handles .exe files"),
         (lambda at: ["--toolchain", "executable", written(at / "a.exe")], 2, "neither an ELF file nor a script"),
         (lambda _: ["--env", "A-B=1", "-c", "x", "--toolchain", "c"], 2, "not a valid variable name"),
@@ -430,11 +380,6 @@ def written(path: Path) -> str:
         (lambda _: ["--env", "NOT_SET_ANYWHERE", "-c", "x", "--toolchain", "c"], 2, "the variable is not set"),
         (lambda _: ["--input-b64", "???", "-c", "x", "--toolchain", "c"], 2, "not base64"),
         (lambda _: ["--input", "missing", "-c", "x", "--toolchain", "c"], 2, "cannot read the input missing"),
-        (
-            lambda at: ["--compiled-out", str(at / "no/a"), "-c", "x", "--toolchain", "c"],
-            2,
-            "not a folder that you can write",
-        ),
     ],
 )
 def test_each_usage_mistake_has_its_own_error(
@@ -455,23 +400,17 @@ def test_each_usage_mistake_has_its_own_error(
     ("words", "why"),
     [
         (["a.sh", "--compiled-out", "a.sh"], "the run reads it"),
-        (["a.sh", "--report-out", "a.sh"], "the run reads it"),
         (["a.sh", "--report-out", "./link.sh"], "not a regular file"),
         (["a.sh", "--policy", "p.json", "--report-out", "p.json"], "the run reads it"),
         (["a.sh", "--input", "in.txt", "--report-out", "../files/in.txt"], "the run reads it"),
-        (["a.sh", "--compiled-out", "out", "--report-out", "out"], "two flags name it"),
         (["a.sh", "--report", "runner", "--attest-runtime", "a.sh"], "the run reads it"),
         (["a.sh", "--report-out", "pipe"], "not a regular file"),
-        (["a.sh", "--report-out", "."], "not a regular file"),
-        (["a.sh", "--report-out", ""], "the name is empty"),
         (["a.sh", "--report-out", "none/x"], "not a folder that you can write"),
         (["a.sh", "--compiled-out", "x" * 300], "File name too long"),
         (["a.sh", "--policy", "p.json", "--diff", "p"], "the run reads it"),
         (["a.sh", "--diff", "x", "--report-out", "x.json"], "two flags name it"),
-        (["a.sh", "--diff", ""], "the name is empty"),
         (["a.sh", "--dry-run", "--report-out", "x"], "--dry-run writes nothing"),
         (["a.sh", "--timeout", "0"], "give a time above 0"),
-        (["a.sh", "--timeout", "nan"], "give a time above 0"),
         (["a.sh", "--top", "10"], "arguments after --"),
     ],
 )
@@ -532,50 +471,31 @@ def test_a_dry_run_boots_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "environment", "why"),
+    ("words", "environment", "code", "why"),
     [
-        ([], {"X07_VM_GUEST_IMAGE": "nothing-such"}, "no guest image 'nothing-such'"),
-        ([], {"X07_VM_GUEST_IMAGE_DIGEST": "sha256:" + "0" * 64}, "is not allowed to run"),
-        (["--require-hardware"], {}, "hardware virtualisation is required"),
+        ([], {"X07_VM_GUEST_IMAGE": "nothing-such"}, 125, "no guest image 'nothing-such'"),
+        ([], {"X07_VM_GUEST_IMAGE_DIGEST": "sha256:" + "0" * 64}, 125, "is not allowed to run"),
+        (["--require-hardware"], {}, 125, "hardware virtualisation is required"),
+        (["--allow-read-root", "missing"], {}, 2, "does not exist"),
+        (["--allow-read-root", "link"], {}, 2, " is a symbolic link"),
+        (["--policy", "built-in:worker", "main.x07.json"], {}, 125, "has no X07 toolchain"),
     ],
 )
-def test_a_dry_run_checks_image_and_hardware_as_a_run_does(
-    words: list[str], environment: dict[str, str], why: str
+def test_a_dry_run_is_refused_as_a_run_is(
+    tmp_path: Path, words: list[str], environment: dict[str, str], code: int, why: str
 ) -> None:
-    """--dry-run refuses a wrong image or missing hardware in the same words as a run."""
-    results = []
-    for how in ([], ["--dry-run"]):
-        done = command("--json", *how, *words, "-c", "true", "--toolchain", "shell", stdin=b"", **environment)
-        if "--require-hardware" in words and done.returncode == 0:
-            pytest.skip("needs a host without KVM")
-        results.append((done.returncode, json.loads(done.stdout)["reason"]))
-    assert results[0] == results[1]
-    assert (results[0][0], why in results[0][1]) == (125, True)
-
-
-def test_a_dry_run_of_an_x07_program_is_refused_as_its_run_is(tmp_path: Path) -> None:
-    """--dry-run refuses an image without X07's toolchain as a run does."""
-    program = tmp_path / "main.x07.json"
-    program.write_text("{}")
-    results = []
-    for how in ([], ["--dry-run"]):
-        done = command("--json", *how, "--policy", "built-in:worker", str(program), stdin=b"")
-        results.append((done.returncode, json.loads(done.stdout)["reason"]))
-    assert results[0] == results[1]
-    assert (results[0][0], "has no X07 toolchain" in results[0][1]) == (125, True)
-
-
-@pytest.mark.parametrize(("name", "why"), [("missing", "does not exist"), ("link", " is a symbolic link")])
-def test_a_dry_run_checks_the_roots_as_a_run_does(tmp_path: Path, name: str, why: str) -> None:
-    """--dry-run refuses a root that is missing or a link in the same words as a run."""
+    """--dry-run refuses an image, missing hardware or a root in the same words as a run."""
+    (tmp_path / "main.x07.json").write_text("{}")
     (tmp_path / "link").symlink_to("/etc")
+    program = [] if "main.x07.json" in words else ["-c", "true", "--toolchain", "shell"]
     results = []
     for how in ([], ["--dry-run"]):
-        words = ["--allow-read-root", str(tmp_path / name), "-c", "true", "--toolchain", "shell"]
-        done = command("--json", *how, *words, stdin=b"")
-        results.append((done.returncode, str(document(done.stdout).get("reason"))))
+        done = x07(tmp_path, "run", "--json", *how, *words, *program, env=environment)
+        if "--require-hardware" in words and done.code == 0:
+            pytest.skip("needs a host without KVM")
+        results.append((done.code, json.loads(done.out)["reason"]))
     assert results[0] == results[1]
-    assert (results[0][0], why in results[0][1]) == (2, True)
+    assert (results[0][0], why in results[0][1]) == (code, True)
 
 
 def test_a_dry_run_names_the_selected_image(image: Image) -> None:
