@@ -333,6 +333,21 @@ def sandbox(state: Path, tmp_path: Path, artifacts: Artifacts) -> Sandbox:
 
 
 @pytest.fixture
+def under_os(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run under `os`, where the same agent carries out programs in the same way, without the start of a VM."""
+    monkeypatch.setenv("X07_SANDBOX_BACKEND", "os")
+    monkeypatch.setenv("X07_I_ACCEPT_WEAKER_ISOLATION", "1")
+
+
+@pytest.fixture
+def in_vms(under_os: None, image: Image, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run in VMs, in a file whose other tests run under `os`."""
+    del under_os, image
+    for name in ("X07_SANDBOX_BACKEND", "X07_I_ACCEPT_WEAKER_ISOLATION"):
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture
 def threads() -> Iterator[ThreadPoolExecutor]:
     """Threads for tests that watch a run while it is active."""
     with ThreadPoolExecutor(4) as pool:

@@ -44,13 +44,6 @@ with socket.create_server(("127.0.0.1", 8000)) as server:
 """
 
 
-@pytest.fixture
-def under_os(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tool's sandbox is a confined process: what it answers to bad calls does not depend on that."""
-    monkeypatch.setenv("X07_SANDBOX_BACKEND", "os")
-    monkeypatch.setenv("X07_I_ACCEPT_WEAKER_ISOLATION", "1")
-
-
 def call(number: object, name: object, **given: object) -> bytes:
     """Return one call as a line."""
     return json.dumps({"id": number, "name": name, "input": given}).encode() + b"\n"
@@ -111,33 +104,19 @@ def test_hostile_calls_of_an_agent_end_at_their_limits(image: Image, state: Path
 
 MALFORMED: Final = {
     "no command": (call("1", "run_command"), "required"),
-    "no input": (b'{"id": "1", "name": "run_command"}\n', "required"),
-    "input is a list": (b'{"id": "1", "name": "run_command", "input": []}\n', "type"),
     "unknown tool": (call("1", "rm"), "$.name violates enum"),
-    "tool is a list": (call("1", ["rm"]), "$.name violates enum"),
     "command is a number": (run("1", 3), "$.input.command violates type"),
     "a NUL byte": (run("1", "a\0b"), "NUL byte"),
     "huge command": (run("1", "#" * 200_000), "maxLength 100000"),
-    "unknown field": (run("1", "true", policy="/etc/passwd"), "additionalProperties false"),
-    "no time": (run("1", "true", timeout_s=0), "exclusiveMinimum 0"),
-    "too much time": (run("1", "true", timeout_s=1e9), "maximum 60"),
-    "time is true": (run("1", "true", timeout_s=True), "type"),
-    "a port of another service": (call("1", "fetch", port=22, path="/"), "minimum 8000"),
-    "a path with a space": (call("1", "fetch", port=8000, path="/ HTTP/1.1"), "pattern"),
-    "a path without a slash": (call("1", "fetch", port=8000, path="x"), "pattern"),
     "a path with a line end": (call("1", "fetch", port=8000, path="/x\n"), "control characters"),
-    "an empty path": (call("1", "read_file", path=""), "minLength 1"),
 }
 NO_ID: Final = {
     "half a character": (run("1", "\ud800"), "surrogates"),
     "time is no number": (run("1", "true", timeout_s=float("nan")), "NaN is not allowed"),
     "no JSON": (b"run this please\n", "not valid JSON"),
-    "an empty line": (b"\n", "not valid JSON"),
     "no UTF-8": (b'{"id": "\xff"}\n', "not valid JSON"),
-    "no object": (b"[1]\n", "type"),
     "no id": (b'{"name": "fetch", "input": {}}\n', "required"),
     "deep": (b"[" * 100_000 + b"\n", "not valid JSON"),
-    "an id is a fraction": (run(1.5, "true"), "$.id"),
     "an id is too long": (run("1" * 201, "true"), "$.id"),
     "a key twice": (b'{"id": "1", "id": "2", "name": "fetch", "input": {}}\n', "a key occurs twice"),
     "a huge line": (run("1", "#" * (LINE_MAX * 3)), "longer than"),

@@ -95,13 +95,6 @@ def under_os(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("X07_I_ACCEPT_WEAKER_ISOLATION", "1")
 
 
-@pytest.fixture
-def in_vms(under_os: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run in VMs instead."""
-    del under_os
-    monkeypatch.delenv("X07_SANDBOX_BACKEND")
-
-
 @pytest.fixture(scope="module")
 def built_here(image: Image, tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
     """Programs that are built by this host's compiler."""

@@ -77,6 +77,11 @@ held.unlink()
 Policy = dict[str, object]
 
 
+def only(program: str, *prefixes: str) -> Policy:
+    """Return what a policy allows to execute: one program, and those with these prefixes."""
+    return {"process.allow_execs": [program], "process.allow_exec_prefixes": [*prefixes]}
+
+
 def until_it_passes(sandbox: Sandbox, text: str, policy: Policy) -> tuple[list[str], list[Ran]]:
     """Run again and again, each time applying the first denial's or hint's advice; return the advice and all runs."""
     policy = dict(policy)
@@ -105,38 +110,14 @@ def until_it_passes(sandbox: Sandbox, text: str, policy: Policy) -> tuple[list[s
             (FORK, {"process.allow_spawn": False}, ["process.allow_spawn"]),
             (EXEC, {"process.allow_exec": False}, ["process.allow_exec"]),
             (SPAWN, {"process.enabled": False}, ["process.enabled"]),
-            (
-                SPAWN,
-                {"process.allow_execs": ["/usr/bin/env"], "process.allow_exec_prefixes": []},
-                ["process.allow_execs"],
-            ),
-            (
-                LINKED,
-                {"process.allow_execs": ["/usr/bin/env"], "process.allow_exec_prefixes": []},
-                ["process.allow_execs"],
-            ),
-            (
-                MADE,
-                {"process.allow_execs": ["/usr/bin/sh"], "process.allow_exec_prefixes": []},
-                ["process.allow_exec_prefixes"],
-            ),
-            (
-                MADE,
-                {"process.allow_execs": ["/usr/bin/sh"], "process.allow_exec_prefixes": ["/tmp/made/"]},  # noqa: S108
-                ["process.allow_exec_prefixes"],
-            ),
-            (
-                LIBRARY,
-                {"process.allow_execs": ["/usr/bin/env"], "process.allow_exec_prefixes": []},
-                ["process.allow_exec_prefixes"],
-            ),
+            (SPAWN, only("/usr/bin/env"), ["process.allow_execs"]),
+            (LINKED, only("/usr/bin/env"), ["process.allow_execs"]),
+            (SCRIPT, only("/usr/bin/ldd"), ["process.allow_execs"]),
+            (MADE, only("/usr/bin/sh"), ["process.allow_exec_prefixes"]),
+            (MADE, only("/usr/bin/sh", "/tmp/made/"), ["process.allow_exec_prefixes"]),  # noqa: S108
+            (LIBRARY, only("/usr/bin/env"), ["process.allow_exec_prefixes"]),
             (CHILDREN, {"process.max_live": 2}, ["process.max_live"]),
             (CHILDREN, {"limits.procs": 2}, ["limits.procs"]),
-            (
-                SCRIPT,
-                {"process.allow_execs": ["/usr/bin/ldd"], "process.allow_exec_prefixes": []},
-                ["process.allow_execs"],
-            ),
             (FILES, {"limits.fds": 30}, ["limits.fds"]),
             (DUPLICATES, {"limits.fds": 30}, ["limits.fds"]),
             (WATCHERS, {"limits.fds": 150}, ["limits.fds"]),
@@ -154,13 +135,6 @@ def test_following_the_advice_leads_to_a_passing_run(
     found, runs = until_it_passes(sandbox, text, policy)
     assert found == said
     assert [denial for denial in runs[-1].result.denials if denial.field != "permissions"] == []
-
-
-@pytest.fixture
-def under_os(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run under `os`: hints follow from what a program prints, and need no kernel of ours."""
-    monkeypatch.setenv("X07_SANDBOX_BACKEND", "os")
-    monkeypatch.setenv("X07_I_ACCEPT_WEAKER_ISOLATION", "1")
 
 
 @pytest.mark.usefixtures("under_os")

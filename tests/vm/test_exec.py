@@ -21,9 +21,8 @@ from x07_sandbox.policy.guest import WORK
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from x07_sandbox.images.store import Image
 
-pytestmark = pytest.mark.vm
+pytestmark = [pytest.mark.vm, pytest.mark.usefixtures("under_os")]
 
 MAKEFILE = """\
 all:
@@ -42,21 +41,6 @@ open("/x07/out/c.png", "w").write("png")
 open("large", "wb").truncate(1 << 40)
 os.symlink("/etc/passwd", "link")
 """
-
-
-@pytest.fixture(autouse=True)
-def under_os(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Commands run under `os`, where the same agent carries them out as in a VM."""
-    monkeypatch.setenv("X07_SANDBOX_BACKEND", "os")
-    monkeypatch.setenv("X07_I_ACCEPT_WEAKER_ISOLATION", "1")
-
-
-@pytest.fixture
-def in_vms(under_os: None, image: Image, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Commands run in VMs instead."""
-    del under_os
-    assert image.digest
-    monkeypatch.delenv("X07_SANDBOX_BACKEND")
 
 
 @pytest.fixture

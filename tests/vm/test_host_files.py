@@ -10,8 +10,9 @@ import signal
 import subprocess
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import msgspec
 import pytest
 
 from tests.command import X07, x07
@@ -20,11 +21,6 @@ from tests.published import document
 from tests.vm.conftest import left_behind
 from x07_sandbox.policy.decode import default_policy, render_policy
 from x07_sandbox.policy.templates import TEMPLATES
-
-if TYPE_CHECKING:
-    from x07_sandbox.images.store import Image
-
-import msgspec
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(180)]
 
@@ -76,18 +72,10 @@ class Project:
 
 
 @pytest.fixture
-def project(state: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
-    """A user's folder. Runs are under `os`, where the same agent handles files in the same way as in a VM."""
-    monkeypatch.setenv("X07_SANDBOX_BACKEND", "os")
-    monkeypatch.setenv("X07_I_ACCEPT_WEAKER_ISOLATION", "1")
+def project(under_os: None, state: Path, tmp_path: Path) -> Project:
+    """A user's folder."""
+    del under_os
     return Project(tmp_path / "project", state)
-
-
-@pytest.fixture
-def in_vms(image: Image, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs in VMs instead."""
-    assert image.digest
-    monkeypatch.delenv("X07_SANDBOX_BACKEND", raising=False)
 
 
 CHANGE = """
@@ -214,7 +202,7 @@ def test_changes_can_be_saved_or_discarded(project: Project, how: str, ends: str
     ("source", "words", "outcome", "code"),
     [
         (CHANGE + "\nimport sys; sys.exit(3)", [], "failed", 3),
-        (CHANGE + "\nimport time; time.sleep(60)", ["--timeout", "8"], "timeout", 124),
+        (CHANGE + "\nimport time; time.sleep(60)", ["--timeout", "4"], "timeout", 124),
         (CHANGE + "\nimport os; os.abort()", [], "signalled", 134),
         (CHANGE + "\nwhile True: print('x' * 4000)", ["--max-output-bytes", "1000"], "output-limit", 153),
     ],

@@ -31,13 +31,6 @@ def advised(result: Result, field: str) -> str | None:
     return None if found is None else found.flag
 
 
-@pytest.fixture
-def under_os(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run under `os`: these promises are the library's, whatever runs the program."""
-    monkeypatch.setenv("X07_SANDBOX_BACKEND", "os")
-    monkeypatch.setenv("X07_I_ACCEPT_WEAKER_ISOLATION", "1")
-
-
 @pytest.mark.usefixtures("under_os")
 def test_memory_is_raised_by_a_keyword() -> None:
     """A program over the default memory limit ends as `oom` with advice to use --memory, and completes with it."""

@@ -39,13 +39,6 @@ def run(*words: str, before: tuple[str, ...] = (), state: Path | None = None) ->
     )
 
 
-@pytest.fixture
-def under_os(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run under `os`: these promises are the command's, whatever runs the program."""
-    monkeypatch.setenv("X07_SANDBOX_BACKEND", "os")
-    monkeypatch.setenv("X07_I_ACCEPT_WEAKER_ISOLATION", "1")
-
-
 def shell(limit: str) -> tuple[str, ...]:
     """Return a command prefix that sets a limit in a shell and executes the command that follows."""
     return ("/bin/bash", "-c", f'{limit} && exec "$@"', "limited")

@@ -51,13 +51,6 @@ def x07(
     return done
 
 
-@pytest.fixture
-def under_os(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run under `os`: these promises are about folders, whatever runs the program."""
-    monkeypatch.setenv("X07_SANDBOX_BACKEND", "os")
-    monkeypatch.setenv("X07_I_ACCEPT_WEAKER_ISOLATION", "1")
-
-
 def refused(done: subprocess.CompletedProcess[str]) -> str:
     """Assert that the run was refused as the host's fault, and return the reason."""
     result: dict[str, Any] = json.loads(done.stdout)

@@ -90,21 +90,11 @@ def decoded(part: dict[str, Any], key: str) -> bytes:
 
 
 @pytest.fixture
-def caller(state: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Caller:
-    """A caller with its own job records. Runs are under `os`: a report is made of the same evidence as in a VM."""
-    monkeypatch.setenv("X07_SANDBOX_BACKEND", "os")
-    monkeypatch.setenv("X07_I_ACCEPT_WEAKER_ISOLATION", "1")
-    return Caller(tmp_path, state)
-
-
-@pytest.fixture
-def in_vms(caller: Caller, image: Image, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs in VMs instead."""
-    assert caller.state.is_absolute()
-    assert image.digest
-    for name in ("X07_SANDBOX_BACKEND", "X07_I_ACCEPT_WEAKER_ISOLATION"):
-        monkeypatch.delenv(name)
+def caller(under_os: None, state: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Caller:
+    """A caller with its own job records."""
+    del under_os
     monkeypatch.delenv("X07_VM_GUEST_IMAGE_DIGEST", raising=False)
+    return Caller(tmp_path, state)
 
 
 @pytest.mark.usefixtures("in_vms")

@@ -19,13 +19,6 @@ pytestmark = [pytest.mark.vm, pytest.mark.timeout(180)]
 MIB = 1 << 20
 
 
-@pytest.fixture
-def under_os(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run under `os`, where the same agent writes the files as in a VM."""
-    monkeypatch.setenv("X07_SANDBOX_BACKEND", "os")
-    monkeypatch.setenv("X07_I_ACCEPT_WEAKER_ISOLATION", "1")
-
-
 def seen(sandbox: Sandbox, text: str, **options: object) -> object:
     """Run a Python program and return what it prints as JSON."""
     ran = sandbox.run_text("look.py", text, cache=True, **options)

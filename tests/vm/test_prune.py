@@ -23,13 +23,6 @@ pytestmark = [pytest.mark.vm, pytest.mark.timeout(180)]
 SLEEP = "import sys, time\nsys.stdin.read()\nprint('awake')\n"
 
 
-@pytest.fixture
-def under_os(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run under `os`, where the same agent runs programs as in a VM."""
-    monkeypatch.setenv("X07_SANDBOX_BACKEND", "os")
-    monkeypatch.setenv("X07_I_ACCEPT_WEAKER_ISOLATION", "1")
-
-
 def make_old(place: Path) -> None:
     """Set all file times below *place* to 400 days ago."""
     then = unix_ms() / 1000 - 400 * 86_400

@@ -21,13 +21,6 @@ NAME = "my prog.v1 Zoë.py"
 FOLDER = "/x07/in/program"
 
 
-@pytest.fixture
-def under_os(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run under `os`, where the same agent builds programs as in a VM."""
-    monkeypatch.setenv("X07_SANDBOX_BACKEND", "os")
-    monkeypatch.setenv("X07_I_ACCEPT_WEAKER_ISOLATION", "1")
-
-
 def shows_no_host_path(ran: Ran, folder: Path) -> bool:
     """Return whether no output, reason or phase of the run names a folder of the host."""
     shown = repr((ran.stdout, ran.stderr, ran.reason, ran.result.phases))

@@ -48,13 +48,6 @@ def command(*words: str, stdin: bytes = b"", **environment: str) -> subprocess.C
     return subprocess.CompletedProcess(words, done.code, done.out, done.err.encode())
 
 
-@pytest.fixture
-def under_os(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run under `os`: these promises are the library's, whatever runs the program."""
-    monkeypatch.setenv("X07_SANDBOX_BACKEND", "os")
-    monkeypatch.setenv("X07_I_ACCEPT_WEAKER_ISOLATION", "1")
-
-
 # each toolchain
 
 

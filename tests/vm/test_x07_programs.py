@@ -266,18 +266,6 @@ def test_a_full_disk_while_copying_a_toolchain_is_reported(tmp_path: Path) -> No
         subprocess.run(["/usr/bin/umount", disk], check=True)
 
 
-def test_cpu_time_limit_seconds_tightens_the_policy(tmp_path: Path, x07_image: Image) -> None:
-    """--cpu-time-limit-seconds tightens limits.cpu_ms, and the result names the flag."""
-    words = ("--policy", "built-in:worker", program(tmp_path, c="for (;;) {}"))
-    done = command("--json", "--cpu-time-limit-seconds", "1", *words, image=x07_image.name)
-    result = json.loads(done.stdout)
-    assert (result["outcome"], result["reason"]) == (
-        "cpu-limit",
-        "the program reached its CPU time limit of 1 s (--cpu-time-limit-seconds)",
-    )
-    assert result["denials"][0]["how_to_allow"]["flag"] == "--cpu-time-limit-seconds 2"
-
-
 def listed(image: Image, folder: Path) -> dict[str, tuple[int, int, int, str, bytes]]:
     """Return mode, time, links, target and digest of every entry in an image's root file system."""
     argv = ["fsck.erofs", f"--extract={folder}", "--no-preserve-owner", str(image.folder / "root.erofs")]
