@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -212,8 +211,9 @@ def test_a_live_process_is_written_read_and_ended(shared: Sandbox) -> None:
     process = shared.start(["python3", "-u", "-c", "for line in iter(input, 'end'): print(eval(line))"])
     process.write(b"6 * 7\n")
     assert until(process, b"\n") == b"42\n"
-    with pytest.raises(TimeoutError):
-        process.read(timeout_s=0.2)
+    for waiting in (process.read, process.wait):
+        with pytest.raises(TimeoutError):
+            waiting(timeout_s=0.2)
     assert process.poll() is None
     assert shared.process(process.id).poll() is None
     process.write(b"'last'\nend\n")
@@ -234,15 +234,6 @@ def test_a_process_may_be_iterated_and_signalled(shared: Sandbox) -> None:
         if seen == b"ready\n":
             process.signal(signal.SIGTERM)
     assert (seen, process.wait().exit_code) == (b"ready\ngot it\n", 5)
-
-
-def test_waiting_with_a_timeout_reads_the_output(shared: Sandbox) -> None:
-    """A command with much output ends while it is waited for, and an earlier timeout loses nothing."""
-    process = shared.start(["sh", "-c", "echo early; sleep 1; head -c 2000000 /dev/zero"])
-    with pytest.raises(TimeoutError):
-        process.wait(0.5)
-    ended = process.wait(60)
-    assert (ended.stdout[:6], len(ended.stdout)) == (b"early\n", 2_000_006)
 
 
 def test_the_folder_of_the_first_command_may_be_missing(state: Path) -> None:
@@ -301,13 +292,6 @@ def test_files_are_read_and_written_as_the_programs_user(shared: Sandbox) -> Non
     files.mkdir("new/a/b")
     files.remove("new", recursive=True)
     assert not files.exists("new")
-
-
-def test_file_errors_have_errno_and_name(shared: Sandbox) -> None:
-    """A file that cannot be read raises OSError with errno and file name."""
-    with pytest.raises(FileNotFoundError) as raised:
-        shared.files.read("missing")
-    assert (raised.value.errno, raised.value.filename) == (errno.ENOENT, "missing")
 
 
 def test_a_file_that_shrinks_is_an_error(shared: Sandbox) -> None:

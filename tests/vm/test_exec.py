@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from msgspec.structs import replace
 
-from tests.command import X07
-from tests.command import x07 as command
+from tests.command import X07, Done, x07
 from tests.vm.conftest import left_behind
 from x07_sandbox import exec_command, exec_command_async, load_policy, run_program, run_program_async
 from x07_sandbox.policy.guest import WORK
@@ -55,15 +54,9 @@ def project(state: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def x07(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """Run a command in a folder, as a user types it."""
-    done = command(folder, *words)
-    return subprocess.CompletedProcess(words, done.code, done.out.decode(), done.err)
-
-
-def result(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+def result(done: Done) -> dict[str, Any]:
     """Return the result that a command with --json has printed."""
-    found: dict[str, Any] = json.loads(done.stdout)
+    found: dict[str, Any] = json.loads(done.out)
     return found
 
 
@@ -74,18 +67,18 @@ def test_a_command_of_the_image_runs_in_a_copy_of_a_folder(project: Path, state:
     (project / ".git").mkdir()
     script = "make test all && test ! -e big.bin && head -c 3000 /dev/zero > new.bin"
     done = x07(project, "exec", "--workdir", ".", "--max-file-size", "1K", "--", "sh", "-c", script)
-    assert done.returncode == 0, done.stderr
-    assert f"{WORK}\n" in done.stdout
-    assert "1 added: applied" in done.stderr
+    assert done.code == 0, done.err
+    assert f"{WORK}\n" in done.out.decode()
+    assert "1 added: applied" in done.err
     for start in (
         "denied: copying big.bin into the VM (larger than 1K, fs.max_read_bytes)",
         "left out: new.bin (larger than 1K, fs.max_write_bytes)",
     ):
-        assert f"x07: {start}. To allow it, use --max-file-size 1M\n" in done.stderr
+        assert f"x07: {start}. To allow it, use --max-file-size 1M\n" in done.err
     hidden = "x07: denied: copying .git, .hidden into the VM (hidden name, fs.deny_hidden). "
-    assert hidden in done.stderr
+    assert hidden in done.err
     assert (project / "out.txt").read_text() == "data\n"
-    assert x07(project, "undo").returncode == 0
+    assert x07(project, "undo").code == 0
     assert not (project / "out.txt").exists()
     assert left_behind(state) == []
 
@@ -107,9 +100,9 @@ def test_a_read_only_folder_stays_unchanged(project: Path) -> None:
 def test_exec_exits_with_the_commands_code(project: Path) -> None:
     """`x07 exec` exits with the command's own code, and with 127 and the reason if there is no such command."""
     done = x07(project, "exec", "--workdir", ".", "--", "sh", "-c", "exit 2")
-    assert done.returncode == 2, done.stderr
+    assert done.code == 2, done.err
     done = x07(project, "exec", "--json", "--workdir", ".", "--", "./missing")
-    assert (done.returncode, result(done)["outcome"]) == (127, "failed")
+    assert (done.code, result(done)["outcome"]) == (127, "failed")
     assert "the command ./missing is not installed on this host" in result(done)["reason"]
 
 
@@ -117,12 +110,12 @@ def test_exec_exits_with_the_commands_code(project: Path) -> None:
 def test_a_command_that_the_image_lacks_gets_advice(project: Path) -> None:
     """If the image lacks a command, the error says so and names the package to include."""
     done = x07(project, "exec", "--workdir", ".", "--", "rg", "x")
-    assert done.returncode == 127
-    assert "the command rg is not in the image" in done.stderr
-    assert "x07 image build" in done.stderr
-    assert " --include ripgrep\n" in done.stderr
+    assert done.code == 127
+    assert "the command rg is not in the image" in done.err
+    assert "x07 image build" in done.err
+    assert " --include ripgrep\n" in done.err
     done = x07(project, "exec", "--json", "--workdir", ".", "--", "./missing")
-    assert (done.returncode, result(done)["outcome"]) == (127, "failed")
+    assert (done.code, result(done)["outcome"]) == (127, "failed")
     assert "./missing or its interpreter does not exist in the VM" in result(done)["reason"]
 
 
@@ -139,7 +132,7 @@ def test_a_program_works_in_a_folder_of_the_users(project: Path) -> None:
     """With --workdir, files that a program writes by relative names are stored in that folder."""
     (project.parent / "prog.py").write_text("open('data.csv', 'w').write(open('in.txt').read())")
     done = x07(project.parent, "run", "--workdir", "project", "prog.py")
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.err
     assert (project / "data.csv").read_text() == "data\n"
 
 
@@ -179,4 +172,4 @@ def test_a_terminal_shows_discarded_files_once(project: Path) -> None:
     assert said.count("discarded: 2 files") == 1
     assert "--workdir DIR" in said
     quiet = x07(project, "exec", "--json", "--", "sh", "-c", "echo 12 > a")
-    assert (result(quiet)["files_discarded"], quiet.stderr) == ({"count": 1, "bytes": 3}, "")
+    assert (result(quiet)["files_discarded"], quiet.err) == ({"count": 1, "bytes": 3}, "")

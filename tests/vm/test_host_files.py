@@ -166,17 +166,6 @@ def test_diff_writes_a_patch(project: Project) -> None:
     subprocess.run(argv, cwd=project.folder, check=True, capture_output=True)
 
 
-def test_report_works_with_changes(project: Project) -> None:
-    """With --report, standard error reports changes, --diff is written, and a rejected set is a failure."""
-    words = ["run", "--report", "runner", "--allow-write-root", ".", "--toolchain", "python", "--diff", "../p", "-c"]
-    done = project.x07(*words, CHANGE)
-    assert done.stderr.endswith("x07: 4 added, 1 changed, 2 deleted: applied; see x07 diff, revert with x07 undo\n")
-    assert (project.folder.parent / "p").read_text() == project.x07("diff").stdout
-    done = project.x07("run", "--changes", "all-or-nothing", *words[1:], 'open("Jenkinsfile", "w")', code=1)
-    assert "x07: not allowed: Jenkinsfile" in done.stderr
-    assert "1 of them is not allowed" in json.loads(done.stdout)["solve"]["trap"]
-
-
 def test_a_run_whose_attestation_fails_is_reported(project: Project) -> None:
     """If a run's own changes remove the attestation's folder, --json and --report-out still report the run."""
     (project.folder / "gone").mkdir()

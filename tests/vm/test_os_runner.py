@@ -20,7 +20,6 @@ import pytest
 from tests.command import x07
 from tests.vm.conftest import left_behind
 from x07_sandbox.cli import os_runner
-from x07_sandbox.library.run import run_program
 from x07_sandbox.policy.decode import default_policy, render_policy
 from x07_sandbox.reports.schemas import schemas
 
@@ -172,25 +171,6 @@ def test_a_compile_error_is_reported(caller: Caller) -> None:
     assert not (caller.place / "attest.json").exists()
 
 
-def test_a_program_that_does_not_end_is_timed_out(caller: Caller) -> None:
-    """A program that exceeds limits.wall_ms has X07's trap `timed out` and its output until then."""
-    caller.write_policy({"wall_ms": 5000})
-    report = caller.report("hang.py", 'import time\nprint("begun", flush=True)\ntime.sleep(60)\n', code=1)
-    solve = report["solve"]
-    assert (solve["ok"], solve["trap"]) == (False, "timed out")
-    assert solve["exit_status"] != 0
-    assert decoded(solve, "solve_output_b64") == b"begun\n"
-
-
-def test_output_is_capped(caller: Caller) -> None:
-    """A program ends at --max-output-bytes; the trap names the stream, and stderr says how to allow more."""
-    done = caller.call("loud.py", 'print("x" * 100_000)\n', "--max-output-bytes", "1000")
-    assert b"output limit reached. To allow more, use --max-output-bytes 2000" in done.stderr
-    solve = parsed(done.stdout, done.returncode)["solve"]
-    assert (solve["ok"], solve["trap"]) == (False, "stdout exceeded cap")
-    assert decoded(solve, "solve_output_b64") == b"x" * 1000
-
-
 def test_applied_changes_are_reported_if_the_attestation_fails(caller: Caller) -> None:
     """A run that cannot write its attestation exits with 2, and reports the changes it applied."""
     document = msgspec.to_builtins(default_policy())
@@ -270,18 +250,6 @@ def test_a_signal_ends_the_run_with_a_report(caller: Caller) -> None:
     report = parsed(stdout, 1)
     assert "cancelled" in report["solve"]["trap"]
     assert left_behind(caller.state) == []
-
-
-def test_report_and_library_result_agree(caller: Caller) -> None:
-    """The report and the library's result of one program agree on output, status and digests."""
-    source = "import sys\nprint(sum(range(1000)))\nsys.exit(7)\n"
-    report = caller.report("sum.py", source, "--attest-runtime", "attest.json", code=1)
-    result = run_program(caller.place / "sum.py", policy=caller.place / "policy.json")
-    assert decoded(report["solve"], "solve_output_b64") == result.stdout.data
-    assert report["solve"]["exit_status"] == result.exit_code == 7
-    attested = json.loads((caller.place / "attest.json").read_bytes())
-    assert attested["bundled_binary_digest"] == result.digests.artifact
-    assert attested["effective_policy_digest"] == result.digests.policy
 
 
 WATCHED = """

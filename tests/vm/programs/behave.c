@@ -7,20 +7,16 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
-#include <pthread.h>
 #include <sched.h>
 #include <signal.h>
-#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <sys/mount.h>
 #include <sys/ptrace.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
-#include <time.h>
 #include <unistd.h>
 
 static const char *error_name(int number)
@@ -33,13 +29,6 @@ static const char *error_name(int number)
 static void report(const char *key, const char *subject, int result)
 {
 	printf("%s %s %s\n", key, subject, error_name(result < 0 ? errno : 0));
-}
-
-static void pause_ms(long ms)
-{
-	const struct timespec wait = {ms / 1000, ms % 1000 * 1000000};
-
-	nanosleep(&wait, NULL);
 }
 
 static _Noreturn void sleep_for_ever(void)
@@ -76,74 +65,10 @@ static int do_exit(char **args)
 	return atoi(args[0]);
 }
 
-/* Each signal to itself, in order; status 0 if it lives. */
-static int do_kill(char **args)
-{
-	for (; *args; args++)
-		kill(getpid(), atoi(*args));
-	puts("alive");
-	return 0;
-}
-
-static int do_abort(char **args)
-{
-	(void)args;
-	abort();
-}
-
-static int do_echo(char **args)
-{
-	static char buffer[65536];
-	ssize_t got;
-	long pause = args[0] ? atol(args[0]) : 0;
-
-	while ((got = read(0, buffer, pause ? 4096 : sizeof buffer)) > 0) {
-		write_all(1, buffer, got);
-		if (pause)
-			pause_ms(pause);
-	}
-	return got < 0;
-}
-
-/* Every byte value to standard output, and in reverse to standard error. */
-static int do_both(char **args)
-{
-	char up[256], down[256];
-
-	(void)args;
-	for (int i = 0; i < 256; i++) {
-		up[i] = (char)i;
-		down[i] = (char)(255 - i);
-	}
-	write_all(1, up, sizeof up);
-	write_all(2, down, sizeof down);
-	return 0;
-}
-
 static int do_args(char **args)
 {
 	for (; *args; args++)
 		write_all(1, *args, strlen(*args) + 1);
-	return 0;
-}
-
-static int do_lines(char **args)
-{
-	char line[4096];
-
-	(void)args;
-	while (fgets(line, sizeof line, stdin)) {
-		printf("got %s", line);
-		fflush(stdout);
-	}
-	puts("end");
-	return 0;
-}
-
-static int do_ignore_input(char **args)
-{
-	pause_ms(atol(args[0]));
-	puts("never read a byte");
 	return 0;
 }
 
@@ -201,67 +126,6 @@ static int do_outlive(char **args)
 	wait(NULL);
 	for (int i = 0; i < 20000; i++)
 		printf("line %d\n", i);
-	return 0;
-}
-
-static int do_close_everything(char **args)
-{
-	(void)args;
-	for (int fd = 0; fd < 1024; fd++)
-		close(fd);
-	if (fork() == 0) {
-		setsid();
-		if (fork() == 0)
-			sleep_for_ever();
-		_exit(0);
-	}
-	wait(NULL);
-	return 5;
-}
-
-static void *burn(void *unused)
-{
-	volatile unsigned long count = 0;
-
-	(void)unused;
-	for (;;)
-		count++;
-}
-
-/* Burns in its own thread, and in so many more threads and children. */
-static int do_burn(char **args)
-{
-	int threads = args[0] ? atoi(args[0]) : 0, children = args[0] && args[1] ? atoi(args[1]) : 0;
-	pthread_t thread;
-
-	while (children-- > 0)
-		if (fork() == 0)
-			burn(NULL);
-	while (threads-- > 0)
-		pthread_create(&thread, NULL, burn, NULL);
-	burn(NULL);
-	return 0;
-}
-
-static int do_sleep(char **args)
-{
-	(void)args;
-	puts("sleeping");
-	fflush(stdout);
-	sleep_for_ever();
-}
-
-static int do_threads(char **args)
-{
-	pthread_t thread;
-	int number = pthread_create(&thread, NULL, burn, NULL);
-	pid_t child = fork();
-	int from_fork = errno;
-
-	(void)args;
-	if (child == 0)
-		sleep_for_ever();
-	printf("thread %s\nchild %s\n", error_name(number), error_name(child < 0 ? from_fork : 0));
 	return 0;
 }
 
@@ -390,34 +254,6 @@ static int do_many(char **args)
 		printf("files %s %s %d\n", *args, error_name(errno), count);
 		fflush(stdout);
 	}
-	return 0;
-}
-
-static int do_fds(char **args)
-{
-	(void)args;
-	for (int fd = 0; fd < 4096; fd++) {
-		char path[64], target[256];
-		ssize_t size;
-
-		if (fcntl(fd, F_GETFD) < 0)
-			continue;
-		snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
-		size = readlink(path, target, sizeof target - 1);
-		target[size < 0 ? 0 : size] = 0;
-		printf("fd %d %.4s\n", fd, target);
-	}
-	return 0;
-}
-
-static int do_open_many(char **args)
-{
-	int count = 0, fd;
-
-	(void)args;
-	while ((fd = open("/dev/null", O_RDONLY)) >= 0)
-		count++;
-	printf("opened %d %s\n", count, error_name(errno));
 	return 0;
 }
 
@@ -577,12 +413,9 @@ static const struct {
 	const char *name;
 	int (*act)(char **args);
 } ACTS[] = {
-	{"nothing", do_nothing}, {"exit", do_exit}, {"kill", do_kill}, {"abort", do_abort}, {"echo", do_echo},
-	{"both", do_both}, {"args", do_args}, {"lines", do_lines}, {"ignore-input", do_ignore_input},
-	{"flood", do_flood}, {"spawn", do_spawn}, {"bomb", do_bomb}, {"outlive", do_outlive},
-	{"close-everything", do_close_everything}, {"burn", do_burn}, {"sleep", do_sleep}, {"threads", do_threads},
-	{"hog", do_hog}, {"hog-child", do_hog_child}, {"core", do_core}, {"write", do_write}, {"fill", do_fill},
-	{"many", do_many}, {"fds", do_fds}, {"open-many", do_open_many}, {"look", do_look},
+	{"nothing", do_nothing}, {"exit", do_exit}, {"args", do_args}, {"flood", do_flood}, {"spawn", do_spawn},
+	{"bomb", do_bomb}, {"outlive", do_outlive}, {"hog", do_hog}, {"hog-child", do_hog_child}, {"core", do_core},
+	{"write", do_write}, {"fill", do_fill}, {"many", do_many}, {"look", do_look},
 };
 
 int main(int argc, char **argv)
