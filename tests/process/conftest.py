@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from x07_sandbox.backends.jailed import StreamInstance
 
 Backend = OsBackend | NoneBackend
-Run = Callable[..., Ended]
 
 
 @pytest.fixture(scope="session")

@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from x07_sandbox.backends.process import NoneBackend, OsBackend
 
 pytestmark = pytest.mark.timeout(120)
-MOST_S = 30.0
 
 
 class Sandbox(Session):

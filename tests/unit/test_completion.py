@@ -70,10 +70,3 @@ def test_every_shell_gets_every_verb(shell: str) -> None:
     assert done.stderr == ""
     assert all(re.search(rf"\b{verb}\b", done.stdout) for verb in VERBS)
     assert sys.prefix not in done.stdout
-
-
-def test_another_shell_is_named_as_unknown() -> None:
-    """An unknown shell is a usage error that names the known ones."""
-    done = subprocess.run([*X07, "completion", "cmd"], capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "bash" in done.stderr

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.fuzz.fuzz_client_hello import ADDRESS, denied, pieces
+from tests.fuzz.fuzz_client_hello import ADDRESS, denied, pieces, run
 from tests.fuzz.fuzz_http_requests import one_input, parse
 from x07_sandbox.network.first_bytes import Inspector
 from x07_sandbox.network.http_requests import HEAD_MAX
@@ -47,13 +47,8 @@ def forwarded(data: bytes, host: Host = NAME, size: int = 1 << 20, port: int = 8
 
 def refused(data: bytes, host: Host = NAME, size: int = 1 << 20) -> tuple[str, bytes]:
     """The rule that refuses the bytes, and the bytes forwarded before."""
-    inspected, out = http(host), b""
-    try:
-        for piece in pieces(data, size):
-            out += inspected.from_client(piece)
-    except InspectionError as exc:
-        return exc.rule, out
-    return "", out
+    found = run("http", host, pieces(data, size), answer=b"")
+    return found.rule, found.forwarded
 
 
 @pytest.mark.parametrize(

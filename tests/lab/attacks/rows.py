@@ -230,6 +230,22 @@ def own_name(number: str) -> str:
     return f"a{number.replace('.', '-')}.lab.example".lower()
 
 
+def permitted(number: str, tried: str, name: str, script: Script, *, dribble: bool = False) -> Row:
+    """Return a row that requests a page of a listed name, which is reached."""
+    return ask(
+        number,
+        tried,
+        name,
+        80,
+        request(name),
+        1.0,
+        expected=got(name),
+        lists={name: [80]},
+        names={name: script},
+        dribble=dribble,
+    )
+
+
 def resolving(number: str, tried: str, *addresses: str, expected: tuple[str, ...] = (), port: int = 8600) -> Row:
     """Return a row for a listed name with bad addresses: it is looked up, never dialled."""
     name = own_name(number)
@@ -270,18 +286,7 @@ NAME_ROWS: Final = [
     ],
     ask("12", "The host is no text.", b"a12\xff\xfe.lab.example"),
     ask("13-port", "The port is 0.", "a13.lab.example", 0, lists={"a13.lab.example": [80]}),
-    ask(
-        "21",
-        "A frame is sent byte by byte.",
-        "a21.lab.example",
-        80,
-        request("a21.lab.example"),
-        1.0,
-        expected=got("a21.lab.example"),
-        lists={"a21.lab.example": [80]},
-        names={"a21.lab.example": [SITE]},
-        dribble=True,
-    ),
+    permitted("21", "A frame is sent byte by byte.", "a21.lab.example", [SITE], dribble=True),
     listed(
         "24",
         "A listed name is requested in capitals and with a final dot.",
@@ -352,27 +357,14 @@ NAME_ROWS: Final = [
         answer={"code": 7},
         lists={"only.search.example": [80]},
     ),
-    ask(
-        "34",
-        "A listed name has a private address and a public one.",
-        "a34.lab.example",
-        80,
-        request("a34.lab.example"),
-        1.0,
-        expected=got("a34.lab.example"),
-        lists={"a34.lab.example": [80]},
-        names={"a34.lab.example": [LAN, SITE, "10.7.7.7"]},
+    permitted(
+        "34", "A listed name has a private address and a public one.", "a34.lab.example", [LAN, SITE, "10.7.7.7"]
     ),
-    ask(
+    permitted(
         "36-public",
         "A listed name is an alias of a public name that is not listed.",
         "a36.lab.example",
-        80,
-        request("a36.lab.example"),
-        1.0,
-        expected=got("a36.lab.example"),
-        lists={"a36.lab.example": [80]},
-        names={"a36.lab.example": Answer(cname="unlisted-public.example")},
+        Answer(cname="unlisted-public.example"),
     ),
     ask(
         "36-private",
@@ -742,17 +734,7 @@ def raw(kind: int, stream: int, payload: bytes = b"", *, code: int = 0, zero: in
 
 _REBINDING: Final = (Answer(addresses=(SITE,), ttl=0), Answer(addresses=("127.0.0.1",), ttl=0))
 TIMED_FIRST: Final = [
-    ask(
-        "35-first",
-        "A listed name resolves to its server at first.",
-        "a35.lab.example",
-        80,
-        request("a35.lab.example"),
-        1.0,
-        expected=got("a35.lab.example"),
-        lists={"a35.lab.example": [80]},
-        names={"a35.lab.example": _REBINDING},
-    ),
+    permitted("35-first", "A listed name resolves to its server at first.", "a35.lab.example", _REBINDING),
     ask(
         "35-again",
         "The name is requested again: the address is the one that was checked.",
