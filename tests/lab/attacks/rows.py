@@ -230,6 +230,17 @@ def own_name(number: str) -> str:
     return f"a{number.replace('.', '-')}.lab.example".lower()
 
 
+def passing(number: str, tried: str, *say: bytes | float, line: str = "GET / HTTP/1.1", more: str = "") -> Row:
+    """Return a row whose requests to a listed name pass, as one request with this line. more: a further contact."""
+    allowed = (f"http {SITE}:80 {{N}} {line}", *([more] if more else ()))
+    return listed(number, tried, 80, *say, 1.0, allowed=allowed)
+
+
+def cut_off(number: str, tried: str, *say: bytes | float, line: str = "GET / HTTP/1.1") -> Row:
+    """Return a row whose first request to a listed name passes, and whose further bytes reset the connection."""
+    return listed(number, tried, 80, *say, allowed=(f"http {SITE}:80 {{N}} {line}",), answer=RESET_BY_POLICY)
+
+
 def permitted(number: str, tried: str, name: str, script: Script, *, dribble: bool = False) -> Row:
     """Return a row that requests a page of a listed name, which is reached."""
     return ask(
@@ -484,28 +495,17 @@ TLS_ROWS: Final = [
         answer=RESET_BY_POLICY,
     ),
 ]
+WEBSOCKET: Final = ("Connection: Upgrade", "Upgrade: websocket")
 HTTP_ROWS: Final = [
     listed("54", "The request is for another host.", 80, HTTP_EVIL),
     listed("55", "Two requests in one piece, the second for another host.", 80, request("{N}") + HTTP_EVIL),
-    listed(
+    cut_off(
         "55-unanswered",
         "A second request for another host, before the first one's answer.",
-        80,
         request("{N}"),
         HTTP_EVIL,
-        allowed=(f"http {SITE}:80 {{N}} GET / HTTP/1.1",),
-        answer=RESET_BY_POLICY,
     ),
-    listed(
-        "p9",
-        "A second request for another host, after the first one's answer.",
-        80,
-        request("{N}"),
-        1.0,
-        HTTP_EVIL,
-        allowed=(f"http {SITE}:80 {{N}} GET / HTTP/1.1",),
-        answer=RESET_BY_POLICY,
-    ),
+    cut_off("p9", "A second request for another host, after the first one's answer.", request("{N}"), 1.0, HTTP_EVIL),
     listed(
         "56",
         "The length of the body is stated twice, differently.",
@@ -529,20 +529,16 @@ HTTP_ROWS: Final = [
     listed("58-bare-lf", "Lines end in LF alone.", 80, b"GET / HTTP/1.1\nHost: {N}\n\n"),
     listed("58-two-hosts", "There are two hosts.", 80, request("{N}", "GET / HTTP/1.1", f"Host: {EVIL}")),
     listed("59", "The target names another host than Host.", 80, request("{N}", f"GET http://{EVIL}/ HTTP/1.1")),
-    listed(
+    passing(
         "59-same",
         "The target names the same host as Host, and is rewritten to a path.",
-        80,
         request("{N}", "GET http://{N}/ HTTP/1.1"),
-        1.0,
-        allowed=(f"http {SITE}:80 {{N}} GET / HTTP/1.1",),
     ),
     listed("60", "A tunnel is asked for.", 80, request("{N}", f"CONNECT {EVIL}:443 HTTP/1.1")),
     listed("61-preface", "HTTP/2 without TLS begins.", 80, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0"),
-    listed(
+    passing(
         "61-upgrade",
         "An upgrade to HTTP/2 is requested.",
-        80,
         request(
             "{N}",
             "GET / HTTP/1.1",
@@ -550,16 +546,12 @@ HTTP_ROWS: Final = [
             "Upgrade: h2c",
             "HTTP2-Settings: AAMAAABkAARAAAAAAAIAAAAA",
         ),
-        1.0,
-        allowed=(f"http {SITE}:80 {{N}} GET / HTTP/1.1",),
     ),
-    listed(
+    passing(
         "61-other",
         "An upgrade to another protocol is requested.",
-        80,
         request("{N}", "GET /upgrade HTTP/1.1", "Connection: Upgrade", "Upgrade: websocket, h2c"),
-        1.0,
-        allowed=(f"http {SITE}:80 {{N}} GET /upgrade HTTP/1.1",),
+        line="GET /upgrade HTTP/1.1",
     ),
     *[
         listed(f"any-{word}", tried, 9, *said)
@@ -575,15 +567,13 @@ HTTP_ROWS: Final = [
     ],
     listed("62", "A header of a mebibyte.", 80, b"GET / HTTP/1.1\r\nHost: {N}\r\nX: " + b"a" * (1 << 20) + b"\r\n\r\n"),
     *[
-        listed(
+        cut_off(
             f"63-{word}",
             tried,
-            80,
             request("{N}", "POST /echo HTTP/1.1", "Transfer-Encoding: chunked"),
             0.1,
             body,
-            allowed=(f"http {SITE}:80 {{N}} POST /echo HTTP/1.1",),
-            answer=RESET_BY_POLICY,
+            line="POST /echo HTTP/1.1",
         )
         for word, tried, body in (
             ("extension", "A request is hidden in a chunk's extension.", b"2;\nxx\r\n40\r\n0\r\n\r\n" + HTTP_EVIL),
@@ -592,34 +582,29 @@ HTTP_ROWS: Final = [
             ("after", "A request for another host is behind a chunked body.", b"2\r\nab\r\n0\r\n\r\n" + HTTP_EVIL),
         )
     ],
-    listed(
+    cut_off(
         "64-refused",
         "An upgrade that the server refuses, then a request for another host.",
-        80,
-        request("{N}", "GET /refuse-upgrade HTTP/1.1", "Connection: Upgrade", "Upgrade: websocket"),
+        request("{N}", "GET /refuse-upgrade HTTP/1.1", *WEBSOCKET),
         1.0,
         HTTP_EVIL,
-        allowed=(f"http {SITE}:80 {{N}} GET /refuse-upgrade HTTP/1.1",),
-        answer=RESET_BY_POLICY,
+        line="GET /refuse-upgrade HTTP/1.1",
     ),
-    listed(
+    cut_off(
         "64-at-once",
         "A request for another host directly after an upgrade that is not answered yet.",
-        80,
-        request("{N}", "GET /refuse-upgrade HTTP/1.1", "Connection: Upgrade", "Upgrade: websocket") + HTTP_EVIL,
+        request("{N}", "GET /refuse-upgrade HTTP/1.1", *WEBSOCKET) + HTTP_EVIL,
         1.0,
-        allowed=(f"http {SITE}:80 {{N}} GET /refuse-upgrade HTTP/1.1",),
-        answer=RESET_BY_POLICY,
+        line="GET /refuse-upgrade HTTP/1.1",
     ),
-    listed(
+    passing(
         "64-accepted",
         "An upgrade that the server accepts: later bytes reach only that server.",
-        80,
-        request("{N}", "GET /upgrade HTTP/1.1", "Connection: Upgrade", "Upgrade: websocket"),
+        request("{N}", "GET /upgrade HTTP/1.1", *WEBSOCKET),
         1.0,
         b"frames",
-        1.0,
-        allowed=(f"http {SITE}:80 {{N}} GET /upgrade HTTP/1.1", f"http {SITE}:80 bytes frames"),
+        line="GET /upgrade HTTP/1.1",
+        more=f"http {SITE}:80 bytes frames",
     ),
     listed("http-0.9", "A request without a version.", 80, b"GET /\r\n"),
     listed("http-1.0", "A request of HTTP/1.0 without a host.", 80, b"GET / HTTP/1.0\r\n\r\n"),
