@@ -5,10 +5,9 @@ Written by hand from X07's own runner; no two numbers and no two lists are the s
 
 from __future__ import annotations
 
-import json
 from typing import Any, Final
 
-from x07_sandbox.policy.decode import default_policy, render_policy
+from tests.policies import document_with
 
 TOLD: Final[tuple[tuple[str, str, object, str], ...]] = (
     ("X07_OS_FS", "fs.enabled", True, "1"),
@@ -101,11 +100,4 @@ EXPECTED: Final = ALWAYS | {variable: text for variable, _, _, text in TOLD}
 
 def policy_document(changes: dict[str, object] | None = None) -> dict[str, Any]:
     """Return a policy with all of these values, and *changes* to them by path."""
-    made: dict[str, Any] = json.loads(render_policy(default_policy()))
-    for path, value in ({field: value for _, field, value, _ in TOLD} | (changes or {})).items():
-        *sections, name = path.split(".")
-        holder = made
-        for section in sections:
-            holder = holder.setdefault(section, {})
-        holder[name] = value
-    return made
+    return document_with({field: value for _, field, value, _ in TOLD} | (changes or {}))

@@ -1,11 +1,9 @@
 """The plan: one truthful control for every field, and refusals for what cannot be provided."""
 
-import json
-from typing import Any
-
 import msgspec
 import pytest
 
+from tests.policies import document_with
 from x07_sandbox.errors import RefusedError
 from x07_sandbox.policy.controls import TABLE, Plan, make_plan
 from x07_sandbox.policy.decode import decode_policy, default_policy, render_policy
@@ -28,13 +26,7 @@ ADVISORY = {
 
 def policy(**values: object) -> Policy:
     """The default policy with values set by path (two underscores for a dot)."""
-    made: dict[str, Any] = json.loads(render_policy(default_policy()))
-    for path, value in values.items():
-        *sections, name = path.split("__")
-        holder = made
-        for section in sections:
-            holder = holder.setdefault(section, {})
-        holder[name] = value
+    made = document_with({path.replace("__", "."): value for path, value in values.items()})
     return decode_policy(render_policy(made), source="p")
 
 
@@ -267,13 +259,11 @@ def test_the_control_says_which_variables_go_in(changes: dict[str, object], expe
 def test_unavailable_confinement_is_refused() -> None:
     """A backend without confinement refuses each field that needs it."""
     weak = Features(isolation="none", own_kernel=False, can_enforce=VM_CAPABILITIES - {"confinement"})
-    changes: dict[str, Any] = json.loads(render_policy(default_policy()))
-    changes["process"] |= {"allow_exec": False, "allow_spawn": False, "max_live": 1}
-    changes["threads"]["enabled"] = False
-    policy = decode_policy(render_policy(changes), source="p")
+    off = {"process__allow_exec": False, "process__allow_spawn": False, "threads__enabled": False}
+    without = policy(process__max_live=1, **off)
     names = ("threads.enabled", "process.allow_spawn", "process.allow_exec", "process.allow_execs")
-    assert states(make_plan(policy, weak), *names) == {"refused"}
-    assert states(make_plan(policy, VM), *names, "process.max_live") == {"enforced"}
+    assert states(make_plan(without, weak), *names) == {"refused"}
+    assert states(make_plan(without, VM), *names, "process.max_live") == {"enforced"}
 
 
 @pytest.mark.parametrize(
@@ -351,9 +341,5 @@ def test_fewer_children_than_tasks_bound_all_tasks() -> None:
 )
 def test_confinement_follows_from_the_policy(changes: dict[str, object], expected: tuple[object, ...]) -> None:
     """The confinement sent to the guest follows from the policy."""
-    made: dict[str, Any] = json.loads(render_policy(default_policy()))
-    for path, value in changes.items():
-        section, name = path.split("__")
-        made[section][name] = value
-    found = confinement(decode_policy(render_policy(made), source="p"), "/home/x")
+    found = confinement(policy(**changes), "/home/x")
     assert (found.threads, found.spawn, found.execute, found.programs, found.prefixes) == expected

@@ -10,9 +10,9 @@ import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.policies import document_with
 from x07_sandbox.files.copy import roots_of
 from x07_sandbox.policy.controls import make_plan, run_limits
-from x07_sandbox.policy.decode import default_policy
 from x07_sandbox.policy.features import vm_features
 from x07_sandbox.policy.guest import PROGRAM, confinement
 from x07_sandbox.policy.model import Policy, leaf_values
@@ -44,11 +44,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
 @st.composite
 def policies(draw: st.DrawFn) -> Policy:
     """Policies with any values, even if rules between fields are broken."""
-    document = msgspec.to_builtins(default_policy())
-    for name, values in FIELDS.items():
-        section, _, key = name.partition(".")
-        document[section][key] = draw(values)
-    return msgspec.convert(document, Policy)
+    return msgspec.convert(document_with({name: draw(values) for name, values in FIELDS.items()}), Policy)
 
 
 @given(policies())

@@ -9,9 +9,10 @@ from typing import Any, Final, NamedTuple
 import msgspec
 import pytest
 
+from tests.policies import document_with
 from x07_sandbox.channel.messages import Denied
 from x07_sandbox.policy.changes import flag_reach
-from x07_sandbox.policy.decode import decode_policy, default_policy
+from x07_sandbox.policy.decode import decode_policy
 from x07_sandbox.policy.denials import GuestMount, Hint, HowToAllow
 from x07_sandbox.policy.hints import Adding, LocalModules, hints
 from x07_sandbox.policy.model import Policy
@@ -30,11 +31,7 @@ LISTED: Final = {"process.allow_exec_prefixes": [], "process.allow_execs": ["/us
 
 def policy(changes: Mapping[str, object]) -> Policy:
     """The default policy with these fields, named by path."""
-    document = msgspec.to_builtins(default_policy())
-    for name, value in changes.items():
-        section, _, key = name.partition(".")
-        document[section][key] = value
-    return msgspec.convert(document, Policy)
+    return msgspec.convert(document_with(changes), Policy)
 
 
 def kernel(call: str, path: str, error: int, *, write: bool = False) -> Denied:

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from x07_sandbox.policy.decode import RULES, decode_policy, default_policy, regex_lite_fault, render_policy
+from tests.policies import document_with
+from x07_sandbox.policy.decode import RULES, decode_policy, regex_lite_fault
 from x07_sandbox.policy.model import PolicyError
 
 DB = {"enabled": True, "drivers": {"sqlite": False, "postgres": False, "mysql": False}}
@@ -26,17 +27,10 @@ LISTS = (
 
 def with_values(**values: object) -> dict[str, Any]:
     """The default document with all sections off and values set by path (two underscores for a dot)."""
-    made: dict[str, Any] = json.loads(render_policy(default_policy()))
-    made["db"] = {"enabled": False, "drivers": {"sqlite": False, "postgres": False, "mysql": False}}
-    for section in ("fs", "net", "env", "process", "threads", "time"):
-        made[section]["enabled"] = False
-    for path, value in values.items():
-        *sections, name = path.split("__")
-        holder = made
-        for section in sections:
-            holder = holder.setdefault(section, {})
-        holder[name] = value
-    return made
+    off = {f"{section}.enabled": False for section in ("fs", "net", "env", "process", "threads", "time")}
+    drivers = {"sqlite": False, "postgres": False, "mysql": False}
+    given = {path.replace("__", "."): value for path, value in values.items()}
+    return document_with({"db.enabled": False, "db.drivers": drivers} | off | given)
 
 
 def faults(made: dict[str, Any]) -> list[str]:
