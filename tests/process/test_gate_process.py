@@ -148,16 +148,6 @@ def test_killing_gate_or_resolver_loses_the_report(gate: GateProcess, which: str
     assert gate.account() is None
 
 
-def test_an_invalid_frame_ends_only_the_stream(gate: GateProcess) -> None:
-    """An invalid frame ends the guest's stream; the gate keeps running and reports it."""
-    with guest_of(gate) as guest:
-        guest.sendall(b"\xff" * 64)
-        assert guest.recv(1) == b""
-    account = gate.account()
-    assert account is not None
-    assert [row.rule for row in account.denied] == ["frames"]
-
-
 def test_gate_and_resolver_end_with_their_runner(tmp_path: Path) -> None:
     """Gate and resolver end when the process that started them is killed."""
     code = (

@@ -72,18 +72,8 @@ def test_a_stopped_file_server_is_replaced(opened: Sandbox) -> None:
     assert opened.shell(NONE_STOPPED, timeout_s=60).ok
 
 
-def test_time_limits_of_file_requests_hold_for_asyncio_and_the_command_line(tmp_path: Path) -> None:
-    """AsyncSandbox has the same time limits, and so has `x07 sandbox cp`, by --timeout."""
-
-    async def use() -> None:
-        async with AsyncSandbox() as opened:
-            await opened.files.write("kept", b"kept")
-            await opened.shell(STOP, check=True)
-            with pytest.raises(TimeoutError, match=NO_PROGRESS):
-                await opened.files.stat("kept", timeout_s=0.5)
-            assert await opened.files.read("kept") == b"kept"
-
-    asyncio.run(use())
+def test_time_limits_of_file_requests_hold_for_the_command_line(tmp_path: Path) -> None:
+    """`x07 sandbox cp` has a time limit, by --timeout."""
     held = Sandbox.create(name="stops")
     (tmp_path / "large").touch()
     os.truncate(tmp_path / "large", 1 << 30)

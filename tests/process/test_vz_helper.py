@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from tests.conftest import Need
 
 ROOT: Final = Path(__file__).resolve().parents[2]
-SOURCES: Final = ROOT / "macos" / "x07-vz-helper"
 MIB: Final = 1024 * 1024
 GREETING: Final = b"port x07.0\n"
 
@@ -51,32 +50,6 @@ def helper(swift: None, tmp_path_factory: pytest.TempPathFactory) -> Path:  # no
     done = check("--build", str(program))
     assert (done.returncode, done.stdout) == (0, "ok: checked x07-vz-helper\n"), done.stderr
     return program
-
-
-@pytest.mark.parametrize(
-    ("name", "right", "wrong", "error"),
-    [
-        ("configuration.swift", "cachingMode: .cached", "cacheMode: .cached", "incorrect argument label"),
-        ("configuration.swift", "validate()", "check()", "has no member 'check'"),
-        (
-            "machine.swift",
-            "didStopWithError error: Error",
-            "didStop error: Error",
-            "requirement 'virtualMachine(_:didStop",
-        ),
-    ],
-)
-@pytest.mark.usefixtures("swift")
-def test_a_wrong_call_is_an_error(tmp_path: Path, name: str, right: str, wrong: str, error: str) -> None:
-    """The type check fails at a call that does not fit the declarations of the framework."""
-    for path in SOURCES.glob("*.swift"):
-        text = path.read_text(encoding="utf-8")
-        assert path.name != name or right in text
-        (tmp_path / path.name).write_text(text.replace(right, wrong) if path.name == name else text, encoding="utf-8")
-    done = check("--sources", str(tmp_path))
-    assert done.returncode != 0
-    assert "ok:" not in done.stdout
-    assert error in done.stderr
 
 
 class Start(Protocol):

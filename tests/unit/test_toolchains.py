@@ -42,11 +42,8 @@ ELF = b"\x7fELF\x02\x01\x01" + bytes(9) + struct.pack("<HH", 2, 62)
 @pytest.mark.parametrize(
     ("name", "head", "toolchain"),
     [
-        ("a.c", b"", "c"),
-        ("a.cpp", b"", "cpp"),
         ("dir.py/a.cxx", b"", "cpp"),
         ("a.py", b"#!/bin/sh", "python"),
-        ("a.sh", b"", "shell"),
         ("a.out", ELF, "executable"),
         ("prog", b"#!/usr/bin/perl", "executable"),
     ],

@@ -364,30 +364,18 @@ def test_an_x07_program_waits_for_no_terminal(project: Path, words: tuple[str, .
         (("--program", ""), "PROGRAM is empty"),
         (("",), "PROGRAM is empty"),
         (("--artifact", "p.py", "--toolchain", "python"), "give the program without --artifact"),
-    ],
-)
-def test_one_program_is_named(
-    project: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], words: tuple[str, ...], why: str
-) -> None:
-    """More than one program, or an empty name, is a usage error."""
-    monkeypatch.chdir(project)
-    assert main(["run", "--json", *words]) == 2
-    assert why in document(capfd.readouterr().out)["reason"]
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        ("--policy", "built-in:cli", "--policy", "built-in:default"),
-        ("--sandbox-backend", "vm", "--sandbox-backend", "os"),
-        ("--report-out", "a", "--report-out", "b"),
+        (("--policy", "built-in:cli", "--policy", "built-in:default", "p.py"), "given more than once"),
+        (("--sandbox-backend", "vm", "--sandbox-backend", "os", "p.py"), "given more than once"),
+        (("--report-out", "a", "--report-out", "b", "p.py"), "given more than once"),
     ],
 )
 @pytest.mark.usefixtures("project")
-def test_a_repeated_option_is_refused(words: tuple[str, ...], capfd: pytest.CaptureFixture[str]) -> None:
-    """`x07 run` refuses an option that is given twice."""
-    assert main(["run", *words, "prog.py"]) == 2
-    assert f"wrong usage of {words[0]}: given more than once" in capfd.readouterr().err
+def test_one_program_is_named_and_each_option_once(
+    capfd: pytest.CaptureFixture[str], words: tuple[str, ...], why: str
+) -> None:
+    """More than one program, an empty name, and an option that is given twice are usage errors."""
+    assert main(["run", "--json", *words]) == 2
+    assert why in document(capfd.readouterr().out)["reason"]
 
 
 def test_a_cpu_limit_above_the_programs_own_is_an_error(project: Path, capfd: pytest.CaptureFixture[str]) -> None:
