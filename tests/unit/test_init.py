@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -231,6 +232,25 @@ def test_any_names_make_a_manifest_or_our_error(row: Toolchain, names: list[str]
     except UsageError:
         return
     assert decode_manifest(data, source=FILE)[1] == row
+
+
+def test_a_tree_that_is_too_deep_is_refused(tmp_path: Path) -> None:
+    """A tree that is nested too deeply is refused."""
+    (tmp_path / "/".join("d" * 300)).mkdir(parents=True)
+    code, out, err = x07(tmp_path, "init", "--toolchain", "python")
+    assert (code, out) == (2, b"")
+    assert "nested deeper than 256" in err
+
+
+def test_a_tree_that_is_too_large_is_refused(tmp_path: Path) -> None:
+    """A folder with too many files is refused."""
+    for number in range(101):
+        (tmp_path / f"{number}").mkdir()
+        for other in range(100):
+            os.mknod(tmp_path / f"{number}" / f"{other}")
+    code, out, err = x07(tmp_path, "init")
+    assert (code, out) == (2, b"")
+    assert "more than 10000 files" in err
 
 
 def test_an_error_leaves_no_new_folder(tmp_path: Path) -> None:
