@@ -940,6 +940,7 @@ async def test_open_connections_are_bounded() -> None:
         waits = it.relay.ask(GOOD, 22)
         assert await it.relay.answer(it.relay.ask("unlisted.example")) == egress.POLICY
         assert waits not in it.relay.events
+        assert it.outside.dialled == [(GOOD, 22)] * 5
         it.relay.reset(numbers[3])
         assert await it.relay.answer(waits) == egress.OK
 
