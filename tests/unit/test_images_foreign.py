@@ -56,8 +56,10 @@ def test_a_missing_tool_is_named_with_all_packages(capsys: pytest.CaptureFixture
 
 
 def test_programs_that_cannot_be_executed_are_explained(tools: Path) -> None:
-    """If the kernel does not know QEMU's user emulation, the error has the commands that register it."""
+    """If the kernel does not know QEMU's user emulation, which only others need, the error says how to register it."""
     arch_test(tools, 1)
+    commands.require_execution(HOST)
+    assert commands.slower(HOST) == 1 < commands.slower(OTHER)
     with pytest.raises(HostError, match=f"cannot execute {OTHER.deb} programs") as caught:
         build.build_image(name="other", arch=OTHER.name, progress=print)
     assert f"/usr/lib/binfmt.d/qemu-{OTHER.name}.conf" in str(caught.value.fix)
@@ -65,25 +67,14 @@ def test_programs_that_cannot_be_executed_are_explained(tools: Path) -> None:
     commands.require_execution(OTHER)
 
 
-def test_this_hosts_programs_need_no_emulation(tools: Path) -> None:
-    """A build for this host's architecture needs no emulation, and its commands have the usual time limits."""
-    arch_test(tools, 1)
-    commands.require_execution(HOST)
-    assert commands.slower(HOST) == 1 < commands.slower(OTHER)
-
-
-def test_the_default_image_is_for_this_host() -> None:
-    """The image named default cannot be built for another architecture, and the error proposes a name."""
-    with pytest.raises(UsageError, match="'default'") as caught:
-        build.build_image(arch=OTHER.deb, progress=print)
-    assert str(caught.value.fix) == f"Use another name, such as --name {OTHER.deb}"
-
-
 def test_a_name_keeps_its_architecture() -> None:
-    """An image keeps its architecture when it is rebuilt, and cannot get another one."""
+    """An image keeps its architecture when it is rebuilt; neither it nor the default image can get another one."""
     assert build._architecture("science", None) is HOST  # noqa: SLF001 - pure, and a build takes minutes
     assert build._architecture(OTHER.deb, None) is OTHER  # noqa: SLF001 - as above
     assert build._architecture("science", None, OTHER) is OTHER  # noqa: SLF001 - as above
+    with pytest.raises(UsageError, match="'default'") as caught:
+        build.build_image(arch=OTHER.deb, progress=print)
+    assert str(caught.value.fix) == f"Use another name, such as --name {OTHER.deb}"
     with pytest.raises(UsageError, match=f"the present image of this name is for {HOST.deb}"):
         build._architecture("science", OTHER, HOST)  # noqa: SLF001 - as above
 

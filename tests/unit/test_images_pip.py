@@ -92,20 +92,16 @@ def test_a_requirements_file_gives_names_and_hashes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("line", ["-r other.txt", "-e .", "--index-url http://x", "x @ http://y", "./x.whl"])
 def test_a_refused_line_of_a_file_is_named(tmp_path: Path, line: str) -> None:
-    """A forbidden line of a requirements file is refused with its line number."""
+    """A forbidden or unreadable line of a requirements file is refused with its number, and so is a missing file."""
     file = tmp_path / "requirements.txt"
     file.write_text(f"six\n# x\n{line}\n")
     with pytest.raises(UsageError, match="line 3"):
         pip.check_requirements([f"file:{file}"])
-
-
-def test_a_missing_requirements_file_is_named(tmp_path: Path) -> None:
-    """An unreadable requirements file is an error that names it."""
+    file.write_bytes(b"\xff\xfe")
+    with pytest.raises(UsageError, match=r"requirements\.txt, line 1\): it is not a Python requirement"):
+        pip.check_requirements([f"file:{file}"])
     with pytest.raises(UsageError, match=r"none\.txt"):
         pip.check_requirements([f"file:{tmp_path}/none.txt"])
-    (tmp_path / "odd").write_bytes(b"\xff\xfe")
-    with pytest.raises(UsageError, match=r"odd, line 1\): it is not a Python requirement"):
-        pip.check_requirements([f"file:{tmp_path}/odd"])
 
 
 def test_wheels_fit_the_guest_and_not_the_host() -> None:

@@ -142,7 +142,7 @@ def test_the_user_form_has_all_namespaces_and_a_uid_that_is_not_0() -> None:
 
 
 def test_the_root_form_has_no_user_namespace_and_keeps_what_changing_uid_needs() -> None:
-    """Root's jail has all other namespaces and only the capabilities to change its uid."""
+    """Root's jail has all other namespaces and only the capabilities to change its uid, which setpriv then drops."""
     found = options(jail(UID))
     unshared = {option[0] for option in found if option[0].startswith("--unshare")}
     assert unshared == {f"--unshare-{name}" for name in ("ipc", "pid", "net", "uts", "cgroup-try")}
@@ -150,10 +150,6 @@ def test_the_root_form_has_no_user_namespace_and_keeps_what_changing_uid_needs()
     kept = [option[1] for option in found if option[0] == "--cap-add"]
     assert sorted(kept) == ["CAP_SETGID", "CAP_SETPCAP", "CAP_SETUID"]
     assert found.index(("--cap-drop", "ALL")) < found.index(("--cap-add", kept[0]))
-
-
-def test_the_root_form_ends_in_setpriv_which_clears_everything() -> None:
-    """Before the command starts, setpriv drops uid, groups and all capabilities for good."""
     words = inside(jail(UID))
     assert words[0] == SETPRIV
     assert words[words.index("--") + 1 :] == COMMAND

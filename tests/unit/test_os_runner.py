@@ -217,19 +217,9 @@ def test_an_invalid_policy_ends_in_two(
     assert "policy.json" in refused(*SANDBOXED, "--policy", "policy.json", "--program", "prog.c")
 
 
-def test_input_is_read_whole_or_refused(refused: Refused, place: Path) -> None:
-    """A missing or oversized input is refused."""
-    words = (*SANDBOXED, "--policy", "policy.json", "--program", "prog.c", "--input")
-    assert "nowhere" in refused(*words, "nowhere")
-    assert "cannot read the input" in refused(*words, str(place))
-    with (place / "large").open("wb") as file:
-        file.truncate(INPUT_MAX_BYTES + 1)
-    assert f"more than {INPUT_MAX_BYTES} bytes" in refused(*words, "large")
-
-
 @pytest.mark.timeout(60)
-def test_input_may_come_from_a_device_or_a_pipe(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """--input accepts /dev/null and pipes."""
+def test_input_is_read_whole_or_refused(refused: Refused, place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """--input accepts /dev/null and pipes, and a missing or oversized input is refused."""
     words = (*SANDBOXED, "--policy", "policy.json", "--program", "prog.c", "--input")
     os.mkfifo(place / "pipe")
     writer = threading.Thread(target=(place / "pipe").write_bytes, args=(b"in",))
@@ -238,6 +228,11 @@ def test_input_may_come_from_a_device_or_a_pipe(place: Path, capfd: pytest.Captu
         assert main((*words, name)) == 1
         assert "no guest image" in capfd.readouterr().err
     writer.join()
+    assert "nowhere" in refused(*words, "nowhere")
+    assert "cannot read the input" in refused(*words, str(place))
+    with (place / "large").open("wb") as file:
+        file.truncate(INPUT_MAX_BYTES + 1)
+    assert f"more than {INPUT_MAX_BYTES} bytes" in refused(*words, "large")
 
 
 @pytest.mark.parametrize("flag", ["--compiled-out", "--attest-runtime"])

@@ -826,18 +826,6 @@ def test_a_missing_root_is_made_in_the_one_around_it(
     assert found == (there or {})
 
 
-def test_a_missing_root_is_one_folder(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A missing root is one folder under all its paths."""
-    monkeypatch.chdir(run.root)
-    files = run.files({"write_roots": (str(run.root), "new")}, out=Path("out"), changes="discard")
-    assert packed(files) == [{"new", "out"}]
-    assert {mount.at: mount.sub for mount in files.mounts(0)} == {
-        str(run.root): "",
-        "/opt/x07/new": "new",
-        OUT: "out",
-    }
-
-
 def test_a_secret_that_is_a_root_is_not_listed_as_left_out(run: Run) -> None:
     """A root that a root around it leaves out travels by itself, and no denial names it."""
     (run.root / "k.pem").touch()
@@ -846,8 +834,12 @@ def test_a_secret_that_is_a_root_is_not_listed_as_left_out(run: Run) -> None:
 
 
 def test_a_root_at_another_place_has_its_mount_there(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder with a relative and an absolute path is mounted at both."""
+    """A folder with a relative and an absolute path is mounted at both, and a missing one is one folder."""
     monkeypatch.chdir(run.root)
+    files = run.files({"write_roots": (str(run.root), "new")}, out=Path("out"), changes="discard")
+    assert packed(files) == [{"new", "out"}]
+    missing = {str(run.root): "", "/opt/x07/new": "new", OUT: "out"}
+    assert {mount.at: mount.sub for mount in files.mounts(0)} == missing
     (run.root / "a/b").mkdir(parents=True)
     files = run.files({"write_roots": ("a", "a/b", str(run.root / "a"))})
     assert [mount.at for mount in files.mounts(0)] == ["/opt/x07/a", f"{run.root}/a"]
