@@ -96,7 +96,7 @@ def command(saver: Identity, deadline: float) -> str:
 
 
 def test_a_run_does_not_wait_for_what_later_runs_need(unsaved: Sandbox) -> None:
-    """A run uses what is saved; a process of low priority saves the rest for later runs, whose VMs have the usual one."""
+    """A run uses what is saved; a process of low priority saves the rest for later runs of usual priority."""
     start, warnings = start_of(unsaved)
     saver = the_saver()
     assert saver is not None
