@@ -147,26 +147,33 @@ def with_packages() -> str:
 
 
 @pytest.fixture(scope="session")
-def podman(need: Need) -> Iterator[EngineUnderTest]:
+def podman(need: Need, shared: Path) -> Iterator[EngineUnderTest]:
     """A real podman with its own store, loaded with our image."""
-    yield from _engine("podman", need)
+    yield from _engine("podman", need, shared)
 
 
 @pytest.fixture(scope="session")
-def docker(need: Need) -> Iterator[EngineUnderTest]:
+def docker(need: Need, shared: Path) -> Iterator[EngineUnderTest]:
     """A real dockerd on its own socket, loaded with our image."""
-    yield from _engine("docker", need)
+    yield from _engine("docker", need, shared)
 
 
 @pytest.fixture(scope="session")
-def containerd(need: Need) -> Iterator[EngineUnderTest]:
+def containerd(need: Need, shared: Path) -> Iterator[EngineUnderTest]:
     """A real containerd on its own socket, with our image."""
-    from tests.engines import missing, running_containerd
+    from tests.engines import archive_in, missing, running_containerd
 
     reason = missing("containerd")
     need(not reason, reason, installable=os.geteuid() == 0)
-    with running_containerd() as found:
+    with running_containerd(archive_in(shared)) as found:
         yield found
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A temporary folder that all workers share."""
+    place = tmp_path_factory.getbasetemp()
+    return place.parent if "PYTEST_XDIST_WORKER" in os.environ else place
 
 
 @pytest.fixture(scope="session")
@@ -196,12 +203,12 @@ def vz_on_linux(variables: Mapping[str, str]) -> Iterator[None]:
         yield
 
 
-def _engine(name: Name, need: Need) -> Iterator[EngineUnderTest]:
-    from tests.engines import missing, running
+def _engine(name: Name, need: Need, shared: Path) -> Iterator[EngineUnderTest]:
+    from tests.engines import archive_in, missing, running
 
     reason = missing(name)
     need(not reason, reason, installable=os.geteuid() == 0)
-    with running(name) as found:
+    with running(name, archive_in(shared)) as found:
         yield found
 
 

@@ -17,8 +17,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from x07_sandbox.backends.engines import engine, load
+from x07_sandbox.backends.engines import engine
 from x07_sandbox.host.linux import of_process
+from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.processes import processes_with_mark, wait_gone
 from x07_sandbox.host.waiting import Deadline
 from x07_sandbox.images.archive import write_archive
@@ -101,32 +102,45 @@ def missing(name: str) -> str:
     return f"missing: {', '.join(absent)}" if absent else ""
 
 
+class Archive(NamedTuple):
+    """Our image in a file, as REFERENCE, and its id."""
+
+    path: Path
+    digest: str
+
+
+def archive_in(folder: Path) -> Archive:
+    """Return the archive in a folder that all workers share; the first one writes it, which takes seconds."""
+    note = folder / "image.id"
+    with file_lock(folder / "image.lock"):
+        if not note.exists():
+            image = build_image(progress=lambda _text: None)
+            with tempfile.TemporaryDirectory(dir=folder) as work, (folder / "image.tar").open("wb") as target:
+                digest = write_archive(image, REFERENCE, target, Path(work), lambda _text: None)
+            note.write_text(digest, encoding="ascii")
+    return Archive(folder / "image.tar", note.read_text(encoding="ascii"))
+
+
 @contextlib.contextmanager
-def running(name: Name) -> Iterator[EngineUnderTest]:
+def running(name: Name, archive: Archive) -> Iterator[EngineUnderTest]:
     """Start the engine and load our image; remove all of it on exit."""
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=f"x07-{name}-", dir="/var/tmp")))
         env = stack.enter_context((podman_store if name == "podman" else dockerd)(folder))
         with _variables(env):
-            image = build_image(progress=lambda _text: None)
-            digest, _ = load(image, REFERENCE, [name], lambda _text: None)
-            assert engine(name).call("info").status == 0
-        yield EngineUnderTest(name, env | {"X07_VM_GUEST_IMAGE": REFERENCE}, digest)
+            loaded = engine(name).call("load", "--quiet", "--input", str(archive.path), timeout_s=300)
+            assert loaded.status == 0, loaded.error
+        yield EngineUnderTest(name, env | {"X07_VM_GUEST_IMAGE": REFERENCE}, archive.digest)
 
 
 @contextlib.contextmanager
-def running_containerd() -> Iterator[EngineUnderTest]:
+def running_containerd(archive: Archive) -> Iterator[EngineUnderTest]:
     """Start a containerd and import our image; remove all of it on exit."""
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="x07-ctr-", dir="/var/tmp")))
         address = stack.enter_context(containerd(folder))
-        archive = folder / "image.tar"
-        with archive.open("wb") as target:
-            work = folder / "work"
-            work.mkdir()
-            write_archive(build_image(progress=lambda _text: None), REFERENCE, target, work, lambda _text: None)
         found = EngineUnderTest("containerd", {"X07_VM_CONTAINERD_SOCK": address, "X07_VM_GUEST_IMAGE": REFERENCE}, "")
-        found.call("images", "import", "--snapshotter", "overlayfs", str(archive))
+        found.call("images", "import", "--snapshotter", "overlayfs", str(archive.path))
         listed = found.call("images", "ls").splitlines()[1].split()
         yield found._replace(digest=listed[2])
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.conftest import need
-from tests.engines import REFERENCE, ctr
+from tests.engines import REFERENCE, archive_in, ctr
 from tests.vm.jail_helpers import temporary_user
 from x07_sandbox import exec_command
 from x07_sandbox.backends.container import reaper
@@ -398,19 +398,16 @@ def test_crun_runs_a_program(podman: EngineUnderTest, tmp_path: Path, monkeypatc
 
 
 def test_every_engine_loads_the_image_under_the_same_id(
-    podman: EngineUnderTest, docker: EngineUnderTest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    podman: EngineUnderTest, docker: EngineUnderTest, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The archive has the same bytes each time, and podman, docker and ctr load it under the same image id."""
-    assert podman.digest == docker.digest
     for name, value in {**podman.env, **docker.env}.items():
         monkeypatch.setenv(name, value)
-    archives = [tmp_path / "first.tar", tmp_path / "second.tar"]
-    image = find_image("default")
-    found = {load(image, REFERENCE, [], lambda _text: None, archive) for archive in archives}
-    assert found == {(podman.digest, ("podman", "docker"))}
-    first, second = (hashlib.sha256(archive.read_bytes()).hexdigest() for archive in archives)
-    assert first == second
-    assert REFERENCE in containerd_images(tmp_path, archives[0])
+    first, second = archive_in(shared).path, tmp_path / "second.tar"
+    loaded = load(find_image("default"), REFERENCE, [], lambda _text: None, second)
+    assert loaded == (podman.digest, ("podman", "docker"))
+    assert len({hashlib.sha256(path.read_bytes()).hexdigest() for path in (first, second)}) == 1
+    assert REFERENCE in containerd_images(tmp_path, first)
 
 
 def containerd_images(folder: Path, archive: Path) -> str:

@@ -45,16 +45,13 @@ def hostile_code(boot: str) -> GuestCode:
 
 
 @pytest.fixture(scope="session")
-def hostile_cache(image: Image, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def hostile_cache(image: Image, shared: Path) -> Path:
     """A cache of images beside the user's: packages are linked from there, images stay here."""
     del image  # the image and its base exist by now
-    place = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        place = place.parent  # one for all workers: saving its machine takes seconds
-    cache = place / "hostile-cache"
-    with file_lock(place / "hostile.lock"):
+    cache = shared / "hostile-cache"
+    with file_lock(shared / "hostile.lock"):
         if not cache.exists():
-            cache_with_base(place / "hostile-cache.new").rename(cache)
+            cache_with_base(shared / "hostile-cache.new").rename(cache)
     return cache
 
 
