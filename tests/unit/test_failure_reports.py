@@ -110,6 +110,7 @@ def test_help_and_version_are_commands_too(words: list[str], capfd: pytest.Captu
         ("a" * 65, "it has 65 characters, and a name has at most 64"),
         ("aB", "'B' is not allowed in a name"),
         (".a", "'.' is not allowed at the start"),
+        ("0123456789ab", "it consists of 12 or more hexadecimal digits"),
     ],
 )
 def test_a_bad_image_name_gets_its_own_reason(name: str, why: str) -> None:
@@ -170,6 +171,7 @@ def test_report_out_writes_every_document(
         (["policy", "check", "--report-out", "p.json", "p.json"], "names it for something else"),
         (["policy", "init", "--template", "cli", "--report-out", "new", "--out", "new"], "names it for something else"),
         (["policy", "init", "--template", "cli", "--report-out", "no/r"], "is not a folder that you can write"),
+        (["--report-out", ".", "policy", "init", "--template", "cli"], "not a regular file"),
         (["--report-out", "r", "completion", "bash"], "unrecognized arguments: --report-out r"),
     ],
 )

@@ -206,6 +206,7 @@ def test_flags_name_what_cannot_be_inferred(tmp_path: Path) -> None:
         ("c", ["a.py"], r"no file ends in \.c"),
         ("make", ["a.c"], "no Makefile"),
         ("make", ["Makefile"], r"Add --artifact FILE, or .*x07 exec --workdir \. -- make test"),
+        ("make", ["Makefile", "configure"], r"-- sh -c '\./configure && make'"),
         ("make", ["configure", "Makefile.in"], r"before \./configure has created it.*x07 exec --workdir"),
         ("python", ["a.py", "b.py"], "any of a.py, b.py.*--entry"),
         ("shell", ["lib/a.sh"], "no such file is in the top folder"),

@@ -103,6 +103,7 @@ def test_files_over_the_limit_name_it_and_the_ways_around_it() -> None:
     ("words", "why"),
     [
         ({"program": "a\0b"}, "program contains a zero byte"),
+        ({"program": Bytes()}, "program is Bytes, not a path"),
         ({"files": {"a": 5}}, "files['a'] is int, not str or bytes"),
         ({"files": {5: b""}}, "files has the name 5"),
         ({"out": "a\0"}, "out contains a zero byte"),
@@ -110,6 +111,7 @@ def test_files_over_the_limit_name_it_and_the_ways_around_it() -> None:
         ({"policy": 5}, "policy is int, not a path or a Policy"),
         ({"memory": "lots"}, "memory is 'lots', which is not a size"),
         ({"memory": 5}, "memory is 5, but must be at least 1M and at most 16G"),
+        ({"cpu_s": 0}, "cpu_s is 0, but must be above 0"),
         ({"timeout_s": 601}, "timeout_s is 601, but must be at least 0.001 and at most 600 seconds"),
         ({"procs": -1}, "procs is -1, but must be at least 0"),
         ({"fds": 1.5}, "fds is float, not int"),

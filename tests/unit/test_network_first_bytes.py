@@ -188,6 +188,7 @@ def test_an_error_has_rule_reason_and_name() -> None:
         (b"\x00\x00\x00\x13\x04\xd2\x16\x2eGET /x\r\nabc", "first-bytes:unknown"),  # PostgreSQL's CancelRequest
         (b"\x00\x00\x02\x00\x04\xd2\x16\x2e" + b"x" * 504, "first-bytes:unknown"),
         (b"*1\r\n$5\r\nPING\r\n", "first-bytes:unknown"),
+        (b"*1\n$4\nPING\n", "first-bytes:unknown"),
     ],
 )
 @pytest.mark.parametrize("size", [1, BIG])
@@ -324,6 +325,7 @@ def _answered(first: bytes, answer: bytes) -> Inspector:
     [
         (GET, ""),
         (GET + GET.replace(b"a.example", b"b.example"), "http:other-host"),
+        (GET.replace(b"GET", b"get").replace(b"a.example", b"b.example"), "http:other-host"),
         (GET.replace(b"a.example", b"b.example"), "http:other-host"),
         (b"CONNECT b.example:443 HTTP/1.1\r\nHost: b.example\r\n\r\n", "http:connect"),
         (b"GET / HTTP/1.0\r\n\r\n", "http:no-host"),

@@ -107,10 +107,12 @@ def test_an_absolute_target_must_name_the_host(target: bytes, written: bytes) ->
         (b"GET http://b.example/" + HOST, "http:other-host"),  # attack 59
         (b"GET http://a.example:81/" + HOST, "http:other-host"),
         (b"GET http://a.example@b.example/" + HOST, "http:malformed"),
+        (b"GET https://a.example/" + HOST, "http:malformed"),
         (b"GET http://a.example/#x" + HOST, "http:malformed"),
         (b"GET x" + HOST, "http:malformed"),
         (b"GET *" + HOST, "http:malformed"),
         (b"CONNECT a.example:443" + HOST, "http:connect"),  # attack 60
+        (b"connect a.example:443" + HOST, "http:connect"),
         (b"PRI * HTTP/2.0\r\n", "http:upgrade"),  # attack 61
         (b"GET / HTTP/2.0\r\nHost: a.example\r\n", "http:upgrade"),
         (b"GET /x HTTP/0.9\r\nHost: a.example\r\n", "http:malformed"),
@@ -133,6 +135,7 @@ def test_an_absolute_target_must_name_the_host(target: bytes, written: bytes) ->
         (POST + b"Content-Length: 3, 4\r\n", "http:malformed"),
         (POST + b"Content-Length: 1000000000000000\r\n", "http:ambiguous-length"),
         (POST + b"Content_Length: 3\r\n", "http:malformed"),
+        (POST + b"Transfer_Encoding: chunked\r\n", "http:malformed"),
         (b"GET /x HTTP/1.1\r\nHost: a.example:8080\r\n", "http:other-host"),
         (POST + b"Content-Length: " + b"9" * 5000 + b"\r\n", "http:malformed"),
         (POST + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n", "http:ambiguous-length"),

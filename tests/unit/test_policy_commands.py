@@ -110,6 +110,15 @@ def test_a_template_name_gets_a_suggestion(tmp_path: Path, name: str, suggestion
     assert suggestion in err
 
 
+def test_a_file_with_a_non_utf8_name_is_checked(tmp_path: Path) -> None:
+    """A policy file whose name is not UTF-8 can be checked; the name is printed escaped."""
+    name = os.fsdecode(b"p\xff.json")
+    (tmp_path / name).write_bytes(GOOD)
+    argv = [*X07, "policy", "check", name]
+    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, check=False)
+    assert (done.returncode, done.stdout) == (0, b"p\\xff.json: valid (sandbox.cli.base)\n")
+
+
 @pytest.mark.parametrize(
     "words", [("check", "--json"), ("explain", "--json"), ("init", "--json", "--template", "cli", "--project")]
 )

@@ -95,6 +95,8 @@ def test_unreachable_hosts_are_refused_by_field(fields: dict[str, object]) -> No
     assert states(made, field) == {"refused"}
     with pytest.raises(RefusedError, match=field):
         made.require()
+    unconfined = make_plan(policy(**({"db__drivers": SERVERS, "db__enabled": False} | fields)), NOTHING)
+    assert [refusal.field for refusal in unconfined.refusals] == [field]
 
 
 def test_hosts_are_held_by_the_egress_gate() -> None:

@@ -29,6 +29,7 @@ def found(text: str) -> list[tuple[str, str | None]]:
     [
         ("curl: (6) Could not resolve host: example.org\n", "example.org:443"),
         ("curl: (7) Failed to connect to example.org port 8080 after 1 ms: no server\n", "example.org:8080"),
+        ("wget: unable to resolve host address \u2018example.org\u2019\n", "example.org:443"),
         (
             "fatal: unable to access 'https://github.com/a/b.git/': Could not resolve host: github.com\n",
             "github.com:443",

@@ -65,6 +65,8 @@ CASES: Final = [
     Case({"process.allow_exec": False}, seccomp("execve"), "process.allow_exec", value=True),
     Case({"process.enabled": False}, seccomp("execve"), "process.allow_exec", value=True, path="$.process.enabled"),
     Case({}, seccomp("clone"), "system-calls"),
+    Case({}, seccomp("mount"), "system-calls"),
+    Case({"process.allow_exec": False}, seccomp("execveat"), "process.allow_exec", value=True),
     # programs
     Case(LISTED, kernel("execve", "/usr/bin/true", EACCES), "process.allow_execs", ["/usr/bin/env", "/usr/bin/true"]),
     Case(LISTED, kernel("openat", "/usr/bin/true", EACCES), "process.allow_execs", ["/usr/bin/env", "/usr/bin/true"]),
@@ -100,6 +102,7 @@ CASES: Final = [
     # of a folder that is not known
     Case(LISTED, kernel("execve", ".../tool", EACCES), "permissions"),
     Case({"fs.deny_hidden": False}, kernel("creat", "a/b", EROFS, write=True), "permissions"),
+    Case({}, kernel("bind", "", EACCES, write=True), "permissions"),
     # no policy could say it
     Case({}, kernel("mkdir", "/srv/a;b/", EROFS, write=True), "fs.write_roots"),
     Case({"process.allow_exec_prefixes": []}, kernel("execve", "/usr/bin/a;b", EACCES), "process.allow_execs"),
@@ -108,6 +111,8 @@ CASES: Final = [
     Case({"limits.fds": 256}, kernel("openat", "", EMFILE), "limits.fds", 512),
     Case({"limits.fds": 256}, kernel("prlimit64", "nofile", EPERM), "limits.fds", 512),
     Case({}, kernel("setrlimit", "core", EPERM, write=True), "limits.core_dumps", value=True),
+    Case({"limits.core_dumps": True}, kernel("setrlimit", "core", EPERM, write=True), "limits.core_dumps"),
+    Case({}, kernel("prlimit64", "", EPERM, write=True), "permissions"),
     Case({}, kernel("openat", "/etc/", EROFS, write=True), "permissions"),
     # no root can be made of these, but of a new folder in them
     Case({}, kernel("mkdir", "/", EROFS, write=True), "fs.write_roots", None, path=None),
@@ -122,6 +127,7 @@ CASES: Final = [
     ),
     Case({"fs.enabled": True}, kernel("openat", "/data/a/b", EROFS, write=True), "fs.write_roots", ["/data"]),
     Case({"fs.enabled": True}, kernel("openat", "/opt/x07/in/", EROFS, write=True), "fs.write_roots", ["in"]),
+    Case({}, kernel("openat", "/data/out/locked", EACCES, write=True), "permissions"),
     # the folders around a relative root belong to it
     Case(
         {"fs.write_roots": ["rr/one.txt"]},
@@ -339,6 +345,7 @@ def test_a_maximal_limit_gets_no_advice() -> None:
     [
         ("FileNotFoundError: [Errno 2] No such file or directory: '/srv/a b.csv'", "/srv/a b.csv", "/srv/a b.csv"),
         ("sort: cannot read: '/srv/x': No such file or directory\n", "/srv/x", "/srv/x"),
+        ("head: cannot open '/srv/x' for reading: No such file or directory\n", "/srv/x", "/srv/x"),
         ("cat: '/srv/my dir/f.txt': No such file or directory\n", "/srv/my dir/f.txt", "'/srv/my dir/f.txt'"),
         ('cat: "/srv/it\'s": No such file or directory\n', "/srv/it's", "/srv/it"),
         ("/srv/my dir/f.txt: No such file or directory\n", "/srv/my dir/f.txt", "'/srv/my dir/f.txt'"),
@@ -392,6 +399,7 @@ KeyError: b'{}'
 """,
         "/x07/in/program/it.sh: line 2: {}: unbound variable\n",
         "/x07/in/program/it.sh: 2: {}: parameter not set\n",
+        "it.sh: line 3: {}: parameter null or not set\n",
         "it.sh: 3: {}: parameter not set or null\n",
     ],
 )

@@ -168,6 +168,12 @@ def test_only_names_need_name_resolution(host: str, dns: object) -> None:
     assert len(hosts_of(derived)) == 1
 
 
+def test_a_deny_switches_nothing_on() -> None:
+    """Denying hosts enables nothing."""
+    base = with_hosts(("a.example", (1,)), ("b.example", (2,)), allow_dns=False)
+    assert derive(base, deny_host=("a.example:*",)).policy.net.allow_dns is False
+
+
 def test_roots_are_added_once() -> None:
     """Roots are trimmed and added once."""
     derived = derive(TEMPLATES["cli"], allow_read_root=(" data ", ".", "data"), allow_write_root=("out", "tmp"))

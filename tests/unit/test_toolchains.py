@@ -149,6 +149,7 @@ def test_every_toolchain_is_documented(row: Toolchain) -> None:
             ["/bin/bash", "--posix", "-n", "-o", "pipefail"],
         ),
         (b"#!/bin/dash", ["/bin/dash"], ["/bin/dash", "-n"]),
+        (b"#!\n", ["/bin/bash"], ["/bin/bash", "-n"]),
         (b"echo\n", ["/bin/bash"], ["/bin/bash", "-n"]),
     ],
 )
@@ -167,6 +168,8 @@ def test_the_first_line_names_the_shell(head: bytes, shell: list[str], check: li
     [
         (b"#!/bin/zsh", "/bin/zsh"),
         (b"#!/bin/shred -u", "/bin/shred -u"),
+        (b"#!/usr/bin/env", "/usr/bin/env"),
+        (b"#!/usr/bin/env -S", "-S"),
         (b"#!/usr/bin/env bash -e", "bash -e"),
         (b"#!/usr/bin/env -S bash -O 'extglob'", "-S bash"),
         (b"#!/bin/bash -\xff", "/bin/bash"),
@@ -243,6 +246,8 @@ def test_a_source_of_another_language_is_refused(path: str) -> None:
         (b"#! /usr/bin/env php\n", ("php", "php-cli")),
         (b"#!/usr/bin/env -S node --x\n", ("node", "nodejs")),
         (b"#!/usr/bin/odd-1.2\n", ("odd-1.2", "PACKAGE")),
+        (b"#!/opt/x/ruby\n", None),
+        (b"#!/usr/bin/-x\n", None),
         (b"#!/usr/bin/$(touch x)\n", None),
         (b"#!/usr/bin/" + b"a" * 70 + b"\n", None),
         (b"\x7fELF", None),

@@ -264,8 +264,10 @@ def test_an_invalid_policy_has_one_exit_code(
     [
         (["main.x07.json"], 2, "no policy given: "),
         (["--input", "missing", "tool"], 2, "cannot read the input missing: "),
+        (["--input", ".", "tool"], 2, "it is a folder"),
         (["--policy", "missing", "tool"], 2, "cannot read the policy missing: "),
         (["--env", "X07_A=1", "tool"], 2, "names that start with X07_ are reserved"),
+        (["--env", "=1", "tool"], 2, "cannot use --env '=1': the variable name is empty"),
         (["-c", "x", "main.x07.json"], 2, "both give a program"),
         (["--allow-host", "example.org", "tool"], 2, "the port is missing"),
         (["--max-output-bytes", "9", "tool"], 125, "no guest image"),
