@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import select
-import shutil
 import socket
 import socketserver
 import subprocess
@@ -52,7 +51,7 @@ ENVIRONMENT = os.environ | {"RES_OPTIONS": "timeout:1 attempts:1"}  # a host wit
 
 # Runs in the helper: prints what it could do as JSON and waits for its input to end. "ok", or the name of the error.
 DRIVER = r"""
-import asyncio, ctypes, errno, fcntl, json, mmap, os, resource, select, signal, socket, struct, sys, threading, time
+import asyncio, ctypes, errno, json, mmap, os, resource, signal, socket, sys, threading
 from x07_sandbox.jail.own_limits import confine
 
 order = json.loads(sys.argv[1])
@@ -92,26 +91,6 @@ def listen():
 def option(*words):
     with socket.socket() as one:
         one.setsockopt(*words)
-
-def name_server():
-    # One that answers every question for an IPv4 address with 192.0.2.7.
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as up:
-        fcntl.ioctl(up, 0x8914, struct.pack("16sh14x", b"lo", 0x41))
-    server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    server.bind(("127.0.0.1", 53))
-    lives, life = os.pipe()  # it ends with the helper
-    if os.fork():
-        server.close()
-        os.close(lives)
-        return
-    os.close(life)
-    while lives not in select.select([server, lives], [], [])[0]:
-        asked, sender = server.recvfrom(512)
-        end = asked.index(b"\0", 12) + 5
-        is_a = asked[end - 4 : end - 2] == b"\0\1"
-        head = asked[:2] + b"\x81\x80\0\1" + (b"\0\1" if is_a else b"\0\0") + bytes(4)
-        server.sendto(head + asked[12:end] + (b"\xc0\x0c\0\1\0\1\0\0\0\x3c\0\4\xc0\0\2\7" if is_a else b""), sender)
-    os._exit(0)
 
 async def tcp():
     reader, writer = await asyncio.open_connection("127.0.0.1", order["port"])
@@ -161,8 +140,6 @@ def look_up_in_threads(name):
 
 control = socket.socket(fileno=order["control"])
 log = os.open(order["log"], os.O_WRONLY | os.O_APPEND)
-if order["dns"]:
-    name_server()
 if order["become"] is not None:
     os.setgroups([])
     os.setresgid(*[order["become"]] * 3)
@@ -232,7 +209,7 @@ if order["kind"] == "gate":
     found["tcp"], found["udp"] = asyncio.run(tcp()), asyncio.run(udp())
 else:
     found["localhost"] = look_up_in_threads("localhost")
-    found["name"] = look_up_in_threads(order["name"])
+    found["name"] = look_up_in_threads("host.invalid")
     found["idn"] = look_up("b\u00fccher.invalid")
 found["given"] = given()
 print(json.dumps({"walls": walls, "found": found}), flush=True)
@@ -314,21 +291,19 @@ def order_for(kind: str, form: str, folder: Path, **more: Any) -> dict[str, Any]
         "log": str(folder / "log"),
         "file": str(folder / "file"),
         "threads": THREADS,
-        "name": "host.invalid",
-        "dns": False,
         "started": False,
         "port": 0,
     }
     return order | more
 
 
-def look(order: dict[str, Any], form: str, *, before: tuple[str, ...] = ()) -> Look:
+def look(order: dict[str, Any], form: str) -> Look:
     """Start a helper, have it try everything, and look at it from outside."""
     ours, theirs = socket.socketpair()
     one, other = socket.socketpair()
     with ours, theirs, one, other:
         socket.send_fds(ours, [b"take this"], [other.fileno()])
-        argv = [*before, sys.executable, "-c", DRIVER, json.dumps(order | {"control": theirs.fileno()})]
+        argv = [sys.executable, "-c", DRIVER, json.dumps(order | {"control": theirs.fileno()})]
         with subprocess.Popen(
             argv,
             stdin=subprocess.PIPE,
@@ -497,20 +472,3 @@ def test_the_resolver_looks_names_up_in_eight_threads(helper: Look) -> None:
     assert all("127.0.0.1" in answer or "::1" in answer for answer in helper.found["localhost"])
     assert len(helper.found["name"]) == THREADS
     assert {*helper.found["name"], helper.found["idn"]} <= {socket.EAI_NONAME, socket.EAI_AGAIN, socket.EAI_NODATA}
-
-
-@pytest.mark.root
-@pytest.mark.network
-@pytest.mark.parametrize("form", FORMS)
-def test_the_resolver_asks_a_name_server(form: str, tmp_path: Path) -> None:
-    """The resolver's threads get the address of a name from a name server."""
-    need(os.geteuid() == 0, "needs root", installable=False)
-    unshare = shutil.which("unshare")
-    need(unshare, "unshare is not installed", installable=True)
-    settings = tmp_path / "resolv.conf"
-    settings.write_text("nameserver 127.0.0.1\n", encoding="ascii")
-    script = 'mount --bind "$1" /etc/resolv.conf && shift && exec "$@"'
-    before = (str(unshare), "--mount", "--net", "sh", "-c", script, "sh", str(settings))
-    order = order_for("resolver", form, tmp_path, name="host.example", dns=True)
-    seen = look(order, form, before=before)
-    assert seen.found["name"] == [["192.0.2.7"]] * THREADS
