@@ -146,6 +146,13 @@ def test_an_ordinary_user_reaches_listed_hosts(run: Run, ordinary: Account, flag
     assert rows(result, "allowed") == [("web.lab.example", 80, "net.allow_hosts[0]")]
 
 
+def test_none_refuses_a_list_of_hosts(run: Run) -> None:
+    """`none` refuses a list of hosts, because it cannot enforce it."""
+    result = run("pass\n", "--sandbox-backend", "none", "--i-accept-weaker-isolation", "--allow-host", "a.example:1")
+    assert (result["outcome"], result["net"]) == ("refused", None)
+    assert "net.allow_hosts" in result["reason"]
+
+
 def test_a_run_without_hosts_has_no_gate(run: Run) -> None:
     """A run without a list of hosts has no gate, no relay, no log, and no connections in its result."""
     result = run("import socket\nsocket.create_connection(('192.0.2.1', 1))\n")

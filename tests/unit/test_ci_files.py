@@ -66,12 +66,43 @@ def test_the_workflow_has_the_self_hosted_runners_of_x07() -> None:
     assert sorted(job.get("env", {}).get("X07_VM_REQUIRE_HARDWARE", "0") for job in hosted) == ["0", "1"]
 
 
-@pytest.mark.parametrize(("job", "backend"), [("linux-vm", "firecracker-ctr"), ("macos-vm", "vz")])
-def test_self_hosted_jobs_end_with_the_smoke_gate(job: str, backend: str) -> None:
-    """Each self-hosted job names its backend, and runs the smoke gate after all other steps."""
+@pytest.mark.parametrize(
+    ("job", "variables", "commands"),
+    [
+        (
+            "linux-vm",
+            {"X07_VM_BACKEND": "firecracker-ctr", "X07_VM_GUEST_IMAGE": "x07-guest-runner:vm-smoke"},
+            [
+                "scripts/setup.sh",
+                "build_guest_runner_image.sh --image x07-guest-runner --tag vm-smoke --archive build/guest.tar",
+                "images import --snapshotter",
+            ],
+        ),
+        (
+            "macos-vm",
+            {
+                "X07_VM_BACKEND": "vz",
+                "X07_VM_VZ_GUEST_BUNDLE": "${{ github.workspace }}/build/guest.bundle",
+                "X07_VM_VZ_HELPER_BIN": "${{ github.workspace }}/build/x07-vz-helper",
+            },
+            [
+                "build_vz_helper.sh build/x07-vz-helper",
+                "build_vz_guest_bundle.sh --image default --out /source/build/guest.bundle",
+                "pip install",
+            ],
+        ),
+    ],
+)
+def test_self_hosted_jobs_make_what_their_backend_needs(
+    job: str, variables: dict[str, str], commands: list[str]
+) -> None:
+    """Each self-hosted job installs x07, makes what its backend starts from, and then runs the smoke gate."""
     made = load(WORKFLOW)["jobs"][job]
-    assert made["env"]["X07_VM_BACKEND"] == backend
-    assert made["steps"][-1]["run"] == "scripts/ci/check_vm_sandbox_smoke.sh"
+    assert made["env"] == variables
+    lines = [step.get("run", "") for step in made["steps"]]
+    places = [next(at for at, line in enumerate(lines) if command in line) for command in commands]
+    assert places == sorted(places)
+    assert lines[-1] == "scripts/ci/check_vm_sandbox_smoke.sh"
 
 
 def test_shell_steps_are_valid(tmp_path: Path, need: Need) -> None:
