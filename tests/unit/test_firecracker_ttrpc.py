@@ -87,60 +87,36 @@ def ask(daemon: StandInDaemon, payload: bytes = b"", timeout_s: float = 20.0) ->
     return call(daemon.ttrpc, "S", "Method", payload, metadata={}, timeout_s=timeout_s)
 
 
-def fields(message: bytes) -> list[tuple[int, int | bytes]]:
-    """The fields of a message whose numbers are below 16, as number and value; read independently of the client."""
-    found: list[tuple[int, int | bytes]] = []
-    rest = list(message)
-
-    def integer() -> int:
-        groups: list[int] = []
-        while not groups or groups[-1] >= 0x80:
-            groups.append(rest.pop(0))
-        return sum((group & 0x7F) << 7 * place for place, group in enumerate(groups))
-
-    while rest:
-        number, kind = divmod(rest.pop(0), 8)
-        assert kind in {0, 2}
-        value = integer()
-        if kind == 0:
-            found.append((number, value))
-        else:
-            found.append((number, bytes(rest[:value])))
-            del rest[:value]
-    return found
-
-
-def sent(daemon: StandInDaemon) -> dict[int, int | bytes]:
-    """The fields of the only request, whose header is checked."""
+def sent(daemon: StandInDaemon) -> bytes:
+    """The only request, without its header, which is checked."""
     (request,) = daemon.requests
     assert struct.unpack(">IIBB", request[:10]) == (len(request) - 10, 1, 1, 0)
-    found = fields(request[10:])
-    assert len(dict(found)) == len(found)
-    return dict(found)
+    return request[10:]
+
+
+def asked(service: str, method: str, payload: bytes, timeout_s: int, metadata: dict[str, str]) -> bytes:
+    """A request, written independently of the client."""
+    parts = [field(1, service.encode()), field(2, method.encode()), field(3, payload), field(4, timeout_s * 10**9)]
+    parts += [field(5, field(1, key.encode()) + field(2, text.encode())) for key, text in metadata.items()]
+    return b"".join(parts)
+
+
+NAMESPACE = {"containerd-namespace-ttrpc": "x07"}
 
 
 def test_a_vm_is_created_with_the_fields_of_the_daemons_protocol() -> None:
     """CreateVM has the VM's id, size, one container, its end with the last task and a timeout, and the namespace."""
     with stand_in(MADE) as daemon:
         create_vm(daemon.address, "x07", "vm-1", memory_mib=384, vcpus=2, timeout_s=30)
-    request = sent(daemon)
-    assert (request[1], request[2], request[4]) == (b"Firecracker", b"CreateVM", 35 * 10**9)
-    assert request[5] == field(1, b"containerd-namespace-ttrpc") + field(2, b"x07")
-    body = request[3]
-    assert isinstance(body, bytes)
-    assert fields(body) == [(1, b"vm-1"), (2, field(3, 384) + field(4, 2)), (8, 1), (9, 1), (11, 30)]
+    body = field(1, b"vm-1") + field(2, field(3, 384) + field(4, 2)) + field(8, 1) + field(9, 1) + field(11, 30)
+    assert sent(daemon) == asked("Firecracker", "CreateVM", body, 35, NAMESPACE)
 
 
 def test_a_vm_is_stopped_with_a_timeout() -> None:
     """StopVM has the VM's id, a timeout and the namespace."""
     with stand_in(frame(b"")) as daemon:
         stop_vm(daemon.address, "x07", "vm-1", 5)
-    request = sent(daemon)
-    assert (request[1], request[2], request[4]) == (b"Firecracker", b"StopVM", 10 * 10**9)
-    assert (request[3], request[5]) == (
-        field(1, b"vm-1") + field(2, 5),
-        field(1, b"containerd-namespace-ttrpc") + field(2, b"x07"),
-    )
+    assert sent(daemon) == asked("Firecracker", "StopVM", field(1, b"vm-1") + field(2, 5), 10, NAMESPACE)
 
 
 @pytest.mark.parametrize("answer", [frame(b""), frame(field(2, field(1, b"vm-2"))), frame(field(2, b"\x0a\x04vm"))])
@@ -157,9 +133,7 @@ def test_any_payload_and_metadata_arrive_and_come_back(payload: bytes, metadata:
     with stand_in(answer) as daemon:
         got = call(daemon.ttrpc, "a.Service", "Do", payload, metadata=metadata, timeout_s=20)
     assert got == payload[::-1]
-    found = fields(daemon.requests[0][10:])
-    pairs = [(5, field(1, key.encode()) + field(2, value.encode())) for key, value in metadata.items()]
-    assert found == [(1, b"a.Service"), (2, b"Do"), (3, payload), (4, 20 * 10**9), *pairs]
+    assert sent(daemon) == asked("a.Service", "Do", payload, 20, metadata)
 
 
 def test_the_daemons_error_is_shown_with_its_kind_and_one_line_of_text() -> None:

@@ -11,7 +11,7 @@ from x07_sandbox.cli.messages import denial_lines, for_flags, say_denials
 from x07_sandbox.cli.os_runner import OPTIONS
 from x07_sandbox.policy.denials import Contact, Denial, Hint, HowToAllow, NetworkUse, Outcome
 from x07_sandbox.policy.hints import Adding
-from x07_sandbox.sessions.result import EMPTY_OUTPUT, Digests, Result
+from x07_sandbox.sessions.result import Result, draft_result
 
 DEFAULT = "built-in:default"
 
@@ -31,30 +31,9 @@ def denial(subject: str, how: HowToAllow | None = None, *, action: str = "read",
 
 def result(*denials: Denial, outcome: Outcome = "failed", lost: int = 0, hints: tuple[Hint, ...] = ()) -> Result:
     """A run with this outcome."""
-    return Result(
-        run="1-1-1",
-        outcome=outcome,
-        fault="program",
-        reason_code="exited",
-        reason="",
-        x07_exit_code=1,
-        exit_code=1,
-        signal=None,
-        isolation=None,
-        backend=None,
-        jail=None,
-        artifact_from="build",
-        build=None,
-        stdout=EMPTY_OUTPUT,
-        stderr=EMPTY_OUTPUT,
-        phases={},
-        digests=Digests(),
-        controls=[],
-        denials=list(denials),
-        denials_lost=lost,
-        hints=list(hints),
-        warnings=[],
-    )
+    ended = {"reason_code": "exited", "fault": "program", "x07_exit_code": 1, "exit_code": 1, "artifact_from": "build"}
+    found = {"denials": list(denials), "denials_lost": lost, "hints": list(hints)}
+    return replace(draft_result("1-1-1"), outcome=outcome, **ended, **found)
 
 
 def test_failed_connections_of_a_failed_run_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
