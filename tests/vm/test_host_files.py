@@ -248,6 +248,17 @@ def test_a_protected_name_is_left_out(project: Project) -> None:
     assert project.seen()["Jenkinsfile"] == "x"
 
 
+def test_all_or_nothing_rejects_the_whole_set(project: Project) -> None:
+    """With --changes all-or-nothing a protected name rejects the whole set; `x07 apply --skip` applies the rest."""
+    source = 'open("Jenkinsfile", "w").write("x"); open("fine.txt", "w").write("y")'
+    result = project.run(source, "--allow-write-root", ".", "--changes", "all-or-nothing", code=125)
+    assert (result["outcome"], result["changes"]["state"]) == ("ok", "kept")
+    assert "fine.txt" not in project.seen()
+    assert "Jenkinsfile" in project.x07("apply", code=125).stderr
+    project.x07("apply", "--skip", "Jenkinsfile")
+    assert (project.seen().get("fine.txt"), project.seen().get("Jenkinsfile")) == ("y", None)
+
+
 def test_a_hidden_folder_of_links_names_both_flags(project: Project) -> None:
     """A hidden folder with links is left out with both reasons and both flags in one line."""
     (project.folder / "node_modules/.bin").mkdir(parents=True)
