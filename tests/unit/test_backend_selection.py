@@ -33,24 +33,11 @@ QEMU = Choice(backend="qemu")
 # For each backend named alone: its result on Linux, macOS 26, 13 and 12, and elsewhere, without acceptance and
 # with it. "closed": refused without acceptance; "elsewhere": not for
 # this platform.
-NAMED = {
-    "firecracker-ctr": (
-        "taken elsewhere elsewhere elsewhere elsewhere",
-        "taken elsewhere elsewhere elsewhere elsewhere",
-    ),
-    "apple-container": (
-        "elsewhere taken elsewhere elsewhere elsewhere",
-        "elsewhere taken elsewhere elsewhere elsewhere",
-    ),
-    "qemu": ("taken elsewhere elsewhere elsewhere elsewhere", "taken elsewhere elsewhere elsewhere elsewhere"),
-    "vz": ("elsewhere taken taken elsewhere elsewhere", "elsewhere taken taken elsewhere elsewhere"),
-    "podman": ("closed closed closed closed closed", "taken elsewhere elsewhere elsewhere elsewhere"),
-    "docker": ("closed closed closed closed closed", "taken elsewhere elsewhere elsewhere elsewhere"),
-    "gvisor": ("closed closed closed closed closed", "taken elsewhere elsewhere elsewhere elsewhere"),
-    "containerd": ("closed closed closed closed closed", "taken elsewhere elsewhere elsewhere elsewhere"),
-    "os": ("closed closed closed closed closed", "taken elsewhere elsewhere elsewhere elsewhere"),
-    "none": ("closed closed closed closed closed", "taken elsewhere elsewhere elsewhere elsewhere"),
-}
+ON_LINUX, CLOSED = "taken elsewhere elsewhere elsewhere elsewhere", "closed closed closed closed closed"
+ON_MACOS_26, ON_MACOS = "elsewhere taken elsewhere elsewhere elsewhere", "elsewhere taken taken elsewhere elsewhere"
+VMS = {"firecracker-ctr": ON_LINUX, "apple-container": ON_MACOS_26, "qemu": ON_LINUX, "vz": ON_MACOS}
+NAMED = {name: (words, words) for name, words in VMS.items()}
+NAMED |= dict.fromkeys(("podman", "docker", "gvisor", "containerd", "os", "none"), (CLOSED, ON_LINUX))
 TEXTS = {"closed": "weaker isolation", "elsewhere": "not supported on"}
 
 

@@ -75,22 +75,15 @@ def test_what_is_no_configuration_is_refused() -> None:
         assert problems_of(data) == ["it is not a JSON object"]
 
 
-@given(
-    st.binary(max_size=200)
-    | st.recursive(
-        st.none() | st.booleans() | st.floats() | st.text(max_size=8),
-        lambda inner: (
-            st.lists(inner, max_size=3)
-            | st.dictionaries(
-                st.sampled_from(["kernel_image_path", "root_drive", "default_network_interfaces"])
-                | st.text(max_size=4),
-                inner,
-                max_size=4,
-            )
-        ),
-        max_leaves=8,
-    ).map(lambda value: json.dumps(value).encode())
+KEYS = st.sampled_from(["kernel_image_path", "root_drive", "default_network_interfaces"]) | st.text(max_size=4)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4),
+    max_leaves=8,
 )
+
+
+@given(st.binary(max_size=200) | VALUES.map(lambda value: json.dumps(value).encode()))
 @example(b'{"default_network_interfaces": NaN}')
 def test_any_bytes_give_a_limited_list_of_problems(data: bytes) -> None:
     """Any bytes give at most five problems, and none only for an object."""

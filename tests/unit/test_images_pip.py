@@ -209,30 +209,26 @@ def test_the_layer_of_an_image_depends_on_the_wheels_alone(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("output", "expected"),
     [
-        (["ERROR: No matching distribution found for nunpy"], "no wheel with this name for Python 3.13"),
+        ("ERROR: No matching distribution found for nunpy", "no wheel with this name for Python 3.13"),
         (
-            [
-                "ERROR: Could not find a version that satisfies the requirement six==99 (from versions: 1.0, 1.16.0)",
-                "ERROR: No matching distribution found for six==99",
-            ],
+            (
+                "ERROR: Could not find a version that satisfies the requirement six==99 (from versions: 1.0, 1.16.0)\n"
+                "ERROR: No matching distribution found for six==99"
+            ),
             "the newest is 1.16.0",
         ),
-        (["WARNING: Retrying (Retry(total=0", "ERROR: No matching distribution found for six"], "does not answer"),
+        ("WARNING: Retrying (Retry(total=0\nERROR: No matching distribution found for six", "does not answer"),
         (
-            [
-                "ERROR: THESE PACKAGES DO NOT MATCH THE HASHES FROM",
-                "    six==1.0 from https://x/y:",
-                "        Expected",
-            ],
+            "ERROR: THESE PACKAGES DO NOT MATCH THE HASHES FROM\n    six==1.0 from https://x/y:\n        Expected",
             "the file of six==1.0 in the package index does not match its hash",
         ),
-        (["ERROR: Cannot install a and b because they conflict"], "conflict"),
+        ("ERROR: Cannot install a and b because they conflict", "conflict"),
     ],
 )
-def test_pip_errors_become_one_line(tmp_path: Path, output: list[str], expected: str) -> None:
+def test_pip_errors_become_one_line(tmp_path: Path, output: str, expected: str) -> None:
     """Pip's errors become one line each: unknown name, unknown version, wrong hash, no network."""
     (tmp_path / "build.sources").write_text("")
-    problem = pip.failure(output, PYTHON, tmp_path / "build.sources")
+    problem = pip.failure(output.splitlines(), PYTHON, tmp_path / "build.sources")
     assert problem is not None
     assert expected in problem.why
     assert pip.failure(["Collecting six"], PYTHON, tmp_path / "build.sources") is None

@@ -20,7 +20,7 @@ from tests.published import document
 from tests.unit.test_images_manifest import MANIFEST
 from x07_sandbox.cli.main import main
 from x07_sandbox.host import waiting
-from x07_sandbox.host.locks import file_lock, lock_for_removal, lock_shared
+from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.paths import private_dir
 from x07_sandbox.host.processes import Identity, own_identity
 from x07_sandbox.host.verdicts import Verdict
@@ -200,21 +200,6 @@ def test_other_files_in_the_state_folder_stay(tmp_path: Path) -> None:
     assert paths(report) == {str(record.folder), str(run_folder(record))}
     assert sorted(path.name for path in root.iterdir()) == ["1-2-3-run.txt", "mine", "notes.txt"]
     assert (tmp_path / "vm" / "runner_instance").is_file()
-
-
-def test_a_folder_is_shared_or_removed_never_both(tmp_path: Path) -> None:
-    """A folder in use is never removed."""
-    with lock_for_removal(tmp_path) as free:
-        assert free
-        with pytest.raises(BlockingIOError):
-            lock_shared(tmp_path)
-    fds = [lock_shared(tmp_path) for _ in range(2)]
-    for fd in fds:
-        with lock_for_removal(tmp_path) as free:
-            assert not free
-        os.close(fd)
-    with lock_for_removal(tmp_path) as free:
-        assert free
 
 
 # images and cache
