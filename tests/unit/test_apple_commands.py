@@ -71,14 +71,10 @@ def test_only_options_of_the_version_are_used(version: str) -> None:
     assert (parsed.name, parsed.image, parsed.network) == (WANTED.name, "guest:1", ["none"])
 
 
-def test_a_version_without_a_needed_option_is_refused() -> None:
-    """A help text without an option that a promise needs is refused, and the message names the option."""
+def test_what_no_vm_can_hold_is_refused() -> None:
+    """A memory limit below the least VM is refused instead of raised, and so is a version without a needed option."""
     with pytest.raises(HostError, match="lacks --no-dns"):
         options_in("--name --network --no-dnsx --mount --label --memory --cpus --uid")
-
-
-def test_a_limit_that_no_vm_can_hold_is_refused() -> None:
-    """A memory limit below the least VM is refused instead of raised."""
     small = replace(WANTED, needs=replace(WANTED.needs, mem_bytes=64 << 20))
     with pytest.raises(HostError, match="at least 200 MiB"):
         list(create_argv(small, "guest:1", NEW))

@@ -54,27 +54,18 @@ def child(mark: str) -> Iterator[subprocess.Popen[bytes]]:
         process.kill()
 
 
-def test_a_reaped_process_has_no_identity(child: subprocess.Popen[bytes]) -> None:
-    """A reaped process has no identity, no mark and is not alive."""
-    identity = identity_of(child.pid)
-    child.kill()
-    child.wait()
-    assert identify(child.pid) is None
-    assert not is_alive(identity)
-    assert not has_mark(child.pid, "")
-    assert not kill_identity(identity, "")
-    assert wait_gone(identity, 0)
-
-
-def test_a_zombie_is_not_alive(child: subprocess.Popen[bytes], mark: str) -> None:
-    """A zombie counts as gone."""
+def test_an_ended_process_is_not_alive(child: subprocess.Popen[bytes], mark: str) -> None:
+    """A zombie counts as gone, and a reaped process has no identity and no mark."""
     identity = identity_of(child.pid)
     child.kill()
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
-    assert identify(child.pid) == identity
-    assert not is_alive(identity)
-    assert not kill_identity(identity, mark)
-    assert wait_gone(identity, 0)
+    for is_reaped in (False, True):
+        assert identify(child.pid) == (None if is_reaped else identity)
+        assert not is_alive(identity)
+        assert not kill_identity(identity, mark)
+        assert wait_gone(identity, 0)
+        child.wait()
+    assert not has_mark(child.pid, "")
 
 
 @pytest.mark.parametrize("name", ["a) R 1 2 3 4", "((", ") Z ", "a\nb", "\x80\xff"])

@@ -295,21 +295,8 @@ def test_run_os_in_a_vm_gives_a_failure_report(capfd: pytest.CaptureFixture[str]
     assert "run-os-sandboxed only" in report["compile"]["compile_error"]
 
 
-def test_defaults_are_x07s() -> None:
-    """The defaults are those of X07's runner."""
-    defaults = {option.flag: option.usual for option in OPTIONS if option.usual is not None}
-    assert defaults == {
-        "--world": "run-os",
-        "--max-output-bytes": 1 << 20,
-        "--solve-fuel": 50_000_000,
-        "--max-memory-bytes": 67_108_864,
-        "--cpu-time-limit-seconds": 30,
-        "--cc-profile": "default",
-    }
-
-
 def test_every_flag_of_x07s_runner_is_known() -> None:
-    """Every flag of X07's runner is accepted."""
+    """Every flag of X07's runner is accepted, and its defaults are those of X07's runner."""
     line = (
         "--cc-profile size --world run-os-sandboxed --sandbox-backend vm --i-accept-weaker-isolation --max-c-bytes 1 "
         "--policy p --input i --solve-fuel 1 --max-memory-bytes 1 --max-output-bytes 1 --cpu-time-limit-seconds 1 "
@@ -322,6 +309,14 @@ def test_every_flag_of_x07s_runner_is_known() -> None:
     assert options.module_root == ["a", "b"]
     flags = set(re.findall(r"--[a-z-]+", line))
     assert flags == {option.flag for option in OPTIONS}
+    assert {option.flag: option.usual for option in OPTIONS if option.usual is not None} == {
+        "--world": "run-os",
+        "--max-output-bytes": 1 << 20,
+        "--solve-fuel": 50_000_000,
+        "--max-memory-bytes": 67_108_864,
+        "--cpu-time-limit-seconds": 30,
+        "--cc-profile": "default",
+    }
 
 
 def test_the_command_line_describes_itself(capfd: pytest.CaptureFixture[str]) -> None:
