@@ -69,24 +69,13 @@ def policy_with(*hosts: str, ports: tuple[int, ...] = PORTS) -> Policy:
 LISTED: Final = policy_with("a.example", "b.example", "*.wild.example", "93.184.215.0/24")
 
 
-class Waiting:
-    """An object whose state can be awaited."""
-
-    def __init__(self) -> None:
-        self._happened = asyncio.Event()
-
-    def happened(self) -> None:
-        """Wake the waiters."""
-        self._happened.set()
-
-    async def until(self, true: Callable[[], object]) -> None:
-        """Wait until the condition holds."""
-        while not true():
-            self._happened.clear()
-            await self._happened.wait()
+async def until(true: Callable[[], object]) -> None:
+    """Wait until the condition holds, which each turn of the loop may change."""
+    while not true():  # noqa: ASYNC110 - there is no event for what several ends do
+        await asyncio.sleep(0)
 
 
-class Outside(Waiting):
+class Outside:
     """The network behind the host as `Dialler` sees it.
 
     routes: by address and port, the real target, an error, or an event before which there is no answer. own:
@@ -94,7 +83,6 @@ class Outside(Waiting):
     """
 
     def __init__(self) -> None:
-        super().__init__()
         self.routes: dict[tuple[str, int], tuple[str, int] | OSError | asyncio.Event] = {}
         self.dialled: list[tuple[str, int]] = []
         self.own: set[str] = set()
@@ -111,7 +99,6 @@ class Outside(Waiting):
         if self.small_buffers:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         where = self.routes.get(target, OSError(errno.ENETUNREACH, "Network is unreachable"))
-        self.happened()
         if isinstance(where, asyncio.Event):
             try:
                 await where.wait()
@@ -135,14 +122,13 @@ class Outside(Waiting):
         return await asyncio.get_running_loop().sock_recv(sock, size)
 
 
-class Resolver(Waiting):
+class Resolver:
     """The resolver's end of its socket.
 
     answers: addresses of names, or a status; other names are never answered.
     """
 
     def __init__(self) -> None:
-        super().__init__()
         self.ours, self.gates = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.ours.setblocking(False)  # noqa: FBT003 - it takes no names
         self.answers: dict[str, list[str] | int] = {NAT64: resolver.NO_NAME, "a.example": [GOOD], "b.example": [OTHER]}
@@ -156,7 +142,6 @@ class Resolver(Waiting):
                 assert len(data) <= resolver.REQUEST_MAX
                 name = data[resolver.NUMBER.size :].decode("ascii")
                 self.asked.append(name)
-                self.happened()
                 answer = self.answers.get(name, self.unknown)
                 if answer is None:
                     continue
@@ -176,13 +161,12 @@ class Resolver(Waiting):
             sock.close()
 
 
-class Relay(Waiting, asyncio.Protocol):
+class Relay(asyncio.Protocol):
     """The relay in the guest. takes: whether the program reads."""
 
     transport: asyncio.Transport
 
     def __init__(self) -> None:
-        super().__init__()
         self.link = Streams(Role.GUEST, UNBOUNDED)
         self.events: dict[int, list[Event]] = {}
         self.got: dict[int, bytearray] = {}
@@ -199,7 +183,6 @@ class Relay(Waiting, asyncio.Protocol):
     def connection_lost(self, _exc: Exception | None) -> None:
         """Record that the gate has closed."""
         self.closed.set()
-        self.happened()
 
     def data_received(self, data: bytes) -> None:
         """Handle frames of the gate."""
@@ -213,7 +196,6 @@ class Relay(Waiting, asyncio.Protocol):
             elif event.type == streams.CREDIT:
                 self._push(event.stream)
         self.flush()
-        self.happened()
 
     def flush(self) -> None:
         """Write all queued bytes."""
@@ -237,7 +219,7 @@ class Relay(Waiting, asyncio.Protocol):
 
     async def answer(self, stream: int) -> int:
         """Wait for the result code of a request."""
-        await self.until(lambda: self.events.get(stream))
+        await until(lambda: self.events.get(stream))
         first = self.events[stream][0]
         assert first.type == streams.ANSWER
         return first.code
@@ -278,13 +260,13 @@ class Relay(Waiting, asyncio.Protocol):
 
     async def data(self, stream: int, count: int) -> bytes:
         """Wait for the first *count* bytes."""
-        await self.until(lambda: len(self.got.get(stream, b"")) >= count)
+        await until(lambda: len(self.got.get(stream, b"")) >= count)
         return bytes(self.got[stream][:count])
 
     async def end(self, stream: int) -> tuple[int, int]:
         """Wait for the end of a connection: FIN or RESET, and the code."""
         ends = {streams.FIN, streams.RESET}
-        await self.until(lambda: self.events.get(stream) and self.events[stream][-1].type in ends)
+        await until(lambda: self.events.get(stream) and self.events[stream][-1].type in ends)
         last = self.events[stream][-1]
         return last.type, last.code if last.type == streams.RESET else 0
 
@@ -293,13 +275,12 @@ class Relay(Waiting, asyncio.Protocol):
         return [event.data for event in self.events.get(stream, []) if event.type == streams.DATAGRAM]
 
 
-class Far(Waiting, asyncio.Protocol):
+class Far(asyncio.Protocol):
     """One connection at a loopback server."""
 
     transport: asyncio.Transport
 
     def __init__(self, server: Server) -> None:
-        super().__init__()
         self.server = server
         self.got = bytearray()
         self.ended = False
@@ -312,7 +293,6 @@ class Far(Waiting, asyncio.Protocol):
         if not self.server.reads:
             self.transport.pause_reading()
         self.server.connections.append(self)
-        self.server.happened()
 
     def data_received(self, data: bytes) -> None:
         """Keep the bytes, and echo them if the server does."""
@@ -321,35 +301,31 @@ class Far(Waiting, asyncio.Protocol):
         self.got += data
         if self.server.echoes:
             self.transport.write(data)
-        self.happened()
 
     def eof_received(self) -> bool:
         """Record the end of the program's data."""
         self.ended = True
-        self.happened()
         return True
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Record the end of the connection."""
         self.error = exc
         self.lost.set()
-        self.happened()
 
     async def over(self) -> None:
         """Wait for the end of the program's data or of the connection."""
-        await self.until(lambda: self.ended or self.lost.is_set())
+        await until(lambda: self.ended or self.lost.is_set())
 
     async def data(self, count: int) -> bytes:
         """Wait for the first *count* bytes."""
-        await self.until(lambda: len(self.got) >= count)
+        await until(lambda: len(self.got) >= count)
         return bytes(self.got[:count])
 
 
-class Server(Waiting):
+class Server:
     """A loopback server and its connections in order."""
 
     def __init__(self, *, echoes: bool = False, reads: bool = True, says: bytes = b"") -> None:
-        super().__init__()
         self.echoes = echoes
         self.says = says
         self.reads = reads
@@ -372,18 +348,17 @@ class Server(Waiting):
 
     async def connection(self, number: int = 0) -> Far:
         """Wait for the connection of that number."""
-        await self.until(lambda: len(self.connections) > number)
+        await until(lambda: len(self.connections) > number)
         return self.connections[number]
 
 
-class Lab(Waiting):
+class Lab:
     """A gate, its relay, and the network behind it. resolver, names: of the latest gate."""
 
     resolver: Resolver
     names: ResolverClient
 
     def __init__(self, stack: contextlib.AsyncExitStack) -> None:
-        super().__init__()
         self.outside = Outside()
         self.log: list[dict[str, Any]] = []
         self._stack = stack
@@ -433,12 +408,11 @@ class Lab(Waiting):
 
     def _write(self, line: bytes) -> bool:
         self.log.append(json.loads(line))
-        self.happened()
         return True
 
     async def logged(self, event: str, count: int = 1) -> dict[str, Any]:
         """Wait for the log line of the *count*-th such event."""
-        await self.until(lambda: len([line for line in self.log if line["event"] == event]) >= count)
+        await until(lambda: len([line for line in self.log if line["event"] == event]) >= count)
         return [line for line in self.log if line["event"] == event][count - 1]
 
     def use(self) -> NetworkUse:
@@ -493,7 +467,7 @@ async def test_a_listed_name_carries_both_ways_to_the_end() -> None:
         it.relay.send(stream, b"\0question")
         it.relay.finish(stream)
         assert await far.data(9) == b"\0question"
-        await far.until(lambda: far.ended)
+        await until(lambda: far.ended)
         far.transport.write(b"answer")
         assert await it.relay.data(stream, 6) == b"answer"
         far.transport.write_eof()
@@ -529,7 +503,7 @@ async def test_connect_succeeds_after_the_far_end_accepts() -> None:
         server = await it.server(GOOD, 22)
         it.outside.routes[GOOD, 22] = answered
         stream = it.relay.ask("a.example", 22)
-        await it.outside.until(lambda: it.outside.dialled)
+        await until(lambda: it.outside.dialled)
         assert await it.relay.answer(it.relay.ask("unlisted.example")) == egress.POLICY
         assert stream not in it.relay.events
         it.outside.routes[GOOD, 22] = server.target
@@ -902,7 +876,7 @@ async def test_connections_that_are_being_made_are_bounded() -> None:
         assert await it.relay.answer(it.relay.ask("unlisted.example")) == egress.POLICY
         it.relay.reset(given_up)
         it.relay.reset(numbers[0])
-        await it.resolver.until(lambda: it.resolver.times("another.wild.example"))
+        await until(lambda: it.resolver.times("another.wild.example"))
         assert another not in it.relay.events
         assert not it.resolver.times("more.wild.example")
         assert len(it.gate._pending) == most  # noqa: SLF001 - the bound is the promise
@@ -915,7 +889,7 @@ async def test_giving_up_a_pending_connection_ends_its_dial() -> None:
     async with lab() as it:
         it.outside.routes[GOOD, 22] = asyncio.Event()
         stream = it.relay.ask("a.example", 22)
-        await it.outside.until(lambda: it.outside.dialled)
+        await until(lambda: it.outside.dialled)
         it.relay.reset(stream)
         await it.outside.cancelled.wait()
         assert await it.relay.answer(it.relay.ask("unlisted.example")) == egress.POLICY
@@ -1022,14 +996,13 @@ async def test_ten_thousand_requests_at_once_are_answered(monkeypatch: pytest.Mo
         while data := it.relay.link.data_to_send():
             it.relay.raw(data)
             it.relay.link.sent(len(data))
-        it.relay.happened()
 
         def answered() -> bool:
             nonlocal most
             most = max(most, len(made))
             return it.relay.count >= count - left
 
-        await it.relay.until(answered)
+        await until(answered)
         assert 0 < most <= LIMITS.max_pending
         assert {events[0].code for events in it.relay.events.values()} == {egress.LIMIT}
         assert len(numbers) == count
@@ -1054,7 +1027,7 @@ async def test_a_violation_and_the_end_of_the_guest_end_all_connections(data: by
         for _ in range(2):
             await it.relay.connect("a.example", 22)
         it.relay.ask("b.example", 22)
-        await it.outside.until(lambda: (OTHER, 22) in it.outside.dialled)
+        await until(lambda: (OTHER, 22) in it.outside.dialled)
         if data:
             it.relay.raw(data)
             await it.relay.closed.wait()
@@ -1246,6 +1219,7 @@ async def test_tls_with_the_listed_name_passes() -> None:
         (GOOD, 443, hello(sni(b"bad.example")), "name:denied", "bad.example"),
         (GOOD, 80, GET.replace(b"a.example", b"Bad.Example:80"), "name:denied", "bad.example"),
     ],
+    ids=range(9),
 )
 @on_a_loop
 async def test_first_bytes_for_another_host_are_not_delivered(
@@ -1366,13 +1340,12 @@ async def test_a_local_service_needs_the_policy_and_the_settings(listed: bool, o
 # UDP
 
 
-class UdpServer(Waiting, asyncio.DatagramProtocol):
+class UdpServer(asyncio.DatagramProtocol):
     """A loopback server that echoes datagrams."""
 
     transport: asyncio.DatagramTransport
 
     def __init__(self) -> None:
-        super().__init__()
         self.got: list[tuple[bytes, tuple[str, int]]] = []
         self.lost = asyncio.Event()
 
@@ -1384,7 +1357,6 @@ class UdpServer(Waiting, asyncio.DatagramProtocol):
         """Echo the datagram."""
         self.got.append((data, address))
         self.transport.sendto(data, address)
-        self.happened()
 
     def connection_lost(self, _exc: Exception | None) -> None:
         """Record the end."""
@@ -1410,13 +1382,13 @@ async def test_only_the_dialled_peer_s_datagrams_come_in() -> None:
     async with lab() as it, udp_server(it.outside, GOOD, 53) as server:
         stream = await it.relay.connect("a.example", 53, UDP)
         it.relay.datagram(stream, b"one")
-        await it.relay.until(lambda: it.relay.datagrams(stream) == [b"one"])
+        await until(lambda: it.relay.datagrams(stream) == [b"one"])
         with socket.socket(type=socket.SOCK_DGRAM) as third:
             third.bind(("127.0.0.1", 0))
             third.sendto(b"spoofed", server.got[0][1])
         for data in (b"", b"x" * 30_000, b"two"):
             it.relay.datagram(stream, data)
-        await it.relay.until(lambda: len(it.relay.datagrams(stream)) == 4)
+        await until(lambda: len(it.relay.datagrams(stream)) == 4)
         assert it.relay.datagrams(stream) == [b"one", b"", b"x" * 30_000, b"two"]
         (row,) = it.use().allowed
         assert (row.transport, row.sent_bytes, row.received_bytes) == ("udp", 30_006, 30_006)
