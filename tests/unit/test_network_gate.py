@@ -957,31 +957,29 @@ async def test_a_request_does_not_wait_forever(monkeypatch: pytest.MonkeyPatch) 
         assert denied.reason == "it waited 0.05 s because of the limit max_connections = 1"
 
 
+@pytest.mark.parametrize(
+    ("wildcards", "most", "reason"),
+    [
+        (1, NAMES_OF_WILDCARD, f"{NAMES_OF_WILDCARD} names of one entry were resolved"),
+        (5, NAMES_MAX, f"{NAMES_MAX} names were resolved"),
+    ],
+)
 @on_a_loop
-async def test_names_of_one_wildcard_are_bounded() -> None:
-    """At most 256 names below one wildcard can be looked up."""
-    async with lab(settings=FAST) as it:
-        it.resolver.unknown = resolver.NO_NAME
-        codes = [await it.relay.answer(it.relay.ask(f"n{number}.wild.example")) for number in range(300)]
-        assert codes == [egress.NO_NAME] * NAMES_OF_WILDCARD + [egress.LIMIT] * (300 - NAMES_OF_WILDCARD)
-        assert await it.relay.answer(it.relay.ask("n7.wild.example")) == egress.NO_NAME
-        assert await it.relay.answer(it.relay.ask("a.example")) == egress.NET_UNREACHABLE
-        assert len(it.resolver.asked) <= NAMES_OF_WILDCARD + 2
-
-
-@on_a_loop
-async def test_names_are_bounded_in_all() -> None:
-    """At most 1024 names can be looked up."""
-    wildcards = 5
-    policy = policy_with(*(f"*.w{number}.example" for number in range(wildcards)))
+async def test_names_that_are_looked_up_are_bounded(wildcards: int, most: int, reason: str) -> None:
+    """At most 256 names below one wildcard, and 1024 in all, can be looked up."""
+    policy = policy_with("a.example", *(f"*.w{number}.example" for number in range(wildcards)))
     async with lab(policy, settings=FAST) as it:
         it.resolver.unknown = resolver.NO_NAME
         codes = [
             await it.relay.answer(it.relay.ask(f"n{number}.w{number % wildcards}.example"))
-            for number in range(NAMES_MAX + 10)
+            for number in range(most + 10)
         ]
-        assert codes == [egress.NO_NAME] * NAMES_MAX + [egress.LIMIT] * 10
-        assert it.use().denied[-1].reason == f"{NAMES_MAX} names were resolved"
+        assert codes == [egress.NO_NAME] * most + [egress.LIMIT] * 10
+        assert it.use().denied[-1].reason == reason
+        assert await it.relay.answer(it.relay.ask("n0.w0.example")) == egress.NO_NAME
+        other = egress.NET_UNREACHABLE if wildcards == 1 else egress.LIMIT
+        assert await it.relay.answer(it.relay.ask("a.example")) == other
+        assert len(it.resolver.asked) <= most + 2
 
 
 @on_a_loop

@@ -9,7 +9,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 from msgspec.structs import replace
@@ -151,13 +151,20 @@ Runs = Callable[..., Run]
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Runs]:
-    """Phases whose guest and clock the test controls."""
+    """Phases whose guest and clock the test controls. started: their program has started."""
     clock = FakeClock()
     monkeypatch.setattr(execution, "Deadline", clock)
     monkeypatch.setattr(base, "Deadline", clock)
     monkeypatch.setattr(waiting, "Deadline", clock)
     with contextlib.ExitStack() as stack:
-        yield lambda start_mode="cold", **given: Run(start_mode, stack, clock, **given)
+
+        def make(start_mode: StartMode = "cold", *, started: bool = False, **given: Any) -> Run:  # noqa: ANN401 - for Run
+            run = Run(start_mode, stack, clock, **given)
+            if started:
+                run.begin(started=True)
+            return run
+
+        yield make
 
 
 def test_copy_in_times_out_without_progress_only(runs: Runs) -> None:
@@ -213,8 +220,7 @@ def test_a_guest_that_stops_accepting_files_is_killed(runs: Runs) -> None:
 
 def test_a_guest_that_never_closes_the_session_is_killed(runs: Runs) -> None:
     """After the program's end, a guest that does not finish sending is killed after a timeout of its own."""
-    run = runs()
-    run.begin(started=True)
+    run = runs(started=True)
     run.guest.say(EXITED)
     with run.suspended(settings.CHANGES_OUT_S + 1):
         pass
@@ -224,8 +230,7 @@ def test_a_guest_that_never_closes_the_session_is_killed(runs: Runs) -> None:
 
 def test_an_exit_during_suspension_counts(runs: Runs) -> None:
     """A runner that was suspended past the deadline still accepts the program's output and exit."""
-    run = runs()
-    run.begin(started=True)
+    run = runs(started=True)
     output = bytes(32 * 1024)  # no more than the socket takes on any host
     with run.suspended(10 * WALL_S):
         run.guest.stream(Stream.STDOUT, output, 1)
@@ -237,8 +242,7 @@ def test_an_exit_during_suspension_counts(runs: Runs) -> None:
 
 def test_a_program_running_after_suspension_is_ended(runs: Runs) -> None:
     """A runner that was suspended past the deadline ends a program that still runs."""
-    run = runs()
-    run.begin(started=True)
+    run = runs(started=True)
     with run.suspended(10 * WALL_S):
         pass
     assert run.guest.until(Stop) == Stop(1, signal.SIGKILL)
@@ -248,8 +252,7 @@ def test_a_program_running_after_suspension_is_ended(runs: Runs) -> None:
 
 def test_a_program_that_never_stops_writing_is_ended_at_its_deadline(runs: Runs) -> None:
     """A program that writes without pause is ended at its deadline."""
-    run = runs()
-    run.begin(started=True)
+    run = runs(started=True)
     number = run.guest.stream(Stream.STDOUT, b"", 1, ended=False)
     passes_s = WALL_S  # after the first messages
     while True:
@@ -307,8 +310,7 @@ def output_of(receivers: Receivers) -> tuple[bytes, bool]:
 
 def test_output_and_changes_arrive_before_the_session_closes(runs: Runs, receivers: Receivers) -> None:
     """The output file is complete once CLOSED confirms its size."""
-    run = runs(receivers=receivers)
-    run.begin(started=True)
+    run = runs(receivers=receivers, started=True)
     run.guest.say(EXITED)
     run.guest.stream(Stream.OUTPUT, b"built")
     run.guest.stream(Stream.CHANGES, Entry(Kind.ROOT, b"0").encoded() + Entry(Kind.END, b"").encoded())
@@ -333,8 +335,7 @@ def test_an_output_file_of_another_size_is_incomplete(
     runs: Runs, receivers: Receivers, sent: bytes, stated: int | None, error: str | None
 ) -> None:
     """An output file whose size is not the one that CLOSED states is not used, and a larger one ends the session."""
-    run = runs(receivers=receivers)
-    run.begin(started=True)
+    run = runs(receivers=receivers, started=True)
     run.guest.say(EXITED)
     run.guest.stream(Stream.OUTPUT, sent)
     run.guest.say(CLOSED._replace(output_bytes=stated))
@@ -356,8 +357,7 @@ def test_what_was_not_asked_for_or_comes_too_early_ends_the_session(
     asked: bool,  # noqa: FBT001 - as parametrize gives it
 ) -> None:
     """The guest can send nothing that the host has not asked for, and no output while the program still runs."""
-    run = runs(receivers=receivers if asked else None)
-    run.begin(started=True)
+    run = runs(receivers=receivers if asked else None, started=True)
     if not asked:
         run.guest.say(EXITED)
     run.guest.link.open(stream)
@@ -370,8 +370,7 @@ def test_changes_over_a_limit_are_refused(runs: Runs, receivers: Receivers, more
     """If the host takes no more changes, the session ends, unless files of private folders are to come."""
     if more:
         receivers = replace(receivers, left=LeftFiles(contextlib.ExitStack(), 100))
-    run = runs(receivers=receivers)
-    run.begin(started=True)
+    run = runs(receivers=receivers, started=True)
     run.guest.say(EXITED)
     number = run.guest.stream(Stream.CHANGES, CHANGES + bytes(DATA_MAX), ended=False)
     if more:
@@ -388,8 +387,7 @@ def test_changes_over_a_limit_are_refused(runs: Runs, receivers: Receivers, more
 @pytest.mark.parametrize("stream", [Stream.STDOUT, Stream.CHANGES])
 def test_a_stream_may_be_aborted_by_the_guest(runs: Runs, receivers: Receivers, stream: Stream) -> None:
     """If the guest aborts a stream, the host keeps what came, and the rest of the session goes on."""
-    run = runs(receivers=receivers)
-    run.begin(started=True)
+    run = runs(receivers=receivers, started=True)
     if stream is Stream.CHANGES:
         run.guest.say(EXITED)
         run.guest.link.streams.reset(run.guest.stream(stream, b"", ended=False))
@@ -423,8 +421,7 @@ def test_input_that_the_guest_wants_no_more_is_not_read(runs: Runs) -> None:
 
 def test_two_ends_of_one_program_end_the_session(runs: Runs) -> None:
     """A second EXITED for the same program is an error, and the first report stays."""
-    run = runs()
-    run.begin(started=True)
+    run = runs(started=True)
     run.guest.say(EXITED)
     run.guest.link.streams.message(*encode(EXITED._replace(wait_status=9)))
     run.guest.flush()
@@ -493,8 +490,7 @@ LOST = [
 @pytest.mark.parametrize(("lie", "reason"), LOST, ids=[lie for lie, _ in LOST])
 def test_each_way_to_lose_a_guest_has_its_own_reason(runs: Runs, lie: str, reason: str) -> None:
     """A lie of the guest while the program runs is `guest-lost`, fault program, with a specific short reason."""
-    run = runs()
-    run.begin(started=True)
+    run = runs(started=True)
     found = classify(told(run, lie).evidence)
     assert (found.outcome, found.fault) == ("guest-lost", "program")
     assert reason in found.reason
@@ -522,8 +518,7 @@ def test_a_program_that_was_not_started_says_and_ends_nothing(runs: Runs, lie: s
 @pytest.mark.parametrize(("lie", "stdout"), [("closed", b""), ("more", b"all"), ("abort", b"out")])
 def test_frames_that_change_nothing_are_ignored(runs: Runs, lie: str, stdout: bytes) -> None:
     """A second CLOSED, data on a stream that has ended, and the end of every stream lose and add nothing."""
-    run = runs()
-    run.begin(started=True)
+    run = runs(started=True)
     facts = told(run, lie)
     assert (facts.evidence.channel_error, facts.evidence.wait_status, facts.closed) == (None, 0, CLOSED)
     assert os.pread(run.stdout_fd, 10, 0) == stdout
