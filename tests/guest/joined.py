@@ -91,15 +91,19 @@ class Joined(RuleBasedStateMachine):
     def give(self, data: st.DataObject, role: Role, share: float) -> None:
         """Offer data, more than the window at times."""
         number = self.some(data)
-        if number is None:
-            return
-        end, size = self.ends[role], 1 + int(share * self.table.window)
+        if number is not None:
+            self.give_one(role, number, 1 + int(share * self.table.window))
+
+    def give_one(self, role: Role, number: int, size: int) -> None:
+        """Offer so much data of a role on a stream."""
+        end = self.ends[role]
         self.filler += 1
         content = bytes([self.filler % 256, self.filler * 7 % 256, 0]) * (size // 3 + 1)
         window = end.window(number)
         count = end.send(number, memoryview(content)[:size])
         assert count == min(size, window)
         if count:
+            assert end._open[number].opened  # noqa: SLF001 - no method of users tells whether it was answered
             self.sent[role, number] += content[:count]
 
     @rule(data=st.data(), role=ROLES)
