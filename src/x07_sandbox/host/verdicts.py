@@ -52,8 +52,8 @@ class Verdict:
         if transient:
             before = _of_this_boot(self.path)
             last_s = float(before.get("retry_s", 0)) if before.get("key") == self._key else 0.0
-            stored["retry_s"] = min(settings.RETRY_MAX_S, max(settings.RETRY_S, 2 * last_s))
-            stored["retry_at_ms"] = boot_ms() + int(stored["retry_s"] * 1000)
+            retry_s = min(settings.RETRY_MAX_S, max(settings.RETRY_S, 2 * last_s))
+            stored |= {"retry_s": retry_s, "retry_at_ms": boot_ms() + int(retry_s * 1000)}
         replace_file(self.path, json.dumps(stored).encode())
 
     def read_or_make(self, test: Callable[[], Mapping[str, object]]) -> Mapping[str, Any]:
