@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,8 @@ from x07_sandbox.programs.project import Manifest, RunTable
 from x07_sandbox.sessions.request import RunCaller, RunRequest, load_program, make_request
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from x07_sandbox.sessions.request import Program
 
 HALF = "\ud800"
@@ -130,13 +133,25 @@ def test_an_invalid_argument_is_named(words: dict[str, Any], why: str) -> None:
     assert caught.value.result is None
 
 
-@pytest.mark.parametrize("command", ["ls", b"ls", []])
-def test_a_command_is_a_list_of_words(command: Any) -> None:  # noqa: ANN401 - that is the point
-    """A command that is a text or empty is a usage error."""
-    with pytest.raises(UsageError, match="command is not a list with at least one word"):
-        exec_command(command)
-    with pytest.raises(UsageError, match="command is not a list with at least one word"):
-        asyncio.run(exec_command_async(command))
+NO_LIST = "command is not a list with at least one word"
+
+
+@pytest.mark.parametrize(
+    ("call", "why"),
+    [
+        (partial(exec_command, "ls"), NO_LIST),
+        (partial(exec_command, []), NO_LIST),
+        (lambda: asyncio.run(exec_command_async(b"ls")), NO_LIST),  # type: ignore[arg-type]
+        (partial(load_policy, 5), "cannot load a policy: name is int, not a path or a Policy"),  # type: ignore[arg-type]
+        (partial(load_policy, "\0"), "cannot load a policy: .*zero byte"),
+        (partial(Pool, image=5), "a pool: .*image is int, not str"),  # type: ignore[arg-type]
+        (partial(Pool, size="2"), "a pool: .*size is '2'"),  # type: ignore[arg-type]
+    ],
+)
+def test_a_wrong_call_of_another_function_is_an_error(call: Callable[[], object], why: str) -> None:
+    """An invalid argument of exec_command, load_policy or Pool is a usage error that names it."""
+    with pytest.raises(UsageError, match=why):
+        call()
 
 
 @pytest.mark.parametrize("named", [False, True])
@@ -172,26 +187,6 @@ def test_an_invalid_policy_object_is_refused(change: dict[str, Any]) -> None:
         run_program(source="true", toolchain="shell", policy=policy)
     with pytest.raises(UsageError, match="policy"):
         load_policy(policy)
-
-
-@pytest.mark.parametrize(
-    ("name", "why"),
-    [
-        (5, "name is int, not a path or a Policy"),
-        ("\0", "zero byte"),
-    ],
-)
-def test_load_policy_refuses_other_types(name: Any, why: str) -> None:  # noqa: ANN401 - that is the point
-    """load_policy refuses anything but a path or a Policy."""
-    with pytest.raises(UsageError, match=f"cannot load a policy: .*{why}"):
-        load_policy(name)
-
-
-@pytest.mark.parametrize(("words", "why"), [({"image": 5}, "image is int, not str"), ({"size": "2"}, "size is '2'")])
-def test_a_pool_refuses_invalid_arguments(words: dict[str, Any], why: str) -> None:
-    """An invalid argument of Pool is a usage error that names it."""
-    with pytest.raises(UsageError, match=f"a pool: .*{why}"):
-        Pool(**words)
 
 
 def test_load_policy_accepts_what_a_run_accepts() -> None:
