@@ -39,7 +39,6 @@ READS_LOGGED: Final = 20
 READ_BYTES: Final = 65_536
 HEAD_MAX_BYTES: Final = 4_194_304
 BODY_MAX_BYTES: Final = 67_108_864
-HELLO_MAX_BYTES: Final = 131_072
 HTTP_PORTS: Final = (80, 8000, 8080)
 TLS_PORTS: Final = (443, 8443, 9443)
 SPOOFED_PORT: Final = 9001
@@ -116,40 +115,45 @@ class Connection:
         await self._writer.drain()
         await asyncio.sleep(0)  # a peer that reads fast never makes drain() wait, and other tasks need their turn
 
-    async def secure(self, context: ssl.SSLContext) -> bool:
-        """Log the ClientHello's names and do the handshake; log other bytes as bytes and return False."""
-        raw = b""
-        while (names := hello_names(raw)) is None:
-            data = await self._reader.read(READ_BYTES)
-            raw += data
-            if not data or len(raw) > HELLO_MAX_BYTES or (raw and raw[0] != 22):
-                self.note(raw, "tls")
-                return False
-        self.log.write(self.where, "tls", "connect", name=",".join(names))
-        self._incoming.write(raw)
+    async def secure(self, certificate: str) -> bool:
+        """Log the name (SNI) in a ClientHello and do the handshake; log other bytes as bytes and return False."""
+        names: list[str] = []
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate)
+        context.set_alpn_protocols(["http/1.1"])
+        context.sni_callback = lambda _tls, name, _context: names.append(name or "")
         tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
-        while True:
-            try:
-                tls.do_handshake()
-                break
-            except ssl.SSLWantReadError:
-                await self._exchange()
-            except ssl.SSLError:
-                self._writer.write(self._outgoing.read())  # the alert
-                raise
+        raw = b""
+        try:
+            while True:
+                try:
+                    tls.do_handshake()
+                    break
+                except ssl.SSLWantReadError:
+                    raw += await self._exchange()
+        except (ssl.SSLError, EOFError):
+            if not names:
+                self.note(raw, "tls")
+            self._writer.write(self._outgoing.read())  # the alert
+            return False
+        finally:
+            if names:
+                self.log.write(self.where, "tls", "connect", name=names[0])
         self._tls = tls
         await self.send(b"")
         return True
 
-    async def _exchange(self) -> None:
+    async def _exchange(self) -> bytes:
         self._writer.write(self._outgoing.read())
         await self._writer.drain()
-        if data := await self._reader.read(READ_BYTES):
+        data = await self._reader.read(READ_BYTES)
+        if data:
             self._incoming.write(data)
         elif self._incoming.eof:
             raise EOFError
         else:
             self._incoming.write_eof()
+        return data
 
     def note(self, data: bytes, proto: str = "tcp") -> None:
         """Log received bytes: the first reads one by one, later ones as a sum."""
@@ -173,40 +177,6 @@ class Connection:
 
 
 Handler = Callable[[Connection], Awaitable[None]]
-
-
-def hello_names(raw: bytes) -> list[str] | None:
-    """Return the names (SNI) of a ClientHello in TLS records, [] for none or other bytes; None while incomplete."""
-    message, at = b"", 0
-    while True:
-        if len(message) >= 4 and len(message) >= 4 + int.from_bytes(message[1:4]):
-            break
-        if len(raw) < at + 5 or len(raw) < at + 5 + int.from_bytes(raw[at + 3 : at + 5]):
-            return None
-        size = int.from_bytes(raw[at + 3 : at + 5])
-        message += raw[at + 5 : at + 5 + size]
-        at += 5 + size
-    try:
-        return list(_server_names(message))
-    except (IndexError, struct.error):
-        return []
-
-
-def _server_names(message: bytes) -> list[str]:
-    at = 4 + 2 + 32
-    at += 1 + message[at]
-    at += 2 + struct.unpack_from(">H", message, at)[0]
-    at += 1 + message[at]
-    found, at = [], at + 2
-    while at + 4 <= len(message):
-        kind, size = struct.unpack_from(">HH", message, at)
-        body, at = message[at + 4 : at + 4 + size], at + 4 + size
-        inner = 2
-        while kind == 0 and inner + 3 <= len(body):
-            length = struct.unpack_from(">H", body, inner + 1)[0]
-            found.append(body[inner + 3 : inner + 3 + length].decode("latin-1"))
-            inner += 3 + length
-    return found
 
 
 # --------------------------------------------------------------------------------------------------------------- HTTP
@@ -330,11 +300,11 @@ async def http(connection: Connection) -> None:
     await Http(connection).serve()
 
 
-def https(context: ssl.SSLContext) -> Handler:
+def https(certificate: str) -> Handler:
     """Serve HTTP/1.1 in TLS."""
 
     async def handle(connection: Connection) -> None:
-        if await connection.secure(context):
+        if await connection.secure(certificate):
             await Http(connection).serve()
 
     return handle
@@ -583,13 +553,10 @@ def _log_packets(log: Log, sniffer: socket.socket) -> None:
 async def internet(log: Log, setting: dict[str, Any]) -> None:
     """Start all servers of the outside."""
     addresses: list[str] = setting["addresses"]
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(setting["certificate"])
-    context.set_alpn_protocols(["http/1.1"])
     server = Dns(log, Zone(setting["zone"]))
     handlers: dict[int, Handler] = {
         **dict.fromkeys(HTTP_PORTS, http),
-        **dict.fromkeys(TLS_PORTS, https(context)),
+        **dict.fromkeys(TLS_PORTS, https(setting["certificate"])),
         **dict.fromkeys((22, 2222), banner(b"SSH-2.0-lab\r\n")),
         7: echo,
         9: discard,

@@ -190,12 +190,10 @@ class Laboratory:
         """The words that run a command in the namespace ``gate`` with the laboratory's resolver."""
         return [_tool("unshare") or "unshare", "--mount", "--propagation=slave", "--", "sh", "-c", _ENTER, self.gate]
 
-    def run(
-        self, argv: Sequence[str], *, timeout_s: float = 30, stdin: bytes = b"", env: Mapping[str, str] | None = None
-    ) -> subprocess.CompletedProcess[bytes]:
+    def run(self, argv: Sequence[str], *, timeout_s: float = 30) -> subprocess.CompletedProcess[bytes]:
         """Run a command in ``gate`` to its end. Raises subprocess.TimeoutExpired."""
         return subprocess.run(
-            [*self.gate_prefix, *argv], input=stdin, capture_output=True, check=False, timeout=timeout_s, env=env
+            [*self.gate_prefix, *argv], stdin=subprocess.DEVNULL, capture_output=True, check=False, timeout=timeout_s
         )
 
     def python(self, code: str, *args: str, timeout_s: float = 30) -> str:

@@ -65,16 +65,6 @@ def test_a_sweep_removes_a_killed_runners_job(backend: Backend, state: Path, cac
     assert not sweep(dry_run=False, progress=lambda _text: None).removed
 
 
-def test_a_sweep_spares_live_jobs(backend: Backend, state: Path, cache: Path) -> None:
-    """A sweep that ends a dead runner's job leaves other live jobs running."""
-    stored = killed(backend, state, cache)
-    with started(backend) as instance:
-        report = sweep(dry_run=False, progress=lambda _text: None)
-        assert [gone.id for gone in report.removed if gone.kind == "job"] == [stored.folder.name]
-        assert instance.exit_status() is None
-        assert left(instance.record.mark)
-
-
 def test_a_sweep_ends_a_job_after_its_deadline(backend: Backend) -> None:
     """A sweep ends a job after its deadline even if its runner is alive but hangs."""
     with started(backend) as instance:

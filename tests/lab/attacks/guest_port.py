@@ -13,7 +13,6 @@ HEADER = struct.Struct(">BBHII")
 MESSAGE, OPEN, ANSWER, DATA, CREDIT, FIN, RESET, DATAGRAM = range(1, 9)
 REFUSAL = 1  # the message
 TCP, UDP = 6, 17
-WINDOW = 512 * 1024
 PORTS = "/sys/class/virtio-ports"
 
 
@@ -65,7 +64,6 @@ class Stream:
     ended: bool = False
     data: bytearray = field(default_factory=bytearray)
     received: int = 0
-    may_send: int = WINDOW
 
     @property
     def over(self) -> bool:
@@ -94,7 +92,6 @@ class Port:
         self.lost = False
         self.streams: dict[int, Stream] = {}
         self._in = bytearray()
-        self.auto_credit = True
 
     def write(self, data: bytes, within_s: float = 20.0) -> int:
         """Write what the gate takes in that time and return its size; read meanwhile."""
@@ -143,13 +140,11 @@ class Port:
             known.reset = code
         elif kind == FIN:
             known.ended = True
-        elif kind == CREDIT:
-            known.may_send += struct.unpack(">I", payload)[0]
-        else:
+        elif kind != CREDIT:
             known.received += len(payload)
             if len(known.data) < 4096:
                 known.data += payload
-            if self.auto_credit and kind == DATA:
+            if kind == DATA:
                 self.write(frame(CREDIT, stream, struct.pack(">I", len(payload))))
 
     def open(self, host: bytes, port: int, transport: int = TCP) -> int:

@@ -16,7 +16,7 @@ import sys
 import time
 import zipfile
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
 
@@ -82,7 +82,6 @@ class Stage:
     cache: Path
     image: str = ""
     count: int = 0
-    unheard: list[Contact] = field(default_factory=list)
 
     def prepare(self) -> None:
         """Build the image."""
@@ -206,10 +205,6 @@ class Session:
         contacts, packets = self.lab.contacts(mark), self.lab.packets(mark)
         return Seen(answer=answer or {}, contacts=contacts, packets=packets)
 
-    def wait(self, timeout_s: float = 30) -> None:
-        """Wait for the end of the run."""
-        self._end(timeout_s)
-
     def errors(self) -> str:
         """Return the standard error of `x07 run`."""
         self._errors.flush()
@@ -268,7 +263,7 @@ class Session:
         assert "error" not in found, found["error"]
         return found
 
-    def _end(self, timeout_s: float = 30) -> None:
+    def _end(self) -> None:
         if self.code != -1:
             return
         self.order("end")
@@ -277,7 +272,7 @@ class Session:
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()
         try:
-            self.code = self.process.wait(timeout_s)
+            self.code = self.process.wait(30)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
