@@ -44,7 +44,7 @@ class Exchange(Joined):
         )  # its opening is still queued
         self.settle()
         number = self.open_answered(code)
-        self.give_one(opener, number, 40)
+        self.give_one(opener, number, self.table.window + 1)
         self.datagram(opener, number, 1)
         self.finish_one(opener, number)
         self.reset_one(OTHER[opener], number, reason)

@@ -304,6 +304,22 @@ def test_a_command_does_not_end_before_its_output(stream: Stream) -> None:
     assert same(carry(guest, host), [Event(streams.FIN, number, stream), EXITED])
 
 
+def test_the_end_of_a_command_ends_its_input() -> None:
+    """Once a command has ended, its input is closed at both ends, and later input is ignored or can be reset."""
+    host, guest = pair_in(State.OPEN, CommandState.RUNNING)
+    number = host.open(Stream.STDIN, 1)
+    host.streams.send(number, b"early")
+    carry(host, guest)
+    host.streams.send(number, b"late")
+    late = taken(host)
+    guest.send(EXITED)
+    carry(guest, host)
+    assert host.streams.send(number, b"x") == 0
+    assert list(guest.receive(late)) == []
+    with pytest.raises(ChannelUsageError):
+        host.open(Stream.STDIN, 1)
+
+
 @pytest.mark.parametrize("last", [EXITED, Failed(0, "relay", 0, "ended"), CLOSED], ids=["EXITED", "FAILED", "CLOSED"])
 def test_frames_crossing_the_end_are_accepted(last: Message) -> None:
     """STOP, input and files that cross the end of a command or session on the wire are accepted."""
