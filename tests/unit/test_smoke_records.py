@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,25 @@ def test_a_process_with_the_mark_and_a_control_group_are_seen(tmp_path: Path) ->
         f"process {process.pid} has the job's mark in its arguments",
         f"its control group {tmp_path} still exists",
     ]
+
+
+def test_a_process_with_the_mark_is_seen_without_proc() -> None:
+    """Where there is no /proc, ps lists the processes with a job's mark."""
+    marked = runpy.run_path(str(HOST))["_marked_by_ps"]
+    mark = f"x07-test-{os.getpid()}"
+    with subprocess.Popen([sys.executable, "-c", "input()", mark], stdin=subprocess.PIPE) as process:
+        found = [*marked(mark)]
+        process.kill()
+    assert found == [process.pid]
+    assert [*marked(f"{mark}-absent")] == []
+
+
+def test_a_value_in_a_list_is_found(tmp_path: Path) -> None:
+    """The number of an item is its key; what is absent prints nothing."""
+    (tmp_path / "found.json").write_text('[{"configuration": {"labels": {"io.x07.schema": "1"}}}]', encoding="utf-8")
+    keys = ("configuration", "labels", "io.x07.schema")
+    assert host("value", tmp_path / "found.json", "0", *keys) == (0, "1\n")
+    assert host("value", tmp_path / "found.json", "1", *keys) == (0, "\n")
 
 
 @pytest.mark.parametrize(
