@@ -82,5 +82,5 @@ fi
 # VM tests wait a third of their time. Each file has one worker, so that its images and
 # templates are made once, and so has each container engine (tests/durations.py).
 step "pytest"
-workers=$(($(nproc) * 5 / 2))
+workers=$(($(nproc) * 2))
 exec .venv/bin/pytest -rsfE --durations=30 -n "$workers" --maxprocesses 6 --dist loadfile --no-loadscope-reorder "$@"

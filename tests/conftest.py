@@ -32,7 +32,7 @@ FULL = os.environ.get("X07_TEST_FULL") == "1"
 
 settings.register_profile("dev", max_examples=25, deadline=None)
 # Derandomized: a change must not fail because of examples that its author never saw.
-settings.register_profile("ci", max_examples=100, deadline=None, derandomize=True, print_blob=True)
+settings.register_profile("ci", max_examples=50, deadline=None, derandomize=True, print_blob=True)
 settings.register_profile("deep", max_examples=2000, deadline=None, print_blob=True)
 settings.load_profile("deep" if FULL else "ci" if CI else "dev")
 
