@@ -94,7 +94,7 @@ class Group:
         names = names_of(self._rows) if self._way == "frames" else dict(STACK_NAMES)
         lab.names(names)
         lists: Mapping[str, Sequence[int]] = lists_of(self._rows) if self._way == "frames" else STACK_LISTS
-        at = ""
+        at = self._rows[0].id
         try:
             with self._stage.session(self._way, lists, deny=DENIED) as session:
                 self.session = session

@@ -23,7 +23,7 @@ from x07_sandbox.backends.qemu.backend import known_verdict
 from x07_sandbox.backends.qemu.hot import unsupported
 from x07_sandbox.host import settings
 from x07_sandbox.host.locks import file_lock
-from x07_sandbox.host.paths import cache_dir
+from x07_sandbox.host.paths import cache_dir, replace_file
 from x07_sandbox.host.processes import Identity, has_mark, is_alive
 from x07_sandbox.host.waiting import Cancel
 from x07_sandbox.policy.decode import default_policy, render_policy
@@ -287,6 +287,7 @@ def copy_cache(place: Path) -> None:
     for path in cache_dir().iterdir():
         if path.name in {"images", "templates", "verdicts", "artifacts"}:
             _link_all(path, place / path.name)
+    copy_kvm_verdict(place)
 
 
 def cache_with_base(place: Path) -> Path:
@@ -307,10 +308,12 @@ def _link_or_copy(source: str, target: str) -> None:
 
 
 def copy_kvm_verdict(cache: Path) -> None:
-    """Copy to another cache whether KVM works: where its guests hang, a test of it takes a processor for 5 to 30 s."""
+    """Tell another cache whether KVM works, for all of its life: a test of it takes a processor for 5 to 30 s."""
     (cache / "verdicts").mkdir(mode=0o700, parents=True, exist_ok=True)
     for path in (cache_dir() / "verdicts").glob("kvm-*"):
-        shutil.copy2(path, cache / "verdicts")
+        stored = json.loads(path.read_bytes())
+        stored.pop("retry_at_ms", None)
+        replace_file(cache / "verdicts" / path.name, json.dumps(stored).encode())
 
 
 def _link_all(source: Path, target: Path) -> None:
