@@ -79,8 +79,8 @@ if [[ $integrations == yes ]]; then
 fi
 
 # -rs lists every skip with its reason, --durations the slowest tests. There are more workers than processors, because
-# VM tests wait a third of their time. Each file has one worker, so that its images and
-# templates are made once, and so has each container engine (tests/durations.py).
+# some tests wait. Each file has one worker, so that its images and templates are made once, and so has each container
+# engine (tests/durations.py).
 step "pytest"
 workers=$(($(nproc) * 2))
 exec .venv/bin/pytest -rsfE --durations=30 -n "$workers" --maxprocesses 6 --dist loadfile --no-loadscope-reorder "$@"

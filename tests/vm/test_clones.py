@@ -209,7 +209,7 @@ def saved(in_own_cache: Sandbox, own_cache: Path) -> Sandbox:
 
 def keep_aside(own_cache: Path) -> None:
     """Keep a copy of the one saved machine for the tests of this file that damage it."""
-    subprocess.run(["/bin/cp", "-a", templates_dir(), own_cache.parent / "aside"], check=True)
+    subprocess.run(["/bin/cp", "-aT", templates_dir(), own_cache.parent / "aside"], check=True)
 
 
 def template_folder() -> Path:
