@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from tests.engines import EngineUnderTest
 
-pytestmark = [pytest.mark.root, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.root
 
 
 @pytest.fixture(params=VERSIONS if FULL else VERSIONS[-1:])

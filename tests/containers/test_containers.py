@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from x07_sandbox.backends.engines import Client
     from x07_sandbox.records.runs import JobRecord
 
-pytestmark = [pytest.mark.root]
+pytestmark = pytest.mark.root
 X07 = str(Path(sys.executable).with_name("x07"))
 LOOK = """
 import json, os
@@ -171,7 +171,7 @@ def test_no_shim_outlives_its_container(engine: EngineUnderTest, case: str) -> N
     with subprocess.Popen(words) as process:
         try:
             assert ContainerdBackend().remove(Orphan(id=container, labels={}))
-            assert process.wait(10) == -signal.SIGKILL
+            assert process.wait(60) == -signal.SIGKILL
         finally:
             process.kill()
     assert engine.containers() == []
@@ -209,7 +209,7 @@ def test_a_container_carries_the_labels_of_its_record(engine: EngineUnderTest, t
     with waiting_run(engine, tmp_path) as (runner, record):
         labels = engine.labels(f"x07-{record.job_id}")
         runner.send_signal(signal.SIGINT)
-        assert runner.wait(30) == 130
+        assert runner.wait(60) == 130
     assert {name: labels[name] for name in record.labels()} == record.labels()
     assert labels["io.x07.deadline_unix_ms"] == str(json.loads(job_of(record.folder))["deadline_unix_ms"])
     assert labels["io.x07.image_digest"] == engine.digest
@@ -429,7 +429,7 @@ def containerd_images(folder: Path, archive: Path) -> str:
         return subprocess.run([*ctr, "ls", "-q"], check=True, timeout=60, capture_output=True).stdout.decode()
     finally:
         daemon.terminate()
-        daemon.wait(30)
+        daemon.wait(60)
         shutil.rmtree(place, ignore_errors=True)
 
 

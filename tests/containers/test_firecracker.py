@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from tests.engines import EngineUnderTest
 
-pytestmark = [pytest.mark.root, pytest.mark.timeout(200)]
+pytestmark = pytest.mark.root
 
 
 class StandInMachines:

@@ -119,7 +119,7 @@ def _tool(name: str) -> str | None:
 
 
 def _ip(*arguments: str) -> None:
-    done = subprocess.run([_tool("ip") or "ip", *arguments], capture_output=True, text=True, check=False, timeout=30)
+    done = subprocess.run([_tool("ip") or "ip", *arguments], capture_output=True, text=True, check=False, timeout=60)
     if done.returncode != 0:
         raise OSError(f"ip {' '.join(arguments)}: {done.stderr.strip()}")
 

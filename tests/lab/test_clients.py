@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from tests.lab.laboratory import Laboratory
 
-pytestmark = [pytest.mark.vm, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.vm
 
 WEB: Final = "web.lab.example"
 FILES: Final = "files.lab.example:9444"

@@ -82,7 +82,7 @@ def test_a_laboratory_leaves_no_remains(lab: Laboratory) -> None:
         client = subprocess.Popen([*other.gate_prefix, "sleep", "600"])
         servers = [server.pid for server in other._servers]  # noqa: SLF001 the test of its own parts
         other.mark()
-    assert client.wait(10) == -signal.SIGKILL
+    assert client.wait(60) == -signal.SIGKILL
     assert other.name not in leftovers()
     assert not any(Path(f"/proc/{pid}").exists() for pid in servers)
     assert lab.name in leftovers()

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from tests.lab.laboratory import Laboratory
 
-pytestmark = [pytest.mark.vm, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.vm
 
 IMAGE_PACKAGES: Final = ("adduser", "apt", "passwd", "python3-pip")
 APT: Final = ("apt.lab.example", 8081)
@@ -73,7 +73,7 @@ python3 - <<'END'
 import socket
 for end in TARGETS:
     try:
-        socket.create_connection(end, timeout=20).close()
+        socket.create_connection(end, timeout=60).close()
         print("connected", *end)
     except OSError:
         print("no", *end)

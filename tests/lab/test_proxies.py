@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from tests.lab.laboratory import Laboratory
 
-pytestmark = [pytest.mark.timeout(180), pytest.mark.usefixtures("state")]
+pytestmark = pytest.mark.usefixtures("state")
 
 TINYPROXY: Final = """
 Listen 127.0.0.1

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from tests.lab.laboratory import Laboratory
     from tests.vm.jail_helpers import Account
 
-pytestmark = [pytest.mark.vm, pytest.mark.timeout(180), pytest.mark.usefixtures("image", "state")]
+pytestmark = [pytest.mark.vm, pytest.mark.usefixtures("image", "state")]
 
 COMMAND: Final = [sys.executable, "-c", "import sys; from x07_sandbox.cli.main import main; sys.exit(main())"]
 OS: Final = ("--sandbox-backend", "os", "--i-accept-weaker-isolation")
@@ -31,7 +31,7 @@ import json, socket, sys
 said = {}
 for host, port in json.loads(sys.argv[1]):
     try:
-        with socket.create_connection((host, port), timeout=20) as sock:
+        with socket.create_connection((host, port), timeout=60) as sock:
             try:
                 name = f"[{host}]" if ":" in host else host
                 sock.sendall(f"GET / HTTP/1.0\\r\\nHost: {name}\\r\\n\\r\\n".encode())

@@ -37,8 +37,6 @@ if TYPE_CHECKING:
     from x07_sandbox.backends.jailed import StreamInstance
     from x07_sandbox.backends.process import NoneBackend, OsBackend
 
-pytestmark = pytest.mark.timeout(120)
-
 
 class Sandbox(Session):
     """An open session with several commands."""

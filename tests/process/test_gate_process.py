@@ -24,7 +24,6 @@ from x07_sandbox.policy.decode import default_policy, render_policy
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-pytestmark = [pytest.mark.timeout(60)]
 
 CONFIG: Final = GateConfig(policy=render_policy(default_policy()), denied={}, settings=NetSettings())
 WAIT_S: Final = 20.0

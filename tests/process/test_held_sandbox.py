@@ -29,7 +29,6 @@ from x07_sandbox.records.runs import SOCKET, all_runs
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-pytestmark = pytest.mark.timeout(120)
 
 # Waits for signals that announce a new size of the terminal, until it has 59 rows.
 WATCH = (

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from x07_sandbox.backends.process import OsBackend
 
-pytestmark = [pytest.mark.root, pytest.mark.timeout(120)]
+pytestmark = pytest.mark.root
 
 MAKE = """
 import os, sys

@@ -111,7 +111,7 @@ async def udp():
     transport, protocol = await asyncio.get_running_loop().create_datagram_endpoint(
         Datagrams, remote_addr=("127.0.0.1", order["port"]))
     transport.sendto(b"ping")
-    answer = await asyncio.wait_for(protocol.got, 10)
+    answer = await asyncio.wait_for(protocol.got, 60)
     transport.close()
     return answer.decode()
 
@@ -131,7 +131,7 @@ def look_up_in_threads(name):
     answers = []
     together = threading.Barrier(order["threads"])
     def one():
-        together.wait(20)
+        together.wait(60)
         answers.append(look_up(name))
     threads = [threading.Thread(target=one) for _ in range(order["threads"])]
     for one_of in threads: one_of.start()
@@ -350,7 +350,7 @@ def echo() -> Iterator[int]:
         yield tcp.server_address[1]
         for server, thread in zip(servers, threads, strict=True):
             server.shutdown()
-            thread.join(30)
+            thread.join(60)
 
 
 @pytest.fixture(scope="module", params=HELPERS, ids="-".join)

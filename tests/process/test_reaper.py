@@ -33,7 +33,7 @@ def test_the_container_of_a_dead_runner_is_removed(tmp_path: Path) -> None:
     """The container is removed as soon as its runner ends, and the record says `reaped`."""
     process, runner_w = start(tmp_path, 600)
     os.close(runner_w)
-    assert process.wait(30) == 0
+    assert process.wait(60) == 0
     assert (tmp_path / "removed").read_text(encoding="ascii") == "one\n"
     assert (tmp_path / "reaped").read_text(encoding="ascii") == "reaped\n"
 
@@ -43,7 +43,7 @@ def test_a_removed_container_is_not_removed_twice(tmp_path: Path) -> None:
     process, runner_w = start(tmp_path, 600)
     os.write(runner_w, b"g")
     os.close(runner_w)
-    assert process.wait(30) == 0
+    assert process.wait(60) == 0
     assert not (tmp_path / "removed").exists()
     assert not (tmp_path / "reaped").exists()
 
@@ -51,7 +51,7 @@ def test_a_removed_container_is_not_removed_twice(tmp_path: Path) -> None:
 def test_a_container_is_removed_at_the_deadline(tmp_path: Path) -> None:
     """At the deadline the container is removed although its runner still exists."""
     process, runner_w = start(tmp_path, 0.2)
-    assert process.wait(30) == 0
+    assert process.wait(60) == 0
     os.close(runner_w)
     assert (tmp_path / "reaped").exists()
 

@@ -29,7 +29,6 @@ from x07_sandbox.sessions.session import Session
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-pytestmark = pytest.mark.timeout(300)
 
 TMP = "/tmp"  # noqa: S108 - the guest's
 SLEEPING = "cat /proc/[0-9]*/comm 2>/dev/null | grep -c '^sleep$' || true"

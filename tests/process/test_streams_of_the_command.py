@@ -17,8 +17,6 @@ from tests.command import X07
 
 POLICY = Path(__file__).resolve().parents[2] / "examples" / "policies" / "small.json"
 
-pytestmark = pytest.mark.timeout(180)
-
 
 @pytest.fixture(autouse=True)
 def without_isolation(monkeypatch: pytest.MonkeyPatch) -> None:

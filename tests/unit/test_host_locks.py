@@ -58,7 +58,7 @@ def test_a_waiter_reports_once(tmp_path: Path) -> None:
             child.stdin.close()
 
         with file_lock(path, on_wait=release):
-            assert child.wait(30) == 0
+            assert child.wait(60) == 0
     assert waits == [None], "told when the other process still held it"
 
 
@@ -87,9 +87,9 @@ def test_threads_exclude_each_other_too(tmp_path: Path) -> None:
     thread = threading.Thread(target=second)
     with file_lock(path):
         thread.start()
-        assert waiting.wait(30)
+        assert waiting.wait(60)
         inside.append("first")
-    thread.join(30)
+    thread.join(60)
     assert inside == ["first", "second"]
 
 

@@ -99,7 +99,7 @@ def test_a_uid_stays_leased_while_its_job_lives() -> None:
         assert in_use(uid)
         assert child.stdin is not None
         child.stdin.close()
-        assert child.wait(30) == 0
+        assert child.wait(60) == 0
     assert not in_use(uid)
 
 

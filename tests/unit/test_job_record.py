@@ -180,7 +180,7 @@ def test_run_ids_are_never_given_twice() -> None:
     found: list[list[str]] = [[] for _ in range(threads)]
 
     def ask(at: int) -> None:
-        barrier.wait(30)
+        barrier.wait(60)
         found[at] = [new_run_id() for _ in range(each)]
 
     workers = [threading.Thread(target=ask, args=(at,)) for at in range(threads)]

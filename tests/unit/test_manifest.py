@@ -74,7 +74,6 @@ def test_mistakes_are_reported_with_their_place(text: str, why: str) -> None:
         'x = "' + '\\"' * 8000,
     ],
 )
-@pytest.mark.timeout(60)
 def test_a_hostile_manifest_is_rejected_quickly(text: str) -> None:
     """A hostile manifest is rejected in bounded time."""
     before_s = time.thread_time()

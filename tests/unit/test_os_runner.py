@@ -186,7 +186,6 @@ def test_an_overridden_invalid_variable_is_an_error(
         (("--program", "prog.x07.json", "--module-root", "nowhere"), "cannot use the module root nowhere: "),
     ],
 )
-@pytest.mark.timeout(60)
 def test_unbuildable_programs_are_refused(refused: Refused, place: Path, words: tuple[str, ...], named: str) -> None:
     """Missing programs, pipes, artifacts and unknown languages are refused before anything starts."""
     os.mkfifo(place / "pipe")
@@ -217,7 +216,6 @@ def test_an_invalid_policy_ends_in_two(
     assert "policy.json" in refused(*SANDBOXED, "--policy", "policy.json", "--program", "prog.c")
 
 
-@pytest.mark.timeout(60)
 def test_input_is_read_whole_or_refused(refused: Refused, place: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """--input accepts /dev/null and pipes, and a missing or oversized input is refused."""
     words = (*SANDBOXED, "--policy", "policy.json", "--program", "prog.c", "--input")

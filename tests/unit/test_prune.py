@@ -266,9 +266,9 @@ def test_prune_waits_for_a_build() -> None:
     thread = threading.Thread(target=lambda: reports.append(prune(["images"], progress=say, dry_run=False)))
     with file_lock(store.images_dir() / ".lock"):
         thread.start()
-        assert waiting.wait(30)
+        assert waiting.wait(60)
         store.set_name("default", fresh.folder.name)
-    thread.join(30)
+    thread.join(60)
     assert reports[0].removed == ()
     assert printed == ["waiting for an image build to end"]
 

@@ -52,7 +52,6 @@ from x07_sandbox.sessions.transfers import CommandStreams, InFile, OutFile, Rece
 if TYPE_CHECKING:
     from x07_sandbox.backends.base import Instance, StartMode
 
-pytestmark = pytest.mark.timeout(120)
 
 WALL_S = 60.0
 SILENT = CommandStreams(stdin_fd=None, stdout=cast("Sink", None), stderr=cast("Sink", None))

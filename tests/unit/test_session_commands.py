@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
     from x07_sandbox.sessions.execution import Execution
 
-pytestmark = pytest.mark.timeout(60)
-
 
 @pytest.fixture
 def stack() -> Iterator[contextlib.ExitStack]:

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from tests.guest.played import FakeClock
     from x07_sandbox.sessions.execution import Execution
 
-pytestmark = pytest.mark.timeout(60)
-
 
 class Shared:
     """A shared session, its guest, and why it ended."""
@@ -79,7 +77,7 @@ def test_a_call_wakes_the_loop_and_waits_for_the_guest(made: Callable[..., Share
         session.stop(command, signal.SIGTERM)
     assert shared.pair.guest.until(Stop) == Stop(1, signal.SIGTERM)
     shared.pair.guest.say(EXITED)
-    waiter.join(30)
+    waiter.join(60)
     assert command.ended
     assert shared.ended == []
 
@@ -154,7 +152,7 @@ def test_a_lost_guest_wakes_all_callers(made: Callable[..., Shared]) -> None:
         thread.start()
     os.write(shared.pair.guest.connection.fd, b"\xff" * 64)
     for thread in threads:
-        thread.join(30)
+        thread.join(60)
     assert (found, shared.session.why) == ([False] * 3, "lost")
 
 

@@ -299,7 +299,6 @@ def test_arguments_and_input_are_alternatives(
         assert (request.args, request.input) == ((), b"\2\0\0\0\1\0\0\0a\2\0\0\0bc")
 
 
-@pytest.mark.timeout(60)
 def test_a_dry_run_waits_for_no_input(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """--dry-run does not wait for input."""
     os.mkfifo(project.parent / "pipe")
@@ -350,7 +349,7 @@ def test_an_x07_program_waits_for_no_terminal(project: Path, words: tuple[str, .
     ours, theirs = os.openpty()
     argv = [*COMMAND, "run", *words]
     try:
-        done = subprocess.run(argv, stdin=theirs, capture_output=True, check=False, timeout=30)
+        done = subprocess.run(argv, stdin=theirs, capture_output=True, check=False, timeout=60)
     finally:
         os.close(ours)
         os.close(theirs)

@@ -208,7 +208,7 @@ def talk(order: dict[str, Any]) -> None:
                 if not chunk:
                     break
         if not chunk:
-            instance.child.wait(10)
+            instance.child.wait(60)
         tell("findings", text=data.decode(), status=instance.exit_status(), console=instance.console_tail())
         wait_for("stop")
 

@@ -21,7 +21,7 @@ EXAMPLES: Final = Path(__file__).resolve().parents[2] / "examples"
 TOOL: Final = EXAMPLES / "agent_tool.py"
 LINE_MAX: Final = 1 << 20
 
-pytestmark = [pytest.mark.vm, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.vm
 
 # A server that sends a byte from time to time, so that no timeout of a socket ends the request.
 SLOW_SERVER: Final = """

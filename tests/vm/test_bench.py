@@ -14,7 +14,7 @@ from tests.vm.conftest import copy_cache
 
 ROOT = Path(__file__).resolve().parents[2]
 
-pytestmark = [pytest.mark.vm, pytest.mark.timeout(900), pytest.mark.usefixtures("image")]
+pytestmark = [pytest.mark.vm, pytest.mark.usefixtures("image")]
 
 
 @pytest.mark.full("boots or clones a VM for each of 20 cases, and starts containers")

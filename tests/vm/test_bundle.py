@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from x07_sandbox.images.store import Image
 
-pytestmark = [pytest.mark.vm, pytest.mark.timeout(300), pytest.mark.usefixtures("image", "state")]
+pytestmark = [pytest.mark.vm, pytest.mark.usefixtures("image", "state")]
 
 ECHO: Final = """\
 #include <stdio.h>

@@ -60,7 +60,7 @@ if TYPE_CHECKING:
 
     from x07_sandbox.images.store import Image
 
-pytestmark = [pytest.mark.vm, pytest.mark.timeout(180)]
+pytestmark = pytest.mark.vm
 
 RANDOM = """
 import ctypes, json, os, random, tempfile, time, uuid

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from tests.vm.conftest import Ran, Sandbox
     from x07_sandbox.images.store import Image
 
-pytestmark = [pytest.mark.vm, pytest.mark.timeout(180)]
+pytestmark = pytest.mark.vm
 
 ESCAPE: Final = PROGRAMS / "escape.c"
 WRITABLE: Final = ("/opt/x07", "/tmp", "/dev/shm")  # noqa: S108 - the guest's own
@@ -63,7 +63,7 @@ def child():
 def own():
     queue = multiprocessing.get_context("fork").Queue()
     queue.put(5)
-    return queue.get(timeout=20)
+    return queue.get(timeout=60)
 
 def run(*argv):
     return subprocess.run(argv, stdout=subprocess.DEVNULL).returncode

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from tests.vm.conftest import Ran, Sandbox
 
-pytestmark = [pytest.mark.vm, pytest.mark.timeout(180)]
+pytestmark = pytest.mark.vm
 
 THREAD: Final = "import threading\nthreading.Thread(target=int).start()\n"
 FORK: Final = "import os\npid = os.fork()\nif not pid: os._exit(0)\nos.waitpid(pid, 0)\n"

@@ -36,7 +36,7 @@ _BLOCK: Final = re.compile(
     r"^```(?P<language>sh|python)\n(?P<text>.*?)^```$(?:\n\n^```text\n(?P<output>.*?)^```$)?", re.MULTILINE | re.DOTALL
 )
 
-pytestmark = [pytest.mark.vm, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.vm
 
 
 class Example(NamedTuple):

@@ -14,7 +14,7 @@ import pytest
 from tests.command import X07
 from tests.vm.conftest import Sandbox, left_behind
 
-pytestmark = [pytest.mark.vm, pytest.mark.timeout(180)]
+pytestmark = pytest.mark.vm
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 WORDS = EXAMPLES / "word_frequency.c"

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from x07_sandbox.host.processes import Identity
     from x07_sandbox.images.store import Image
 
-pytestmark = [pytest.mark.vm, pytest.mark.timeout(180)]
+pytestmark = pytest.mark.vm
 
 # Runs a program in a thread and forks a child that sleeps; then it is killed from outside.
 FORKING = """

@@ -13,7 +13,7 @@ import pytest
 from tests.conftest import need
 from tests.vm.conftest import Artifacts, Sandbox
 
-pytestmark = [pytest.mark.vm, pytest.mark.timeout(180)]
+pytestmark = pytest.mark.vm
 
 SmallDisk = Callable[[str], Sandbox]
 

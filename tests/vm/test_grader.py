@@ -41,7 +41,6 @@ grader.main()
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(3600)]
 
 
-@pytest.mark.timeout(120)
 def test_ctrl_c_ends_the_grader_and_its_machines(image: Image, state: Path) -> None:
     """Ctrl-C ends the grader without waiting for running submissions, and leaves no machine."""
     assert image.digest
@@ -51,7 +50,7 @@ def test_ctrl_c_ends_the_grader_and_its_machines(image: Image, state: Path) -> N
             time.sleep(0.1)
         process.send_signal(signal.SIGINT)
         try:
-            _, errors = process.communicate(timeout=15)
+            _, errors = process.communicate(timeout=60)
         finally:
             process.kill()
     assert errors.endswith("KeyboardInterrupt\n")

@@ -10,7 +10,7 @@ import pytest
 from tests.vm.conftest import left_behind
 from x07_sandbox import Sandbox, SandboxError, exec_command
 
-pytestmark = [pytest.mark.vm, pytest.mark.timeout(300), pytest.mark.usefixtures("image", "state")]
+pytestmark = [pytest.mark.vm, pytest.mark.usefixtures("image", "state")]
 
 # Each attack runs in a process of its own, as root of the guest, and prints "done" if it got what it wanted.
 ATTACKS = r"""

@@ -22,7 +22,7 @@ from tests.vm.conftest import left_behind
 from x07_sandbox.policy.decode import default_policy, render_policy
 from x07_sandbox.policy.templates import TEMPLATES
 
-pytestmark = [pytest.mark.vm, pytest.mark.timeout(180)]
+pytestmark = pytest.mark.vm
 
 
 class Project:

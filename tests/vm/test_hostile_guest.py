@@ -26,7 +26,7 @@ from x07_sandbox.images.store import GuestCode, read_guest_code
 if TYPE_CHECKING:
     from x07_sandbox.images.store import Image
 
-pytestmark = [pytest.mark.vm, pytest.mark.timeout(180)]
+pytestmark = pytest.mark.vm
 
 MIB = 1 << 20
 # Each such boot uses a separate image and is cold; similar cases are tested at run time, or on frames alone.

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from tests.conftest import Need
     from tests.vm.conftest import Ran, Sandbox
 
-pytestmark = [pytest.mark.vm, pytest.mark.timeout(180)]
+pytestmark = pytest.mark.vm
 
 MIB = 1 << 20
 GRACE_MS = 1000

@@ -21,7 +21,7 @@ from x07_sandbox.jail.forms import needed_files
 if TYPE_CHECKING:
     from x07_sandbox.images.store import Image
 
-pytestmark = [pytest.mark.vm, pytest.mark.timeout(400), pytest.mark.usefixtures("image", "state")]
+pytestmark = [pytest.mark.vm, pytest.mark.usefixtures("image", "state")]
 
 BUSYBOX = "/usr/bin/busybox"
 HELLO = """

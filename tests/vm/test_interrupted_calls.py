@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from x07_sandbox.images.store import Image
 
-pytestmark = [pytest.mark.vm, pytest.mark.timeout(180)]
+pytestmark = pytest.mark.vm
 
 
 def interrupted(call: Callable[..., object]) -> Callable[..., object]:

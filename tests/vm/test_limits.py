@@ -19,7 +19,7 @@ from x07_sandbox.sessions import scaling
 if TYPE_CHECKING:
     from x07_sandbox.sessions.result import Result
 
-pytestmark = [pytest.mark.vm, pytest.mark.timeout(900), pytest.mark.usefixtures("state")]
+pytestmark = [pytest.mark.vm, pytest.mark.usefixtures("state")]
 
 TOUCH = "data = bytearray(600 << 20)\nfor at in range(0, len(data), 4096): data[at] = 1\nprint('held')\n"
 SPIN = "import time\nend = time.process_time() + {}\nwhile time.process_time() < end: pass\nprint('done')\n"

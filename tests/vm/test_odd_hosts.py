@@ -28,7 +28,7 @@ from x07_sandbox.policy.decode import default_policy, render_policy
 ROOT = Path(__file__).resolve().parents[2]
 HELLO = ["-c", "echo hello", "--toolchain", "shell"]
 
-pytestmark = [pytest.mark.vm, pytest.mark.timeout(180), pytest.mark.usefixtures("image")]
+pytestmark = [pytest.mark.vm, pytest.mark.usefixtures("image")]
 
 
 def run(*words: str, before: tuple[str, ...] = (), state: Path | None = None) -> subprocess.CompletedProcess[str]:

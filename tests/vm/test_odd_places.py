@@ -26,7 +26,7 @@ VARIABLES = ("X07_VM_STATE_DIR", "X07_VM_CACHE_DIR")
 READ_ONLY = 'mount --bind "$1" "$1" && mount -o remount,ro,bind "$1" && shift && exec "$@"'
 SMALL = 'mount -t tmpfs -o size=16k,mode=0700 none "$1" && shift && exec "$@"'
 
-pytestmark = [pytest.mark.vm, pytest.mark.timeout(240), pytest.mark.usefixtures("image")]
+pytestmark = [pytest.mark.vm, pytest.mark.usefixtures("image")]
 
 
 def mounted(script: str, place: Path) -> list[str]:

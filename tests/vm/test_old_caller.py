@@ -17,7 +17,7 @@ from x07_sandbox.policy.decode import default_policy, render_policy
 if TYPE_CHECKING:
     from x07_sandbox.images.store import Image
 
-pytestmark = [pytest.mark.vm, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.vm
 
 RUNNER = Path(__file__).resolve().parents[2] / ".venv" / "bin" / "x07-os-runner"
 JOB_KEYS = {

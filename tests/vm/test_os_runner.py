@@ -26,7 +26,7 @@ from x07_sandbox.reports.schemas import schemas
 if TYPE_CHECKING:
     from x07_sandbox.images.store import Image
 
-pytestmark = [pytest.mark.vm, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.vm
 
 RUNNER_SCHEMA = json.loads(schemas()["x07-os-runner.report.schema.json"])
 ATTEST_SCHEMA = json.loads(schemas()["x07-runtime.attest.schema.json"])

@@ -23,7 +23,7 @@ from tests.vm.conftest import Artifacts, Ran, Sandbox, left_behind, owners, wait
 from x07_sandbox.policy.decode import VARIABLES, default_policy
 from x07_sandbox.policy.model import leaf_values
 
-pytestmark = [pytest.mark.vm, pytest.mark.timeout(180)]
+pytestmark = pytest.mark.vm
 
 MIB = 1 << 20
 EVERY_BYTE = bytes(range(256))

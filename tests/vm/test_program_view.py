@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from tests.vm.conftest import Sandbox
 
-pytestmark = [pytest.mark.vm, pytest.mark.timeout(180)]
+pytestmark = pytest.mark.vm
 
 MIB = 1 << 20
 

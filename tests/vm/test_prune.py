@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from x07_sandbox.records.pruning import PruneReport
 
-pytestmark = [pytest.mark.vm, pytest.mark.timeout(180)]
+pytestmark = pytest.mark.vm
 
 SLEEP = "import sys, time\nsys.stdin.read()\nprint('awake')\n"
 

@@ -15,7 +15,7 @@ from tests.x07_variables import EXPECTED, policy_document
 if TYPE_CHECKING:
     from tests.vm.conftest import Ran
 
-pytestmark = [pytest.mark.vm, pytest.mark.timeout(180)]
+pytestmark = pytest.mark.vm
 
 NAME = "my prog.v1 Zoë.py"
 FOLDER = "/x07/in/program"

@@ -14,7 +14,7 @@ from x07_sandbox import run_program
 if TYPE_CHECKING:
     from tests.vm.conftest import Ran, Sandbox
 
-pytestmark = [pytest.mark.vm, pytest.mark.timeout(180)]
+pytestmark = pytest.mark.vm
 
 LOOK = '''
 """A doc string."""

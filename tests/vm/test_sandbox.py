@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-pytestmark = [pytest.mark.vm, pytest.mark.timeout(300), pytest.mark.usefixtures("image", "state")]
+pytestmark = [pytest.mark.vm, pytest.mark.usefixtures("image", "state")]
 
 
 @pytest.fixture(scope="module")

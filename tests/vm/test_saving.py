@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from x07_sandbox.images.store import Image
 
-pytestmark = [pytest.mark.vm, pytest.mark.timeout(180)]
+pytestmark = pytest.mark.vm
 
 
 @pytest.fixture(scope="module")

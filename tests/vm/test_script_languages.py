@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from tests.vm.conftest import Sandbox
     from x07_sandbox.images.store import Image
 
-pytestmark = [pytest.mark.vm, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.vm
 
 
 class Language(msgspec.Struct, frozen=True, kw_only=True):

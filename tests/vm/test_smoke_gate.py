@@ -62,7 +62,7 @@ print(json.dumps({{
 }}))
 """
 
-pytestmark = [pytest.mark.vm, pytest.mark.timeout(400)]
+pytestmark = pytest.mark.vm
 
 
 def gate(

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-pytestmark = [pytest.mark.vm, pytest.mark.timeout(180)]
+pytestmark = pytest.mark.vm
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAD = 'schema_version = "x07.sandbox.project@0.1.0"\n'

@@ -1,6 +1,7 @@
 """The vz backend, with a stand-in for its helper (tests/vz_helper.py): QEMU instead of Apple's framework.
 
-So these tests prove what x07 does with a helper that keeps to docs/backends/vz.md, and nothing about a Mac.
+So these tests prove what x07 does with a helper that keeps to docs/backends/vz.md, and nothing about a Mac. In full
+runs tests/contract checks the whole contract in the same way.
 """
 
 from __future__ import annotations
@@ -21,15 +22,14 @@ import pytest
 from tests.conftest import overwrite, vz_on_linux
 from x07_sandbox import Sandbox, exec_command
 from x07_sandbox.backends.registry import create
-from x07_sandbox.conformance.behaviours import BEHAVIOURS, Behaviour, check_behaviour
-from x07_sandbox.conformance.harness import Bench, open_bench, remaining
+from x07_sandbox.conformance.harness import remaining
 from x07_sandbox.errors import ImageError
 from x07_sandbox.library.cleanup import sweep
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-pytestmark = [pytest.mark.vm, pytest.mark.timeout(200)]
+pytestmark = pytest.mark.vm
 RUNNER = """
 import os
 from msgspec.structs import replace
@@ -38,7 +38,6 @@ from x07_sandbox.backends.registry import BY_NAME
 BY_NAME["vz"] = replace(BY_NAME["vz"], linux=True)
 exec_command(["sh", "-c", "echo here; sleep 600"], on_output=lambda _name, data: os.write(1, data))
 """
-NAMES = ("unlisted-name", "write-root")  # each boots a VM; tests/contract checks all in full runs
 
 
 @pytest.fixture
@@ -51,26 +50,21 @@ def vz(vz_stand_in: Mapping[str, str], state: Path, monkeypatch: pytest.MonkeyPa
     assert left <= {"job.json", "owner.json", "done", "reaped"}
 
 
-def test_a_command_runs_in_a_vm_of_the_helper(vz_stand_in: Mapping[str, str], vz: Path) -> None:
-    """A command gets its input and returns its output and exit code, and the result names the helper."""
-    found = exec_command(["sh", "-c", "cat; exit 3"], input=b"in")
+def test_a_command_runs_in_a_vm_of_the_helper(vz_stand_in: Mapping[str, str], vz: Path, tmp_path: Path) -> None:
+    """A command has its input, folder and network as in any VM, and the result names the helper and its bundle."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    text = "cat; echo new > made; getent hosts unlisted.example || exit 3"
+    found = exec_command(["sh", "-c", text], folder, input=b"in", allow_hosts=["listed.example:443"])
     assert (found.outcome, found.exit_code, found.stdout.text) == ("failed", 3, "in"), found.reason
+    assert (folder / "made").read_text(encoding="ascii") == "new\n"
+    assert [one.subject for one in found.denials] == ["unlisted.example"]
     (owner,) = vz.glob("*-run/owner.json")
     assert json.loads(owner.read_bytes())["processes"].keys() == {"helper"}
     assert "macOS stand-in" in create("vz").probe(None).proof
     assert vz_stand_in["X07_VM_VZ_HELPER_BIN"] in json.dumps(found.document())
     manifest = Path(vz_stand_in["X07_VM_VZ_GUEST_BUNDLE"], "manifest.json").read_bytes()
     assert found.digests.image == f"sha256:{hashlib.sha256(manifest).hexdigest()}"
-
-
-@pytest.mark.usefixtures("vz")
-def test_a_sandbox_has_commands_and_files() -> None:
-    """Commands share a sandbox and its files, and one of them may outlive another."""
-    with Sandbox(backend="vz") as sandbox:
-        sandbox.files.write("a", b"1")
-        assert sandbox.exec(["cat", "a"]).stdout == b"1"
-        assert sandbox.exec(["sh", "-c", "echo 2 >> a; exit 4"]).exit_code == 4
-        assert sandbox.files.read("a") == b"12\n"
 
 
 def test_a_killed_runner_and_its_sweep_leave_nothing(vz: Path) -> None:
@@ -91,9 +85,12 @@ def test_a_killed_runner_and_its_sweep_leave_nothing(vz: Path) -> None:
     assert {path.name for path in job.iterdir()} == {"job.json", "owner.json", "reaped"}
 
 
-def test_a_killed_helper_ends_the_run(vz: Path) -> None:
-    """A killed helper takes its VM with it: the run ends as lost, and its scratch disk is removed."""
+def test_a_killed_helper_ends_a_sandbox(vz: Path) -> None:
+    """Commands share a sandbox; a killed helper takes the VM with it, and leaves a lost run and no scratch disk."""
     with contextlib.closing(Sandbox(backend="vz")) as sandbox:
+        sandbox.files.write("a", b"1")
+        assert sandbox.exec(["sh", "-c", "cat a; echo 2 >> a; exit 4"]).stdout == b"1"
+        assert sandbox.files.read("a") == b"12\n"
         (job,) = vz.glob("*-run")
         owner = json.loads((job / "owner.json").read_bytes())
         os.kill(owner["processes"]["helper"]["pid"], signal.SIGKILL)
@@ -113,18 +110,3 @@ def test_a_damaged_bundle_starts_nothing(
     with pytest.raises(ImageError, match="initrd has changed"):
         exec_command(["true"])
     assert list(vz.glob("*-run")) == []
-
-
-@pytest.fixture(scope="module")
-def bench(vz_stand_in: Mapping[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    """The bench of the contract (tests/contract), which checks all behaviours in full runs."""
-    variables = {**vz_stand_in, "X07_VM_STATE_DIR": str(tmp_path_factory.mktemp("vz-bench") / "jobs")}
-    with vz_on_linux(variables), open_bench("vz") as found:
-        yield found
-
-
-@pytest.mark.parametrize("behaviour", [one for one in BEHAVIOURS if one.name in NAMES], ids=lambda one: one.name)
-def test_the_backend_has_the_behaviour(bench: Bench, behaviour: Behaviour) -> None:
-    """Files that come back and the allowlist of hosts are those of every backend."""
-    verdict = check_behaviour(behaviour, bench)
-    assert verdict.verdict == "passed", verdict.reason

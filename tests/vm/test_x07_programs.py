@@ -37,7 +37,7 @@ UPPER = (
     "for (uint32_t i = 0; i < in.size; i++) if (in.data[i] >= 97 && in.data[i] <= 122) in.data[i] -= 32;"
 )
 
-pytestmark = [pytest.mark.vm, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.vm
 
 
 @pytest.fixture(scope="session")

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 ROOT: Final = "/mnt/root"
 _SANDBOX_MS: Final = 900_000
-_EMULATED: Final = 8  # how many times as long as usual an emulated CPU may take
+_EMULATED: Final = 4  # how many times as long as usual an emulated CPU may take
 _OUTPUT_MAX: Final = 32 * settings.MIB
 _ENV: Final = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": CWD, "LANG": "C.UTF-8"}
 _LIMITS: Final = CommandLimits(mem_bytes=256 * settings.MIB, tasks=128, cpu_ms=600_000, fds=256, core_bytes=0)

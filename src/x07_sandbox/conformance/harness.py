@@ -54,7 +54,7 @@ def tried(act, *words):
 exec(sys.argv[1])
 """
 RUNNER: Final = (sys.executable, "-I", "-m", "x07_sandbox.conformance.harness")
-ANSWER_S: Final = 30.0  # timeout for what takes well under a second on an idle host
+ANSWER_S: Final = 60.0  # timeout for what takes well under a second on an idle host
 _POLL_S: Final = 0.02
 _LINE_MAX: Final = 4096
 
@@ -77,7 +77,7 @@ def fact(observe: Callable[[Bench], Facts], name: str, expected: object = True) 
 def policy_with(*, limits: Mapping[str, Any] | None = None, **sections: Mapping[str, Any]) -> Policy:
     """Return the built-in policy with small limits, changed by *limits* and the values of other sections."""
     policy = default_policy()
-    small = {"wall_ms": 30_000, "cpu_ms": 30_000, "mem_bytes": 256 * settings.MIB}
+    small = {"wall_ms": 60_000, "cpu_ms": 60_000, "mem_bytes": 256 * settings.MIB}
     changed = {"limits": small | dict(limits or {})} | sections
     return replace(policy, **{name: replace(getattr(policy, name), **fields) for name, fields in changed.items()})
 

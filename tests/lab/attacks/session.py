@@ -273,7 +273,7 @@ class Session:
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()
         try:
-            self.code = self.process.wait(30)
+            self.code = self.process.wait(60)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
