@@ -45,8 +45,8 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
 
 # A process in the background would outlive the test whose run started it, and take processor time from others.
 os.environ["X07_VM_SAVE_FIRST"] = "1"
-# A test may hold one run while it waits for another. There are more slots than workers, so that tests of several workers
-# cannot wait for each other for ever.
+# A test may hold one run while it waits for another. There are more slots than workers, so that tests of several
+# workers cannot wait for each other for ever.
 os.environ.setdefault("X07_VM_MAX_RUNNING", "8")
 
 
