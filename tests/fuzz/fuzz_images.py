@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import random
 import re
 import resource
 import tarfile
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Final
 from unittest import mock
 
-from tests.hostile_images import BLOCK, END, HOSTILE, damaged, extended, file, header, mutated, padded, record, summed
+from tests.hostile_images import BLOCK, END, HOSTILE, extended, file, header, padded, record, summed
 from tests.oci_images import Entry, layer, layout
 from x07_sandbox.errors import ImageError, UsageError
 from x07_sandbox.images import oci
@@ -52,21 +51,6 @@ def archive(data: bytes, described: bytes) -> bytes:
     config = {"rootfs": {"diff_ids": [f"sha256:{hashlib.sha256(data).hexdigest()}"]}, "config": {"WorkingDir": "/w"}}
     files = {"config.json": json.dumps(config).encode(), "manifest.json": described, "0/layer.tar": data}
     return b"".join(file(content, path) for path, content in files.items()) + END
-
-
-def seeded(seed: int) -> bytes:
-    """Return an input: a hostile layer, archive or document, the same one for the same seed."""
-    rng = random.Random(seed)  # noqa: S311 - for tests
-    first = rng.choice([0, SUMMED, SUMMED, SUMMED | TWICE, SUMMED | ZIPPED, SUMMED | OUTER, OUTER, DOCUMENTS])
-    data = mutated(seed)
-    if not first & (OUTER | DOCUMENTS):
-        return bytes([first]) + data
-    name = rng.choice(["0/layer.tar"] * 3 + ["./layer", "../kept", "/etc/passwd", "", "a\0b", "\u00e9", "a/" * 999])
-    config = rng.choice(["config.json"] * 4 + ["../kept", "."])
-    described = manifest(*[name] * rng.choice([1, 1, 1, 2]), config=config)
-    if first & DOCUMENTS:
-        return bytes([first]) + damaged(rng, rng.choice([b"", b"", b"[]", b'{"manifests": []}'])) + b"\0" + described
-    return bytes([first]) + damaged(rng, archive(data, described))
 
 
 def made(folder: Path, first: int, data: bytes) -> Path:

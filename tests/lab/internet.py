@@ -41,7 +41,6 @@ HEAD_MAX_BYTES: Final = 4_194_304
 BODY_MAX_BYTES: Final = 67_108_864
 HTTP_PORTS: Final = (80, 8000, 8080)
 TLS_PORTS: Final = (443, 8443, 9443)
-SPOOFED_PORT: Final = 9001
 UDP_ECHO_PORTS: Final = (53, 123, 443, 9000)
 DNS_ADDRESS: Final = "45.45.45.53"
 SECRET_PORT: Final = 8600
@@ -237,49 +236,19 @@ class Http:
         self._connection.log.write(self._connection.where, "http", "request", line, name=host)
         words = line.split()
         if len(words) != 3 or not words[2].startswith(b"HTTP/1."):
-            await self._answer(b"400 Bad Request", b"")
+            await self._answer(b"400 Bad Request")
             return False
-        body = await self._body(headers)
-        self._connection.note(body, "http")
+        length = headers.get(b"content-length", b"0")
+        self._connection.note(await self._take(min(int(length), BODY_MAX_BYTES) if length.isdigit() else 0), "http")
         path = re.sub(rb"^[a-z]+://[^/]*", b"", words[1]) or b"/"
         if path == b"/upgrade" and headers.get(b"upgrade", b"").lower() == b"websocket":
             await self._upgraded()
             return False
-        await self._reply(words[0], path, body)
+        await (self._answer(b"200 OK", b"hello") if path == b"/" else self._answer(b"404 Not Found"))
         return headers.get(b"connection", b"").lower() != b"close" and words[2] != b"HTTP/1.0"
 
-    async def _body(self, headers: dict[bytes, bytes]) -> bytes:
-        if b"chunked" not in headers.get(b"transfer-encoding", b"").lower():
-            length = headers.get(b"content-length", b"0")
-            return await self._take(min(int(length), BODY_MAX_BYTES) if length.isdigit() else 0)
-        body = b""
-        while True:
-            line = await self._until(rb"\r?\n")
-            size = re.match(rb"[0-9a-fA-F]{1,8}", line or b"")
-            if size is None or len(body) > BODY_MAX_BYTES:
-                raise EOFError
-            count = int(size[0], 16)
-            if count == 0:
-                break
-            body += await self._take(min(count, BODY_MAX_BYTES))
-            await self._until(rb"\r?\n")
-        while await self._until(rb"\r?\n"):  # trailers, to the empty line
-            pass
-        return body
-
-    async def _reply(self, method: bytes, path: bytes, body: bytes) -> None:
-        if method == b"CONNECT":
-            await self._answer(b"405 Method Not Allowed", b"")
-        elif path in {b"/", b"/refuse-upgrade"}:
-            await self._answer(b"200 OK", b"hello", bare=method == b"HEAD")
-        elif path == b"/echo":
-            await self._answer(b"200 OK", body, bare=method == b"HEAD")
-        else:
-            await self._answer(b"404 Not Found", b"")
-
-    async def _answer(self, status: bytes, body: bytes, *, bare: bool = False) -> None:
-        head = b"HTTP/1.1 %b\r\nContent-Length: %d\r\n\r\n" % (status, len(body))
-        await self._connection.send(head if bare else head + body)
+    async def _answer(self, status: bytes, body: bytes = b"") -> None:
+        await self._connection.send(b"HTTP/1.1 %b\r\nContent-Length: %d\r\n\r\n%b" % (status, len(body), body))
 
     async def _upgraded(self) -> None:
         head = b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
@@ -368,30 +337,25 @@ async def serve_tcp(log: Log, addresses: list[str], port: int, handler: Handler)
 
 
 class Udp(asyncio.DatagramProtocol):
-    """Echo on one address and port; *speaker*: another socket that answers in its place."""
+    """Echo on one address and port."""
 
-    def __init__(self, log: Log, where: str, speaker: asyncio.DatagramTransport | None = None) -> None:
-        self._log, self._where, self._transport = log, where, speaker
+    def __init__(self, log: Log, where: str) -> None:
+        self._log, self._where = log, where
 
     def connection_made(self, transport: asyncio.DatagramTransport) -> None:  # type: ignore[override] # it is one
-        """Keep the transport for answers, unless another was given."""
-        self._transport = self._transport or transport
+        """Keep the transport for answers."""
+        self._transport = transport
 
     def datagram_received(self, data: bytes, addr: tuple[str | Any, int]) -> None:
         """Log and send back."""
         self._log.write(self._where, "udp", "bytes", data)
-        if self._transport is not None:
-            self._transport.sendto(data, addr)
+        self._transport.sendto(data, addr)
 
 
 async def serve_udp(log: Log, address: str, port: int) -> None:
-    """Echo on one port; on SPOOFED_PORT the answer comes from another port."""
-    loop = asyncio.get_running_loop()
-    speaker = None
-    if port == SPOOFED_PORT:
-        speaker, _ = await loop.create_datagram_endpoint(asyncio.DatagramProtocol, (address, 0))
+    """Echo on one port."""
     where = place((address, port))
-    await loop.create_datagram_endpoint(lambda: Udp(log, where, speaker), (address, port))
+    await asyncio.get_running_loop().create_datagram_endpoint(lambda: Udp(log, where), (address, port))
 
 
 # ---------------------------------------------------------------------------------------------------------------- DNS
@@ -425,11 +389,21 @@ class Zone:
         return answers[at]
 
 
-class Dns:
+class Dns(asyncio.DatagramProtocol):
     """The one DNS server: logs every question, then answers from the zone; an unknown name is NXDOMAIN."""
 
     def __init__(self, log: Log, zone: Zone) -> None:
         self._log, self._zone = log, zone
+
+    def connection_made(self, transport: asyncio.DatagramTransport) -> None:  # type: ignore[override] # it is one
+        """Keep the transport for answers."""
+        self._transport = transport
+
+    def datagram_received(self, data: bytes, addr: tuple[str | Any, int]) -> None:
+        """Answer, unless the script is silent."""
+        response = self.reply(data)
+        if response is not None:
+            self._transport.sendto(response, addr)
 
     def reply(self, wire: bytes) -> bytes | None:
         """Return the answer to a query; None for bytes that are no query, or if the script is silent."""
@@ -465,24 +439,6 @@ class Dns:
             response.answer.append(dns.rrset.from_text(name, answer["ttl"], "IN", "CNAME", answer["cname"] + "."))
             name = dns.name.from_text(answer["cname"])
         return "NOERROR"
-
-
-class DnsUdp(asyncio.DatagramProtocol):
-    """DNS over UDP."""
-
-    def __init__(self, server: Dns) -> None:
-        self._server = server
-        self._transport: asyncio.DatagramTransport | None = None
-
-    def connection_made(self, transport: asyncio.DatagramTransport) -> None:  # type: ignore[override] # it is one
-        """Keep the transport for answers."""
-        self._transport = transport
-
-    def datagram_received(self, data: bytes, addr: tuple[str | Any, int]) -> None:
-        """Answer, unless the script is silent."""
-        response = self._server.reply(data)
-        if response is not None and self._transport is not None:
-            self._transport.sendto(response, addr)
 
 
 # ------------------------------------------------------------------------------------------------------------- packets
@@ -566,9 +522,9 @@ async def internet(log: Log, setting: dict[str, Any]) -> None:
     for port, handler in handlers.items():
         await serve_tcp(log, addresses, port, handler)
     await serve_tcp(log, [DNS_ADDRESS], 53, discard)
-    await asyncio.get_running_loop().create_datagram_endpoint(lambda: DnsUdp(server), (DNS_ADDRESS, 53))
+    await asyncio.get_running_loop().create_datagram_endpoint(lambda: server, (DNS_ADDRESS, 53))
     for address in addresses:
-        for port in (*UDP_ECHO_PORTS, SPOOFED_PORT):
+        for port in UDP_ECHO_PORTS:
             if (address, port) != (DNS_ADDRESS, 53):
                 await serve_udp(log, address, port)
     watch_packets(log, setting["device"])

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import msgspec
 import pytest
 
-from tests.unit.test_run_host_files import RUN, Run, die_at, messages
+from tests.unit.apply_driver import STRIDE, at_call, die
+from tests.unit.test_run_host_files import RUN, Run, messages
 from x07_sandbox.channel.trees import Entry, Kind
 from x07_sandbox.cli.main import main
 from x07_sandbox.errors import UsageError
@@ -303,12 +304,12 @@ def test_a_kill_of_a_later_apply_or_undo_is_recovered(run: Run, verb: str) -> No
     first, both = {"a"}, {"a", "AGENTS.md", "a/.envrc"}
     every = ["apply", "--allow-protected", "*"]
     killed = 0
-    for number in itertools.count():
+    for number in itertools.count(1, STRIDE):
         if verb == "undo":
             assert main(every) == 0
         pid = os.fork()
         if pid == 0:
-            die_at(number)
+            at_call(number, die)
             main(every if verb == "apply" else ["undo"])
             os._exit(0)
         ended = os.waitpid(pid, 0)[1] == 0
@@ -322,7 +323,7 @@ def test_a_kill_of_a_later_apply_or_undo_is_recovered(run: Run, verb: str) -> No
         if ended:
             break
         killed += 1
-    assert killed > 10
+    assert killed * STRIDE > 10
     undo_saved(find_saved(RUN), lambda _path: None)
     assert there(run) == set()
 

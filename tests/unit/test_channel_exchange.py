@@ -5,22 +5,31 @@ from __future__ import annotations
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import initialize, invariant, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from tests.guest.joined import ROLES, TABLES, Joined
 from tests.guest.messages import GUEST, HOST, OTHER
-from x07_sandbox.channel.messages import Message
-from x07_sandbox.channel.streams import ANSWER, CREDIT, DATAGRAM, MESSAGE, OPEN, RESET, Event, Role, Streams
+from tests.guest.tables import ROLES, SIZES, TABLES, held, most_of
+from x07_sandbox.channel.streams import ANSWER, CREDIT, DATA, DATAGRAM, FIN, MESSAGE, OPEN, RESET, Event, Role, Streams
 from x07_sandbox.errors import ChannelUsageError
 
 
-class Exchange(Joined):
-    """Two ends with any table, all of whose features they use."""
+class Exchange(RuleBasedStateMachine):
+    """Two ends with any table, all of whose features they use, joined by two pipes."""
 
     @initialize(name=st.sampled_from(list(TABLES)))
     def begin(self, name: str) -> None:
         """Choose the table, and open a stream of each kind."""
-        self.join(TABLES[name], {role: Streams(role, TABLES[name]) for role in Role})
+        self.table = TABLES[name]
+        self.ends = {role: Streams(role, self.table) for role in Role}
+        self.pipes = {role: bytearray() for role in Role}  # by writer
+        self.filler = 0
+        self.kinds: dict[int, int] = {}
+        self.sent: dict[tuple[Role, int], bytearray] = {}
+        self.came: dict[tuple[Role, int], bytearray] = {}  # by sender
+        self.used: dict[tuple[Role, int], int] = {}
+        self.finished: set[tuple[Role, int]] = set()
+        self.whole: set[tuple[Role, int]] = set()  # that have ended at their receiver
+        self.dropped: set[int] = set()  # streams that were reset or refused
         self.unanswered: list[int] = []
         self.payloads: dict[int, bytes] = {}
         self.codes: dict[int, set[int]] = {}  # with which a stream was reset or refused
@@ -90,8 +99,11 @@ class Exchange(Joined):
         self.filler += 1
         payload = bytes([self.filler % 256]) * size
         number = self.ends[self.table.streams[code].opener].open(code, payload)
-        self.note(number, code)
-        self.payloads[number] = payload
+        assert number not in self.kinds
+        self.kinds[number], self.payloads[number] = code, payload
+        sender = self.table.streams[code].sender
+        for role in Role if sender is None else (sender,):
+            self.sent[role, number], self.came[role, number], self.used[role, number] = bytearray(), bytearray(), 0
         return number
 
     @rule(data=st.data(), code=st.sampled_from([0, 0, 0, 1]))
@@ -138,17 +150,107 @@ class Exchange(Joined):
             self.ends[role].message(code, payload)
             self.said[role].append(Event(MESSAGE, 0, code, payload))
 
+    def some(self, data: st.DataObject) -> int | None:
+        """Return a stream that was opened, mostly one that is still open, or None."""
+        numbers = list(self.kinds)
+        still = [number for number in numbers if any(end.is_open(number) for end in self.ends.values())]
+        return data.draw(st.sampled_from(still or numbers) | st.sampled_from(numbers)) if numbers else None
+
+    @rule(data=st.data(), role=ROLES, share=st.sampled_from([0.001, 0.3, 1, 3]))
+    def give(self, data: st.DataObject, role: Role, share: float) -> None:
+        """Offer data, more than the window at times."""
+        number = self.some(data)
+        if number is not None:
+            self.give_one(role, number, 1 + int(share * self.table.window))
+
+    def give_one(self, role: Role, number: int, size: int) -> None:
+        """Offer so much data of a role on a stream."""
+        end = self.ends[role]
+        self.filler += 1
+        content = bytes([self.filler % 256, self.filler * 7 % 256, 0]) * (size // 3 + 1)
+        window = end.window(number)
+        count = end.send(number, memoryview(content)[:size])
+        assert count == min(size, window)
+        if count:
+            assert end._open[number].opened  # noqa: SLF001 - no method of users tells whether it was answered
+            self.sent[role, number] += content[:count]
+
+    @rule(data=st.data(), role=ROLES)
+    def finish(self, data: st.DataObject, role: Role) -> None:
+        """End one side's data."""
+        number = self.some(data)
+        if number is not None:
+            self.finish_one(role, number)
+
+    def finish_one(self, role: Role, number: int) -> None:
+        """End one side's data on a stream."""
+        end = self.ends[role]
+        sends = end.is_open(number) and (role, number) in self.sent
+        if sends and not end._open[number].opened:  # noqa: SLF001 - no method of users tells whether it was answered
+            with pytest.raises(ChannelUsageError):
+                end.finish(number)
+            return
+        end.finish(number)
+        if sends:
+            self.finished.add((role, number))
+
+    @rule(data=st.data(), role=ROLES, code=st.sampled_from([0, 5]))
+    def reset(self, data: st.DataObject, role: Role, code: int) -> None:
+        """Abort a stream, also one whose opening is still queued."""
+        number = self.some(data)
+        if number is not None and self.ends[role].is_open(number):
+            self.reset_one(role, number, code if self.table.code_max else 0)
+
     def reset_one(self, role: Role, number: int, code: int) -> None:
         """Abort a stream."""
-        super().reset_one(role, number, code)
+        self.ends[role].reset(number, code)
+        self.dropped.add(number)
         self.codes.setdefault(number, set()).add(code)
 
-    def take(self, role: Role, event: Message | Event) -> None:
+    @rule(data=st.data(), role=ROLES, share=st.sampled_from([0.001, 0.3, 1]))
+    def use(self, data: st.DataObject, role: Role, share: float) -> None:
+        """The reader of a role's data consumes some of it."""
+        number = self.some(data)
+        if number is not None and (role, number) in self.came:
+            self.use_one(role, number, 1 + int(share * self.table.window))
+
+    def use_one(self, role: Role, number: int, most: int) -> None:
+        """The reader of a role's data consumes at most so much of a stream."""
+        count = min(len(self.came[role, number]) - self.used[role, number], most)
+        self.used[role, number] += count
+        self.ends[OTHER[role]].consumed(number, count)
+
+    @rule(most=SIZES)
+    def carry(self, most: int) -> None:
+        """Both ends write and read."""
+        for role in Role:
+            self.write(role, most)
+            self.read(role, most)
+
+    @rule(role=ROLES, most=SIZES)
+    def write(self, role: Role, most: int) -> None:
+        """The pipe takes some bytes."""
+        data = self.ends[role].data_to_send()[:most]
+        self.pipes[role] += data
+        self.ends[role].sent(len(data))
+
+    @rule(role=ROLES, most=SIZES)
+    def read(self, role: Role, most: int) -> None:
+        """The other end reads some bytes."""
+        data = bytes(self.pipes[role][:most])
+        del self.pipes[role][:most]
+        for event in self.ends[OTHER[role]].receive(data):
+            self.take(role, event)
+
+    def take(self, role: Role, event: Event) -> None:
         """Check an event from a role."""
-        assert isinstance(event, Event)
         number = event.stream
-        super().take(role, event)
-        if event.type == MESSAGE:
+        if event.type == DATA:
+            self.came[role, number] += event.data
+        elif event.type == FIN:
+            assert (role, number) in self.finished
+            self.whole.add((role, number))
+        elif event.type == MESSAGE:
             assert event == self.said[role].pop(0)
         elif event.type == OPEN:
             assert event == Event(OPEN, number, self.kinds[number], self.payloads[number])
@@ -162,6 +264,30 @@ class Exchange(Joined):
             assert number in self.dropped
             assert event.code in self.codes[number]
             assert not self.ends[OTHER[role]].is_open(number)
+
+    def settle(self) -> None:
+        """Carry until nothing moves."""
+        while any(end.pending() for end in self.ends.values()) or any(self.pipes.values()):
+            self.carry(1 << 20)
+
+    @invariant()
+    def in_order(self) -> None:
+        """Received bytes are a prefix of the bytes sent, nothing follows an end, and windows and memory hold."""
+        for (role, number), came in self.came.items():
+            sent = self.sent[role, number]
+            assert sent.startswith(came)
+            assert (role, number) not in self.whole or came == sent
+            assert number in self.dropped or len(sent) - self.used[role, number] <= self.table.window
+        for role, end in self.ends.items():
+            assert held(end) <= most_of(self.table, OTHER[role])
+
+    def check_whole(self) -> None:
+        """Check that every byte of a stream that was not dropped has arrived."""
+        self.in_order()
+        for (role, number), came in self.came.items():
+            if number not in self.dropped:
+                assert came == self.sent[role, number]
+                assert ((role, number) in self.whole) == ((role, number) in self.finished)
 
     @invariant()
     def bounded(self) -> None:

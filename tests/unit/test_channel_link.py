@@ -5,10 +5,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from tests.fuzz.fuzz_channel import one_input
 from tests.guest.lies import CLOSED, EXITED
 from tests.guest.messages import (
     AFTER_OPEN,
@@ -22,7 +19,6 @@ from tests.guest.messages import (
     SITUATIONS,
     carry,
     check_remembered,
-    credit,
     exchange,
     execute,
     frame,
@@ -460,24 +456,3 @@ def test_a_reply_between_events_counts() -> None:
         if isinstance(event, Hello):
             link.send(MESSAGES[Seed])
     assert same(seen, [MESSAGES[Hello], Seeded(NONCE)])
-
-
-NUMBERS: Final = st.integers(1, 9)
-PARTS: Final = (
-    st.sampled_from([message(one) for one in ALL_MESSAGES.values()])
-    | st.builds(opening, NUMBERS, st.sampled_from(Stream), st.integers(0, 2))
-    | st.builds(frame, st.just(streams.DATA), NUMBERS, st.binary(min_size=1, max_size=9))
-    | st.builds(frame, st.sampled_from([streams.FIN, streams.RESET, streams.ANSWER]), NUMBERS)
-    | st.builds(credit, NUMBERS, st.integers(0, WINDOW))
-    | st.binary(max_size=99)
-)
-
-
-@given(st.lists(PARTS, max_size=12), st.binary(max_size=3), st.sampled_from([0, 0x40, 0x80, 0xC0]))
-def test_any_frames_keep_the_promises_of_the_fuzz_target(parts: list[bytes], sizes: bytes, switches: int) -> None:
-    """Any sequence of frames and junk yields messages, events or PeerError, the same for any cut."""
-    guest_ready = b"".join(map(message, (MESSAGES[Hello], Seeded(NONCE), Started(1))))
-    host_ready = b"".join(map(message, (MESSAGES[Seed], OPEN, MESSAGES[Exec])))
-    head = bytes([switches | len(sizes)]) + sizes
-    one_input(head + (host_ready if switches & 0x80 else guest_ready) + b"".join(parts))
-    one_input(head + b"".join(parts))

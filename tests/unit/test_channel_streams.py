@@ -8,10 +8,11 @@ from collections import Counter
 from typing import Any, Final
 
 import pytest
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.guest.joined import (
+from tests.guest.messages import GUEST, HOST, OTHER, credit, frame, taken
+from tests.guest.tables import (
     ASKED,
     BOTH,
     DOWN,
@@ -25,7 +26,6 @@ from tests.guest.joined import (
     held,
     most_of,
 )
-from tests.guest.messages import GUEST, HOST, OTHER, credit, frame, taken
 from x07_sandbox.channel import link
 from x07_sandbox.channel.streams import (
     ANSWER,
@@ -46,7 +46,6 @@ from x07_sandbox.errors import ChannelUsageError, PeerError
 
 TABLE: Final = st.sampled_from(list(TABLES.values()))
 TYPES: Final = (MESSAGE, OPEN, ANSWER, DATA, CREDIT, FIN, RESET, DATAGRAM)
-CUTS: Final = st.lists(st.integers(1, 40), max_size=4)
 
 
 def opening(number: int, kind: int, payload: bytes = b"x") -> bytes:
@@ -183,47 +182,6 @@ def test_a_bad_header_is_refused_before_its_payload_comes(name: str, role: Role)
         elif fields[-1]:
             assert list(end.receive(HEADER.pack(*fields))) == [], fields
             assert held(end) == HEADER.size, fields
-
-
-def play(table: Table, role: Role, wire: bytes, cuts: list[int]) -> tuple[list[Event], tuple[str, ...]]:
-    """Return events and error of bytes that arrive in pieces. The receiver answers every opening."""
-    end = Streams(role, table)
-    seen: list[Event] = []
-    at = turn = 0
-    try:
-        while at < len(wire) or not turn:
-            size = cuts[turn % len(cuts)] if cuts else max(1, len(wire))
-            turn += 1
-            for event in end.receive(wire[at : at + size]):
-                seen.append(event)
-                if event.type == OPEN and table.streams[event.code].answered:
-                    end.answer(event.stream)
-            at += size
-    except PeerError as exc:
-        return seen, exc.args
-    return seen, ()
-
-
-MEANT: Final = [
-    *[opening(number, kind) for number in range(1, 7) for kind in SMALL.streams],
-    *[frame(kind, number) for kind in (ANSWER, FIN, RESET, DATAGRAM) for number in range(1, 7)],
-    *[frame(DATA, number, b"data") for number in range(1, 7)],
-    *[credit(number, count) for number in range(1, 7) for count in (1, 64)],
-    frame(MESSAGE, 0, b"xx", ORDER),
-    frame(MESSAGE, 0, b"xx", REPORT),
-    frame(DATA, 1, bytes(16)) * 4,
-    frame(DATA, 2, bytes(16)) * 5,
-]
-
-
-@given(TABLE | st.just(SMALL), ROLES, st.lists(st.sampled_from(MEANT) | st.binary(max_size=99), max_size=12), CUTS)
-@example(SMALL, HOST, [b"\4\0\0\0\0\0\0\1\xff\xff\xff\xff"], [1])
-def test_any_bytes_give_events_or_a_peer_error_however_they_are_cut(
-    table: Table, role: Role, parts: list[bytes], cuts: list[int]
-) -> None:
-    """Any frames and junk yield events or PeerError, and the same ones for any cut, with every table."""
-    wire = b"".join(parts)
-    assert play(table, role, wire, cuts) == play(table, role, wire, [])
 
 
 # faults of the peer

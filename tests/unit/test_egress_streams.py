@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.fuzz.fuzz_egress import FLOWS, TO_GATE, TO_GUEST, asking, one_input, refusal
-from tests.guest.messages import GUEST, HOST, credit, frame, taken
+from tests.fuzz.fuzz_egress import FLOWS, TO_GATE, TO_GUEST, asking
+from tests.guest.messages import GUEST, HOST, frame, taken
 from x07_sandbox.channel import egress, streams
-from x07_sandbox.channel.egress import DATA_MAX, TCP, UDP, WINDOW, Target
+from x07_sandbox.channel.egress import TCP, UDP, Target
 from x07_sandbox.channel.streams import Streams
 from x07_sandbox.errors import ChannelUsageError, PeerError
 
@@ -78,25 +78,3 @@ def test_a_report_names_a_transport(transport: int) -> None:
     """A report about any other transport than TCP and UDP raises PeerError."""
     with pytest.raises(PeerError, match=f"transport {transport}"):
         egress.refused(Target(transport, b"x", 1).refusal())
-
-
-MEANT: Final = [
-    *[asking(stream, transport) for stream in (1, 3, 5) for transport in (TCP, UDP)],
-    *[frame(kind, stream) for kind in (streams.ANSWER, streams.FIN, streams.RESET) for stream in (1, 3, 5)],
-    *[frame(kind, stream, b"data") for kind in (streams.DATA, streams.DATAGRAM) for stream in (1, 3, 5)],
-    *[credit(stream, WINDOW // 2) for stream in (1, 3, 5)],
-    frame(streams.DATA, 1, bytes(DATA_MAX)),
-    frame(streams.CREDIT, 1, b"\xff" * 4),
-    refusal(),
-    refusal(1),
-]
-
-
-@given(
-    st.sampled_from([0, 0x40, 0x80, 0xC0]),
-    st.binary(max_size=5),
-    st.lists(st.sampled_from(MEANT) | st.binary(max_size=99), max_size=12),
-)
-def test_any_frames_keep_the_promises_of_the_fuzz_target(switches: int, sizes: bytes, frames: list[bytes]) -> None:
-    """Any sequence of frames and junk yields events or PeerError, the same for any cut."""
-    one_input(bytes([switches | len(sizes)]) + sizes + b"".join(frames))

@@ -215,15 +215,3 @@ def test_a_call_without_a_daemon_says_how_to_start_it() -> None:
             with pytest.raises(HostError, match="Start firecracker-containerd") as caught:
                 call(path, "S", "Method", b"", metadata={}, timeout_s=5)
             assert caught.value.what == f"cannot connect to {path}"
-
-
-@given(st.binary(max_size=100) | st.binary(max_size=60).map(frame))
-def test_any_answer_gives_bytes_or_an_error(answer: bytes) -> None:
-    """Whatever a daemon sends before it closes, the call ends with bytes of the answer or BackendError."""
-    with stand_in(answer) as daemon:
-        error: BackendError | None = None
-        try:
-            assert ask(daemon) in answer
-        except BackendError as exc:
-            error = exc
-        assert error is None or error.why.isprintable()

@@ -18,7 +18,6 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tests.fuzz.fuzz_dns import check
 from x07_sandbox.guest.dns import REFUSED, TTL_S, NameTable, answer
 from x07_sandbox.host.settings import GUEST_HOSTNAME
 
@@ -297,36 +296,3 @@ def test_what_is_no_query_is_not_answered() -> None:
     assert reply is not None
     assert answer(reply, listed()) is None
     assert all(answer(message(EXAMPLE)[:size], listed()) is None for size in range(12))
-
-
-# any bytes
-
-
-KINDS: Final = st.one_of(st.sampled_from(["A", "PTR", *OTHER_TYPES]), st.integers(0, 0xFFFF).map("TYPE{}".format))
-LABELS: Final = st.sampled_from(
-    ["a", "example", "org", "net", "deep", "localhost", "198", "18", "in-addr", "arpa", "0"]
-)
-
-
-@given(
-    st.lists(LABELS, max_size=8).map(".".join),
-    KINDS,
-    st.sampled_from([-1, 0, 1]),
-    st.lists(st.tuples(st.integers(0, 80), st.integers(0, 255)), max_size=4),
-    st.integers(0, 120),
-    st.binary(max_size=600),
-)
-def test_any_bytes_and_damaged_queries_are_dropped_or_answered(
-    name: str, kind: str, edns: int, damage: list[tuple[int, int]], end: int, junk: bytes
-) -> None:
-    """Any bytes, and a damaged query, are dropped or answered with a valid message."""
-    names = listed()
-    names.address_of("example.org")
-    query = bytearray(dns.message.make_query(f"{name}.", kind, use_edns=edns).to_wire())
-    check(bytes(query), names)
-    for at, value in damage:
-        query[at % len(query)] = value
-    check(bytes(query), names)
-    check(bytes(query[:end]), names)
-    for data in (junk, b"\0\x07\x01\0" + junk):
-        check(data, names)

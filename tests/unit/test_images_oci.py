@@ -16,8 +16,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.conftest import FULL
-from tests.fuzz import fuzz_images
 from tests.hostile_images import END, HOSTILE, file, header
 from tests.oci_images import Entry, archived, docker_archive, layer, layout
 from x07_sandbox.errors import ImageError, SandboxError, UsageError
@@ -241,12 +239,6 @@ def test_blobs_of_a_layout_stay_beneath_it(tmp_path: Path) -> None:
     (source / "blobs").symlink_to(tmp_path / "blobs")
     with pytest.raises(ImageError, match="is missing or damaged"):
         names(source, tmp_path)
-
-
-def test_hundreds_of_hostile_images_end_in_an_image_or_an_error() -> None:
-    """Mutated layers, archives and documents raise no other error, and write no byte over the limit or elsewhere."""
-    became_images = sum(fuzz_images.one_input(fuzz_images.seeded(seed)) for seed in range(100_000 if FULL else 500))
-    assert became_images > 50  # else the mutations prove little
 
 
 FOLDER, LINK, HARD = tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE

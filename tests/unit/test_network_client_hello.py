@@ -7,8 +7,6 @@ import struct
 from typing import Final
 
 import pytest
-from hypothesis import example, given
-from hypothesis import strategies as st
 
 from tests.fuzz.fuzz_client_hello import pieces
 from tests.fuzz.tls import body, extension, hello, message, records, sni
@@ -126,14 +124,3 @@ def test_a_hello_has_a_limit() -> None:
     assert rule_of(records(b"\x01\x01\x00\x00")) == "tls:too-large"
     dribbled = records(b"\x01\x00\xff\xf0" + bytes(HELLO_MAX), 1)
     assert rule_of(dribbled, 999) == "tls:too-large"
-
-
-@given(data=st.binary(max_size=200), at=st.integers(0, 200), size=st.integers(1, 80))
-@example(data=b"", at=0, size=1)
-def test_broken_hellos_give_a_verdict_for_every_cut(data: bytes, at: int, size: int) -> None:
-    """A damaged ClientHello gives the same verdict for every cut."""
-    whole = hello(sni(b"a.example"), extension(PADDING, bytes(9)))
-    broken = whole[:at] + data + whole[at + len(data) :]
-    assert rule_of(broken) == rule_of(broken, size)
-    if not rule_of(broken):
-        assert read(broken) == read(broken, size)

@@ -5,10 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from tests.fuzz.fuzz_client_hello import ADDRESS, DENIED, NAME, TLS_ANSWER, denied, one_input, pieces, run
+from tests.fuzz.fuzz_client_hello import ADDRESS, DENIED, NAME, TLS_ANSWER, denied, pieces, run
 from tests.fuzz.tls import body, extension, hello, message, records, sni
 from x07_sandbox.network.first_bytes import HELD_MAX, Inspector
 from x07_sandbox.network.protocols import InspectionError
@@ -374,14 +372,3 @@ def test_endless_first_bytes_are_bounded(mode: Mode, data: bytes) -> None:
         "http:too-large",
         "http:malformed",
     }
-
-
-@given(
-    switches=st.integers(0, 255),
-    start=st.sampled_from([b"", GOOD, SSL_REQUEST, GET, hello(sni(b"b.example"))]),
-    at=st.integers(0, 120),
-    data=st.binary(max_size=20),
-)
-def test_any_bytes_keep_the_promises(switches: int, start: bytes, at: int, data: bytes) -> None:
-    """The verdict on any first bytes does not depend on how they are cut."""
-    one_input(bytes([switches]) + start[:at] + data + start[at + len(data) :])

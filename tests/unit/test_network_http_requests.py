@@ -6,11 +6,9 @@ import time
 from typing import TYPE_CHECKING, Final
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from tests.fuzz.fuzz_client_hello import ADDRESS, denied, pieces, run
-from tests.fuzz.fuzz_http_requests import one_input, parse
+from tests.fuzz.fuzz_http_requests import parse
 from x07_sandbox.network.first_bytes import Inspector
 from x07_sandbox.network.http_requests import HEAD_MAX
 from x07_sandbox.network.protocols import InspectionError
@@ -343,29 +341,3 @@ def test_hostile_requests_take_linear_time(data: bytes, size: int) -> None:
     start = time.process_time()
     forwarded(data, size=size)
     assert time.process_time() - start < 5
-
-
-@given(
-    switches=st.integers(0, 255),
-    parts=st.lists(
-        st.sampled_from(
-            [
-                GET,
-                OTHER,
-                POST,
-                CHUNKED,
-                HANDSHAKE,
-                HOST,
-                b"3\r\nabc\r\n",
-                b"0\r\n\r\n",
-                b"\r\n",
-                b"Content-Length: 3\r\n",
-            ]
-        )
-        | st.binary(max_size=8),
-        max_size=6,
-    ),
-)
-def test_any_bytes_keep_the_promises(switches: int, parts: list[bytes]) -> None:
-    """Any requests give the same output or error, however they are cut."""
-    one_input(bytes([switches]) + b"".join(parts))

@@ -49,7 +49,7 @@ from x07_sandbox.sessions.selection import Grants, select_changes
 from x07_sandbox.sessions.transfers import RunFolder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from x07_sandbox.policy.denials import Denial
 
@@ -845,22 +845,6 @@ def test_a_root_at_another_place_has_its_mount_there(run: Run, monkeypatch: pyte
     assert [mount.at for mount in files.mounts(0)] == ["/opt/x07/a", f"{run.root}/a"]
     files = run.files({"write_roots": ("a", str(run.root / "a/b"))}, changes="discard")
     assert [(mount.at, mount.sub) for mount in files.mounts(0)] == [("/opt/x07/a", ""), (f"{run.root}/a/b", "b")]
-
-
-def die_at(number: int) -> None:
-    """End this process before the *number*-th call that removes or renames a name."""
-    left = iter(range(number))
-
-    def dying(call: Callable[..., None]) -> Callable[..., None]:
-        def instead(*args: object, **words: object) -> None:
-            if next(left, None) is None:
-                os._exit(9)
-            call(*args, **words)
-
-        return instead
-
-    for name in ("unlink", "rmdir", "rename"):
-        setattr(os, name, dying(getattr(os, name)))
 
 
 def test_a_full_disk_leaves_no_partial_list(run: Run) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from tests.fuzz.differential.bench import HTTP2_PORTS, TLS_PORTS, Bench
-from tests.fuzz.differential.case import Case, Step, without_number
+from tests.fuzz.differential.case import Case, without_number
 from tests.fuzz.differential.session import Passed, dry_run, play
 from tests.fuzz.differential.tls import openssl
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 _CONNECTIONS: Final = 150
 _TLS_START: Final = b"\x16\x03"
 _HTTP2_START: Final = b"PRI * HTTP/2"
-_TRIALS_MAX: Final = 150
 _RECENT: Final = 5000
 _UNKNOWN: Final = Case("not reproduced", "any", ())
 
@@ -35,19 +35,19 @@ class Finding:
     passed: bytes
 
     def __str__(self) -> str:
-        return f"{self.case.name}: {self.taken.server} took {self.taken.text!r} for {self.taken.hosts or 'no host'}"
+        taken = f"{self.taken.server} took {self.taken.text!r} for {self.taken.hosts or 'no host'}"
+        return f"{self.case.name}: {taken} {self.case.steps} passed as {self.passed!r}"
 
 
 class Campaign:
     """Plays cases on a bench. gated: False to send all bytes to the servers, as a broken gate would.
 
-    counts: inputs, those that were stopped before any byte passed, those that pass the same bytes as an earlier one,
-    connections, bytes that passed. taken: requests that each server acted on.
+    inputs: how many were played; stopped: those of which no byte passed. taken: requests that each server acted on.
     """
 
     def __init__(self, bench: Bench, *, gated: bool = True) -> None:
         self.bench = bench
-        self.counts: Counter[str] = Counter()
+        self.inputs = self.stopped = 0
         self.taken: Counter[str] = Counter()
         self._gated = gated
         self._free = asyncio.Semaphore(_CONNECTIONS)
@@ -55,22 +55,20 @@ class Campaign:
         self._number = 0
         self._recent: dict[int, Case] = {}  # a slow server's evidence may come with that of a later round
 
-    async def run(self, cases: Iterable[Case], *, only: frozenset[str] = frozenset()) -> list[Finding]:
-        """Play the cases at the same time, and return the findings. only: the servers to play on; empty for all."""
+    async def run(self, cases: Iterable[Case]) -> list[Finding]:
+        """Play the cases at the same time, except those that pass the same bytes as an earlier one."""
         chosen: list[Case] = []
         for case in cases:
-            self.counts["inputs"] += 1
+            self.inputs += 1
             silent = self._silent(case)
             if not silent.data:  # no server speaks before it has received bytes
-                self.counts["stopped"] += 1
+                self.stopped += 1
             elif self._is_new(case, silent):
                 chosen.append(case)
-            else:
-                self.counts["repeated"] += 1
-        return await self._round(chosen, only)
+        return await self._round(chosen, frozenset())
 
     async def _round(self, cases: Sequence[Case], only: frozenset[str]) -> list[Finding]:
-        """Play the cases at the same time, whether they are new or not."""
+        """Play the cases at the same time, whether they are new or not. only: the servers to play on; empty for all."""
         numbered: dict[int, Case] = {}
         findings: list[Finding] = []
         for case in cases:
@@ -142,59 +140,5 @@ class Campaign:
 
     async def _connect(self, case: Case, port: str) -> None:
         async with self._free:
-            self.counts["connections"] += 1
-            try:
-                passed = await play(case, self.bench.address, self.bench.ports[port], gated=self._gated)
-            except OSError:
-                self.counts["failed connections"] += 1
-            else:
-                self.counts["bytes passed"] += len(passed.data)
-
-    async def reduce(self, finding: Finding) -> Finding:
-        """Return a smaller case with the same kind of evidence from the same server."""
-        if not finding.case.steps:
-            return finding
-        smallest, trials = finding, 0
-        for separator in (None, b"\n", b" ", b""):
-            pieces = _split(smallest.case, separator)
-            size = max(1, len(pieces) // 2)
-            while size:
-                at = 0
-                while at < len(pieces) and trials < _TRIALS_MAX:
-                    trials += 1
-                    fewer = pieces[:at] + pieces[at + size :]
-                    again = await self._round([_joined(smallest.case, fewer)], frozenset({finding.taken.server}))
-                    if again:
-                        smallest, pieces = again[0], fewer
-                    else:
-                        at += size
-                size //= 2
-        return smallest
-
-
-def _split(case: Case, separator: bytes | None) -> list[Step]:
-    """Return the pieces of a case's steps: the steps, or smaller pieces with their separator; each byte for b""."""
-    if separator is None:
-        return list(case.steps)
-    found: list[Step] = []
-    for step in case.steps:
-        if step is None:
-            found.append(None)
-        elif not separator:
-            found += [step[at : at + 1] for at in range(len(step))]
-        else:
-            found += [piece + separator for piece in step.split(separator)]
-            found[-1] = (found[-1] or b"")[: -len(separator)]
-    return found
-
-
-def _joined(case: Case, pieces: list[Step]) -> Case:
-    """Return the case with the pieces between two pauses as one step."""
-    steps: list[Step] = []
-    for piece in pieces:
-        last = steps[-1] if steps else None
-        if piece is None or last is None:
-            steps.append(piece)
-        else:
-            steps[-1] = last + piece
-    return replace(case, steps=tuple(steps))
+            with contextlib.suppress(OSError):
+                await play(case, self.bench.address, self.bench.ports[port], gated=self._gated)

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final, Literal
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from typing import Final, Literal
 
 Mode = Literal["tls", "http", "any"]
 Step = bytes | None
@@ -39,19 +35,6 @@ class Case:
             steps.append(None if step is None else data[: len(step)])
             data = data[len(step or b"") :]
         return replace(self, steps=tuple(steps))
-
-    def save(self, path: Path, **notes: object) -> None:
-        """Write the case to a file, with notes for the reader."""
-        steps = [None if step is None else step.decode("latin-1") for step in self.steps]
-        fields = {"name": self.name, "mode": self.mode, "steps": steps, "half_close": self.half_close, **notes}
-        path.write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
-
-
-def load(path: Path) -> Case:
-    """Read a case that `Case.save` wrote."""
-    fields = json.loads(path.read_text(encoding="utf-8"))
-    steps = tuple(None if step is None else step.encode("latin-1") for step in fields["steps"])
-    return Case(fields["name"], fields["mode"], steps, fields["half_close"])
 
 
 def without_number(data: bytes) -> bytes:

@@ -39,35 +39,22 @@ def exchange(  # noqa: PLR0913 - one order that says all
     port: int,
     say: list[str | float],
     udp: bool = False,
+    answer_s: float = 12,
     wait_s: float = 0.1,
-    keep: str = "",
-    dribble: bool = False,
 ) -> dict[str, Any]:
-    """Open a flow to a host (hex), send bytes (hex), and wait in between (up to so many seconds, or for data).
-
-    keep: leave it open under that name. dribble: send the frame byte by byte.
-    """
+    """Open a flow to a host (hex), send bytes (hex), and wait in between (up to so many seconds, or for data)."""
     gate = _port(state)
-    gate.last += 2
-    asked = asking(gate.last, bytes.fromhex(host), port, UDP if udp else TCP)
-    number, known = gate.last, Stream()
-    gate.streams[number] = known
-    for at in range(0, len(asked), 1 if dribble else len(asked)):
-        gate.write(asked[at : at + 1] if dribble else asked)
-        time.sleep(0.002 if dribble else 0)
-    gate.until(number, "code", 12)
+    number = gate.open(bytes.fromhex(host), port, UDP if udp else TCP)
+    known = gate.until(number, "code", answer_s)
     if known.code == 0:
         for one in say:
             if isinstance(one, str):
                 _say(gate, number, bytes.fromhex(one), DATAGRAM if udp else DATA)
             else:
                 _await(gate, known, one)
-        if not keep:
-            gate.until(number, "reset", wait_s)
-            if not known.over:
-                gate.write(frame(RESET, number))
-    if keep:
-        state[keep] = number
+        gate.until(number, "reset", wait_s)
+        if not known.over:
+            gate.write(frame(RESET, number))
     return {"code": known.code, "reset": known.reset, "data": known.data.decode("latin-1")[:300], "lost": gate.lost}
 
 
@@ -83,14 +70,6 @@ def _await(gate: Port, known: Stream, wait_s: float) -> None:
         gate.read(deadline - time.monotonic())
 
 
-def write(state: State, *, say: list[str]) -> dict[str, Any]:
-    """Write bytes (hexadecimal); the gate stays open."""
-    gate = _port(state)
-    gate.write(b"".join(map(bytes.fromhex, say)))
-    gate.quiet(0.1)
-    return {"lost": gate.lost}
-
-
 def claim_flood(state: State, *, host: str, port: int, count: int) -> dict[str, Any]:
     """Report *count* refusals by the guest that nobody asked for."""
     gate = _port(state)
@@ -101,31 +80,19 @@ def claim_flood(state: State, *, host: str, port: int, count: int) -> dict[str, 
     return {"code": gate.until(number, "code", 30).code, "lost": gate.lost}
 
 
-def await_end(state: State, *, keep: str, wait_s: float) -> dict[str, Any]:
-    """Wait for the end of a stream that was left open."""
-    known = _port(state).until(state[keep], "reset", wait_s)
-    return {"reset": known.reset, "data": known.data.decode("latin-1")[:300]}
-
-
-def frames(
-    state: State, *, opens: list[list[Any]], say: list[str], pause_s: float = 0.0, wait_s: float = 1.0
-) -> dict[str, Any]:
-    """Open streams (host, port, whether UDP), wait for their answers, write bytes; report whether the gate closed."""
+def frames(state: State, *, host: str, port: int, say: str) -> dict[str, Any]:
+    """Open a stream, wait for its answer, write bytes (hexadecimal); report whether the gate closed."""
     gate = _port(state)
-    codes = []
-    for host, port, udp in opens:
-        number = gate.open(host.encode(), port, UDP if udp else TCP)
-        codes.append(gate.until(number, "code", 12).code)
-    for one in say:
-        gate.write(bytes.fromhex(one))
-        gate.quiet(pause_s)
-    deadline = time.monotonic() + wait_s
+    number = gate.open(host.encode(), port)
+    code = gate.until(number, "code", 12).code
+    gate.write(bytes.fromhex(say))
+    deadline = time.monotonic() + 1
     while not gate.lost and time.monotonic() < deadline:
         gate.read(0.05)
     # Nobody reads what is sent after the gate has closed.
     gate.lost, closed = False, gate.lost
     gate.write(asking(10_001, b"after.lab.example", 80), 0.3)
-    return {"codes": codes, "closed": closed}
+    return {"code": code, "closed": closed}
 
 
 def past_credit(state: State, *, host: str, port: int) -> dict[str, Any]:
@@ -163,7 +130,7 @@ def restart(state: State, *, host: str, port: int) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------------- floods
 
 
-def open_flood(state: State, *, host: str, port: int, count: int, reset: bool, pace_s: float = 0.0) -> dict[str, Any]:
+def open_flood(state: State, *, host: str, port: int, count: int, reset: bool) -> dict[str, Any]:
     """Ask *count* times; {} in host is replaced by a number. reset: end each connection that is established."""
     gate = _port(state)
     first, began, unanswered = gate.last + 2, time.monotonic(), set[int]()
@@ -186,9 +153,6 @@ def open_flood(state: State, *, host: str, port: int, count: int, reset: bool, p
         while gate.read(0):
             pass
         look()
-        if pace_s:
-            gate.quiet(pace_s)
-            look()
     deadline = time.monotonic() + 40
     while unanswered and time.monotonic() < deadline:
         gate.read(0.1)

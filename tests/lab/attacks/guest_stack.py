@@ -79,20 +79,13 @@ def udp(_state: State, *, host: str, port: int, say: str, wait_s: float = 0.3) -
             return {"said": _name_of(exc.errno or 0) if exc.errno else "silence"}
 
 
-def dns(_state: State, *, queries: list[str]) -> dict[str, Any]:
-    """Send queries in wire format (hexadecimal) to the guest's DNS server."""
-    codes = []
-    for query in queries:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-            sock.settimeout(0.3)
-            try:
-                sock.connect(RELAY_DNS)
-                sock.send(bytes.fromhex(query))
-                answer = sock.recv(65535)
-                codes.append(answer[3] & 15 if len(answer) > 3 else -1)
-            except OSError:
-                codes.append(-1)
-    return {"codes": codes}
+def dns(_state: State, *, query: str) -> dict[str, Any]:
+    """Send a query in wire format (hexadecimal) to the guest's DNS server."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.settimeout(5)
+        sock.connect(RELAY_DNS)
+        sock.send(bytes.fromhex(query))
+        return {"code": sock.recv(65535)[3] & 15}
 
 
 # ------------------------------------------------------------------------------------------------- routes and devices
