@@ -567,6 +567,14 @@ def test_a_kill_leaves_one_tree_on_fuse(fast: Path) -> None:
     assert driven("killed-on-fuse", fast, before=("/usr/bin/unshare", "--mount"))
 
 
+@pytest.mark.root
+def test_nothing_is_applied_below_a_mount(fast: Path) -> None:
+    """A set with a path on which something else is mounted is refused, and changes nothing there."""
+    need(os.geteuid() == 0, "root", installable=False)
+    reported = driven("mounted", fast, before=("/usr/bin/unshare", "--mount"))
+    assert reported.count(f"a mount point is on the path '{fast}/root/gone") == 2
+
+
 def test_concurrent_files_are_never_lost(fast: Path) -> None:
     """A file that another process writes during apply is never lost."""
     assert driven("disturbed", fast)

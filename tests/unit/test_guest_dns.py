@@ -288,11 +288,3 @@ def test_a_question_has_no_compression(name: bytes) -> None:
     """A question with a compression pointer, or one that is cut off, is malformed."""
     assert rcode(message(name + b"\0\x01\0\x01")) == dns.rcode.FORMERR
     assert rcode(message(name)) == dns.rcode.FORMERR
-
-
-def test_what_is_no_query_is_not_answered() -> None:
-    """A response, and a message shorter than a header, are dropped."""
-    reply = answer(message(EXAMPLE), listed())
-    assert reply is not None
-    assert answer(reply, listed()) is None
-    assert all(answer(message(EXAMPLE)[:size], listed()) is None for size in range(12))

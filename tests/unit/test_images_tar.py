@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.hostile_images import END, HOSTILE, binary, extended, file, header, padded, record
+from tests.hostile_images import END, binary, extended, file, header, padded, record
 from x07_sandbox.errors import ImageError
 from x07_sandbox.images.tar import Member, members
 
@@ -104,13 +104,6 @@ def test_records_and_long_names_replace_the_header() -> None:
         ("l/", "k", 0, 0),
         ("a", "", 0, 1),
     ]
-
-
-@pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_archives_are_refused(name: str) -> None:
-    """Chained headers, impossible sizes, truncated entries and sparse files are refused with the reason."""
-    with pytest.raises(ImageError, match=r"it (has|ends|is damaged)"):
-        read(HOSTILE[name])
 
 
 @pytest.mark.parametrize(

@@ -1,23 +1,19 @@
-"""Decision, guest view, `x07 policy check` and the denials of a run agree."""
+"""The decision on a connection and the guest's view of the list agree, in any spelling."""
 
 from __future__ import annotations
 
 from ipaddress import IPv4Address, IPv4Network, ip_address
 from typing import TYPE_CHECKING, Any, Final
 
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from x07_sandbox.cli.policy import host_report
 from x07_sandbox.guest.dns import NameTable
 from x07_sandbox.network.hosts import parse_guest_host
-from x07_sandbox.network.ledger import Ledger
-from x07_sandbox.network.rules import Allowlist, Decision, Request, decide, guest_view, make_allowlist, parse_request
+from x07_sandbox.network.rules import Request, decide, guest_view, make_allowlist, parse_request
 from x07_sandbox.policy.decode import default_policy
-from x07_sandbox.policy.denials import Contact
 from x07_sandbox.policy.model import Db, DbNet, Drivers, HostPorts, Policy
-from x07_sandbox.sessions.egress import denials
 
 if TYPE_CHECKING:
     from x07_sandbox.channel.messages import Network
@@ -141,63 +137,6 @@ def test_the_guest_may_ask_for_what_is_allowed(
     elif inside:  # the guest does not know the rules beside the list; the gate refuses such a destination
         beside = ("deny-floor:", "local-name:", "deny-host:", "udp-443")
         assert decision.rule.startswith(beside), decision
-
-
-@given(POLICY, OTHER_HOST, PORTS, transport(), st.data())
-def test_policy_check_agrees_with_the_gate(
-    policy: Policy, host: str, port: int, transport: Transport, data: st.DataObject
-) -> None:
-    """`x07 policy check --host` reports the gate's decision, rule, reason and advice."""
-    decision = decide(make_allowlist(policy), request_for(host, port, transport))
-    report = host_report(policy, "p.json", endpoint(data.draw(pattern_text(host)), port), transport)
-    found = (
-        report.host,
-        report.port,
-        report.transport,
-        report.allowed,
-        report.rule,
-        report.reason,
-        report.how_to_allow,
-    )
-    request = decision.request
-    assert found == (
-        *(str(request.host), port, transport, decision.allowed),
-        *(decision.rule, decision.reason, decision.how_to_allow),
-    )
-
-
-def recorded(allowlist: Allowlist, decision: Decision) -> Any:  # noqa: ANN401 - a denial
-    """The single denial of a run with this decision."""
-    ledger = Ledger(lambda _: True, lambda: 0.0)
-    request = decision.request
-    ledger.denied(
-        Contact(
-            host=str(request.host),
-            port=request.port,
-            transport=request.transport,
-            rule=decision.rule,
-            reason=decision.reason,
-        )
-    )
-    (denial,), more = denials(ledger.use(), allowlist)
-    assert more == 0
-    return denial
-
-
-@given(POLICY, DENIED, OTHER_HOST, PORTS, transport())
-def test_a_run_s_denial_names_the_rule_of_the_decision(
-    policy: Policy, denied: DeniedHosts, host: str, port: int, transport: Transport
-) -> None:
-    """A run's denial names the rule and the advice of the gate's decision."""
-    allowlist = make_allowlist(policy, denied)
-    decision = decide(allowlist, request_for(host, port, transport))
-    assume(not decision.allowed)
-    denial = recorded(allowlist, decision)
-    assert denial.field == decision.rule
-    by_setting = denial.how_to_allow is not None and denial.how_to_allow.setting
-    assert by_setting or denial.how_to_allow == decision.how_to_allow
-    assert str(decision.request.host) in denial.subject
-    assert str(port) in denial.subject
 
 
 @given(POLICY, DENIED, OTHER_HOST, PORTS, transport(), st.data())

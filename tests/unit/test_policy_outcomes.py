@@ -21,13 +21,11 @@ from x07_sandbox.policy.outcomes import (
     OUTCOMES,
     Evidence,
     Stage,
-    Verdict,
     build_verdict,
     classify,
     exit_code,
     limit_set_by,
     signal_name,
-    verdict,
     with_denied_tasks,
 )
 
@@ -328,12 +326,6 @@ def test_a_build_that_ends_badly_is_a_failed_build() -> None:
         assert replace(found, params={}) == replace(classify(kept), params={})
     found = build_verdict(classify(run(cancelled_by=2, stage=Stage.COLLECT)))
     assert found.reason.endswith(" while the guest was returning the built program")
-
-
-def test_errors_without_a_guest_have_a_fault() -> None:
-    """Errors before a guest exists have a fault too."""
-    assert verdict("backend-error", "bug") == Verdict(outcome="backend-error", fault="host", code="bug")
-    assert verdict("refused", "not-prepared", fault="host").fault == "host"
 
 
 @pytest.mark.parametrize("status", [-9, 137])

