@@ -8,27 +8,18 @@ from typing import TYPE_CHECKING, Any, Final
 
 from hypothesis import example, given
 from hypothesis import strategies as st
-from msgspec.structs import replace
 
+from tests.unit.test_network_rules import policy_with
 from x07_sandbox.guest.dns import NameTable
 from x07_sandbox.network.rules import guest_view, make_allowlist
 from x07_sandbox.network.settings import parse_settings
-from x07_sandbox.policy.decode import default_policy
-from x07_sandbox.policy.model import Db, DbNet, Drivers, HostPorts, Policy
+from x07_sandbox.policy.model import Db, DbNet, Drivers
 
 if TYPE_CHECKING:
     from x07_sandbox.channel.messages import Network
 
 SYNTHETIC: Final = IPv4Network("198.18.0.0/15")  # routed to the relay in the guest
 PROGRAM: Final = IPv4Address("192.0.0.8")  # where a program's connections come from
-
-
-def policy_with(*hosts: tuple[str, tuple[int, ...]], db: Db | None = None, **net: bool) -> Policy:
-    """The default policy with hosts, UDP and databases."""
-    base = default_policy()
-    entries = tuple(HostPorts(host=host, ports=ports) for host, ports in hosts)
-    policy = replace(base, net=replace(base.net, **({"allow_udp": True} | net), allow_hosts=entries))
-    return policy if db is None else replace(policy, db=db)
 
 
 def view(*hosts: tuple[str, tuple[int, ...]], **more: Any) -> Network:  # noqa: ANN401 - as policy_with has them

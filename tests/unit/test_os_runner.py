@@ -98,9 +98,7 @@ def test_the_other_world_has_no_policy(refused: Refused, flag: str) -> None:
         (("--program", "prog.c"), {}),
         (("--program", "prog.c", "--world", "run-os", "--sandbox-backend", "none"), {}),
         (("--program", "prog.c", *SANDBOXED, "--policy", "policy.json", "--sandbox-backend", "os"), {}),
-        (("--program", "prog.c", *SANDBOXED, "--policy", "policy.json", "--sandbox-backend", "native"), {}),
         (("--program", "prog.c", *SANDBOXED, "--policy", "policy.json"), {"X07_SANDBOX_BACKEND": "NONE"}),
-        (("--program", "prog.c", *SANDBOXED, "--policy", "policy.json"), {"X07_VM_BACKEND": "docker"}),
     ],
 )
 def test_weaker_isolation_fails_closed(

@@ -46,17 +46,11 @@ def test_valid_policies_are_reported(tmp_path: Path) -> None:
     ("data", "why"),
     [
         (b"", "is not valid JSON"),
-        (b"not JSON", "is not valid JSON"),
-        (b'{"limits": NaN}', "NaN is not a JSON number"),
-        (b"[" * 100_000, "nested too deeply"),
-        (GOOD.replace(b'"procs": 16', b'"procs": 16, "procs": 16'), "$.limits.procs appears more than once"),
         (
             GOOD.replace(b'"procs": 16', b'"procss": 16'),
             "$.limits.procss: is not a field of the policy; did you mean procs",
         ),
         (GOOD.replace(b'"procs": 16', b'"procs": 1025'), "$.limits.procs must be from 0 to 1024, not 1025"),
-        (GOOD.replace(b'"procs": 16', b'"procs": "16"'), '$.limits.procs must be an integer, not "16"'),
-        (GOOD.replace(b"run-os-policy", b"arch.rr.policy"), "$.schema_version"),
     ],
 )
 def test_an_invalid_policy_has_an_exit_code_of_its_own(tmp_path: Path, data: bytes, why: str) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from tests.policies import document_with
-from x07_sandbox.policy.decode import RULES, decode_policy, regex_lite_fault
+from x07_sandbox.policy.decode import RULES, decode_policy
 from x07_sandbox.policy.model import PolicyError
 
 DB = {"enabled": True, "drivers": {"sqlite": False, "postgres": False, "mysql": False}}
@@ -42,19 +42,49 @@ def faults(made: dict[str, Any]) -> list[str]:
     return []
 
 
-@pytest.mark.parametrize("name", ["max_live", "max_spawns", "max_runtime_ms"])
-def test_spawning_needs_each_limit(name: str) -> None:
-    """allow_spawn needs max_live, max_spawns and max_runtime_ms above zero."""
-    assert faults(with_values(**{f"process__{name}": 0})) == [f"$.process.{name}"]
-    assert faults(with_values(**{f"process__{name}": 0, "process__allow_spawn": False})) == []
+SPAWN_LIMITS = ("max_live", "max_spawns", "max_runtime_ms")
+NO_PROGRAM: dict[str, Any] = {"process__allow_execs": [], "process__allow_exec_prefixes": []}
+NO_SPAWN: dict[str, Any] = {"process__allow_spawn": False}
+HOSTS = ("a;b", "a b", "a\tb", "a\n", " ", "\0", "a\0", "a\u00a0b", "é" * 128)
+GOOD_HOSTS = ("example.org", "10.0.0.0/8", "::1", "[::1]", "10.0.0.1-10.0.0.9", "é" * 127)
+PATTERNS = ("", ";", "a;b", "*", "*a", "a**", "a*b**", "a\\", "\\\\\\", "\0")
+GOOD_PATTERNS = ("a", ".*", "a*b*", "\\*", "\\**", "a\\\\", "--x=.*", "\\.")  # a backslash escapes the next character
 
 
-def test_spawning_needs_a_program_to_start() -> None:
-    """allow_spawn needs allow_execs or allow_exec_prefixes."""
-    none: dict[str, object] = {"process__allow_execs": [], "process__allow_exec_prefixes": []}
-    assert faults(with_values(**none)) == ["$.process.allow_execs"]
-    assert faults(with_values(**{**none, "process__allow_execs": ["/bin/true"]})) == []
-    assert faults(with_values(**none, process__allow_spawn=False)) == []
+def hosts(host: str, *ports: int) -> dict[str, Any]:
+    """A list of hosts whose second entry is this one."""
+    return {"net__allow_hosts": [{"host": "ok.example", "ports": [1]}, {"host": host, "ports": ports}]}
+
+
+CASES: list[tuple[Any, str]] = [
+    *(({f"process__{name}": 0}, f"process.{name}") for name in SPAWN_LIMITS),
+    *(({f"process__{name}": 0} | NO_SPAWN, "") for name in SPAWN_LIMITS),
+    (NO_PROGRAM, "process.allow_execs"),
+    (NO_PROGRAM | {"process__allow_execs": ["/bin/true"]}, ""),
+    (NO_PROGRAM | NO_SPAWN, ""),
+    ({"process__allow_cwd": True}, "process.allow_cwd_roots"),
+    ({"process__allow_cwd": True, "process__allow_cwd_roots": ["/tmp"]}, ""),  # noqa: S108 - a text
+    ({"db": DB}, "db.drivers"),
+    ({"db": DB | {"drivers": {"sqlite": False, "postgres": False, "mysql": False, "redis": True}}}, ""),
+    *((hosts(host, 1), "net.allow_hosts[1].host") for host in HOSTS),
+    *((hosts(host, 443), "") for host in GOOD_HOSTS),
+    *((hosts("a", port), "net.allow_hosts[1].ports[0]") for port in (0, 65536)),
+    *((hosts("a", *ports), "net.allow_hosts[1].ports") for ports in ([], [1] * 65)),
+    *(
+        ({path.replace(".", "__"): ["/good", entry]}, f"{path}[1]")
+        for path in LISTS
+        for entry in ("a;b", ";", "a\0")  # they are joined in one variable
+    ),
+    *(({"process__allow_args_regex_lite": ["ok", one]}, "process.allow_args_regex_lite[1]") for one in PATTERNS),
+    *(({"process__allow_args_regex_lite": [one]}, "") for one in GOOD_PATTERNS),
+    *(({"policy_id": name}, "policy_id") for name in ("", "a b", "a\n", "é", "a" * 65, "a/b")),
+]
+
+
+@pytest.mark.parametrize(("values", "place"), CASES)
+def test_each_rule_refuses_what_breaks_it_by_its_place(values: dict[str, Any], place: str) -> None:
+    """A policy that breaks a rule is refused with the path of the field, and one that keeps it is accepted."""
+    assert faults(with_values(**values)) == ([f"$.{place}"] if place else [])
 
 
 def test_spawning_rules_hold_for_fields_that_are_absent() -> None:
@@ -63,65 +93,6 @@ def test_spawning_rules_hold_for_fields_that_are_absent() -> None:
     for name in ("allow_execs", "allow_exec_prefixes", "max_runtime_ms"):
         del made["process"][name]
     assert faults(made) == ["$.process.allow_execs", "$.process.max_runtime_ms"]
-
-
-def test_a_working_folder_needs_roots() -> None:
-    """allow_cwd needs allow_cwd_roots."""
-    assert faults(with_values(process__allow_cwd=True)) == ["$.process.allow_cwd_roots"]
-    assert faults(with_values(process__allow_cwd=True, process__allow_cwd_roots=["/tmp"])) == []  # noqa: S108 - a text
-
-
-def test_databases_need_a_driver() -> None:
-    """db.enabled needs at least one driver."""
-    assert faults(with_values(db=DB)) == ["$.db.drivers"]
-    assert faults(with_values(db={**DB, "drivers": {**DB["drivers"], "redis": True}})) == []  # type: ignore[dict-item]
-
-
-@pytest.mark.parametrize("host", ["a;b", "a b", "a\tb", "a\n", " ", "\0", "a\0", "a\u00a0b", "é" * 128])
-def test_a_host_is_one_plain_word(host: str) -> None:
-    """A host has no ';', blank or NUL, and at most 255 bytes."""
-    made = with_values(net__allow_hosts=[{"host": "ok.example", "ports": [1]}, {"host": host, "ports": [1]}])
-    assert faults(made) == ["$.net.allow_hosts[1].host"]
-
-
-@pytest.mark.parametrize("host", ["example.org", "10.0.0.0/8", "::1", "[::1]", "10.0.0.1-10.0.0.9", "é" * 127])
-def test_every_kind_of_host_is_accepted(host: str) -> None:
-    """Names, addresses, networks and ranges are accepted as hosts."""
-    assert faults(with_values(net__allow_hosts=[{"host": host, "ports": [443]}])) == []
-
-
-@pytest.mark.parametrize(("ports", "place"), [([], ""), ([0], "[0]"), ([65536], "[0]"), ([1] * 65, "")])
-def test_a_host_has_ports(ports: list[int], place: str) -> None:
-    """A host has 1 to 64 ports from 1 to 65535."""
-    made = with_values(net__allow_hosts=[{"host": "a", "ports": ports}])
-    assert faults(made) == [f"$.net.allow_hosts[0].ports{place}"]
-
-
-@pytest.mark.parametrize("path", LISTS)
-@pytest.mark.parametrize("entry", ["a;b", ";", "a\0"])
-def test_joined_lists_contain_no_separator(path: str, entry: str) -> None:
-    """Lists that become one variable contain no ';' and no NUL."""
-    made = with_values(**{path.replace(".", "__"): ["/good", entry]})
-    assert faults(made) == [f"$.{path}[1]"]
-
-
-@pytest.mark.parametrize("pattern", ["", ";", "a;b", "*", "*a", "a**", "a*b**", "a\\", "\\\\\\", "\0"])
-def test_bad_patterns_are_refused(pattern: str) -> None:
-    """An invalid regex-lite pattern is refused."""
-    assert faults(with_values(process__allow_args_regex_lite=["ok", pattern])) == ["$.process.allow_args_regex_lite[1]"]
-
-
-@pytest.mark.parametrize("pattern", ["a", ".*", "a*b*", "\\*", "\\**", "a\\\\", "--x=.*", "\\."])
-def test_valid_patterns_are_accepted(pattern: str) -> None:
-    """A backslash escapes the next character of a regex-lite pattern."""
-    assert regex_lite_fault(pattern) is None
-    assert faults(with_values(process__allow_args_regex_lite=[pattern])) == []
-
-
-@pytest.mark.parametrize("policy_id", ["", "a b", "a\n", "é", "a" * 65, "a/b"])
-def test_the_id_is_a_plain_word(policy_id: str) -> None:
-    """policy_id is 1 to 64 letters, digits, '_', '.' or '-'."""
-    assert faults(with_values(policy_id=policy_id)) == ["$.policy_id"]
 
 
 def test_every_rule_is_documented() -> None:

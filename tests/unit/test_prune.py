@@ -145,8 +145,6 @@ def test_a_run_in_progress_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("job.json", b'{"schema_version": "x07.vm.job@0.2.0"}', "an unknown format: 'x07.vm.job@0.2.0'"),
         ("job.json", b"[" * 100_000, "damaged"),
-        ("owner.json", b"\xff", "damaged"),
-        ("owner.json", None, "did not create it"),
         ("job.json", None, "did not create it"),
     ],
 )
