@@ -142,13 +142,6 @@ def endless_file(agent: Lies) -> None:
             pass
 
 
-def many_denials(agent: Lies) -> None:
-    """Say of more things than may be that they were refused."""
-    for number in range(70):
-        agent.link.send(DENIED._replace(path=f"/{number}"))
-    agent.end_and_close()
-
-
 def one_denial(agent: Lies) -> None:
     """Say of one thing that it was refused, with control characters and a huge count."""
     agent.link.send(DENIED._replace(path="/root/\x1b[2Jx", call="\x1b", times=2**62))
@@ -163,18 +156,6 @@ def fail(agent: Lies, command: int) -> None:
 def message(agent: Lies, kind: type, payload: bytes) -> None:
     """Send any payload as a message."""
     agent.raw(streams.MESSAGE, 0, payload, messages.FORMS[kind].number)
-
-
-def unended_output(agent: Lies) -> None:
-    """Claim the program's end before the end of its output."""
-    agent.open(Stream.STDOUT, b"more", 1)
-    agent.raw_message(EXITED)
-
-
-def ended_twice(agent: Lies) -> None:
-    """Claim the program's end twice."""
-    agent.end()
-    agent.raw_message(EXITED._replace(wait_status=9))
 
 
 def closed_twice(agent: Lies) -> None:
@@ -269,14 +250,11 @@ DEEDS = {
     **{f"changes-{name}": lambda agent, made=made: changes(agent, made()) for name, made in CHANGES.items()},
     "mute": lambda _agent: for_ever(),
     "garbage": lambda agent: pour(agent.connection.fd, os.urandom(65536)),
-    "oversized": lambda agent: agent.raw(streams.DATA, agent.open(Stream.STDOUT, subject=1), b"x" * 100, size=1 << 31),
-    "frames": lambda agent: pour(agent.connection.fd, HEADER.pack(streams.MESSAGE, 8, 0, 0, 4) + struct.pack(">I", 1)),
     "window": flood_output,
     "status": lambda agent: agent.end_and_close(wait_status=0x137F),
     "failed": lambda agent: fail(agent, 0),
     "unstarted": lambda agent: fail(agent, 1),
     "json": lambda agent: message(agent, Denied, b'[1,"kernel","x",NaN,"",false,1]'),
-    "denials": many_denials,
     "denial": one_denial,
     "ok": lambda agent: agent.end_and_close(),
     "longer": lambda agent: lie_about_file(agent, 10, 20),
@@ -284,12 +262,7 @@ DEEDS = {
     "unsent": lambda agent: lie_about_file(agent, 10, 0),
     "endless": endless_file,
     "withheld": lambda agent: agent.end(),
-    "nobody": lambda agent: agent.raw_open(1, Stream.STDOUT, 7),
-    "stranger": lambda agent: agent.raw_message(EXITED._replace(id=2)),
     "changes": lambda agent: agent.open(Stream.CHANGES),
-    "unended": unended_output,
-    "ended": ended_twice,
-    "close": lambda agent: agent.raw_message(CLOSED),
     "closed": closed_twice,
     "more": after_the_end,
     "abort": abort_all,
@@ -299,5 +272,4 @@ UNSTARTED = {
     "unready": lambda _agent: for_ever(),
     "early": lambda agent: agent.raw_open(1, Stream.STDOUT, 1),
     "early-exit": lambda agent: agent.raw_message(EXITED),
-    "early-close": lambda agent: agent.raw_message(CLOSED),
 }

@@ -309,12 +309,6 @@ def banner(text: bytes) -> Handler:
     return handle
 
 
-async def deaf(connection: Connection) -> None:
-    """Accept, and read only what arrives at first."""
-    connection.transport.pause_reading()  # type: ignore[attr-defined] # a socket's transport reads, too
-    await asyncio.sleep(86_400)  # a timer, since the loop holds no reference to a task that waits for nothing
-
-
 async def serve_tcp(log: Log, addresses: list[str], port: int, handler: Handler) -> None:
     """Listen on *port* of all *addresses*."""
 
@@ -517,7 +511,6 @@ async def internet(log: Log, setting: dict[str, Any]) -> None:
         7: echo,
         9: discard,
         19: chargen,
-        6000: deaf,
     }
     for port, handler in handlers.items():
         await serve_tcp(log, addresses, port, handler)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import sys
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,23 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+from tests.examples import EXAMPLES, load
+
 WORDS = st.sampled_from(["command", "timeout_s", "path", "content", "offset", "port", "id", "name", "input", "fetch"])
 VALUES = st.one_of(
     st.none(), st.booleans(), st.integers(), st.sampled_from([0, 1, 60, 61, 7999, 8000, 8099, 8100, 1 << 40]), WORDS,
     st.floats(allow_nan=False).filter(lambda number: not number.is_integer()), st.text(), st.just("/x"), st.just(""),
     st.lists(st.integers(), max_size=2), st.dictionaries(WORDS, st.integers(), max_size=2),
 )  # fmt: skip
-
-
-def load(name: str) -> ModuleType:
-    """Import an example."""
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 TOOL = load("agent_tool")

@@ -114,11 +114,8 @@ def test_files_over_the_limit_name_it_and_the_ways_around_it() -> None:
         ({"policy": 5}, "policy is int, not a path or a Policy"),
         ({"memory": "lots"}, "memory is 'lots', which is not a size"),
         ({"memory": 5}, "memory is 5, but must be at least 1M and at most 16G"),
-        ({"cpu_s": 0}, "cpu_s is 0, but must be above 0"),
         ({"timeout_s": 601}, "timeout_s is 601, but must be at least 0.001 and at most 600 seconds"),
-        ({"procs": -1}, "procs is -1, but must be at least 0"),
         ({"fds": 1.5}, "fds is float, not int"),
-        ({"build_timeout_s": 5000}, "build_timeout_s is 5000, but must be at least 0 and at most 3600 seconds"),
         ({"allow_hosts": "a.org:443"}, "allow_hosts is str, not a list of str"),
         ({"changes": "maybe"}, "changes is 'maybe'"),
         ({"max_files_bytes": -1}, "max_files_bytes is -1, but must be at least 0"),
@@ -285,12 +282,6 @@ def test_a_keyword_means_the_same_as_its_flag() -> None:
     options |= {"procs": 0, "changes": "keep", "out": "o", "image": "i", "program": "p"}
     assert make_request(checked_options(options)) == by_flags
     assert by_flags.limits == LimitChanges(mem_bytes=1 << 30, wall_ms=2500, procs=0)
-
-
-def test_a_wrong_host_is_named_by_its_keyword() -> None:
-    """An invalid entry of allow_hosts is an error that names the keyword."""
-    with pytest.raises(UsageError, match=r"cannot use allow_hosts 'a\.org': the port is missing"):
-        run_program(source="", toolchain="python", allow_hosts=["a.org"])
 
 
 def asked(stack: contextlib.ExitStack, folder: Path, **words: Any) -> tuple[RunRequest, Program]:  # noqa: ANN401 - any option

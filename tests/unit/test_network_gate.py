@@ -203,10 +203,6 @@ class Relay(asyncio.Protocol):
             self.transport.write(data)
             self.link.sent(len(data))
 
-    def raw(self, data: bytes | memoryview) -> None:
-        """Write raw bytes."""
-        self.transport.write(data)
-
     def ask(self, host: str, port: int = 443, transport: int = TCP) -> int:
         """Request a connection; return its stream."""
         stream = self.open(host.encode(), port, transport)
@@ -950,7 +946,7 @@ async def test_ten_thousand_requests_at_once_are_answered(monkeypatch: pytest.Mo
         made = it.gate._pending  # noqa: SLF001 - the bound is the promise
         numbers = [it.relay.open(b"n%d.wild.example" % (number % 100), 443) for number in range(count)]
         while data := it.relay.link.data_to_send():
-            it.relay.raw(data)
+            it.relay.transport.write(data)
             it.relay.link.sent(len(data))
 
         def answered() -> bool:
@@ -985,7 +981,7 @@ async def test_a_violation_and_the_end_of_the_guest_end_all_connections(data: by
         it.relay.ask("b.example", 22)
         await until(lambda: (OTHER, 22) in it.outside.dialled)
         if data:
-            it.relay.raw(data)
+            it.relay.transport.write(data)
             await it.relay.closed.wait()
         else:
             it.relay.transport.abort()
@@ -1040,7 +1036,9 @@ async def test_many_small_writes_to_a_stalled_server_take_linear_time() -> None:
         stalled = await it.relay.connect("a.example", 22)
         other = await it.relay.connect("b.example", 22)
         start = time.process_time()
-        it.relay.raw((streams.HEADER.pack(streams.DATA, 0, 0, stalled, 1) + b"x") * 400_000)  # within the window
+        it.relay.transport.write(
+            (streams.HEADER.pack(streams.DATA, 0, 0, stalled, 1) + b"x") * 400_000
+        )  # within the window
         it.relay.send(other, b"echo")
         assert await it.relay.data(other, 4) == b"echo"
         assert time.process_time() - start < 30  # with an entry for each piece, it took minutes
@@ -1274,52 +1272,37 @@ async def test_a_local_service_needs_the_policy_and_the_settings(listed: bool, o
 # UDP
 
 
-class UdpServer(asyncio.DatagramProtocol):
-    """A loopback server that echoes datagrams."""
-
-    transport: asyncio.DatagramTransport
-
-    def __init__(self) -> None:
-        self.got: list[tuple[bytes, tuple[str, int]]] = []
-        self.lost = asyncio.Event()
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Store the transport."""
-        self.transport = cast("asyncio.DatagramTransport", transport)
-
-    def datagram_received(self, data: bytes, address: tuple[str, int]) -> None:
-        """Echo the datagram."""
-        self.got.append((data, address))
-        self.transport.sendto(data, address)
-
-    def connection_lost(self, _exc: Exception | None) -> None:
-        """Record the end."""
-        self.lost.set()
-
-
 @contextlib.asynccontextmanager
-async def udp_server(outside: Outside, address: str, port: int) -> AsyncIterator[UdpServer]:
-    """A datagram server at an outside address."""
-    loop = asyncio.get_running_loop()
-    _, server = await loop.create_datagram_endpoint(UdpServer, local_addr=("127.0.0.1", 0))
-    outside.routes[address, port] = server.transport.get_extra_info("sockname")
-    try:
-        yield server
-    finally:
-        server.transport.abort()
-        await server.lost.wait()
+async def udp_server(outside: Outside, address: str, port: int) -> AsyncIterator[list[tuple[str, int]]]:
+    """A datagram server at an outside address that echoes, and the senders of what it got."""
+    loop, senders = asyncio.get_running_loop(), list[tuple[str, int]]()
+    with socket.socket(type=socket.SOCK_DGRAM) as sock:
+        sock.setblocking(False)  # noqa: FBT003 - it takes no names
+        sock.bind(("127.0.0.1", 0))
+        outside.routes[address, port] = sock.getsockname()
+
+        def echo() -> None:
+            data, sender = sock.recvfrom(1 << 16)
+            senders.append(sender)
+            sock.sendto(data, sender)
+
+        loop.add_reader(sock, echo)
+        try:
+            yield senders
+        finally:
+            loop.remove_reader(sock)
 
 
 @on_a_loop
 async def test_only_the_dialled_peer_s_datagrams_come_in() -> None:
     """Only datagrams of the dialled peer reach the program."""
-    async with lab() as it, udp_server(it.outside, GOOD, 53) as server:
+    async with lab() as it, udp_server(it.outside, GOOD, 53) as senders:
         stream = await it.relay.connect("a.example", 53, UDP)
         it.relay.datagram(stream, b"one")
         await until(lambda: it.relay.datagrams(stream) == [b"one"])
         with socket.socket(type=socket.SOCK_DGRAM) as third:
             third.bind(("127.0.0.1", 0))
-            third.sendto(b"spoofed", server.got[0][1])
+            third.sendto(b"spoofed", senders[0])
         for data in (b"", b"x" * 30_000, b"two"):
             it.relay.datagram(stream, data)
         await until(lambda: len(it.relay.datagrams(stream)) == 4)

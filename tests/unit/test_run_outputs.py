@@ -123,7 +123,7 @@ def project(place: Path, kind: str) -> None:
         ("x07-sandbox.toml", ("--policy", "given.json", "--stdin", "."), ("policy.json", "in.txt")),
     ],
 )
-@pytest.mark.parametrize("flag", ["--report-out", "--diff", "--attest-runtime"])
+@pytest.mark.parametrize("flag", ["--report-out", "--diff", "--attest-runtime", "--compiled-out"])
 def test_project_files_are_not_overwritten(
     place: Path, kind: str, words: tuple[str, ...], own: tuple[str, ...], flag: str
 ) -> None:
@@ -158,14 +158,22 @@ def test_a_refused_report_is_not_written(place: Path, text: str, words: tuple[st
         assert (place / name).read_text() == text
 
 
-def test_a_built_program_replaces_no_source(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """--compiled-out over a file of an X07 project is refused by both commands."""
+@pytest.mark.parametrize("flag", ["--compiled-out", "--attest-runtime"])
+def test_the_runner_writes_over_nothing_that_it_reads(
+    place: Path, flag: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """An output of x07-os-runner over a file of its project, or over a module, is refused."""
     project(place, "x07.json")
-    runner = ["--world", "run-os-sandboxed", "--policy", "policy.json", "--project", "x07.json"]
-    for name in ("src/main.x07.json", "policy.json", "other.json"):
-        assert main(["run", "--compiled-out", name]) == 2
-        assert os_runner.main([*runner, "--compiled-out", name]) == 2
-        assert capfd.readouterr().err.count("the run reads it") == 2
+    (place / "lib/a").mkdir(parents=True)
+    (place / "lib/a/b.x07.json").write_text("{}")
+    whole = ("--project", "x07.json"), ("src/main.x07.json", "policy.json", "other.json")
+    one = ("--program", "src/main.x07.json", "--module-root", "lib"), ("lib/a/b.x07.json",)
+    for words, names in (whole, one):
+        for name in names:
+            argv = ["--world", "run-os-sandboxed", "--policy", "policy.json", *words, flag, name]
+            assert os_runner.main(argv) == 2
+            assert "the run reads it" in capfd.readouterr().err
+    assert (place / "lib/a/b.x07.json").read_text() == "{}"
 
 
 def test_the_derived_policy_stays(place: Path) -> None:
@@ -177,19 +185,6 @@ def test_the_derived_policy_stays(place: Path) -> None:
     before = made.read_bytes()
     assert main([*words, "--report-out", str(made)]) == 2
     assert made.read_bytes() == before
-
-
-@pytest.mark.parametrize("flag", ["--compiled-out", "--attest-runtime"])
-def test_modules_are_not_overwritten(place: Path, flag: str, capfd: pytest.CaptureFixture[str]) -> None:
-    """An output over a module of x07-os-runner is refused."""
-    (place / "lib/a").mkdir(parents=True)
-    for name in ("main.x07.json", "lib/a/b.x07.json"):
-        (place / name).write_text("{}")
-    (place / "policy.json").write_bytes(render_policy(default_policy()))
-    words = ["--world", "run-os-sandboxed", "--policy", "policy.json", "--program", "main.x07.json"]
-    assert os_runner.main([*words, "--module-root", "lib", flag, "lib/a/b.x07.json"]) == 2
-    assert "the run reads it" in capfd.readouterr().err
-    assert (place / "lib/a/b.x07.json").read_text() == "{}"
 
 
 def test_an_earlier_report_is_replaced(place: Path) -> None:

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Final
 from tests.fuzz.differential.case import Case, Mode, Step
 from tests.fuzz.differential.corpus import CORPUS
 from tests.fuzz.differential.http1 import PLACES, PREFIXES, Writer
-from tests.fuzz.differential.http2 import http2
+from tests.fuzz.differential.others import http2, tls
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_KINDS: Final = ("http1",) * 10 + ("http2",) * 3 + ("corpus",) * 5
+_KINDS: Final = ("http1",) * 10 + ("http2",) * 3 + ("tls",) * 2 + ("corpus",) * 3
 
 
 def cases(seed: int) -> Iterator[Case]:
@@ -34,6 +34,8 @@ def _case(random: Random, name: str) -> Case:
         steps = Writer(random, dict.fromkeys(places, chance)).connection()
     elif kind == "http2":
         steps = http2(random)
+    elif kind == "tls":
+        steps, mode = tls(random), random.choice(("tls", "any"))
     else:
         chosen = random.choice(CORPUS)
         steps, mode = list(chosen.steps), chosen.mode

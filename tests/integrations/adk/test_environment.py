@@ -1,16 +1,14 @@
 """The environment of ADK, and an agent that uses it."""
 
 import asyncio
-import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.examples import load
 from x07_sandbox import SandboxError, apply
 from x07_sandbox.integrations.adk import X07Environment
-
-EXAMPLES = Path(__file__).parents[3] / "examples"
 
 
 @pytest.fixture(scope="module")
@@ -76,10 +74,7 @@ def test_a_sandbox_that_cannot_be_opened_is_an_error() -> None:
 
 def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     """The example's agent writes, edits and runs a program."""
-    spec = importlib.util.spec_from_file_location("adk_agent", EXAMPLES / "adk_agent.py")
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
-    asyncio.run(example.main())
+    asyncio.run(load("adk_agent").main())
     printed = capsys.readouterr().out
     assert "'stdout': '42\\n'" in printed
     assert printed.endswith("The answer is 42.\n")

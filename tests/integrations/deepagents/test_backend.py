@@ -1,15 +1,12 @@
 """How the backend answers where the standard tests leave a choice, and an agent that uses it."""
 
-import importlib.util
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
+from tests.examples import load
 from x07_sandbox import Sandbox
 from x07_sandbox.integrations.deepagents import X07Backend
-
-EXAMPLES = Path(__file__).parents[3] / "examples"
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +46,7 @@ def test_file_errors_have_the_words_of_deepagents(backend: X07Backend) -> None:
 
 def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     """The example's agent writes, edits and runs a program."""
-    spec = importlib.util.spec_from_file_location("deep_agent", EXAMPLES / "deep_agent.py")
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
-    example.main()
+    load("deep_agent").main()
     lines = capsys.readouterr().out.splitlines()
     assert "execute: good morning" in lines
     assert lines[-1] == "The program greets."

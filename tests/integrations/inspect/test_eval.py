@@ -1,6 +1,5 @@
 """Evaluations in Inspect whose tools work in a sandbox."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -13,9 +12,8 @@ from inspect_ai.solver import generate, use_tools
 from inspect_ai.tool import Tool, bash, bash_session, python, text_editor
 from inspect_ai.util import SandboxEnvironmentSpec, SandboxUserUnsupportedError
 
+from tests.examples import EXAMPLES, load
 from x07_sandbox.integrations.inspect_ai import X07Config, X07SandboxEnvironment
-
-EXAMPLES = Path(__file__).parents[3] / "examples"
 
 
 def sample_after(calls: list[tuple[str, dict]], tools: list[Tool], logs: Path, **of_sample: object) -> EvalSample:
@@ -148,10 +146,7 @@ async def test_a_sandbox_that_ended_is_unavailable() -> None:
 
 def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     """The example evaluates one sample with a scripted model."""
-    spec = importlib.util.spec_from_file_location("inspect_eval", EXAMPLES / "inspect_eval.py")
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
-    assert example.main() == 0
+    assert load("inspect_eval").main() == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith('bash: {"id": 1,')
     assert lines[1:] == ["python: 118.5", "accuracy: 1.0"]

@@ -1,6 +1,5 @@
 """The environment of mini-swe-agent, and an agent that uses it."""
 
-import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,9 +7,8 @@ import pytest
 from minisweagent.environments import get_environment
 from minisweagent.exceptions import Submitted
 
+from tests.examples import load
 from x07_sandbox.integrations.mini_swe_agent import X07Environment
-
-EXAMPLES = Path(__file__).parents[3] / "examples"
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +59,7 @@ def test_templates_and_trajectories_describe_the_sandbox(environment: X07Environ
 
 def test_the_example_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The example's agent submits its answer, and its changes are kept and not applied."""
-    spec = importlib.util.spec_from_file_location("mini_swe", EXAMPLES / "mini_swe.py")
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
-    example.main(str(tmp_path))
+    load("mini_swe").main(str(tmp_path))
     printed = capsys.readouterr().out
     assert printed.startswith("42\n")
     assert "+print(6 * 7)" in printed

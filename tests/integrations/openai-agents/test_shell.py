@@ -1,17 +1,14 @@
 """The executor of the shell tool, and an agent that uses it."""
 
 import asyncio
-import importlib.util
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from agents import RunContextWrapper, ShellActionRequest, ShellCallData, ShellCommandRequest, ShellResult
 
+from tests.examples import load
 from x07_sandbox import AsyncSandbox, SandboxError
 from x07_sandbox.integrations.openai_agents import X07Shell
-
-EXAMPLES = Path(__file__).parents[3] / "examples"
 
 
 @pytest.fixture(scope="module")
@@ -76,10 +73,7 @@ def test_a_closed_sandbox_is_an_error() -> None:
 
 def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     """The example's agent writes, corrects and runs a program."""
-    spec = importlib.util.spec_from_file_location("openai_shell", EXAMPLES / "openai_shell.py")
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
-    asyncio.run(example.main())
+    asyncio.run(load("openai_shell").main())
     lines = capsys.readouterr().out.splitlines()
     assert "54" in lines
     assert lines[-1] == "The answer is 42."

@@ -1,16 +1,14 @@
 """A workspace whose caller goes away, whose sandbox cannot be opened, and an agent that works in one."""
 
 import asyncio
-import importlib.util
-from pathlib import Path
 
 import pytest
 from pydantic_ai.workspaces import WorkspaceOutputLimitError, WorkspaceRef, WorkspaceUnavailableError
 
+from tests.examples import load
 from x07_sandbox import AsyncSandbox, SandboxError
 from x07_sandbox.integrations.pydantic_ai import X07Workspace
 
-EXAMPLES = Path(__file__).parents[3] / "examples"
 pytestmark = pytest.mark.anyio
 
 
@@ -60,9 +58,6 @@ async def test_output_that_is_not_complete_is_an_error() -> None:
 
 async def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     """The example's agent writes a file and runs it."""
-    spec = importlib.util.spec_from_file_location("pydantic_ai_agent", EXAMPLES / "pydantic_ai_agent.py")
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
-    await example.main()
+    await load("pydantic_ai_agent").main()
     lines = capsys.readouterr().out.splitlines()
     assert lines == ["$ python3 primes.py", "[2, 3, 5, 7]", "There are four primes below ten."]

@@ -1,12 +1,11 @@
 """The executor of smolagents, and an agent that uses it."""
 
-import importlib.util
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from smolagents import AgentError, FinalAnswerTool
 
+from tests.examples import load
 from x07_sandbox import Sandbox
 from x07_sandbox.integrations.smolagents import LOGS_MAX, X07Executor
 
@@ -21,7 +20,6 @@ class FinalAnswerException(BaseException):
     value = 'pickle:gASVAAAAAAAAAA=='
 raise FinalAnswerException
 """
-EXAMPLES = Path(__file__).parents[3] / "examples"
 
 
 @pytest.fixture(scope="module")
@@ -108,8 +106,5 @@ def test_a_final_answer_is_data(executor: X07Executor) -> None:
 
 def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     """The example's agent uses a tool, and gives its answer."""
-    spec = importlib.util.spec_from_file_location("smolagents_agent", EXAMPLES / "smolagents_agent.py")
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
-    example.main()
+    load("smolagents_agent").main()
     assert capsys.readouterr().out == "{'answer': 42}\n"

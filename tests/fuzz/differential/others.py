@@ -1,11 +1,12 @@
-"""Random connections of HTTP/2 with prior knowledge."""
+"""Random connections of HTTP/2 with prior knowledge, and of TLS."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
 from tests.fuzz.differential.case import EVIL, GOOD, Step
-from tests.fuzz.differential.corpus import BAD_GET, GET, PREFACE, field, frame
+from tests.fuzz.differential.corpus import BAD_GET, GET, PREFACE, SSL_REQUEST, field, frame
+from tests.fuzz.tls import extension, hello, records, sni
 
 if TYPE_CHECKING:
     from random import Random
@@ -16,6 +17,32 @@ _SETTINGS: Final = (
 )
 # Huffman codes of HPACK, for names that are compared after decoding.
 _HUFFMAN: Final = {"e": "00101", "v": "1110111", "i": "00110", "l": "101000", ".": "010111", "t": "01001", "s": "01000"}
+
+
+def tls(random: Random) -> list[Step]:
+    """Return a ClientHello, then perhaps a request in plain text."""
+    name = random.choice(
+        (GOOD, EVIL, GOOD.upper(), GOOD + b".", GOOD + b"\0" + EVIL, b"", b"203.0.113.66", GOOD + b" ")
+    )
+    parts = [sni(name)]
+    if random.random() < 0.3:
+        parts.append(random.choice((sni(EVIL), sni(GOOD), extension(0xFE0D, bytes(8)), extension(43, b"\x02\x03\x04"))))
+    if random.random() < 0.2:
+        parts = [
+            random.choice(
+                (sni(GOOD, EVIL), sni(EVIL, GOOD), sni(EVIL, kind=1), extension(0, b""), extension(0, b"\0\0"))
+            )
+        ]
+    random.shuffle(parts)
+    data = hello(*parts)
+    if random.random() < 0.3:
+        data = records(data[5:], random.choice((1, 4, 5, 40)))
+    if random.random() < 0.2:
+        data = SSL_REQUEST + data
+    steps: list[Step] = [data]
+    if random.random() < 0.3:
+        steps += [None, random.choice((BAD_GET, hello(sni(EVIL)), b"\x15\x03\x03\0\x02\x02\x28"))]
+    return steps
 
 
 def _huffman(text: bytes) -> bytes:
