@@ -234,10 +234,7 @@ def test_ten_thousand_requests_stay_within_the_rate_limit(stage: Stage) -> None:
 
 
 def test_a_flood_of_refusals_is_counted_but_not_logged(stage: Stage) -> None:
-    """The log stays at 20 lines a second beyond a burst of 100 (70), and the result counts every refusal.
-
-    The guest reports refusals of its own, of names (69) that could break a log.
-    """
+    """Of refusals of hostile names (69), the log has 20 lines a second beyond a burst of 100 (70); all are counted."""
     words = {"host": "n{}\x1b\n.test", "port": 443, "count": 100_000}
     with stage.session("frames", {"log.lab.example": [443]}) as session:
         seen = session.do("claim_flood", **words)
