@@ -104,16 +104,6 @@ def test_a_start_refuses_a_bundle_with_one_changed_byte(tmp_path: Path, name: st
     assert "x07 bundle" in refused.value.fix
 
 
-def test_a_start_refuses_another_digest_in_the_launcher(tmp_path: Path) -> None:
-    """A bundle whose folder was replaced by that of another bundle is refused."""
-    launcher, digest = made(tmp_path)
-    _, files = render_bundle(MANIFEST, FACTS_OF_A_PROGRAM, POLICY, b"another program")
-    for name, data in files.items():
-        (folder_of(launcher) / name).write_bytes(data)
-    with pytest.raises(RefusedError, match=FACTS):
-        read_bundle(launcher, digest)
-
-
 @pytest.mark.parametrize("toolchain", ["shell", "c"])
 def test_a_bundle_of_the_last_release_is_refused_only_if_its_form_has_changed(tmp_path: Path, toolchain: str) -> None:
     """A bundled script of the last release is refused with what to do; a bundled executable is the same today."""

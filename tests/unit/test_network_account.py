@@ -319,3 +319,4 @@ def test_a_refusal_names_the_setting_that_allows_it() -> None:
     metadata = 'allow_metadata = true and allow_local = ["169.254.169.254:443"]'
     assert settings == ['allow_local = ["10.0.0.1:443"]', metadata, "opaque_ports = [443]"]
     assert {denial.reason for denial in found} == {"why"}
+    assert [denial.field for denial in found] == [row.rule for row in log.ledger.use().denied]

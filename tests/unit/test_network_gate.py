@@ -89,9 +89,9 @@ class Outside:
         self.cancelled = asyncio.Event()
         self.small_buffers = False  # whether a socket takes only some KiB that the server has not read
 
-    def time(self) -> float:
-        """Like `loop.time`."""
-        return asyncio.get_running_loop().time()
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - the rest is as in the loop
+        """Return a method of the loop."""
+        return getattr(asyncio.get_running_loop(), name)
 
     async def sock_connect(self, sock: socket.socket, target: tuple[str, int]) -> None:
         """Like `loop.sock_connect`."""
@@ -112,14 +112,6 @@ class Outside:
         if target[0] not in self.own:
             sock.bind(("127.0.0.2", 0))  # not the address that it leads to, which would be the host itself
         await asyncio.get_running_loop().sock_connect(sock, where)
-
-    async def sock_sendall(self, sock: socket.socket, data: bytes) -> None:
-        """Like `loop.sock_sendall`."""
-        await asyncio.get_running_loop().sock_sendall(sock, data)
-
-    async def sock_recv(self, sock: socket.socket, size: int) -> bytes:
-        """Like `loop.sock_recv`."""
-        return await asyncio.get_running_loop().sock_recv(sock, size)
 
 
 class Resolver:
@@ -319,7 +311,7 @@ class Far(asyncio.Protocol):
 
 
 class Server:
-    """A loopback server and its connections in order."""
+    """A loopback server and its connections in order. says: its answer to the first bytes."""
 
     def __init__(self, *, echoes: bool = False, reads: bool = True, says: bytes = b"") -> None:
         self.echoes = echoes
@@ -362,11 +354,9 @@ class Lab:
         self.ledger: Ledger
         self.relay: Relay
 
-    async def server(
-        self, address: str, port: int, *, echoes: bool = False, reads: bool = True, says: bytes = b""
-    ) -> Server:
-        """A server at an outside address. says: its answer to the first bytes."""
-        server = Server(echoes=echoes, reads=reads, says=says)
+    async def server(self, address: str, port: int, **how: Any) -> Server:  # noqa: ANN401 - as for Server
+        """A server at an outside address."""
+        server = Server(**how)
         await server.start(self._stack)
         self.outside.routes[address, port] = server.target
         return server

@@ -9,6 +9,8 @@ from typing import Any, Final, NamedTuple
 import msgspec
 import pytest
 
+from tests.fuzz.fuzz_observed import AREAS
+from tests.fuzz.fuzz_observed import CWD as START
 from tests.policies import document_with
 from x07_sandbox.channel.messages import Denied
 from x07_sandbox.policy.changes import flag_reach
@@ -18,12 +20,6 @@ from x07_sandbox.policy.model import Policy
 from x07_sandbox.policy.observed import denials, limit_hit, more_tasks, too_much_output
 
 EACCES, EPERM, EROFS, EMFILE, EBUSY = 13, 1, 30, 24, 16
-START: Final = "/opt/x07"
-AREAS: Final = (
-    GuestMount(given="/data", at="/data", write=False),
-    GuestMount(given="/data/out", at="/data/out", write=True),
-    GuestMount(given="in", at="/opt/x07/in", write=False),
-)
 LISTED: Final = {"process.allow_exec_prefixes": [], "process.allow_execs": ["/usr/bin/env"]}
 
 

@@ -86,9 +86,6 @@ def test_a_folder_survives_the_way_through_a_stream(tmp_path: Path, target: Path
         (Entry(Kind.LINK, b"a", target=b".."), file(b"a/outside", b"bad")),
         (Entry(Kind.LINK, b"a", target=b"../outside"), file(b"a", b"bad")),
         (file(b"a", b"1"), file(b"a", b"2")),
-        (file(b"a", b"1"), file(b"a/b", b"2")),
-        (file(b"missing/b", b"2"),),
-        (Entry(Kind.FOLDER, b"a", mode=0o755), Entry(Kind.FOLDER, b"a", mode=0o755)),
     ],
 )
 def test_no_entry_leads_through_a_link_or_replaces_another(target: Path, parts: tuple[Entry | bytes, ...]) -> None:
