@@ -15,7 +15,7 @@ ROOT: Final = Path(__file__).resolve().parents[2]
 SOURCE: Final = ROOT / "src" / "x07_sandbox"
 HELPER: Final = ROOT / "tests" / "vz_helper.py"
 # Of the modules that use the system. Not the tests of commands: these start processes that have all calls.
-TESTS: Final = (*("channel_carrier", "channel_connection", "channel_trees", "policy_hints", "policy_outcomes"),)
+TESTS: Final = ("channel_carrier", "channel_connection", "policy_hints")
 WITHOUT: Final = """
 import builtins, ctypes, os, select, signal, socket, sys, time
 absent = {

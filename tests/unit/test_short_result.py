@@ -71,9 +71,7 @@ def test_the_full_result_is_the_library_s() -> None:
     ("words", "json_value", "program"),
     [
         (["run", "--json", "prog.py"], True, "prog.py"),
-        (["run", "prog.py", "--json"], True, "prog.py"),
         (["run", "--json=full", "prog.py"], "full", "prog.py"),
-        (["run", "prog.py", "--json=full"], "full", "prog.py"),
         (["--json=full", "run", "prog.py"], "full", "prog.py"),
         (["--json=pretty", "run", "prog.py"], True, "prog.py"),
         (["run", "prog.py", "--", "--json=full"], False, "prog.py"),

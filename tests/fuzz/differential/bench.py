@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 _START_S: Final = 15.0
-_FENCE_S: Final = 10.0
+_FENCE_S: Final = 20.0
 _POLL_S: Final = 0.005
 _FIRST_PORT: Final = 20_000
 _FIRST_SINK: Final = 21_000
@@ -157,7 +157,7 @@ class Bench:
                 self._drain()
                 text = "\n".join(" ".join((taken.text, *taken.hosts)) for taken in self._found)
                 waiting = {name: mark for name, mark in waiting.items() if mark not in text}
-                if not waiting:
+                if not waiting and not any(sink.open for sink in self._sinks):
                     return
                 await asyncio.sleep(_POLL_S)
 

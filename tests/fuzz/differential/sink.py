@@ -18,10 +18,11 @@ _SWITCHED: Final = b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\n
 
 
 class Sink:
-    """Answers one request on each connection, and records it. label: the proxy's name."""
+    """Answers one request on each connection, and records it. label: the proxy's name. open: its open connections."""
 
     def __init__(self, label: str, record: Callable[[Taken], None]) -> None:
         self.label = label
+        self.open = 0
         self._record = record
         self._server: asyncio.Server | None = None
 
@@ -35,6 +36,7 @@ class Sink:
             self._server.close()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.open += 1
         with contextlib.suppress(OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, TimeoutError):
             async with asyncio.timeout(5):
                 head = await reader.readuntil(b"\r\n\r\n")
@@ -44,6 +46,9 @@ class Sink:
                 while await reader.read(65536):
                     pass
         writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
+        self.open -= 1
 
 
 def request(label: str, head: bytes) -> Taken:
