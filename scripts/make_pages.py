@@ -81,6 +81,8 @@ def commands() -> str:
 
 def _inner(parser: argparse.ArgumentParser) -> dict[str, Parser]:
     """Return the parsers of a command's actions, by name."""
+    if isinstance(parser, Parser):
+        parser.filled()
     found = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))  # noqa: SLF001 - argparse has no other way
     return {name: inner for action in found for name, inner in cast("dict[str, Parser]", action.choices).items()}
 

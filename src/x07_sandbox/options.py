@@ -381,6 +381,13 @@ _OTHERS: Final = (
 OPTIONS: Final = (*(row for rows in GROUPS.values() for row in rows), *_OTHERS)
 BY_FLAG: Final = {row.flag: row for row in OPTIONS if row.flag}
 BY_KEYWORD: Final = {row.keyword: row for row in OPTIONS if row.keyword}
+# fmt: off
+_OF_ONE_RUN: Final = {
+    "source", "toolchain", "timeout_s", "build_timeout_s", "input", "changes", "out", "max_output_bytes",
+}
+# fmt: on
+OF_SANDBOXES: Final = tuple(row for row in BY_FLAG.values() if row.keyword and row.keyword not in _OF_ONE_RUN)
+"""The options that a sandbox shares with runs."""
 _KEYWORDS: Final = {row.flag: row for row in (*OPTIONS, *OF_APPLY) if row.keyword}
 
 

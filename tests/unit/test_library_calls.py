@@ -35,7 +35,8 @@ from x07_sandbox.host.waiting import Cancel
 from x07_sandbox.images.store import set_name
 from x07_sandbox.library.arguments import checked_options
 from x07_sandbox.library.run import OPTIONS, CommandOptions, RunOptions
-from x07_sandbox.options import BY_FLAG, BY_KEYWORD, LIMITS, keyword
+from x07_sandbox.library.sandbox import SandboxOptions
+from x07_sandbox.options import BY_FLAG, BY_KEYWORD, LIMITS, OF_SANDBOXES, keyword
 from x07_sandbox.options import OPTIONS as OPTIONS_TABLE
 from x07_sandbox.policy.changes import LimitChanges, Overrides
 from x07_sandbox.policy.decode import default_policy, render_policy
@@ -244,6 +245,8 @@ def test_the_typed_signatures_are_those_of_the_table_of_options() -> None:
     function = "Callable[[Literal['stdout', 'stderr'], bytes], object] | None"
     passed = {name: type_.__forward_arg__ for name, type_ in RunOptions.__annotations__.items()}
     assert passed == {name: expected[name] for name in passed} | {"on_output": function}
+    shared = {row.keyword for row in BY_FLAG.values()} & SandboxOptions.__annotations__.keys()
+    assert {row.keyword for row in OF_SANDBOXES} == shared
 
 
 def test_every_row_of_the_table_leads_somewhere() -> None:

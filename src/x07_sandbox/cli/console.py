@@ -9,7 +9,7 @@ import re
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from typing import IO, TYPE_CHECKING, Final, NoReturn
+from typing import IO, TYPE_CHECKING, Final
 
 from x07_sandbox.errors import escaped, printable
 from x07_sandbox.host.waiting import Notice, Remark
@@ -73,6 +73,15 @@ def size(count: int) -> str:
             break
         amount, unit = amount / _KIB, larger
     return f"{amount:.0f} {unit}" if unit == "bytes" else f"{amount:.1f} {unit}"
+
+
+def span(seconds: float) -> str:
+    """Return a duration in its two largest units, such as "1h5m"."""
+    sign, whole = "-" if seconds < 0 else "", int(abs(seconds))
+    for unit, smaller, letter, smaller_letter in ((86_400, 3600, "d", "h"), (3600, 60, "h", "m"), (60, 1, "m", "s")):
+        if whole >= unit:
+            return f"{sign}{whole // unit}{letter}{whole % unit // smaller}{smaller_letter}"
+    return f"{sign}{whole}s"
 
 
 def write_stdout(data: bytes) -> None:
@@ -188,11 +197,3 @@ def _retry_writes() -> None:
                 io.BufferedWriter(raw), stream.encoding, stream.errors, line_buffering=stream.line_buffering
             )
             setattr(sys, name, text)
-
-
-def exit_with(code: int) -> NoReturn:
-    """Flush the output and end the process with *code*. Python's own exit would turn a full disk into exit code 120."""
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
-    os._exit(code)

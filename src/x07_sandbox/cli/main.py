@@ -4,15 +4,19 @@ All other modules are imported inside `main`. So Ctrl-C during an import cancels
 loads only the modules that it needs.
 """
 
-import argparse
+from __future__ import annotations
+
 import contextlib
 import gc
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from x07_sandbox.errors import UsageError
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable, Iterable, Sequence
+
+    from x07_sandbox.errors import UsageError
 
 # X07's global flags that our verbs have, and whether they take a value.
 _GLOBAL = {"--json": False, "--quiet-json": False, "--report-out": True, "--out": True}
@@ -20,12 +24,16 @@ _OBJECTS = 50_000  # a run makes about half as many, nearly all of them in modul
 _BUNDLED = "start-bundle"  # the command of a bundle's launcher; not a verb for users
 _RUNS = ("run", "exec", _BUNDLED)  # verbs that end as a run does, and whose JSON document is the result of a run
 _HELP = {"help": "--help", "version": "--version"}  # verbs that stand for an option
+_VERSION = (["--version"], ["-V"], ["-v"], ["version"])
 _JSON = {"--json=canon": "--json", "--json=pretty": "--json"}  # each of our documents has only one layout
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code (docs/reference/outcomes.md)."""
-    words = _verb_first(list(sys.argv[1:] if argv is None else argv))
+    given = list(sys.argv[1:] if argv is None else argv)
+    if given in _VERSION and _wrote_version():
+        return 0
+    words = _verb_first(given)
     options: argparse.Namespace | None = None  # until parsed
     try:
         _install_signal_handlers()
@@ -57,6 +65,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as exc:  # noqa: BLE001 - every error must end in a documented exit code
         return _failed(exc, words, options)
     return code
+
+
+def _wrote_version() -> bool:
+    """Write the version to standard output, and return whether that went well. It needs no parser."""
+    from x07_sandbox.host.settings import __version__
+
+    line = f"x07-sandbox {__version__}\n".encode()
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # as for a closed descriptor; see `write_stdout`
+        sys.stdout.flush()
+        return os.write(sys.stdout.fileno(), line) == len(line)
+    return False
 
 
 def _verb_first(words: list[str]) -> list[str]:
@@ -256,9 +275,15 @@ def end_with(command: Callable[[], int], name: str) -> NoReturn:
         code = command()
     except SystemExit as exc:  # argparse's, after --help
         code = exc.code if isinstance(exc.code, int) else 0
-    from x07_sandbox.cli.console import exit_with
-
     exit_with(code)
+
+
+def exit_with(code: int) -> NoReturn:
+    """Flush the output and end the process with *code*. Python's own exit would turn a full disk into exit code 120."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def _serve(options: argparse.Namespace) -> int:
             raise
         fix = ("Run ", Command(f"{shlex.quote(sys.executable)} -m pip install 'mcp>=2.3,<3'"))
         raise UsageError("cannot start the MCP server", "the package mcp is not installed", fix) from exc
-    from x07_sandbox.cli.console import exit_with
+    from x07_sandbox.cli.main import exit_with
     from x07_sandbox.cli.run import choose_backend
     from x07_sandbox.integrations.mcp_tools import Settings
     from x07_sandbox.records.admission import SANDBOXES

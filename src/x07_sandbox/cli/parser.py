@@ -59,6 +59,9 @@ _EXAMPLES: Final = """examples:
 """
 _WIDTH: Final = 110  # columns of help
 
+# Each parser asks gettext for two titles of groups, which imports locale and looks for catalogues. None has our texts.
+argparse._ = str  # type: ignore[attr-defined]
+
 
 def type_of(row: Option) -> Callable[[str], Any]:
     """Return the option type (see add_argument) for the values of *row*."""
@@ -209,9 +212,13 @@ def add_help_levels(parser: argparse._ActionsContainer, rest: str, *names: str) 
         parser.add_argument(f"--help-{name}", help=doc, dest=argparse.SUPPRESS, **words)
 
 
-def inner_verb(inner: argparse._SubParsersAction[Any], name: str, doc: str) -> Any:  # noqa: ANN401 - as argparse has it
-    """Add the parser of an inner verb, such as `check` of `x07 policy`. doc: the verb's help and its description."""
-    return inner.add_parser(name, help=doc, description=f"{doc[0].upper()}{doc[1:]}.")
+def inner_verb(
+    inner: argparse._SubParsersAction[Any], name: str, doc: str, fill: Callable[[Any], None] | None = None
+) -> Any:  # noqa: ANN401 - as argparse has it
+    """Add the parser of a verb such as `check` of `x07 policy`. doc: its help and description. fill: see `Parser`."""
+    parser = inner.add_parser(name, help=doc, description=f"{doc[0].upper()}{doc[1:]}.")
+    parser.fill = fill
+    return parser
 
 
 def add_document_flags(parser: argparse._ActionsContainer, json_help: str = "print one JSON object") -> None:
@@ -235,18 +242,32 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
 class Parser(argparse.ArgumentParser):
     """A parser that raises UsageError and accepts no abbreviated options.
 
+    fill: adds the arguments. It is called only when they are needed: of a verb's actions, a command uses one.
     late_epilog: returns the text below the options for a level of help. It is called only when help is printed.
     level_of: returns the level of help that shows an option: "" for `--help`, NAME for `--help-NAME`.
     """
 
+    fill: Callable[[Any], None] | None = None
     late_epilog: Callable[[str], str] | None = None
     level_of: Callable[[argparse.Action], str] | None = None
 
     def __init__(self, *args: Any, **words: Any) -> None:  # noqa: ANN401 - as argparse has them
         super().__init__(*args, **({"formatter_class": Formatter} | words | {"allow_abbrev": False}))
 
+    def filled(self) -> None:
+        """Add the arguments, if that is still to be done."""
+        fill, self.fill = self.fill, None
+        if fill is not None:
+            fill(self)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # noqa: ANN401 - as argparse has it
+        """Parse the arguments that the parser knows."""
+        self.filled()
+        return super().parse_known_args(args, namespace)
+
     def format_help(self, level: str = "") -> str:
         """Return the help of one level; "all" has every option."""
+        self.filled()
         if self.late_epilog is not None:
             self.epilog = self.late_epilog(level)
         if self.level_of is None or level == "all":
@@ -296,6 +317,8 @@ def parser_for(words: list[str]) -> argparse.ArgumentParser:
 
 def actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
     """Yield every option and argument of the parser and of its verbs."""
+    if isinstance(parser, Parser):
+        parser.filled()
     for action in parser._actions:  # noqa: SLF001 - argparse has no other way, and shtab takes this one
         yield action
         if isinstance(action, argparse._SubParsersAction):  # noqa: SLF001 - as above

@@ -1,27 +1,29 @@
 """What was run: `x07 ps`, `x07 inspect` and `x07 kill` for jobs, `x07 logs` and `x07 report` for runs."""
 
+from __future__ import annotations
+
 import argparse
 import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from x07_sandbox.backends.registry import find
-from x07_sandbox.cli.console import print_bytes, say, show, show_table, write_stdout
+from x07_sandbox.cli.console import print_bytes, say, show, show_table, span, write_stdout
 from x07_sandbox.cli.json_output import print_document
-from x07_sandbox.cli.outputs import check_outputs, write_bytes
 from x07_sandbox.cli.parser import add_document_flags, file_path, nonempty, switch
 from x07_sandbox.errors import Command, HostError, SandboxError, UsageError
 from x07_sandbox.host.locks import is_locked
 from x07_sandbox.host.waiting import unix_ms
-from x07_sandbox.records.listing import JobLine, RecentRun, inspect_run, list_jobs, program_of, recent_runs
+from x07_sandbox.records.listing import inspect_run, list_jobs, program_of, recent_runs
 from x07_sandbox.records.runs import NET_LOG, find_run, known_run, run_folder, started_ms
-from x07_sandbox.records.stopping import KillReport, kill_run
-from x07_sandbox.sessions.result import Result, stored_result
-from x07_sandbox.sessions.transfers import TerminalFilter
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from x07_sandbox.records.listing import JobLine, RecentRun
+    from x07_sandbox.sessions.result import Result
 
 _PS_EPILOG: Final = """A run is one call of x07 run or x07 exec. Each VM or container that a run starts is a job.
 
@@ -118,15 +120,6 @@ def _job_row(line: JobLine) -> tuple[str, ...]:
     return line.run, line.phase or "-", line.backend or "-", line.state, age, left, what
 
 
-def span(seconds: float) -> str:
-    """Return a duration in its two largest units, such as "1h5m"."""
-    sign, whole = "-" if seconds < 0 else "", int(abs(seconds))
-    for unit, smaller, letter, smaller_letter in ((86_400, 3600, "d", "h"), (3600, 60, "h", "m"), (60, 1, "m", "s")):
-        if whole >= unit:
-            return f"{sign}{whole // unit}{letter}{whole % unit // smaller}{smaller_letter}"
-    return f"{sign}{whole}s"
-
-
 def add_inspect(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `x07 inspect`."""
     parser.epilog = _INSPECT_EPILOG
@@ -160,6 +153,9 @@ def add_kill(parser: argparse.ArgumentParser) -> None:
 
 
 def _kill(options: argparse.Namespace) -> int:
+    from x07_sandbox.backends.registry import find
+    from x07_sandbox.records.stopping import KillReport, kill_run
+
     run = named_run(options.run)
     was_live, ended = kill_run(run, find)
     if not print_document(KillReport(run=run, jobs_ended=ended), options):
@@ -216,7 +212,11 @@ class _Stream:
 
     def __init__(self, path: Path, target: int, write: Callable[[bytes], None]) -> None:
         self._path, self._write = path, write
-        self._filter: Callable[[bytes], bytes] = TerminalFilter() if os.isatty(target) else bytes
+        self._filter: Callable[[bytes], bytes] = bytes
+        if os.isatty(target):
+            from x07_sandbox.sessions.transfers import TerminalFilter
+
+            self._filter = TerminalFilter()
         self._fd: int | None = None
 
     def pass_on(self) -> None:
@@ -261,6 +261,8 @@ def add_report(parser: argparse.ArgumentParser) -> None:
 
 
 def _report(options: argparse.Namespace) -> int:
+    from x07_sandbox.cli.outputs import check_outputs, write_bytes
+
     if options.list:
         if options.run or options.html or options.open:
             raise UsageError("wrong usage", "--list takes no run, --html or --open", "Omit them")
@@ -289,6 +291,8 @@ def _run_row(one: RecentRun) -> tuple[str, ...]:
 
 def _result(run: str) -> Result:
     """Return the result of a run. Raises UsageError."""
+    from x07_sandbox.sessions.result import stored_result
+
     if (result := stored_result(run)) is not None:
         return result
     why = "it is in progress, was killed, or ended before it started a program"

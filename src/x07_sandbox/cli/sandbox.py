@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from msgspec.structs import asdict, replace
 
-from x07_sandbox.cli.console import LiveLine, say, show, show_table
+from x07_sandbox.cli.console import LiveLine, say, show, show_table, span
 from x07_sandbox.cli.json_output import document_wanted, print_document
 from x07_sandbox.cli.parser import (
     add_document_flags,
@@ -39,14 +39,12 @@ from x07_sandbox.errors import BackendError, Cancelled, SandboxError, UsageError
 from x07_sandbox.errors import Command as CommandText
 from x07_sandbox.host.settings import FILES_S, LIFETIME_MAX_S, OUTPUT_MAX_BYTES
 from x07_sandbox.host.waiting import write_all
-from x07_sandbox.options import BY_FLAG, CHANGES, GROUPS
-from x07_sandbox.policy.outcomes import SIGNAL_BASE, ending_line
+from x07_sandbox.options import CHANGES, GROUPS, OF_SANDBOXES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from x07_sandbox.library.held import HeldSandbox
-    from x07_sandbox.options import Option
     from x07_sandbox.sessions.command import Ended, FileInfo, Kept, Process, StreamName
 
 _EPILOG: Final = """A sandbox is a VM that stays open for many commands. It outlives the command that opened it. It ends
@@ -103,44 +101,60 @@ def add_sandbox(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `x07 sandbox`."""
     parser.epilog = _EPILOG
     inner = parser.add_subparsers(metavar="ACTION", required=True)
-    _add_create(inner)
-    command = inner_verb(inner, "exec", "run a command in a sandbox")
-    command.usage = "x07 sandbox exec [OPTIONS] SANDBOX -- COMMAND [ARGS]"
-    command.epilog = _EXEC_EPILOG
-    shell = inner_verb(inner, "shell", "open a shell in a sandbox, with a terminal")
-    _add_exec(command)
-    _add_shell(shell)
-    copy = inner_verb(inner, "cp", "copy a file or folder into or out of a sandbox")
-    copy.epilog = _CP_EPILOG
-    copy.add_argument("source", metavar="SOURCE", type=nonempty, help="path of this host, or SANDBOX:PATH")
-    copy.add_argument("target", metavar="TARGET", type=nonempty, help="path of this host, or SANDBOX:PATH")
-    copy.set_defaults(carry_out=_copy)
-    files = _with_sandbox(inner_verb(inner, "ls", "list files of a sandbox"))
-    files.add_argument("path", metavar="PATH", nargs="?", default=".", type=nonempty, help="a folder or a file")
-    for action in (copy, files):
-        doc = "end after this many seconds without progress (default: 60)"
-        option(action, "--timeout", "S", doc, type=seconds(LIFETIME_MAX_S))
-    forward = _with_sandbox(inner_verb(inner, "forward", "let programs of this host connect to a port of a sandbox"))
-    forward.epilog = _FORWARD_EPILOG
-    forward.add_argument("port", metavar="PORT", type=whole_number(1, 65_535, "ports"), help="port of the sandbox")
-    option(forward, "--unix", "PATH", "make a Unix socket that only you can use, instead of a port", type=nonempty)
-    close = _with_sandbox(inner_verb(inner, "close", "end all commands of a sandbox, close it, and apply its changes"))
+    for name, (doc, fill) in _ACTIONS.items():
+        inner_verb(inner, name, doc, fill)
+
+
+def _add_copy(parser: Any) -> None:  # noqa: ANN401 - as argparse has it
+    parser.epilog = _CP_EPILOG
+    parser.add_argument("source", metavar="SOURCE", type=nonempty, help="path of this host, or SANDBOX:PATH")
+    parser.add_argument("target", metavar="TARGET", type=nonempty, help="path of this host, or SANDBOX:PATH")
+    _add_progress_timeout(parser)
+    parser.set_defaults(carry_out=_copy)
+
+
+def _add_files(parser: Any) -> None:  # noqa: ANN401 - as above
+    _with_sandbox(parser)
+    parser.add_argument("path", metavar="PATH", nargs="?", default=".", type=nonempty, help="a folder or a file")
+    _add_progress_timeout(parser)
+    _ends_with_document(parser, _files)
+
+
+def _add_progress_timeout(parser: Any) -> None:  # noqa: ANN401 - as above
+    doc = "end after this many seconds without progress (default: 60)"
+    option(parser, "--timeout", "S", doc, type=seconds(LIFETIME_MAX_S))
+
+
+def _add_forward(parser: Any) -> None:  # noqa: ANN401 - as above
+    _with_sandbox(parser)
+    parser.epilog = _FORWARD_EPILOG
+    parser.add_argument("port", metavar="PORT", type=whole_number(1, 65_535, "ports"), help="port of the sandbox")
+    option(parser, "--unix", "PATH", "make a Unix socket that only you can use, instead of a port", type=nonempty)
+    _ends_with_document(parser, _forward)
+
+
+def _add_close(parser: Any) -> None:  # noqa: ANN401 - as above
+    _with_sandbox(parser)
     doc = "apply (default), all-or-nothing, keep or discard the changes to files"
-    close.add_argument("--changes", choices=CHANGES, default="apply", help=doc)
-    listing = inner_verb(inner, "list", "list open sandboxes")
-    repeated(listing, "--tag", "NAME=VALUE", "list only sandboxes with this tag", type=_tag)
-    for action, carry_out in ((files, _files), (forward, _forward), (close, _close), (listing, _list)):
-        add_document_flags(action)
-        action.set_defaults(carry_out=carry_out)
+    parser.add_argument("--changes", choices=CHANGES, default="apply", help=doc)
+    _ends_with_document(parser, _close)
 
 
-def _with_sandbox(parser: Any) -> Any:  # noqa: ANN401 - as argparse has it
+def _add_list(parser: Any) -> None:  # noqa: ANN401 - as above
+    repeated(parser, "--tag", "NAME=VALUE", "list only sandboxes with this tag", type=_tag)
+    _ends_with_document(parser, _list)
+
+
+def _ends_with_document(parser: Any, carry_out: Callable[[argparse.Namespace], int]) -> None:  # noqa: ANN401 - as above
+    add_document_flags(parser)
+    parser.set_defaults(carry_out=carry_out)
+
+
+def _with_sandbox(parser: Any) -> None:  # noqa: ANN401 - as above
     parser.add_argument("sandbox", metavar="SANDBOX", type=nonempty, help="id, start of an id, or name")
-    return parser
 
 
-def _add_create(inner: Any) -> None:  # noqa: ANN401 - as above
-    parser = inner_verb(inner, "create", "open a sandbox, and print its id")
+def _add_create(parser: Any) -> None:  # noqa: ANN401 - as above
     parser.epilog, parser.level_of = _CREATE_EPILOG, help_level
     add_help_levels(parser, "all")
     life = parser.add_argument_group("sandbox")
@@ -152,31 +166,22 @@ def _add_create(inner: Any) -> None:  # noqa: ANN401 - as above
     doc = "wait this many seconds if too many sandboxes are open, or 0 not to wait (default: 600)"
     option(life, "--queue-timeout", "S", doc, type=whole_number(0, LIFETIME_MAX_S, "seconds"))
     add_shared_options(parser)
-    add_document_flags(parser)
-    parser.set_defaults(carry_out=_create)
+    _ends_with_document(parser, _create)
 
 
 def add_shared_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that a sandbox shares with runs, and those that select the backend."""
-    of_runs = shared_rows()
     for title, rows in GROUPS.items():
-        mine = [row for row in rows if row in of_runs or row.flag in _OF_BACKENDS]
+        mine = [row for row in rows if row in OF_SANDBOXES or row.flag in _OF_BACKENDS]
         if mine:
             group = parser.add_argument_group(title)
             for row in mine:
                 add_row(group, row)
 
 
-def shared_rows() -> list[Option]:
-    """Return the options that a sandbox shares with runs."""
-    from x07_sandbox.library.sandbox import SandboxOptions
-
-    return [row for row in BY_FLAG.values() if row.keyword in SandboxOptions.__annotations__]
-
-
 def given_keywords(options: argparse.Namespace) -> dict[str, Any]:
     """Return the given options that a sandbox shares with runs, by keyword. Raises UsageError."""
-    return {row.keyword: row.argument(value) for row, value in given_rows(options, shared_rows())}
+    return {row.keyword: row.argument(value) for row, value in given_rows(options, OF_SANDBOXES)}
 
 
 def _name(text: str) -> str:
@@ -246,7 +251,6 @@ def _say_left_out(run: str) -> None:
 
 
 def _list(options: argparse.Namespace) -> int:
-    from x07_sandbox.cli.runs import span
     from x07_sandbox.library.listing import list_sandboxes
     from x07_sandbox.reports.sandboxes import SandboxesReport
 
@@ -389,7 +393,9 @@ def _forward(options: argparse.Namespace) -> int:
 
 def _add_exec(parser: Any) -> None:  # noqa: ANN401 - as argparse has it
     """Add the arguments of `x07 sandbox exec`."""
-    parser.add_argument("sandbox", metavar="SANDBOX", type=nonempty, help="id, start of an id, or name")
+    parser.usage = "x07 sandbox exec [OPTIONS] SANDBOX -- COMMAND [ARGS]"
+    parser.epilog = _EXEC_EPILOG
+    _with_sandbox(parser)
     parser.add_argument("command", nargs="*", metavar="COMMAND [ARGS]", help="the command and its arguments, after --")
     parser.add_argument("-i", "--interactive", action="store_true", help="pass standard input to the command")
     parser.add_argument("-t", "--tty", action="store_true", help="give the command a terminal")
@@ -402,7 +408,7 @@ def _add_exec(parser: Any) -> None:  # noqa: ANN401 - as argparse has it
 
 def _add_shell(parser: Any) -> None:  # noqa: ANN401 - as argparse has it
     """Add the arguments of `x07 sandbox shell`."""
-    parser.add_argument("sandbox", metavar="SANDBOX", type=nonempty, help="id, start of an id, or name")
+    _with_sandbox(parser)
     _add_common(parser)
     shell: dict[str, Any] = {"interactive": True, "tty": True, "detach": False, "raw": True}
     shell |= {"json": False, "report_out": None, "quiet_json": False}
@@ -454,6 +460,7 @@ def _detached(opened: HeldSandbox, command: Process, options: argparse.Namespace
 
 def _attached(opened: HeldSandbox, command: Process, options: argparse.Namespace) -> int:
     """Carry the streams of the command until it has ended, and report its end. Ctrl-C kills it."""
+    from x07_sandbox.policy.outcomes import SIGNAL_BASE
     from x07_sandbox.sessions.command import Kept
 
     kept = (Kept(OUTPUT_MAX_BYTES, "head"), Kept(OUTPUT_MAX_BYTES, "head")) if document_wanted(options) else None
@@ -536,6 +543,8 @@ def _report(run: str, end: Ended, kept: tuple[Kept, Kept] | None, options: argpa
             write_all(fd, TerminalFilter()(data) if os.isatty(fd) and not options.raw else data)
     sys.stdout.flush()
     if end.outcome not in {"ok", "failed"} or (end.outcome == "failed" and end.reason_code != "exited"):
+        from x07_sandbox.policy.outcomes import ending_line
+
         say(ending_line(end.outcome, end.reason_code, end.reason, None), bad=f"{end.outcome}:")
     if end.denials or end.hints:
         from msgspec.structs import replace
@@ -545,3 +554,15 @@ def _report(run: str, end: Ended, kept: tuple[Kept, Kept] | None, options: argpa
 
         say_denials(replace(draft_result(run), denials=list(end.denials), hints=list(end.hints)))
     return end.x07_exit_code
+
+
+_ACTIONS: Final[dict[str, tuple[str, Callable[[Any], None]]]] = {
+    "create": ("open a sandbox, and print its id", _add_create),
+    "exec": ("run a command in a sandbox", _add_exec),
+    "shell": ("open a shell in a sandbox, with a terminal", _add_shell),
+    "cp": ("copy a file or folder into or out of a sandbox", _add_copy),
+    "ls": ("list files of a sandbox", _add_files),
+    "forward": ("let programs of this host connect to a port of a sandbox", _add_forward),
+    "close": ("end all commands of a sandbox, close it, and apply its changes", _add_close),
+    "list": ("list open sandboxes", _add_list),
+}

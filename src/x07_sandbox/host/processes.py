@@ -10,18 +10,18 @@ lasts as long as any copy of its descriptor. O_CLOEXEC does not close the copy o
 a multiprocessing child. That child would keep a dead parent's locks.
 """
 
+from __future__ import annotations
+
 import contextlib
 import errno
 import fcntl
 import os
-import queue
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import IO, Annotated, Final
+from typing import IO, TYPE_CHECKING, Annotated, Final
 
 import msgspec
 
@@ -31,6 +31,13 @@ from x07_sandbox.host.linux import of_process, open_pidfd, process_ids, send_sig
 from x07_sandbox.host.paths import closing_fd
 from x07_sandbox.host.variables import inherited_environment
 from x07_sandbox.host.waiting import wait_readable
+
+if TYPE_CHECKING:  # imported where a process is started: many commands start none
+    import queue
+    import subprocess
+
+    _Answer = queue.SimpleQueue[subprocess.Popen[bytes] | OSError]
+    _Requests = queue.SimpleQueue[tuple["Launch", _Answer]]
 
 COMMAND_ENVIRONMENT: Final = MappingProxyType({"PATH": "/usr/bin:/bin", "LC_ALL": "C"})
 
@@ -126,6 +133,8 @@ def output_of(
     argv: Sequence[str], *, timeout_s: float, env: Mapping[str, str] = COMMAND_ENVIRONMENT
 ) -> subprocess.CompletedProcess[bytes]:
     """Run a short command without input, and return its output and status. Raises OSError, TimeoutExpired."""
+    import subprocess
+
     no_input = subprocess.DEVNULL
     return subprocess.run(argv, stdin=no_input, capture_output=True, timeout=timeout_s, check=False, env=env, cwd="/")
 
@@ -209,10 +218,9 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True):
     env: dict[str, str] | None = None
 
 
-_Answer = queue.SimpleQueue["subprocess.Popen[bytes] | OSError"]
-_requests: queue.SimpleQueue[tuple[Launch, _Answer]] = queue.SimpleQueue()
 _lock = threading.Lock()
 _thread: threading.Thread | None = None
+_requests: _Requests  # of that thread
 
 
 def need_exit_statuses() -> None:
@@ -225,24 +233,31 @@ def need_exit_statuses() -> None:
 
 def launch(request: Launch) -> subprocess.Popen[bytes]:
     """Start a child process from the launcher thread. Raises HostError, or OSError if the program cannot be started."""
+    import queue
+
     need_exit_statuses()
-    global _thread  # noqa: PLW0603 - one thread per process
+    global _thread, _requests  # noqa: PLW0603 - one thread per process
     with _lock:
         if _thread is None or not _thread.is_alive():  # no thread survives a fork
-            _thread = start_thread(threading.Thread(target=_serve, name="x07-launcher", daemon=True))
+            _requests = queue.SimpleQueue()
+            thread = threading.Thread(target=_serve, args=(_requests,), name="x07-launcher", daemon=True)
+            _thread = start_thread(thread)
+        requests = _requests
     answer: _Answer = queue.SimpleQueue()
-    _requests.put((request, answer))
+    requests.put((request, answer))
     child = answer.get()
     if isinstance(child, OSError):
         raise child
     return child
 
 
-def _serve() -> None:
+def _serve(requests: _Requests) -> None:
+    import subprocess
+
     # Children inherit this thread's signal mask. If SIGALRM were blocked, the timer of their deadline would do nothing.
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     while True:
-        request, answer = _requests.get()
+        request, answer = requests.get()
         try:
             with close_on_fork.no_fork():
                 child: subprocess.Popen[bytes] | OSError = subprocess.Popen(
@@ -265,18 +280,21 @@ def start_in_background(
     *words: str,
     ready_fd: int | None = None,
     errors: IO[bytes],
-    stdin: int = subprocess.DEVNULL,
+    stdin: int | None = None,
     cwd: str | None = None,
 ) -> subprocess.Popen[bytes]:
     """Run *module* in a session of its own, isolated from this user's Python settings. Raises OSError.
 
     The process inherits *ready_fd*, if there is one; its number is the last argument. errors: its standard error.
+    stdin: see subprocess.Popen; None stands for no input.
     """
+    import subprocess
+
     ready = [] if ready_fd is None else [ready_fd]
     with close_on_fork.no_fork():
         return subprocess.Popen(
             [sys.executable, "-I", "-m", module, *words, *map(str, ready)],
-            stdin=stdin,
+            stdin=subprocess.DEVNULL if stdin is None else stdin,
             stdout=subprocess.DEVNULL,
             stderr=errors,
             pass_fds=ready,

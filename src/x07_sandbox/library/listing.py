@@ -9,23 +9,27 @@ from x07_sandbox.errors import ArgumentError, Command, UsageError
 from x07_sandbox.host.locks import is_locked
 from x07_sandbox.host.paths import state_dir
 from x07_sandbox.host.waiting import unix_ms
-from x07_sandbox.library.held import HeldSandbox, status_of
 from x07_sandbox.records.runs import SANDBOX, SOCKET, all_runs, described, is_named, record_of, runs_with
 from x07_sandbox.reports.sandboxes import SandboxInfo
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from x07_sandbox.library.held import HeldSandbox
+
 
 def list_sandboxes(tags: Mapping[str, str] | None = None) -> list[SandboxInfo]:
     """Return the open sandboxes that have all of *tags*, oldest first. Raises HostError."""
-    found = []
+    found, root = [], all_runs()
     for run in runs_with(SANDBOX):
-        record = record_of(run)
-        if record is None or not is_locked(all_runs() / run) or not (tags or {}).items() <= record.tags.items():
+        record = record_of(run) if is_locked(root / run) else None
+        if record is None or not (tags or {}).items() <= record.tags.items():
             continue
-        held = os.path.lexists(all_runs() / run / SOCKET)
-        status = status_of(run) if held else None
+        status = None
+        if held := os.path.lexists(root / run / SOCKET):
+            from x07_sandbox.library.held import status_of
+
+            status = status_of(run)
         if held and status is None:  # it ends just now
             continue
         found.append(
@@ -74,6 +78,8 @@ def run_of(word: str) -> str:
 
 def connect_to(word: str, *, flags: bool = False) -> HeldSandbox:
     """Connect to the sandbox that *word* names: see `find_sandbox`, `HeldSandbox`. Raises SandboxError."""
+    from x07_sandbox.library.held import HeldSandbox
+
     return HeldSandbox(find_sandbox(word), flags=flags)
 
 
@@ -86,7 +92,8 @@ def require_new_name(name: str) -> None:
 
 def _held(word: str) -> list[str]:
     """Return the held sandboxes that *word* names. Few runs have a socket, so few records are read."""
-    places = {run: all_runs() / run for run in runs_with(SANDBOX)}
+    root = all_runs()
+    places = {run: root / run for run in runs_with(SANDBOX)}
     held = (run for run, place in places.items() if os.path.lexists(place / SOCKET))
     return [run for run in held if _fits(run, word) and is_locked(places[run])]
 

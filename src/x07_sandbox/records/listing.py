@@ -21,6 +21,7 @@ from x07_sandbox.records.reader import (
     all_stored,
     here_and_now,
     judge,
+    open_stored,
     overdue_ms,
     state_of,
 )
@@ -156,7 +157,7 @@ class RecentRun(NamedTuple):
 def list_jobs(*, everything: bool = False) -> PsReport:
     """Return this user's live jobs. everything: also finished jobs, and records of other users or machines."""
     now = here_and_now()
-    lines = [_line(stored, now) for stored in all_stored()]
+    lines = [_line(stored, now) for stored in (all_stored() if everything else open_stored())]
     jobs = [line for line in lines if everything or line.state in _LIVE]
     busy = {line.run for line in jobs if line.state in _LIVE}
     newest = sorted(run_names(), reverse=True)[:_WAITING_MAX]

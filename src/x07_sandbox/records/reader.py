@@ -10,7 +10,7 @@ import contextlib
 import fcntl
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, NamedTuple, TypeVar
 
@@ -28,6 +28,7 @@ from x07_sandbox.records.runs import (
     Ended,
     JobRecord,
     runner_instance,
+    unfinished_jobs,
 )
 
 # Whether this user's x07 may use a job's folder. ours: yes, owner.json names this user and machine. unowned: there is
@@ -184,16 +185,26 @@ def _read(folder: Path, fd: int, instance: str) -> StoredJob:
 
 def all_stored() -> list[StoredJob]:
     """Return all jobs of the state folder, sorted by name. Raises OSError, HostError."""
-    root = state_dir()
     try:
-        names = sorted(name for name in os.listdir(root) if JOB_NAME.fullmatch(name))  # noqa: PTH208 - names are wanted
+        return _read_all(name for name in os.listdir(state_dir()) if JOB_NAME.fullmatch(name))  # noqa: PTH208 - names
     except FileNotFoundError:
         return []
-    if not names:
+
+
+def open_stored() -> list[StoredJob]:
+    """Return the jobs that have not ended, sorted by name. Raises OSError, HostError."""
+    return _read_all(unfinished_jobs(state_dir()))
+
+
+def _read_all(names: Iterable[str]) -> list[StoredJob]:
+    """Read the records of jobs. Those of ended ones that were removed meanwhile are left out."""
+    found = sorted(names)
+    if not found:
         return []
+    root = state_dir()
     instance = runner_instance(root)
-    found = (read_stored(root / name, instance) for name in names)
-    return [stored for stored in found if stored is not None]
+    read = (read_stored(root / name, instance) for name in found)
+    return [stored for stored in read if stored is not None]
 
 
 def _regular(folder_fd: int, name: str) -> os.stat_result | None:

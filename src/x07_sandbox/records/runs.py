@@ -13,7 +13,6 @@ import itertools
 import json
 import os
 import re
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -200,10 +199,13 @@ def write_owner(
 
 
 def unfinished_jobs(root: Path, most: int | None = None) -> list[str]:
-    """Check the *most* newest jobs. Return the names of those without a `done` or `reaped` file, newest first."""
+    """Check the *most* newest jobs. Return the names of those without a `done` or `reaped` file, newest first.
+
+    Raises OSError if the folder exists and cannot be read.
+    """
     try:
         names = [name for name in os.listdir(root) if JOB_NAME.fullmatch(name)]  # noqa: PTH208 - names are wanted
-    except OSError:
+    except FileNotFoundError:
         return []
     names.sort(reverse=True)  # the names start with the run's time
     place = os.fspath(root)
@@ -258,6 +260,8 @@ def _machine_and_user() -> str:
 
 
 def _sha256(*words: str) -> str:
+    from hashlib import sha256  # loads OpenSSL, which a listing of runs does not need
+
     return sha256("\0".join(words).encode()).hexdigest()
 
 
@@ -317,7 +321,7 @@ def run_names() -> list[str]:
 def runs_with(file: str) -> list[str]:
     """Return the ids of the runs that have *file*, oldest first."""
     root = all_runs()
-    names = [name for name in run_names() if (root / name / file).is_file()]
+    names = [name for name in run_names() if os.path.isfile(f"{root}/{name}/{file}")]  # noqa: PTH113 - thousands of them
     return sorted(names, key=lambda name: [int(part) for part in name.split("-")])
 
 
