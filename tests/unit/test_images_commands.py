@@ -113,22 +113,38 @@ def test_guest_code_is_the_guests_rooms_and_no_more() -> None:
     assert set(code.tools) == {store.INIT, store.PACK, store.FILTERS, store.PLACES}
 
 
-def test_every_guest_file_counts_for_the_digest(tmp_path: Path) -> None:
-    """A change in any guest file changes the guest code digest; other changes do not."""
+def test_every_guest_file_counts_for_the_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A change in any guest file changes the guest code digest, which is recorded; other changes do not."""
+    cache, root = tmp_path / "cache", tmp_path / "package"
+    cache.mkdir(mode=0o700)
+    monkeypatch.setenv("X07_VM_CACHE_DIR", str(cache))
+    monkeypatch.setattr(store, "_SETTLED_NS", -(10**9))  # recorded at once
     boot = [f"guest/boot/{name}" for name in ("init.c", "pack.py", "filters.py", "places.py")]
     names = [*boot, "guest/agent.py", "channel/frames.py", "errors.py", "kernel.py", "libseccomp.py"]
     for name in names:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(name)
-    digests = {store.read_guest_code(tmp_path).digest}
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(name)
+    digests = [store.installed_code(root)]
     for name in [*names, "guest/new.py"]:
-        (tmp_path / name).write_text("changed")
-        digests.add(store.read_guest_code(tmp_path).digest)
-    assert len(digests) == len(names) + 2
-    last = store.read_guest_code(tmp_path).digest
-    (tmp_path / "cli").mkdir()
-    (tmp_path / "cli" / "main.py").write_text("x")
-    assert store.read_guest_code(tmp_path).digest == last
+        (root / name).write_text("changed")
+        digests.append(store.installed_code(root))
+        assert digests[-1] == store.read_guest_code(root).digest
+    assert len({*digests}) == len(names) + 2
+    (root / "cli").mkdir()
+    (root / "cli" / "main.py").write_text("x")
+    monkeypatch.setattr(store, "read_guest_code", None)  # not read again
+    assert store.installed_code(root) == digests[-1]
+
+
+def test_guest_code_that_changed_just_now_is_not_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guest code modified within the clock's resolution is read again next time."""
+    assert store._SETTLED_NS >= 100_000_000  # noqa: SLF001 - ten ticks of the slowest clock
+    monkeypatch.setenv("X07_VM_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(store, "_SETTLED_NS", 10**18 * 9)
+    read, code = [], store.read_guest_code()
+    monkeypatch.setattr(store, "read_guest_code", lambda root: read.append(root) or code)
+    assert [store.installed_code() for _ in range(2)] == [code.digest] * 2
+    assert len(read) == 2
 
 
 @pytest.mark.parametrize("name", ["", "a-b", "1a", "a..b", "os;x", "a b", "é", "x" * 201, ".a"])

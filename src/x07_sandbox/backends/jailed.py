@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from typing import Final, NamedTuple, TypeVar
 
@@ -22,7 +21,7 @@ from x07_sandbox.records.runs import JobRecord, mark_done, write_owner
 
 _J = TypeVar("_J", bound="Jailed")
 _SETUP_S: Final = 10.0
-_LOOK_AGAIN_S: Final = 0.0003
+_LOOK_AGAIN_S: Final = 0.001  # a look takes about a tenth of it
 _CHUNK: Final = 64 * 1024
 _GONE_S: Final = 10.0
 
@@ -206,9 +205,8 @@ def inner_process(child: subprocess.Popen[bytes], depth: int) -> Identity:
             for pid in found:
                 if (inner := identify(pid)) is not None:
                     return inner
-            if wait_readable(pidfd, 0):
+            if wait_readable(pidfd, _LOOK_AGAIN_S):  # there is no event for another process's child
                 break
-            time.sleep(_LOOK_AGAIN_S)  # there is no event for another process's child
     raise ProcessLookupError
 
 

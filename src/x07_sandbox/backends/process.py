@@ -33,7 +33,7 @@ from x07_sandbox.host.paths import cache_folder, replace_file
 from x07_sandbox.host.processes import Launch, output_of
 from x07_sandbox.host.verdicts import Verdict, file_state
 from x07_sandbox.host.waiting import Deadline
-from x07_sandbox.images.store import FILTERS, PACK, PLACES, GuestCode, read_guest_code
+from x07_sandbox.images.store import FILTERS, PACK, PLACES, GuestCode, installed_code, read_guest_code
 from x07_sandbox.images.verify import OpenImage
 from x07_sandbox.jail.bwrap import BWRAP, PERL, SETPRIV, may_nest, supervisor_argv
 from x07_sandbox.jail.resources import lease_uid, program_groups, remove_groups
@@ -408,13 +408,13 @@ def agent_argv(code: str, *words: str) -> list[str]:
 
 def agent_code(*, confined: bool) -> Path:
     """Return the path of the agent's zip. confined: whether to include its seccomp filters. Raises HostError."""
-    code, folder = read_guest_code(), cache_folder("agent")
-    key = _key(code, confined=confined)
+    folder = cache_folder("agent")
+    key = _key(confined=confined)
     for path in folder.glob(f"{key}-*.zip"):
         if path.stem == f"{key}-{hashlib.sha256(path.read_bytes()).hexdigest()}":
             return path
         path.unlink(missing_ok=True)  # damaged
-    data = _build(code, this_system(), confined=confined)
+    data = _build(read_guest_code(), this_system(), confined=confined)
     path = folder / f"{key}-{hashlib.sha256(data).hexdigest()}.zip"
     replace_file(path, data)
     for old in sorted(folder.glob("*.zip"), key=lambda one: one.stat().st_mtime)[:-_KEEP]:
@@ -422,9 +422,9 @@ def agent_code(*, confined: bool) -> Path:
     return path
 
 
-def _key(code: GuestCode, *, confined: bool) -> str:
+def _key(*, confined: bool) -> str:
     """Return a digest of everything that the zip depends on."""
-    parts: list[object] = [code.digest, confined, os.uname().machine]
+    parts: list[object] = [installed_code(), confined, os.uname().machine]
     for path in (PYTHON, *(_CHANGES if confined else ())):
         try:
             parts.append(file_state(path))

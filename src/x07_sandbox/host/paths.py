@@ -66,15 +66,22 @@ def private_dir(path: Path) -> Path:
     if not path.is_absolute() or ".." in path.parts or len(path.parts) == 1:
         why = "it is not an absolute path without '..'"
         raise HostError(f"cannot use folder {path}", why, "Use an absolute path without '..'")
-    fd = os.open("/", path_flag() | os.O_DIRECTORY | os.O_CLOEXEC)
+    flags, here = path_flag() | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, ""
+    fd = os.open("/", flags)
     try:
-        for depth, part in enumerate(path.parts[1:], start=1):
-            here = Path(*path.parts[: depth + 1])
-            made = _mkdir(fd, part, here)
-            child, parent = _open_folder(fd, part, here), os.fstat(fd)
+        parent = os.fstat(fd)
+        for depth, part in enumerate(path.parts[1:], start=2):
+            here, made = f"{here}/{part}", False
+            try:
+                child = os.open(part, flags, dir_fd=fd)
+            except OSError as exc:
+                made = exc.errno == errno.ENOENT and _mkdir(fd, part, here)
+                child = _open_folder(fd, part, here, flags)
             os.close(fd)
             fd = child
-            _check_owner(os.fstat(fd), here, parent, last=here == path, made=made)
+            info = os.fstat(fd)
+            _check_owner(info, here, parent, last=depth == len(path.parts), made=made)
+            parent = info
     finally:
         os.close(fd)
     return path
@@ -207,7 +214,7 @@ def replace_file(path: Path, data: bytes, *, sync: bool = False) -> None:
         raise
 
 
-def _mkdir(dir_fd: int, part: str, here: Path) -> bool:
+def _mkdir(dir_fd: int, part: str, here: str) -> bool:
     try:
         os.mkdir(part, 0o700, dir_fd=dir_fd)
         os.chmod(part, 0o700, dir_fd=dir_fd)  # regardless of the umask
@@ -219,9 +226,9 @@ def _mkdir(dir_fd: int, part: str, here: Path) -> bool:
     return True
 
 
-def _open_folder(dir_fd: int, part: str, here: Path) -> int:
+def _open_folder(dir_fd: int, part: str, here: str, flags: int) -> int:
     try:
-        return os.open(part, path_flag() | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
+        return os.open(part, flags, dir_fd=dir_fd)
     except OSError as exc:
         if exc.errno not in {errno.ELOOP, errno.ENOTDIR}:
             raise
@@ -229,15 +236,17 @@ def _open_folder(dir_fd: int, part: str, here: Path) -> int:
         raise HostError(f"cannot use folder {here}", why, "Use the real folder instead of the link") from exc
 
 
-def _check_owner(info: os.stat_result, here: Path, parent: os.stat_result, *, last: bool, made: bool) -> None:
+def _check_owner(info: os.stat_result, here: str, parent: os.stat_result, *, last: bool, made: bool) -> None:
+    exposed = last and not made and (info.st_uid != os.geteuid() or info.st_mode & 0o077)
+    if not exposed and not _others_can_change(info):
+        return
     what, uid, mode = f"cannot use folder {here}", info.st_uid, f"{stat.S_IMODE(info.st_mode):04o}"
-    if last and not made and (uid != os.geteuid() or info.st_mode & 0o077):
+    if exposed:
         why = f"it belongs to uid {uid} with mode {mode}; it must belong to you and have mode 0700"
         raise HostError(what, why, _how_to_be_private(info, here, parent))
-    if _others_can_change(info):
-        fix = "Set X07_VM_STATE_DIR or X07_VM_CACHE_DIR to a folder whose parents only you or root can write"
-        fix = f"{_IN_A_POD.format(here)}. Elsewhere: {fix}" if info.st_dev != parent.st_dev else fix
-        raise HostError(what, f"other users can change it (uid {uid}, mode {mode})", fix)
+    fix = "Set X07_VM_STATE_DIR or X07_VM_CACHE_DIR to a folder whose parents only you or root can write"
+    fix = f"{_IN_A_POD.format(here)}. Elsewhere: {fix}" if info.st_dev != parent.st_dev else fix
+    raise HostError(what, f"other users can change it (uid {uid}, mode {mode})", fix)
 
 
 def _others_can_change(info: os.stat_result) -> bool:
@@ -246,7 +255,7 @@ def _others_can_change(info: os.stat_result) -> bool:
     return theirs or bool(info.st_mode & 0o022 and not info.st_mode & stat.S_ISVTX)
 
 
-def _how_to_be_private(info: os.stat_result, here: Path, parent: os.stat_result) -> Text:
+def _how_to_be_private(info: os.stat_result, here: str, parent: os.stat_result) -> Text:
     """Return the advice for a folder that is not private. A shared folder such as /tmp must keep its mode."""
     uid = os.geteuid()
     shared = bool(info.st_mode & (stat.S_ISVTX | stat.S_IWGRP | stat.S_IWOTH))
@@ -254,12 +263,12 @@ def _how_to_be_private(info: os.stat_result, here: Path, parent: os.stat_result)
     if info.st_uid == uid and not (reached and (shared or uid == 0)):
         import shlex
 
-        command = Command(f"chmod 0700 {shlex.quote(str(here))}")
+        command = Command(f"chmod 0700 {shlex.quote(here)}")
         return "Use another folder. Or, if nobody else needs this one, run: " if reached else "Run: ", command
     if info.st_dev != parent.st_dev and _others_can_change(info):
         return _IN_A_POD.format(here)
     creatable = (info.st_uid == uid or info.st_mode & stat.S_ISVTX) and not _others_can_change(info)
-    folder = f"a new folder in it, such as {here / 'x07-sandbox'}" if creatable else "a folder of your own"
+    folder = f"a new folder in it, such as {here}/x07-sandbox" if creatable else "a folder of your own"
     return f"Set X07_VM_STATE_DIR or X07_VM_CACHE_DIR to {folder}"
 
 

@@ -10,9 +10,10 @@ import hashlib
 import json
 import os
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 import msgspec.structs
@@ -22,6 +23,7 @@ from x07_sandbox.host.arch import Arch, arch_named, host_arch
 from x07_sandbox.host.documents import prepared
 from x07_sandbox.host.paths import cache_folder, private_dir, read_bounded, replace_file
 from x07_sandbox.host.variables import text
+from x07_sandbox.host.verdicts import Verdict, file_state
 from x07_sandbox.policy.decode import canonical_json
 
 SCHEMA = "x07.sandbox.image@0.1.0"
@@ -213,6 +215,7 @@ INIT = "guest/boot/init.c"
 PACK = "guest/boot/pack.py"
 FILTERS = "guest/boot/filters.py"
 PLACES = "guest/boot/places.py"
+_TOOLS = (INIT, PACK, FILTERS, PLACES)
 
 
 class Image(msgspec.Struct, frozen=True, kw_only=True):
@@ -339,7 +342,7 @@ def _all() -> Iterator[Image | DamagedImage]:
 
 def image_is_current(image: Image) -> bool:
     """Return whether the image contains this installation's guest code. If not, rebuilding takes seconds."""
-    return image.manifest.guest_code == read_guest_code().digest
+    return image.manifest.guest_code == installed_code()
 
 
 def load(digest: str, name: str = "") -> Image:
@@ -431,16 +434,37 @@ class GuestCode(msgspec.Struct, frozen=True, kw_only=True):
             (folder / name).write_bytes(data)
 
 
-def read_guest_code(root: Path | None = None) -> GuestCode:
+_PACKAGE = Path(__file__).parents[1]
+_SETTLED_NS = 1_000_000_000  # a change that is this old has another ctime than a later one; see images/verify
+
+
+def installed_code(root: Path = _PACKAGE) -> str:
+    """Return the digest of this installation's guest code: read once per boot of the host, and after each change."""
+    states = _states(root)
+    known = Verdict("guest-code", str(root), key=states)
+    if digest := known.read().get("digest"):
+        return str(digest)
+    digest = read_guest_code(root).digest
+    if max(state[-1] for state in states) < time.time_ns() - _SETTLED_NS and states == _states(root):
+        with contextlib.suppress(OSError):
+            known.write({"digest": digest})
+    return digest
+
+
+def _states(root: Path) -> list[tuple[Any, ...]]:
+    return [file_state(path) for path in _code_files(root)]
+
+
+def _code_files(root: Path) -> list[str]:
+    """Return the paths of the files that the guest gets, sorted."""
+    found = [f"{root}/{name}" for name in ("errors.py", "kernel.py", "libseccomp.py", *_TOOLS)]
+    for folder in (f"{root}/channel", f"{root}/guest"):
+        found += [entry.path for entry in os.scandir(folder) if entry.name.endswith(".py")]
+    return sorted(found)
+
+
+def read_guest_code(root: Path = _PACKAGE) -> GuestCode:
     """Read the guest's files below *root*, by default this package. The guest gets an empty __init__ of the package."""
-    root = root or Path(__file__).parents[1]
-    alone = [root / f"{name}.py" for name in ("errors", "kernel", "libseccomp")]
-    paths = [*alone, *root.glob("channel/**/*.py"), *root.glob("guest/**/*.py")]
-    boot = root / "guest" / "boot"
-    agent = {
-        path.relative_to(root).as_posix(): path.read_bytes() for path in sorted(paths) if not path.is_relative_to(boot)
-    }
-    return GuestCode(
-        agent={"__init__.py": b""} | agent,
-        tools={name: (root / name).read_bytes() for name in (INIT, PACK, FILTERS, PLACES)},
-    )
+    files = {path.removeprefix(f"{root}/"): Path(path).read_bytes() for path in _code_files(root)}
+    tools = {name: files.pop(name) for name in _TOOLS}
+    return GuestCode(agent={"__init__.py": b""} | files, tools=tools)

@@ -20,7 +20,7 @@ from x07_sandbox.errors import HostError, ImageError, UsageError
 from x07_sandbox.host.documents import prepared
 from x07_sandbox.host.paths import private_dir, read_bounded
 from x07_sandbox.images import base, boot, store, verify
-from x07_sandbox.images.store import Image, Manifest, Part, ScratchDisk, read_guest_code
+from x07_sandbox.images.store import Image, Manifest, Part, ScratchDisk, installed_code
 
 SCHEMA: Final = "x07.sandbox.vz-bundle@0.1.0"
 SECTOR: Final = 512  # the framework refuses disks of other sizes
@@ -189,7 +189,7 @@ def _image(bundle: Bundle, fds: dict[str, int], name: str) -> Manifest:
     ours = (image.digest, image.arch, image.kernel_release, image.scratch_disk, image.program is not None)
     if ours != (bundle.image, bundle.arch, bundle.kernel_release, bundle.scratch_disk, bundle.program is not None):
         raise _bad(name, "its files belong to several images")
-    if image.guest_code != read_guest_code().digest:
+    if image.guest_code != installed_code():
         raise _bad(name, "another version of x07-sandbox made its image, so its agent may not be compatible")
     return image
 

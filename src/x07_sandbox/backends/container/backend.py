@@ -28,7 +28,7 @@ from x07_sandbox.host.paths import raised_as, read_bounded
 from x07_sandbox.host.processes import Launch, identify, launch, own_identity
 from x07_sandbox.host.variables import text
 from x07_sandbox.images import store
-from x07_sandbox.images.store import read_guest_code
+from x07_sandbox.images.store import installed_code
 from x07_sandbox.images.verify import OpenImage
 from x07_sandbox.policy.features import LEAVES_TREE, NO_ROOT, NOT_OBSERVED, VM_CAPABILITIES, Features
 from x07_sandbox.records.runs import JobRecord, create_record, drop_unstarted, mark_done, write_owner
@@ -166,7 +166,7 @@ class WithImages(ContainerBackend):
             why = "it lacks x07's labels, so x07's agent is not in it"
             raise ImageError(f"cannot use the image {wanted}", why, self.fix_image)
         found = store.decode_manifest(data, f"the guest image {wanted}")
-        if found.guest_code != read_guest_code().digest:
+        if found.guest_code != installed_code():
             why = "another version of x07-sandbox made it, so its agent may not be compatible"
             raise ImageError(f"cannot use the image {wanted}", why, self.fix_image)
         digest = f"sha256:{identity.removeprefix('sha256:')}"
