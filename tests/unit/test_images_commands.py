@@ -142,7 +142,7 @@ def test_guest_code_that_changed_just_now_is_not_recorded(tmp_path: Path, monkey
     monkeypatch.setenv("X07_VM_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(store, "_SETTLED_NS", 10**18 * 9)
     read, code = [], store.read_guest_code()
-    monkeypatch.setattr(store, "read_guest_code", lambda root: read.append(root) or code)
+    monkeypatch.setattr(store, "read_guest_code", lambda root: (read.append(root), code)[1])
     assert [store.installed_code() for _ in range(2)] == [code.digest] * 2
     assert len(read) == 2
 

@@ -57,11 +57,12 @@ def _home() -> Path:
     return _absolute(home, "HOME")
 
 
-def private_dir(path: Path) -> Path:
+def private_dir(path: Path, *, private: int = 1) -> Path:
     """Create *path* and missing parents with mode 0700. Raises HostError if the folder is not private.
 
     No link is followed. The folder must belong to the effective uid and be closed to group and others. Its parents must
-    belong to that uid or root and must not be writable by others, except sticky folders like /tmp.
+    belong to that uid or root and must not be writable by others, except sticky folders like /tmp. private: how many
+    folders at the end of the path must be private.
     """
     if not path.is_absolute() or ".." in path.parts or len(path.parts) == 1:
         why = "it is not an absolute path without '..'"
@@ -80,7 +81,7 @@ def private_dir(path: Path) -> Path:
             os.close(fd)
             fd = child
             info = os.fstat(fd)
-            _check_owner(info, here, parent, last=depth == len(path.parts), made=made)
+            _check_owner(info, here, parent, last=depth > len(path.parts) - private, made=made)
             parent = info
     finally:
         os.close(fd)
@@ -100,7 +101,7 @@ def settings_file() -> Path:
 
 def cache_folder(name: str) -> Path:
     """Return the private folder *name* in the cache, created if missing. Raises HostError if it is not private."""
-    return private_dir(private_dir(cache_dir()) / name)
+    return private_dir(cache_dir() / name, private=2)
 
 
 def least_recently_used(found: Iterable[tuple[float, int, Path]], most_bytes: int) -> list[Path]:

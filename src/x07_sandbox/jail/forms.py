@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple
 
 from x07_sandbox.errors import HostError, RefusedError, printable
 from x07_sandbox.host.arch import Arch
-from x07_sandbox.host.paths import fix_for, raised_as
+from x07_sandbox.host.paths import closing_fd, fix_for, raised_as
 from x07_sandbox.host.processes import output_of
 from x07_sandbox.host.variables import flag
 from x07_sandbox.host.verdicts import Verdict, file_state
@@ -35,6 +35,7 @@ _SWITCHES: Final = (
     *("/proc/sys/user/max_user_namespaces", "/proc/sys/kernel/unprivileged_userns_clone"),
     *("/proc/sys/kernel/apparmor_restrict_unprivileged_userns", "/proc/self/attr/current"),
 )
+_PROC_MAX: Final = 65_536
 _RIGHTS: Final = ("CapEff:", "CapBnd:", "NoNewPrivs:", "Seccomp:", "Seccomp_filters:")
 _NEEDED_BY_ROOT: Final = {"CAP_KILL": 5, "CAP_SETGID": 6, "CAP_SETUID": 7, "CAP_SETPCAP": 8}
 FLAGS_FOR_ROOT: Final = "--cap-add SYS_ADMIN --cap-add NET_ADMIN --security-opt apparmor=unconfined"
@@ -134,13 +135,17 @@ def _try_each() -> dict[str, object]:
 def _key() -> list[object]:
     """Return everything known to affect namespaces, as JSON values."""
     found: list[object] = [os.geteuid(), file_state(BWRAP)]
-    found += [Path("/proc/self/ns", name).readlink().name for name in ("user", "mnt", "pid", "net")]
-    status = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace").splitlines()
-    found += [line for line in status if line.startswith(_RIGHTS)]
+    found += [os.readlink(f"/proc/self/ns/{name}") for name in ("user", "mnt", "pid", "net")]  # noqa: PTH115 - in each run
+    found += [line for line in _text("/proc/self/status").splitlines() if line.startswith(_RIGHTS)]
     for path in _SWITCHES:
         with contextlib.suppress(OSError):
-            found.append([path, Path(path).read_text(encoding="utf-8", errors="replace")])
+            found.append([path, _text(path)])
     return found
+
+
+def _text(path: str) -> str:
+    with closing_fd(os.open(path, os.O_RDONLY | os.O_CLOEXEC)) as fd:
+        return os.read(fd, _PROC_MAX).decode(errors="replace")
 
 
 def _try_namespaces(*, named: bool) -> str:
