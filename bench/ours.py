@@ -8,7 +8,6 @@ import os
 import select
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from x07_sandbox.backends.qemu.start import QemuJob, start_qemu
 from x07_sandbox.backends.qemu.template import opened_template, template_for
 from x07_sandbox.channel.messages import Exec
 from x07_sandbox.conformance.box import Box
+from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.documents import render_json
 from x07_sandbox.host.linux import children_of
 from x07_sandbox.host.paths import state_dir
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 
 X07 = Path(sys.executable).with_name("x07")
 _SANDBOX_S = 2 * 3600
+_START_S = 120
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -229,33 +230,35 @@ class Floor:
             time.sleep(0.3)  # until it runs
             yield _vmm(instance)
 
-    @contextlib.contextmanager
-    def running(self) -> Iterator[int]:
-        """Start a clone in which a C program waits for input; yield the pid of its QEMU."""
-        with self._started() as instance, contextlib.ExitStack() as stack:
-            read_fd, write_fd = os.pipe()
-            stack.callback(os.close, read_fd)
-            started = threading.Event()
-            sinks = [
-                Sink(name, keep_fd=memory_file(b"", stack), live_fd=None, max_bytes=1 << 20)
-                for name in ("stdout", "stderr")
-            ]
-            spec = self._spec(stack)
-            given = CommandStreams(stdin_fd=read_fd, stdout=sinks[0], stderr=sinks[1], on_started=started.set)
 
-            def run() -> None:
-                self._opened(instance, spec, stack).run(spec.order, given, spec.wall_ms, spec.receivers)
+@contextlib.contextmanager
+def waiting_run(program: Path) -> Iterator[int]:
+    """Start `x07 run` of a program that waits for input, in a process of its own; yield the pid of its QEMU."""
+    argv = [str(X07), "run", "--no-pool", str(program)]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as child:
+        deadline = time.monotonic() + _START_S
+        while not (found := _started_vmm(child.pid)):
+            if child.poll() is not None or time.monotonic() > deadline:
+                child.kill()
+                raise WrongRunError("a run that waits for input did not start")
+            time.sleep(0.05)
+        time.sleep(0.3)  # until the program reads its input
+        yield found
+        child.communicate(b"x\n")
 
-            thread = threading.Thread(target=run)
-            thread.start()
-            if not started.wait(60):
-                raise WrongRunError("a raw clone did not start the program")
-            time.sleep(0.2)  # until it reads its input
-            try:
-                yield _vmm(instance)
-            finally:
-                os.close(write_fd)
-                thread.join()
+
+def _started_vmm(runner: int) -> int:
+    """Return the pid of the QEMU of a run by its x07 process, or 0 if there is none yet."""
+    for path in state_dir().glob(f"*-{runner}-*-run/owner.json"):
+        if inner := json.loads(path.read_bytes())["processes"].get("inner"):
+            return next(filter(_is_qemu, children_of(inner["pid"])), 0)  # before it, criu is there
+    return 0
+
+
+def _is_qemu(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/exe").readlink().name == Path(host_arch().qemu_binary).name
+    return False
 
 
 def next_command_seconds(box: Box) -> float:

@@ -15,7 +15,7 @@ from typing import Final
 from unittest import mock
 
 from bench.figures import COUNT_PROGRAM, at_once_seconds, memory_bytes
-from bench.ours import X07, Command, Floor, check, not_hot
+from bench.ours import X07, Command, Floor, check, not_hot, waiting_run
 from x07_sandbox.host.paths import state_dir
 
 MIB: Final = 1 << 20
@@ -27,13 +27,17 @@ def at_once(command: Command, count: int, slots: int) -> float:
         return at_once_seconds(command.seconds, count)
 
 
-def memory_mib(floor: Floor, count: int, idle_count: int) -> tuple[float, float]:
-    """Return the PSS in MiB of each of *count* clones that run a C program, and of an idle clone."""
+def memory_mib(command: Command, floor: Floor, count: int, idle_count: int) -> tuple[float, float]:
+    """Return the PSS in MiB of each of *count* clones that run a C program, and of an idle clone.
+
+    Each run is a process, as for a user: a single one has not enough low descriptors for so many clones.
+    """
     with contextlib.ExitStack() as stack:
         idle = [stack.enter_context(floor.idle()) for _ in range(idle_count)]
         each_idle = sum(memory_bytes(pid)["Pss"] for pid in idle) / len(idle)
     with contextlib.ExitStack() as stack:
-        running = [stack.enter_context(floor.running()) for _ in range(count)]
+        stack.enter_context(mock.patch.dict(os.environ, X07_VM_MAX_RUNNING=str(count)))
+        running = [stack.enter_context(waiting_run(command.program)) for _ in range(count)]
         return sum(memory_bytes(pid)["Pss"] for pid in running) / count / MIB, each_idle / MIB
 
 
@@ -89,7 +93,10 @@ def steps(command: Command, floor: Floor | None, work: Path, sizes: Sizes) -> di
     """Return what to measure, by name. Each step yields rows of name and value. floor: None if it could not be made."""
     found: dict[str, Callable[[], Rows]] = {"runs at once": partial(_at_once_rows, command, sizes)}
     if floor is not None:
-        found |= {"queue": partial(_queue_rows, command, floor, sizes), "memory": partial(_memory_rows, floor, sizes)}
+        found |= {
+            "queue": partial(_queue_rows, command, floor, sizes),
+            "memory": partial(_memory_rows, command, floor, sizes),
+        }
     return found | {"input": partial(_input_rows, work, sizes), "records": partial(_record_rows, command, sizes)}
 
 
@@ -110,8 +117,8 @@ def _queue_rows(command: Command, floor: Floor, sizes: Sizes) -> Rows:
     yield "through the queue, hot / saved VM (limit 0.45)", f"{queued / clones:.2f}"
 
 
-def _memory_rows(floor: Floor, sizes: Sizes) -> Rows:
-    active, idle = memory_mib(floor, sizes.many, sizes.idle)
+def _memory_rows(command: Command, floor: Floor, sizes: Sizes) -> Rows:
+    active, idle = memory_mib(command, floor, sizes.many, sizes.idle)
     yield f"PSS of a clone that runs C, {sizes.many} alive (limit 45 MB, goal 30)", f"{active * MIB / 1e6:.1f} MB"
     yield "PSS of an idle clone", f"{idle * MIB / 1e6:.0f} MB"
 
