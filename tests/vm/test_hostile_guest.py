@@ -17,6 +17,8 @@ from msgspec.structs import replace
 from tests.conftest import sample
 from tests.guest import lies
 from tests.vm.conftest import BEHAVE, PROGRAMS, Ran, Sandbox, cache_with_base, wait_done
+from x07_sandbox.backends.qemu import machine as machines
+from x07_sandbox.backends.qemu.hot import VARIABLE
 from x07_sandbox.channel.link import WINDOW
 from x07_sandbox.host import settings
 from x07_sandbox.host.locks import file_lock
@@ -29,18 +31,17 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.vm
 
 MIB = 1 << 20
-# Each such boot uses a separate image and is cold; similar cases are tested at run time, or on frames alone.
+# Each such boot is cold; similar cases are tested at run time, or on frames alone.
 ALSO_LATER = pytest.mark.full("one more cold boot")
 
 
-def hostile_code(boot: str) -> GuestCode:
+def hostile_code() -> GuestCode:
     """Return our guest code with the lying agent."""
     honest = read_guest_code()
     agent = dict(honest.agent)
     agent["guest/honest.py"] = agent["guest/agent.py"]
     agent["guest/agent.py"] = (PROGRAMS / "hostile_agent.py").read_bytes()
     agent["guest/lies.py"] = Path(lies.__file__).read_bytes()
-    agent["guest/mode.py"] = f"BOOT = {boot!r}\n".encode()
     return replace(honest, agent=agent)
 
 
@@ -60,12 +61,16 @@ Hostile = Callable[..., Ran]
 
 @pytest.fixture
 def hostile(sandbox: Sandbox, hostile_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Hostile:
-    """Runs in a machine with a lying agent: boot: its behaviour from the start, otherwise it lies when a job comes."""
+    """Runs in a machine with a lying agent. boot: its behaviour from the start; otherwise it lies when a job comes."""
     artifact = sandbox.artifacts.built(BEHAVE)
     monkeypatch.setenv("X07_VM_CACHE_DIR", str(hostile_cache))
+    monkeypatch.setenv(VARIABLE, "1")  # saving a process of each kind takes more than the runs save
 
     def run(*args: str, boot: str = "", **options: object) -> Ran:
-        image = build_image(name=f"boot-{boot or 'well'}", progress=lambda _text: None, code=hostile_code(boot))
+        image = build_image(name="hostile", progress=lambda _text: None, code=hostile_code())
+        words = machines.kernel_command_line
+        if boot:
+            monkeypatch.setattr(machines, "kernel_command_line", lambda machine: f"{words(machine)} x07.lie={boot}")
         # By digest: an image with another name would be rebuilt with honest code.
         options = {
             "cold": bool(boot),
@@ -173,9 +178,9 @@ def test_output_without_credit_ends_at_the_cap(hostile: Hostile) -> None:
 @pytest.mark.parametrize("word", sample(["console", "mute"], 1))
 def test_a_silent_or_flooding_guest_ends_at_the_deadline(hostile: Hostile, word: str) -> None:
     """A guest whose agent stays silent or floods the console ends as `timeout` at the host's deadline."""
-    ran = hostile(word, policy={"limits.wall_ms": 3000})
+    ran = hostile(word, policy={"limits.wall_ms": 1500})
     assert (ran.outcome, ran.result.x07_exit_code) == ("timeout", 124)
-    assert 3000 <= ran.program_ms < 3000 + 30_000
+    assert 1500 <= ran.program_ms < 1500 + 30_000
     assert "panic" not in ran.reason
 
 
@@ -237,8 +242,8 @@ def test_a_silent_build_machine_ends_at_its_limit(
     del hostile
     word, limit, outcome, reason = case
     monkeypatch.setattr(settings, limit, 2000 if limit.endswith("MS") else 2.0)
-    image = build_image(name="boot-well", progress=lambda _text: None, code=hostile_code(""))
-    ran = sandbox.run_text(f"{word}.c", "int main(void) { return 0; }\n", image=image.digest)
+    image = build_image(name="hostile", progress=lambda _text: None, code=hostile_code())
+    ran = sandbox.run_text(f"{word}.c", "int main(void) { return 0; }\n", image=image.digest, cold=True)
     assert (ran.outcome, list(ran.result.phases)) == (outcome, ["build"]), ran.reason
     assert reason in ran.reason
     assert ran.result.digests.artifact is None
@@ -254,7 +259,7 @@ def test_a_silent_build_machine_ends_at_its_limit(
             ("unsent", "build-failed", "is incomplete"),
             ("panic", "guest-lost", "kernel panicked"),
         ],
-        2,
+        1,
     ),
 )
 def test_a_lying_build_machine_gives_no_artifact(
@@ -268,9 +273,9 @@ def test_a_lying_build_machine_gives_no_artifact(
     del hostile
     word, outcome, reason = case
     monkeypatch.setattr(settings, "ARTIFACT_MAX_BYTES", MIB)
-    image = build_image(name="boot-well", progress=lambda _text: None, code=hostile_code(""))
+    image = build_image(name="hostile", progress=lambda _text: None, code=hostile_code())
     assert image.folder.is_relative_to(hostile_cache)
-    ran = sandbox.run_text(f"{word}.c", "int main(void) { return 0; }\n", image=image.digest)
+    ran = sandbox.run_text(f"{word}.c", "int main(void) { return 0; }\n", image=image.digest, cold=True)
     assert (ran.outcome, ran.result.fault) == (outcome, "program"), ran.reason
     assert reason in ran.reason
     assert list(ran.result.phases) == ["build"]

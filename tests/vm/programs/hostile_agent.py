@@ -2,8 +2,9 @@
 # mypy: ignore-errors
 """A guest that lies, in the place of `guest/agent.py` in images that tests build; the honest one is `guest/honest.py`.
 
-`guest/mode.py` says how it behaves from the start (`BOOT`). Where it greets like an honest agent, the word of the job's
-command line that is in `DEEDS` (here and in lies.py) says what it does once it has claimed that the program runs.
+The kernel's command line says how it behaves from the start (`BOOT`). Where it greets like an honest agent, the word of
+the job's command line that is in `DEEDS` (here and in lies.py) says what it does once it has claimed that the program
+runs.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ from __future__ import annotations
 import ctypes
 import os
 
-from x07_sandbox.guest.mode import BOOT
-
 from x07_sandbox.channel import messages, streams
 from x07_sandbox.channel.link import Stream
 from x07_sandbox.channel.messages import Close, Exec, Hello, Seed, Started
 from x07_sandbox.channel.streams import Event, Role
 from x07_sandbox.guest import honest, lies, machine, system
+
+with open("/proc/cmdline") as words:
+    BOOT = words.read().partition("x07.lie=")[2].strip()
 
 
 def main() -> None:
