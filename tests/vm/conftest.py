@@ -19,14 +19,18 @@ from typing import TYPE_CHECKING
 import msgspec
 import pytest
 
+from x07_sandbox.backends.base import MachineKind
 from x07_sandbox.backends.qemu.backend import known_verdict
 from x07_sandbox.backends.qemu.hot import unsupported
+from x07_sandbox.backends.qemu.template import template_for
 from x07_sandbox.host import settings
 from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.paths import cache_dir, replace_file
 from x07_sandbox.host.processes import Identity, has_mark, is_alive
 from x07_sandbox.host.waiting import Cancel
+from x07_sandbox.images.verify import open_image
 from x07_sandbox.policy.decode import default_policy, render_policy
+from x07_sandbox.policy.guest import RAM_CLASSES
 from x07_sandbox.programs.toolchains import OUTPUT, Source, toolchain_for
 from x07_sandbox.sessions.request import RunCaller, RunRequest
 from x07_sandbox.sessions.run import attempt
@@ -34,6 +38,7 @@ from x07_sandbox.sessions.transfers import OutFile
 from x07_sandbox.x07.programs import load_x07
 
 if TYPE_CHECKING:
+    from x07_sandbox.backends.qemu.template import Template
     from x07_sandbox.images.store import Image
     from x07_sandbox.sessions.result import Result
 
@@ -288,6 +293,19 @@ def copy_cache(place: Path) -> None:
         if path.name in {"images", "templates", "verdicts", "artifacts"}:
             _link_all(path, place / path.name)
     copy_kvm_verdict(place)
+
+
+def run_vm(image: Image) -> Template:
+    """The saved VM that ordinary runs of an image clone, in the cache in use."""
+    verdict = known_verdict()
+    with open_image(image) as opened:
+        kind = MachineKind(image=opened, ram_bytes=RAM_CLASSES[0])
+        return template_for(kind, kvm=verdict is not None and verdict.works)
+
+
+def copy_saved(folder: Path, target: Path) -> None:
+    """Copy a saved VM or process, for tests that change its files."""
+    subprocess.run(["/bin/cp", "-aT", "--sparse=always", folder, target], check=True)
 
 
 def cache_with_base(place: Path) -> Path:

@@ -181,16 +181,6 @@ def test_a_full_disk_under_the_cache_costs_only_the_cache(tmp_path: Path) -> Non
         assert (done.returncode, result["outcome"], result["artifact_from"]) == (0, "ok", "build"), result["reason"]
 
 
-def test_a_full_disk_under_the_saved_machines_means_a_cold_start(tmp_path: Path) -> None:
-    """A program starts cold if the snapshot's disk is full, and a warning says why."""
-    env = {"X07_VM_STATE_DIR": str(tmp_path / "state")}
-    done = x07(*HELLO, env=env, before=mounted(SMALL, cache_dir() / "templates"))
-    result = json.loads(done.stdout)
-    assert (done.returncode, result["stdout"]["text"]) == (0, "hello\n"), result["reason"]
-    assert {phase["start"] for phase in result["phases"].values()} == {"cold"}
-    assert [warning for warning in result["warnings"] if "of disk space, but" in warning], result["warnings"]
-
-
 @pytest.mark.parametrize(
     "words",
     [

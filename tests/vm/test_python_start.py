@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -77,6 +78,7 @@ print(json.dumps({
     "ctypes": __import__("ctypes").sizeof(__import__("ctypes").c_long),
     "errno": __import__("ctypes").get_errno(),
 }))
+sys.exit(3)
 '''
 
 
@@ -99,8 +101,8 @@ def clone_and_cold(sandbox: Sandbox, name: str, text: str, *args: str) -> tuple[
 
 
 def test_a_program_sees_what_it_would_in_a_fresh_interpreter(sandbox: Sandbox) -> None:
-    """A program in a clone sees the modules, arguments, streams, signals and limits of a fresh interpreter."""
-    ran = clone_and_cold(sandbox, "look around.py", LOOK, "one", "tw\u00f6", "", "-x")
+    """A program in a clone sees what it would in a cold machine's fresh interpreter, and the results are the same."""
+    ran = clone_and_cold(sandbox, "look around.py", f"{LOOK}# {os.urandom(8).hex()}\n", "one", "tw\u00f6", "", "-x")
     seen: list[dict[str, Any]] = [json.loads(one.stdout) for one in ran]
     assert seen[0].keys() == seen[1].keys()
     for key in seen[0]:
@@ -108,6 +110,14 @@ def test_a_program_sees_what_it_would_in_a_fresh_interpreter(sandbox: Sandbox) -
     assert seen[0]["argv"] == ["/x07/in/program/look around.py", "one", "tw\u00f6", "", "-x"]
     assert seen[0]["depth"] == 1
     assert seen[0]["fds"] == ["0", "1", "2"]
+    cloned, cold = (one.result for one in ran)
+    # tests/vm/test_image_packages.py has a cold build.
+    assert [one.phases.keys() - {"run"} for one in (cloned, cold)] == [{"build"}, set()]
+    assert cloned.phases["build"].start == usual_start()
+    for one in (cloned, cold):
+        assert (one.outcome, one.exit_code) == ("failed", 3)
+    assert cloned.digests == cold.digests
+    assert cloned.controls == cold.controls
 
 
 FRESH = {"PYTHONVERBOSE": ""}  # has no effect, but Python reads it at start-up

@@ -20,7 +20,7 @@ from tests.conftest import need
 from tests.vm.conftest import BEHAVE, Artifacts, Sandbox, copy_cache, left_behind, marked, owners, usual_start
 from x07_sandbox import Pool
 from x07_sandbox.backends.qemu import hot
-from x07_sandbox.backends.qemu.template import MANIFEST, SUSPENDED, remove_template, templates_dir
+from x07_sandbox.backends.qemu.template import SUSPENDED, remove_template, templates_dir
 from x07_sandbox.cli.main import main
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import host_arch
@@ -116,9 +116,14 @@ def test_a_run_does_not_wait_for_what_later_runs_need(unsaved: Sandbox) -> None:
 
 
 def test_a_killed_process_in_the_background_loses_only_its_vm(unsaved: Sandbox) -> None:
-    """If the one process in the background is killed, its VM ends too, and the next run starts another process."""
-    start_of(unsaved)
-    saver = the_saver()
+    """Ctrl-C of a run spares the process in the background; when killed, its VM ends, and a run starts another."""
+    argv = [*X07, "exec", "--", "/bin/sh", "-c", "echo here; exec sleep 60"]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, start_new_session=True) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"here\n"
+        saver = the_saver()
+        os.killpg(child.pid, signal.SIGINT)
+        assert child.wait(60) == 130
     assert saver is not None
     command(saver, time.monotonic() + 60)
     os.kill(saver.pid, signal.SIGSTOP)
@@ -138,21 +143,6 @@ def test_a_killed_process_in_the_background_loses_only_its_vm(unsaved: Sandbox) 
     assert other is not None
     assert wait_gone(other, 120)
     assert start_of(unsaved) == ("hot", "")
-
-
-def test_cancelling_a_run_loses_nothing(unsaved: Sandbox) -> None:
-    """Ctrl-C of a run does not reach the process in the background, which completes what it saves."""
-    argv = [*X07, "exec", "--", "/bin/sh", "-c", "echo here; exec sleep 60"]
-    with subprocess.Popen(argv, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, start_new_session=True) as child:
-        assert child.stdout is not None
-        assert child.stdout.readline() == b"here\n"
-        saver = the_saver()
-        os.killpg(child.pid, signal.SIGINT)
-        assert child.wait(60) == 130
-    assert saver is not None
-    assert wait_gone(saver, 120)
-    assert saved_processes()
-    assert left_behind(unsaved.state) == []
 
 
 def is_vmm(pid: int) -> bool:
@@ -194,8 +184,9 @@ def test_the_process_in_the_background_ends_in_time(unsaved: Sandbox, image: Ima
     with file_lock(templates_dir() / ".lock"):
         assert save(image, deadline_s=1) == 1
     assert left_behind(unsaved.state) == []
-    assert save(image) == 0  # it was not its fault, so nothing keeps the next one from saving
-    assert start_of(unsaved) == ("hot", "")
+    # It was not its fault, so nothing keeps the next one from saving.
+    assert "saves one in the background" in start_of(unsaved)[1]
+    assert the_saver() is not None
 
 
 @contextlib.contextmanager
@@ -246,11 +237,3 @@ def test_a_node_goes_on_without_a_saved_vm(empty: Sandbox, image: Image) -> None
         prepare_image(image.digest, [], said.append)
     assert [one for one in said if one.startswith("programs start more slowly") and "Is a directory" in one], said
     assert left_behind(empty.state) == []
-
-
-def test_a_node_saves_the_one_kind_of_vm_that_its_pool_needs(empty: Sandbox, image: Image) -> None:
-    """A node of a cluster saves no VM for builds and none for runs with connections."""
-    prepare_image(image.digest, [], lambda _text: None)
-    (made,) = templates_dir().glob(f"*/{MANIFEST}")
-    assert json.loads(made.read_bytes())["ram"]["bytes"] == RAM_CLASSES[0]
-    assert empty.behave("nothing").result.phases["run"].start == "clone"

@@ -9,6 +9,7 @@ import pytest
 
 from tests.conftest import FULL
 from x07_sandbox import run_program
+from x07_sandbox.backends.qemu.hot import VARIABLE
 from x07_sandbox.programs.project import FILE, sandbox_manifest
 
 if TYPE_CHECKING:
@@ -65,6 +66,14 @@ LANGUAGES = {
         beside=("near.mjs", "export const n = 42\n"),
     ),
 }
+
+
+@pytest.fixture(autouse=True)
+def no_hot_clones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Saved processes of this image take more than these few runs save."""
+    monkeypatch.setenv(VARIABLE, "1")
+
+
 EACH = pytest.mark.parametrize("toolchain", list(LANGUAGES) if FULL else ["perl", "lua"])
 
 

@@ -575,7 +575,8 @@ def test_variables_that_a_policy_denies_are_refused(sandbox: Sandbox) -> None:
 def test_a_compiler_that_exhausts_memory_is_ended(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     """A source that exhausts the compiler's memory is a failed build that says so."""
     monkeypatch.setattr(settings, "BUILD_MEM_BYTES", 96 << 20)
-    ran = sandbox.run_text("eat.c", '#include "/dev/zero"\nint main(void) { return 0; }\n')
+    # Cold: no other test starts builds with this little memory.
+    ran = sandbox.run_text("eat.c", '#include "/dev/zero"\nint main(void) { return 0; }\n', cold=True)
     assert ran.outcome == "build-failed"
     assert "killed at its memory limit of 96 MiB (fixed for builds)" in ran.reason
     assert ran.result.phases["build"].reason == ran.reason

@@ -17,6 +17,7 @@ import pytest
 
 from tests.command import x07
 from tests.conftest import need
+from x07_sandbox.backends.qemu.hot import VARIABLE
 from x07_sandbox.cli import os_runner
 from x07_sandbox.errors import HostError, UsageError
 from x07_sandbox.images.build import build_image, pack_toolchain
@@ -38,6 +39,12 @@ UPPER = (
 )
 
 pytestmark = pytest.mark.vm
+
+
+@pytest.fixture(autouse=True)
+def no_hot_clones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Saved processes of this image take more than these few runs save."""
+    monkeypatch.setenv(VARIABLE, "1")
 
 
 @pytest.fixture(scope="session")
