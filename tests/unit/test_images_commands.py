@@ -141,8 +141,14 @@ def test_guest_code_that_changed_just_now_is_not_recorded(tmp_path: Path, monkey
     assert store._SETTLED_NS >= 100_000_000  # noqa: SLF001 - ten ticks of the slowest clock
     monkeypatch.setenv("X07_VM_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(store, "_SETTLED_NS", 10**18 * 9)
-    read, code = [], store.read_guest_code()
-    monkeypatch.setattr(store, "read_guest_code", lambda root: (read.append(root), code)[1])
+    read: list[Path] = []
+    code = store.read_guest_code()
+
+    def noted(root: Path) -> store.GuestCode:
+        read.append(root)
+        return code
+
+    monkeypatch.setattr(store, "read_guest_code", noted)
     assert [store.installed_code() for _ in range(2)] == [code.digest] * 2
     assert len(read) == 2
 
