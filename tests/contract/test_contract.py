@@ -37,7 +37,7 @@ REASONS = {
     "firecracker-ctr": "no package brings firecracker-containerd; tests/containers/test_firecracker.py uses a stand-in"
 }
 REASONS_OF_CI = {
-    "docker": "full sizes only: podman runs the same code; tests/containers runs both",
+    "docker": "full sizes only: podman runs the same code",
     "gvisor": "full sizes only: gVisor is slow beside other tests",
     "vz": "full sizes only: each VM boots, in emulation; the rest is the code of other backends (tests/vm/test_vz.py)",
     **dict.fromkeys(STAND_INS, "full sizes only: podman runs the same code; tests/containers/test_apple.py is shorter"),

@@ -9,6 +9,7 @@ import os
 import pty
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import termios
@@ -24,6 +25,8 @@ from tests.command import X07, Done, x07
 from tests.vm.conftest import left_behind, marked, owners
 from x07_sandbox import AsyncSandbox, Ended, Sandbox, SandboxError
 from x07_sandbox.host.linux import process_ids
+from x07_sandbox.library.held_messages import AskStatus
+from x07_sandbox.library.resident import packed
 from x07_sandbox.records.runs import SOCKET, all_runs
 
 if TYPE_CHECKING:
@@ -284,21 +287,26 @@ def test_malformed_bytes_on_the_socket_harm_nobody(held: Sandbox, data: bytes) -
 @pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
 def test_another_user_cannot_connect(held: Sandbox) -> None:
     """Even with a way to the socket, another user's connection is not served, and its owner is not asked."""
-    folder = os.open(all_runs() / held.id, os.O_PATH)
-    (all_runs() / held.id / SOCKET).chmod(0o777)  # the mode alone would refuse it
+    place = all_runs() / held.id
+    folder = os.open(place, os.O_PATH)
+    assert [stat.S_IMODE(path.stat().st_mode) for path in (place, place / SOCKET)] == [0o700, 0o600]
+    place.chmod(0o711)  # either mode alone would refuse it
+    (place / SOCKET).chmod(0o777)
     code = f"""
 import os, socket
 os.setgid(65534); os.setuid(65534)
 connection = socket.socket(socket.AF_UNIX)
 connection.connect("/proc/self/fd/{folder}/{SOCKET}")
-connection.settimeout(30)
-print(connection.recv(1))
+connection.settimeout(60)
+connection.sendall({packed(AskStatus())!r})
+try: print(connection.recv(1))
+except ConnectionResetError: print(b"")
 """
     tried = subprocess.run(
         [sys.executable, "-c", code], pass_fds=(folder,), capture_output=True, check=False, timeout=60
     )
     os.close(folder)
-    assert tried.stdout in {b"b''\n", b""}, tried
+    assert tried.stdout == b"b''\n", tried
     assert text(held.exec(["echo", "on"])) == "on\n"
 
 

@@ -169,8 +169,12 @@ def test_any_visible_change_makes_the_file_be_hashed_again(
 @pytest.mark.usefixtures("settled")
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("host.verdicts.boot_id", lambda: "another"), ("images.verify.TIMES_MOVE", frozenset({"none-such"}))],
-    ids=["new-boot", "unknown-file-system"],
+    [
+        ("host.verdicts.boot_id", lambda: "another"),
+        ("images.verify.filesystem", lambda _fd: "none-such"),
+        ("images.verify.filesystem", lambda _fd: "tmpfs"),
+    ],
+    ids=["new-boot", "unknown-file-system", "tmpfs"],
 )
 def test_everything_is_hashed_again_where_times_prove_nothing(
     image: store.Image, counted: list[int], monkeypatch: pytest.MonkeyPatch, name: str, value: object

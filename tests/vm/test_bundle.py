@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -15,9 +16,12 @@ import pytest
 
 from tests.command import X07, x07
 from tests.vm.conftest import left_behind
+from x07_sandbox.conformance.harness import caller, request
+from x07_sandbox.host.waiting import Cancel
 from x07_sandbox.policy.decode import render_policy
 from x07_sandbox.policy.templates import TEMPLATES
 from x07_sandbox.reports.schemas import schemas
+from x07_sandbox.sessions.run import attempt
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -94,6 +98,14 @@ def test_a_bundled_project_has_its_arguments_variables_and_limits(tmp_path: Path
     assert (here / "out" / "made").read_text() == "made"
     done = start(tmp_path, "sleep", cwd=here)
     assert (done.returncode, done.stdout) == (124, b"['sleep'] 3 more\n")
+
+
+def test_a_run_that_is_bound_to_another_image_is_refused() -> None:
+    """A run that may use only one image, as of a bundle with --pin-image, is refused with another one."""
+    with contextlib.closing(Cancel()) as cancel:
+        bound = caller("qemu", cancel, image_digest=f"sha256:{'0' * 64}")
+        result, _ = attempt(request("print('ran')"), bound)
+    assert (result.outcome, "the program may use only the image sha256:0000" in result.reason) == ("refused", True)
 
 
 def test_a_changed_or_weakened_bundle_starts_nothing(tmp_path: Path, state: Path) -> None:

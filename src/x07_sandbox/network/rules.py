@@ -4,7 +4,7 @@ Each connection is decided twice. `decide` checks its name or address when the p
 `decide_address` checks each address to which the name resolves. The checks run in this order, and the first denial
 counts:
 
-1. special names and addresses (blocked_addresses.py), unless the user's settings allow them, and QUIC;
+1. special names and addresses (hosts.py), unless the user's settings allow them, and QUIC;
 2. ``--deny-host``;
 3. the switches of ``net``;
 4. the allowlist: names match names, addresses match addresses, and the ports of all matching entries count.
