@@ -25,6 +25,7 @@ from tests.command import X07, Done, x07
 from tests.vm.conftest import left_behind, marked, owners
 from x07_sandbox import AsyncSandbox, Ended, Sandbox, SandboxError
 from x07_sandbox.host.linux import process_ids
+from x07_sandbox.host.sockets import connected
 from x07_sandbox.library.held_messages import AskStatus
 from x07_sandbox.library.resident import packed
 from x07_sandbox.records.runs import SOCKET, all_runs
@@ -282,6 +283,34 @@ def test_malformed_bytes_on_the_socket_harm_nobody(held: Sandbox, data: bytes) -
         with contextlib.suppress(ConnectionResetError):
             assert connection.recv(1) == b""
     assert text(held.exec(["echo", "on"])) == "on\n"
+
+
+LISTENER = """
+import os, socket
+os.setgid(65534); os.setuid(65534)
+listener = socket.socket(socket.AF_UNIX)
+listener.bind("/proc/self/fd/{}/socket")
+listener.listen()
+print("ready", flush=True)
+print(listener.accept()[0].recv(1))
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
+def test_a_socket_of_another_user_is_not_used(tmp_path: Path) -> None:
+    """A client sends nothing to a process of another user that listens in the place of a holder."""
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    theirs.chmod(0o777)
+    folder = os.open(theirs, os.O_PATH)
+    code = LISTENER.format(folder)
+    with subprocess.Popen([sys.executable, "-c", code], pass_fds=(folder,), stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"ready\n"
+        with pytest.raises(PermissionError, match="belongs to another user"):
+            connected(theirs, "socket", 60).sendall(b"x")
+        assert other.stdout.read() == b"b''\n"
+    os.close(folder)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")

@@ -691,6 +691,17 @@ async def test_the_host_s_own_public_address_is_refused() -> None:
             assert far.got == b""
 
 
+@on_a_loop
+async def test_the_host_s_own_address_is_refused_behind_nat64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An IPv6 address in which NAT64 embeds a public address of this host is refused before it is dialled."""
+    # The kernel's answer, since a test machine has no public address.
+    monkeypatch.setattr(dialler, "_is_own", lambda address: address == ip_address(GOOD))
+    async with lab() as it:
+        it.resolver.answers |= {NAT64: ["64:ff9b::c000:aa"], "a.example": ["64:ff9b::5db8:d70e"]}
+        assert await it.relay.answer(it.relay.ask("a.example", 22)) == egress.POLICY
+        assert (it.denied(), it.outside.dialled) == ([("a.example", "deny-floor:own")], [])
+
+
 @pytest.mark.parametrize("fresh", [True, False])
 @on_a_loop
 async def test_a_name_is_looked_up_once_for_a_connection(fresh: bool, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: FBT001 - as parametrize gives it

@@ -11,6 +11,8 @@ import pytest
 
 from x07_sandbox.host.linux import boot_id, pid_namespace
 from x07_sandbox.host.processes import Identity, own_identity
+from x07_sandbox.host.settings import DAY_S
+from x07_sandbox.records import stopping
 from x07_sandbox.records.reader import Now, StoredJob, all_stored, here_and_now, judge, read_stored, state_of
 from x07_sandbox.records.runs import (
     Claim,
@@ -76,6 +78,17 @@ def test_in_another_pid_namespace_only_the_deadline_counts() -> None:
     edit(record, pid_namespace="pid:[1]")
     assert fate(record) == "live"
     assert fate(record, boot_ms=record.deadline_boot_ms + GRACE_MS + CLEANUP_MS + 1) == "expired"
+
+
+def test_a_job_of_another_pid_namespace_is_not_proven_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who cannot see the processes of a job does not record it as gone until a day after its deadline."""
+    record = recorded(GONE)
+    edit(record, pid_namespace="pid:[1]")
+    monkeypatch.setattr(stopping, "sees_every_process", lambda: False)
+    assert not stopping.stop_recorded(record)
+    assert not (record.folder / "reaped").exists()
+    monkeypatch.setattr(stopping, "boot_ms", lambda: record.deadline_boot_ms + DAY_S * 1000)
+    assert stopping.stop_recorded(record)
 
 
 @pytest.mark.parametrize(("late_ms", "expected"), [(0, "live"), (GRACE_MS + CLEANUP_MS, "live"), (31_001, "expired")])
