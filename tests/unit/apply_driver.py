@@ -224,6 +224,31 @@ def disturbed(base: Path) -> None:
     say({code: codes.count(code) for code in sorted(set(codes))})
 
 
+def written(base: Path) -> None:
+    """Write into a file that is about to change, at every call; what was written is never lost."""
+    case = Case(base)
+    path, mark, text = case.root / "changed", base / "mark", b"written meanwhile"
+    codes: list[int] = []
+
+    def write() -> None:
+        if path.is_file():
+            path.write_bytes(text)
+            mark.touch()
+
+    number = 1 - WIDE
+    while mark.exists() or not codes:
+        number += WIDE
+        case.begin()
+        mark.unlink(missing_ok=True)
+        code = in_child(case.apply, partial(at_call, number, write))
+        if mark.exists() and read(case.root)["changed"][2] != text:
+            raise SystemExit(f"written at call {number} and lost: it ended with {code}")
+        codes.append(code)
+    if {*codes} != {FINE, CONFLICT}:  # after the change, and before it
+        raise SystemExit(f"it ended with {sorted(set(codes))}")
+    say({code: codes.count(code) for code in sorted(set(codes))})
+
+
 def led_outside(base: Path) -> None:
     """Swap a folder for a link to an outside folder at every call; nothing outside changes."""
     case = Case(base)
@@ -390,6 +415,7 @@ RUNS = {
     "killed": killed,
     "killed-on-fuse": killed_on_fuse,
     "disturbed": disturbed,
+    "written": written,
     "led-outside": led_outside,
     "together": together,
     "closed-root": closed_root,

@@ -576,8 +576,9 @@ def test_nothing_is_applied_below_a_mount(fast: Path) -> None:
 
 
 def test_concurrent_files_are_never_lost(fast: Path) -> None:
-    """A file that another process writes during apply is never lost."""
+    """A file that another process replaces or writes during apply is never lost."""
     assert driven("disturbed", fast)
+    assert driven("written", fast)
 
 
 def test_a_swapped_link_redirects_nothing(fast: Path) -> None:
