@@ -124,14 +124,14 @@ def test_a_session_ends_after_its_life(made: Callable[..., Shared], life: dict[s
 
 def test_a_running_command_is_not_idle(made: Callable[..., Shared]) -> None:
     """A session with a command or a waiting call is not idle, nor at once after that, and extending moves its end."""
-    shared = made(idle_s=0.5, lifetime_s=1.5)
+    shared = made(idle_s=2.0, lifetime_s=2.5)
     command, _ = shared.start(1)
     shared.session.extend(time.monotonic() + 60)
-    time.sleep(2)  # nobody waits
+    time.sleep(3)  # nobody waits
     assert not shared.session.over
     shared.pair.guest.say(EXITED)
     assert shared.session.until(lambda: command.ended, 30)
-    assert not shared.session.until(lambda: False, 1.0)  # a call that waits
+    assert not shared.session.until(lambda: False, 2.5)  # a call that waits
     time.sleep(0.1)
     assert not shared.session.over
     deadline = time.monotonic() + 30
