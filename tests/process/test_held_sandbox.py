@@ -327,9 +327,11 @@ os.setgid(65534); os.setuid(65534)
 connection = socket.socket(socket.AF_UNIX)
 connection.connect("/proc/self/fd/{folder}/{SOCKET}")
 connection.settimeout(60)
-connection.sendall({packed(AskStatus())!r})
-try: print(connection.recv(1))
-except ConnectionResetError: print(b"")
+try:
+    connection.sendall({packed(AskStatus())!r})
+    print(connection.recv(1))
+except (BrokenPipeError, ConnectionResetError):  # it was closed before that
+    print(b"")
 """
     tried = subprocess.run(
         [sys.executable, "-c", code], pass_fds=(folder,), capture_output=True, check=False, timeout=60
