@@ -34,6 +34,7 @@ from x07_sandbox.policy.decode import default_policy, render_policy
 from x07_sandbox.policy.features import vm_features
 from x07_sandbox.policy.guest import UNCONFINED, ram_class_bytes
 from x07_sandbox.programs.toolchains import ARTIFACT
+from x07_sandbox.records.reader import open_stored
 from x07_sandbox.records.runs import Claim, create_record, new_run_id
 from x07_sandbox.sessions.request import in_memory
 from x07_sandbox.sessions.session import Session
@@ -249,9 +250,10 @@ def waiting_run(program: Path) -> Iterator[int]:
 
 def _started_vmm(runner: int) -> int:
     """Return the pid of the QEMU of a run by its x07 process, or 0 if there is none yet."""
-    for path in state_dir().glob(f"*-{runner}-*-run/owner.json"):
-        if inner := json.loads(path.read_bytes())["processes"].get("inner"):
-            return next(filter(_is_qemu, children_of(inner["pid"])), 0)  # before it, criu is there
+    for stored in open_stored():
+        owner = stored.owner
+        if owner is not None and owner.runner.pid == runner and "inner" in owner.processes:
+            return next(filter(_is_qemu, children_of(owner.processes["inner"].pid)), 0)  # before it, criu is there
     return 0
 
 

@@ -79,10 +79,9 @@ def commands() -> str:
     return "".join(text for name, parser in inner.items() for text in _sections(parser, f"x07 {name}"))
 
 
-def _inner(parser: argparse.ArgumentParser) -> dict[str, Parser]:
+def _inner(parser: Parser) -> dict[str, Parser]:
     """Return the parsers of a command's actions, by name."""
-    if isinstance(parser, Parser):
-        parser.filled()
+    parser.filled()
     found = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))  # noqa: SLF001 - argparse has no other way
     return {name: inner for action in found for name, inner in cast("dict[str, Parser]", action.choices).items()}
 

@@ -10,6 +10,7 @@ from x07_sandbox.errors import HostError, ImageError, UsageError
 from x07_sandbox.host import paths
 from x07_sandbox.host.arch import ARCHES
 from x07_sandbox.host.processes import identify, wait_gone
+from x07_sandbox.host.verdicts import SETTLED_NS
 from x07_sandbox.images import base, commands, store
 
 
@@ -118,7 +119,7 @@ def test_every_guest_file_counts_for_the_digest(tmp_path: Path, monkeypatch: pyt
     cache, root = tmp_path / "cache", tmp_path / "package"
     cache.mkdir(mode=0o700)
     monkeypatch.setenv("X07_VM_CACHE_DIR", str(cache))
-    monkeypatch.setattr(store, "_SETTLED_NS", -(10**9))  # recorded at once
+    monkeypatch.setattr(store, "SETTLED_NS", -(10**9))  # recorded at once
     boot = [f"guest/boot/{name}" for name in ("init.c", "pack.py", "filters.py", "places.py")]
     names = [*boot, "guest/agent.py", "channel/frames.py", "errors.py", "kernel.py", "libseccomp.py"]
     for name in names:
@@ -138,9 +139,9 @@ def test_every_guest_file_counts_for_the_digest(tmp_path: Path, monkeypatch: pyt
 
 def test_guest_code_that_changed_just_now_is_not_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guest code modified within the clock's resolution is read again next time."""
-    assert store._SETTLED_NS >= 100_000_000  # noqa: SLF001 - ten ticks of the slowest clock
+    assert SETTLED_NS >= 100_000_000  # ten ticks of the slowest clock
     monkeypatch.setenv("X07_VM_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(store, "_SETTLED_NS", 10**18 * 9)
+    monkeypatch.setattr(store, "SETTLED_NS", 10**18 * 9)
     read: list[Path] = []
     code = store.read_guest_code()
 

@@ -21,7 +21,7 @@ import pytest
 
 from x07_sandbox.backends.base import MachineKind
 from x07_sandbox.backends.qemu.backend import known_verdict
-from x07_sandbox.backends.qemu.hot import unsupported
+from x07_sandbox.backends.qemu.hot import VARIABLE, unsupported
 from x07_sandbox.backends.qemu.template import template_for
 from x07_sandbox.host import settings
 from x07_sandbox.host.locks import file_lock
@@ -351,6 +351,12 @@ def _link_all(source: Path, target: Path) -> None:
 def sandbox(state: Path, tmp_path: Path, artifacts: Artifacts) -> Sandbox:
     """Runs with the test's own records; the exit checks that they left no remains."""
     return Sandbox(state, tmp_path, artifacts)
+
+
+@pytest.fixture
+def no_hot_clones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Save no processes of VMs: for an image with few runs, that takes more than it saves."""
+    monkeypatch.setenv(VARIABLE, "1")
 
 
 @pytest.fixture

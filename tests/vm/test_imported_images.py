@@ -22,7 +22,7 @@ from x07_sandbox.jail.forms import needed_files
 if TYPE_CHECKING:
     from x07_sandbox.images.store import Image
 
-pytestmark = [pytest.mark.vm, pytest.mark.usefixtures("image", "state")]
+pytestmark = [pytest.mark.vm, pytest.mark.usefixtures("no_hot_clones", "image", "state")]
 
 BUSYBOX = "/usr/bin/busybox"
 HELLO = """
@@ -31,12 +31,6 @@ HELLO = """
 #include <unistd.h>
 int main(void) { char here[99]; printf("%d %s %s\\n", getuid(), getenv("GREETING"), getcwd(here, 99)); return 3; }
 """
-
-
-@pytest.fixture(autouse=True)
-def no_hot_clones(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Saved processes would take a minute more for each image."""
-    monkeypatch.setenv("X07_VM_NO_HOT_CLONES", "1")
 
 
 @pytest.fixture(scope="module")

@@ -9,14 +9,13 @@ import pytest
 
 from tests.conftest import FULL
 from x07_sandbox import run_program
-from x07_sandbox.backends.qemu.hot import VARIABLE
 from x07_sandbox.programs.project import FILE, sandbox_manifest
 
 if TYPE_CHECKING:
     from tests.vm.conftest import Sandbox
     from x07_sandbox.images.store import Image
 
-pytestmark = pytest.mark.vm
+pytestmark = [pytest.mark.vm, pytest.mark.usefixtures("no_hot_clones")]
 
 
 class Language(msgspec.Struct, frozen=True, kw_only=True):
@@ -66,12 +65,6 @@ LANGUAGES = {
         beside=("near.mjs", "export const n = 42\n"),
     ),
 }
-
-
-@pytest.fixture(autouse=True)
-def no_hot_clones(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Saved processes of this image take more than these few runs save."""
-    monkeypatch.setenv(VARIABLE, "1")
 
 
 EACH = pytest.mark.parametrize("toolchain", list(LANGUAGES) if FULL else ["perl", "lua"])

@@ -17,7 +17,6 @@ import pytest
 
 from tests.command import x07
 from tests.conftest import need
-from x07_sandbox.backends.qemu.hot import VARIABLE
 from x07_sandbox.cli import os_runner
 from x07_sandbox.errors import HostError, UsageError
 from x07_sandbox.images.build import build_image, pack_toolchain
@@ -38,13 +37,7 @@ UPPER = (
     "for (uint32_t i = 0; i < in.size; i++) if (in.data[i] >= 97 && in.data[i] <= 122) in.data[i] -= 32;"
 )
 
-pytestmark = pytest.mark.vm
-
-
-@pytest.fixture(autouse=True)
-def no_hot_clones(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Saved processes of this image take more than these few runs save."""
-    monkeypatch.setenv(VARIABLE, "1")
+pytestmark = [pytest.mark.vm, pytest.mark.usefixtures("no_hot_clones")]
 
 
 @pytest.fixture(scope="session")

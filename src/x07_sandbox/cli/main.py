@@ -134,6 +134,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
         return start_options(words[1:])
     if words and words[0] not in VERBS and not words[0].startswith("-"):
         raise _unknown_verb(words[0], VERBS)
+    options: argparse.Namespace
     options, unknown = parser_for(words).parse_known_args(words)
     if unknown:
         verb = f"x07 {words[0]}" if words[0] in VERBS else "x07"

@@ -297,7 +297,7 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(what, message, f"See {self.prog} --help")
 
 
-def parser_for(words: list[str]) -> argparse.ArgumentParser:
+def parser_for(words: list[str]) -> Parser:
     """Return the parser of `x07`, with only the verb that *words* start with, or with all verbs if that is unknown."""
     from importlib import import_module
 
@@ -315,10 +315,9 @@ def parser_for(words: list[str]) -> argparse.ArgumentParser:
     return parser
 
 
-def actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+def actions(parser: Parser) -> Iterator[argparse.Action]:
     """Yield every option and argument of the parser and of its verbs."""
-    if isinstance(parser, Parser):
-        parser.filled()
+    parser.filled()
     for action in parser._actions:  # noqa: SLF001 - argparse has no other way, and shtab takes this one
         yield action
         if isinstance(action, argparse._SubParsersAction):  # noqa: SLF001 - as above

@@ -17,6 +17,9 @@ from x07_sandbox.host.linux import boot_id, boot_ms
 from x07_sandbox.host.paths import cache_folder, read_bounded, replace_file
 
 FOLDER: Final = "verdicts"
+# A change within one tick of the kernel's clock (4 ms at HZ=250, 10 ms at 100) after reading could keep the ctime, so
+# the state of a file that changed so recently is not recorded.
+SETTLED_NS: Final = 1_000_000_000
 _MAX: Final = 64 * 1024
 
 

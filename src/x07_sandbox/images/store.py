@@ -23,7 +23,7 @@ from x07_sandbox.host.arch import Arch, arch_named, host_arch
 from x07_sandbox.host.documents import prepared
 from x07_sandbox.host.paths import cache_folder, private_dir, read_bounded, replace_file
 from x07_sandbox.host.variables import text
-from x07_sandbox.host.verdicts import Verdict, file_state
+from x07_sandbox.host.verdicts import SETTLED_NS, Verdict, file_state
 from x07_sandbox.policy.decode import canonical_json
 
 SCHEMA = "x07.sandbox.image@0.1.0"
@@ -435,7 +435,6 @@ class GuestCode(msgspec.Struct, frozen=True, kw_only=True):
 
 
 _PACKAGE = Path(__file__).parents[1]
-_SETTLED_NS = 1_000_000_000  # a change that is this old has another ctime than a later one; see images/verify
 
 
 def installed_code(root: Path = _PACKAGE) -> str:
@@ -445,7 +444,7 @@ def installed_code(root: Path = _PACKAGE) -> str:
     if digest := known.read().get("digest"):
         return str(digest)
     digest = read_guest_code(root).digest
-    if max(state[-1] for state in states) < time.time_ns() - _SETTLED_NS and states == _states(root):
+    if max(state[-1] for state in states) < time.time_ns() - SETTLED_NS and states == _states(root):
         with contextlib.suppress(OSError):
             known.write({"digest": digest})
     return digest

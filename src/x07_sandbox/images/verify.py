@@ -26,7 +26,7 @@ from x07_sandbox.errors import HostError, ImageError
 from x07_sandbox.host.arch import Arch, arch_named
 from x07_sandbox.host.linux import mounts
 from x07_sandbox.host.paths import closing_fd, host_error, raised_as
-from x07_sandbox.host.verdicts import Verdict
+from x07_sandbox.host.verdicts import SETTLED_NS, Verdict
 from x07_sandbox.images import store
 from x07_sandbox.images.store import Image, Manifest, Part, Piece, ScratchDisk
 
@@ -35,9 +35,6 @@ FOLDER_MODE = 0o700
 TRIES = 5
 SMALL_BYTES = 64 * 1024
 CHUNK_BYTES = 1024 * 1024
-# A change within one tick of the kernel's clock (4 ms at HZ=250, 10 ms at 100) after hashing could keep the ctime, so
-# files that changed so recently are not recorded.
-SETTLED_NS = 1_000_000_000
 # File systems on which a write through a mapping is known to change ctime. Not tmpfs (measured), and not overlay, whose
 # upper layer may be one. On others, each open hashes everything.
 TIMES_MOVE = frozenset({"ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs"})

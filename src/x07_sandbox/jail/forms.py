@@ -10,7 +10,6 @@ import os
 import re
 import subprocess
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from x07_sandbox.errors import HostError, RefusedError, printable
@@ -166,7 +165,7 @@ def _try_namespaces(*, named: bool) -> str:
 
 
 def _missing_capabilities() -> list[str]:
-    status = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace").splitlines()
+    status = _text("/proc/self/status").splitlines()
     held = int(next(line.split()[1] for line in status if line.startswith("CapEff:")), 16)
     return [name for name, bit in _NEEDED_BY_ROOT.items() if not held >> bit & 1]
 

@@ -27,6 +27,7 @@ from x07_sandbox.records.runs import (
     OWNER_SCHEMA,
     Ended,
     JobRecord,
+    job_names,
     runner_instance,
     unfinished_jobs,
 )
@@ -185,10 +186,7 @@ def _read(folder: Path, fd: int, instance: str) -> StoredJob:
 
 def all_stored() -> list[StoredJob]:
     """Return all jobs of the state folder, sorted by name. Raises OSError, HostError."""
-    try:
-        return _read_all(name for name in os.listdir(state_dir()) if JOB_NAME.fullmatch(name))  # noqa: PTH208 - names
-    except FileNotFoundError:
-        return []
+    return _read_all(job_names(state_dir()))
 
 
 def open_stored() -> list[StoredJob]:

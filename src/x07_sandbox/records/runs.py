@@ -198,16 +198,20 @@ def write_owner(
     )
 
 
+def job_names(root: Path) -> list[str]:
+    """Return the names of the jobs' folders in *root*, in any order. Raises OSError if *root* cannot be read."""
+    try:
+        return [name for name in os.listdir(root) if JOB_NAME.fullmatch(name)]  # noqa: PTH208 - names are wanted
+    except FileNotFoundError:
+        return []
+
+
 def unfinished_jobs(root: Path, most: int | None = None) -> list[str]:
     """Check the *most* newest jobs. Return the names of those without a `done` or `reaped` file, newest first.
 
     Raises OSError if the folder exists and cannot be read.
     """
-    try:
-        names = [name for name in os.listdir(root) if JOB_NAME.fullmatch(name)]  # noqa: PTH208 - names are wanted
-    except FileNotFoundError:
-        return []
-    names.sort(reverse=True)  # the names start with the run's time
+    names = sorted(job_names(root), reverse=True)  # the names start with the run's time
     place = os.fspath(root)
     return [name for name in names[:most] if not any(os.path.lexists(f"{place}/{name}/{end}") for end in ENDS)]
 
