@@ -276,7 +276,7 @@ def full() -> bool:
     return FULL
 
 
-def _open_fds() -> dict[int, str]:
+def open_fds() -> dict[int, str]:
     """Return every open descriptor of this process and its target, without the listing's own."""
     found: dict[int, str] = {}
     for name in os.listdir("/dev/fd"):  # noqa: PTH208 a name here is a number, no path
@@ -290,7 +290,7 @@ def _open_fds() -> dict[int, str]:
 @pytest.fixture(autouse=True)
 def no_leaks() -> Iterator[None]:
     """Fail the test if it leaves a descriptor open, or replaces one that was open before it."""
-    before = _open_fds()
+    before = open_fds()
     yield
     leaked = _leaked(before)
     if leaked:
@@ -308,4 +308,4 @@ def no_shims() -> Iterator[None]:
 
 
 def _leaked(before: dict[int, str]) -> dict[int, str]:
-    return {fd: target for fd, target in _open_fds().items() if fd not in LASTING_FDS and before.get(fd) != target}
+    return {fd: target for fd, target in open_fds().items() if fd not in LASTING_FDS and before.get(fd) != target}

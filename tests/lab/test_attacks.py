@@ -175,8 +175,11 @@ def test_a_guest_without_relay_or_rules_reaches_nothing(stage: Stage, row: Row) 
     stage.lab.names(dict(STACK_NAMES))
     with stage.session("stack", STACK_LISTS) as session:
         session.order(row.do, **row.words)
-        with contextlib.suppress(AssertionError):  # a guest that has lost its relay ends
-            check(row, session.look(session.answer()))
+        seen = None
+        with contextlib.suppress(AssertionError):  # a guest that has lost its relay ends without an answer
+            seen = session.look(session.answer())
+        if seen is not None:
+            check(row, seen)
             time.sleep(0.5)
     at_end = session.look()
     assert (at_end.contacts, at_end.packets) == ([], [])

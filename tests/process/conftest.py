@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import pytest
 
-from tests.conftest import need
+from tests.conftest import LASTING_FDS, need, open_fds
 from tests.process.conversation import Conversation, Ended, Program
+from x07_sandbox.backends.lease import FRONT, FRONT_VARIABLE, pool_dir
 from x07_sandbox.backends.process import NoneBackend, OsBackend, start_confined, start_unconfined
 from x07_sandbox.errors import HostError
 from x07_sandbox.host.processes import has_mark
+from x07_sandbox.host.variables import inherited_environment
 from x07_sandbox.records.runs import Claim, JobRecord, create_record, new_run_id
 
 if TYPE_CHECKING:
@@ -111,3 +118,65 @@ def unconfined() -> NoneBackend:
 def backend(request: pytest.FixtureRequest) -> Backend:
     """Each of both backends in turn."""
     return request.getfixturevalue("confined" if request.param == "os" else "unconfined")  # type: ignore[no-any-return]
+
+
+def wait_until(done: Callable[[], object], within_s: float = 60) -> None:
+    """Wait until *done* returns a true value."""
+    until = time.monotonic() + within_s
+    while not done():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+PYTHON: Final = Path(sys.executable).with_name("python3")
+LAUNCHER: Final = PYTHON.with_name("x07")
+
+
+@contextlib.contextmanager
+def running_front(*code: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Start a front, by other *code* if given, and check that it and its workers end with its standard input."""
+    ready_r, ready_w = os.pipe()
+    env = inherited_environment() | {"LC_ALL": "C.UTF-8", FRONT_VARIABLE: secrets.token_hex(32)}
+    (pool_dir() / FRONT).unlink(missing_ok=True)
+    argv: list[str] = [str(PYTHON), "-I", *(code or ("-m", "x07_sandbox.cli.front")), str(ready_w)]
+    child = subprocess.Popen(argv, pass_fds=[ready_w], stdin=subprocess.PIPE, env=env)
+    os.close(ready_w)
+    try:
+        assert os.read(ready_r, 1) == b"."
+        yield child
+    finally:
+        os.close(ready_r)
+        child.send_signal(signal.SIGCONT)
+        child.communicate(timeout=60)
+    assert not (pool_dir() / FRONT).exists() or child.returncode
+
+
+@pytest.fixture
+def front() -> Iterator[subprocess.Popen[bytes]]:
+    """A front without a pool."""
+    with running_front() as child:
+        yield child
+
+
+@pytest.fixture(scope="module")
+def front_of_module(agents: Path) -> Iterator[None]:
+    """A front for all tests of a module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("X07_VM_CACHE_DIR", str(agents))
+        before = open_fds()
+        with running_front():
+            patch.undo()
+            lasting = open_fds().keys() - before.keys()
+            LASTING_FDS.update(lasting)
+            yield
+            LASTING_FDS.difference_update(lasting)
+            patch.setenv("X07_VM_CACHE_DIR", str(agents))
+
+
+@pytest.fixture(params=["alone", "front"])
+def launcher(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The installed command x07, which carries its commands out itself, or lets a front do so."""
+    if request.param == "front":
+        request.getfixturevalue("front_of_module")
+    monkeypatch.setenv("X07_NO_FRONT", "0" if request.param == "front" else "1")
+    return LAUNCHER

@@ -22,6 +22,7 @@ import msgspec
 import pytest
 
 from tests.command import X07, Done, x07
+from tests.process.conftest import wait_until
 from tests.vm.conftest import left_behind, marked, owners
 from x07_sandbox import AsyncSandbox, Ended, Sandbox, SandboxError
 from x07_sandbox.host.linux import process_ids
@@ -68,15 +69,6 @@ def text(ended: Ended) -> str:
 def holder_of(run: str) -> int:
     """The process that holds a sandbox."""
     return int(run.split("-")[1])
-
-
-def wait_until(done: object, within_s: float = 60) -> None:
-    """Wait until *done* returns a true value."""
-    assert callable(done)
-    until = time.monotonic() + within_s
-    while not done():
-        assert time.monotonic() < until
-        time.sleep(0.05)
 
 
 def test_two_clients_share_a_sandbox(held: Sandbox) -> None:
@@ -444,12 +436,12 @@ def test_a_port_is_forwarded_until_ctrl_c(held: Sandbox, tmp_path: Path) -> None
     assert not path.exists()
 
 
-def test_a_terminal_has_size_job_control_and_an_end(held: Sandbox) -> None:
+def test_a_terminal_has_size_job_control_and_an_end(held: Sandbox, launcher: Path) -> None:
     """`exec -it` gives the command a terminal: size, kind, Ctrl-C for the command alone, and the exit status."""
     pid, master = pty.fork()
     if pid == 0:
         os.environ["TERM"] = "tmux-256color"
-        os.execv(X07[0], [*X07, "sandbox", "exec", "-it", held.id, "--", "sh"])  # noqa: S606 - no shell is needed
+        os.execv(launcher, ["x07", "sandbox", "exec", "-it", held.id, "--", "sh"])  # noqa: S606 - no shell is needed
 
     def until(end: bytes) -> bytes:
         data = b""

@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.command import X07
+from tests.process.conftest import LAUNCHER
 
 POLICY = Path(__file__).resolve().parents[2] / "examples" / "policies" / "small.json"
 
 
 @pytest.fixture(autouse=True)
-def without_isolation(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Programs run without a VM: these promises are about the command's own streams."""
+def without_isolation(launcher: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ARG001 - two ways for each test
+    """Programs run without a VM: these promises are about the command's own streams, with and without a front."""
     monkeypatch.setenv("X07_SANDBOX_BACKEND", "os")
     monkeypatch.setenv("X07_I_ACCEPT_WEAKER_ISOLATION", "1")
 
@@ -29,8 +29,8 @@ def _shell(tmp_path: Path, line: str) -> subprocess.CompletedProcess[bytes]:
     """Run a shell line with x07 as the command and $PROGRAM as a program that prints two control characters."""
     program = tmp_path / "program.py"
     program.write_text('print("early \\x9b31m \\u202e")\n', encoding="utf-8")
-    names = {"PYTHON": sys.executable, "PROGRAM": str(program)}
-    line = f'x07() {{ "$PYTHON" -m x07_sandbox.cli.main "$@"; }}; {line}'
+    names = {"X07": str(LAUNCHER), "PROGRAM": str(program)}
+    line = f'x07() {{ "$X07" "$@"; }}; {line}'
     return subprocess.run(
         ["/bin/sh", "-c", line],
         env=os.environ | names | {"X07_VM_STATE_DIR": str(tmp_path / "jobs")},
@@ -60,11 +60,9 @@ def test_a_full_disk_behind_stdout_is_reported(tmp_path: Path) -> None:
     assert done.stderr == b"x07: could not write the program's standard output: No space left on device\n"
 
 
-def _started(
-    tmp_path: Path, stdout: int, words: tuple[str, ...], command: str = "x07_sandbox.cli.main"
-) -> subprocess.Popen[bytes]:
+def _started(tmp_path: Path, stdout: int, words: tuple[str, ...], command: str = "x07") -> subprocess.Popen[bytes]:
     env = os.environ | {"X07_VM_STATE_DIR": str(tmp_path / "jobs")}
-    argv = [sys.executable, "-m", command, *words]
+    argv = [str(LAUNCHER.with_name(command)), *words]
     return subprocess.Popen(argv, env=env, stdin=subprocess.DEVNULL, stdout=stdout, stderr=subprocess.PIPE)
 
 
@@ -88,9 +86,9 @@ def test_a_closed_pipe_is_no_error(tmp_path: Path, words: tuple[str, ...], code:
 @pytest.mark.parametrize(
     ("command", "words", "code"),
     [
-        ("x07_sandbox.cli.main", ("policy", "schema"), 0),
-        ("x07_sandbox.cli.main", ("run", "--json", "-c", "exit 3", "--toolchain", "shell"), 3),
-        ("x07_sandbox.cli.os_runner", ("--world", "run-os-sandboxed", "--policy", "{policy}", "--program", "{x}"), 0),
+        ("x07", ("policy", "schema"), 0),
+        ("x07", ("run", "--json", "-c", "exit 3", "--toolchain", "shell"), 3),
+        ("x07-os-runner", ("--world", "run-os-sandboxed", "--policy", "{policy}", "--program", "{x}"), 0),
     ],
 )
 def test_json_is_complete_on_a_non_blocking_pipe(
@@ -116,7 +114,7 @@ def test_a_source_from_a_non_blocking_pipe_is_read_to_its_end(tmp_path: Path) ->
     program, out = os.pipe()
     os.set_blocking(program, False)
     env = os.environ | {"X07_VM_STATE_DIR": str(tmp_path / "jobs")}
-    argv = [*X07, "run", "--toolchain", "shell", "-"]
+    argv = [str(LAUNCHER), "run", "--toolchain", "shell", "-"]
     os.write(out, b"echo one\n")
     with subprocess.Popen(argv, env=env, stdin=program, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as command:
         os.close(program)

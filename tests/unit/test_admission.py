@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import signal
 import subprocess
@@ -71,12 +72,29 @@ class Holder:
             assert time.monotonic() < deadline
             time.sleep(0.01)  # there is no event for it
 
+    def wait_first(self) -> None:
+        """Wait until the process is the first in the queue: it has the lock that its flock(1) child waited for."""
+        deadline = time.monotonic() + 60
+        while free_turn() or any(sleeps_in_flock(child) for child in children_of(self.process.pid)):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)  # there is no event for it
+
     def end(self) -> None:
         """Kill the process and close its pipes."""
         self.process.kill()
         self.process.wait()
         self.out.close()
         self.into.close()
+
+
+def free_turn() -> bool:
+    """Return whether no process is or becomes the first in the queue."""
+    with (cache_folder("slots") / "turn").open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
 
 
 def sleeps_in_flock(pid: int) -> bool:
@@ -221,7 +239,7 @@ def test_a_wait_that_is_over_leaves_nothing(never: int) -> None:
     try:
         assert ahead.wait_for_slot() == "first"
         second = Holder("second")
-        time.sleep(0.3)  # until it has the turn, of which nothing tells
+        second.wait_first()
         try:
             before = open_resources()
             with pytest.raises(RefusedError), admitted(cancel_fd=never, timeout_s=0.2):

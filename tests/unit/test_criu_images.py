@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -154,10 +155,18 @@ def test_a_dump_with_a_link_is_refused(dump: Path, tmp_path_factory: pytest.Temp
         (dump / "core-64.img").rename(other.with_name(os.urandom(4).hex()))
 
 
-def test_a_process_with_other_files_is_refused(dump: Path, memory: int) -> None:
-    """A dumped process with a file that a waiting VM does not have is refused, also one of an unknown kind."""
-    with pytest.raises(BackendError, match=r"opened '/lib/x\.so'"):
-        move_pages(dump, PID, memory, RAM, {RAM})
+@pytest.mark.parametrize("name", ["/lib/x.so.1", "/etc/passwd", "/img/ram2", "/dev/kvm", "/proc/1/mem", "", "xfile[1]"])
+def test_a_process_with_another_file_is_refused(dump: Path, memory: int, name: str) -> None:
+    """A dumped process with a file that a waiting VM does not have is refused."""
+    magic, files = read_messages(dump / "files.img")
+    files.append(message(f1=1, f2=4, f3=message(f1=4, f6=name.encode(), f8=1).encode()))
+    write_messages(dump / "files.img", magic, files)
+    with pytest.raises(BackendError, match=re.escape(f"opened '{name}'")):
+        move_pages(dump, PID, memory, RAM, KNOWN)
+
+
+def test_a_process_with_a_file_of_an_unknown_kind_is_refused(dump: Path, memory: int) -> None:
+    """A dumped process with a file of an unknown kind is refused."""
     magic, files = read_messages(dump / "files.img")
     files.append(message(f1=14, f2=4))
     write_messages(dump / "files.img", magic, files)

@@ -25,6 +25,8 @@ _BUNDLED = "start-bundle"  # the command of a bundle's launcher; not a verb for 
 _RUNS = ("run", "exec", _BUNDLED)  # verbs that end as a run does, and whose JSON document is the result of a run
 _HELP = {"help": "--help", "version": "--version"}  # verbs that stand for an option
 _VERSION = (["--version"], ["-V"], ["-v"], ["version"])
+on_exit: Callable[[int], object] | None = None
+"""What gets the exit code before the process ends, besides the parent."""
 _JSON = {"--json=canon": "--json", "--json=pretty": "--json"}  # each of our documents has only one layout
 
 
@@ -284,6 +286,8 @@ def exit_with(code: int) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
+    if on_exit is not None:
+        on_exit(code)
     os._exit(code)
 
 

@@ -84,6 +84,7 @@ def _status(options: argparse.Namespace) -> int:
         return 0
     unused = f"unused for {pool.unused_s:.0f} s, ends after {pool.idle_s:.0f} s (process {pool.pid})"
     show(f"{pool.ready} of {pool.size} VMs ready, {pool.running} running, {pool.claimed} used so far; {unused}")
+    show("no process carries out commands" if pool.front is None else f"process {pool.front} carries out commands")
     if pool.problem:
         show(f"no VM can be started now: {pool.problem}")
     return 0

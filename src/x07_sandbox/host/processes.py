@@ -282,11 +282,12 @@ def start_in_background(
     errors: IO[bytes],
     stdin: int | None = None,
     cwd: str | None = None,
+    env: Mapping[str, str] | None = None,
 ) -> subprocess.Popen[bytes]:
     """Run *module* in a session of its own, isolated from this user's Python settings. Raises OSError.
 
     The process inherits *ready_fd*, if there is one; its number is the last argument. errors: its standard error.
-    stdin: see subprocess.Popen; None stands for no input.
+    stdin: see subprocess.Popen; None stands for no input. env: None for `inherited_environment`.
     """
     import subprocess
 
@@ -300,7 +301,7 @@ def start_in_background(
             pass_fds=ready,
             start_new_session=True,
             cwd=cwd,
-            env=inherited_environment(),
+            env=inherited_environment() if env is None else env,
         )
 
 

@@ -112,6 +112,9 @@ _ROWS: Final = (
         "with the qemu backend",
     ),
     Variable(
+        "X07_NO_FRONT", "flag", "Do not let the front of a pool carry out this command.", "0", "while a pool runs"
+    ),
+    Variable(
         "X07_VM_REQUIRE_NAMESPACES",
         "flag",
         "Refuse to run QEMU in a jail without namespaces.",

@@ -3,14 +3,16 @@
     python -m x07_sandbox.library.pool_server SIZE IDLE_S IMAGE READY_FD
 
 IMAGE: a name or digest, "" for the default image. READY_FD: see `library/resident`. The process ends on SIGTERM,
-SIGINT or a request, or after IDLE_S seconds without use. All its machines end then.
+SIGINT or a request, or after IDLE_S seconds without use. All its machines and its front (cli/front.py) end then.
 """
 
 import contextlib
 import os
 import re
+import secrets
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -20,29 +22,45 @@ from typing import Any, Final
 
 import msgspec
 
-from x07_sandbox.backends.lease import ANSWER_S, GONE_S, PROTOCOL, SOCKET, handover, pool_dir, receive, send
+from x07_sandbox.backends.lease import (
+    ANSWER_S,
+    FRONT_VARIABLE,
+    GONE_S,
+    PROTOCOL,
+    SOCKET,
+    handover,
+    pool_dir,
+    receive,
+    send,
+)
 from x07_sandbox.errors import HostError, SandboxError
 from x07_sandbox.host import settings
 from x07_sandbox.host.documents import prepared
 from x07_sandbox.host.linux import open_pidfd, peer_of
 from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.paths import state_dir
-from x07_sandbox.host.processes import identify
+from x07_sandbox.host.processes import identify, start_in_background
 from x07_sandbox.host.sockets import listening
-from x07_sandbox.host.waiting import Deadline, input_poll
+from x07_sandbox.host.variables import inherited_environment
+from x07_sandbox.host.waiting import Deadline, input_poll, wait_readable
 from x07_sandbox.library.resident import Problem, Progress, Ready, Server, Starter, run
 from x07_sandbox.library.warm import WarmMachine, WarmMachines
 from x07_sandbox.records.runs import Claim
 
 _JOB_ID: Final = re.compile(r"[0-9]{1,20}-[0-9]{1,10}-[0-9]{1,10}-[a-z]{1,16}")
 _WALL_MS_MAX: Final = 86_400_000
+_FRONT_S: Final = 30.0
+_FRONT_END_S: Final = 2.0
 
 
 class PoolServer:
     """Serves connections to the pool, each in a thread, until the leased machine has ended."""
 
-    def __init__(self, machines: WarmMachines, listener: socket.socket, idle_s: float) -> None:
+    def __init__(
+        self, machines: WarmMachines, listener: socket.socket, idle_s: float, front: subprocess.Popen[bytes] | None
+    ) -> None:
         self.machines = machines
+        self._front = front
         self.idle_s = idle_s
         self.server = Server(listener, self._serve_one)
         self._filled = False
@@ -89,9 +107,10 @@ class PoolServer:
     def status(self) -> dict[str, object]:
         """Return the values for `x07 pool status`."""
         machines = self.machines
-        problem = machines.problem
+        problem, front = machines.problem, self._front
         return {
             "pid": os.getpid(),
+            "front": front.pid if front is not None and front.poll() is None else None,
             "size": machines.size,
             "ready": machines.ready(),
             "running": self._leases,
@@ -173,6 +192,32 @@ def _listening() -> Iterator[socket.socket]:
             yield listener
 
 
+@contextlib.contextmanager
+def _front() -> Iterator[subprocess.Popen[bytes] | None]:
+    """Yield the front, or None if it cannot be started, which the log says. It ends with the context."""
+    ready_r, ready_w = os.pipe()
+    env = inherited_environment() | {"LC_ALL": "C.UTF-8", FRONT_VARIABLE: secrets.token_hex(32)}
+    child = None
+    with os.fdopen(ready_r, "rb", buffering=0) as ready:
+        try:
+            module, log = "x07_sandbox.cli.front", sys.stderr.buffer
+            child = start_in_background(module, ready_fd=ready_w, errors=log, stdin=subprocess.PIPE, env=env)
+        except OSError as exc:
+            sys.stderr.write(f"cannot start the front: {exc}\n")
+        finally:
+            os.close(ready_w)
+        if child is not None:
+            wait_readable(ready.fileno(), _FRONT_S)
+    try:
+        yield child
+    finally:
+        if child is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.communicate(timeout=_FRONT_END_S)  # its standard input ends, and so does it
+            child.kill()
+            child.wait()
+
+
 def _keep(starter: Starter, size: int, idle_s: float, image: str | None) -> None:
     """Keep machines warm until the pool ends."""
     os.chdir("/")
@@ -182,14 +227,15 @@ def _keep(starter: Starter, size: int, idle_s: float, image: str | None) -> None
             starter.report(Progress.of(text))
 
         machines = WarmMachines(size, image=image, progress=progress)
-        pool = PoolServer(machines, listener, idle_s)
-        pool.server.end_on_signals()
-        machines.start()
-        with contextlib.closing(machines):
-            announce = threading.Thread(target=_announce, args=(pool, starter), daemon=True)
-            announce.start()
-            pool.serve()
-            pool.wait_leases()
+        with _front() as front:
+            pool = PoolServer(machines, listener, idle_s, front)
+            pool.server.end_on_signals()
+            machines.start()
+            with contextlib.closing(machines):
+                announce = threading.Thread(target=_announce, args=(pool, starter), daemon=True)
+                announce.start()
+                pool.serve()
+                pool.wait_leases()
         announce.join(ANSWER_S)  # the thread may have to report the end
 
 

@@ -157,6 +157,7 @@ class VerifyReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 class PoolStatus(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The status that the pool reports.
 
+    front: pid of the process that carries out command lines, or null if there is none.
     size: how many VMs should be ready.
     ready, running: how many VMs are ready and how many run a program now.
     claimed: how many VMs have been used since the pool started.
@@ -167,6 +168,7 @@ class PoolStatus(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """
 
     pid: int
+    front: int | None
     size: int
     ready: int
     running: int

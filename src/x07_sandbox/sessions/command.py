@@ -186,15 +186,21 @@ class Process:
     def write(self, data: bytes) -> None:
         """Send bytes to the standard input, and wait while much of it is on its way.
 
-        Raises BrokenPipeError if the command has ended, and SandboxError if the sandbox has.
+        Raises BrokenPipeError if the command has ended before that, and SandboxError if the sandbox has.
         """
         self._sandbox.require_open()
-        if not self.ended:
+        lost = self.ended
+        if not lost:
             self.feed(data)
             if not self._session.until(lambda: self.execution.has_room() or self.ended or given_up()):
                 raise self._sandbox.gone()
-        if self.ended:
+            lost = self._unsent()
+        if lost:
             raise BrokenPipeError(errno.EPIPE, "the command has ended")
+
+    def _unsent(self) -> bool:
+        """Return whether the command has ended before it was sent all its input, which may itself have ended it."""
+        return self.ended and bool(self.execution.waiting_input())
 
     def close_stdin(self) -> None:
         """End the standard input."""

@@ -1,0 +1,359 @@
+"""The front: a child of the pool's process that carries out command lines with everything imported.
+
+    python -I -m x07_sandbox.cli.front READY_FD
+
+The client is in launchers/x07. The front forks a worker for each connection, and reads nothing itself. It has one
+thread and no machines or locks. It ends when its standard input does, and its workers finish their commands.
+
+Worker and client in turn (numbers have four bytes, most significant first; strings end with NUL):
+    worker  one byte: it knows the client's process
+    client  the length of the rest, PROTOCOL, SECRET, the path of Python, the command's module, the error handler of
+            standard output, the numbers of its descriptors, the number of arguments, arguments, variables; with these
+            descriptors and one of its current folder
+    worker  one byte, with a pidfd of itself: the command can be carried out with the rights of the client
+    client  one byte: only now the command starts
+    worker  one byte: the exit code
+
+If a connection ends before its third byte, the client carries the command out itself. Once it has started, the worker
+is killed if the client is. The client proves with SECRET, which is a variable of the front, that the kernel lets it
+inspect the front (ptrace(2): access mode checks). The kernel refuses that to a process with fewer capabilities, in
+another user namespace or confined by Landlock or another security module. `_rights` compares what is left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import gc
+import hmac
+import importlib
+import os
+import re
+import resource
+import signal
+import socket
+import struct
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Final, NamedTuple, NoReturn
+
+from x07_sandbox.backends.lease import FRONT, FRONT_VARIABLE, pool_dir
+from x07_sandbox.cli import main as command_line
+from x07_sandbox.errors import SandboxError
+from x07_sandbox.host.linux import of_process, open_pidfd, peer_of
+from x07_sandbox.host.sockets import is_own, listening
+from x07_sandbox.host.waiting import Event, input_poll, wait_readable
+from x07_sandbox.policy.outcomes import SIGNAL_BASE
+
+PROTOCOL: Final = b"1"
+_ENTRIES: Final = MappingProxyType({b"main": "x07_sandbox.cli.main", b"os_runner": "x07_sandbox.cli.os_runner"})
+# What these import is what most commands need.
+_USED: Final = (
+    *("cli.main", "cli.run", "cli.sandbox", "cli.os_runner", "cli.outputs", "cli.messages", "cli.json_output"),
+    *("backends.qemu.backend", "backends.qemu.hot", "backends.process", "backends.lease", "backends.registry"),
+    *("library.held", "library.listing", "sessions.sandbox", "sessions.host_files", "sessions.saved_changes"),
+    *("programs.project", "jail.seccomp", "images.store"),
+)
+_WORKERS_MAX: Final = 512
+_ANSWER_S: Final = 5.0
+_NO_FDS_S: Final = 0.2
+_REQUEST_MAX: Final = 16 << 20
+_FDS_MAX: Final = 253  # of a message: unix(7)
+_FD_MAX: Final = 512  # numbers of a client's descriptors are below
+_CREDENTIALS: Final = struct.Struct("3i")
+_RIGHTS: Final = (
+    *(b"Uid:", b"Gid:", b"Groups:", b"CapInh:", b"CapPrm:", b"CapEff:", b"CapBnd:", b"CapAmb:"),
+    *(b"NoNewPrivs:", b"Seccomp:", b"Seccomp_filters:"),
+)
+_FILTERS: Final = (b"Seccomp:", b"Seccomp_filters:")
+_LIMITS: Final = tuple({getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")})
+
+
+_State = tuple[int, int, int, int]
+
+
+class _Ours(NamedTuple):
+    """What a client is compared with: the state of each loaded file, and `_rights`."""
+
+    files: list[tuple[str, _State]]
+    rights: list[object]
+
+
+class _DeclinedError(Exception):
+    """The client has to carry the command out itself."""
+
+
+class _Request(NamedTuple):
+    """fds: the descriptors that were received, by their numbers in the client."""
+
+    entry: str
+    errors: str
+    args: list[str]
+    variables: dict[bytes, bytes]
+    fds: dict[int, int]
+    folder_fd: int
+
+
+# the front
+
+
+def serve(listener: socket.socket, end_fd: int) -> None:
+    """Fork a worker for each connection, until *end_fd* is readable."""
+    ours = _Ours(_loaded_files(), _rights(os.getpid()))
+    ended, workers = Event(), 0
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    ended.set_by_signals()
+    listener.settimeout(0)
+    poll = input_poll(end_fd, ended.fd, listener.fileno())
+    gc.freeze()  # workers share what is imported
+    while True:
+        ready = {fd for fd, _ in poll.poll()}
+        if end_fd in ready:
+            return
+        ended.clear()
+        with contextlib.suppress(ChildProcessError):
+            while workers and os.waitpid(-1, os.WNOHANG)[0]:
+                workers -= 1
+        if listener.fileno() not in ready:
+            continue
+        try:
+            connection, _ = listener.accept()
+            with connection:
+                if workers >= _WORKERS_MAX or not is_own(connection):
+                    continue
+                if os.fork() == 0:
+                    signal.set_wakeup_fd(-1)
+                    ended.close()
+                    listener.close()
+                    _work(connection, ours)
+                workers += 1
+        except BlockingIOError:  # the client is gone
+            pass
+        except OSError:  # out of descriptors or processes until a worker ends
+            wait_readable(end_fd, _NO_FDS_S)
+
+
+def _loaded_files() -> list[tuple[str, _State]]:
+    """Return path and state of each file of ours that is imported."""
+    names = [module.__file__ for name, module in sys.modules.items() if name.startswith("x07_sandbox")]
+    return [(name, _state(name)) for name in names if name is not None]
+
+
+def _state(path: str) -> _State:
+    info = os.stat(path)  # noqa: PTH116 - hundreds of them for each command
+    return info.st_mtime_ns, info.st_ctime_ns, info.st_ino, info.st_size
+
+
+def _work(connection: socket.socket, ours: _Ours) -> NoReturn:
+    """Carry out the command of a client. This process has no other purpose, and ends."""
+    try:
+        os.setsid()
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        # Out of the way of the client's descriptors.
+        connection = socket.socket(fileno=fcntl.fcntl(connection.detach(), fcntl.F_DUPFD_CLOEXEC, _FD_MAX))
+        connection.settimeout(_ANSWER_S)
+        request = _accepted(connection, ours)
+        _become(request)
+        _commit(connection)
+    except (_DeclinedError, SandboxError, OSError, ValueError, LookupError):
+        os._exit(0)  # which closes the connection
+    except BaseException:  # noqa: BLE001 - a bug
+        traceback.print_exc()
+        os._exit(1)
+    _carry_out(request, connection)
+
+
+# the worker, before the command starts
+
+
+def _accepted(connection: socket.socket, ours: _Ours) -> _Request:
+    """Return the request of a client with our rights. Raises _DeclinedError, OSError, ValueError, LookupError."""
+    pid, _ = peer_of(connection)
+    pidfd = open_pidfd(pid)
+    # The kernel names the sender of the request. It is the process of *pidfd*, if that still lives after it was read:
+    # no other process had its pid meanwhile.
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+    connection.send(b".")
+    data, fds, sender = _received(connection)
+    protocol, secret, python, entry, errors, numbers, count, *words = data.split(b"\0")[:-1]
+    targets = [int(number) for number in numbers.split()]
+    if sender != pid or len(fds) != len(targets) + 1 or not {*targets} <= {*range(_FD_MAX)}:
+        raise _DeclinedError
+    if protocol != PROTOCOL or not hmac.compare_digest(secret, os.environb[FRONT_VARIABLE.encode()]):
+        raise _DeclinedError
+    if python != os.fsencode(sys.executable) or any(_state(name) != state for name, state in ours.files):
+        raise _DeclinedError
+    if _rights(pid) != ours.rights or _lines(pid, _FILTERS) != _lines(1, _FILTERS):
+        raise _DeclinedError
+    _take_over(pid)
+    _join_group(pid)
+    if wait_readable(pidfd, 0):
+        raise _DeclinedError
+    os.close(pidfd)
+    args, variables = words[: int(count)], words[int(count) :]
+    pairs = (variable.partition(b"=") for variable in variables)
+    environment = {name: value for name, _, value in pairs}
+    *streams, folder_fd = fds
+    given = dict(zip(targets, streams, strict=True))
+    return _Request(
+        _ENTRIES[entry], errors.decode("ascii"), list(map(os.fsdecode, args)), environment, given, folder_fd
+    )
+
+
+def _received(connection: socket.socket) -> tuple[bytes, list[int], int]:
+    """Return the rest of a request, its descriptors, and the pid of the process that sent its start."""
+    room = socket.CMSG_SPACE(4 * _FDS_MAX) + socket.CMSG_SPACE(_CREDENTIALS.size)
+    data, rights, _, _ = connection.recvmsg(1 << 16, room, socket.MSG_CMSG_CLOEXEC)
+    fds: list[int] = []
+    sender = 0
+    for level, kind, content in rights:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            fds = [number for (number,) in struct.iter_unpack("i", content)]
+        elif (level, kind) == (socket.SOL_SOCKET, socket.SCM_CREDENTIALS):
+            sender, _, _ = _CREDENTIALS.unpack(content)
+    size = int.from_bytes(data[:4], "big")
+    found = bytearray(data[4:])
+    deadline = time.monotonic() + _ANSWER_S
+    while len(found) < size <= _REQUEST_MAX and time.monotonic() < deadline and (data := connection.recv(1 << 20)):
+        found += data
+    if len(found) != size:
+        raise _DeclinedError
+    return bytes(found), fds, sender
+
+
+def _rights(pid: int) -> list[object]:
+    """Return what a process may do and where, as far as the kernel shows it. Raises OSError, HostError."""
+    place = Path(f"/proc/{pid}")
+    top = (place / "root").stat()
+    found: list[object] = [_lines(pid, _RIGHTS), top.st_dev, top.st_ino, os.sched_getscheduler(pid)]
+    found += [(path.name, path.readlink()) for path in sorted((place / "ns").iterdir())]
+    found += [of_process(pid, name) for name in ("personality", "oom_score_adj")]
+    try:
+        found.append(of_process(pid, "attr/current"))
+    except OSError as exc:
+        if exc.errno != errno.EINVAL:  # the kernel's answer if no security module has labels
+            raise
+    return found
+
+
+def _lines(pid: int, names: Sequence[bytes]) -> list[bytes]:
+    status = of_process(pid, "status")
+    if status is None:
+        raise _DeclinedError
+    return [line for line in status.splitlines() if line.startswith(tuple(names))]
+
+
+def _take_over(pid: int) -> None:
+    """Get the limits, priority, processors, signal dispositions and umask of the client. Raises OSError, ValueError."""
+    for which in _LIMITS:
+        limit = resource.prlimit(pid, which)
+        if limit != resource.getrlimit(which):
+            resource.setrlimit(which, limit)
+    os.setpriority(os.PRIO_PROCESS, 0, os.getpriority(os.PRIO_PROCESS, pid))
+    os.sched_setaffinity(0, os.sched_getaffinity(pid))
+    status = (of_process(pid, "status") or b"").decode("ascii", "replace")
+    fields = dict(re.findall(r"^(SigIgn|SigBlk|Umask):\t([0-9a-f]+)$", status, re.MULTILINE))
+    ignores, blocks = int(fields["SigIgn"], 16), int(fields["SigBlk"], 16)
+    os.umask(int(fields["Umask"], 8))
+    for number in signal.valid_signals():
+        ignored = bool(ignores >> (number - 1) & 1)
+        if ignored != (signal.getsignal(number) is signal.SIG_IGN):
+            default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL  # as in Python
+            signal.signal(number, signal.SIG_IGN if ignored else default)
+    blocked = {number for number in signal.valid_signals() if blocks >> (number - 1) & 1}
+    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+def _join_group(pid: int) -> None:
+    """Move into the control group of a process, with its limits. Raises _DeclinedError if that is not possible."""
+    theirs, place = of_process(pid, "cgroup"), "/sys/fs/cgroup"
+    if theirs == of_process(os.getpid(), "cgroup"):
+        return
+    if theirs is None or not theirs.startswith(b"0::/") or theirs.count(b"\n") != 1:
+        raise _DeclinedError
+    Path(f"{place}{os.fsdecode(theirs[3:-1])}/cgroup.procs").write_text(str(os.getpid()), encoding="ascii")
+    if theirs != of_process(os.getpid(), "cgroup"):
+        raise _DeclinedError
+
+
+def _become(request: _Request) -> None:
+    """Get the folder, descriptors, variables and standard streams of the client. Raises OSError."""
+    os.fchdir(request.folder_fd)
+    os.close(request.folder_fd)
+    high = {number: fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _FD_MAX) for number, fd in request.fds.items()}
+    for fd in {0, 1, 2, *request.fds.values()}:
+        os.close(fd)
+    for number, fd in high.items():
+        os.dup2(fd, number)
+        os.close(fd)
+    os.environb.clear()
+    os.environb.update(request.variables)
+    time.tzset()
+    sys.argv = [sys.argv[0], *request.args]
+    modes = {"stdin": ("r", "strict"), "stdout": ("w", request.errors), "stderr": ("w", "backslashreplace")}
+    for number, (name, (mode, errors)) in enumerate(modes.items()):
+        stream = None  # as in Python itself
+        if number in request.fds:
+            live = number == 2 or os.isatty(number)  # noqa: PLR2004 - standard error
+            stream = open(number, mode, 1 if live else -1, "utf-8", errors, closefd=False)  # noqa: SIM115
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
+
+
+def _commit(connection: socket.socket) -> None:
+    """Ask the client whether to start, and be killed from now on when it ends. Raises _DeclinedError, OSError."""
+    own = open_pidfd(os.getpid())
+    socket.send_fds(connection, [b"."], [own])
+    os.close(own)
+    if connection.recv(1) != b".":
+        raise _DeclinedError
+    # The client sends nothing more, so the next event is its end. No thread has to wait for it.
+    fd = connection.fileno()
+    fcntl.fcntl(fd, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGKILL)
+    fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | fcntl.FASYNC)
+    if wait_readable(fd, 0):
+        raise _DeclinedError
+
+
+# the worker, with the command
+
+
+def _carry_out(request: _Request, connection: socket.socket) -> NoReturn:
+    """Carry out the command, send its exit code, and end."""
+
+    def tell(code: int) -> None:
+        with contextlib.suppress(OSError):
+            connection.send(bytes([code & 0xFF]))
+
+    command_line.on_exit = tell
+    try:
+        importlib.import_module(request.entry).entry()
+    except KeyboardInterrupt:  # before the command handles it
+        command_line.exit_with(SIGNAL_BASE + signal.SIGINT)
+    except BaseException:  # noqa: BLE001 - as Python does
+        traceback.print_exc()
+    command_line.exit_with(1)
+
+
+def main(words: list[str]) -> int:
+    """Serve until standard input ends. READY_FD gets a byte once clients can connect."""
+    ready_fd = int(words[0])
+    os.chdir("/")
+    for name in _USED:
+        importlib.import_module(f"x07_sandbox.{name}")
+    (pool_dir() / FRONT).unlink(missing_ok=True)
+    with listening(pool_dir(), FRONT) as listener:
+        os.write(ready_fd, b".")
+        os.close(ready_fd)
+        serve(listener, 0)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
