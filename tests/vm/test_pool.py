@@ -13,6 +13,7 @@ import subprocess
 import threading
 import time
 from concurrent.futures import wait
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -34,6 +35,7 @@ from x07_sandbox.backends.qemu.backend import QemuBackend
 from x07_sandbox.backends.qemu.instance import VMM_BYTES
 from x07_sandbox.errors import HostError, UsageError
 from x07_sandbox.host import settings, waiting
+from x07_sandbox.host.linux import of_process
 from x07_sandbox.host.processes import own_identity
 from x07_sandbox.host.waiting import Caller, Cancel
 from x07_sandbox.images.verify import open_image
@@ -97,6 +99,11 @@ def status() -> dict[str, Any] | None:
         assert time.monotonic() < deadline, done.err
     reported: dict[str, Any] | None = document(done.out)["pool"]
     return reported
+
+
+def is_front(pid: int) -> bool:
+    """Return whether a process carries out commands for a pool."""
+    return b"x07_sandbox.cli.front" in (of_process(pid, "cmdline") or b"")
 
 
 def wait_for(holds: Callable[[], bool], seconds: float) -> None:
@@ -179,7 +186,9 @@ def test_a_run_takes_a_warm_machine_and_leaves_nothing(echo: str, state: Path, t
         reported = status()
         assert reported is not None
         assert (reported["claimed"], reported["problem"]) == (1, None)
+        assert is_front(reported["front"])
     assert status() is None
+    assert not is_front(reported["front"])
     assert left_behind(state) == []
     assert ran(echo)["phases"]["run"]["start"] == usual_start()
 
@@ -298,6 +307,7 @@ def test_killing_claimer_or_pool_leaves_no_machine(echo: str, state: Path, kille
 
     for moment in moments:
         with pool_process(1) as pool:
+            front = (status() or {})["front"]
             child = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             time.sleep(moment / 1000)  # the test needs this exact moment
             if killed != "pool":
@@ -309,6 +319,7 @@ def test_killing_claimer_or_pool_leaves_no_machine(echo: str, state: Path, kille
             wait_for(at_rest, 120)
             # A killed pool's machines end moments after it.
             wait_for(lambda: len(alive(state)) <= kept, 60)
+            wait_for(partial(lambda pid: is_front(pid) == (kept > 0), front), 60)
         wait_for(lambda: alive(state) == set(), 60)
 
 

@@ -28,6 +28,7 @@ from x07_sandbox.records.runs import Claim, new_run_id
 from x07_sandbox.sessions.prepare import check_pinned, current_image
 from x07_sandbox.sessions.saving import needs_of_programs, warm_up
 
+_QUIET_S: Final = 0.25  # after a machine was taken and others are left
 _TRY_AGAIN_S: Final = 1.0
 _FAILURES_MAX: Final = 3  # in a row, before the error is reported
 _TRY_LATER_S: Final = 10.0
@@ -68,6 +69,7 @@ class WarmMachines:
         self.claimed = 0
         self.problem: SandboxError | None = None
         self.used_at = time.monotonic()
+        self._taken_at = 0.0
         self._image_ref = image
         self._stack = contextlib.ExitStack()
         self._cancel = Cancel()
@@ -130,7 +132,11 @@ class WarmMachines:
                 if self._closing:
                     return False
                 if len(self._ready) < self.size:
-                    return True
+                    quiet_s = self._taken_at + _QUIET_S - time.monotonic()
+                    if not self._ready or quiet_s <= 0:
+                        return True
+                    self._changed.wait(quiet_s)  # leave the processors to the run that has just taken a machine
+                    continue
                 oldest = self._ready[0]
                 left_s = oldest.made_at + settings.WARM_S - time.monotonic()
                 if left_s > 0:
@@ -187,7 +193,7 @@ class WarmMachines:
             if not self._ready or self._closing:
                 return None
             machine = self._ready.popleft()
-            self.used_at = time.monotonic()
+            self.used_at = self._taken_at = time.monotonic()
             self._changed.notify_all()
         try:
             self._cloning.adopt(machine.instance, claim, runner, ram_bytes)
