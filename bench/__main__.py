@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -84,12 +85,12 @@ class Suite:
         self.cases["bare exec, Python"] = peers.Peer(argv=("/usr/bin/python3", str(self.sources["Python"]))).seconds
 
     def _pooled(self) -> None:
-        self.pools = pools = Pooled(self._pool_stack, size=len(self.sources) if self._short else 1)
+        self.pools = pools = Pooled(self._pool_stack, size=2 * len(self.sources) if self._short else 2)
         pools.settle()
         for name, program in self.sources.items():
-            self.cases[f"x07 {name}, from the pool"] = Command(
-                program=program, flags=(), start="pool", built="cache"
-            ).seconds
+            alone = Command(program=program, flags=(), start="pool", built="cache")
+            self.cases[f"x07 {name}, from the pool"] = replace(alone, front=True).seconds
+            self.cases[f"x07 {name}, from the pool, no front"] = alone.seconds
         self.cases["library C, warm"] = partial(pools.library_seconds, self.sources["C"])
 
     def _raw(self) -> None:
