@@ -93,9 +93,7 @@ def require_new_name(name: str) -> None:
 def _held(word: str) -> list[str]:
     """Return the held sandboxes that *word* names. Few runs have a socket, so few records are read."""
     root = all_runs()
-    places = {run: root / run for run in runs_with(SANDBOX)}
-    held = (run for run, place in places.items() if os.path.lexists(place / SOCKET))
-    return [run for run in held if _fits(run, word) and is_locked(places[run])]
+    return [run for run in runs_with(SOCKET) if _fits(run, word) and is_locked(root / run)]
 
 
 def _fits(run: str, word: str) -> bool:

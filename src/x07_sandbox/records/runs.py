@@ -23,7 +23,7 @@ from x07_sandbox.errors import Command, HostError, Text, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.documents import prepared
 from x07_sandbox.host.linux import boot_id, boot_ms, pid_namespace
-from x07_sandbox.host.paths import entries, fix_for, private_dir, raised_as, replace_file, state_dir
+from x07_sandbox.host.paths import fix_for, private_dir, raised_as, replace_file, state_dir
 from x07_sandbox.host.processes import Identity
 from x07_sandbox.host.waiting import unix_ms
 from x07_sandbox.policy.denials import Denial
@@ -319,13 +319,16 @@ def run_folder(run: str) -> Path:
 
 def run_names() -> list[str]:
     """Return the ids of all runs of this user that have a folder."""
-    return [path.name for path in entries(runs_dir(state_dir())) if RUN_NAME.fullmatch(path.name)]
+    try:
+        return [name for name in os.listdir(runs_dir(state_dir())) if RUN_NAME.fullmatch(name)]  # noqa: PTH208 - names
+    except FileNotFoundError:
+        return []
 
 
 def runs_with(file: str) -> list[str]:
     """Return the ids of the runs that have *file*, oldest first."""
     root = all_runs()
-    names = [name for name in run_names() if os.path.isfile(f"{root}/{name}/{file}")]  # noqa: PTH113 - thousands of them
+    names = [name for name in run_names() if os.path.lexists(f"{root}/{name}/{file}")]  # thousands of them
     return sorted(names, key=lambda name: [int(part) for part in name.split("-")])
 
 
@@ -353,7 +356,7 @@ def known_run(word: str) -> str:
     wanted = job[1] if job else word
     names = set()
     if os.path.lexists(state_dir()):
-        names = {match[1] for path in entries(state_dir()) if (match := JOB_NAME.fullmatch(path.name))}
+        names = {match[1] for name in job_names(state_dir()) if (match := JOB_NAME.fullmatch(name))}
         names.update(run_names())
     found = sorted(name for name in names if is_named(name, wanted))
     if not found:
