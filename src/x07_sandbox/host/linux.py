@@ -4,20 +4,24 @@ A function raises HostError if this system lacks what it needs. Support for anot
 functions.
 """
 
+from __future__ import annotations
+
 import contextlib
 import os
 import re
 import signal
-import socket
 import struct
 import time
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from x07_sandbox.errors import Command, HostError
 from x07_sandbox.host.waiting import write_all
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Iterator
 
 _FIRST_PID_NAMESPACE: Final = "pid:[4026531836]"  # linux/proc_ns.h: PROC_PID_INIT_INO
 _CREDENTIALS: Final = struct.Struct("3i")  # struct ucred: pid, uid, gid
@@ -77,6 +81,8 @@ def boot_ms() -> int:
 
 def peer_of(connection: socket.socket) -> tuple[int, int]:
     """Return (pid, uid) of the peer, from the kernel (unix(7): SO_PEERCRED)."""
+    import socket  # slow to import, and many commands connect to nothing
+
     data = connection.getsockopt(socket.SOL_SOCKET, _only_here(socket, "SO_PEERCRED"), _CREDENTIALS.size)
     pid, uid, _ = _CREDENTIALS.unpack(data)
     return pid, uid
