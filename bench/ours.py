@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 from bench.figures import WrongRunError, expected
 from x07_sandbox.backends.base import MachineKind, greet
 from x07_sandbox.backends.qemu.hot import VARIABLE, hot_template, opened_hot
-from x07_sandbox.backends.qemu.machine import QMP_QUIT
 from x07_sandbox.backends.qemu.start import QemuJob, start_qemu
 from x07_sandbox.backends.qemu.template import opened_template, template_for
 from x07_sandbox.channel.messages import Exec
@@ -49,6 +48,7 @@ if TYPE_CHECKING:
 X07 = Path(sys.executable).with_name("x07")
 _SANDBOX_S = 2 * 3600
 _START_S = 120
+_QMP_QUIT = b'{"execute": "qmp_capabilities"}\n{"execute": "quit"}\n'
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,7 +163,7 @@ class Floor:
         """Time QEMU from its start to its end, with a quit command sent at once."""
         started = time.monotonic()
         with self._started(hot=False) as instance:
-            instance.send_qmp(QMP_QUIT)
+            instance.send_qmp(_QMP_QUIT)
             instance.release()
             select.select([instance.pidfd], [], [])
             return time.monotonic() - started

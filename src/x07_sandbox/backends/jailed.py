@@ -249,15 +249,15 @@ class Jailed:
         """Return the exit status of the supervisor, which is that of its command."""
         return self.child.poll()
 
-    def quit_gracefully(self) -> bool:
-        """Ask the job to end by itself, if it supports that. Return whether it has ended."""
+    def end_at_once(self) -> bool:
+        """End the job in the quickest way, if there is one. Return whether it has ended."""
         return False
 
     def stop(self) -> bool:
-        """Ask the job to end, kill it, clean up, and return whether all is proven gone. May be called again."""
+        """End the job, clean up, and return whether all is proven gone. May be called again."""
         if self.gone or self._closed:
             return self.gone
-        if not self.quit_gracefully():
+        if not self.end_at_once():
             send_signal(self.pidfd, signal.SIGTERM)
         deadline = Deadline.after(_GONE_S)
         try:

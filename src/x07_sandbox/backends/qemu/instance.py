@@ -4,6 +4,7 @@ import contextlib
 import math
 import os
 import resource
+import signal
 import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,9 +12,10 @@ from typing import Final, NamedTuple
 
 from x07_sandbox.backends.base import Lease, StartMode
 from x07_sandbox.backends.jailed import BoundedStream, Jailed, RunningAgent, Start
-from x07_sandbox.backends.qemu.machine import QMP_CONTINUE, QMP_QUIT, Paths, qmp_resume
+from x07_sandbox.backends.qemu.machine import QMP_CONTINUE, Paths, qmp_resume
 from x07_sandbox.errors import BackendError
 from x07_sandbox.host import settings
+from x07_sandbox.host.linux import send_signal
 from x07_sandbox.host.paths import raised_as
 from x07_sandbox.host.processes import Identity, close_on_fork
 from x07_sandbox.host.waiting import wait_readable
@@ -144,10 +146,10 @@ class QemuInstance(Streams, Jailed):
         if libc.sigqueue(self.child.pid, _DEADLINE_SIGNAL, ctypes.c_void_p(seconds)):  # not reaped, so the pid is ours
             raise BackendError("cannot set the deadline", os.strerror(ctypes.get_errno()), "Try again")
 
-    def quit_gracefully(self) -> bool:
-        """Ask QEMU to quit and return whether it has."""
-        self.send_qmp(QMP_QUIT)
-        return self._release_pipe.released and wait_readable(self.pidfd, 0.05)
+    def end_at_once(self) -> bool:
+        """Kill the first process in the jail, and so all of them. What QEMU could still write is of no use."""
+        send_signal(self.inner_pidfd, signal.SIGKILL)
+        return wait_readable(self.pidfd, 0.05)
 
 
 class LeasedInstance(Streams):
@@ -167,10 +169,10 @@ class LeasedInstance(Streams):
         return self._lease.exit_status()
 
     def stop(self) -> bool:
-        """Ask QEMU to quit, end the lease, and return whether everything is proven gone."""
+        """Kill QEMU, end the lease, and return whether everything is proven gone."""
         if self._gone is None:
             if self.exit_status() is None:
-                self.send_qmp(QMP_QUIT)
+                send_signal(self._inner_pidfd, signal.SIGKILL)
             self._gone = self._lease.end_lease() and wait_readable(self._inner_pidfd, _GONE_S)
         return self._gone
 

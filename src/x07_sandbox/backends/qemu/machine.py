@@ -153,7 +153,6 @@ QMP_QUERY_SAVE: Final = _qmp({"execute": "query-migrate"})  # asks for the progr
 # A dumped process must be paused, so that its guest's clock continues where it stopped.
 QMP_PAUSE: Final = _qmp({"execute": "stop"})
 QMP_CONTINUE: Final = _qmp({"execute": "cont"})
-QMP_QUIT: Final = _qmp(_CAPABILITIES, {"execute": "quit"})  # ends QEMU, whether or not QMP was negotiated
 
 
 def qmp_save(state: str) -> bytes:
