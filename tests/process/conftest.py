@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -18,7 +17,7 @@ import pytest
 
 from tests.conftest import LASTING_FDS, need, open_fds
 from tests.process.conversation import Conversation, Ended, Program
-from x07_sandbox.backends.lease import FRONT, FRONT_VARIABLE, pool_dir
+from x07_sandbox.backends.lease import FRONT, pool_dir
 from x07_sandbox.backends.process import NoneBackend, OsBackend, start_confined, start_unconfined
 from x07_sandbox.errors import HostError
 from x07_sandbox.host.processes import has_mark
@@ -133,12 +132,15 @@ LAUNCHER: Final = PYTHON.with_name("x07")
 
 
 @contextlib.contextmanager
-def running_front(*code: str) -> Iterator[subprocess.Popen[bytes]]:
-    """Start a front, by other *code* if given, and check that it and its workers end with its standard input."""
+def running_front(*code: str, prefix: Sequence[str] = ()) -> Iterator[subprocess.Popen[bytes]]:
+    """Start a front, by other *code* if given, after the words *prefix*.
+
+    Check that it and its workers end with its standard input.
+    """
     ready_r, ready_w = os.pipe()
-    env = inherited_environment() | {"LC_ALL": "C.UTF-8", FRONT_VARIABLE: secrets.token_hex(32)}
+    env = inherited_environment() | {"LC_ALL": "C.UTF-8"}
     (pool_dir() / FRONT).unlink(missing_ok=True)
-    argv: list[str] = [str(PYTHON), "-I", *(code or ("-m", "x07_sandbox.cli.front")), str(ready_w)]
+    argv: list[str] = [*prefix, str(PYTHON), "-I", *(code or ("-m", "x07_sandbox.cli.front")), str(ready_w)]
     child = subprocess.Popen(argv, pass_fds=[ready_w], stdin=subprocess.PIPE, env=env)
     os.close(ready_w)
     try:

@@ -11,6 +11,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -21,6 +22,7 @@ from tests.conftest import need
 from tests.process.conftest import LAUNCHER, PYTHON, running_front, wait_until
 from tests.vm.conftest import marked, owners
 from x07_sandbox.backends.lease import FRONT, pool_dir
+from x07_sandbox.cli.front import _rights as rights
 from x07_sandbox.host.linux import children_of
 
 if TYPE_CHECKING:
@@ -28,6 +30,44 @@ if TYPE_CHECKING:
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 ALONE: Final = "the client itself"
+# Restricts itself as a service may, even as root and without no_new_privs, and executes a command.
+RESTRICT: Final = """
+import ctypes, os, struct, sys
+call = ctypes.CDLL(None, use_errno=True).syscall
+if sys.argv[1] == "landlock":
+    rules = call(444, struct.pack("Q", 1 << 12), 8, 0)  # no new symbolic links
+    failed = rules < 0 or call(446, rules, 0)
+else:
+    allow = ctypes.create_string_buffer(struct.pack("HBBI", 6, 0, 0, 0x7FFF0000))
+    failed = call(317 if os.uname().machine == "x86_64" else 277, 1, 0, struct.pack("H6xQ", 1, ctypes.addressof(allow)))
+if failed:
+    sys.exit(os.strerror(ctypes.get_errno()))
+os.execvp(sys.argv[2], sys.argv[2:])
+"""
+RESTRICTED: Final = (sys.executable, "-c", RESTRICT)
+# A server in the place of the front, which says whether it was sent a request.
+PLANTED: Final = """
+import os, socket, sys
+server = socket.socket(socket.AF_UNIX)
+server.bind(sys.argv[1])
+server.listen()
+print("ready", flush=True)
+link, _ = server.accept()
+pid = int.from_bytes(link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)[:4], sys.byteorder)
+name = "x07-front-" + "0" * 32
+fd = os.memfd_create(name)
+link.send(b".")
+assert link.recv(99) == name.encode()
+place = f"/proc/{pid}/fd"
+try:
+    names = [os.readlink(f"{place}/{one}") for one in os.listdir(place)]
+    name = [one[7:].partition(" ")[0] for one in names if "x07-front-" in one][0]
+except OSError:
+    pass
+link.send(name.encode())
+data, fds, _, _ = socket.recv_fds(link, 65536, 20)
+print(bool(data or fds), flush=True)
+"""
 NONE: Final = ("--backend", "none", "--i-accept-weaker-isolation")
 
 
@@ -105,6 +145,9 @@ def test_a_command_has_the_descriptors_of_its_client(tmp_path: Path) -> None:
         ["chrt", "--idle", "0"],
         ["bwrap", "--dev-bind", "/", "/"],
         ["env", "X07_NO_FRONT=1"],
+        ["env", "LD_LIBRARY_PATH=/nowhere"],
+        [*RESTRICTED, "landlock"],
+        [*RESTRICTED, "seccomp"],
         ["bash", "-c", '"$@" 600</dev/null', "bash"],
     ],
     ids=" ".join,
@@ -139,6 +182,110 @@ def test_after_an_upgrade_a_client_is_on_its_own(tmp_path: Path) -> None:
         assert not served()
 
 
+@pytest.mark.parametrize(
+    ("prefix", "trusted"),
+    [
+        ([], True),
+        ([*RESTRICTED, "landlock"], False),
+        ([*RESTRICTED, "seccomp"], False),
+        (["setpriv", "--no-new-privs"], False),
+        (["setpriv", "--bounding-set=-net_raw"], False),
+        (["setpriv", "--inh-caps=-all", "--bounding-set=-all"], False),
+        (["unshare", "--net"], False),
+    ],
+    ids=str,
+)
+def test_a_client_sends_nothing_to_a_server_with_other_rights(prefix: Sequence[str], trusted: bool) -> None:  # noqa: FBT001
+    """A server in the front's place gets neither variables nor descriptors, unless it has the client's rights."""
+    need(os.geteuid() == 0, "only root may make processes with other rights", installable=False)
+    path = pool_dir() / FRONT
+    path.unlink(missing_ok=True)
+    with subprocess.Popen([*prefix, sys.executable, "-c", PLANTED, str(path)], stdout=subprocess.PIPE) as planted:
+        assert planted.stdout is not None
+        assert planted.stdout.readline() == b"ready\n"
+        assert said() == f"{ALONE}\n".encode()
+        assert planted.stdout.read() == f"{trusted}\n".encode()
+    path.unlink()
+
+
+@pytest.mark.usefixtures("front")
+def test_a_client_does_not_use_a_folder_that_others_can_open() -> None:
+    """If the folder of the socket is open to others, clients carry their commands out themselves."""
+    pool_dir().chmod(0o755)
+    try:
+        assert not served()
+    finally:
+        (pool_cache() / "pool").chmod(0o700)
+    assert served()
+
+
+def pool_cache() -> Path:
+    """Return the cache folder."""
+    return Path(os.environ["X07_VM_CACHE_DIR"])
+
+
+def test_equally_many_filters_are_not_equal_rights() -> None:
+    """A front under a filter that process 1 does not have serves nobody, since filters cannot be compared."""
+    need(os.geteuid() == 0, "only root may load a filter without no_new_privs", installable=False)
+    with running_front(prefix=[*RESTRICTED, "seccomp"]):
+        assert not served([*RESTRICTED, "seccomp"])
+
+
+def test_another_root_folder_is_another_place(tmp_path: Path) -> None:
+    """Two processes have equal rights only if they see the same files."""
+    need(os.geteuid() == 0, "only root may change the root folder", installable=False)
+    code = "import os, sys, time; os.chroot(sys.argv[1]); print(1, flush=True); time.sleep(600)"
+    for folder, equal in (("/", True), (tmp_path, False)):
+        with subprocess.Popen([sys.executable, "-c", code, folder], stdout=subprocess.PIPE) as other:
+            assert other.stdout is not None
+            assert other.stdout.readline()
+            assert (rights(other.pid) == rights(os.getpid())) == equal
+            other.kill()
+
+
+@pytest.mark.usefixtures("front")
+def test_a_command_stays_in_the_control_group_of_its_client() -> None:
+    """A client in another control group keeps its limits: by itself, or in version 2 by a worker in that group."""
+    need(os.geteuid() == 0, "only root may make control groups", installable=False)
+    unified = Path("/sys/fs/cgroup/cgroup.controllers").exists()
+    group = Path("/sys/fs/cgroup" if unified else "/sys/fs/cgroup/memory") / f"x07-test-{os.getpid()}"
+    group.mkdir()
+    try:
+        prefix = ["sh", "-c", f'echo $$ > {group}/cgroup.procs; exec "$@"', "sh"]
+        assert served(prefix) == unified
+    finally:
+        wait_until(lambda: not (group / "cgroup.procs").read_text())
+        group.rmdir()
+
+
+def answer(name: str, front: subprocess.Popen[bytes], *, forked: bool) -> bytes:
+    """Connect, and send *name*, or the right one if it is empty. Return the answer. forked: another process sends."""
+    with connected() as link:
+        assert link.recv(1) == b"."
+        (worker,) = children_of(front.pid)
+        links = [str(path.readlink()) for path in Path(f"/proc/{worker}/fd").iterdir()]
+        (right,) = [one[7:].partition(" ")[0] for one in links if "x07-front-" in one]
+        own = os.memfd_create("x07-front-ours")
+        if not forked:
+            link.send((name or right).encode())
+        elif os.fork() == 0:
+            link.send(right.encode())
+            os._exit(0)
+        else:
+            os.wait()
+        found = link.recv(99)
+        os.close(own)
+    wait_until(lambda: not children_of(front.pid))
+    return found
+
+
+def test_the_worker_speaks_only_with_the_process_that_connected(front: subprocess.Popen[bytes]) -> None:
+    """A worker answers only the process that has connected, and only if that may inspect the worker."""
+    assert answer("", front, forked=False) == b"x07-front-ours"
+    assert answer("x07-front-" + "0" * 32, front, forked=False) == b""
+    assert answer("", front, forked=True) == b""
+
+
 def connected() -> socket.socket:
     """Connect to the front without being a client of it."""
     connection = socket.socket(socket.AF_UNIX)
@@ -159,8 +306,8 @@ def test_junk_and_idle_connections_cost_others_nothing(front: subprocess.Popen[b
     assert served()
 
 
-def test_a_front_that_is_stopped_or_dead_delays_no_command(front: subprocess.Popen[bytes]) -> None:
-    """While the front is stopped, and after it was killed, clients carry their commands out themselves."""
+def test_a_front_that_is_stopped_or_dead_prevents_no_command(front: subprocess.Popen[bytes]) -> None:
+    """While the front is stopped, and after it was killed, clients carry their commands out, a second later."""
     front.send_signal(signal.SIGSTOP)
     assert not served()
     front.send_signal(signal.SIGCONT)
@@ -202,7 +349,8 @@ def test_a_command_outlives_the_front(front: subprocess.Popen[bytes]) -> None:
 @pytest.mark.parametrize("who", ["client", "worker"])
 def test_client_and_worker_die_together(front: subprocess.Popen[bytes], who: str) -> None:
     """If the client or the worker is killed, the other one is killed too, and with it the program."""
-    with started(LONG) as running:
+    words = ["sh", "-c", 'trap "" IO; exec "$@"', "sh", *client(), *LONG]  # SIGIO is what ends the worker by default
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as running:
         assert running.stdout is not None
         assert running.stdout.readline() == b"begun\n"
         os.kill(running.pid if who == "client" else worker_of(front), signal.SIGKILL)

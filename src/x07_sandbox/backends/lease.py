@@ -25,7 +25,6 @@ from x07_sandbox.records.runs import record_from, record_values
 PROTOCOL: Final = 3
 SOCKET: Final = "socket"
 FRONT: Final = "front"  # the socket of cli/front.py, also in launchers/x07
-FRONT_VARIABLE: Final = "X07_FRONT"  # for its secret; also in launchers/x07
 MESSAGE_MAX: Final = 64 * 1024
 ANSWER_S: Final = 5.0
 GONE_S: Final = 15.0

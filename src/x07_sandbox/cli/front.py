@@ -5,19 +5,27 @@
 The client is in launchers/x07. The front forks a worker for each connection, and reads nothing itself. It has one
 thread and no machines or locks. It ends when its standard input does, and its workers finish their commands.
 
-Worker and client in turn (numbers have four bytes, most significant first; strings end with NUL):
-    worker  one byte: it knows the client's process
-    client  the length of the rest, PROTOCOL, SECRET, the path of Python, the command's module, the error handler of
-            standard output, the numbers of its descriptors, the number of arguments, arguments, variables; with these
-            descriptors and one of its current folder
-    worker  one byte, with a pidfd of itself: the command can be carried out with the rights of the client
-    client  one byte: only now the command starts
+Client and worker each have a memory file with a random name. The kernel shows that name only to a process that may
+inspect its owner (ptrace(2): access mode checks), so not to one with fewer capabilities, in another user namespace, or
+confined by Landlock or another security module. The messages in turn (numbers have four bytes, most significant first):
+    worker  one byte
+    client  the name of the worker's file
+    worker  the name of the client's file
+    client  the length of the rest; strings that end with NUL: PROTOCOL, the path of Python, the command's module, the
+            error handler of standard output, the numbers of the client's descriptors, the number of arguments,
+            arguments, variables; with these descriptors and one of the current folder
+    worker  one byte: the command can be carried out with the rights of the client
+    client  one byte: the command shall start
+    worker  one byte: it starts
     worker  one byte: the exit code
 
-If a connection ends before its third byte, the client carries the command out itself. Once it has started, the worker
-is killed if the client is. The client proves with SECRET, which is a variable of the front, that the kernel lets it
-inspect the front (ptrace(2): access mode checks). The kernel refuses that to a process with fewer capabilities, in
-another user namespace or confined by Landlock or another security module. `_rights` compares what is left.
+If a connection ends before the command starts, the client carries it out itself. Later, the worker is killed if the
+client is, and the client if the worker is.
+
+Each side knows which process the other is. The kernel names the sender of a message. The message contains a name that
+was made only after the receiver had opened a pidfd of that process, and the process still lives once its rights have
+been read, so no other process had its pid in between. Each compares what /proc shows of the other's rights (`_rights`
+here) with its own.
 """
 
 from __future__ import annotations
@@ -26,7 +34,6 @@ import contextlib
 import errno
 import fcntl
 import gc
-import hmac
 import importlib
 import os
 import re
@@ -42,9 +49,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Final, NamedTuple, NoReturn
 
-from x07_sandbox.backends.lease import FRONT, FRONT_VARIABLE, pool_dir
+from x07_sandbox.backends.lease import FRONT, pool_dir
 from x07_sandbox.cli import main as command_line
-from x07_sandbox.errors import SandboxError
+from x07_sandbox.errors import HostError, SandboxError
 from x07_sandbox.host.linux import of_process, open_pidfd, peer_of
 from x07_sandbox.host.sockets import is_own, listening
 from x07_sandbox.host.waiting import Event, input_poll, wait_readable
@@ -71,7 +78,11 @@ _RIGHTS: Final = (
     *(b"NoNewPrivs:", b"Seccomp:", b"Seccomp_filters:"),
 )
 _FILTERS: Final = (b"Seccomp:", b"Seccomp_filters:")
-_LIMITS: Final = tuple({getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")})
+_LIMITS: Final = range(16)  # asm-generic/resource.h: RLIM_NLIMITS
+_FILE: Final = "x07-front-"  # begins the names of the memory files, also in launchers/x07
+_PEERPIDFD: Final = 77  # asm-generic/socket.h: SO_PEERPIDFD, since Linux 6.5
+_JOIN_SESSION_KEYRING: Final = 1  # keyctl(2)
+_KEYCTL: Final = {"x86_64": 250, "aarch64": 219}
 
 
 _State = tuple[int, int, int, int]
@@ -139,8 +150,8 @@ def serve(listener: socket.socket, end_fd: int) -> None:
 
 
 def _loaded_files() -> list[tuple[str, _State]]:
-    """Return path and state of each file of ours that is imported."""
-    names = [module.__file__ for name, module in sys.modules.items() if name.startswith("x07_sandbox")]
+    """Return path and state of each imported file of ours, and of msgspec."""
+    names = [module.__file__ for name, module in sys.modules.items() if name.startswith(("x07_sandbox", "msgspec"))]
     return [(name, _state(name)) for name in names if name is not None]
 
 
@@ -173,20 +184,18 @@ def _work(connection: socket.socket, ours: _Ours) -> NoReturn:
 
 def _accepted(connection: socket.socket, ours: _Ours) -> _Request:
     """Return the request of a client with our rights. Raises _DeclinedError, OSError, ValueError, LookupError."""
-    pid, _ = peer_of(connection)
-    pidfd = open_pidfd(pid)
-    # The kernel names the sender of the request. It is the process of *pidfd*, if that still lives after it was read:
-    # no other process had its pid meanwhile.
+    pid, pidfd = _peer(connection)
+    name = _FILE + os.urandom(16).hex()
+    own_fd = os.memfd_create(name)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
     connection.send(b".")
-    data, fds, sender = _received(connection)
-    protocol, secret, python, entry, errors, numbers, count, *words = data.split(b"\0")[:-1]
-    targets = [int(number) for number in numbers.split()]
-    if sender != pid or len(fds) != len(targets) + 1 or not {*targets} <= {*range(_FD_MAX)}:
+    data, fds, sender = _message(connection, len(name))
+    if (data, fds, sender) != (name.encode(), [], pid):
         raise _DeclinedError
-    if protocol != PROTOCOL or not hmac.compare_digest(secret, os.environb[FRONT_VARIABLE.encode()]):
-        raise _DeclinedError
-    if python != os.fsencode(sys.executable) or any(_state(name) != state for name, state in ours.files):
+    os.close(own_fd)
+    connection.send(_file_of(pid).encode())
+    request = _request(connection)
+    if any(_state(path) != state for path, state in ours.files):
         raise _DeclinedError
     if _rights(pid) != ours.rights or _lines(pid, _FILTERS) != _lines(1, _FILTERS):
         raise _DeclinedError
@@ -195,6 +204,57 @@ def _accepted(connection: socket.socket, ours: _Ours) -> _Request:
     if wait_readable(pidfd, 0):
         raise _DeclinedError
     os.close(pidfd)
+    return request
+
+
+def _peer(connection: socket.socket) -> tuple[int, int]:
+    """Return the pid of the process that has connected, and a pidfd: of that process, if the kernel knows it."""
+    pid, _ = peer_of(connection)
+    try:
+        return pid, connection.getsockopt(socket.SOL_SOCKET, _PEERPIDFD)
+    except OSError as exc:
+        if exc.errno != errno.ENOPROTOOPT:  # the process has ended
+            raise
+    return pid, open_pidfd(pid)
+
+
+def _file_of(pid: int) -> str:
+    """Return the name of the memory file of a process. Raises OSError if this process may not inspect that one."""
+    links = [os.readlink(entry.path) for entry in os.scandir(f"/proc/{pid}/fd")]  # noqa: PTH115 - no paths
+    for link in links:
+        if (name := link.removeprefix("/memfd:").partition(" ")[0]).startswith(_FILE):
+            return name
+    raise _DeclinedError
+
+
+def _message(connection: socket.socket, size: int) -> tuple[bytes, list[int], int]:
+    """Receive at most *size* bytes. Return them, their descriptors, and the pid of the process that sent them."""
+    room = socket.CMSG_SPACE(4 * _FDS_MAX) + socket.CMSG_SPACE(_CREDENTIALS.size)
+    data, rights, _, _ = connection.recvmsg(size, room, socket.MSG_CMSG_CLOEXEC)
+    fds: list[int] = []
+    sender = 0
+    for level, kind, content in rights:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            fds = [number for (number,) in struct.iter_unpack("i", content)]
+        elif (level, kind) == (socket.SOL_SOCKET, socket.SCM_CREDENTIALS):
+            sender, _, _ = _CREDENTIALS.unpack(content)
+    return data, fds, sender
+
+
+def _request(connection: socket.socket) -> _Request:
+    """Receive a request. Raises _DeclinedError, OSError, ValueError, LookupError."""
+    data, fds, _ = _message(connection, 1 << 16)
+    size = int.from_bytes(data[:4], "big")
+    found = bytearray(data[4:])
+    deadline = time.monotonic() + _ANSWER_S
+    while len(found) < size <= _REQUEST_MAX and time.monotonic() < deadline and (data := connection.recv(1 << 20)):
+        found += data
+    protocol, python, entry, errors, numbers, count, *words = bytes(found).split(b"\0")[:-1]
+    targets = [int(number) for number in numbers.split()]
+    if len(found) != size or protocol != PROTOCOL or python != os.fsencode(sys.executable):
+        raise _DeclinedError
+    if len(fds) != len(targets) + 1 or not {*targets} <= {*range(_FD_MAX)}:
+        raise _DeclinedError
     args, variables = words[: int(count)], words[int(count) :]
     pairs = (variable.partition(b"=") for variable in variables)
     environment = {name: value for name, _, value in pairs}
@@ -205,34 +265,13 @@ def _accepted(connection: socket.socket, ours: _Ours) -> _Request:
     )
 
 
-def _received(connection: socket.socket) -> tuple[bytes, list[int], int]:
-    """Return the rest of a request, its descriptors, and the pid of the process that sent its start."""
-    room = socket.CMSG_SPACE(4 * _FDS_MAX) + socket.CMSG_SPACE(_CREDENTIALS.size)
-    data, rights, _, _ = connection.recvmsg(1 << 16, room, socket.MSG_CMSG_CLOEXEC)
-    fds: list[int] = []
-    sender = 0
-    for level, kind, content in rights:
-        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-            fds = [number for (number,) in struct.iter_unpack("i", content)]
-        elif (level, kind) == (socket.SOL_SOCKET, socket.SCM_CREDENTIALS):
-            sender, _, _ = _CREDENTIALS.unpack(content)
-    size = int.from_bytes(data[:4], "big")
-    found = bytearray(data[4:])
-    deadline = time.monotonic() + _ANSWER_S
-    while len(found) < size <= _REQUEST_MAX and time.monotonic() < deadline and (data := connection.recv(1 << 20)):
-        found += data
-    if len(found) != size:
-        raise _DeclinedError
-    return bytes(found), fds, sender
-
-
 def _rights(pid: int) -> list[object]:
     """Return what a process may do and where, as far as the kernel shows it. Raises OSError, HostError."""
     place = Path(f"/proc/{pid}")
     top = (place / "root").stat()
     found: list[object] = [_lines(pid, _RIGHTS), top.st_dev, top.st_ino, os.sched_getscheduler(pid)]
     found += [(path.name, path.readlink()) for path in sorted((place / "ns").iterdir())]
-    found += [of_process(pid, name) for name in ("personality", "oom_score_adj")]
+    found += [of_process(pid, name) for name in ("personality", "oom_score_adj", "loginuid")]
     try:
         found.append(of_process(pid, "attr/current"))
     except OSError as exc:
@@ -307,9 +346,7 @@ def _become(request: _Request) -> None:
 
 def _commit(connection: socket.socket) -> None:
     """Ask the client whether to start, and be killed from now on when it ends. Raises _DeclinedError, OSError."""
-    own = open_pidfd(os.getpid())
-    socket.send_fds(connection, [b"."], [own])
-    os.close(own)
+    connection.send(b".")
     if connection.recv(1) != b".":
         raise _DeclinedError
     # The client sends nothing more, so the next event is its end. No thread has to wait for it.
@@ -319,6 +356,7 @@ def _commit(connection: socket.socket) -> None:
     fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | fcntl.FASYNC)
     if wait_readable(fd, 0):
         raise _DeclinedError
+    connection.send(b".")
 
 
 # the worker, with the command
@@ -341,10 +379,22 @@ def _carry_out(request: _Request, connection: socket.socket) -> NoReturn:
     command_line.exit_with(1)
 
 
+def _leave_keyring() -> None:
+    """Get a new session keyring, since nothing shows that of a client: see keyctl(2). Commands find no keys there."""
+    import ctypes
+
+    if (number := _KEYCTL.get(os.uname().machine)) is None or os.sysconf("SC_LONG_BIT") < 64:  # noqa: PLR2004 - bits
+        raise HostError(
+            "cannot start the front", "its session keyring cannot be replaced here", "Run commands without it"
+        )
+    ctypes.CDLL(None).syscall(number, _JOIN_SESSION_KEYRING, None)  # fails only where there are no keyrings
+
+
 def main(words: list[str]) -> int:
-    """Serve until standard input ends. READY_FD gets a byte once clients can connect."""
+    """Serve until standard input ends. READY_FD gets a byte once clients can connect. Raises HostError."""
     ready_fd = int(words[0])
     os.chdir("/")
+    _leave_keyring()
     for name in _USED:
         importlib.import_module(f"x07_sandbox.{name}")
     (pool_dir() / FRONT).unlink(missing_ok=True)

@@ -9,7 +9,6 @@ SIGINT or a request, or after IDLE_S seconds without use. All its machines and i
 import contextlib
 import os
 import re
-import secrets
 import signal
 import socket
 import subprocess
@@ -24,7 +23,6 @@ import msgspec
 
 from x07_sandbox.backends.lease import (
     ANSWER_S,
-    FRONT_VARIABLE,
     GONE_S,
     PROTOCOL,
     SOCKET,
@@ -196,7 +194,7 @@ def _listening() -> Iterator[socket.socket]:
 def _front() -> Iterator[subprocess.Popen[bytes] | None]:
     """Yield the front, or None if it cannot be started, which the log says. It ends with the context."""
     ready_r, ready_w = os.pipe()
-    env = inherited_environment() | {"LC_ALL": "C.UTF-8", FRONT_VARIABLE: secrets.token_hex(32)}
+    env = inherited_environment() | {"LC_ALL": "C.UTF-8"}
     child = None
     with os.fdopen(ready_r, "rb", buffering=0) as ready:
         try:
