@@ -148,7 +148,8 @@ class Figures:
             print(f"{name:28} {median * 1000:9.1f} {min(values) * 1000:9.1f} {max(values) * 1000:9.1f}{rate}")
         for title, over, under, limit, goal in RATIOS:
             if over in medians and under in medians:
-                bounds = "" if limit is None else f"   limit {limit}, goal {goal}"
+                named = {"limit": limit, "goal": goal}
+                bounds = "".join(f"   {name} {value}" for name, value in named.items() if value is not None)
                 print(f"{title:42} {medians[over] / medians[under]:6.2f}{bounds}")
         for title, whole, part, limit, goal in DIFFERENCES:
             if whole in medians and part in medians:
