@@ -199,10 +199,7 @@ def test_after_an_upgrade_a_client_is_on_its_own(tmp_path: Path) -> None:
     ids=str,
 )
 def test_a_client_sends_nothing_to_a_server_with_other_rights(prefix: Sequence[str], trusted: bool) -> None:  # noqa: FBT001
-    """A server in the front's place gets neither variables nor descriptors, unless it has the client's rights.
-
-    If it ends before it has started the command, the client carries the command out itself.
-    """
+    """A server in the front's place gets a request only if it has the client's rights, and may end before the start."""
     need(os.geteuid() == 0, "only root may make processes with other rights", installable=False)
     path = pool_dir() / FRONT
     path.unlink(missing_ok=True)
