@@ -325,9 +325,9 @@ def test_a_front_that_is_stopped_or_dead_prevents_no_command(front: subprocess.P
 
 def started(words: Sequence[str], env: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
     """Start a client."""
-    return subprocess.Popen(
-        [*client(), *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env
-    )
+    pipe = subprocess.PIPE
+    # In a group of its own: the kernel discards SIGTSTP for a group whose parents are all outside of its session.
+    return subprocess.Popen([*client(), *words], stdin=pipe, stdout=pipe, stderr=pipe, env=env, process_group=0)
 
 
 LONG: Final = ("exec", *NONE, "--", "sh", "-c", "echo begun; read line; echo got $line; exit 7")
