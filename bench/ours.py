@@ -51,6 +51,11 @@ _START_S = 120
 _QMP_QUIT = b'{"execute": "qmp_capabilities"}\n{"execute": "quit"}\n'
 
 
+def variables(*, front: bool) -> dict[str, str]:
+    """Return the variables of a command. front: whether the front of a pool may carry it out."""
+    return os.environ | {"X07_NO_FRONT": "0" if front else "1"}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Command:
     """`x07 run` with a program, flags and more variables. start, built: see `check`. front: whether it may help."""
@@ -67,7 +72,7 @@ class Command:
         nonce = os.urandom(8).hex()
         argv = [str(X07), "run", *self.flags, "--json=full", str(self.program)]
         started = time.monotonic()
-        env = os.environ | self.env | {"X07_NO_FRONT": "0" if self.front else "1"}
+        env = variables(front=self.front) | self.env
         done = subprocess.run(argv, input=f"{nonce}\n".encode(), capture_output=True, check=False, env=env)
         seconds = time.monotonic() - started
         check(done.stdout, expected(nonce), start=self.start, built=self.built)

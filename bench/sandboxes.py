@@ -16,7 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from bench.figures import WrongRunError, at_once_seconds
-from bench.ours import X07, check
+from bench.ours import X07, check, variables
 from x07_sandbox import Sandbox
 from x07_sandbox.host.documents import render_json
 
@@ -115,7 +115,7 @@ class Sandboxes:
     @staticmethod
     def command_seconds(words: Sequence[str | Path], *, front: bool) -> float:
         """Time a command that runs nothing in a new VM. front: whether the front of a pool may carry it out."""
-        env = os.environ | {"X07_NO_FRONT": "0" if front else "1"}
+        env = variables(front=front)
         started = time.monotonic()
         subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, check=True, env=env)
         return time.monotonic() - started

@@ -214,17 +214,13 @@ def test_a_client_sends_nothing_to_a_server_with_other_rights(prefix: Sequence[s
 @pytest.mark.usefixtures("front")
 def test_a_client_does_not_use_a_folder_that_others_can_open() -> None:
     """If the folder of the socket is open to others, clients carry their commands out themselves."""
-    pool_dir().chmod(0o755)
+    folder = pool_dir()
+    folder.chmod(0o755)
     try:
         assert not served()
     finally:
-        (pool_cache() / "pool").chmod(0o700)
+        folder.chmod(0o700)
     assert served()
-
-
-def pool_cache() -> Path:
-    """Return the cache folder."""
-    return Path(os.environ["X07_VM_CACHE_DIR"])
 
 
 def test_equally_many_filters_are_not_equal_rights() -> None:
@@ -266,8 +262,7 @@ def answer(name: str, front: subprocess.Popen[bytes], *, forked: bool) -> bytes:
     """Connect, and send *name*, or the right one if it is empty. Return the answer. forked: another process sends."""
     with connected() as link:
         assert link.recv(1) == b"."
-        (worker,) = children_of(front.pid)
-        links = [str(path.readlink()) for path in Path(f"/proc/{worker}/fd").iterdir()]
+        links = [str(path.readlink()) for path in Path(f"/proc/{worker_of(front)}/fd").iterdir()]
         (right,) = [one[7:].partition(" ")[0] for one in links if "x07-front-" in one]
         own = os.memfd_create("x07-front-ours")
         if not forked:
@@ -323,11 +318,11 @@ def test_a_front_that_is_stopped_or_dead_prevents_no_command(front: subprocess.P
     assert not served()
 
 
-def started(words: Sequence[str], env: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
+def started(words: Sequence[str]) -> subprocess.Popen[bytes]:
     """Start a client."""
     pipe = subprocess.PIPE
     # In a group of its own: the kernel discards SIGTSTP for a group whose parents are all outside of its session.
-    return subprocess.Popen([*client(), *words], stdin=pipe, stdout=pipe, stderr=pipe, env=env, process_group=0)
+    return subprocess.Popen([*client(), *words], stdin=pipe, stdout=pipe, stderr=pipe, process_group=0)
 
 
 LONG: Final = ("exec", *NONE, "--", "sh", "-c", "echo begun; read line; echo got $line; exit 7")
@@ -432,11 +427,7 @@ def test_a_hundred_at_once() -> None:
         words = ["exec", *NONE, "--queue-timeout", "300", "--", "sh", "-c", "echo $0; exit $0"]
         commands = []
         for number in range(100):
-            argv = [
-                str(LAUNCHER),
-                *words,
-                str(number),
-            ]  # a client that waits for too long carries its command out itself
+            argv = [str(LAUNCHER), *words, str(number)]  # which does itself what the front is too busy for
             commands.append(stack.enter_context(subprocess.Popen(argv, stdout=subprocess.PIPE)))
         for number, command in enumerate(commands):
             assert command.communicate()[0] == f"{number}\n".encode()

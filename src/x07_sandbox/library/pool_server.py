@@ -21,16 +21,7 @@ from typing import Any, Final
 
 import msgspec
 
-from x07_sandbox.backends.lease import (
-    ANSWER_S,
-    GONE_S,
-    PROTOCOL,
-    SOCKET,
-    handover,
-    pool_dir,
-    receive,
-    send,
-)
+from x07_sandbox.backends.lease import ANSWER_S, GONE_S, PROTOCOL, SOCKET, handover, pool_dir, receive, send
 from x07_sandbox.errors import HostError, SandboxError
 from x07_sandbox.host import settings
 from x07_sandbox.host.documents import prepared

@@ -200,8 +200,13 @@ def write_owner(
 
 def job_names(root: Path) -> list[str]:
     """Return the names of the jobs' folders in *root*, in any order. Raises OSError if *root* cannot be read."""
+    return _named(root, JOB_NAME)
+
+
+def _named(folder: Path, pattern: re.Pattern[str]) -> list[str]:
+    """Return the names in a folder that match, in any order, or none if there is no folder. Raises OSError."""
     try:
-        return [name for name in os.listdir(root) if JOB_NAME.fullmatch(name)]  # noqa: PTH208 - names are wanted
+        return [name for name in os.listdir(folder) if pattern.fullmatch(name)]  # noqa: PTH208 - names are wanted
     except FileNotFoundError:
         return []
 
@@ -319,10 +324,7 @@ def run_folder(run: str) -> Path:
 
 def run_names() -> list[str]:
     """Return the ids of all runs of this user that have a folder."""
-    try:
-        return [name for name in os.listdir(runs_dir(state_dir())) if RUN_NAME.fullmatch(name)]  # noqa: PTH208 - names
-    except FileNotFoundError:
-        return []
+    return _named(runs_dir(state_dir()), RUN_NAME)
 
 
 def runs_with(file: str) -> list[str]:
