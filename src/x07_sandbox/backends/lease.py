@@ -5,7 +5,6 @@ then on the connection is the lease. The client ends the lease with a message or
 then ends the VM, and confirms that in answer to the message. Each side checks the uid of the other.
 """
 
-import array
 import contextlib
 import json
 import os
@@ -18,7 +17,7 @@ from x07_sandbox.backends.base import Backend, Instance, Job, greet
 from x07_sandbox.errors import BackendError
 from x07_sandbox.host.paths import cache_folder, state_dir
 from x07_sandbox.host.processes import close_on_fork
-from x07_sandbox.host.sockets import connected
+from x07_sandbox.host.sockets import connected, received
 from x07_sandbox.host.waiting import wait_readable
 from x07_sandbox.records.runs import record_from, record_values
 
@@ -46,15 +45,10 @@ def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]] | Non
 
     Return None if the connection has ended, or if the message is malformed.
     """
-    fds = array.array("i")
-    room = socket.CMSG_SPACE(_FDS_MAX * fds.itemsize)
     try:
-        data, rights, _, _ = connection.recvmsg(MESSAGE_MAX, room, socket.MSG_CMSG_CLOEXEC)
+        data, fds, _ = received(connection, MESSAGE_MAX, _FDS_MAX)
     except OSError:
         return None
-    for level, kind, content in rights:
-        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-            fds.frombytes(content[: len(content) // fds.itemsize * fds.itemsize])
     try:
         message = json.loads(data)
     except (ValueError, RecursionError):
@@ -63,7 +57,7 @@ def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]] | Non
         for fd in fds:
             os.close(fd)
         return None
-    return message, list(fds)
+    return message, fds
 
 
 def connect_to_pool() -> socket.socket | None:

@@ -40,7 +40,6 @@ import re
 import resource
 import signal
 import socket
-import struct
 import sys
 import time
 import traceback
@@ -53,7 +52,7 @@ from x07_sandbox.backends.lease import FRONT, pool_dir
 from x07_sandbox.cli import main as command_line
 from x07_sandbox.errors import HostError, SandboxError
 from x07_sandbox.host.linux import of_process, open_pidfd, peer_of
-from x07_sandbox.host.sockets import is_own, listening
+from x07_sandbox.host.sockets import is_own, listening, received
 from x07_sandbox.host.waiting import Event, input_poll, wait_readable
 from x07_sandbox.policy.outcomes import SIGNAL_BASE
 
@@ -72,7 +71,6 @@ _NO_FDS_S: Final = 0.2
 _REQUEST_MAX: Final = 16 << 20
 _FDS_MAX: Final = 253  # of a message: unix(7)
 _FD_MAX: Final = 512  # numbers of a client's descriptors are below
-_CREDENTIALS: Final = struct.Struct("3i")
 _RIGHTS: Final = (
     *(b"Uid:", b"Gid:", b"Groups:", b"CapInh:", b"CapPrm:", b"CapEff:", b"CapBnd:", b"CapAmb:"),
     *(b"NoNewPrivs:", b"Seccomp:", b"Seccomp_filters:"),
@@ -189,7 +187,7 @@ def _accepted(connection: socket.socket, ours: _Ours) -> _Request:
     own_fd = os.memfd_create(name)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
     connection.send(b".")
-    data, fds, sender = _message(connection, len(name))
+    data, fds, sender = received(connection, len(name), _FDS_MAX)
     if (data, fds, sender) != (name.encode(), [], pid):
         raise _DeclinedError
     os.close(own_fd)
@@ -227,23 +225,9 @@ def _file_of(pid: int) -> str:
     raise _DeclinedError
 
 
-def _message(connection: socket.socket, size: int) -> tuple[bytes, list[int], int]:
-    """Receive at most *size* bytes. Return them, their descriptors, and the pid of the process that sent them."""
-    room = socket.CMSG_SPACE(4 * _FDS_MAX) + socket.CMSG_SPACE(_CREDENTIALS.size)
-    data, rights, _, _ = connection.recvmsg(size, room, socket.MSG_CMSG_CLOEXEC)
-    fds: list[int] = []
-    sender = 0
-    for level, kind, content in rights:
-        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-            fds = [number for (number,) in struct.iter_unpack("i", content)]
-        elif (level, kind) == (socket.SOL_SOCKET, socket.SCM_CREDENTIALS):
-            sender, _, _ = _CREDENTIALS.unpack(content)
-    return data, fds, sender
-
-
 def _request(connection: socket.socket) -> _Request:
     """Receive a request. Raises _DeclinedError, OSError, ValueError, LookupError."""
-    data, fds, _ = _message(connection, 1 << 16)
+    data, fds, _ = received(connection, 1 << 16, _FDS_MAX)
     size = int.from_bytes(data[:4], "big")
     found = bytearray(data[4:])
     deadline = time.monotonic() + _ANSWER_S

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _FIRST_PID_NAMESPACE: Final = "pid:[4026531836]"  # linux/proc_ns.h: PROC_PID_INIT_INO
-_CREDENTIALS: Final = struct.Struct("3i")  # struct ucred: pid, uid, gid
+CREDENTIALS: Final = struct.Struct("3i")  # struct ucred: pid, uid, gid
 _ROOT: Final = Path("/")
 _GROUPS: Final = "sys/fs/cgroup"
 _OCTAL: Final = re.compile(rb"\\([0-7]{3})")  # escapes of blanks and others in mountinfo
@@ -83,8 +83,8 @@ def peer_of(connection: socket.socket) -> tuple[int, int]:
     """Return (pid, uid) of the peer, from the kernel (unix(7): SO_PEERCRED)."""
     import socket  # slow to import, and many commands connect to nothing
 
-    data = connection.getsockopt(socket.SOL_SOCKET, _only_here(socket, "SO_PEERCRED"), _CREDENTIALS.size)
-    pid, uid, _ = _CREDENTIALS.unpack(data)
+    data = connection.getsockopt(socket.SOL_SOCKET, _only_here(socket, "SO_PEERCRED"), CREDENTIALS.size)
+    pid, uid, _ = CREDENTIALS.unpack(data)
     return pid, uid
 
 

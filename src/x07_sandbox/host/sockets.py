@@ -4,12 +4,13 @@ import contextlib
 import errno
 import os
 import socket
+import struct
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from x07_sandbox.host.linux import fd_path, path_flag, peer_of
+from x07_sandbox.host.linux import CREDENTIALS, fd_path, path_flag, peer_of
 from x07_sandbox.host.paths import closing_fd
 
 _WAITING_MAX: Final = 128  # connections that nobody has accepted yet
@@ -59,3 +60,24 @@ def connected(folder: Path, name: str, timeout_s: float, kind: socket.SocketKind
 def is_own(connection: socket.socket) -> bool:
     """Return whether the other side is a process of this user."""
     return peer_of(connection)[1] == os.geteuid()
+
+
+def received(connection: socket.socket, size: int, fds_most: int) -> tuple[bytes, list[int], int]:
+    """Receive at most *size* bytes. Return them, their descriptors, which the caller must close, and the sender's pid.
+
+    The kernel tells the pid only to a socket with SO_PASSCRED (unix(7)); else it is 0. Raises OSError.
+    """
+    room = socket.CMSG_SPACE(4 * fds_most) + socket.CMSG_SPACE(CREDENTIALS.size)
+    data, parts, _, _ = connection.recvmsg(size, room, socket.MSG_CMSG_CLOEXEC)
+    fds: list[int] = []
+    sender = 0
+    for level, kind, content in parts:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            fds += [number for (number,) in struct.iter_unpack("i", content[: len(content) // 4 * 4])]
+        elif (level, kind) == (socket.SOL_SOCKET, socket.SCM_CREDENTIALS):
+            sender, _, _ = CREDENTIALS.unpack(content)
+    if len(fds) > fds_most:  # in the room for credentials that did not come
+        for fd in fds:
+            os.close(fd)
+        raise OSError(errno.EMSGSIZE, os.strerror(errno.EMSGSIZE))
+    return data, fds, sender
