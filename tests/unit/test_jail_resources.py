@@ -10,6 +10,7 @@ import secrets
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -110,10 +111,19 @@ TASKS = 7
 VALUES = {"memory.max": MEMORY, "memory.limit_in_bytes": MEMORY, "pids.max": TASKS}
 
 
+def made_groups() -> HostGroups:
+    """Make the cgroups of a job, and wait for the thread that hastens the move into them."""
+    made = make_groups(f"test-{secrets.token_hex(8)}", memory_bytes=MEMORY, tasks=TASKS)
+    for thread in threading.enumerate():
+        if thread.name == "x07-groups":
+            thread.join()
+    return made
+
+
 @pytest.fixture
 def groups(need: Need) -> Iterator[HostGroups]:
     """The cgroups of a job, if this host allows any."""
-    made = make_groups(f"test-{secrets.token_hex(8)}", memory_bytes=MEMORY, tasks=TASKS)
+    made = made_groups()
     need(made.folders, "this host gives us no control groups", installable=False)
     try:
         yield made
@@ -158,6 +168,14 @@ def test_a_process_is_moved_into_all_of_them(groups: HostGroups) -> None:
         child.wait()
     assert groups.remove()
     assert not any(folder.exists() for folder in groups.folders)
+
+
+def test_this_process_stays_where_it_is() -> None:
+    """The move that starts the kernel's wait early moves nothing."""
+    place = Path("/proc/self/cgroup").read_text(encoding="ascii")
+    groups = made_groups()
+    assert Path("/proc/self/cgroup").read_text(encoding="ascii") == place
+    assert groups.remove()
 
 
 def test_the_limit_on_tasks_is_real(groups: HostGroups, need: Need) -> None:

@@ -128,6 +128,9 @@ def start_qemu(
         require_own_proc()
         check_needs(arch)
         form = jail_form()
+        most = (job.ram_bytes or job.kind.ram_bytes) + VMM_BYTES
+        groups = make_groups(record.job_id, memory_bytes=most, tasks=TASKS)  # early: the move is then quick
+        stack.callback(groups.remove)
         uid, lock_fd = stack.enter_context(lease_uid()) if os.geteuid() == 0 else (None, None)
         given = FdGroup()  # the child's descriptors, closed here once it has them
         stack.callback(given.close)
@@ -190,15 +193,12 @@ def start_qemu(
             criu=criu,
         )
         passed = [*jail.fds, filter_fd, *(fd for fd, _ in (*jail.fd_files, *jail.fd_writable, *jail.fd_copies))]
-        passed += [] if lock_fd is None else [lock_fd]
-        passed += [] if criu is None else criu.fds()
+        passed += [*([] if lock_fd is None else [lock_fd]), *([] if criu is None else criu.fds())]
         command = qemu_argv(machine)
         if (ruleset_fd := form.open_ruleset(jail, command[0])) is not None:
             passed.append(given.add(ruleset_fd))
         argv = form.argv(jail, command, ruleset_fd)
         request = Launch(argv=argv, pass_fds=tuple(passed), stderr_fd=theirs["stderr"])
-        memory_bytes = (job.ram_bytes or machine.ram_bytes) + VMM_BYTES
-        groups = make_groups(record.job_id, memory_bytes=memory_bytes, tasks=TASKS)
         start = Start(
             record=record,
             jail=f"{form.name}, {'root' if os.geteuid() == 0 else 'user'}; {groups.describe()}",
