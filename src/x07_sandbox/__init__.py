@@ -13,6 +13,7 @@ Functions, with their most important arguments; `help(x07_sandbox.run_program)` 
                         run a command of the guest image in a copy of a folder; returns a Result
     exec_command_async  the same for asyncio
     load_policy(name)   read a policy from a file or a template
+    tools(sandbox)      functions by which a language model uses a sandbox, and their JSON schemas
     diff(run, paths=()), apply(run, *, only=(), ...), undo(run)
                         show, apply and revert the changes of a run
 
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
         run_program_async,
     )
     from x07_sandbox.library.sandbox import Sandbox
+    from x07_sandbox.library.tools import tools
     from x07_sandbox.policy.denials import Outcome
     from x07_sandbox.policy.model import Limits, Policy
     from x07_sandbox.reports.sandboxes import SandboxInfo
@@ -98,6 +100,7 @@ __all__ = [
     "load_policy",
     "run_program",
     "run_program_async",
+    "tools",
     "undo",
 ]
 
@@ -113,6 +116,7 @@ _NAMES_BY_MODULE = {
     "sessions.command": ("Ended", "FileInfo", "Process"),
     "library.run": ("exec_command", "exec_command_async", "load_policy", "run_program", "run_program_async"),
     "library.sandbox": ("Sandbox",),
+    "library.tools": ("tools",),
     "policy.denials": ("Outcome",),
     "policy.model": ("Limits", "Policy"),
     "reports.sandboxes": ("SandboxInfo",),

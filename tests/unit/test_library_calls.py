@@ -330,7 +330,7 @@ before = set(sys.modules)
 sys.path[:0] = sys.argv[1:3]
 import x07_sandbox
 alone = set(sys.modules) - before
-for name in set(x07_sandbox.__all__) - {"Diff", "apply", "diff", "undo"}:  # only for saved changes
+for name in set(x07_sandbox.__all__) - {"Diff", "apply", "diff", "undo", "tools"}:  # for saved changes and models
     getattr(x07_sandbox, name)
 every = set(sys.modules) - before
 import json

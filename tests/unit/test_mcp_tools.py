@@ -1,4 +1,4 @@
-"""What a model may ask for through MCP, what it sees of untrusted output, and the start of `x07 mcp`."""
+"""What a model may ask for through MCP, the marks around untrusted text, and the start of `x07 mcp`."""
 
 from __future__ import annotations
 
@@ -13,17 +13,9 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
 from tests.command import x07
-from x07_sandbox.integrations.mcp_tools import (
-    ARGUMENTS,
-    CallError,
-    arguments_of,
-    bounded,
-    marked,
-    named,
-    schema_of,
-    shown,
-)
+from x07_sandbox.integrations.mcp_tools import ARGUMENTS, checked_call, marked
 from x07_sandbox.library.sandbox import SandboxOptions
+from x07_sandbox.library.tools import CallError, schema_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -32,7 +24,7 @@ if TYPE_CHECKING:
 @pytest.mark.parametrize("tool", ARGUMENTS)
 def test_schemas_are_valid_and_offer_nothing_that_the_server_fixes(tool: str) -> None:
     """No tool has an argument for policy, image, folders, hosts, limits or the life of a sandbox."""
-    schema = schema_of(tool)
+    schema = schema_of(ARGUMENTS[tool])
     Draft202012Validator.check_schema(schema)
     assert schema["additionalProperties"] is False
     assert not schema["properties"].keys() & SandboxOptions.__annotations__.keys()
@@ -42,7 +34,7 @@ def test_schemas_are_valid_and_offer_nothing_that_the_server_fixes(tool: str) ->
 def test_an_option_of_the_server_is_refused_as_an_argument(name: str) -> None:
     """A model that passes an option of the server is told who fixes it, and what to do."""
     with pytest.raises(CallError, match=rf"no argument {name}; .* Leave the argument out, and ask that person"):
-        arguments_of("sandbox_exec", {"sandbox": "s", "command": "ls", name: "x"})
+        checked_call("sandbox_exec", {"sandbox": "s", "command": "ls", name: "x"})
 
 
 @pytest.mark.parametrize(
@@ -60,7 +52,7 @@ def test_an_option_of_the_server_is_refused_as_an_argument(name: str) -> None:
 def test_a_wrong_call_is_refused_with_the_argument(tool: str, arguments: dict[str, object], words: str) -> None:
     """The error of a wrong call names the argument and what is wrong with it."""
     with pytest.raises(CallError, match=re.escape(words)):
-        arguments_of(tool, arguments)
+        checked_call(tool, arguments)
 
 
 JSON = st.recursive(
@@ -77,31 +69,10 @@ NAMES = (
 def test_any_arguments_are_accepted_or_refused(tool: str, arguments: dict[str, object]) -> None:
     """Arguments of any form lead to a checked call or to one printable sentence."""
     try:
-        found = arguments_of(tool, arguments)
+        found = checked_call(tool, arguments)
     except CallError as exc:
-        found = str(exc)
+        found = exc.args[0]
     assert isinstance(found, ARGUMENTS[tool]) or found.isprintable()
-
-
-@given(st.binary(max_size=400), st.integers(0, 100))
-def test_output_is_bounded_and_has_no_hidden_characters(data: bytes, most: int) -> None:
-    """Whatever a program prints, the model gets at most the limit and one line, without control characters."""
-    text = shown(data, most)
-    assert len(text.encode()) <= most + len("\n[... 9999 bytes left out ...]\n")
-    assert all(char.isprintable() or char in "\n\t" for char in text)
-
-
-def test_long_output_keeps_its_beginning_and_end() -> None:
-    """A long text is returned as head and tail, and says how much is missing."""
-    assert bounded("a" * 50 + "b" * 50, 10) == "aaaaa\n[... 90 bytes left out ...]\nbbbbb"
-    assert bounded("short", 10) == "short"
-
-
-def test_control_sequences_and_invisible_characters_are_escaped() -> None:
-    """Colours, titles, changes of direction and characters without width are shown as escapes."""
-    hostile = "\x1b[2J\r\u202e\u200b\U000e0041\x9b"
-    assert shown(f"a\tb\n{hostile}".encode() + b"\x9b", 100) == "a\tb\n" + r"\x1b[2J\r\u202e\u200b\U000e0041\x9b\x9b"
-    assert named(f"a\tb\n{hostile}") == r"a\tb\n\x1b[2J\r\u202e\u200b\U000e0041\x9b"
 
 
 def test_marker_lines_cannot_be_forged() -> None:
@@ -124,4 +95,4 @@ def test_the_server_says_which_package_it_needs(tmp_path: Path) -> None:
 
 def test_schemas_are_small() -> None:
     """All schemas together cost a model little context."""
-    assert len(json.dumps([schema_of(tool) for tool in ARGUMENTS])) < 5000
+    assert len(json.dumps([schema_of(ARGUMENTS[tool]) for tool in ARGUMENTS])) < 7000

@@ -8,6 +8,8 @@ import shlex
 import sys
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
+from msgspec.structs import replace
+
 from x07_sandbox.cli.parser import add_help_levels, help_level, option, seconds, switch, whole_number
 from x07_sandbox.cli.sandbox import add_shared_options, given_keywords
 from x07_sandbox.errors import Command, UsageError
@@ -16,17 +18,29 @@ from x07_sandbox.policy.outcomes import SIGNAL_BASE
 
 if TYPE_CHECKING:
     from x07_sandbox.backends.registry import Choice
+    from x07_sandbox.images.store import Manifest
     from x07_sandbox.sessions.preview import Preview
 
 _EPILOG: Final = """An assistant starts this command and talks to it on standard input and output. Its tools are
-run_code, sandbox_open, sandbox_exec, sandbox_read, sandbox_write, sandbox_list and sandbox_close. The options of this
-command apply to all of them, and the assistant cannot change them. Changes to folders are kept for x07 apply, unless
+run_code, sandbox_open, sandbox_exec, sandbox_kill, sandbox_read, sandbox_write, sandbox_edit, sandbox_list,
+sandbox_search and sandbox_close. The options of this command apply to all of them, and the assistant cannot change
+them. Changes to folders are kept for x07 apply, unless
 --apply is given. The guest image must exist (x07 image build).
 
 examples:
   claude mcp add x07 -- x07 mcp                                      add it to Claude Code
   claude mcp add x07 -- x07 mcp --allow-read-root . --memory 1G      let programs read this folder
 """
+# The Debian packages of programs that have another name.
+_PACKAGES: Final = {
+    "pip": "python3-pip",
+    "node": "nodejs",
+    "perl": "perl-base",
+    "rg": "ripgrep",
+    "ps": "procps",
+    "xz": "xz-utils",
+    "vi": "vim-tiny",
+}
 _OPEN_MAX: Final = 8
 _OPEN_MOST: Final = 256
 _ANSWER_MOST: Final = 3600
@@ -60,12 +74,13 @@ def _serve(options: argparse.Namespace) -> int:
         raise UsageError("cannot start the MCP server", "the package mcp is not installed", fix) from exc
     from x07_sandbox.cli.main import exit_with
     from x07_sandbox.cli.run import choose_backend
-    from x07_sandbox.integrations.mcp_tools import Settings
+    from x07_sandbox.integrations.mcp_tools import LANGUAGES, Settings
+    from x07_sandbox.programs.toolchains import BY_NAME
     from x07_sandbox.records.admission import SANDBOXES
 
     given = given_keywords(options)
     choice = choose_backend(options)
-    preview = _checked(given, choice)
+    preview, image = _checked(given, choice)
     _select(choice, accepted=options.i_accept_weaker_isolation)
     asked = {
         "open_max": min(options.max_open or _OPEN_MAX, SANDBOXES.count()),
@@ -80,12 +95,18 @@ def _serve(options: argparse.Namespace) -> int:
 
     life: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
     network = bool(preview.hosts)
-    serve(Settings(options=given, about=_about(preview), apply=options.apply, network=network, **life), ended_by)
+    if image is not None:
+        life["languages"] = tuple(one for one in LANGUAGES if image.holds().issuperset(BY_NAME[one].needs))
+    settings = Settings(options=given, apply=options.apply, network=network, **life)
+    serve(replace(settings, about=_about(preview, image, settings.timeout_s)), ended_by)
     return 0
 
 
-def _checked(given: dict[str, Any], choice: Choice) -> Preview:
-    """Check now what would make each call fail, and update the image if necessary. Raises SandboxError."""
+def _checked(given: dict[str, Any], choice: Choice) -> tuple[Preview, Manifest | None]:
+    """Check now what would make each call fail, and update the image if necessary. Raises SandboxError.
+
+    Return what a sandbox is granted, and the manifest of the image whose files its programs see, if it is known.
+    """
     from x07_sandbox.host.waiting import Cancel
     from x07_sandbox.images.store import find_image
     from x07_sandbox.library.arguments import SANDBOX, checked_options
@@ -93,13 +114,13 @@ def _checked(given: dict[str, Any], choice: Choice) -> Preview:
     from x07_sandbox.sessions.preview import preview
     from x07_sandbox.sessions.request import RunCaller, make_request
 
-    backend = choice.made
+    backend, manifest = choice.made, None
     if backend.uses_image and backend.engine_images is None:
-        current_image(find_image(given.get("image")))
+        manifest = current_image(find_image(given.get("image"))).manifest
     request = make_request(checked_options(given, SANDBOX), command=("true",))
     found = preview(request, RunCaller(cancel=Cancel(), choice=choice))
     found.plan.require(() if request.overrides is None else request.overrides.given)
-    return found
+    return found, None if manifest is None or manifest.program is not None else manifest
 
 
 def _select(choice: Choice, *, accepted: bool) -> None:
@@ -109,11 +130,20 @@ def _select(choice: Choice, *, accepted: bool) -> None:
         os.environ["X07_I_ACCEPT_WEAKER_ISOLATION"] = "1"
 
 
-def _about(found: Preview) -> str:
-    """Return sentences for the model about what was granted."""
+def _about(found: Preview, image: Manifest | None, timeout_s: float) -> str:
+    """Return sentences for the model: where it is, and what was granted."""
+    from x07_sandbox.library.tools import PROGRAMS
+
     folders = "; ".join(f"{root.guest} ({'writable' if root.write else 'read-only'})" for root in found.roots)
-    limits = found.plan.limits
+    where = f"Commands run in Linux as {'root' if found.guest_root else 'an ordinary user'}."
+    if image is not None:
+        names = {package.name for package in image.packages}
+        there = [program for program in PROGRAMS if _PACKAGES.get(program, program) in names]
+        missing = [program for program in PROGRAMS if program not in there]
+        where = f"{where[:-1]}, in Debian {image.suite} ({image.arch}). Programs: {', '.join(there) or 'none'}. "
+        where += f"Missing: {', '.join(missing) or 'none'}."
     return (
-        f"Network: {', '.join(found.hosts) or 'none'}. Folders of the host, as copies: {folders or 'none'}. "
-        f"Memory: {limits.mem_bytes >> 20} MiB. Only the person who started this server can change that."
+        f"{where} Network: {', '.join(found.hosts) or 'none'}. Folders of the host, as copies: {folders or 'none'}. "
+        f"Memory: {found.plan.limits.mem_bytes >> 20} MiB. Time limit of a command: {timeout_s:g} s. "
+        "Only the person who started this server can change that."
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime as dt
+import inspect
 import json
 import signal
 from contextlib import asynccontextmanager
@@ -20,13 +21,15 @@ from mcp.server.stdio import stdio_server
 from mcp_types.version import MODERN_PROTOCOL_VERSIONS
 
 from x07_sandbox.host.settings import __version__
-from x07_sandbox.integrations.mcp_tools import ARGUMENTS, CallError, Running, Tools, schema_of
+from x07_sandbox.integrations.mcp_tools import ARGUMENTS, FILES, Running, Tools, marked
+from x07_sandbox.library.tools import CallError, Calls, schema_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
     from typing import NoReturn
 
-    from x07_sandbox.integrations.mcp_tools import Answer, Settings
+    from x07_sandbox.integrations.mcp_tools import Settings
+    from x07_sandbox.sessions.model_text import Answer
 
 TASKS: Final = "io.modelcontextprotocol/tasks"
 _TASK_AFTER_S: Final = 5.0  # a command that takes longer becomes a task, if the client knows tasks
@@ -36,13 +39,12 @@ _DOES: Final = {
     "sandbox_open": "Open a sandbox: a Linux VM that stays open for many commands. Return its handle.",
     "sandbox_exec": "Run shell commands in a sandbox. Files and background processes stay until it is closed; "
     "variables and the current folder do not. Long output is returned as its beginning and end.",
-    "sandbox_read": "Read a part of a file in a sandbox. Control characters are escaped; use base64 for exact bytes.",
-    "sandbox_write": "Create or replace a file in a sandbox, and the folders above it.",
-    "sandbox_list": "List a folder of a sandbox.",
+    "sandbox_kill": "Kill a command that is still running, with its processes, and return its output.",
+    **{tool: inspect.getdoc(getattr(Calls, name)) or "" for tool, name in FILES.items()},
     "sandbox_close": "Close a sandbox. Its processes end and its files are gone.",
 }
 _LONG: Final = "If it takes long, the answer has an id in 'running': call again with it to wait for the end."
-_READS: Final = {"sandbox_read", "sandbox_list"}
+_READS: Final = {"sandbox_read", "sandbox_list", "sandbox_search"}
 
 
 class _TaskParams(types.RequestParams):
@@ -92,7 +94,10 @@ def _tool(name: str, settings: Settings) -> types.Tool:
         idempotent_hint=name in _READS | {"sandbox_write"},
         open_world_hint=settings.network and name in {"run_code", "sandbox_exec"},
     )
-    return types.Tool(name=name, description=_DOES[name] + long, input_schema=schema_of(name), annotations=hints)
+    schema = schema_of(ARGUMENTS[name])
+    if name == "run_code":
+        schema["properties"]["language"]["enum"] = list(settings.languages)
+    return types.Tool(name=name, description=_DOES[name] + long, input_schema=schema, annotations=hints)
 
 
 async def _call(ctx: Any, params: types.CallToolRequestParams) -> Any:  # noqa: ANN401 - of the framework
@@ -122,12 +127,16 @@ async def _call(ctx: Any, params: types.CallToolRequestParams) -> Any:  # noqa: 
 
 
 def _result(answer: Answer) -> types.CallToolResult:
-    texts = [json.dumps(answer.facts), *([answer.untrusted] if answer.untrusted else [])]
-    return types.CallToolResult(content=[types.TextContent(text=text) for text in texts])
+    return types.CallToolResult(content=_contents(json.dumps(answer.facts), answer))
 
 
 def _failed(error: CallError) -> types.CallToolResult:
-    return types.CallToolResult(content=[types.TextContent(text=str(error))], is_error=True)
+    return types.CallToolResult(content=_contents(error.args[0], error.answer), is_error=True)
+
+
+def _contents(facts: str, answer: Answer) -> list[types.ContentBlock]:
+    """Return a block with facts, and if there is untrusted text, a block with that."""
+    return [types.TextContent(text=text) for text in (facts, marked(answer.parts)) if text]
 
 
 # --------------------------------------------------------------------------------------------------------------- tasks

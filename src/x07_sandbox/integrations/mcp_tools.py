@@ -8,83 +8,55 @@ model, and untrusted output between marks.
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
 import contextlib
 import datetime as dt
-import errno
 import json
 import secrets
 import time
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-from x07_sandbox.errors import RefusedError, SandboxError, UsageError, escaped
+from x07_sandbox.errors import SandboxError
 from x07_sandbox.library.async_sandbox import AsyncSandbox
 from x07_sandbox.library.run import run_program_async
-from x07_sandbox.policy.outcomes import REASONS
+from x07_sandbox.library.tools import CONTENT_MAX, AsyncCalls, CallError, arguments_of, errors, named, struct_of
 from x07_sandbox.sessions.command import Kept
+from x07_sandbox.sessions.model_text import (
+    ERRORS_MAX,
+    OUTPUT_MAX,
+    Answer,
+    denied,
+    facts_of,
+    reason_of,
+    shown,
+    untrusted,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
 
-    from x07_sandbox.policy.denials import Denial
-    from x07_sandbox.sessions.command import Ended, StreamName
+    from x07_sandbox.sessions.command import StreamName
     from x07_sandbox.sessions.result import Changes, Result
 
     Progress = Callable[[float, str], Awaitable[None]]
 
-OUTPUT_MAX: Final = 20_000  # bytes of standard output, or of a file, that a model gets
-ERRORS_MAX: Final = 10_000  # bytes of standard error
-CONTENT_MAX: Final = 1_000_000  # characters of a file or program that a model sends
-_PATH_MAX: Final = 1000
+LANGUAGES: Final = ("python", "c", "cpp", "shell", "javascript", "perl", "lua")
 _TEXT_MAX: Final = 100_000
-_NAME_SHOWN: Final = 200
 
 Handle = Annotated[str, Meta(description="The handle that sandbox_open returned.", max_length=64)]
-Path = Annotated[
-    str,
-    Meta(
-        description="A path in the sandbox, absolute or below its working folder.", min_length=1, max_length=_PATH_MAX
-    ),
-]
 Seconds = Annotated[float, Meta(description="Kill it after this time, if the server's limit is not shorter.", gt=0)]
 Again = Annotated[
     str,
     Meta(description="The id of a call whose answer said 'running': wait for that one again.", max_length=64),
 ]
 _NAMES_MAX: Final = 100
-_DENIALS_MAX: Final = 10
-_PERSON: Final = "The person who started this server can: "
-_ADVICE: Final = {
-    errno.ENOENT: "Paths are those of the sandbox, not of the host.",
-    errno.EROFS: "Write below the working folder, or in /tmp.",
-    errno.EACCES: "Use files below the working folder, or in /tmp.",
-    errno.EISDIR: "Use sandbox_list for a folder.",
-}
-_MARKED: Final = "see the untrusted text"
 _PROGRESS_S: Final = 2.0
 _CALLS_KEPT: Final = 64
 _ENDED_KEPT: Final = 256
-_ENTRIES_MAX: Final = 500
 _PROGRAM_S: Final = 600.0  # the longest time limit of a run
-_READ_MAX: Final = OUTPUT_MAX * 3 // 4  # bytes of which base64 has as many as text may have
-
-
-class CallError(Exception):
-    """A call is wrong, or cannot be carried out. The text tells the model why, and what to do.
-
-    untrusted: text that a guest may have chosen, which the model gets between marks.
-    """
-
-    def __init__(self, text: str, untrusted: str = "") -> None:
-        super().__init__(text, untrusted)
-
-    def __str__(self) -> str:
-        return "\n".join(filter(None, (self.args[0], marked([("error", bounded(escaped(self.args[1]), ERRORS_MAX))]))))
 
 
 class Long(msgspec.Struct, frozen=True, kw_only=True):
@@ -97,7 +69,7 @@ class Long(msgspec.Struct, frozen=True, kw_only=True):
 class RunCode(Long, frozen=True, kw_only=True):
     """The arguments of run_code."""
 
-    language: Annotated[str, Meta(description="python, c, cpp, shell, javascript, perl or lua.", max_length=32)] = ""
+    language: Annotated[str, Meta(description="The language of the program.", max_length=32)] = ""
     code: Annotated[str, Meta(description="The program's source text.", max_length=CONTENT_MAX)] = ""
     stdin: Annotated[str, Meta(description="Its standard input.", max_length=CONTENT_MAX)] = ""
 
@@ -113,29 +85,11 @@ class Exec(Long, frozen=True, kw_only=True):
     command: Annotated[str, Meta(description="Text for bash -c.", max_length=_TEXT_MAX)] = ""
 
 
-class Read(msgspec.Struct, frozen=True, kw_only=True):
-    """The arguments of sandbox_read."""
+class Kill(msgspec.Struct, frozen=True, kw_only=True):
+    """The arguments of sandbox_kill."""
 
     sandbox: Handle
-    path: Path
-    offset: Annotated[int, Meta(description="In bytes.", ge=0, le=1 << 40)] = 0
-    base64: Annotated[bool, Meta(description="Return exact bytes as base64, for files that are not text.")] = False
-
-
-class Write(msgspec.Struct, frozen=True, kw_only=True):
-    """The arguments of sandbox_write."""
-
-    sandbox: Handle
-    path: Path
-    content: Annotated[str, Meta(max_length=CONTENT_MAX)]
-    base64: Annotated[bool, Meta(description="The content is base64.")] = False
-
-
-class List(msgspec.Struct, frozen=True, kw_only=True):
-    """The arguments of sandbox_list."""
-
-    sandbox: Handle
-    path: Path = "."
+    running: Annotated[str, Meta(description="The id of the answer that said 'running'.", max_length=64)]
 
 
 class Close(msgspec.Struct, frozen=True, kw_only=True):
@@ -144,68 +98,29 @@ class Close(msgspec.Struct, frozen=True, kw_only=True):
     sandbox: Handle
 
 
+FILES: Final = {f"sandbox_{name}": name for name in ("read", "write", "edit", "list", "search")}
+"""The tools that are those of the library, and a handle."""
 ARGUMENTS: Final[dict[str, type[msgspec.Struct]]] = {
     "run_code": RunCode,
     "sandbox_open": Open,
     "sandbox_exec": Exec,
-    "sandbox_read": Read,
-    "sandbox_write": Write,
-    "sandbox_list": List,
+    "sandbox_kill": Kill,
+    **{tool: struct_of(name, ("sandbox", Handle)) for tool, name in FILES.items()},
     "sandbox_close": Close,
 }
+_FIXED: Final = (
+    "The policy, image, folders, hosts and limits are fixed by the person who started this server. Leave the argument "
+    "out, and ask that person if you need more."
+)
 
 
-def schema_of(tool: str) -> dict[str, Any]:
-    """Return the JSON Schema of a tool's arguments."""
-    _, parts = msgspec.json.schema_components([ARGUMENTS[tool]])
-    found = {
-        name: value for name, value in parts[ARGUMENTS[tool].__name__].items() if name not in {"title", "description"}
-    }
-    return found | {"additionalProperties": False}
-
-
-def arguments_of(tool: str, given: Mapping[str, Any]) -> Any:  # noqa: ANN401 - a struct of ARGUMENTS
+def checked_call(tool: str, given: Mapping[str, Any]) -> Any:  # noqa: ANN401 - a struct of ARGUMENTS
     """Check the arguments of a call and return them. Raises CallError."""
-    wanted = ARGUMENTS[tool]
-    known = wanted.__struct_fields__
-    if unknown := sorted(given.keys() - set(known)):
-        listed = ", ".join(named(name) for name in unknown[:5])
-        raise CallError(
-            f"{tool} has no argument {listed}; it has {', '.join(known) or 'none'}. The policy, image, folders, hosts "
-            "and limits are fixed by the person who started this server. Leave the argument out, and ask that person "
-            "if you need more."
-        )
-    for name, value in given.items():
-        if isinstance(value, str) and any("\ud800" <= char <= "\udfff" for char in value):
-            raise CallError(f"{name} contains half of a surrogate pair. Send valid Unicode, or use base64.")
-    try:
-        found = msgspec.convert(dict(given), wanted)
-    except msgspec.ValidationError as exc:
-        raise CallError(f"wrong arguments for {tool}: {named(str(exc))}") from None
+    found = arguments_of(tool, given, ARGUMENTS, _FIXED)
     needed = ("language", "code") if tool == "run_code" else ("command",)
     if isinstance(found, Long) and bool(found.running) == all(getattr(found, name) for name in needed):
         raise CallError(f"pass either {' and '.join(needed)}, or running to wait for an earlier call again.")
     return found
-
-
-def named(text: str) -> str:
-    """Return an untrusted name for a sentence: its beginning, on one line."""
-    return escaped(text[:_NAME_SHOWN])
-
-
-def bounded(text: str, most: int) -> str:
-    """Return the beginning and the end of a text of more than *most* bytes, and between them how much was left out."""
-    data = text.encode()
-    if len(data) <= most:
-        return text
-    half = most // 2
-    head, tail = (part.decode(errors="ignore") for part in (data[:half], data[len(data) - half :]))
-    return f"{head}\n[... {len(data) - 2 * half} bytes left out ...]\n{tail}"
-
-
-def shown(data: bytes, most: int) -> str:
-    """Return what a model sees of untrusted bytes."""
-    return bounded(escaped(data.decode("utf-8", "surrogateescape"), kept="\n\t"), most)
 
 
 def marked(parts: Iterable[tuple[str, str]]) -> str:
@@ -227,7 +142,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     options: keywords of `Sandbox`, without those of its life. about: sentences for the model about what they grant.
     open_max: VMs at once. idle_s, lifetime_s: see `Sandbox`. timeout_s: limit of each command or program. answer_s:
     after this time a call answers that its command still runs. apply: whether changes to folders are applied. network:
-    whether programs can connect to any server.
+    whether programs can connect to any server. languages: of run_code, those for which the image has what they need.
     """
 
     options: dict[str, Any] = {}
@@ -239,13 +154,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     answer_s: float = 45.0
     apply: bool = False
     network: bool = False
-
-
-class Answer(NamedTuple):
-    """The answer to a call. untrusted: marked text from the sandbox, or ""."""
-
-    facts: dict[str, Any]
-    untrusted: str = ""
+    languages: tuple[str, ...] = LANGUAGES
 
 
 class Running:
@@ -290,52 +199,20 @@ class Running:
             raise found
         return found
 
-    def output(self, *more: tuple[str, str]) -> str:
-        """Return the marked output, with more untrusted texts and their titles."""
+    def output(self) -> tuple[tuple[str, str], ...]:
+        """Return the untrusted output, with titles."""
         limits = {"stdout": OUTPUT_MAX, "stderr": ERRORS_MAX}
-        return marked([*((name, shown(one.data(), limits[name])) for name, one in self.kept.items()), *more])
+        return tuple((name, shown(one.data(), limits[name])) for name, one in self.kept.items())
 
 
 @contextlib.contextmanager
-def errors(what: str, sandbox: AsyncSandbox | None = None) -> Iterator[None]:
-    """Turn errors of the library into CallError. The advice of a SandboxError is for people who set the options."""
+def _using(what: str, sandbox: AsyncSandbox) -> Iterator[None]:
+    """Turn the errors of a sandbox into CallError."""
     try:
-        yield
-    except TimeoutError:
-        raise CallError(f"{what}: there was no answer in time. Try again later.") from None
-    except OSError as exc:
-        advice = _ADVICE.get(exc.errno or 0, "Check the path.")
-        raise CallError(f"{what}: {exc.strerror or 'it failed'}. {advice}", "" if exc.strerror else str(exc)) from exc
+        with errors(what, sandbox):
+            yield
     except SandboxError as exc:
-        if sandbox is not None and not sandbox.alive:
-            raise CallError(f"{what}: the sandbox has ended. Open a new one with sandbox_open.", exc.why) from exc
-        if isinstance(exc, UsageError | RefusedError):  # about what the model or that person asked for
-            fix = f"{exc.fix}{exc.stop}" if exc.code == "usage" else f"{_PERSON}{exc.fix}."
-            raise CallError(f"{what}: {exc.what}: {exc.why}. {fix}") from exc
-        raise CallError(f"{what}: {exc.what}. {_PERSON}{exc.fix}.", exc.why) from exc
-
-
-def reason_of(ended: Ended | Result) -> str:
-    """Return why something ended, or "" if the reason may contain text of a guest."""
-    return "" if "{problem}" in REASONS.get(ended.reason_code, "{problem}") else ended.reason
-
-
-def untrusted(ended: Ended | Result) -> Iterator[tuple[str, str]]:
-    """Yield untrusted texts and their titles: the reason for the end, unless `reason_of` returns it, and denials."""
-    yield "reason", "" if reason_of(ended) else escaped(ended.reason)
-    yield "denied", denied(ended.denials)
-
-
-def denied(denials: Sequence[Denial]) -> str:
-    """Return untrusted text about what was denied."""
-    lines = (f"{one.action} {one.subject[:200]} ({_allowed_by(one)})" for one in denials[:_DENIALS_MAX])
-    return "\n".join(map(escaped, lines))
-
-
-def _allowed_by(denial: Denial) -> str:
-    flag = "" if denial.how_to_allow is None else denial.how_to_allow.flag
-    why = f"{denial.reason[:200]}; " if denial.reason else ""
-    return f"{why}{denial.field}; allowed by {flag[:200]}" if flag else f"{why}{denial.field}"
+        raise CallError(f"{what}: the sandbox has ended. Open a new one with sandbox_open.", exc.why) from exc
 
 
 def names(changes: Changes) -> str:
@@ -369,11 +246,13 @@ class Tools:
 
     async def call(self, tool: str, given: Mapping[str, Any], progress: Progress, answer_s: float) -> Answer | Running:
         """Carry out a call. Return its answer, or a command that still runs. Raises CallError."""
-        arguments = arguments_of(tool, given)
-        if tool in {"run_code", "sandbox_exec"}:
+        arguments = checked_call(tool, given)
+        if isinstance(arguments, RunCode | Exec):
             running = await self._running(arguments)
             await self._wait(running, progress, answer_s)
             return running.answer() if running.task.done() else running
+        if tool in FILES:
+            return await self._about_files(FILES[tool], msgspec.structs.asdict(arguments))
         found: Answer = await getattr(self, f"_{tool}")(arguments)
         return found
 
@@ -410,6 +289,9 @@ class Tools:
             sandbox = await self._sandbox(handle)
             running = Running(handle, partial(self._exec, sandbox, asked.command, timeout_s))
         else:
+            if asked.language not in self.settings.languages:
+                why = f"the image has no language {named(asked.language)}"
+                raise CallError(f"{why}. Use {' or '.join(self.settings.languages)}, or a sandbox.")
             self._require_room()
             running = Running(handle, partial(self._run, asked, timeout_s))
         self._calls[running.id] = running
@@ -428,9 +310,9 @@ class Tools:
             raise
 
     async def _exec(self, sandbox: AsyncSandbox, command: str, timeout_s: float, own: Running) -> Answer:
-        with errors("cannot run the command", sandbox):
+        with _using("cannot run the command", sandbox):
             ended = await sandbox.shell(command, timeout_s=timeout_s, max_output_bytes=0, on_output=own.take)
-        return Answer(self._facts(ended), own.output(*untrusted(ended)))
+        return Answer({"state": "ended"} | facts_of(ended), (*own.output(), *untrusted(ended)))
 
     async def _run(self, asked: RunCode, timeout_s: float, own: Running) -> Answer:
         from_policy = self.settings.options.get("policy") is not None and not asked.timeout_s
@@ -448,16 +330,8 @@ class Tools:
         if result.outcome == "build-failed":
             own.take("stderr", result.stderr.data)
         changed = ("changed files", names(result.changes))
-        facts = self._facts(result) | changes_of(result)
-        return Answer(facts, own.output(*untrusted(result), changed))
-
-    def _facts(self, ended: Ended | Result) -> dict[str, Any]:
-        facts: dict[str, Any] = {"state": "ended", "outcome": ended.outcome, "exit_code": ended.exit_code}
-        if ended.outcome != "ok":
-            facts |= {"reason": reason_of(ended) or _MARKED, "granted": self.settings.about}
-        if ended.denials:
-            facts["denied"] = "Only the person who started this server can allow what was denied."
-        return facts
+        facts = {"state": "ended"} | facts_of(result) | changes_of(result)
+        return Answer(facts, (*own.output(), *untrusted(result), changed))
 
     @property
     def _choice(self) -> Any:  # noqa: ANN401 - a literal
@@ -531,48 +405,35 @@ class Tools:
             if self._open[handle] is None:
                 del self._open[handle]
         ends = f"after {settings.idle_s:g} s without use, or {settings.lifetime_s:g} s after its opening"
-        left_out = marked([("not copied in", denied(sandbox.left_out))])
-        return Answer({"sandbox": handle, "granted": settings.about, "ends": ends}, left_out)
+        facts = {"sandbox": handle, "granted": settings.about, "ends": ends, "time_limit_s": settings.timeout_s}
+        about = ""
+        with contextlib.suppress(
+            CallError, SandboxError, TimeoutError
+        ):  # it is open, and later calls say what is wrong
+            async with asyncio.timeout(settings.answer_s / 3):
+                about = await AsyncCalls(sandbox).about()
+        return Answer(facts, (("about", about), ("not copied in", denied(sandbox.left_out))))
 
     async def _sandbox_close(self, asked: Close) -> Answer:
         if asked.sandbox not in self._closing:
             await self._sandbox(asked.sandbox)
-        with errors("cannot close the sandbox", self._open[asked.sandbox]):
+        with errors("cannot close the sandbox"):
             result = await self._closed(asked.sandbox)
         if result is None:
             return Answer({"state": "closing", "next": "Call sandbox_close again to wait for the end."})
         facts = {"state": "closed"} | changes_of(result)
-        return Answer(facts, marked([("changed files", names(result.changes))]))
+        return Answer(facts, (("changed files", names(result.changes)),))
 
-    async def _sandbox_read(self, asked: Read) -> Answer:
-        sandbox = await self._sandbox(asked.sandbox)
-        most = _READ_MAX if asked.base64 else OUTPUT_MAX
-        with errors(f"cannot read {named(asked.path)}", sandbox):
-            async with asyncio.timeout(self.settings.answer_s):
-                size = (await sandbox.files.stat(asked.path)).size
-                data = await sandbox.files.read(asked.path, offset=asked.offset, max_bytes=most)
-        text = base64.b64encode(data).decode() if asked.base64 else shown(data, OUTPUT_MAX)
-        facts = {"bytes_of_file": size, "offset": asked.offset, "bytes": len(data)}
-        if asked.offset + len(data) < size:
-            facts["next_offset"] = asked.offset + len(data)
-        return Answer(facts, marked([("content", text)]))
+    async def _sandbox_kill(self, asked: Kill) -> Answer:
+        running = self.find(asked.running)
+        if running.sandbox != asked.sandbox:
+            raise CallError("this id belongs to a command of another sandbox. Use those of its answer.")
+        running.cancel()
+        await asyncio.wait({running.task}, timeout=self.settings.answer_s)
+        return Answer({"state": "killed" if running.cancelled else "ended"}, running.output())
 
-    async def _sandbox_write(self, asked: Write) -> Answer:
-        sandbox = await self._sandbox(asked.sandbox)
-        try:
-            data = base64.b64decode(asked.content, validate=True) if asked.base64 else asked.content.encode()
-        except binascii.Error as exc:
-            raise CallError(f"the content is not base64: {exc}. Encode it, or leave base64 out.") from None
-        with errors(f"cannot write {named(asked.path)}", sandbox):
+    async def _about_files(self, tool: str, arguments: dict[str, Any]) -> Answer:
+        sandbox = await self._sandbox(arguments.pop("sandbox"))
+        with _using(f"cannot {tool} files", sandbox):
             async with asyncio.timeout(self.settings.answer_s):
-                await sandbox.files.write(asked.path, data)
-        return Answer({"bytes": len(data)})
-
-    async def _sandbox_list(self, asked: List) -> Answer:
-        sandbox = await self._sandbox(asked.sandbox)
-        with errors(f"cannot list {named(asked.path)}", sandbox):
-            async with asyncio.timeout(self.settings.answer_s):
-                found = await sandbox.files.list(asked.path)
-        lines = [json.dumps({"name": one.name, "kind": one.kind, "size": one.size}) for one in found[:_ENTRIES_MAX]]
-        facts = {"entries": len(found), "left_out": len(found) - len(lines)}
-        return Answer(facts, marked([("entries", bounded("\n".join(lines), OUTPUT_MAX))]))
+                return await AsyncCalls(sandbox, self.settings.timeout_s).answer(tool, arguments)

@@ -33,7 +33,7 @@ StreamName = Literal["stdout", "stderr"]
 Keep = Literal["head", "tail", "both"]
 
 KEEPS: Final = ("head", "tail", "both")
-_STREAMS: Final[tuple[StreamName, StreamName]] = ("stdout", "stderr")
+STREAMS: Final[tuple[StreamName, StreamName]] = ("stdout", "stderr")
 _NOBODY: Final = "nobody waits any more"
 _WHY_GONE: Final = {
     "": "it was closed",
@@ -84,6 +84,16 @@ class Ended(msgspec.Struct, frozen=True, kw_only=True):
     def ok(self) -> bool:
         """Whether the command exited with status 0."""
         return self.outcome == "ok"
+
+    def for_model(self, max_bytes: int = 20_000) -> str:
+        """Return text for a language model: the outcome and exit code, what was denied, and the output.
+
+        The first line has the facts from x07-sandbox. All below it is untrusted text, with control characters escaped,
+        in at most about *max_bytes* bytes: beginning and end of longer output.
+        """
+        from x07_sandbox.sessions.model_text import answer_of
+
+        return answer_of(self, self.stdout, self.stderr, _whole("max_bytes", max_bytes, 100, 1 << 30)).text()
 
     def _repr_html_(self) -> str:
         """Return the same as HTML, which notebooks show."""
@@ -212,7 +222,7 @@ class Process:
 
         Raises TimeoutError after *timeout_s*, and SandboxError if the sandbox has ended.
         """
-        if stream not in _STREAMS:
+        if stream not in STREAMS:
             raise bad_value("stream", stream, "'stdout' or 'stderr'")
         deadline = _deadline(timeout_s)
         while not (data := self._arrived(stream)) and not self._completed:
@@ -281,9 +291,9 @@ class Process:
 
         Raises BackendError if the sandbox ends first.
         """
-        self.until(within_s, output=_STREAMS)
+        self.until(within_s, output=STREAMS)
         ended = self._completed or given_up()
-        return ended, [(stream, data) for stream in _STREAMS if (data := self._arrived(stream))]
+        return ended, [(stream, data) for stream in STREAMS if (data := self._arrived(stream))]
 
     def collect(
         self,
@@ -297,7 +307,7 @@ class Process:
         A call that raises loses nothing: the next one goes on with what was kept.
         """
         deadline, ended = _deadline(timeout_s), False
-        self._kept = kept = self._kept or {name: Kept(most, keep) for name in _STREAMS}
+        self._kept = kept = self._kept or {name: Kept(most, keep) for name in STREAMS}
         while not ended:
             left_s = None if deadline is None else deadline - time.monotonic()
             if left_s is not None and left_s <= 0:
@@ -321,7 +331,11 @@ class Process:
 
     def tail(self) -> bytes:
         """Return the ends of both streams, as they have arrived."""
-        return b"\n".join(tail for stream in _STREAMS if (tail := self.execution.inbox(stream).tail))
+        return b"\n".join(tail for stream in STREAMS if (tail := self.execution.inbox(stream).tail))
+
+    def kept(self, stream: StreamName) -> bytes:
+        """Return what `collect` has kept of a stream until now."""
+        return self._kept[stream].data() if self._kept else b""
 
     def wake(self) -> None:
         """Have all callers look whether they still wait."""

@@ -30,7 +30,7 @@ async function useTools() {
     return { error: answer.isError ?? false, texts: answer.content.map((block) => block.text) };
   };
   const { tools } = await client.listTools();
-  assert.equal(tools.length, 7);
+  assert.equal(tools.length, 10);
   const ran = await call("run_code", { language: "python", code: "print(6 * 7)" });
   assert.equal(JSON.parse(ran.texts[0]).outcome, "ok");
   assert.match(ran.texts[1], /\n42\n/);

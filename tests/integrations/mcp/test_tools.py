@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
-TOOLS = ["run_code", "sandbox_open", "sandbox_exec", "sandbox_read", "sandbox_write", "sandbox_list", "sandbox_close"]
+FILES = ["sandbox_read", "sandbox_write", "sandbox_edit", "sandbox_list", "sandbox_search"]
+TOOLS = ["run_code", "sandbox_open", "sandbox_exec", "sandbox_kill", *FILES, "sandbox_close"]
 
 
 @asynccontextmanager
@@ -67,6 +68,12 @@ async def use_all_tools(client: Client) -> None:
     assert base64.b64encode(b"\x00\x01\xff").decode() in output
     facts, output = await call(client, "sandbox_list", sandbox=sandbox, path="new")
     assert '{"name": "data.bin", "kind": "file", "size": 3}' in output
+    await call(client, "sandbox_write", sandbox=sandbox, path="new/a.txt", content="one two")
+    edited = {"path": "new/a.txt", "old": "two", "new": "three"}
+    assert (await call(client, "sandbox_edit", sandbox=sandbox, **edited))[0] == {"replaced": 1}
+    facts, output = await call(client, "sandbox_search", sandbox=sandbox, pattern="thre+", path="new")
+    assert facts == {"lines": 1}
+    assert "./new/a.txt:1:one three" in output
     assert (await call(client, "sandbox_close", sandbox=sandbox))[0] == {"state": "closed"}
     assert "Open a new one with sandbox_open" in await refused(client, "sandbox_exec", sandbox=sandbox, command="ls")
 
@@ -108,6 +115,11 @@ def test_a_long_command_answers_early_and_can_be_asked_for_again(mode: str) -> N
             facts, output = await call(client, "sandbox_exec", sandbox=sandbox, running=facts["running"])
             assert (facts["state"], facts["exit_code"]) == ("ended", 4)
             assert "first\nlast\n" in output
+            arguments["command"] = "echo begun; sleep 600"
+            facts, _ = await call(client, "sandbox_exec", **arguments)
+            assert "another sandbox" in await refused(client, "sandbox_kill", sandbox=other, running=facts["running"])
+            facts, output = await call(client, "sandbox_kill", sandbox=sandbox, running=facts["running"])
+            assert (facts["state"], "begun" in output) == ("killed", True)
             facts, _ = await call(client, "run_code", language="shell", code="sleep 4; echo done")
             facts, output = await call(client, "run_code", running=facts["running"])
             assert (facts["state"], "done" in output) == ("ended", True)
@@ -153,7 +165,7 @@ def test_a_timeout_kills_a_command_and_not_the_sandbox() -> None:
 REFUSALS = [
     ("sandbox_open", {"policy": "built-in:default"}, "fixed by the person who started this server"),
     ("sandbox_open", {"backend": "none"}, "fixed by the person who started this server"),
-    ("run_code", {"language": "cobol", "code": "x"}, "Use one of c, cpp, python"),
+    ("run_code", {"language": "cobol", "code": "x"}, "the image has no language cobol. Use python or c or cpp"),
     ("run_code", {"running": "made-up"}, "there is no command with the id made-up. Start it again."),
     ("sandbox_exec", {"sandbox": "made-up", "command": "ls"}, "Open a new one with sandbox_open"),
     ("sandbox_read", {"sandbox": "made-up", "path": "x" * 2000}, "wrong arguments for sandbox_read"),
@@ -191,8 +203,8 @@ def test_a_host_that_was_not_granted_is_denied_and_said_so() -> None:
         async with in_process("2026-07-28", options=options, about="Network: granted.example:443.") as client:
             facts, output = await call(client, "run_code", language="python", code=code)
             assert facts["outcome"] == "failed"
-            assert facts["granted"] == "Network: granted.example:443."
-            assert facts["denied"] == "Only the person who started this server can allow what was denied."
+            assert "granted" not in facts  # the model has read it when the sandbox was opened
+            assert facts["denied"] == "only the person who set this up can allow what was denied"
             assert re.search(r"denied\]\n.*other\.example", output)
 
     asyncio.run(main())
@@ -267,5 +279,29 @@ def test_a_slow_close_answers_early_and_counts_until_it_ends(tmp_path: Path) -> 
                 facts, _ = await call(client, "sandbox_close", sandbox=sandbox)
             assert facts["state"] == "closed"
             assert await opened(client)
+
+    asyncio.run(main())
+
+
+def test_a_model_is_told_where_it_is() -> None:
+    """Instructions and the answer of sandbox_open name system, user, folder, memory, limits, hosts and programs."""
+
+    async def main() -> None:
+        flags = ("--memory", "700M", "--timeout", "77", "--allow-host", "granted.example:443")
+        async with over_stdio("legacy", *flags) as client:
+            text = (
+                client.initialize_result.instructions if hasattr(client, "initialize_result") else client.instructions
+            )
+            facts, about = await call(client, "sandbox_open")
+            for words in ("Debian", "ordinary user", "granted.example:443", "700 MiB", "77 s", "Missing: ", "git"):
+                assert words in text
+                assert words in facts["granted"]
+            assert facts["time_limit_s"] == 77
+            for words in ("system: Debian", "user: x07", "folder: /opt/x07", "programs: bash, python3", "missing: "):
+                assert words in about
+            tools = {tool.name: tool for tool in (await client.list_tools()).tools}
+            languages = tools["run_code"].input_schema["properties"]["language"]["enum"]
+            assert "python" in languages
+            assert "javascript" not in languages
 
     asyncio.run(main())
