@@ -26,12 +26,14 @@ from x07_sandbox.errors import PeerError, SandboxError, escaped
 from x07_sandbox.files.changes import Change, ChangeSet, Node, RootChanges, encode, in_json
 from x07_sandbox.host.documents import render_json
 from x07_sandbox.host.waiting import unix_ms
-from x07_sandbox.integrations.mcp_tools import CallError, errors, reason_of, untrusted
+from x07_sandbox.integrations.mcp_tools import marked
 from x07_sandbox.library.files import _infos
+from x07_sandbox.library.tools import CallError, errors
 from x07_sandbox.policy.denials import Denial, Hint, HowToAllow
 from x07_sandbox.records.runs import all_runs
 from x07_sandbox.reports.sandboxes import FileRow, FilesReport
 from x07_sandbox.sessions.html import page
+from x07_sandbox.sessions.model_text import reason_of, untrusted
 from x07_sandbox.sessions.result import ChangedName, Changes, LeftOutEntry, Result, draft_result
 from x07_sandbox.sessions.saved_changes import summarize
 from x07_sandbox.sessions.transfers import TerminalFilter
@@ -134,15 +136,17 @@ def _page(name: str) -> None:
 
 
 def _model(name: str) -> None:
-    """Print what a model gets through MCP: an error of the library, and how a command ended."""
+    """Print what a model gets through MCP and from tools: an error of the library, and how a command ended."""
     for raised in (PeerError("bad answer", name), SandboxError("cannot do it", name, "Wait"), OSError(name)):
         with pytest.raises(CallError) as caught, errors("cannot read a"):
             raise raised
-        outside, mark, inside = str(caught.value).partition("\n[")
-        assert (bool(mark), len(outside) < 120) == (True, True)
+        answer = caught.value.answer
+        inside = marked(answer.parts)
+        assert len(answer.facts["error"]) < 120
         assert inside.count("END]") == 1 or "END" in name
-        assert not unseen(str(caught.value))
-        show(str(caught.value))
+        for text in (inside, answer.text()):
+            assert not unseen(text)
+            show(text)
     result = _result(name)
     assert reason_of(result) == ""
     for _, text in untrusted(result):

@@ -9,6 +9,7 @@ import pytest
 
 from x07_sandbox.cli.main import main
 from x07_sandbox.images.build import build_image
+from x07_sandbox.images.presets import PRESETS
 from x07_sandbox.images.store import all_names
 
 if TYPE_CHECKING:
@@ -100,3 +101,28 @@ def test_an_image_can_have_a_jdk(sandbox: Sandbox) -> None:
     build_image(name=NAME, include=["openjdk-21-jdk-headless"], progress=print)
     ran = sandbox.run_text("see.py", "import os; print(os.access('/usr/bin/javac', os.X_OK))", image=NAME)
     assert ran.stdout == b"True\n", ran.reason
+
+
+TOOLS = {
+    "agent": "git --version; curl --version; rg --version; jq --version; ps --version; less --version; nano --version; "
+    "unzip -v; zip -v; xz --version; file --version; tree --version; patch --version; sqlite3 --version; "
+    "python --version; pip --version; python3 -m venv /tmp/v; /tmp/v/bin/python -V; node --version; npm --version",
+    "data": "python3 -c 'import numpy, pandas, matplotlib.pyplot, pyarrow; print(pandas.DataFrame([1]).mean()[0])'; "
+    "python3 -m ipykernel --version",
+}
+
+
+ROOMY = {"limits.mem_bytes": 1 << 30, "limits.wall_ms": 600_000, "limits.cpu_ms": 600_000}
+
+
+@pytest.mark.full("fetches and builds images with many packages")
+@pytest.mark.usefixtures("removed")
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_tool_of_a_preset_starts(sandbox: Sandbox, name: str) -> None:
+    """An image built with --preset has all its tools, and each starts."""
+    assert main(["image", "build", "--preset", name, "--name", NAME]) == 0
+    script = "\n".join(f"{line} > /dev/null || echo 'failed: {line}'" for line in TOOLS[name].split("; "))
+    if name == "data":  # its lines have quotes
+        script = f"set -e\n{TOOLS[name]} > /dev/null"
+    ran = sandbox.run_text("start.sh", script, image=NAME, policy=ROOMY)
+    assert (ran.outcome, ran.stdout) == ("ok", b""), ran.stderr

@@ -455,7 +455,8 @@ def _image(image: Image) -> Finding:
     from x07_sandbox.images.store import image_is_current
 
     if image_is_current(image):
-        return Finding(code="image", subject="guest image", good=True, text=image.digest)
+        text = f"{image.digest} (x07 image build --list-presets shows images for agents and for data)"
+        return Finding(code="image", subject="guest image", good=True, text=text)
     text, fix = "built by another version of x07-sandbox", "To update it: x07 image build"
     return Finding(code="image-outdated", subject="guest image", good=None, text=text, fix=fix)
 

@@ -20,6 +20,7 @@ from x07_sandbox.errors import SandboxError, UsageError
 from x07_sandbox.host.arch import arch_named, is_foreign
 from x07_sandbox.host.linux import require_linux
 from x07_sandbox.images.build import build_image
+from x07_sandbox.images.presets import PRESETS, preset_named
 from x07_sandbox.images.store import (
     DEFAULT,
     build_command,
@@ -38,6 +39,8 @@ from x07_sandbox.reports.commands import (
     ImageRow,
     ListReport,
     LoadReport,
+    PresetRow,
+    PresetsReport,
     RemovedName,
     RemoveReport,
     VerifyReport,
@@ -55,6 +58,7 @@ _PRELOAD_FIXES: Final = {
 _EXAMPLES: Final = """examples:
   x07 image build                                build or update the image named default
   x07 image build --name science --include python3-numpy,python3-pandas
+  x07 image build --preset agent                 build the image named agent, with git, curl, node, ...
   x07 image build --name science --pip 'numpy,pandas>=2' --preload numpy,pandas
   x07 image build --name science                 update or repair it, with the same packages
   x07 image build --name x07 --x07-toolchain x07-linux
@@ -85,7 +89,10 @@ def add_image(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EXAMPLES
     inner = parser.add_subparsers(metavar="ACTION", required=True)
     build = inner_verb(inner, "build", "build, update or repair an image")
-    build.add_argument("--name", help="name of the image (default: default, or the value of --arch)")
+    build.add_argument("--name", help="name of the image (default: default, or the value of --preset or --arch)")
+    doc = "build an image with the packages of this preset, and with those of the options below"
+    build.add_argument("--preset", metavar="NAME", help=doc)
+    switch(build, "--list-presets", "list the presets and their packages, and build nothing")
     doc = "architecture, such as arm64 (default: that of the image, or of this host); another one than this host's is"
     build.add_argument("--arch", metavar="ARCH", help=f"{doc} emulated, slowly, and only by the QEMU backend")
     for flag, metavar, what, none in (
@@ -208,15 +215,33 @@ def build_with_progress(  # noqa: PLR0913 - one argument per ingredient
 
 
 def _build(options: argparse.Namespace) -> int:
+    if options.list_presets:
+        return _list_presets(options)
     include = [] if options.no_include else _names(options.include)
     preload = [] if options.no_preload else _names(options.preload)
     pip = [] if options.no_pip else _requirements(options.pip)
+    if options.preset is not None:
+        preset = preset_named(options.preset)
+        include, pip = [*preset.include, *(include or ())], [*preset.pip, *(pip or ())]
+        preload = [*preset.preload, *(preload or ())]
     arch = None if options.arch is None else arch_named(options.arch)
-    name = options.name or (arch.deb if arch is not None and is_foreign(arch) else DEFAULT)
+    name = options.name or options.preset or (arch.deb if arch is not None and is_foreign(arch) else DEFAULT)
     image = build_with_progress(
         name, include, preload, pip=pip, x07=options.x07_toolchain, fresh=options.fresh, arch=options.arch
     )
     print_document(BuildReport(name=image.name, digest=image.digest), options)
+    return 0
+
+
+def _list_presets(options: argparse.Namespace) -> int:
+    rows = tuple(PresetRow(**preset._asdict()) for preset in PRESETS.values())
+    if not print_document(PresetsReport(presets=rows), options):
+        for row in rows:
+            show(f"{row.name:<8} {row.about}")
+            lists = {"include": row.include, "pip": row.pip, "preload": row.preload}
+            for flag, names in lists.items():
+                if names:
+                    show(f"{'':<8} --{flag} {','.join(names)}")
     return 0
 
 

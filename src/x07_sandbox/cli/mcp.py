@@ -29,6 +29,7 @@ them. Changes to folders are kept for x07 apply, unless
 
 examples:
   claude mcp add x07 -- x07 mcp                                      add it to Claude Code
+  claude mcp add x07 -- x07 mcp --image agent                        with git, node, ... (built with --preset agent)
   claude mcp add x07 -- x07 mcp --allow-read-root . --memory 1G      let programs read this folder
 """
 # The Debian packages of programs that have another name.

@@ -128,6 +128,23 @@ class ListReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     bytes: int
 
 
+class PresetRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A preset. include: Debian packages. pip: Python packages. preload: modules that are imported beforehand."""
+
+    name: str
+    about: str
+    include: tuple[str, ...]
+    pip: tuple[str, ...]
+    preload: tuple[str, ...]
+
+
+class PresetsReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The presets of `x07 image build`."""
+
+    schema_version: Literal["x07.sandbox.image.presets@0.1.0"] = "x07.sandbox.image.presets@0.1.0"
+    presets: tuple[PresetRow, ...]
+
+
 class RemovedName(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A removed name, and the digest of the image that had this name."""
 
