@@ -474,3 +474,27 @@ def test_a_command_may_end_before_it_has_read_its_input(held: Sandbox) -> None:
     for number in range(8):
         found = held.exec(["sh", "-c", f"head -c 5; echo err >&2; exit {number}"], input=b"12345" + bytes(5 << 20))
         assert (found.exit_code, found.stdout, found.stderr) == (number, b"12345", b"err\n")
+
+
+def test_callers_that_need_a_sandbox_of_a_name_at_once_share_one() -> None:
+    """Of many callers at the same time one opens the sandbox, and the others connect to it; later ones too."""
+    name = "conversation-7"
+    with ThreadPoolExecutor(6) as pool:
+        found = [*pool.map(lambda _: Sandbox.get_or_create(name, tags={"of": "a test"}), range(6))]
+    try:
+        assert len({one.id for one in found}) == 1
+        assert [one.name for one in Sandbox.list({"of": "a test"})] == [name]
+        found[0].files.write("state", b"1")
+
+        async def again() -> bytes:
+            sandbox = await AsyncSandbox.get_or_create(name, memory="64M")  # options have no effect any more
+            return await sandbox.files.read("state")
+
+        assert asyncio.run(again()) == b"1"
+    finally:
+        found[0].close()
+    with Sandbox.get_or_create(name) as new:
+        assert new.id != found[0].id
+        new.close()
+    with pytest.raises(SandboxError, match="its id is empty"):
+        Sandbox.get_or_create("")

@@ -12,6 +12,7 @@ import os
 import select
 import socket
 import stat
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Final, NoReturn
@@ -25,6 +26,7 @@ from x07_sandbox.guest.system import JobError, write_all
 from x07_sandbox.guest.trees import content
 
 _READ: Final = 128 * 1024
+_AGAIN_S: Final = 0.05
 _ERRORS: Final = 2
 _UNSIZED_MAX: Final = 64 << 20
 _PERMISSIONS: Final = 0o7777
@@ -36,11 +38,29 @@ def run(service: str, argv: list[str]) -> NoReturn:
     try:
         if service == "files":
             FileServer(0, 1).serve()
+        elif len(argv) > 1:
+            _await(int(argv[0]), float(argv[1]))
         else:
             _connect(int(argv[0]))
         status = 0
     finally:
         os._exit(status)
+
+
+def _await(port: int, timeout_s: float) -> None:
+    """Return once a server accepts connections at a port of this sandbox. Raises OSError after *timeout_s*."""
+    until = time.monotonic() + timeout_s
+    while True:
+        with socket.socket() as sock:
+            sock.settimeout(max(0.1, until - time.monotonic()))
+            try:
+                sock.connect(("127.0.0.1", port))
+            except OSError:
+                if time.monotonic() > until:
+                    raise
+            else:
+                return
+        time.sleep(_AGAIN_S)
 
 
 def _connect(port: int) -> None:

@@ -68,6 +68,11 @@ class AsyncSandbox(Awaited[Sandbox]):
         return await cls()._open(lambda cancel: Sandbox._created(name, options, cancel))  # noqa: SLF001 - one idea
 
     @classmethod
+    async def get_or_create(cls, name: str, **options: Unpack[SandboxOptions]) -> Self:
+        """See `Sandbox.get_or_create`."""
+        return await cls()._open(lambda cancel: Sandbox._created(name, options, cancel, find=True))  # noqa: SLF001 - one idea
+
+    @classmethod
     async def connect(cls, id: str) -> Self:  # noqa: A002 - as the property
         """See `Sandbox.connect`."""
         found = cls()
@@ -115,6 +120,7 @@ class AsyncSandbox(Awaited[Sandbox]):
     upload = awaited(Sandbox.upload)
     download = awaited(Sandbox.download)
     forward = awaited(Sandbox.forward)
+    wait_for_port = awaited(Sandbox.wait_for_port)
     changes = awaited(Sandbox.changes)
     disconnect = awaited(Sandbox.disconnect)
     extend = awaited(Sandbox.extend)
@@ -169,6 +175,7 @@ class AsyncProcess(Awaited[Process]):
     write = awaited(Process.write)
     close_stdin = awaited(Process.close_stdin)
     read = awaited(Process.read)
+    read_until = awaited(Process.read_until)
     poll = awaited(Process.poll)
     wait = awaited(Process.wait)
     signal = awaited(Process.signal)

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+import zlib
+from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.errors import ArgumentError, Command, UsageError
-from x07_sandbox.host.locks import is_locked
-from x07_sandbox.host.paths import state_dir
+from x07_sandbox.host.locks import file_lock, is_locked
+from x07_sandbox.host.paths import private_dir, state_dir
 from x07_sandbox.host.waiting import unix_ms
 from x07_sandbox.records.runs import SANDBOX, SOCKET, all_runs, described, is_named, record_of, runs_with
 from x07_sandbox.reports.sandboxes import SandboxInfo
 
 if TYPE_CHECKING:
+    import contextlib
     from collections.abc import Mapping
 
+    from x07_sandbox.host.waiting import Cancel
     from x07_sandbox.library.held import HeldSandbox
+
+_LOCKS: Final = 64
 
 
 def list_sandboxes(tags: Mapping[str, str] | None = None) -> list[SandboxInfo]:
@@ -88,6 +93,13 @@ def require_new_name(name: str) -> None:
     for run in _held(name) if name else ():
         fix = ("Use another name, or close that sandbox: ", Command(f"x07 sandbox close {name}"))
         raise UsageError("cannot open the sandbox", f"sandbox {run} has the name {name}", fix, code="name-taken")
+
+
+def naming(name: str, cancel: Cancel) -> contextlib.AbstractContextManager[None]:
+    """Keep others from opening a sandbox of this name by `Sandbox.get_or_create`. Raises HostError, Cancelled."""
+    folder = private_dir(private_dir(state_dir()) / "naming")
+    # Lock files stay, and names are no file names: so there are few locks for all of them.
+    return file_lock(folder / str(zlib.crc32(name.encode(errors="replace")) % _LOCKS), pause=cancel.pause)
 
 
 def _held(word: str) -> list[str]:

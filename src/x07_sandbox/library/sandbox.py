@@ -192,20 +192,38 @@ class Sandbox:
         return cls._created(name, options, NewCancel())
 
     @classmethod
-    def _created(cls, name: str, options: SandboxOptions, cancel: Cancel) -> Self:
-        """Carry out `create`. cancel: ends the opening; closed at its end."""
+    def _created(cls, name: str, options: SandboxOptions, cancel: Cancel, *, find: bool = False) -> Self:
+        """Carry out `create`, or `get_or_create` to *find* it. cancel: ends the opening; closed at its end."""
         from x07_sandbox.library.held import create
         from x07_sandbox.library.held_messages import Create
-        from x07_sandbox.library.listing import require_new_name
+        from x07_sandbox.library.listing import naming, require_new_name
 
-        with contextlib.closing(cancel):
+        with contextlib.ExitStack() as stack:
+            stack.callback(cancel.close)
             check_names("Sandbox.create", options, SandboxOptions.__annotations__)
+            if find:
+                stack.enter_context(naming(name, cancel))
+                try:
+                    return cls.connect(name)
+                except UsageError as exc:
+                    if exc.code != "no-such-sandbox":
+                        raise
             require_new_name(name)
             tell = _teller(options.pop("on_progress", None))
             given = {key: value for key, value in options.items() if value is not _DEFAULTS.get(key, options)}
             asked = Create(dict(given, name=name), None, flags=False)
             run = run_uninterrupted(cancel, lambda: create(asked, cancel.fd, tell))
-        return cls.connect(run)
+            return cls.connect(run)
+
+    @classmethod
+    def get_or_create(cls, name: str, **options: Unpack[SandboxOptions]) -> Self:
+        """Return the open sandbox with this name, or open one. Raises SandboxError.
+
+        Of several processes that call this at once, one opens it. options: see `Sandbox`; without effect if it is open.
+        """
+        from x07_sandbox.host.waiting import Cancel as NewCancel
+
+        return cls._created(name, options, NewCancel(), find=True)
 
     @classmethod
     def connect(cls, id: str) -> Self:  # noqa: A002 - as the property
@@ -393,9 +411,16 @@ class Sandbox:
         """
         from x07_sandbox.library.forwarding import Forwarder
 
-        if isinstance(port, bool) or not isinstance(port, int) or not 0 < port < 1 << 16:
-            raise ArgumentError("cannot forward a port", f"it is {port!r}", "Pass a number from 1 to 65535")
-        return Forwarder(self._using(), port, None if unix is None else os.fspath(unix)).address
+        return Forwarder(self._using(), _port("forward", port), None if unix is None else os.fspath(unix)).address
+
+    def wait_for_port(self, port: int, timeout_s: float = 30.0) -> None:
+        """Wait until a program of the sandbox accepts connections at 127.0.0.1. Raises TimeoutError, SandboxError."""
+        from x07_sandbox.sessions.execution import CONNECT, order
+
+        within_s = checked_seconds("timeout_s", timeout_s)
+        asked = order([str(_port("wait for", port)), f"{within_s:.3f}"], service=CONNECT)
+        if not self._using().start(asked).wait().ok:
+            raise TimeoutError(f"no program of the sandbox accepted connections at port {port} within {timeout_s} s")
 
     def changes(self) -> Diff:
         """Return what has changed in folders of the host so far, as a patch. Nothing is applied.
@@ -487,6 +512,12 @@ def _teller(on_progress: Callable[[str], object] | None, opened: Sequence[object
             on_progress(str(text))
 
     return tell
+
+
+def _port(what: str, port: int) -> int:
+    if isinstance(port, bool) or not isinstance(port, int) or not 0 < port < 1 << 16:
+        raise ArgumentError(f"cannot {what} a port", f"it is {port!r}", "Pass a number from 1 to 65535")
+    return port
 
 
 _DEFAULTS = Sandbox.__init__.__kwdefaults__ or {}

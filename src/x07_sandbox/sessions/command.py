@@ -222,6 +222,12 @@ class Process:
 
         Raises TimeoutError after *timeout_s*, and SandboxError if the sandbox has ended.
         """
+        data = self._next(stream, timeout_s)
+        if given_up():  # nobody takes it
+            self._unread[stream] = data + self._unread[stream]
+        return data
+
+    def _next(self, stream: StreamName, timeout_s: float | None) -> bytes:
         if stream not in STREAMS:
             raise bad_value("stream", stream, "'stdout' or 'stderr'")
         deadline = _deadline(timeout_s)
@@ -229,10 +235,39 @@ class Process:
             left_s = None if deadline is None else max(0.0, deadline - time.monotonic())
             if not self.until(left_s, output=(stream,)):
                 raise TimeoutError(_NOBODY if given_up() else f"no output within {timeout_s} s")
-        data = data or self._arrived(stream)
-        if given_up():  # nobody takes it
-            self._unread[stream] = data + self._unread[stream]
-        return data
+        return data or self._arrived(stream)
+
+    def read_until(
+        self,
+        end: bytes,
+        stream: StreamName = "stdout",
+        timeout_s: float | None = None,
+        *,
+        max_bytes: int = OUTPUT_MAX_BYTES,
+    ) -> bytes:
+        """Return what arrives on a stream up to and with *end*, such as a line feed or a prompt. The rest stays.
+
+        It has another end if the command has ended, or if *max_bytes* came without *end*. Raises TimeoutError after
+        *timeout_s*, and SandboxError if the sandbox has ended. A call that raises loses nothing.
+        """
+        if not isinstance(end, bytes) or not end:
+            raise bad_value("end", end, "bytes to wait for")
+        found, size, deadline = bytearray(), 0, _deadline(timeout_s)
+        try:
+            while not size:
+                left_s = None if deadline is None else max(0.0, deadline - time.monotonic())
+                data, seen = self._next(stream, left_s), max(0, len(found) - len(end) + 1)
+                found += data
+                at = found.find(end, seen, max_bytes)
+                size = at + len(end) if at >= 0 else max_bytes if len(found) >= max_bytes else 0
+                if not data or given_up():
+                    break
+        except BaseException:
+            self._unread[stream] = bytes(found) + self._unread[stream]
+            raise
+        taken = 0 if given_up() else size or len(found)
+        self._unread[stream] = bytes(found[taken:]) + self._unread[stream]
+        return bytes(found[:taken])
 
     def __iter__(self) -> Iterator[tuple[StreamName, bytes]]:
         ended = False
