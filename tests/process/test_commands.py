@@ -234,9 +234,10 @@ def test_a_list_of_programs_applies_to_commands_after_a_service(confined: OsBack
 
 
 def test_a_command_can_be_detached(sandbox: Sandbox) -> None:
-    """A detached command has no streams."""
-    command = sandbox.sh("read line; echo lost; test $? = 0", detached=True)
-    assert (sandbox.code(command), sandbox.output) == (0, {})
+    """The input of a detached command is at its end, and its output is sent as that of others."""
+    command = sandbox.sh("read line && exit 1; echo out; echo err >&2", detached=True)
+    assert sandbox.code(command) == 0
+    assert sandbox.output == {(Stream.STDOUT, command): b"out\n", (Stream.STDERR, command): b"err\n"}
 
 
 def test_the_end_of_an_unused_process_ends_nothing(unconfined: NoneBackend) -> None:

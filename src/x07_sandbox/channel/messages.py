@@ -189,7 +189,7 @@ class Exec(NamedTuple):
     command. service: "" for a program; else the service of the agent to run like a command, on the same streams:
     "files" (channel/files), or "connect", which connects its streams to the port argv[0] of this sandbox.
     merge: whether standard error goes to standard output. terminal: if not None, the command gets a terminal, whose
-    output is standard output. detached: whether it has no streams.
+    output is standard output. detached: whether it has no input.
     """
 
     id: int

@@ -92,6 +92,7 @@ examples:
 _OF_BACKENDS: Final = ("--sandbox-backend", "--backend", "--i-accept-weaker-isolation")
 _COLUMNS: Final = ("SANDBOX", "NAME", "BACKEND", "AGE", "LEFT", "COMMANDS", "TAGS")
 _READ: Final = 64 * 1024
+_NUMBER_MAX: Final = 2**32 - 1
 _KILLED_S: Final = 5.0  # for the end of a killed command to arrive
 _OUTPUT: Final = {"stdout", "stderr", "truncated"}  # fields of `Ended`
 _SHELL: Final = "command -v bash > /dev/null && exec bash -l; exec sh -l"
@@ -399,11 +400,37 @@ def _add_exec(parser: Any) -> None:  # noqa: ANN401 - as argparse has it
     parser.add_argument("command", nargs="*", metavar="COMMAND [ARGS]", help="the command and its arguments, after --")
     parser.add_argument("-i", "--interactive", action="store_true", help="pass standard input to the command")
     parser.add_argument("-t", "--tty", action="store_true", help="give the command a terminal")
-    switch(parser, "--detach", "start the command without streams, print its number, and do not wait for it")
+    switch(parser, "--detach", "start the command without input, print its number, and do not wait for it; see attach")
     _add_common(parser)
     switch(parser, "--raw", "pass the command's control sequences to the terminal unfiltered")
     add_document_flags(parser, "print how the command ended, with its output, as one JSON object")
     parser.set_defaults(carry_out=_exec)
+
+
+def _add_attach(parser: Any) -> None:  # noqa: ANN401 - as argparse has it
+    """Add the arguments of `x07 sandbox attach`."""
+    _with_sandbox(parser)
+    doc = "number that x07 sandbox exec --detach printed"
+    parser.add_argument("number", metavar="NUMBER", help=doc, type=_command_number)
+    switch(parser, "--raw", "pass the command's control sequences to the terminal unfiltered")
+    add_document_flags(parser, "print how the command ended, with its output, as one JSON object")
+    parser.set_defaults(carry_out=_attach, tty=False, interactive=False)
+
+
+def _command_number(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and 0 < int(text) <= _NUMBER_MAX):
+        raise argparse.ArgumentTypeError(f"give the number that x07 sandbox exec --detach printed, not {text!r}")
+    return int(text)
+
+
+def _attach(options: argparse.Namespace) -> int:
+    """Print the output of a detached command, also what was kept of it, until it ends. Ctrl-C leaves it running."""
+    from x07_sandbox.library.listing import connect_to
+
+    opened = connect_to(options.sandbox, flags=True)
+    command = opened.command(options.number)
+    assert command is not None  # noqa: S101 - the holder has answered
+    return _attached(opened, command, options, kills=False)
 
 
 def _add_shell(parser: Any) -> None:  # noqa: ANN401 - as argparse has it
@@ -458,8 +485,8 @@ def _detached(opened: HeldSandbox, command: Process, options: argparse.Namespace
     return 0
 
 
-def _attached(opened: HeldSandbox, command: Process, options: argparse.Namespace) -> int:
-    """Carry the streams of the command until it has ended, and report its end. Ctrl-C kills it."""
+def _attached(opened: HeldSandbox, command: Process, options: argparse.Namespace, *, kills: bool = True) -> int:
+    """Carry the streams of the command until it has ended, and report its end. kills: whether Ctrl-C kills it."""
     from x07_sandbox.policy.outcomes import SIGNAL_BASE
     from x07_sandbox.sessions.command import Kept
 
@@ -475,8 +502,9 @@ def _attached(opened: HeldSandbox, command: Process, options: argparse.Namespace
             _carry(command, kept, raw=options.raw or options.tty)
             end = command.ending()
         except (KeyboardInterrupt, BrokenPipeError) as exc:
-            command.kill()
-            command.until(_KILLED_S)
+            if kills:
+                command.kill()
+                command.until(_KILLED_S)
             if isinstance(exc, BrokenPipeError):  # as `| head` does
                 return SIGNAL_BASE + signal.SIGPIPE
             raise
@@ -559,6 +587,7 @@ def _report(run: str, end: Ended, kept: tuple[Kept, Kept] | None, options: argpa
 _ACTIONS: Final[dict[str, tuple[str, Callable[[Any], None]]]] = {
     "create": ("open a sandbox, and print its id", _add_create),
     "exec": ("run a command in a sandbox", _add_exec),
+    "attach": ("print the output of a detached command, and wait for its end", _add_attach),
     "shell": ("open a shell in a sandbox, with a terminal", _add_shell),
     "cp": ("copy a file or folder into or out of a sandbox", _add_copy),
     "ls": ("list files of a sandbox", _add_files),

@@ -176,18 +176,21 @@ class Environment:
                 ours, theirs = self._terminal(order.terminal)
             except OSError as exc:  # programs have opened all
                 raise JobError("exec", exc.errno or 0, f"no terminal: {exc.strerror}") from exc
-        elif order is not None and order.detached:
-            null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
-            ours, theirs = (-1, -1, -1), (null, os.dup(null), os.dup(null))
         else:
-            stdin_r, stdin_fd = os.pipe2(os.O_CLOEXEC)
+            if order is not None and order.detached:
+                stdin_r, stdin_fd = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC), -1
+            else:
+                stdin_r, stdin_fd = os.pipe2(os.O_CLOEXEC)
             stdout_fd, stdout_w = os.pipe2(os.O_CLOEXEC)
             merged = order is not None and order.merge
             stderr_fd, stderr_w = (-1, os.dup(stdout_w)) if merged else os.pipe2(os.O_CLOEXEC)
             for fd in (stdin_r, stdout_w, stderr_w):
                 with contextlib.suppress(OSError):  # gVisor cannot do it
                     os.fchmod(fd, 0o666)  # the program, another user, may open /dev/stderr, which is this pipe
-            for fd in (stdin_fd, stdout_w):  # so that a program and the agent take turns less often
+            for fd in (
+                stdout_w,
+                *([] if stdin_fd < 0 else [stdin_fd]),
+            ):  # so that a program and the agent take turns less often
                 with contextlib.suppress(OSError):  # over a limit of this system
                     fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
             ours, theirs = (stdin_fd, stdout_fd, stderr_fd), (stdin_r, stdout_w, stderr_w)

@@ -171,7 +171,7 @@ class Holder:
         if command is None or not command.execution.order.detached:
             why = "no detached command has this id, or it was waited for"
             raise UsageError(f"there is no command {number}", why, "Start it again", code="no-such-command")
-        return command
+        return command.again()
 
     def _carry(self, client: _Client, command: Process, *, flags: bool) -> None:
         """Carry the streams of a command until it has ended or the client is gone."""

@@ -353,7 +353,8 @@ class Sandbox:
     ) -> Process:
         """Start a command, and return it while it runs. Its standard input stays open until `Process.close_stdin`.
 
-        tty: give it a terminal, whose output is standard output. detach: give it no streams. All else: see `exec`.
+        tty: give it a terminal, whose output is standard output. detach: give it no input, and let it outlive its
+        client. The end of its output is kept for other clients, see `process`. All else: see `exec`.
         """
         from x07_sandbox.channel.messages import Terminal
         from x07_sandbox.sessions.execution import order
@@ -371,7 +372,11 @@ class Sandbox:
         return self._using().start(asked, timeout_s)
 
     def process(self, number: int) -> Process:
-        """Return a command that runs, or whose end nobody has asked for, by its id. Raises UsageError."""
+        """Return a command by its id: one that runs, or whose end nobody has asked for, or a detached one.
+
+        Detached commands are found also after their end, the last 32 of them, with up to 1 MiB of each of their
+        streams. Raises UsageError.
+        """
         if isinstance(number, bool) or not isinstance(number, int):
             raise bad_value("number", number, "the id of a command")
         command = self._using().command(number)

@@ -169,9 +169,14 @@ class Process:
         self._sandbox = sandbox
         self._session = sandbox.session
         self._unread: dict[StreamName, bytes] = {"stdout": b"", "stderr": b""}
+        self._at: dict[StreamName, int] = {
+            "stdout": 0,
+            "stderr": 0,
+        }  # of a detached command, which may have many readers
         self._kept: dict[StreamName, Kept] = {}
         self._ending_lock = threading.Lock()
         self._ending: Ended | None = None
+        self._source: Process | None = None  # whose `ending` counts
 
     @property
     def id(self) -> int:
@@ -311,7 +316,7 @@ class Process:
         """
 
         def due() -> bool:
-            arrived = (self._unread[stream] or self.execution.inbox(stream).waiting for stream in output)
+            arrived = (self._unread[stream] or self._waiting(stream) for stream in output)
             return self._completed or given_up() or any(arrived)
 
         self._sandbox.require_own_process()
@@ -357,8 +362,17 @@ class Process:
         truncated = any(one.truncated for one in kept.values())
         return replace(self.ending(), stdout=kept["stdout"].data(), stderr=kept["stderr"].data(), truncated=truncated)
 
+    def again(self) -> Process:
+        """Return an object for the same detached command, which reads all output that is kept."""
+        other = Process(self._sandbox, self.execution, self.wall_ms, self.word)
+        other.began_at, other._source = self.began_at, self
+        return other
+
     def ending(self) -> Ended:
         """Return how the command ended, without its output. Raises BackendError if the sandbox ended first."""
+        if self._source is not None:
+            self._source.word = self.word
+            return self._source.ending()
         with self._ending_lock:
             if self._ending is None:
                 self._ending = self._sandbox.ending(self)
@@ -383,7 +397,15 @@ class Process:
     def _arrived(self, stream: StreamName) -> bytes:
         """Return what has arrived on a stream since the last call."""
         unread, self._unread[stream] = self._unread[stream], b""
+        inbox = self.execution.inbox(stream)
+        if inbox.backlog is not None:
+            data, self._at[stream] = inbox.backlog.since(self._at[stream])
+            return unread + data
         return unread + self._session.read(self.execution, stream)
+
+    def _waiting(self, stream: StreamName) -> bool:
+        inbox = self.execution.inbox(stream)
+        return inbox.waiting if inbox.backlog is None else inbox.backlog.end > self._at[stream]
 
 
 class AnySandbox(ABC):

@@ -41,7 +41,7 @@ from x07_sandbox.sessions.result import Changes, CommandReport, Diff, Draft, Res
 from x07_sandbox.sessions.run import described, ended_by, make_folder, planned, settle, store_result, verdict_of
 from x07_sandbox.sessions.shared import SharedSession
 from x07_sandbox.sessions.specs import in_folder
-from x07_sandbox.sessions.transfers import Receivers, Unwanted, kept_streams
+from x07_sandbox.sessions.transfers import Backlog, Inbox, Receivers, Unwanted, kept_streams
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -58,6 +58,7 @@ _DISCARD_S: Final = 5.0  # for the guest to report the ends of commands, if its 
 _PATH_MAX: Final = 4095
 COMMANDS_KEPT: Final = 10_000  # in a result
 _NAME_MAX: Final = 100
+_DETACHED_MAX: Final = 32  # detached commands that have ended, with at most 2 MiB of output each
 _SERVER_FILES: Final = 64  # open files of the file server
 _TIMEOUT: Final = Flag("--timeout")
 
@@ -94,6 +95,7 @@ class OpenSandbox(AnySandbox):
         self._starting = threading.Lock()
         self._finishing = threading.Lock()
         self._commands: dict[int, Process] = {}
+        self._detached: dict[int, Process] = {}  # that have ended
         self._reports: list[CommandReport] = []
         self._net = NetworkUse()  # the gate's last account
         self._tried: dict[tuple[str, str], Denial] = {}  # connections that were denied without a gate
@@ -202,6 +204,9 @@ class OpenSandbox(AnySandbox):
         if "\0" in cwd or len(encoded(cwd, what, "its path")) > _PATH_MAX:
             why = f"it contains a NUL byte, or is longer than {_PATH_MAX} bytes"
             raise UsageError(what, why, "Use another folder")
+        for command in [*self._commands.values()]:
+            if command.ended and command.execution.order.detached:  # perhaps nobody asks for its end
+                command.ending()
         asked_ms = None if timeout_s is None else milliseconds(timeout_s)
         limits_ms = [] if service else [limit for limit in (self._wall_ms, asked_ms) if limit is not None]
         wall_ms = min(limits_ms, default=None)
@@ -214,7 +219,7 @@ class OpenSandbox(AnySandbox):
             self.require_open()
             number = next(self._numbers)
             with self.session.using() as session:
-                streams = kept_streams(open_input=not asked.detached)
+                streams = kept_streams(Backlog if asked.detached else Inbox, open_input=not asked.detached)
                 execution = session.execute(given._replace(id=number), streams, wall_ms)
             command = Process(self, execution, wall_ms, self._caller.word)
             if not service:
@@ -224,7 +229,7 @@ class OpenSandbox(AnySandbox):
 
     def command(self, number: int) -> Process | None:
         """See `AnySandbox.command`."""
-        return self._commands.get(number)
+        return self._commands.get(number) or self._detached.get(number)
 
     def at_end(self, call: Callable[[], object]) -> None:
         """See `AnySandbox.at_end`."""
@@ -290,6 +295,10 @@ class OpenSandbox(AnySandbox):
         )
         peak = 0 if facts.exited is None else facts.exited.memory_peak_bytes
         self._keep(report, peak)
+        if execution.order.detached:  # for clients that come later
+            self._detached[report.id] = command
+            for number in [*self._detached][:-_DETACHED_MAX]:
+                del self._detached[number]
         return Ended(
             id=report.id,
             outcome=ending.outcome,

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from x07_sandbox.host.waiting import Cancel
 
 _CHUNK: Final = 64 * 1024
+BACKLOG_BYTES: Final = 1 << 20
 TAIL_BYTES: Final = 32 * 1024  # of each output stream of a failed command, for hints
 ROOM: Final = "Free disk space, or set X07_VM_STATE_DIR to a folder on a larger disk"
 
@@ -212,6 +213,8 @@ class Sink:
 class Inbox(Sink):
     """Sink that keeps one output stream in memory until `pull`. Until then the guest sends no more than one window."""
 
+    backlog: Backlog | None = None  # for streams that several readers may read
+
     def __init__(self, name: str) -> None:
         super().__init__(name, keep_fd=None, live_fd=None, max_bytes=sys.maxsize)
         self._data = bytearray()
@@ -246,6 +249,40 @@ class Inbox(Sink):
         data = bytes(self._data)
         self._data.clear()
         return data, 0 if self._full else len(data)
+
+
+class Backlog(Inbox):
+    """Inbox of a detached command: the end of one output stream, for several readers. The command never waits."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.backlog = self
+        self._lock = threading.Lock()  # readers have threads of their own
+        self._start = 0  # of what is kept, in the stream
+
+    def take(self, data: bytes) -> int:
+        """Keep *data*, and drop what is too much from the beginning. Return how many bytes are finished: all."""
+        with self._lock:
+            self.tail = (self.tail + data)[-TAIL_BYTES:]
+            self._data += data
+            dropped = max(0, len(self._data) - BACKLOG_BYTES)
+            del self._data[:dropped]
+            self._start += dropped
+        return len(data)
+
+    def take_no_more(self) -> int:
+        """Return 0, since what has arrived was counted then."""
+        return 0
+
+    @property
+    def end(self) -> int:
+        """The position of the end of what has arrived."""
+        return self._start + len(self._data)
+
+    def since(self, at: int) -> tuple[bytes, int]:
+        """Return what is kept of the stream from position *at* on, and the position of its end."""
+        with self._lock:
+            return bytes(self._data[max(0, at - self._start) :]), self.end
 
 
 class OutFile(msgspec.Struct):
@@ -294,9 +331,9 @@ class CommandStreams(msgspec.Struct, frozen=True, kw_only=True):
     on_started: Callable[[], object] = lambda: None
 
 
-def kept_streams(*, open_input: bool = True) -> CommandStreams:
+def kept_streams(kind: type[Inbox] = Inbox, *, open_input: bool = True) -> CommandStreams:
     """Return streams of which the output is kept in memory. open_input: see `CommandStreams`."""
-    return CommandStreams(stdin_fd=None, stdout=Inbox("stdout"), stderr=Inbox("stderr"), open_input=open_input)
+    return CommandStreams(stdin_fd=None, stdout=kind("stdout"), stderr=kind("stderr"), open_input=open_input)
 
 
 class Receivers(msgspec.Struct, frozen=True, kw_only=True):
