@@ -33,6 +33,7 @@ from tests.vm.conftest import (
     run_vm,
     usual_start,
 )
+from x07_sandbox import Sandbox as Library
 from x07_sandbox.backends import base
 from x07_sandbox.backends.qemu.hot import IMAGES, VARIABLE
 from x07_sandbox.backends.qemu.instance import QemuInstance
@@ -58,7 +59,7 @@ from x07_sandbox.library.warm import WarmMachines
 from x07_sandbox.policy.guest import RAM_CLASSES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from concurrent.futures import ThreadPoolExecutor
 
     from x07_sandbox.images.store import Image
@@ -372,10 +373,44 @@ def see(artifacts: Artifacts, tmp_path: Path) -> Path:
     return source
 
 
+def drawn_in_a_sandbox(check: Callable[[Library], object]) -> list[bytes]:
+    """Return the random values of two commands of a sandbox that start with the modules, after other checks."""
+    with Library(image="preloaded", procs=50, memory="128M") as sandbox:
+        assert sandbox.exec(["true"]).ok  # which is not Python, and leaves the modules to later commands
+        found = [sandbox.exec(["python3", "-c", PRELOADED, "a"], check=True).stdout.split(b"\n", 1) for _ in range(2)]
+        assert [there for there, _ in found] == [b"[True, True, True, False] ['-c', 'a']"] * 2
+        check(sandbox)
+    return [word for _, drawn in found for word in drawn.split()]
+
+
+def use_preloaded_modules(sandbox: Library) -> None:
+    """Check which commands of a sandbox start with the modules, and what these see."""
+    fresh = b"[False, False, False, False] "
+    sandbox.files.write("see.py", b"import sys; print('this' in sys.modules, sys.argv, input(), __file__); exit(7)")
+    ended = sandbox.exec(["python3", "see.py", "x"], input=b"given\n", cwd="/opt/x07")
+    assert (ended.stdout, ended.exit_code) == (b"True ['see.py', 'x'] given see.py\n", 7)
+    sandbox.files.write("sub/shown.py", b"import sys; print('this' in sys.modules, sys.path[0], __name__)")
+    ended = sandbox.exec(["python3", "-m", "shown"], cwd="sub")
+    assert ended.stdout == b"True /opt/x07/sub __main__\n", ended.stderr
+    limits = "import resource, os; print(resource.getrlimit(resource.RLIMIT_NOFILE)[0], os.getppid())"
+    assert sandbox.exec(["python3", "-c", limits]).stdout == sandbox.shell(f'exec python3 -uc "{limits}"').stdout
+    assert sandbox.exec(["python3", "-c", "while True: pass"], timeout_s=1).outcome == "timeout"
+    assert sandbox.exec(["python3", "-c", "x = bytearray(200 << 20)"]).outcome == "oom"
+    for argv, env in (
+        (["python3", "-c", PRELOADED], {"OTHER": "1"}),  # which a module may have read
+        (["python3", "-u", "-c", PRELOADED], {}),
+        (["sh", "-c", 'exec python3 -c "$1"', "sh", PRELOADED], {}),
+    ):
+        assert sandbox.exec(argv, env=env, check=True).stdout.startswith(fresh)
+    # A program may kill the process that has the modules. Then Python starts as usual.
+    assert sandbox.shell("kill -9 $(grep -lz 'program/[x]xx' /proc/[0-9]*/cmdline | cut -d/ -f3)").ok
+    assert sandbox.exec(["python3", "-c", PRELOADED], check=True).stdout.startswith(fresh)
+
+
 def test_preloaded_modules_are_imported_and_share_no_random_values(
     see: Path, in_own_cache: Sandbox, state: Path
 ) -> None:
-    """A program starts with preloaded modules imported; runs share neither their output nor their random values."""
+    """Programs start with preloaded modules imported, in runs and in sandboxes, and share no random values."""
     modules = ["this", "random", "fractions", "tempfile", "multiprocessing", "ssl"]
     image = build_image(name="preloaded", preload=modules, progress=lambda _text: None)
     assert build_image(name="preloaded", progress=lambda _text: None).digest == image.digest  # it keeps them
@@ -388,6 +423,9 @@ def test_preloaded_modules_are_imported_and_share_no_random_values(
         assert there == b"[True, True, True, False] ['/x07/in/program/see.py', 'a']"
         words += drawn.split()
     assert len(set(words)) == len(words) == 8
+    for check in (use_preloaded_modules, lambda _sandbox: None):
+        words += drawn_in_a_sandbox(check)
+    assert len(set(words)) == len(words) == 8 + 2 * 2 * 4
     plain = build_image(name="preloaded", preload=[], progress=lambda _text: None)
     assert plain.digest == build_image(progress=lambda _text: None).digest != image.digest
     assert left_behind(state) == []

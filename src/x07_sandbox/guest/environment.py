@@ -43,7 +43,7 @@ class Process(NamedTuple):
 
     key: names the process to init. A stream that it does not have is -1. status_fd: messages of the process until it
     executes the program, which closes the pipe. cpu_before_us, counts_before: CPU time (microseconds) and counters of
-    its group before the command.
+    its group before the command. python: whether it may be a copy of the waiting interpreter.
     """
 
     key: int
@@ -55,6 +55,7 @@ class Process(NamedTuple):
     group: NoGroup
     cpu_before_us: int
     counts_before: Mapping[str, int]
+    python: bool = False
 
     def count(self, name: str) -> int:
         """Return a counter of the group (guest/cgroup) since the start of the command."""
@@ -225,15 +226,14 @@ class Environment:
         process, pipes = self._pipes(order.id, order)
         procs_fds = process.group.open_procs()
         listed = order.argv[0] if confined.programs is not None and not order.service else ""
-        fds = (*pipes.all(), *procs_fds)
-        init.send_fds(
-            self._control, (init.COMMAND, order.id, listed, limits, order.service, order.terminal is not None), fds
-        )
+        fds, python = (*pipes.all(), *procs_fds), self.copies(order, confined)
+        how = limits, order.service, order.terminal is not None, python
+        init.send_fds(self._control, (init.COMMAND, order.id, listed, *how), fds)
         for fd in fds:
             os.close(fd)
         self.shared = not self.own_groups
         before = {name: process.group.count(name) for name in _EVENTS} if self.shared else {}
-        return process._replace(cpu_before_us=process.group.cpu_us(self.init), counts_before=before)
+        return process._replace(cpu_before_us=process.group.cpu_us(self.init), counts_before=before, python=python)
 
     def end(self) -> None:
         """Have init kill all processes. Its report is `init.READY`."""
@@ -304,6 +304,26 @@ class Environment:
             argv, env, preload=bool(self._preload), alone=alone, own_modules=self._own_modules
         )
 
+    def keeps_interpreter(self, order: Exec, confined: Confine) -> bool:
+        """Return whether the waiting interpreter has preloaded modules, and is to be copied for later commands."""
+        return bool(self._preload) and not self.becomes(order.argv, order.env, confined)
+
+    def copies(self, order: Exec, confined: Confine) -> bool:
+        """Return whether a copy of the waiting interpreter can run this command.
+
+        Only if the policy limits no processes: an earlier command may have changed the interpreter, which would then
+        not apply the limits to itself.
+        """
+        free = confined.programs is None and confined.threads and confined.spawn and confined.execute
+        plain = not order.service and order.terminal is None and self.platform.namespaces
+        own_modules = os.path.lexists(f"/proc/{self.init}/root{interpreter.OWN_MODULES}")  # also made by a program
+        return (
+            bool(self._preload)
+            and free
+            and plain
+            and interpreter.can_fork(order.argv, order.env, own_modules=own_modules)
+        )
+
     def start(self, process: Process, order: Exec, confined: Confine) -> float:
         """Start the program, and return when, on the monotonic clock. Raises JobError.
 
@@ -312,7 +332,7 @@ class Environment:
         if self.relay is not None:
             self.relay.wait_admitted()
         argv, env = order.argv, order.env
-        become = process.key == init.FIRST and self.becomes(argv, env, confined)
+        become = process.python or (process.key == init.FIRST and self.becomes(argv, env, confined))
         name = execution.filter_name(threads=confined.threads, spawn=confined.spawn, execute=confined.execute)
         token = b"" if become or confined.execute else os.urandom(kernel.TOKEN_BYTES)
         if token:

@@ -8,7 +8,7 @@ executed the kernel's code for pipes anyway. A message is a length and a tuple e
 because both ends are our own code. To init:
 
     settings, VALUES      apply settings; answered with ready
-    command, KEY, PROGRAM, LIMITS, SERVICE, TERMINAL
+    command, KEY, PROGRAM, LIMITS, SERVICE, TERMINAL, PYTHON
                           start one more process, which waits for its start message; with its descriptors
     last, KEY             kill all other processes once that command has ended; None for no command. Initially, it is
                           the first process, which waits from the start
@@ -128,14 +128,19 @@ def run_init(
         confine.apply(confinement.world, world)
         confine.own_signals()
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])  # for `serve`; programs start with no signal blocked
+        ours, theirs = socket.socketpair() if world.preload else (None, None)
         program = os.fork()
         if program == 0:
             agent.close()
             os.close(report_fd)
+            if theirs is not None:
+                os.dup2(theirs.fileno(), waiting.FORK_FD)
             _become(world, pipes, confinement, CONFINED)
         for fd in {*pipes.all(), *world.procs_fds}:
             os.close(fd)
-        _Init(world, agent, report_fd, confinement, program).serve()
+        if theirs is not None:
+            theirs.close()
+        _Init(world, agent, report_fd, confinement, program, ours).serve()
     except confine.StepError as exc:
         send(report_fd, (FAILED, *exc.args))
     except OSError as exc:
@@ -146,13 +151,18 @@ def run_init(
 
 
 class Start(NamedTuple):
-    """How a later process starts. limits: (RLIMIT number, value). terminal: whether standard input is its terminal."""
+    """How a later process starts. limits: (RLIMIT number, value). terminal: whether standard input is its terminal.
+
+    python: whether it may be a copy of the waiting interpreter, with the modules that this one has imported.
+    """
 
     limits: tuple[tuple[int, int], ...] = ()
     service: str = ""
     terminal: bool = False
+    python: bool = False
 
 
+_COPY_S: Final = 10.0  # for the interpreter to copy itself; under emulation that takes a tenth of a second
 _FIRST_START = Start()
 
 
@@ -170,7 +180,9 @@ class _Init:
         report_fd: int,
         confinement: confine.Confinement,
         program: int,
+        interpreter: socket.socket | None,
     ) -> None:
+        self._interpreter = interpreter  # the waiting one, for requests to make copies of it
         self._world = world
         self._agent = agent
         self._report_fd = report_fd
@@ -234,18 +246,44 @@ class _Init:
         if program:
             with contextlib.suppress(OSError):  # executing it will fail for the same reason
                 execution.allow_program(program)
+        started = Start(*how)
         try:
-            pid = os.fork()
+            pid = (self._copied(fds, started) if started.python else 0) or os.fork()
         except OSError as exc:  # the limit on tasks, where it holds for this process too
             os.write(status_fd, b"0\n%d %s" % (exc.errno or 0, str(exc).encode()))
         else:
             if pid == 0:
                 self._agent.close()
                 os.close(self._report_fd)
-                _become(world, pipes, self._confinement, b"", Start(*how))
+                _become(world, pipes, self._confinement, b"", started)
             self._programs[pid] = key
         for fd in fds:
             os.close(fd)
+
+    def _copied(self, fds: list[int], started: Start) -> int:
+        """Have the waiting interpreter make a copy of itself, and return its pid; 0 if that failed.
+
+        Programs have the user of that interpreter, so they can stop, kill or change it. So its answer is checked, and
+        after a failure it is not asked again.
+        """
+        interpreter, self._interpreter = self._interpreter, None
+        if interpreter is None:
+            return 0
+        try:
+            interpreter.settimeout(_COPY_S)
+            rights = b"".join(map(_FD.pack, fds[:5]))
+            interpreter.sendmsg([b"F"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+            pid = int(interpreter.recv(32))
+            if pid in self._programs or os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+                return 0
+            for which, value in started.limits:
+                resource.prlimit(pid, which, (value, value))
+            for fd in fds[5:]:
+                os.write(fd, b"%d" % pid)
+        except (OSError, ValueError):  # it was killed or stopped, or the answer is no child of ours
+            return 0
+        self._interpreter = interpreter
+        return pid
 
     def _signal(self, key: int, number: int) -> None:
         """Send a signal to a command that has not been reaped. SIGKILL goes to all processes of its tree."""

@@ -18,11 +18,12 @@ Differences from a fresh start: docs/explanation/design.md, "Saved VMs".
 from __future__ import annotations
 
 import marshal
+import os
 from typing import Any, Final
 
 from x07_sandbox import kernel
 from x07_sandbox.guest import waiting
-from x07_sandbox.guest.waiting import FOLDER, PLACEHOLDER, SCRIPTS
+from x07_sandbox.guest.waiting import CODE_MAX, FOLDER, PLACEHOLDER, SCRIPTS
 
 PYTHON: Final = "/usr/bin/python3"
 ARGV: Final = [PYTHON, PLACEHOLDER]
@@ -72,7 +73,25 @@ def can_become(argv: list[str], env: dict[str, str], *, preload: bool, alone: bo
         and argv[0] == PYTHON
         and argv[1].startswith(SCRIPTS)
         and len(argv[1]) <= len(PLACEHOLDER)
-        and not any(name.startswith(_EARLY_PREFIXES) and name not in _EARLY for name in env)
+        and _fits(env, preload=preload, alone=alone, own_modules=own_modules)
+    )
+
+
+def can_fork(argv: list[str], env: dict[str, str], *, own_modules: bool) -> bool:
+    """Return whether a copy of the waiting interpreter with its preloaded modules is equivalent to this command.
+
+    It may be a script, or code or a module with -c or -m, and other options of Python are not.
+    """
+    if len(argv) < 2 or argv[0] != PYTHON:  # noqa: PLR2004 - an argument
+        return False
+    script = not argv[1].startswith("-") and len(argv[1]) <= len(PLACEHOLDER)
+    given = argv[1] in {"-c", "-m"} and len(argv) > 2 and len(os.fsencode(argv[2])) <= CODE_MAX  # noqa: PLR2004 - a value
+    return (script or given) and _fits(env, preload=True, alone=False, own_modules=own_modules)
+
+
+def _fits(env: dict[str, str], *, preload: bool, alone: bool, own_modules: bool) -> bool:
+    return (
+        not any(name.startswith(_EARLY_PREFIXES) and name not in _EARLY for name in env)
         and not own_modules
         and not (preload and alone)
         and (not preload or all(name in ENVIRONMENT or name.startswith("X07_") for name in env))

@@ -214,8 +214,12 @@ class Sandbox:
             order = order._replace(argv=self._found(order))
         if not self._begun:
             environment.prepare(self._settings(limits, self._execution(order)))
-        spare = self._spare.take(order)
-        process = environment.first() if is_first and order.is_plain else spare or self._added(order)
+        confined = self._opening.confine
+        if is_first and order.is_plain and not environment.keeps_interpreter(order, confined):
+            process = environment.first()
+        else:
+            spare = None if environment.copies(order, confined) else self._spare.take(order)
+            process = spare or self._added(order)
         if not self._begun:
             self._begun = True
             for tree in self._files.trees.values():

@@ -19,6 +19,8 @@ SCRIPTS = "/x07/in/"
 START_FD = 3
 STATUS_FD = 4
 RULES_FD = 63  # below 64, so that the kernel need not grow the descriptor table
+FORK_FD = 62  # a socket, if modules were preloaded: init asks for copies of this process (`_fork_until_started`)
+CODE_MAX = 60_000  # bytes of code after -c
 _NAME_MAX = 255
 PLACEHOLDER = f"{SCRIPTS}program/{'x' * _NAME_MAX}"
 # All names in Debian's sitecustomize, which only tries to import a module that no image here has.
@@ -42,6 +44,8 @@ def stop(preload: list[str], kernel_code: bytes) -> None:
     buffers = _script_name_buffers()
     old_env = dict(os.environ)
     os.write(STATUS_FD, b"R")
+    if preload:
+        _fork_until_started()
     chunks = []
     while chunk := os.read(START_FD, 65536):
         chunks.append(chunk)
@@ -73,6 +77,44 @@ def stop(preload: list[str], kernel_code: bytes) -> None:
         sys.modules["sitecustomize"] = system_module
 
 
+def _fork_until_started() -> None:
+    """Make a copy of this process at each request of init. Return in each copy, and here once the start message comes.
+
+    A request comes with five descriptors: the standard streams, and those with the numbers START_FD and STATUS_FD. The
+    answer is the id of the copy, which is a child of init: its parent ends at once.
+    """
+    poll, sockets = __import__("select").poll(), __import__("_socket")
+    requests = sockets.socket(fileno=FORK_FD)
+    room = sockets.CMSG_SPACE(5 * 4)
+    for fd in (START_FD, FORK_FD):
+        poll.register(fd, 1)  # POLLIN
+    while not any(fd == START_FD for fd, _ in poll.poll()):
+        request, rights, _, _ = requests.recvmsg(1, room)
+        if not request:
+            break
+        given = memoryview(rights[0][2]).cast("i")
+        read, write = os.pipe()
+        between = os.fork()
+        if not between:
+            if os.fork():
+                os._exit(0)
+            os.setsid()
+            for fd, number in zip(given, (0, 1, 2, START_FD, STATUS_FD), strict=True):
+                os.dup2(fd, number)
+            identity = b"%d\n" % os.getpid()
+            os.write(write, identity)
+            os.write(STATUS_FD, identity)
+        os.close(write)
+        if between:
+            os.waitpid(between, 0)
+            requests.send(os.read(read, 32))
+        for fd in (read, *given):
+            os.close(fd)
+        if not between:
+            break
+    requests.close()
+
+
 def _import_all(preload: list[str]) -> None:
     """Import the modules with their output discarded."""
     outputs = os.dup(1), os.dup(2)
@@ -97,6 +139,13 @@ def _import_all(preload: list[str]) -> None:
         os.dup2(fd, number)
         os.close(fd)
     os.close(null)
+    # Searches for garbage, as at the end of each program, would write to (and so copy) every page of these objects.
+    before = "gc" in sys.modules
+    gc = __import__("gc")
+    gc.collect()
+    gc.freeze()
+    if not before:
+        del sys.modules["gc"]
 
 
 def _import_system_sitecustomize() -> "ModuleType | None":
@@ -128,27 +177,26 @@ def _import_system_sitecustomize() -> "ModuleType | None":
 
 
 def _script_name_buffers() -> list[memoryview]:
-    """Return the memory in which the interpreter keeps its script's name: run_filename, and argv (for sys.path)."""
+    """Return the memory in which the interpreter keeps its script's name: run_filename, then argv (for sys.path)."""
     import ctypes
 
     placeholder = PLACEHOLDER.encode("utf-32-le") + bytes(4)
     config_of = ctypes.pythonapi._Py_GetConfig  # noqa: SLF001 - there is no other
     config_of.restype = ctypes.c_void_p
     memory = os.open("/proc/self/mem", os.O_RDWR)
-    buffers = []
+    places: tuple[set[int], set[int]] = set(), set()
     for word in set(memoryview(ctypes.string_at(config_of(), 640)).cast("Q")):
         try:
             # argv is a list.
-            for at in word, int.from_bytes(os.pread(memory, 8, word), "little"):
+            for found, at in zip(places, (word, int.from_bytes(os.pread(memory, 8, word), "little")), strict=True):
                 if os.pread(memory, len(placeholder), at) == placeholder:
-                    found = (ctypes.c_char * len(placeholder)).from_address(at)
-                    buffers.append(memoryview(found).cast("B"))
+                    found.add(at)
         except (OSError, OverflowError):  # not an address
             pass
     os.close(memory)
-    if not buffers:
+    if [*map(len, places)] != [1, 1]:
         raise SystemExit("cannot find the script's name in memory")
-    return buffers
+    return [memoryview((ctypes.c_char * len(placeholder)).from_address(*found)).cast("B") for found in places]
 
 
 def _restrict(kernel: "dict[str, Any]", filter_code: bytes, rules_fd: int) -> None:
@@ -183,10 +231,17 @@ def _set_environment(old_env: dict[str, str], env: dict[str, str]) -> None:
 
 def _become(argv: list[str], buffers: list[memoryview], known: set[str], importers: set[str]) -> None:
     """Set the script's name. Remove what this hook added: modules not in *known*, path importers not in *importers*."""
-    name = argv[1].encode("utf-32-le", "surrogatepass") + bytes(4)
-    for buffer in buffers:
+    file, words = argv[1], argv[1:]
+    if file in {"-c", "-m"}:
+        code = argv[2] if file == "-c" else f"import runpy\nrunpy._run_module_as_main({argv[2]!r})\n"
+        read, write = os.pipe()  # which holds CODE_MAX bytes
+        os.write(write, code.encode("utf-8", "surrogateescape"))
+        os.close(write)
+        file, words = f"/proc/self/fd/{read}", [file, *argv[3:]]
+    for buffer, text in zip(buffers, (file, words[0]), strict=True):
+        name = text.encode("utf-32-le", "surrogatepass") + bytes(4)
         buffer[: len(name)] = name
-    sys.argv[:] = argv[1:]
+    sys.argv[:] = words
     sys.orig_argv[:] = argv
     if FOLDER in sys.path:  # a preloaded module may have changed it
         sys.path.remove(FOLDER)
