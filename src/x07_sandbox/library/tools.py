@@ -20,7 +20,7 @@ from x07_sandbox.library.async_sandbox import AsyncSandbox
 from x07_sandbox.library.awaited import Awaited, awaited
 from x07_sandbox.library.sandbox import Sandbox
 from x07_sandbox.sessions.command import STREAMS, given_up
-from x07_sandbox.sessions.model_text import ERRORS_MAX, OUTPUT_MAX, Answer, answer_of, bounded, shown
+from x07_sandbox.sessions.model_text import ERRORS_MAX, OUTPUT_MAX, Answer, answer_of, bounded, reason_of, shown
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
@@ -225,8 +225,8 @@ class Calls:
             )
         lines = [shown(line, _LINE_MAX) for line in ended.stdout.splitlines()]
         facts = {"lines": len(lines)} | ({"more": "yes, and they are not shown"} if ended.truncated else {})
-        if ended.outcome != "ok" and (ended.stderr or ended.exit_code is None):
-            facts |= {"problem": ended.outcome}
+        if ended.stderr or ended.reason_code != "exited":
+            facts |= {"problem": reason_of(ended) or ended.outcome}
         text = bounded("\n".join(lines), OUTPUT_MAX)
         return Answer(facts, (("found", text), ("problem", shown(ended.stderr, _LINE_MAX * 4))))
 
@@ -285,7 +285,7 @@ class Calls:
         except BaseException:
             process.kill()
             raise
-        del self._running[number]
+        self._running.pop(number, None)
         return answer_of(ended, ended.stdout, ended.stderr, OUTPUT_MAX)
 
     def _found(self, number: int) -> Process:
