@@ -555,3 +555,18 @@ def test_only_the_last_detached_commands_are_kept(held: Sandbox) -> None:
         assert client.process(numbers[-20]).wait(60).stdout == b"20\n"
         with pytest.raises(SandboxError, match="no detached command has this id"):
             client.process(numbers[0])
+
+
+def test_ctrl_c_leaves_an_attached_command_running(held: Sandbox) -> None:
+    """Ctrl-C ends `x07 sandbox attach`, and not the detached command; what it prints later can still be read."""
+    number = held.start(["sh", "-c", "echo here; mkfifo go; read x < go; echo more"], detach=True).id
+    attach = subprocess.Popen([*X07, "sandbox", "attach", held.id, str(number)], stdout=subprocess.PIPE)
+    assert attach.stdout is not None
+    assert attach.stdout.readline() == b"here\n"
+    attach.send_signal(signal.SIGINT)
+    assert attach.wait(60) == 130
+    attach.stdout.close()
+    assert held.process(number).poll() is None
+    held.shell("echo > go", check=True)
+    with Sandbox.connect(held.id) as client:
+        assert client.process(number).wait(60).stdout == b"here\nmore\n"
