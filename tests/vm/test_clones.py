@@ -404,6 +404,10 @@ def use_preloaded_modules(sandbox: Library) -> None:
         (["sh", "-c", 'exec python3 -c "$1"', "sh", PRELOADED], {}),
     ):
         assert sandbox.exec(argv, env=env, check=True).stdout.startswith(FRESH)
+    sandbox.files.mkdir("/opt/x07/.local")  # of modules that the process has not seen
+    assert sandbox.exec(["python3", "-c", PRELOADED], check=True).stdout.startswith(FRESH)
+    sandbox.files.remove("/opt/x07/.local")
+    assert sandbox.exec(["python3", "-c", PRELOADED], check=True).stdout.startswith(b"[True")
     # A program may kill the process that has the modules. Then Python starts as usual.
     assert sandbox.shell("kill -9 $(grep -lz 'program/[x]xx' /proc/[0-9]*/cmdline | cut -d/ -f3)").ok
     assert sandbox.exec(["python3", "-c", PRELOADED], check=True).stdout.startswith(FRESH)
