@@ -378,7 +378,7 @@ FRESH = b"[False, False, False, False] "  # what a Python prints that has import
 
 def drawn_in_a_sandbox(check: Callable[[Library], object]) -> list[bytes]:
     """Return the random values of two commands of a sandbox that start with the modules, after other checks."""
-    with Library(image="preloaded", procs=50, memory="128M") as sandbox:
+    with Library(image="preloaded", procs=50, fds=300, memory="128M") as sandbox:
         assert sandbox.exec(["true"]).ok  # which is not Python, and leaves the modules to later commands
         found = [sandbox.exec(["python3", "-c", PRELOADED, "a"], check=True).stdout.split(b"\n", 1) for _ in range(2)]
         assert [there for there, _ in found] == [b"[True, True, True, False] ['-c', 'a']"] * 2
@@ -394,7 +394,7 @@ def use_preloaded_modules(sandbox: Library) -> None:
     sandbox.files.write("sub/shown.py", b"import sys; print('this' in sys.modules, sys.path[0], __name__)")
     ended = sandbox.exec(["python3", "-m", "shown"], cwd="sub")
     assert ended.stdout == b"True /opt/x07/sub __main__\n", ended.stderr
-    limits = "import resource, os; print(resource.getrlimit(resource.RLIMIT_NOFILE)[0], os.getppid())"
+    limits = "import resource, os; print(resource.getrlimit(resource.RLIMIT_NOFILE)[0], os.getsid(0) - os.getpid())"
     assert sandbox.exec(["python3", "-c", limits]).stdout == sandbox.shell(f'exec python3 -uc "{limits}"').stdout
     assert sandbox.exec(["python3", "-c", "while True: pass"], timeout_s=1).outcome == "timeout"
     assert sandbox.exec(["python3", "-c", "x = bytearray(200 << 20)"]).outcome == "oom"
