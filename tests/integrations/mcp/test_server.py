@@ -79,7 +79,8 @@ def test_a_server_killed_in_mid_command_leaves_nothing() -> None:
     wire.process.wait()
     wait_for_the_end_of(started, 30)
     found = [json.loads(subprocess.run([X07, "sweep", "--json"], check=True, capture_output=True).stdout) for _ in "12"]
-    assert len(found[0]["removed"]) == 1
+    # Images and saved VMs are this user's, and may have become too many.
+    assert [one["kind"] for one in found[0]["removed"] if one["kind"] == "job"] == ["job"]
     assert (found[1]["removed"], found[1]["kept"]) == ([], [])
     assert runs() == []
 
