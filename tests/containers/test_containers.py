@@ -254,6 +254,11 @@ def client(engine: EngineUnderTest) -> Client:
     return the_engine(engine.name)
 
 
+def states_of(pid: int) -> set[str]:
+    """Return the states of all threads of a process, such as T for a stopped one (proc_pid_stat(5))."""
+    return {(task / "stat").read_text().rpartition(")")[2].split()[0] for task in Path(f"/proc/{pid}/task").iterdir()}
+
+
 def wait_until(met: Callable[[], bool]) -> None:
     """Poll until a condition holds that no event announces."""
     deadline = time.monotonic() + 60
@@ -472,6 +477,7 @@ def test_ps_and_kill_work_for_containers_of_their_engine_only(engine: EngineUnde
         client = {"podman": "PODMAN", "docker": "DOCKER", "containerd": "CTR"}[engine.name]
         other = {**os.environ, f"X07_VM_{client}_BIN": "/bin/true"}
         runner.send_signal(signal.SIGSTOP)  # else the runner itself ends its container
+        wait_until(lambda: states_of(runner.pid) == {"T"})  # on a busy host it may still run for a moment
         done = subprocess.run([X07, "kill", record.run_id], env=other, capture_output=True, check=False, timeout=60)
         assert (done.returncode, b"another" in done.stderr) == (125, True), done.stderr
         assert not (record.folder / "reaped").exists()
