@@ -17,6 +17,7 @@ import pytest
 
 from tests.conftest import LASTING_FDS, need, open_fds
 from tests.process.conversation import Conversation, Ended, Program
+from x07_sandbox import Sandbox
 from x07_sandbox.backends.lease import FRONT, pool_dir
 from x07_sandbox.backends.process import NoneBackend, OsBackend, start_confined, start_unconfined
 from x07_sandbox.errors import HostError
@@ -117,6 +118,25 @@ def unconfined() -> NoneBackend:
 def backend(request: pytest.FixtureRequest) -> Backend:
     """Each of both backends in turn."""
     return request.getfixturevalue("confined" if request.param == "os" else "unconfined")  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def only_os() -> Iterator[None]:
+    """Sandboxes are confined processes: what the library promises does not depend on what confines them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("X07_SANDBOX_BACKEND", "os")
+        patch.setenv("X07_I_ACCEPT_WEAKER_ISOLATION", "1")
+        yield
+
+
+@pytest.fixture(scope="module")
+def shared(only_os: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
+    """An open sandbox that no test closes."""
+    del only_os
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("X07_VM_STATE_DIR", str(tmp_path_factory.mktemp("shared") / "state"))
+        with Sandbox() as opened:
+            yield opened
 
 
 def wait_until(done: Callable[[], object], within_s: float = 60) -> None:

@@ -27,7 +27,9 @@ from x07_sandbox.records.runs import all_runs
 from x07_sandbox.sessions.session import Session
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
+
+pytestmark = pytest.mark.usefixtures("only_os")
 
 
 TMP = "/tmp"  # noqa: S108 - the guest's
@@ -48,24 +50,6 @@ while True:
                 one.sendall(b"hello")
 """
 SLEEPER = ["sh", "-c", "echo begun; sleep 600 & sleep 600"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def under_os() -> Iterator[None]:
-    """Sandboxes are confined processes: what the library promises does not depend on what confines them."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("X07_SANDBOX_BACKEND", "os")
-        patch.setenv("X07_I_ACCEPT_WEAKER_ISOLATION", "1")
-        yield
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
-    """An open sandbox that no test closes."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("X07_VM_STATE_DIR", str(tmp_path_factory.mktemp("shared") / "state"))
-        with Sandbox() as opened:
-            yield opened
 
 
 def text(ended: Ended) -> str:

@@ -8,36 +8,23 @@ import inspect
 import json
 import threading
 import time
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import Any, get_type_hints
 
 import jsonschema
 import pytest
 
 from x07_sandbox import AsyncSandbox, Sandbox, SandboxError, tools
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
 NAMES = ["run", "shell", "wait", "kill", "read", "write", "edit", "list", "search"]
 ESC = "\x1b"
 
-
-@pytest.fixture(autouse=True, scope="module")
-def under_os() -> Iterator[None]:
-    """Sandboxes are confined processes: what the tools promise does not depend on what confines them."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("X07_SANDBOX_BACKEND", "os")
-        patch.setenv("X07_I_ACCEPT_WEAKER_ISOLATION", "1")
-        yield
+pytestmark = pytest.mark.usefixtures("only_os")
 
 
-@pytest.fixture(scope="module")
-def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
-    """An open sandbox that no test closes."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("X07_VM_STATE_DIR", str(tmp_path_factory.mktemp("shared") / "state"))
-        with Sandbox() as opened:
-            yield opened
+@pytest.fixture
+def sandbox(shared: Sandbox) -> Sandbox:
+    """The open sandbox that no test closes."""
+    return shared
 
 
 def call(sandbox: Sandbox, tool: str, arguments: dict[str, Any] | str, **options: Any) -> str:  # noqa: ANN401 - of tools

@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 _EPILOG: Final = """An assistant starts this command and talks to it on standard input and output. Its tools are
 run_code, sandbox_open, sandbox_exec, sandbox_kill, sandbox_read, sandbox_write, sandbox_edit, sandbox_list,
 sandbox_search and sandbox_close. The options of this command apply to all of them, and the assistant cannot change
-them. Changes to folders are kept for x07 apply, unless
---apply is given. The guest image must exist (x07 image build).
+them. Changes to folders are kept for x07 apply, unless --apply is given. The guest image must exist (x07 image build).
 
 examples:
   claude mcp add x07 -- x07 mcp                                      add it to Claude Code
@@ -136,13 +135,16 @@ def _about(found: Preview, image: Manifest | None, timeout_s: float) -> str:
     from x07_sandbox.library.tools import PROGRAMS
 
     folders = "; ".join(f"{root.guest} ({'writable' if root.write else 'read-only'})" for root in found.roots)
-    where = f"Commands run in Linux as {'root' if found.guest_root else 'an ordinary user'}."
+    user = "root" if found.guest_root else "an ordinary user"
+    where = f"Commands run in Linux as {user}."
     if image is not None:
         names = {package.name for package in image.packages}
         there = [program for program in PROGRAMS if _PACKAGES.get(program, program) in names]
         missing = [program for program in PROGRAMS if program not in there]
-        where = f"{where[:-1]}, in Debian {image.suite} ({image.arch}). Programs: {', '.join(there) or 'none'}. "
-        where += f"Missing: {', '.join(missing) or 'none'}."
+        where = (
+            f"Commands run in Linux as {user}, in Debian {image.suite} ({image.arch}). "
+            f"Programs: {', '.join(there) or 'none'}. Missing: {', '.join(missing) or 'none'}."
+        )
     return (
         f"{where} Network: {', '.join(found.hosts) or 'none'}. Folders of the host, as copies: {folders or 'none'}. "
         f"Memory: {found.plan.limits.mem_bytes >> 20} MiB. Time limit of a command: {timeout_s:g} s. "

@@ -92,7 +92,6 @@ examples:
 _OF_BACKENDS: Final = ("--sandbox-backend", "--backend", "--i-accept-weaker-isolation")
 _COLUMNS: Final = ("SANDBOX", "NAME", "BACKEND", "AGE", "LEFT", "COMMANDS", "TAGS")
 _READ: Final = 64 * 1024
-_NUMBER_MAX: Final = 2**32 - 1
 _KILLED_S: Final = 5.0  # for the end of a killed command to arrive
 _OUTPUT: Final = {"stdout", "stderr", "truncated"}  # fields of `Ended`
 _SHELL: Final = "command -v bash > /dev/null && exec bash -l; exec sh -l"
@@ -418,7 +417,9 @@ def _add_attach(parser: Any) -> None:  # noqa: ANN401 - as argparse has it
 
 
 def _command_number(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and 0 < int(text) <= _NUMBER_MAX):
+    from x07_sandbox.channel.messages import ID_MAX
+
+    if not (text.isascii() and text.isdigit() and 0 < int(text) <= ID_MAX):
         raise argparse.ArgumentTypeError(f"give the number that x07 sandbox exec --detach printed, not {text!r}")
     return int(text)
 

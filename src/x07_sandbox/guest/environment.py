@@ -188,11 +188,8 @@ class Environment:
             for fd in (stdin_r, stdout_w, stderr_w):
                 with contextlib.suppress(OSError):  # gVisor cannot do it
                     os.fchmod(fd, 0o666)  # the program, another user, may open /dev/stderr, which is this pipe
-            for fd in (
-                stdout_w,
-                *([] if stdin_fd < 0 else [stdin_fd]),
-            ):  # so that a program and the agent take turns less often
-                with contextlib.suppress(OSError):  # over a limit of this system
+            for fd in (stdin_r, stdout_w):  # so that a program and the agent take turns less often
+                with contextlib.suppress(OSError):  # over a limit of this system, or /dev/null
                     fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
             ours, theirs = (stdin_fd, stdout_fd, stderr_fd), (stdin_r, stdout_w, stderr_w)
         status_fd, status_w = os.pipe2(os.O_CLOEXEC)
@@ -221,12 +218,17 @@ class Environment:
         """Return the process that has waited from the start."""
         return self._first._replace(cpu_before_us=self.baseline_cpu_us())
 
-    def add(self, order: Exec, limits: tuple[tuple[int, int], ...], confined: Confine) -> Process:
-        """Start one more process. limits: resource limits as (number, value). Its key is the command's id."""
+    def add(
+        self, order: Exec, limits: tuple[tuple[int, int], ...], confined: Confine, *, python: bool = False
+    ) -> Process:
+        """Start one more process. limits: resource limits as (number, value). Its key is the command's id.
+
+        python: see `Process`.
+        """
         process, pipes = self._pipes(order.id, order)
         procs_fds = process.group.open_procs()
         listed = order.argv[0] if confined.programs is not None and not order.service else ""
-        fds, python = (*pipes.all(), *procs_fds), self.copies(order, confined)
+        fds = (*pipes.all(), *procs_fds)
         how = limits, order.service, order.terminal is not None, python
         init.send_fds(self._control, (init.COMMAND, order.id, listed, *how), fds)
         for fd in fds:
@@ -314,15 +316,11 @@ class Environment:
         Only if the policy limits no processes: an earlier command may have changed the interpreter, which would then
         not apply the limits to itself.
         """
+        if not self._preload or order.service or order.terminal is not None or not self.platform.namespaces:
+            return False
         free = confined.programs is None and confined.threads and confined.spawn and confined.execute
-        plain = not order.service and order.terminal is None and self.platform.namespaces
         own_modules = os.path.lexists(f"/proc/{self.init}/root{interpreter.OWN_MODULES}")  # also made by a program
-        return (
-            bool(self._preload)
-            and free
-            and plain
-            and interpreter.can_fork(order.argv, order.env, own_modules=own_modules)
-        )
+        return free and interpreter.can_fork(order.argv, order.env, own_modules=own_modules)
 
     def start(self, process: Process, order: Exec, confined: Confine) -> float:
         """Start the program, and return when, on the monotonic clock. Raises JobError.

@@ -218,8 +218,8 @@ class Sandbox:
         if is_first and order.is_plain and not environment.keeps_interpreter(order, confined):
             process = environment.first()
         else:
-            spare = None if environment.copies(order, confined) else self._spare.take(order)
-            process = spare or self._added(order)
+            python = environment.copies(order, confined)
+            process = (None if python else self._spare.take(order)) or self._added(order, python=python)
         if not self._begun:
             self._begun = True
             for tree in self._files.trees.values():
@@ -232,11 +232,11 @@ class Sandbox:
             environment.end_with(process.key if closes else None)
         command.started_at = environment.start(process, order, self._opening.confine)
 
-    def _added(self, order: Exec) -> Process:
-        """Start a process that waits for its start message. Raises JobError, OSError."""
+    def _added(self, order: Exec, *, python: bool = False) -> Process:
+        """Start a process that waits for its start message. python: see `Process`. Raises JobError, OSError."""
         environment, limits = self._environment, order.limits
         limited = environment.platform.resource_limits(self._settings(limits))
-        process = environment.add(order, limited, self._opening.confine)
+        process = environment.add(order, limited, self._opening.confine, python=python)
         process.group.limit(mem_bytes=limits.mem_bytes, tasks=limits.tasks)
         return process
 

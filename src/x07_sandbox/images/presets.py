@@ -8,10 +8,7 @@ from x07_sandbox.errors import UsageError
 
 
 class Preset(NamedTuple):
-    """A preset. include: Debian packages. pip: Python packages. preload: modules to import in saved VMs.
-
-    For use only in the lists of `build_image`, so an image does not know the preset that it was built with.
-    """
+    """A preset. include, pip, preload: see `build_image`. An image does not know the preset that it was built with."""
 
     name: str
     about: str
@@ -20,38 +17,17 @@ class Preset(NamedTuple):
     preload: tuple[str, ...] = ()
 
 
+_TOOLS: Final = (
+    *("git", "curl", "ca-certificates", "ripgrep", "jq", "procps", "less", "nano", "unzip", "zip", "xz-utils", "file"),
+    *("tree", "patch", "sqlite3", "python-is-python3", "python3-pip", "python3-venv", "nodejs", "npm"),
+)
 PRESETS: Final = {
     one.name: one
     for one in (
         Preset(
             "agent",
             "tools that coding agents use: git, curl, ripgrep, jq, sqlite3, Python with pip and venv, Node with npm",
-            include=(
-                *(
-                    "git",
-                    "curl",
-                    "ca-certificates",
-                    "ripgrep",
-                    "jq",
-                    "procps",
-                    "less",
-                    "nano",
-                    "unzip",
-                    "zip",
-                    "xz-utils",
-                ),
-                *(
-                    "file",
-                    "tree",
-                    "patch",
-                    "sqlite3",
-                    "python-is-python3",
-                    "python3-pip",
-                    "python3-venv",
-                    "nodejs",
-                    "npm",
-                ),
-            ),
+            include=_TOOLS,
         ),
         Preset(
             "data",

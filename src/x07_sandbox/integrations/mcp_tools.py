@@ -407,9 +407,8 @@ class Tools:
         ends = f"after {settings.idle_s:g} s without use, or {settings.lifetime_s:g} s after its opening"
         facts = {"sandbox": handle, "granted": settings.about, "ends": ends, "time_limit_s": settings.timeout_s}
         about = ""
-        with contextlib.suppress(
-            CallError, SandboxError, TimeoutError
-        ):  # it is open, and later calls say what is wrong
+        # If this fails, the sandbox is open nevertheless, and later calls say what is wrong.
+        with contextlib.suppress(CallError, SandboxError, TimeoutError):
             async with asyncio.timeout(settings.answer_s / 3):
                 about = await AsyncCalls(sandbox).about()
         return Answer(facts, (("about", about), ("not copied in", denied(sandbox.left_out))))

@@ -84,7 +84,7 @@ class CallError(Exception):
 
     @property
     def answer(self) -> Answer:
-        """What the model is told."""
+        """The answer to the call, for the model."""
         return Answer({"error": self.args[0]}, (("error", bounded(escaped(self.args[1]), ERRORS_MAX)),))
 
 

@@ -169,10 +169,8 @@ class Process:
         self._sandbox = sandbox
         self._session = sandbox.session
         self._unread: dict[StreamName, bytes] = {"stdout": b"", "stderr": b""}
-        self._at: dict[StreamName, int] = {
-            "stdout": 0,
-            "stderr": 0,
-        }  # of a detached command, which may have many readers
+        # Positions in the streams of a detached command, which may have many readers.
+        self._at: dict[StreamName, int] = {"stdout": 0, "stderr": 0}
         self._kept: dict[StreamName, Kept] = {}
         self._ending_lock = threading.Lock()
         self._ending: Ended | None = None

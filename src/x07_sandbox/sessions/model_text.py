@@ -40,7 +40,7 @@ class Ending(Protocol):
 
 
 class Answer(NamedTuple):
-    """What a model is told. facts: from x07-sandbox. parts: untrusted texts, each with its title."""
+    """An answer to a call of a model. facts: from x07-sandbox. parts: untrusted texts, each with its title."""
 
     facts: dict[str, Any]
     parts: tuple[tuple[str, str], ...] = ()
@@ -67,7 +67,7 @@ def shown(data: bytes, most: int) -> str:
 
 
 def answer_of(ended: Ending, stdout: bytes, stderr: bytes, most: int) -> Answer:
-    """Return what a model is told about a command and its output: at most about *most* bytes of it."""
+    """Return the answer about a command and its output, of which it has at most about *most* bytes."""
     errors = shown(stderr, most // 2)
     output = shown(stdout, most - len(errors.encode()))
     title = "stdout" if errors else "output"
