@@ -367,13 +367,13 @@ def test_the_commands_of_x07_sandbox(tmp_path: Path) -> None:
 
     made = sandbox("create", "--name", "build", "--workdir", ".", "--tag", "job=17", "--idle", "600")
     assert made.code == 0, made.err
-    assert "denied: copying .git, .github into the VM (hidden name" in made.err
+    assert "denied: copying .git into the VM. To allow it, use --git\n" in made.err
+    assert "denied: copying .github into the VM (hidden name" in made.err
     listed = msgspec.json.decode(sandbox("list", "--json").out)["sandboxes"]
-    assert [(one["subject"], one["count"]) for one in listed[0]["left_out"]] == [(".git, .github", 2)]
+    assert [(one["subject"], one["count"]) for one in listed[0]["left_out"]] == [(".git", 1), (".github", 1)]
     with Sandbox.connect("build") as client:
-        how = client.left_out[0].how_to_allow
-        assert how is not None
-        assert how.flag == "--allow-hidden"
+        flags = [one.how_to_allow and one.how_to_allow.flag for one in client.left_out]
+        assert flags == ["--git", "--allow-hidden"]
     run = made.out.decode().strip()
     assert sandbox("create", "--name", "build").code == 2
     assert sandbox("exec", "build", "--", "sh", "-c", "cat; echo err >&2; exit 3", stdin=b"abc") == (3, b"", "err\n")

@@ -23,7 +23,7 @@ from x07_sandbox.options import OF_APPLY
 from x07_sandbox.sessions.patches import include_applied, patch_chunks
 from x07_sandbox.sessions.refusals import apply_command, denials_and_entries
 from x07_sandbox.sessions.result import Changes
-from x07_sandbox.sessions.saved_changes import SavedChanges, command, find_saved, folder_names, undo_saved
+from x07_sandbox.sessions.saved_changes import SavedChanges, command, find_saved, folder_names, has_commits, undo_saved
 from x07_sandbox.sessions.selection import Grants, apply_selected, below, select_changes
 
 _RUN_ID: Final = re.compile(r"\d[\d-]*", re.ASCII)
@@ -87,11 +87,12 @@ def _apply(options: argparse.Namespace) -> int:
     if document_wanted(options) and deliver(changes_json(done), options):
         return 0
     before |= {(root.root, one.name) for root in changes.roots for one in root.changes}
-    if done.roots:
+    if done.roots or done.commits:
         say_deleted(done, _command(options, kept, "diff"))
         say(summary(done, f"applied; revert with {_command(options, kept, 'undo')}"))
     else:
-        nothing = "already applied" if any(root.changes for root in changes.roots) else "nothing to apply"
+        every = any(root.changes for root in changes.roots) or has_commits(changes)
+        nothing = "already applied" if every else "nothing to apply"
         say(f"{nothing} in {folder_names(kept.changes)}")
     more = sum((root.root, one.name) not in before for root in kept.changes.roots for one in root.changes)
     if options.only and more:

@@ -312,8 +312,10 @@ def change_lines(result: Result) -> list[str]:
         f"{word}: {one.subject}{f' ({one.reason})' * bool(one.reason)}{how_to_allow_text(one.how_to_allow, one.field)}"
         for one in denials
     ]
-    closing = [] if changes.left_out and not _counts(changes) else [_closing(result.run, changes)]
-    return [*_capped(f"{gone}: ", deleted, diff), *refused, *left_out(changes), *closing]
+    closing = [] if (changes.left_out or refused) and not _counts(changes) else [_closing(result.run, changes)]
+    refs = [f"commits on {one.branch}: git log {shlex.quote(one.ref)}" for one in changes.commits]
+    shown = refs[:_NAMED] if changes.state == "applied" else []
+    return [*_capped(f"{gone}: ", deleted, diff), *refused, *left_out(changes), *shown, *closing]
 
 
 def _capped(before: str, names: Sequence[str], diff: str) -> list[str]:
@@ -338,7 +340,8 @@ def left_out(changes: Changes) -> list[str]:
 
 
 def _counts(changes: Changes) -> str:
-    return _in_words({"added": changes.added, "changed": changes.changed, "deleted": changes.deleted})
+    counts = {"added": changes.added, "changed": changes.changed, "deleted": changes.deleted}
+    return _in_words(counts, [one.branch for one in changes.commits])
 
 
 def _closing(run: str, changes: Changes) -> str:
@@ -359,13 +362,14 @@ def _closing(run: str, changes: Changes) -> str:
 def summary(changes: ChangeSet, done: str) -> str:
     """Return the numbers of added, changed and deleted names, followed by the text *done*."""
     counts = {word: changes.count(word) for word in ("added", "changed", "deleted")}
-    return (
-        f"{_in_words(counts)} in {folder_names(changes)}: {done}" if any(counts.values()) else f"nothing to do: {done}"
-    )
+    words = _in_words(counts, [] if changes.commits is None else [*changes.commits.branches])
+    return f"{words} in {folder_names(changes)}: {done}" if words else f"nothing to do: {done}"
 
 
-def _in_words(counts: dict[str, int]) -> str:
-    return ", ".join(f"{count} {word}" for word, count in counts.items() if count)
+def _in_words(counts: dict[str, int], branches: Sequence[str]) -> str:
+    """Return the numbers of changed names, and the branches with new commits."""
+    words = [f"{count} {word}" for word, count in counts.items() if count]
+    return ", ".join([*words, *([f"commits on {_listed(branches)}"] if branches else [])])
 
 
 def say_deleted(changes: ChangeSet, diff: str, *, back: bool = False) -> None:

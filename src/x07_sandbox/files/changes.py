@@ -136,6 +136,31 @@ class RootChanges(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     repositories: tuple[str, ...] = ()
 
 
+class Commit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One commit. branch: one of the branches that contain it. Author and subject are those that the program chose."""
+
+    id: str
+    branch: str
+    author: str
+    subject: str
+
+
+class Commits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The commits of a program in a git repository.
+
+    root: the absolute path of the repository's work tree.
+    branches: the last commit of each branch that has new ones. HEAD stands for commits on no branch.
+    count, listed: how many commits are new, and the newest of them.
+    problem: why they cannot be used; "" if they can.
+    """
+
+    root: str
+    branches: dict[str, str] = {}
+    count: int = 0
+    listed: tuple[Commit, ...] = ()
+    problem: str = ""
+
+
 class ChangeSet(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """All changes of a run, or the changes that undo them. all_or_nothing: apply nothing if any change is refused."""
 
@@ -143,6 +168,7 @@ class ChangeSet(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     run: str
     roots: tuple[RootChanges, ...]
     all_or_nothing: bool = True
+    commits: Commits | None = None
 
     @property
     def several_roots(self) -> bool:

@@ -76,7 +76,10 @@ class Root(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class Mount(msgspec.Struct, frozen=True, kw_only=True):
-    """A tree, or its part *sub*, mounted at *at* in the guest. missing: it is not on the host. single: it is a file."""
+    """A tree, or its part *sub*, mounted at *at* in the guest. missing: it is not on the host. single: it is a file.
+
+    separate: whether it is always a tree of its own, whose content may be another one than that on the host.
+    """
 
     sub: str
     at: str
@@ -84,6 +87,7 @@ class Mount(msgspec.Struct, frozen=True, kw_only=True):
     write: bool
     missing: bool
     single: bool = False
+    separate: bool = False
 
 
 class Tree(msgspec.Struct, frozen=True, kw_only=True):
@@ -135,7 +139,13 @@ def _mounts(roots: Iterable[Root], base: str, states: dict[str, str]) -> tuple[M
         sub = "" if root.host == base else os.path.relpath(root.host, base)
         state = states[root.host]
         found[root.guest] = Mount(
-            sub=sub, at=root.guest, host=root.host, write=write, missing=state == "missing", single=state == "file"
+            sub=sub,
+            at=root.guest,
+            host=root.host,
+            write=write,
+            missing=state == "missing",
+            single=state == "file",
+            separate=root.field == "--git",
         )
     return tuple(found.values())
 
@@ -274,7 +284,7 @@ class Copied(msgspec.Struct):
 
     nodes: writable entries by name.
     created: names in *nodes* that do not exist on the host.
-    skipped: writable entries that were left out. An entry in both *nodes* and *skipped* is a folder above another tree.
+    skipped: entries that were left out. An entry in both *nodes* and *skipped* is a folder above another tree.
     separate: mounts that the packed tree does not contain. The caller copies them separately.
     entries, size: number and total size of all entries.
     """
@@ -308,6 +318,7 @@ class _Walk:
         self._device = 0
         self._written = [mount.sub for mount in tree.mounts if mount.write]
         self._subs = {mount.sub for mount in tree.mounts if mount.sub}
+        self._separate = {mount.sub for mount in tree.mounts if mount.separate}
         self._ways = self._subs | parent_folders(self._subs)
         self._present: set[str] = set()  # those of _ways that are in the stream
         self._secret = _any_of(bounds.secrets)
@@ -384,6 +395,8 @@ class _Walk:
     def _wanted(self, folder_fd: int, raw: bytes) -> bool:
         name = os.fsdecode(raw)
         part = name.rpartition("/")[2]
+        if name in self._separate:
+            return False
         if not (reason := self._why_skip(part, name)):
             return True
         self._skip(reason, name, name.count("/") + 1 if reason == "deep" else 0)
@@ -522,8 +535,7 @@ class _Walk:
             larger = f"use {flag_for_file(size)}" if reason == "large" and size <= NUMBER_MAX else ""
             error = UsageError(what, why, f"Omit this file, or {larger or 'see docs/reference/policy.md'}")
             raise error.caused_by(FIELDS[reason], value_for(reason, size, self._bounds))
-        if self._is_written(name):
-            self.copied.skipped[name] = Skipped(reason, size)
+        self.copied.skipped[name] = Skipped(reason, size)
         if name in self._subs:
             return  # it is copied separately
         left = self.copied.left_out.setdefault(reason, LeftOut())

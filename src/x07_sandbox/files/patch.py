@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Final, Literal
 
 import msgspec
 
+from x07_sandbox.errors import escaped
+
 if TYPE_CHECKING:
     from x07_sandbox.files.changes import Change, ChangeSet, Node, RootChanges
 
@@ -27,11 +29,13 @@ PAIRS_MAX: Final = 20_000_000
 _PAIRS_OF_ONE_MAX: Final = 5_000_000
 _CONTEXT: Final = 3
 _PLAIN: Final = re.compile(rb"[\x20-\x21\x23-\x5b\x5d-\x7e]+")
+_SHORT: Final = 12  # digits of a commit
 _MODES: Final = {"file": 0o100000, "link": 0o120000}
 
 
 def patch(changes: ChangeSet, before: Content, after: Content) -> Iterator[bytes]:
     """Yield the patch root by root, deletions first, left-out changes last. before, after: the old and new contents."""
+    yield from _commits(changes)
     work = Work(PAIRS_MAX)
     for root in changes.roots:
         if not (root.changes or root.left_out or root.refused):
@@ -60,6 +64,7 @@ def _refused(root: RootChanges) -> dict[str, str]:
 
 def summarize(changes: ChangeSet, before: Content, after: Content) -> Iterator[bytes]:
     """Yield a line for each change. A new or deleted folder and its contents share one line."""
+    yield from _commits(changes)
     work = Work(PAIRS_MAX)
     for root in changes.roots:
         yield b"# in " + _quoted(os.fsencode(root.root)) + b"\n"
@@ -84,6 +89,19 @@ def summarize(changes: ChangeSet, before: Content, after: Content) -> Iterator[b
         refused = _refused(root)
         for name in sorted(refused.keys() - {change.name for change in (*root.changes, *root.left_out)}):
             yield b"left out: %b (%b)\n" % (_quoted(os.fsencode(name or root.root)), _quoted(refused[name].encode()))
+
+
+def _commits(changes: ChangeSet) -> Iterator[bytes]:
+    """Yield a line for each branch with new commits, and for each of these."""
+    found = changes.commits
+    if found is None:
+        return
+    lines = [f"commits left out: {found.problem}"] if found.problem else []
+    lines += [f"branch {name}: {oid}" for name, oid in found.branches.items()]
+    lines += [f"commit {one.id[:_SHORT]} on {one.branch}: {one.subject} ({one.author})" for one in found.listed]
+    lines += [f"{more} more commits"] if (more := found.count - len(found.listed)) else []
+    for line in lines:
+        yield f"# {escaped(line)}\n".encode()
 
 
 def _deletions_first(change: Change) -> bool:

@@ -208,13 +208,15 @@ def wait_gone(identity: Identity, timeout_s: float) -> bool:
 class Launch(msgspec.Struct, frozen=True, kw_only=True):
     """A child process to start. The caller owns the descriptors and keeps them open until the child has started.
 
-    stdio_fd: the child's standard input and output; None stands for /dev/null. env: None sets only PATH and LC_ALL.
+    stdio_fd: the child's standard input and output; None stands for /dev/null. stdout_fd: for another output.
+    env: None sets only PATH and LC_ALL.
     """
 
     argv: list[str]
     pass_fds: tuple[int, ...]
     stderr_fd: int
     stdio_fd: int | None = None
+    stdout_fd: int | None = None
     env: dict[str, str] | None = None
 
 
@@ -258,12 +260,13 @@ def _serve(requests: _Requests) -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     while True:
         request, answer = requests.get()
+        stdin = subprocess.DEVNULL if request.stdio_fd is None else request.stdio_fd
         try:
             with close_on_fork.no_fork():
                 child: subprocess.Popen[bytes] | OSError = subprocess.Popen(
                     request.argv,
-                    stdin=subprocess.DEVNULL if request.stdio_fd is None else request.stdio_fd,
-                    stdout=subprocess.DEVNULL if request.stdio_fd is None else request.stdio_fd,
+                    stdin=stdin,
+                    stdout=stdin if request.stdout_fd is None else request.stdout_fd,
                     stderr=request.stderr_fd,
                     pass_fds=request.pass_fds,
                     env=COMMAND_ENVIRONMENT if request.env is None else request.env,

@@ -60,6 +60,7 @@ class CommandOptions(TypedDict, total=False):
     hide: Sequence[str]
     reveal: Sequence[str]
     guest_root: bool
+    git: bool
     on_output: Callable[[Literal["stdout", "stderr"], bytes], object] | None
 
 
@@ -109,6 +110,7 @@ def run_program(  # noqa: PLR0913 - each is a keyword
     hide: Sequence[str] = (),
     reveal: Sequence[str] = (),
     guest_root: bool = False,
+    git: bool = False,
     on_output: OnOutput | None = None,
     check: bool = False,
 ) -> Result:
@@ -145,6 +147,8 @@ def run_program(  # noqa: PLR0913 - each is a keyword
     pass a policy, set this in the policy instead.
     guest_root: whether the program is root in the VM, with a writable copy of its system, so that it can install
     packages. Builds, the rules for folders and the network stay the same.
+    git: give the program a fresh `.git` with the history of the repository *workdir*. When changes are applied, its
+    commits go to ``refs/x07/RUN/BRANCH`` in the repository; no branch, index or HEAD changes.
     max_output_bytes: limit for each output stream, 64 MiB by default.
     on_output: a function that is called from another thread with "stdout" or "stderr" and bytes as they arrive. If it
     raises an exception, the run ends and this call raises the exception.

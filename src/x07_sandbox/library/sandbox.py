@@ -49,6 +49,7 @@ class SandboxOptions(TypedDict, total=False):
     hide: Sequence[str]
     reveal: Sequence[str]
     guest_root: bool
+    git: bool
     memory: str | int | None
     cpu_s: float | None
     procs: int | None
@@ -123,6 +124,7 @@ class Sandbox:
         hide: Sequence[str] = (),
         reveal: Sequence[str] = (),
         guest_root: bool = False,
+        git: bool = False,
         memory: str | int | None = None,
         cpu_s: float | None = None,
         procs: int | None = None,
@@ -142,7 +144,7 @@ class Sandbox:
         """Open a sandbox. Raises SandboxError.
 
         policy, image, env, workdir, read_only, files, read_roots, write_roots, allow_hosts, deny_hosts, allow_hidden,
-        allow_symlinks, hide, reveal, guest_root, max_file_size, ca: see `run_program`. Commands start in a copy of
+        allow_symlinks, hide, reveal, guest_root, git, max_file_size, ca: see `run_program`. Commands start in a copy of
         workdir.
         memory, procs: limits of all commands together. cpu_s, fds: limits of each command. Of a policy that you pass,
         `limits.wall_ms` and `limits.cpu_ms` limit each command; those of the built-in policy do not apply.

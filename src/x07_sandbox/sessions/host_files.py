@@ -8,7 +8,7 @@ import posixpath
 import shlex
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import IO, TYPE_CHECKING, Final, TypeVar
 
 import msgspec
 
@@ -22,12 +22,13 @@ from x07_sandbox.errors import (
     Flag,
     HostError,
     RefusedError,
+    SandboxError,
     Text,
     UsageError,
     escaped,
 )
 from x07_sandbox.files.change_rules import AllowedActions, check_changes
-from x07_sandbox.files.changes import ChangeSet, RootChanges, encode
+from x07_sandbox.files.changes import ChangeSet, Commits, RootChanges, encode, parent_folders
 from x07_sandbox.files.copy import (
     FIELDS,
     NUMBER_MAX,
@@ -70,12 +71,14 @@ from x07_sandbox.records.runs import runs_dir, state_home
 from x07_sandbox.sessions.refusals import apply_command, denial, denials_and_entries, flag_for
 from x07_sandbox.sessions.request import Program, ProjectPolicy, RunRequest, is_built_in
 from x07_sandbox.sessions.result import Changes, ChangesChoice, LeftOutEntry
-from x07_sandbox.sessions.saved_changes import SavedChanges, summarize
+from x07_sandbox.sessions.saved_changes import SavedChanges, has_commits, summarize
 from x07_sandbox.sessions.transfers import ROOM, InFile, RunFolder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from x07_sandbox.files.incoming import ReportedEntry
+    from x07_sandbox.files.repository import History
     from x07_sandbox.host.locks import Pause
     from x07_sandbox.policy.model import Policy
     from x07_sandbox.sessions.prepare import Prepared
@@ -83,6 +86,8 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 _DENIALS_MAX: Final = 100
 _LETS_IN: Final[dict[Reason, str]] = {"hidden": "--allow-hidden", "link": "--allow-symlinks"}
+_GIT: Final = ".git"
+_GIT_ENTRIES: Final = 200_000  # files in a guest's `.git` that may change
 _LINKS_MAX: Final = 40  # path_resolution(7): the kernel follows no more
 
 
@@ -96,6 +101,7 @@ class HostFiles:
         self._policy = policy
         self._built_in = is_built_in(request.policy)
         self._place = folder.path / "changes"
+        self._history: History | None = None
         self._bounds = bounds_of(policy, request.hide, request.reveal)
         roots = effective_roots(request, program, policy)
         self.trees: list[Tree] = []
@@ -133,6 +139,7 @@ class HostFiles:
 
     def _receiver(self, data_fd: int) -> Incoming:
         entries = self._bounds.entries + sum(len(copied.nodes) for copied in self.copied)
+        entries += 0 if self._history is None else _GIT_ENTRIES
         most_bytes = settings.CHANGES_MAX_BYTES
         return Incoming(data_fd, roots=len(self._roots), most_entries=entries, most_bytes=most_bytes)
 
@@ -150,13 +157,29 @@ class HostFiles:
                 if not incoming.complete:
                     why = incoming.problem or "they were not sent"
                     raise BackendError("cannot show the changes so far", why, "Close the sandbox with less changes")
-                yield SavedChanges(self._place.parent.name, place, self._checked(incoming, whole=False))
+                yield SavedChanges(self._place.parent.name, place, self._checked(incoming, place, whole=False))
+
+    def _copy_history(self, tree: Tree, out: IO[bytes]) -> Copied:
+        """Write a new `.git` instead of the one on the host."""
+        from x07_sandbox.files.repository import Repository  # few runs get one
+
+        root = posixpath.dirname(tree.host)
+        number, outer = next(one for one in mounts_of(self.trees) if one[1].host == root)
+        skipped = _below(self.copied[number].skipped, outer.sub)
+
+        def is_left_out(name: str) -> bool:
+            return name in skipped or not skipped.keys().isdisjoint(parent_folders([name]))
+
+        with Repository(root) as repository:
+            self._history = repository.copy_history(self._place.parent, out, is_left_out)
+        return Copied(size=out.tell())
 
     def _copy(self, tree: Tree, left: int, folder: RunFolder) -> Copied:
         packed = folder.out_file(f"tree {len(self.trees)}", 1 << 60)
         try:
             with os.fdopen(os.dup(packed.fd), "wb") as out:
-                copied = copy_tree(tree, self._bounds, out, left)
+                is_history = any(mount.separate and not mount.sub for mount in tree.mounts)
+                copied = self._copy_history(tree, out) if is_history else copy_tree(tree, self._bounds, out, left)
                 size = out.tell()
         except OSError as exc:
             raise HostError("cannot store a copy of the program's files", exc.strerror or str(exc), ROOM) from exc
@@ -187,8 +210,14 @@ class HostFiles:
     def denials(self) -> list[Denial]:
         """Return one denial for each reason why entries were not copied in."""
         found = []
-        for copied in self.copied:
+        for tree, copied in zip(self.trees, self.copied, strict=True):
             for reason, left in copied.left_out.items():
+                if reason == "hidden" and _GIT in left.names and self._is_workdir(tree):
+                    found.append(denial("git", "copy", _GIT, "the copy of host files", 1, (None, "--git")))
+                    left.largest = [one for one in left.largest if one[1] != _GIT]
+                    left.count -= 1
+                if not left.count:
+                    continue
                 more = f" and {left.count - len(left.names)} more" if left.count > len(left.names) else ""
                 why = why_left_out(reason, self._bounds)
                 links = "; it also contains symbolic links, fs.allow_symlinks" if left.links else ""
@@ -197,6 +226,9 @@ class HostFiles:
                 denied = denial(FIELDS[reason], "copy", subject, "the copy of host files", left.count, how)
                 found.append(msgspec.structs.replace(denied, reason=f"{why}{links}"))
         return found
+
+    def _is_workdir(self, tree: Tree) -> bool:
+        return any(mount.at == WORK and not mount.sub for mount in tree.mounts)
 
     def settle(self, choice: ChangesChoice, why_kept: str) -> tuple[Changes, list[Denial], str]:
         """Apply, save or discard the program's changes to host files. Raises PeerError, BackendError.
@@ -219,13 +251,17 @@ class HostFiles:
                 refused,
                 f"any changes that the program made to files are lost: {why}",
             )
-        changes = self._checked(incoming, whole=choice == "all-or-nothing")
-        if not any(root.changes or root.left_out or root.refused for root in changes.roots):
+        changes = self._checked(incoming, self._place, whole=choice == "all-or-nothing")
+        denials = []
+        if changes.commits is not None and changes.commits.problem:
+            denied = denial("git", "change", "the program's commits", "git index-pack", 1, (None, None))
+            denials.append(msgspec.structs.replace(denied, reason=changes.commits.problem))
+        if not (has_commits(changes) or any(root.changes or root.left_out or root.refused for root in changes.roots)):
             self._discard()
-            return Changes(), [], ""
+            return Changes(state="discarded" if denials else "none"), denials, ""
         self._save(changes)
-        denials, entries = denials_and_entries(changes, built_in=self._built_in)
-        denials = denials[:_DENIALS_MAX]
+        of_files, entries = denials_and_entries(changes, built_in=self._built_in)
+        denials += of_files[:_DENIALS_MAX]
         if changes.all_or_nothing and any(root.refused for root in changes.roots):
             return summarize(changes, "kept", _why_saved(changes)), denials, ""
         settled, warning = self._apply(changes, choice, why_kept)
@@ -234,7 +270,7 @@ class HostFiles:
     def _apply(self, changes: ChangeSet, choice: ChangesChoice, why_kept: str) -> tuple[Changes, str]:
         if why_kept:
             return summarize(changes, "kept", why_kept), ""
-        if choice == "keep" or not any(root.changes for root in changes.roots):
+        if choice == "keep" or not (any(root.changes for root in changes.roots) or has_commits(changes)):
             return summarize(changes, "kept", ""), ""
         from x07_sandbox.files.apply import ConflictError
         from x07_sandbox.sessions.saved_changes import apply_saved
@@ -256,16 +292,20 @@ class HostFiles:
         self._caller.progress(Notice(f"waiting: another command is changing {path}"))
         return self._caller.cancel.pause
 
-    def _checked(self, incoming: Incoming, *, whole: bool) -> ChangeSet:
+    def _checked(self, incoming: Incoming, place: Path, *, whole: bool) -> ChangeSet:
+        """Return the changes, after all checks. Any commits are stored in the folder *place*."""
         fs = self._policy.fs
         allowed = AllowedActions(mkdir=fs.allow_mkdir, remove=fs.allow_remove, rename=fs.allow_rename)
         reserved = _own_places()
-        roots = []
+        roots, commits = [], None
         for number, (tree, mount) in enumerate(self._roots):
+            reported = [one for one in incoming.reported if one.root == number]
+            if mount.separate and self._history is not None:
+                commits = self._commits(mount, reported, place)
+                continue
             before = _below(self.copied[tree].nodes, mount.sub)
             created = _below(dict.fromkeys(self.copied[tree].created), mount.sub)
             allowed = msgspec.structs.replace(allowed, created=frozenset(created))
-            reported = [one for one in incoming.reported if one.root == number]
             skipped = _below(self.copied[tree].skipped, mount.sub)
             protection = Protection(
                 mount.host,
@@ -289,7 +329,18 @@ class HostFiles:
                 )
             )
         every = tuple(map(_joined, roots)) if whole else tuple(roots)
-        return ChangeSet(run=self._place.parent.name, roots=every, all_or_nothing=whole)
+        return ChangeSet(run=self._place.parent.name, roots=every, all_or_nothing=whole, commits=commits)
+
+    def _commits(self, mount: Mount, reported: list[ReportedEntry], place: Path) -> Commits | None:
+        from x07_sandbox.files.repository import Repository  # as above
+
+        root = posixpath.dirname(mount.host)
+        assert self._history is not None  # noqa: S101 - the caller has checked it
+        try:
+            with Repository(root) as repository, closing_fd(open_private_file(place / "data", os.O_RDONLY)) as data_fd:
+                return repository.bundle(self._history, reported, data_fd, place)
+        except (SandboxError, OSError) as exc:  # the changes of files do not depend on it
+            return Commits(root=root, problem=exc.why if isinstance(exc, SandboxError) else str(exc.strerror))
 
     def _own(self, mount: Mount) -> list[str]:
         policy = self._request.policy
@@ -326,6 +377,8 @@ def effective_roots(request: RunRequest, program: Program | None, policy: Policy
     roots = roots_of(policy, base_folder(request, program), start)
     if request.workdir is not None:
         roots = (*roots, workdir_root(request, program, policy, request.workdir))
+    if request.git:
+        roots = (*roots, _git_root(request))
     if request.out is None:
         return roots
     what = ("cannot use ", Flag("--out"))
@@ -359,6 +412,20 @@ def workdir_root(request: RunRequest, program: Program | None, policy: Policy, w
         why = "`files` are placed in the private working folder, which workdir replaces"
         raise UsageError(what, why, "Write the files to the folder of workdir, or do not use workdir")
     return Root(field="--workdir", given=str(workdir), host=str(host), guest=WORK, write=not request.read_only)
+
+
+def _git_root(request: RunRequest) -> Root:
+    """Return the root for a fresh `.git` in the folder of --workdir. Raises UsageError, RefusedError."""
+    from x07_sandbox.files.repository import Repository  # few runs get one
+
+    if request.workdir is None:
+        why = "it needs the folder of the repository"
+        raise UsageError(("cannot use ", Flag("--git")), why, ("Add ", Flag("--workdir .")))
+    host = str(working_folder(request.workdir))
+    with Repository(host):  # checks it
+        return Root(
+            field="--git", given=_GIT, host=f"{host}/{_GIT}", guest=f"{WORK}/{_GIT}", write=not request.read_only
+        )
 
 
 def _cannot_use(workdir: Path) -> Text:

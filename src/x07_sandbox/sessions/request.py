@@ -136,6 +136,7 @@ class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
     profile: str | None = None
     changes: ChangesChoice = "apply"
     out: Path | None = None
+    git: bool = False
     allow_protected: tuple[str, ...] = ()
     hide: tuple[str, ...] = ()
     reveal: tuple[str, ...] = ()

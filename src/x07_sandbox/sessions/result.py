@@ -142,6 +142,19 @@ class LeftOutEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     take: str
 
 
+class NewCommits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The program's new commits on one branch of a git repository.
+
+    branch: the branch; HEAD for commits on no branch.
+    commit: the last one.
+    ref: the reference that points to it in the repository on the host, while the changes are applied.
+    """
+
+    branch: str
+    commit: str
+    ref: str
+
+
 ChangesState = Literal["none", "applied", "kept", "conflict", "discarded"]
 
 
@@ -155,6 +168,7 @@ class Changes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     left_out: how many changes x07 left out, because a rule refuses them, or refuses a change on which they depend.
     left_out_entries: the refused changes that are not below another refused change; at most 100.
     apply_left_out: the command that applies those left-out changes that can be applied.
+    commits: the new commits, by branch, of a program that got a git repository.
     """
 
     state: ChangesState = "none"
@@ -166,6 +180,7 @@ class Changes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     left_out: int = 0
     left_out_entries: tuple[LeftOutEntry, ...] = ()
     apply_left_out: str = ""
+    commits: tuple[NewCommits, ...] = ()
 
 
 class Diff(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

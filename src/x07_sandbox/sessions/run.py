@@ -310,7 +310,7 @@ def copy_in(prepared: Prepared, draft: Draft, folder: RunFolder, stack: contextl
     """Copy any host files of a run for the guest, and note what was left out. Raises SandboxError."""
     request, policy, caller = prepared.request, prepared.policy.policy, prepared.caller
     roots = policy.fs.enabled and (policy.fs.read_roots or policy.fs.write_roots)
-    if request.out is None and request.workdir is None and not roots:
+    if request.out is None and request.workdir is None and not (roots or request.git):
         return None
     # Imported only for runs with files.
     from x07_sandbox.files.copy import EntriesError

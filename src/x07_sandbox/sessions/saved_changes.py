@@ -10,18 +10,22 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from x07_sandbox.errors import Command, HostError, SandboxError, UsageError, escaped
+from msgspec.structs import replace
+
+from x07_sandbox.errors import Command, HostError, RefusedError, SandboxError, UsageError, escaped
 from x07_sandbox.host.locks import OnWait, is_locked, lock_fd_held, lock_for_removal
 from x07_sandbox.host.paths import private_dir, read_bounded, state_dir
 from x07_sandbox.policy.guest import is_below
 from x07_sandbox.records.runs import APPLYING, RUN_NAME, all_runs, find_run, runs_dir, runs_with
-from x07_sandbox.sessions.result import ChangedName, Changes, ChangesState
+from x07_sandbox.sessions.result import ChangedName, Changes, ChangesState, NewCommits
 
 if TYPE_CHECKING:
-    from x07_sandbox.files.changes import ChangeSet
+    from x07_sandbox.files.changes import ChangeSet, Commits
+    from x07_sandbox.files.repository import Repository
 
 _SAVED: Final = "changes/changes.json"
 _LATER: Final = "later-"
@@ -53,6 +57,14 @@ class SavedChanges(NamedTuple):
     def undos(self) -> list[Path]:
         """The folders whose changes can be undone, in the order in which the changes were applied."""
         return [place for place in (self.folder, *_later(self.folder)) if (place / "undo").is_dir()]
+
+    @property
+    def has_fetched(self) -> bool:
+        """Whether the repository has the commits of the run. Raises HostError."""
+        if not has_commits(self.changes):
+            return False
+        with _repository(self.changes) as (repository, commits):
+            return repository.is_fetched(commits, self.run)
 
     def done(self) -> set[tuple[str, str]]:
         """Return the root and name of each applied change. Raises HostError."""
@@ -99,7 +111,7 @@ def find_saved(run: str | None, verb: str = "diff") -> SavedChanges:
 def _can_undo(saved: SavedChanges) -> bool:
     """Return whether there is something to undo; changes that were in effect before have an empty undo set."""
     try:
-        return bool(saved.undos and saved.done())
+        return bool(saved.undos and saved.done()) or saved.has_fetched
     except HostError:  # `undo_saved` raises it again
         return True
 
@@ -128,6 +140,7 @@ def command(verb: str, run: str, roots: Iterable[str]) -> str:
 def folder_names(changes: ChangeSet) -> str:
     """Return the names of the folders that *changes* changes."""
     names = [escaped(root.root) for root in changes.roots if root.changes or root.left_out or root.refused]
+    names += [] if names or changes.commits is None else [escaped(changes.commits.root)]
     more = f" and {len(names) - _LISTED} more folders" if len(names) > _LISTED else ""
     return f"{', '.join(names[:_LISTED])}{more}"
 
@@ -147,7 +160,30 @@ def summarize(
         for name, raw in (in_json(change.name),)
     )
     added, changed, deleted = map(changes.count, ("added", "changed", "deleted"))
-    return Changes(state=state, reason=reason, names=names, added=added, changed=changed, deleted=deleted)
+    return Changes(
+        state=state,
+        reason=reason,
+        names=names,
+        added=added,
+        changed=changed,
+        deleted=deleted,
+        commits=_new_commits(changes),
+    )
+
+
+def has_commits(changes: ChangeSet) -> bool:
+    """Return whether there are commits that can be fetched."""
+    return changes.commits is not None and not changes.commits.problem
+
+
+def _new_commits(changes: ChangeSet) -> tuple[NewCommits, ...]:
+    if changes.commits is None or not has_commits(changes):
+        return ()
+    from x07_sandbox.files.repository import refs_of
+
+    refs = refs_of(changes.commits, changes.run)
+    rows = zip(changes.commits.branches, refs.items(), strict=True)
+    return tuple(NewCommits(branch=branch, commit=oid, ref=ref) for branch, (ref, oid) in rows)
 
 
 def _read(path: Path) -> SavedChanges:
@@ -162,7 +198,9 @@ def _read(path: Path) -> SavedChanges:
 
 
 def apply_saved(saved: SavedChanges, changes: ChangeSet, on_wait: OnWait, *, later: bool = False) -> ChangeSet:
-    """Apply *changes*, which are all or some of the changes in *saved*. Raises ConflictError, HostError.
+    """Apply *changes*, which are all or some of the changes in *saved*, and fetch their commits, or do neither.
+
+    Raises ConflictError, HostError.
 
     later: whether *changes* were left out when x07 applied the other changes. x07 then makes a separate undo set.
     """
@@ -170,7 +208,9 @@ def apply_saved(saved: SavedChanges, changes: ChangeSet, on_wait: OnWait, *, lat
     from x07_sandbox.files.inode import ConflictError, conflict_error
 
     lock = _locked(saved.folder, on_wait) if later else contextlib.nullcontext()
-    with lock, _validated(saved.run), (saved.folder / "data").open("rb") as data:
+    with lock, _validated(saved.run), (saved.folder / "data").open("rb") as data, _fetched(saved, changes):
+        if not any(root.changes for root in changes.roots):
+            return replace(changes, roots=(), commits=None)
         place = saved.folder / f"{_LATER}{len(saved.undos)}" if later else saved.folder
         try:
             done = apply(changes, data.fileno(), place, on_wait=on_wait, around=applying(saved.run))
@@ -185,7 +225,26 @@ def apply_saved(saved: SavedChanges, changes: ChangeSet, on_wait: OnWait, *, lat
 
 
 def undo_saved(saved: SavedChanges, on_wait: Callable[[str], None]) -> ChangeSet:
-    """Undo the changes that were applied last. Raises UsageError, ConflictError, HostError."""
+    """Undo the changes that were applied last, and with the first ones the references to the run's commits.
+
+    Return what was undone. Raises UsageError, ConflictError, HostError.
+    """
+    what, run = f"cannot undo the changes of run {saved.run}", saved.run
+    with _locked(saved.folder, on_wait), _validated(run), applying(run), contextlib.ExitStack() as stack:
+        fetched = saved.has_fetched
+        if not saved.undos and not fetched:  # checked under the lock
+            raise UsageError(what, "they are not applied", ("To see them: ", Command(f"x07 diff {run}")))
+        files = partial(_undo_files, saved, what, on_wait) if saved.undos else partial(replace, saved.changes, roots=())
+        if not fetched or len(saved.undos) > 1:
+            return files()
+        repository, commits = stack.enter_context(_repository(saved.changes))
+        refs = repository.own_refs(commits, run)
+        done = files()
+        repository.forget(refs)
+        return replace(done, commits=commits)
+
+
+def _undo_files(saved: SavedChanges, what: str, on_wait: Callable[[str], None]) -> ChangeSet:
     import shutil
 
     from x07_sandbox.files.apply import apply
@@ -193,24 +252,52 @@ def undo_saved(saved: SavedChanges, on_wait: Callable[[str], None]) -> ChangeSet
     from x07_sandbox.files.inode import ConflictError, undo_conflict_error
     from x07_sandbox.files.staging import UNDOING
 
-    what, run = f"cannot undo the changes of run {saved.run}", saved.run
-    with _locked(saved.folder, on_wait), _validated(run), applying(run), contextlib.ExitStack() as stack:
-        if not saved.undos:  # checked under the lock
-            raise UsageError(what, "they are not applied", ("To see them: ", Command(f"x07 diff {run}")))
-        folder = saved.undos[-1]
-        place = folder / "undo"
-        data = stack.enter_context((place / "data").open("rb"))
-        changes = decode(read_bounded(place / "changes.json", "list of changes", _CHANGES_MAX))
+    folder = saved.undos[-1]
+    place = folder / "undo"
+    changes = decode(read_bounded(place / "changes.json", "list of changes", _CHANGES_MAX))
+    with (place / "data").open("rb") as data:
         try:
             # The replaced content is saved already, so no undo set is needed, and a full disk does not matter.
             done = apply(changes, data.fileno(), folder / UNDOING, on_wait=on_wait)
         except ConflictError as exc:
-            review = command("diff", run, saved.roots)
+            review = command("diff", saved.run, saved.roots)
             raise (undo_conflict_error(exc, what, review) if exc.names else exc) from None
         except HostError as exc:
             raise HostError(what, exc.why, exc.fix) from exc
-        shutil.rmtree(folder / UNDOING)
+    shutil.rmtree(folder / UNDOING)
     return done
+
+
+@contextlib.contextmanager
+def _repository(changes: ChangeSet) -> Iterator[tuple[Repository, Commits]]:
+    """Yield the repository of the commits in *changes*, and these. Raises HostError."""
+    from x07_sandbox.files.repository import Repository  # few runs get one
+
+    assert changes.commits is not None  # noqa: S101 - the caller has checked it
+    try:
+        with Repository(changes.commits.root) as repository:
+            yield repository, changes.commits
+    except (UsageError, RefusedError) as exc:
+        raise HostError(exc.what, exc.why, exc.fix) from exc
+
+
+@contextlib.contextmanager
+def _fetched(saved: SavedChanges, changes: ChangeSet) -> Iterator[None]:
+    """Fetch any commits, and revert that if the context ends by an exception. Raises HostError."""
+    if not has_commits(changes):
+        yield
+        return
+    from x07_sandbox.files.repository import BUNDLE
+
+    with _repository(changes) as (repository, commits):
+        before = repository.is_fetched(commits, saved.run)
+        repository.fetch(commits, saved.run, saved.folder / BUNDLE)
+        try:
+            yield
+        except BaseException:
+            if not before:
+                repository.forget(repository.own_refs(commits, saved.run))
+            raise
 
 
 @contextlib.contextmanager

@@ -93,7 +93,8 @@ def select_changes(
         selected = {change.name for change in part.changes}
         if found := unmet(root, selected | {name for place, name in applied or () if place == root.root}):
             raise _needs(root.root, found, changes, can_add=bool(only))
-    return replace(changes, roots=tuple(replace(root, left_out=()) for root, _ in parts))
+    commits = None if only else changes.commits
+    return replace(changes, roots=tuple(replace(root, left_out=()) for root, _ in parts), commits=commits)
 
 
 def _with_left_out(
@@ -148,8 +149,10 @@ def _needs(root: str, names: tuple[str, str], changes: ChangeSet, *, can_add: bo
 
 def apply_selected(saved: SavedChanges, selected: ChangeSet, on_wait: Callable[[str], None]) -> ChangeSet:
     """Apply those of the *selected* changes that are not applied yet, as a step that can be undone. Return them."""
+    new = replace(selected, roots=(), commits=None if saved.has_fetched else selected.commits)
     if not any(root.changes for root in selected.roots):
-        return replace(selected, roots=())  # without an undo set, which would count as an application
+        apply_saved(saved, replace(selected, roots=()), on_wait)  # without an undo set, which counts as an application
+        return new
     done = saved.done()
     rest = [
         replace(
@@ -162,7 +165,7 @@ def apply_selected(saved: SavedChanges, selected: ChangeSet, on_wait: Callable[[
     later = bool(done) and any(root.changes for root in rest)
     part = replace(selected, roots=tuple(rest)) if later else selected
     made = apply_saved(saved, part, on_wait, later=later)
-    return part if made.roots else made
+    return replace(new, roots=part.roots if made.roots else ())
 
 
 def _without(
@@ -214,7 +217,7 @@ def below(changes: ChangeSet, paths: Sequence[str]) -> ChangeSet:
         return replace(root, **lists)
 
     _require_used(paths, changes, "show")
-    return replace(changes, roots=tuple(map(some, changes.roots))) if paths else changes
+    return replace(changes, roots=tuple(map(some, changes.roots)), commits=None) if paths else changes
 
 
 def _require_used(words: Iterable[str], changes: ChangeSet, verb: str) -> None:

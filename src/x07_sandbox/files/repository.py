@@ -1,0 +1,575 @@
+"""A git repository of the host: its history for a guest, and the commits that come back.
+
+The repository and the guest may both be hostile. So git never reads the repository's own configuration, and runs only
+in a jail (jail/programs), over a git directory that is made here: HEAD, branches and tags are copied as text, and only
+the objects are the repository's own. A guest gets such a directory too. It sends back files, from which branches are
+read as text, and git packs the new objects into a bundle (gitformat-bundle(5)) and checks them. Only a pack and files
+below refs/x07 go into the repository (gitrepository-layout(5)).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import secrets
+import shlex
+import stat
+import tempfile
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Final, NamedTuple, Self
+
+from x07_sandbox.channel.contents import parts
+from x07_sandbox.channel.trees import FOLDER_FLAGS, Entry, Kind, file_record, open_folder, segment_of, walk
+from x07_sandbox.errors import Command, Flag, HostError, RefusedError, SandboxError, Text, UsageError, escaped
+from x07_sandbox.files.changes import Commit, Commits
+from x07_sandbox.host import beneath
+from x07_sandbox.host.linux import memory_file
+from x07_sandbox.host.paths import closing_fd, find_program
+from x07_sandbox.host.settings import COPY_IN_MAX_BYTES, MIB
+from x07_sandbox.jail.programs import Folder, run_jailed
+
+if TYPE_CHECKING:
+    from x07_sandbox.files.incoming import ReportedEntry
+
+BUNDLE: Final = "commits.bundle"
+BUNDLE_MAX_BYTES: Final = 256 * MIB
+_TEXT_MAX: Final = 64 * MIB
+_REF_MAX: Final = 1024
+_PART_MAX: Final = 255
+_REFS_MAX: Final = 100_000
+_BRANCHES_MAX: Final = 100  # from a guest
+_LISTED: Final = 1000
+_FIELD_MAX: Final = 200
+_TIMEOUT_S: Final = 300
+_HEADS: Final = "refs/heads/"
+_TAGS: Final = "refs/tags/"
+_ID: Final = re.compile(r"[0-9a-f]{40}", re.ASCII)
+_BRANCH: Final = re.compile(r"ref: (refs/heads/.+)", re.ASCII)
+_SHA256: Final = re.compile(r"^[0-9a-f]{64}\b", re.ASCII | re.MULTILINE)
+_WHY_SHA256: Final = "its objects have the format SHA-256"
+_ID_LINE: Final = re.compile(r"^[0-9a-f]{40}\n", re.ASCII | re.MULTILINE)
+_FORMAT: Final = "--format=%H%x00%S%x00%an%x00%s"
+_OBJECT: Final = re.compile(r"objects/(?:[0-9a-f]{2}/[0-9a-f]{38}|pack/pack-[0-9a-f]{40}\.(?:pack|idx))", re.ASCII)
+_NOT_IN_NAMES: Final = re.compile(r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|@\{|//|\.lock(?:/|$)|(?:^|/)\.|[./]$")
+_FILTER: Final = re.compile(rb"^[^#\n]*[ \t]filter=([^ \t\r\n]+)", re.MULTILINE)
+_GITLINK: Final = "160000"
+_EMPTY_FILE: Final = "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391"  # a file that git add -N has added, and not stored
+_OURS: Final = (
+    "[core]\n\trepositoryformatversion = 0\n\tbare = false\n\tsharedRepository = 0666\n\tbigFileThreshold = 16m\n"
+)
+_FOLDERS: Final = ("objects", "objects/info", "objects/pack", "refs", "refs/heads", "refs/tags")
+_GUESTS: Final = b"""[core]
+	repositoryformatversion = 0
+	filemode = true
+	bare = false
+	logallrefupdates = true
+[gc]
+	auto = 0
+[maintenance]
+	auto = false
+[user]
+	name = x07-sandbox
+	email = x07-sandbox@localhost
+"""
+
+
+class History(NamedTuple):
+    """What a guest got of a repository. head: its commit, or "". branches, tags: their objects, by their full names."""
+
+    head: str
+    refs: dict[str, str]
+
+    @property
+    def ids(self) -> list[str]:
+        """The objects whose history the guest got."""
+        return list(dict.fromkeys(filter(None, (self.head, *self.refs.values()))))
+
+
+class Repository:
+    """The repository whose work tree is the folder *root*. A context manager."""
+
+    def __init__(self, root: str) -> None:
+        """Open the repository. Raises UsageError or RefusedError for one that cannot be used."""
+        self.root = root
+        self._what = ("cannot use ", Flag("--git"), f" with {escaped(root)}")
+        try:
+            self._fd = beneath.open_root(f"{root}/.git")
+        except OSError as exc:
+            raise self._not_opened(exc) from exc
+        try:
+            self._check()
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._fd)
+
+    def _not_opened(self, exc: OSError) -> SandboxError:
+        if exc.errno == errno.ENOENT:
+            fix = ("Use the top folder of a git repository, or omit ", Flag("--git"))
+            return UsageError(self._what, "it contains no .git", fix)
+        if exc.errno in {errno.ENOTDIR, errno.ELOOP}:
+            return self._refused("it is a worktree or a submodule: its .git is not a folder", "git clone --no-local")
+        return UsageError(self._what, f".git cannot be opened ({exc.strerror})", "Check its permissions")
+
+    def _refused(self, why: str, command: str = "") -> RefusedError:
+        fix: Text = ("Omit ", Flag("--git"))
+        if command:
+            fix = ("To make a clone that can be used: ", Command(f"{command} {escaped(self.root)} CLONE"))
+        return RefusedError(self._what, why, fix, code="git-unsupported")
+
+    def _check(self) -> None:
+        if self._exists("commondir"):
+            raise self._refused("it is a worktree of another repository", "git clone --no-local")
+        if self._exists("objects/info/alternates") or self._exists("objects/info/http-alternates"):
+            raise self._refused("it uses objects of another repository (alternates)", "git clone --no-local")
+        if self._exists("reftable"):
+            raise self._refused("its branches are in the format reftable", "git clone --ref-format=files")
+        with contextlib.suppress(OSError), closing_fd(self._folder("objects/pack")) as pack:
+            if any(name.endswith(".promisor") for name in os.listdir(pack)):  # noqa: PTH208 - of a descriptor
+                raise self._refused("it is a partial clone")
+
+    # reading
+
+    def _folder(self, name: str) -> int:
+        return open_folder(self._fd, os.fsencode(name))
+
+    def _exists(self, name: str) -> bool:
+        try:
+            os.close(beneath.look(self._fd, name))
+        except OSError as exc:
+            return exc.errno not in {errno.ENOENT, errno.ENOTDIR}
+        return True
+
+    def _read(self, name: str, most: int = _TEXT_MAX) -> bytes | None:
+        """Return the content of a file, or None if there is none. Raises RefusedError."""
+        try:
+            with closing_fd(beneath.open_file(self._fd, name)) as fd:
+                info = os.fstat(fd)
+                data = os.pread(fd, most + 1, 0) if stat.S_ISREG(info.st_mode) else b""
+                if not stat.S_ISREG(info.st_mode) or len(data) > most:
+                    raise self._refused(f".git/{name} is no file, or larger than {most} bytes")
+                return data
+        except FileNotFoundError:
+            return None
+        except OSError as exc:
+            raise self._refused(f".git/{name} cannot be read ({exc.strerror})") from exc
+
+    def _refs(self) -> dict[str, str]:
+        """Return the objects of all branches and tags by their full names."""
+        if _SHA256.search((self._read("packed-refs") or b"").decode("ascii", "replace")):
+            raise self._refused(_WHY_SHA256)
+        found = self._packed()
+        for folder in (_HEADS, _TAGS):
+            with contextlib.suppress(FileNotFoundError), closing_fd(self._folder(folder.rstrip("/"))) as top:
+                for entry in walk(top, failed=lambda _name, _exc: None):
+                    if entry.fd >= 0 or not stat.S_ISREG(entry.info.st_mode):
+                        continue
+                    with closing_fd(entry.open()) as fd:
+                        text = os.pread(fd, _REF_MAX, 0).decode("ascii", "replace").strip()
+                    if _SHA256.match(text):
+                        raise self._refused(_WHY_SHA256)
+                    name = folder + os.fsdecode(entry.name)
+                    if is_ref_name(name) and _ID.fullmatch(text) and len(found) < _REFS_MAX:
+                        found[name] = text
+        return found
+
+    def _head(self, refs: Mapping[str, str]) -> tuple[str, str]:
+        """Return the text of HEAD, and its commit, or "" if it has none."""
+        text = (self._read("HEAD", _REF_MAX) or b"").decode("utf-8", "replace").strip()
+        branch = _BRANCH.fullmatch(text)
+        if branch is not None and is_ref_name(branch[1]):
+            return text, refs.get(branch[1], "")
+        if not _ID.fullmatch(text):
+            raise self._refused("its HEAD is neither a branch nor a commit")
+        return text, text
+
+    # to a guest
+
+    def copy_history(self, folder: Path, out: IO[bytes], is_left_out: Callable[[str], bool]) -> History:
+        """Write the stream (channel/trees) of a guest's `.git` to *out*. Raises SandboxError, OSError.
+
+        It has the history of HEAD, the branches and tags in it, and the index. folder: for temporary files.
+        is_left_out: whether a file of the work tree exists, and is not in the guest's copy: it then gets the flag
+        skip-worktree, so that git does not take it for deleted.
+        """
+        refs = self._refs()
+        text, head = self._head(refs)
+        with self._git(folder, refs, head or text) as git:
+            if shallow := _ID_LINE.findall((self._read("shallow") or b"").decode("ascii", "replace")):
+                git.write("shallow", "".join(shallow).encode())
+            merged = git.lines("for-each-ref", "--merged=HEAD", "--format=%(refname)") if head else []
+            history = History(head, {name: refs[name] for name in merged if name in refs})
+            objects = self._copy_index(git, is_left_out)
+            texts = {"HEAD": f"{text}\n".encode(), "config": _GUESTS, "packed-refs": _packed(history.refs)}
+            made = ["index"] if objects is not None else []
+            made += ["shallow"] if shallow else []
+            if wanted := history.ids + (objects or []):
+                name = git.pack(
+                    "pack-objects", "--revs", "-q", "/git/objects/pack/pack", stdin="\n".join(wanted).encode()
+                )
+                made += [f"{name}.pack", f"{name}.idx"]
+                texts[f"{name}.keep"] = b""  # so that git gc does not pack it again
+            for name in ("", *_FOLDERS):
+                out.write(Entry(Kind.FOLDER, name.encode(), mode=0o755).encoded())
+            out.writelines(file_record(name.encode(), data) for name, data in texts.items())
+            for name in made:
+                with git.opened(name) as fd:
+                    size = os.fstat(fd).st_size
+                    out.write(Entry(Kind.FILE, name.encode(), mode=0o644, size=size).encoded())
+                    out.writelines(map(segment_of, parts(fd, size)))
+            out.write(Entry(Kind.END, b"").encoded())
+        return history
+
+    def _copy_index(self, git: _Git, is_left_out: Callable[[str], bool]) -> list[str] | None:
+        """Copy the index, if there is one, and return the objects in it.
+
+        Raises RefusedError for files that a guest cannot have.
+        """
+        if (index := self._read("index")) is None:
+            return None
+        git.write("index", index)
+        entries = [_entry(row) for row in os.fsdecode(git.read("ls-files", "-s", "-z")).split("\0") if row]
+        for name, mode, _ in entries:
+            if mode == _GITLINK:
+                raise self._refused(f"it has a submodule, {escaped(name)}")
+        attributes = [oid for name, _, oid in entries if name.rpartition("/")[2] == ".gitattributes"]
+        texts = git.read("cat-file", "--batch", stdin="\n".join(attributes)) if attributes else b""
+        if found := _FILTER.search(texts + b"\n" + (self._read("info/attributes") or b"")):
+            used = escaped(found[1].decode("utf-8", "replace"))
+            raise self._refused(f"its files pass through the filter {used} (.gitattributes), as with Git LFS")
+        if absent := [name for name, _, _ in entries if is_left_out(name)]:
+            git.read("update-index", "--skip-worktree", "-z", "--stdin", stdin="\0".join([*absent, ""]))
+        return [oid for oid in dict.fromkeys(oid for _, _, oid in entries) if oid != _EMPTY_FILE]
+
+    @contextlib.contextmanager
+    def _git(self, folder: Path, refs: Mapping[str, str], head: str, *, more: int | None = None) -> Iterator[_Git]:
+        """Yield git in a new directory in *folder*, with the objects of the repository. more: a folder with more."""
+        with closing_fd(self._folder("objects")) as objects, tempfile.TemporaryDirectory(dir=folder) as scratch:
+            folders = [Folder(objects, "/objects"), *([] if more is None else [Folder(more, "/more")])]
+            yield _Git(Path(scratch, "git"), folders, refs, head, self._what)
+
+    # from a guest
+
+    def bundle(self, history: History, entries: Iterable[ReportedEntry], data_fd: int, folder: Path) -> Commits | None:
+        """Return the commits that a guest has made since it got *history*, or None if it has made none.
+
+        entries: what it has changed in its `.git`; their contents are in *data_fd*. The commits are stored in
+        folder/commits.bundle. If they cannot be used, `Commits.problem` says why. Raises OSError.
+        """
+        files = {one.name: one.node for one in entries if one.node is not None and one.node.kind == "file"}
+
+        def text(name: str, most: int = _REF_MAX) -> str:
+            node = files.get(name)
+            data = b"" if node is None or node.at is None else os.pread(data_fd, min(node.size, most), node.at)
+            return data.decode("utf-8", "replace").strip()
+
+        loose = {name: text(name) for name in files if name.startswith(_HEADS)}
+        now = {**history.refs, **_packed_refs(text("packed-refs", _TEXT_MAX)), **loose}
+        new = {
+            _short(name): now[name] for name in now if name.startswith(_HEADS) and now[name] != history.refs.get(name)
+        }
+        if _ID.fullmatch(head := text("HEAD")) and head not in {history.head, *now.values()}:
+            new["HEAD"] = head
+        if not new:
+            return None
+        if problem := _problem(new):
+            return Commits(root=self.root, problem=problem)
+        objects = {name: node for name, node in files.items() if _OBJECT.fullmatch(name)}
+        if any(node.at is None for node in objects.values()):
+            return Commits(root=self.root, problem="a file with objects is larger than the policy allows")
+        try:
+            with tempfile.TemporaryDirectory(dir=folder, prefix=".git-") as scratch:
+                for name, node in objects.items():
+                    place = Path(scratch, name)
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    with place.open("xb") as file:
+                        _copy(data_fd, file.fileno(), node.size, at=node.at or 0)
+                self._pack(history, new, Path(scratch), folder / BUNDLE)
+            with self._unpacked(folder / BUNDLE, new) as (git, _):
+                revisions = [*map(_full, new), *(f"^{one}" for one in history.ids)]
+                found = _commits(git.read("log", "--source", _FORMAT, "--stdin", stdin="\n".join(revisions)))
+        except HostError as exc:
+            (folder / BUNDLE).unlink(missing_ok=True)
+            return Commits(root=self.root, problem=f"{exc.why}, so they cannot be used")
+        ids = {one.id for one in found}
+        branches = {name: oid for name, oid in new.items() if oid in ids}  # not those that only went back
+        if not branches:
+            (folder / BUNDLE).unlink()
+            return None
+        return Commits(root=self.root, branches=branches, count=len(found), listed=tuple(found[:_LISTED]))
+
+    def _pack(self, history: History, new: Mapping[str, str], scratch: Path, bundle: Path) -> None:
+        """Write the objects of the *new* branches that *history* lacks to *bundle*. scratch/objects: the guest's."""
+        (scratch / "objects").mkdir(exist_ok=True)
+        known = [oid for name, oid in history.refs.items() if name.startswith(_HEADS)] or history.ids[:1]
+        lines = [
+            "# v2 git bundle",
+            *(f"-{oid} " for oid in known),
+            *(f"{oid} {_full(name)}" for name, oid in new.items()),
+        ]
+        with closing_fd(os.open(scratch / "objects", FOLDER_FLAGS)) as more, bundle.open("wb", buffering=0) as out:
+            out.write("\n".join([*lines, "", ""]).encode())
+            with self._git(scratch, {}, new[next(iter(new))], more=more) as git:
+                revisions = [*new.values(), *(f"^{one}" for one in history.ids)]
+                words = ("pack-objects", "--revs", "--stdout", "-q")
+                git.run(*words, stdin="\n".join(revisions).encode(), out_fd=out.fileno(), most=BUNDLE_MAX_BYTES)
+
+    @contextlib.contextmanager
+    def _unpacked(self, bundle: Path, branches: Mapping[str, str]) -> Iterator[tuple[_Git, str]]:
+        """Yield git in a directory with the pack of a bundle, which it has checked, and its name. Raises HostError."""
+        refs = {_full(name): oid for name, oid in branches.items() if name != "HEAD"}
+        head = branches.get("HEAD", next(iter(branches.values())))
+        with bundle.open("rb") as file, self._git(bundle.parent, refs, head) as git:
+            while file.readline(_REF_MAX * 2).strip():
+                pass
+            os.lseek(file.fileno(), file.tell(), os.SEEK_SET)
+            yield git, git.pack("index-pack", "--strict", "--stdin", stdin=file.fileno())
+
+    def fetch(self, commits: Commits, run: str, bundle: Path) -> None:
+        """Put the commits into the repository, under refs/x07/RUN. What is there already stays. Raises HostError."""
+        with self._unpacked(bundle, commits.branches) as (git, pack), self._writing():
+            for name in (f"{pack}.pack", f"{pack}.idx"):  # with the last one, git uses the pack
+                with git.opened(name) as fd:
+                    self._put(name, fd, 0o444)
+            for name, oid in refs_of(commits, run).items():
+                with closing_fd(memory_file(f"{oid}\n".encode())) as fd:
+                    self._put(name, fd, 0o644)
+                if self._ref(name) != oid:
+                    raise HostError(*self._moved(name))
+
+    def is_fetched(self, commits: Commits, run: str) -> bool:
+        """Return whether the repository has a reference that `fetch` has made."""
+        return any(self._ref(name) == oid for name, oid in refs_of(commits, run).items())
+
+    def own_refs(self, commits: Commits, run: str) -> list[str]:
+        """Return the references that `fetch` has made. Raises HostError if one cannot be deleted."""
+        refs = refs_of(commits, run)
+        packed = self._packed(refs)
+        for name, oid in refs.items():
+            if self._ref(name) not in {oid, ""}:
+                raise HostError(*self._moved(name))
+            if name in packed:  # by git pack-refs or git gc
+                fix = Command(f"git -C {shlex.quote(escaped(self.root))} update-ref -d {shlex.quote(name)}")
+                raise HostError(f"cannot delete {name}", "git has moved it to packed-refs", ("To delete it: ", fix))
+        return list(refs)
+
+    def forget(self, refs: Iterable[str]) -> None:
+        """Delete references that `fetch` has made. The objects stay, until git removes them. Raises HostError."""
+        with self._writing():
+            for name in refs:
+                self._delete(name)
+
+    def _moved(self, name: str) -> tuple[str, str, str]:
+        return f"cannot use {name}", "it points to another commit than the run's", "Rename or delete that reference"
+
+    def _ref(self, name: str) -> str:
+        """Return the commit of a reference below refs/x07, or ""."""
+        loose = self._read(name, _REF_MAX)
+        return self._packed({name}).get(name, "") if loose is None else loose.decode("ascii", "replace").strip()
+
+    def _packed(self, names: Collection[str] = ()) -> dict[str, str]:
+        return _packed_refs((self._read("packed-refs") or b"").decode("utf-8", "replace"), names)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as exc:
+            why = f"{exc.strerror or exc} in {escaped(self.root)}/.git"
+            raise HostError("cannot change the repository", why, "Check its permissions and the free space") from exc
+
+    def _put(self, name: str, source_fd: int, mode: int) -> None:
+        """Create a file in `.git` with the content of *source_fd*, unless it exists. Raises OSError."""
+        folder, _, part = name.rpartition("/")
+        owner = os.fstat(self._fd)
+        with closing_fd(self._folder("objects/pack")) as packs, closing_fd(self._made(folder)) as there:
+            temporary = f"tmp_x07_{secrets.token_hex(8)}"  # git prune removes tmp_*
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            with closing_fd(os.open(temporary, flags, 0o600, dir_fd=packs)) as fd:
+                try:
+                    _copy(source_fd, fd, os.fstat(source_fd).st_size)
+                    _give(fd, owner, mode)
+                    os.fsync(fd)
+                    with contextlib.suppress(FileExistsError):
+                        beneath.move(packs, temporary, there, part)
+                finally:
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(temporary, dir_fd=packs)
+
+    def _made(self, name: str) -> int:
+        """Open a folder in `.git`; create it and those above it if they are missing. Raises OSError."""
+        fd, owner = os.dup(self._fd), os.fstat(self._fd)
+        for part in name.split("/"):
+            with closing_fd(fd) as above:
+                try:
+                    os.mkdir(part, 0o755, dir_fd=above)
+                    made = True
+                except FileExistsError:
+                    made = False
+                fd = open_folder(above, os.fsencode(part))
+            if made:
+                _give(fd, owner, 0o755)
+        return fd
+
+    def _delete(self, name: str) -> None:
+        """Delete a reference, and the empty folders above it. Raises OSError."""
+        with contextlib.suppress(FileNotFoundError), beneath.parent_of(self._fd, name) as (fd, part):
+            os.unlink(part, dir_fd=fd)
+        folder = name.rpartition("/")[0]
+        with contextlib.suppress(OSError):  # other references are in it
+            while folder != "refs":
+                with beneath.parent_of(self._fd, folder) as (fd, part):
+                    os.rmdir(part, dir_fd=fd)
+                folder = folder.rpartition("/")[0]
+
+
+class _Git:
+    """Git in the jail, in the new git directory *place*.
+
+    Hostile objects may make git do anything that the jail allows. So after git has run, no link in that directory is
+    followed.
+    """
+
+    def __init__(self, place: Path, folders: list[Folder], refs: Mapping[str, str], head: str, what: Text) -> None:
+        self._place = place
+        self._folders = folders
+        self._what = what
+        for name in ("", *_FOLDERS):
+            (place / name).mkdir(parents=True, exist_ok=True)
+            (place / name).chmod(0o777)  # git has another uid; only we can enter the folders above
+        self.write("HEAD", head.encode() + b"\n")
+        self.write("config", _OURS.encode())
+        self.write("packed-refs", _packed(refs))
+        self.write("objects/info/alternates", "".join(f"{folder.at}\n" for folder in folders).encode())
+
+    def write(self, name: str, data: bytes) -> None:
+        """Create a file of the directory, before git uses it. Raises OSError."""
+        path = self._place / name
+        with path.open("xb") as file:
+            file.write(data)
+        path.chmod(0o644)
+
+    @contextlib.contextmanager
+    def opened(self, name: str) -> Iterator[int]:
+        """Yield a descriptor of a file of the directory, for reading. Raises HostError, OSError."""
+        with closing_fd(os.open(self._place, FOLDER_FLAGS)) as place, closing_fd(beneath.open_file(place, name)) as fd:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise HostError(self._what, f"git has not written the file {name}", "Try again")
+            yield fd
+
+    def pack(self, *words: str, stdin: bytes | int) -> str:
+        """Run git, which makes a pack, and return its name without the extension. Raises HostError."""
+        found = self.read(*words, stdin=stdin).split()[-1:]
+        name = found[0].decode("ascii", "replace") if found else ""
+        if not _ID.fullmatch(name):
+            raise HostError(self._what, f"git {words[0]} has made no pack", "Try again")
+        return f"objects/pack/pack-{name}"
+
+    def read(self, *words: str, stdin: str | bytes | int = b"") -> bytes:
+        """Run git, and return its output. Raises HostError."""
+        with closing_fd(memory_file(b"")) as fd:
+            given = stdin.encode("utf-8", "surrogateescape") if isinstance(stdin, str) else stdin
+            self.run(*words, stdin=given, out_fd=fd, most=COPY_IN_MAX_BYTES)
+            return os.pread(fd, min(os.fstat(fd).st_size, _TEXT_MAX), 0)
+
+    def lines(self, *words: str, stdin: str = "") -> list[str]:
+        """Run git, and return the lines of its output. Raises HostError."""
+        return [line for line in self.read(*words, stdin=stdin).decode("utf-8", "replace").split("\n") if line]
+
+    def run(self, *words: str, stdin: bytes | int, most: int, out_fd: int | None = None) -> None:
+        """Run git, with a limit for its files. Raises HostError if it fails."""
+        if (git := find_program("git")) is None:
+            raise HostError(self._what, "git is not installed", ("To install it: ", Command("apt-get install git")))
+        argv = [git, "--git-dir=/git", "--work-tree=/git", *words]
+        with contextlib.ExitStack() as stack:
+            own = stack.enter_context(closing_fd(os.open(self._place, FOLDER_FLAGS)))
+            out = stack.enter_context(closing_fd(memory_file(b""))) if out_fd is None else out_fd
+            folders = [*self._folders, Folder(own, "/git", write=True)]
+            done = run_jailed(argv, folders, stdin=stdin, stdout_fd=out, most_bytes=most, timeout_s=_TIMEOUT_S)
+        if done.status:
+            why = f"they are larger than {most // MIB} MiB" if done.too_large else f"git {words[0]} failed: {done.said}"
+            raise HostError(self._what, why, ("To check the repository: ", Command("git fsck")))
+
+
+def refs_of(commits: Commits, run: str) -> dict[str, str]:
+    """Return the references on the host for the commits of a run, and their commits."""
+    return {f"refs/x07/{run}/{name}": oid for name, oid in commits.branches.items()}
+
+
+def is_ref_name(name: str) -> bool:
+    """Return whether git accepts the full name of a branch or tag (git-check-ref-format(1)), which is readable."""
+    parts_fit = all(0 < len(part.encode(errors="replace")) <= _PART_MAX for part in name.split("/"))
+    return name.isprintable() and "\ufffd" not in name and parts_fit and not _NOT_IN_NAMES.search(name)
+
+
+def _full(name: str) -> str:
+    return name if name == "HEAD" else f"{_HEADS}{name}"
+
+
+def _short(name: str) -> str:
+    return name.removeprefix(_HEADS)
+
+
+def _problem(new: Mapping[str, str]) -> str:
+    """Return why the new branches of a guest cannot be used, or ""."""
+    if len(new) > _BRANCHES_MAX:
+        return f"there are more than {_BRANCHES_MAX} branches"
+    for name, oid in new.items():
+        around = any(other.startswith(f"{name}/") for other in new)
+        if not is_ref_name(_full(name)) or not _ID.fullmatch(oid) or around or len(name) > _REF_MAX // 2:
+            return f"the branch {escaped(name[:_FIELD_MAX])} is invalid"
+    return ""
+
+
+def _packed_refs(text: str, names: Collection[str] = ()) -> dict[str, str]:
+    """Return the branches and tags in a file packed-refs, or those references that *names* has."""
+    rows = (line.split(" ", 1) for line in text.split("\n")[:_REFS_MAX])
+    found = {row[1]: row[0] for row in rows if len(row) == 2 and _ID.fullmatch(row[0])}  # noqa: PLR2004 - id and name
+    return {name: oid for name, oid in found.items() if (name in names if names else _is_known(name))}
+
+
+def _is_known(name: str) -> bool:
+    return name.startswith((_HEADS, _TAGS)) and is_ref_name(name)
+
+
+def _packed(refs: Mapping[str, str]) -> bytes:
+    return "".join(f"{refs[name]} {name}\n" for name in sorted(refs)).encode()
+
+
+def _entry(row: str) -> tuple[str, str, str]:
+    """Return the name, mode and object of a row of `git ls-files -s -z`."""
+    fields, name = row.split("\t", 1)
+    mode, oid, _ = fields.split(" ")
+    return name, mode, oid
+
+
+def _commits(log: bytes) -> list[Commit]:
+    rows = (row.split("\0") for row in log.decode("utf-8", "replace").split("\n") if row)
+    return [
+        Commit(id=oid, branch=_short(ref), author=author[:_FIELD_MAX], subject=subject[:_FIELD_MAX])
+        for oid, ref, author, subject in rows
+    ]
+
+
+def _copy(from_fd: int, to_fd: int, size: int, at: int = 0) -> None:
+    """Copy *size* bytes of a file from the offset *at*. Raises OSError."""
+    end = at + size
+    while at < end:
+        if not (count := os.sendfile(to_fd, from_fd, at, min(end - at, 1 << 30))):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        at += count
+
+
+def _give(fd: int, owner: os.stat_result, mode: int) -> None:
+    """Set the mode of a new file or folder, and as root its owner to that of the repository."""
+    os.fchmod(fd, mode)
+    if os.geteuid() == 0:
+        os.fchown(fd, owner.st_uid, owner.st_gid)
