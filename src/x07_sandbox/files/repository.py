@@ -43,7 +43,7 @@ _REFS_MAX: Final = 100_000
 _BRANCHES_MAX: Final = 100  # from a guest
 _LISTED: Final = 1000
 _FIELD_MAX: Final = 200
-_TIMEOUT_S: Final = 300
+_TIMEOUT_S: Final = 120
 _HEADS: Final = "refs/heads/"
 _TAGS: Final = "refs/tags/"
 _ID: Final = re.compile(r"[0-9a-f]{40}", re.ASCII)
@@ -57,9 +57,14 @@ _NOT_IN_NAMES: Final = re.compile(r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|@\{|//|\.lock(
 _FILTER: Final = re.compile(rb"^[^#\n]*[ \t]filter=([^ \t\r\n]+)", re.MULTILINE)
 _GITLINK: Final = "160000"
 _EMPTY_FILE: Final = "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391"  # a file that git add -N has added, and not stored
-_OURS: Final = (
-    "[core]\n\trepositoryformatversion = 0\n\tbare = false\n\tsharedRepository = 0666\n\tbigFileThreshold = 16m\n"
-)
+_OURS: Final = b"""[core]
+	repositoryformatversion = 0
+	bare = false
+	sharedRepository = 0666
+	bigFileThreshold = 16m
+	packedGitWindowSize = 64m
+	packedGitLimit = 512m
+"""
 _FOLDERS: Final = ("objects", "objects/info", "objects/pack", "refs", "refs/heads", "refs/tags")
 _GUESTS: Final = b"""[core]
 	repositoryformatversion = 0
@@ -77,7 +82,7 @@ _GUESTS: Final = b"""[core]
 
 
 class History(NamedTuple):
-    """What a guest got of a repository. head: its commit, or "". branches, tags: their objects, by their full names."""
+    """What a guest got of a repository. head: its commit, or "". refs: objects of branches and tags, by full name."""
 
     head: str
     refs: dict[str, str]
@@ -126,20 +131,28 @@ class Repository:
         return RefusedError(self._what, why, fix, code="git-unsupported")
 
     def _check(self) -> None:
+        if not self._exists("objects"):
+            raise self._refused("its .git has no objects")
         if self._exists("commondir"):
             raise self._refused("it is a worktree of another repository", "git clone --no-local")
         if self._exists("objects/info/alternates") or self._exists("objects/info/http-alternates"):
             raise self._refused("it uses objects of another repository (alternates)", "git clone --no-local")
         if self._exists("reftable"):
             raise self._refused("its branches are in the format reftable", "git clone --ref-format=files")
-        with contextlib.suppress(OSError), closing_fd(self._folder("objects/pack")) as pack:
+        with contextlib.suppress(FileNotFoundError), closing_fd(self._folder("objects/pack")) as pack:
             if any(name.endswith(".promisor") for name in os.listdir(pack)):  # noqa: PTH208 - of a descriptor
                 raise self._refused("it is a partial clone")
 
     # reading
 
     def _folder(self, name: str) -> int:
-        return open_folder(self._fd, os.fsencode(name))
+        """Open a folder. Raises FileNotFoundError, RefusedError."""
+        try:
+            return open_folder(self._fd, os.fsencode(name))
+        except FileNotFoundError:
+            raise
+        except OSError as exc:
+            raise self._refused(f".git/{name} cannot be opened ({exc.strerror})") from exc
 
     def _exists(self, name: str) -> bool:
         try:
@@ -170,13 +183,12 @@ class Repository:
         for folder in (_HEADS, _TAGS):
             with contextlib.suppress(FileNotFoundError), closing_fd(self._folder(folder.rstrip("/"))) as top:
                 for entry in walk(top, failed=lambda _name, _exc: None):
-                    if entry.fd >= 0 or not stat.S_ISREG(entry.info.st_mode):
+                    name = folder + os.fsdecode(entry.name)
+                    if not stat.S_ISREG(entry.info.st_mode):
                         continue
-                    with closing_fd(entry.open()) as fd:
-                        text = os.pread(fd, _REF_MAX, 0).decode("ascii", "replace").strip()
+                    text = (self._read(name, _REF_MAX) or b"").decode("ascii", "replace").strip()
                     if _SHA256.match(text):
                         raise self._refused(_WHY_SHA256)
-                    name = folder + os.fsdecode(entry.name)
                     if is_ref_name(name) and _ID.fullmatch(text) and len(found) < _REFS_MAX:
                         found[name] = text
         return found
@@ -446,7 +458,7 @@ class _Git:
             (place / name).mkdir(parents=True, exist_ok=True)
             (place / name).chmod(0o777)  # git has another uid; only we can enter the folders above
         self.write("HEAD", head.encode() + b"\n")
-        self.write("config", _OURS.encode())
+        self.write("config", _OURS)
         self.write("packed-refs", _packed(refs))
         self.write("objects/info/alternates", "".join(f"{folder.at}\n" for folder in folders).encode())
 

@@ -25,7 +25,7 @@ from x07_sandbox.jail.resources import lease_uid
 from x07_sandbox.jail.seccomp import vmm_filter
 
 _PRLIMIT: Final = "/usr/bin/prlimit"
-_MEMORY: Final = 4 * GIB  # of address space; files that are mapped count
+_MEMORY: Final = 2 * GIB  # of address space; files that are mapped count
 _FILES: Final = 256
 _SAID_BYTES: Final = 4096
 
