@@ -542,15 +542,27 @@ def _size() -> tuple[int, int]:
 @contextlib.contextmanager
 def _raw_terminal(command: Process) -> Iterator[None]:
     """Pass every key to the command in the context, and changes of the terminal's size."""
+    import queue  # few commands have a terminal
+
     before = termios.tcgetattr(0)
-    resized = signal.signal(signal.SIGWINCH, lambda *_: command.resize(*_size()))
+    changes = queue.SimpleQueue[str]()  # a signal handler may call its put()
+
+    def follow() -> None:
+        # In a thread: a handler that interrupts another one would send sizes in the wrong order.
+        with contextlib.suppress(OSError, SandboxError):
+            while changes.get():
+                command.resize(*_size())
+
+    threading.Thread(target=follow, name="x07-resize", daemon=True).start()
+    resized = signal.signal(signal.SIGWINCH, lambda *_: changes.put("resize"))
     try:
-        command.resize(*_size())  # it may have changed since the start
+        changes.put("resize")  # it may have changed since the start
         tty.setraw(0, termios.TCSADRAIN)  # keeps what was typed already
         yield
     finally:
         termios.tcsetattr(0, termios.TCSADRAIN, before)
         signal.signal(signal.SIGWINCH, resized)
+        changes.put("")
 
 
 def _report(run: str, end: Ended, kept: tuple[Kept, Kept] | None, options: argparse.Namespace) -> int:
