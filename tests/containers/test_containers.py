@@ -135,7 +135,10 @@ def waiting_run(engine: EngineUnderTest, folder: Path) -> Iterator[tuple[subproc
     """Yield a run whose program waits, and the job's record."""
     program = folder / "wait.py"
     program.write_text("print('here', flush=True)\nimport time\ntime.sleep(600)\n", encoding="utf-8")
-    own = {**os.environ, "X07_NO_FRONT": "1"}  # else a pool of another test may run it, and signals reach its client only
+    own = {
+        **os.environ,
+        "X07_NO_FRONT": "1",
+    }  # else a pool of another test may run it, and signals reach its client only
     command = [X07, "run", "--backend", engine.name, str(program)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=own) as runner:
         assert runner.stdout is not None

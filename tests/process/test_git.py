@@ -147,17 +147,44 @@ def test_a_read_only_folder_has_a_history_that_cannot_be_changed(repository: Pat
     assert "D .dot" not in found
 
 
-def test_a_changed_reference_is_not_deleted(repository: Path) -> None:
-    """The undo is refused, and says what to do, if the user has moved a reference or git has packed it."""
-    result = exec_command(["git", "commit", "-q", "--allow-empty", "-m", "1"], workdir=repository, git=True)
-    (name,) = (one.ref for one in result.changes.commits)
-    git(repository, "pack-refs", "--all")
-    with pytest.raises(SandboxError, match=f"update-ref -d {name}"):
-        undo(result)
+def test_undo_after_git_gc_or_a_change_of_the_reference(repository: Path) -> None:
+    """References that git has packed are deleted too, and nothing else in that file; one that was moved is not."""
+    commit = ["git", "commit", "-q", "--allow-empty", "-m", "1"]
+    git(repository, "tag", "-m", "annotated", "v1")
+    result = exec_command(["sh", "-c", "echo 2 > a.txt; git commit -qam 2"], workdir=repository, git=True)
+    git(repository, "gc", "-q")
+    before = git(
+        repository, "for-each-ref", "refs/heads", "refs/tags", "--format=%(refname) %(objectname) %(*objectname)"
+    )
+    assert undo(result).changed == 1
+    assert refs(repository) == {}
+    after = git(repository, "for-each-ref", "--format=%(refname) %(objectname) %(*objectname)")
+    assert after == before
+    assert git(repository, "fsck", "--strict", "--no-dangling", check=False) == ""
+    moved = exec_command(commit, workdir=repository, git=True)
+    (name,) = (one.ref for one in moved.changes.commits)
     git(repository, "update-ref", name, "HEAD")
-    assert diff(result).changes.commits != ()
     with pytest.raises(SandboxError, match="not applied"):
-        undo(result)
+        undo(moved)
+    assert refs(repository)["main"] == git(repository, "rev-parse", "HEAD")
+
+
+def test_a_state_that_a_program_can_also_have(repository: Path) -> None:
+    """Unmerged and hidden files, names of any characters, detached tags and intent-to-add arrive as they are."""
+    commit(repository, "odd", {".gitignore": b"1\n", "a b\n\xff.txt": b"1\n", "run.sh": b"#!/bin/sh\n"})
+    (repository / "run.sh").chmod(0o755)
+    git(repository, "commit", "-q", "-a", "-m", "mode")
+    git(repository, "checkout", "-q", "-b", "other")
+    commit(repository, "other", {".gitignore": b"2\n"})
+    git(repository, "checkout", "-q", "main")
+    commit(repository, "main", {".gitignore": b"3\n"})
+    git(repository, "merge", "-q", "other", check=False)
+    (repository / "later.txt").touch()
+    git(repository, "add", "-N", "later.txt")
+    script = "git status --porcelain; git ls-files | cat"
+    found = shell(repository, script, allow_hidden=True).splitlines()
+    assert found == [*git(repository, "status", "--porcelain").splitlines(), *git(repository, "ls-files").splitlines()]
+    assert "UU .gitignore" in shell(repository, script) or "UD .gitignore" in shell(repository, script)
 
 
 def test_neither_files_nor_commits_are_applied_if_files_conflict(repository: Path) -> None:

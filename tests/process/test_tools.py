@@ -163,6 +163,7 @@ WRONG: dict[str, tuple[str, dict[str, Any] | str, str]] = {
     "wrong type": ("shell", {"command": 5}, "wrong arguments for shell: Expected `str`, got `int`"),
     "no JSON": ("shell", "{", "the arguments of shell are no JSON object"),
     "JSON of another kind": ("shell", "[1]", "the arguments of shell are no JSON object"),
+    "no arguments": ("shell", None, "the arguments of shell are no JSON object"),
     "half a pair": ("shell", {"command": "\ud800"}, "half of a surrogate pair"),
     "half a pair in a list": ("run", {"argv": ["\udfff"]}, "half of a surrogate pair"),
     "empty": ("run", {"argv": []}, "wrong arguments for run"),

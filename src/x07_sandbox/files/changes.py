@@ -151,14 +151,14 @@ class Commits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     root: the absolute path of the repository's work tree.
     branches: the last commit of each branch that has new ones. HEAD stands for commits on no branch.
     count, listed: how many commits are new, and the newest of them.
-    problem: why they cannot be used; "" if they can.
+    left_out: why commits of other branches cannot be used, by branch.
     """
 
     root: str
     branches: dict[str, str] = {}
     count: int = 0
     listed: tuple[Commit, ...] = ()
-    problem: str = ""
+    left_out: dict[str, str] = {}
 
 
 class ChangeSet(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

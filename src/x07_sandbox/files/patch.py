@@ -96,7 +96,7 @@ def _commits(changes: ChangeSet) -> Iterator[bytes]:
     found = changes.commits
     if found is None:
         return
-    lines = [f"commits left out: {found.problem}"] if found.problem else []
+    lines = [f"commits left out: {name} ({why})" for name, why in found.left_out.items()]
     lines += [f"branch {name}: {oid}" for name, oid in found.branches.items()]
     lines += [f"commit {one.id[:_SHORT]} on {one.branch}: {one.subject} ({one.author})" for one in found.listed]
     lines += [f"{more} more commits"] if (more := found.count - len(found.listed)) else []

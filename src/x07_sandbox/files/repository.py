@@ -14,21 +14,21 @@ import errno
 import os
 import re
 import secrets
-import shlex
 import stat
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Final, NamedTuple, Self
 
 from x07_sandbox.channel.contents import parts
 from x07_sandbox.channel.trees import FOLDER_FLAGS, Entry, Kind, file_record, open_folder, segment_of, walk
 from x07_sandbox.errors import Command, Flag, HostError, RefusedError, SandboxError, Text, UsageError, escaped
-from x07_sandbox.files.changes import Commit, Commits
+from x07_sandbox.files.changes import Commit, Commits, Node, parent_folders
 from x07_sandbox.host import beneath
 from x07_sandbox.host.linux import memory_file
 from x07_sandbox.host.paths import closing_fd, find_program
 from x07_sandbox.host.settings import COPY_IN_MAX_BYTES, MIB
+from x07_sandbox.host.waiting import write_all
 from x07_sandbox.jail.programs import Folder, run_jailed
 
 if TYPE_CHECKING:
@@ -48,10 +48,12 @@ _HEADS: Final = "refs/heads/"
 _TAGS: Final = "refs/tags/"
 _ID: Final = re.compile(r"[0-9a-f]{40}", re.ASCII)
 _BRANCH: Final = re.compile(r"ref: (refs/heads/.+)", re.ASCII)
-_SHA256: Final = re.compile(r"^[0-9a-f]{64}\b", re.ASCII | re.MULTILINE)
-_WHY_SHA256: Final = "its objects have the format SHA-256"
+# git reads these settings from this file only, which may include no other for them (gitrepository-layout(5)).
+_FORMATS: Final = re.compile(r"(?:objectformat|refstorage)\s*=\s*(?!\"?(?:sha1|files)\b)", re.ASCII | re.IGNORECASE)
+_WHY_FORMAT: Final = "its objects or branches have another format (SHA-256, reftable)"
 _ID_LINE: Final = re.compile(r"^[0-9a-f]{40}\n", re.ASCII | re.MULTILINE)
-_FORMAT: Final = "--format=%H%x00%S%x00%an%x00%s"
+_FORMAT: Final = "--format=%H%x00%S%x00%<(100,trunc)%an%x00%<(200,trunc)%s"  # git cuts what is longer
+_FSCK: Final = ("To check the repository: ", Command("git fsck"))
 _OBJECT: Final = re.compile(r"objects/(?:[0-9a-f]{2}/[0-9a-f]{38}|pack/pack-[0-9a-f]{40}\.(?:pack|idx))", re.ASCII)
 _NOT_IN_NAMES: Final = re.compile(r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|@\{|//|\.lock(?:/|$)|(?:^|/)\.|[./]$")
 _FILTER: Final = re.compile(rb"^[^#\n]*[ \t]filter=([^ \t\r\n]+)", re.MULTILINE)
@@ -82,10 +84,14 @@ _GUESTS: Final = b"""[core]
 
 
 class History(NamedTuple):
-    """What a guest got of a repository. head: its commit, or "". refs: objects of branches and tags, by full name."""
+    """What a guest got of a repository. head: its commit, or "". refs: objects of branches and tags, by full name.
+
+    store: a folder with the objects.
+    """
 
     head: str
     refs: dict[str, str]
+    store: Path
 
     @property
     def ids(self) -> list[str]:
@@ -120,6 +126,8 @@ class Repository:
         if exc.errno == errno.ENOENT:
             fix = ("Use the top folder of a git repository, or omit ", Flag("--git"))
             return UsageError(self._what, "it contains no .git", fix)
+        if (real := os.path.realpath(self.root)) != self.root:
+            return UsageError(self._what, "its path contains a symbolic link", f"Use the path {escaped(real)}")
         if exc.errno in {errno.ENOTDIR, errno.ELOOP}:
             return self._refused("it is a worktree or a submodule: its .git is not a folder", "git clone --no-local")
         return UsageError(self._what, f".git cannot be opened ({exc.strerror})", "Check its permissions")
@@ -131,14 +139,19 @@ class Repository:
         return RefusedError(self._what, why, fix, code="git-unsupported")
 
     def _check(self) -> None:
-        if not self._exists("objects"):
-            raise self._refused("its .git has no objects")
+        try:
+            with closing_fd(self._folder("objects")) as fd:
+                mode = os.fstat(fd).st_mode
+        except FileNotFoundError as exc:
+            raise self._refused("its .git has no objects") from exc
+        if os.geteuid() == 0 and mode & 0o005 != 0o005:  # noqa: PLR2004 - listing and entering, for others
+            raise self._refused("git runs under another uid, which may not read .git/objects (chmod -R o+rX)")
+        if _FORMATS.search((self._read("config") or b"").decode("utf-8", "replace")):
+            raise self._refused(_WHY_FORMAT)
         if self._exists("commondir"):
             raise self._refused("it is a worktree of another repository", "git clone --no-local")
         if self._exists("objects/info/alternates") or self._exists("objects/info/http-alternates"):
             raise self._refused("it uses objects of another repository (alternates)", "git clone --no-local")
-        if self._exists("reftable"):
-            raise self._refused("its branches are in the format reftable", "git clone --ref-format=files")
         with contextlib.suppress(FileNotFoundError), closing_fd(self._folder("objects/pack")) as pack:
             if any(name.endswith(".promisor") for name in os.listdir(pack)):  # noqa: PTH208 - of a descriptor
                 raise self._refused("it is a partial clone")
@@ -177,8 +190,6 @@ class Repository:
 
     def _refs(self) -> dict[str, str]:
         """Return the objects of all branches and tags by their full names."""
-        if _SHA256.search((self._read("packed-refs") or b"").decode("ascii", "replace")):
-            raise self._refused(_WHY_SHA256)
         found = self._packed()
         for folder in (_HEADS, _TAGS):
             with contextlib.suppress(FileNotFoundError), closing_fd(self._folder(folder.rstrip("/"))) as top:
@@ -187,8 +198,6 @@ class Repository:
                     if not stat.S_ISREG(entry.info.st_mode):
                         continue
                     text = (self._read(name, _REF_MAX) or b"").decode("ascii", "replace").strip()
-                    if _SHA256.match(text):
-                        raise self._refused(_WHY_SHA256)
                     if is_ref_name(name) and _ID.fullmatch(text) and len(found) < _REFS_MAX:
                         found[name] = text
         return found
@@ -205,20 +214,20 @@ class Repository:
 
     # to a guest
 
-    def copy_history(self, folder: Path, out: IO[bytes], is_left_out: Callable[[str], bool]) -> History:
+    def copy_history(self, store: Path, out: IO[bytes], is_left_out: Callable[[str], bool]) -> History:
         """Write the stream (channel/trees) of a guest's `.git` to *out*. Raises SandboxError, OSError.
 
-        It has the history of HEAD, the branches and tags in it, and the index. folder: for temporary files.
+        It has the history of HEAD, the branches and tags in it, and the index. store: a new folder for the objects.
         is_left_out: whether a file of the work tree exists, and is not in the guest's copy: it then gets the flag
         skip-worktree, so that git does not take it for deleted.
         """
         refs = self._refs()
         text, head = self._head(refs)
-        with self._git(folder, refs, head or text) as git:
+        with self._git(store.parent, refs, head or text) as git:
             if shallow := _ID_LINE.findall((self._read("shallow") or b"").decode("ascii", "replace")):
                 git.write("shallow", "".join(shallow).encode())
             merged = git.lines("for-each-ref", "--merged=HEAD", "--format=%(refname)") if head else []
-            history = History(head, {name: refs[name] for name in merged if name in refs})
+            history = History(head, {name: refs[name] for name in merged if name in refs}, store)
             objects = self._copy_index(git, is_left_out)
             texts = {"HEAD": f"{text}\n".encode(), "config": _GUESTS, "packed-refs": _packed(history.refs)}
             made = ["index"] if objects is not None else []
@@ -238,6 +247,7 @@ class Repository:
                     out.write(Entry(Kind.FILE, name.encode(), mode=0o644, size=size).encoded())
                     out.writelines(map(segment_of, parts(fd, size)))
             out.write(Entry(Kind.END, b"").encoded())
+            git.keep_objects(store)
         return history
 
     def _copy_index(self, git: _Git, is_left_out: Callable[[str], bool]) -> list[str] | None:
@@ -247,26 +257,30 @@ class Repository:
         """
         if (index := self._read("index")) is None:
             return None
+        if any(name.startswith("sharedindex.") for name in os.listdir(self._fd)):  # noqa: PTH208 - of a descriptor
+            raise self._refused("its index is split; git update-index --no-split-index joins it")
         git.write("index", index)
-        entries = [_entry(row) for row in os.fsdecode(git.read("ls-files", "-s", "-z")).split("\0") if row]
-        for name, mode, _ in entries:
+        rows = git.rows(
+            "\0", "ls-files", "-z", "--format=%(objectmode) %(objectname) %(stage) %(path)", between=" ", count=4
+        )
+        for mode, _, _, name in rows:
             if mode == _GITLINK:
                 raise self._refused(f"it has a submodule, {escaped(name)}")
-        attributes = [oid for name, _, oid in entries if name.rpartition("/")[2] == ".gitattributes"]
+        attributes = [oid for _, oid, _, name in rows if name.rpartition("/")[2] == ".gitattributes"]
         texts = git.read("cat-file", "--batch", stdin="\n".join(attributes)) if attributes else b""
         if found := _FILTER.search(texts + b"\n" + (self._read("info/attributes") or b"")):
             used = escaped(found[1].decode("utf-8", "replace"))
             raise self._refused(f"its files pass through the filter {used} (.gitattributes), as with Git LFS")
-        if absent := [name for name, _, _ in entries if is_left_out(name)]:
+        if absent := [name for _, _, stage, name in rows if stage == "0" and is_left_out(name)]:
             git.read("update-index", "--skip-worktree", "-z", "--stdin", stdin="\0".join([*absent, ""]))
-        return [oid for oid in dict.fromkeys(oid for _, _, oid in entries) if oid != _EMPTY_FILE]
+        return [oid for oid in dict.fromkeys(oid for _, oid, _, _ in rows) if oid != _EMPTY_FILE]
 
     @contextlib.contextmanager
-    def _git(self, folder: Path, refs: Mapping[str, str], head: str, *, more: int | None = None) -> Iterator[_Git]:
-        """Yield git in a new directory in *folder*, with the objects of the repository. more: a folder with more."""
-        with closing_fd(self._folder("objects")) as objects, tempfile.TemporaryDirectory(dir=folder) as scratch:
-            folders = [Folder(objects, "/objects"), *([] if more is None else [Folder(more, "/more")])]
-            yield _Git(Path(scratch, "git"), folders, refs, head, self._what)
+    def _git(self, folder: Path, refs: Mapping[str, str], head: str, store: Path | None = None) -> Iterator[_Git]:
+        """Yield git in a new directory in *folder*, with the objects in *store*, or those of the repository."""
+        opened = self._folder("objects") if store is None else os.open(store, FOLDER_FLAGS | os.O_NOFOLLOW)
+        with closing_fd(opened) as objects, tempfile.TemporaryDirectory(dir=folder, prefix=".git-") as scratch:
+            yield _Git(Path(scratch, "git"), objects, refs, head, self._what)
 
     # from a guest
 
@@ -274,7 +288,7 @@ class Repository:
         """Return the commits that a guest has made since it got *history*, or None if it has made none.
 
         entries: what it has changed in its `.git`; their contents are in *data_fd*. The commits are stored in
-        folder/commits.bundle. If they cannot be used, `Commits.problem` says why. Raises OSError.
+        folder/commits.bundle. They may refer only to what the guest got or sends. Raises OSError.
         """
         files = {one.name: one.node for one in entries if one.node is not None and one.node.kind == "file"}
 
@@ -284,62 +298,48 @@ class Repository:
             return data.decode("utf-8", "replace").strip()
 
         loose = {name: text(name) for name in files if name.startswith(_HEADS)}
-        now = {**history.refs, **_packed_refs(text("packed-refs", _TEXT_MAX)), **loose}
-        new = {
-            _short(name): now[name] for name in now if name.startswith(_HEADS) and now[name] != history.refs.get(name)
-        }
-        if _ID.fullmatch(head := text("HEAD")) and head not in {history.head, *now.values()}:
-            new["HEAD"] = head
-        if not new:
-            return None
-        if problem := _problem(new):
-            return Commits(root=self.root, problem=problem)
-        objects = {name: node for name, node in files.items() if _OBJECT.fullmatch(name)}
-        if any(node.at is None for node in objects.values()):
-            return Commits(root=self.root, problem="a file with objects is larger than the policy allows")
+        now = {**history.refs, **_packed_refs(text("packed-refs", _TEXT_MAX)), **loose, "HEAD": text("HEAD")}
+        new, left_out = _new_branches(history, now)
+        bundle = folder / BUNDLE
+        found: list[Commit] = []
         try:
-            with tempfile.TemporaryDirectory(dir=folder, prefix=".git-") as scratch:
-                for name, node in objects.items():
-                    place = Path(scratch, name)
-                    place.parent.mkdir(parents=True, exist_ok=True)
-                    with place.open("xb") as file:
-                        _copy(data_fd, file.fileno(), node.size, at=node.at or 0)
-                self._pack(history, new, Path(scratch), folder / BUNDLE)
-            with self._unpacked(folder / BUNDLE, new) as (git, _):
-                revisions = [*map(_full, new), *(f"^{one}" for one in history.ids)]
-                found = _commits(git.read("log", "--source", _FORMAT, "--stdin", stdin="\n".join(revisions)))
+            with self._git(folder, {}, history.head or "ref: refs/heads/none", history.store) as git:
+                for name, node in files.items() if new else ():
+                    if _OBJECT.fullmatch(name):
+                        git.copy(name, data_fd, node)
+                if missing := git.missing(new):
+                    left_out |= dict.fromkeys(missing, "its last commit is missing or too large")
+                    new = {name: oid for name, oid in new.items() if name not in missing}
+                if new:
+                    _write_bundle(git, history, new, bundle)
+            if new:
+                with self._unpacked(bundle, new, history.store) as (git, _):
+                    revisions = "\n".join([*map(_full, new), *(f"^{one}" for one in history.ids)])
+                    words = ("log", "--source", _FORMAT, "--stdin")
+                    found = [_commit(row) for row in git.rows("\n", *words, between="\0", count=4, stdin=revisions)]
         except HostError as exc:
-            (folder / BUNDLE).unlink(missing_ok=True)
-            return Commits(root=self.root, problem=f"{exc.why}, so they cannot be used")
+            left_out |= dict.fromkeys(new, f"{exc.why}")
+            found = []
         ids = {one.id for one in found}
         branches = {name: oid for name, oid in new.items() if oid in ids}  # not those that only went back
         if not branches:
-            (folder / BUNDLE).unlink()
+            bundle.unlink(missing_ok=True)
+        if not branches and not left_out:
             return None
-        return Commits(root=self.root, branches=branches, count=len(found), listed=tuple(found[:_LISTED]))
-
-    def _pack(self, history: History, new: Mapping[str, str], scratch: Path, bundle: Path) -> None:
-        """Write the objects of the *new* branches that *history* lacks to *bundle*. scratch/objects: the guest's."""
-        (scratch / "objects").mkdir(exist_ok=True)
-        known = [oid for name, oid in history.refs.items() if name.startswith(_HEADS)] or history.ids[:1]
-        lines = [
-            "# v2 git bundle",
-            *(f"-{oid} " for oid in known),
-            *(f"{oid} {_full(name)}" for name, oid in new.items()),
-        ]
-        with closing_fd(os.open(scratch / "objects", FOLDER_FLAGS)) as more, bundle.open("wb", buffering=0) as out:
-            out.write("\n".join([*lines, "", ""]).encode())
-            with self._git(scratch, {}, new[next(iter(new))], more=more) as git:
-                revisions = [*new.values(), *(f"^{one}" for one in history.ids)]
-                words = ("pack-objects", "--revs", "--stdout", "-q")
-                git.run(*words, stdin="\n".join(revisions).encode(), out_fd=out.fileno(), most=BUNDLE_MAX_BYTES)
+        listed = tuple(found[:_LISTED])
+        return Commits(root=self.root, branches=branches, count=len(found), listed=listed, left_out=left_out)
 
     @contextlib.contextmanager
-    def _unpacked(self, bundle: Path, branches: Mapping[str, str]) -> Iterator[tuple[_Git, str]]:
-        """Yield git in a directory with the pack of a bundle, which it has checked, and its name. Raises HostError."""
+    def _unpacked(
+        self, bundle: Path, branches: Mapping[str, str], store: Path | None = None
+    ) -> Iterator[tuple[_Git, str]]:
+        """Yield git in a directory with the pack of a bundle, which it has checked, and its name. Raises HostError.
+
+        store: the objects of a guest's history, instead of those of the repository.
+        """
         refs = {_full(name): oid for name, oid in branches.items() if name != "HEAD"}
         head = branches.get("HEAD", next(iter(branches.values())))
-        with bundle.open("rb") as file, self._git(bundle.parent, refs, head) as git:
+        with bundle.open("rb") as file, self._git(bundle.parent, refs, head, store) as git:
             while file.readline(_REF_MAX * 2).strip():
                 pass
             os.lseek(file.fileno(), file.tell(), os.SEEK_SET)
@@ -362,22 +362,38 @@ class Repository:
         return any(self._ref(name) == oid for name, oid in refs_of(commits, run).items())
 
     def own_refs(self, commits: Commits, run: str) -> list[str]:
-        """Return the references that `fetch` has made. Raises HostError if one cannot be deleted."""
+        """Return the references that `fetch` has made. Raises HostError if one has another value now."""
         refs = refs_of(commits, run)
-        packed = self._packed(refs)
         for name, oid in refs.items():
             if self._ref(name) not in {oid, ""}:
                 raise HostError(*self._moved(name))
-            if name in packed:  # by git pack-refs or git gc
-                fix = Command(f"git -C {shlex.quote(escaped(self.root))} update-ref -d {shlex.quote(name)}")
-                raise HostError(f"cannot delete {name}", "git has moved it to packed-refs", ("To delete it: ", fix))
         return list(refs)
 
-    def forget(self, refs: Iterable[str]) -> None:
+    def forget(self, refs: Collection[str]) -> None:
         """Delete references that `fetch` has made. The objects stay, until git removes them. Raises HostError."""
         with self._writing():
+            if self._packed(refs):  # by git pack-refs or git gc
+                self._drop_packed(refs)
             for name in refs:
                 self._delete(name)
+
+    def _drop_packed(self, refs: Collection[str]) -> None:
+        """Remove references from packed-refs, under git's lock of that file. Raises OSError."""
+        lock, names, skip = "packed-refs.lock", set(map(str.encode, refs)), False
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        with closing_fd(os.open(lock, flags, 0o600, dir_fd=self._fd)) as fd:
+            try:
+                for line in (self._read("packed-refs") or b"").splitlines(keepends=True):
+                    if not line.startswith(b"^"):  # the object of the tag before it
+                        skip = line.rstrip(b"\n").partition(b" ")[2] in names
+                    if not skip:
+                        write_all(fd, line)
+                _give(fd, os.fstat(self._fd), 0o644)
+                os.fsync(fd)
+                os.rename(lock, "packed-refs", src_dir_fd=self._fd, dst_dir_fd=self._fd)
+            except BaseException:
+                os.unlink(lock, dir_fd=self._fd)
+                raise
 
     def _moved(self, name: str) -> tuple[str, str, str]:
         return f"cannot use {name}", "it points to another commit than the run's", "Rename or delete that reference"
@@ -450,9 +466,9 @@ class _Git:
     followed.
     """
 
-    def __init__(self, place: Path, folders: list[Folder], refs: Mapping[str, str], head: str, what: Text) -> None:
+    def __init__(self, place: Path, objects_fd: int, refs: Mapping[str, str], head: str, what: Text) -> None:
         self._place = place
-        self._folders = folders
+        self._objects = Folder(objects_fd, "/objects")
         self._what = what
         for name in ("", *_FOLDERS):
             (place / name).mkdir(parents=True, exist_ok=True)
@@ -460,7 +476,7 @@ class _Git:
         self.write("HEAD", head.encode() + b"\n")
         self.write("config", _OURS)
         self.write("packed-refs", _packed(refs))
-        self.write("objects/info/alternates", "".join(f"{folder.at}\n" for folder in folders).encode())
+        self.write("objects/info/alternates", b"/objects\n")
 
     def write(self, name: str, data: bytes) -> None:
         """Create a file of the directory, before git uses it. Raises OSError."""
@@ -468,6 +484,33 @@ class _Git:
         with path.open("xb") as file:
             file.write(data)
         path.chmod(0o644)
+
+    def copy(self, name: str, data_fd: int, node: Node) -> None:
+        """Create a file with objects that a guest sends, before git has run, unless it is too large. Raises OSError."""
+        path = self._place / name
+        if node.at is not None:
+            path.parent.mkdir(exist_ok=True)
+            path.parent.chmod(0o777)
+            with path.open("xb") as file:
+                _copy(data_fd, file.fileno(), node.size, at=node.at)
+            path.chmod(0o644)
+
+    def keep_objects(self, store: Path) -> None:
+        """Move the folder with the objects, and cut its connection to others. Raises OSError."""
+        (self._place / "objects").rename(store)  # if git has replaced it by a link, this fails next
+        with (
+            closing_fd(os.open(store, FOLDER_FLAGS | os.O_NOFOLLOW)) as fd,
+            closing_fd(open_folder(fd, b"info")) as info,
+        ):
+            os.unlink("alternates", dir_fd=info)
+
+    def missing(self, branches: Mapping[str, str]) -> list[str]:
+        """Return the branches whose last commit does not exist. Raises HostError."""
+        if not branches:
+            return []
+        stdin = "\n".join(branches.values())
+        rows = self.rows("\n", "cat-file", "--batch-check=%(objecttype)", between="\0", count=1, stdin=stdin)
+        return [name for name, [kind] in zip(branches, rows, strict=False) if kind != "commit"]
 
     @contextlib.contextmanager
     def opened(self, name: str) -> Iterator[int]:
@@ -479,18 +522,26 @@ class _Git:
 
     def pack(self, *words: str, stdin: bytes | int) -> str:
         """Run git, which makes a pack, and return its name without the extension. Raises HostError."""
-        found = self.read(*words, stdin=stdin).split()[-1:]
+        found = self.read(*words, stdin=stdin, most=COPY_IN_MAX_BYTES).split()[-1:]
         name = found[0].decode("ascii", "replace") if found else ""
         if not _ID.fullmatch(name):
             raise HostError(self._what, f"git {words[0]} has made no pack", "Try again")
         return f"objects/pack/pack-{name}"
 
-    def read(self, *words: str, stdin: str | bytes | int = b"") -> bytes:
-        """Run git, and return its output. Raises HostError."""
+    def read(self, *words: str, stdin: str | bytes | int = b"", most: int = _TEXT_MAX) -> bytes:
+        """Run git, and return its output. most: the limit of each file that it writes. Raises HostError."""
         with closing_fd(memory_file(b"")) as fd:
             given = stdin.encode("utf-8", "surrogateescape") if isinstance(stdin, str) else stdin
-            self.run(*words, stdin=given, out_fd=fd, most=COPY_IN_MAX_BYTES)
+            self.run(*words, stdin=given, out_fd=fd, most=most)
             return os.pread(fd, min(os.fstat(fd).st_size, _TEXT_MAX), 0)
+
+    def rows(self, end: str, *words: str, between: str, count: int, stdin: str = "") -> list[list[str]]:
+        """Run git, and return the fields of each row of its output. Raises HostError."""
+        data = self.read(*words, stdin=stdin).decode("utf-8", "surrogateescape")
+        found = [row.split(between, count - 1) for row in data.split(end) if row]
+        if any(len(row) != count for row in found):
+            raise HostError(self._what, f"the output of git {words[0]} is invalid", _FSCK)
+        return found
 
     def lines(self, *words: str, stdin: str = "") -> list[str]:
         """Run git, and return the lines of its output. Raises HostError."""
@@ -504,11 +555,14 @@ class _Git:
         with contextlib.ExitStack() as stack:
             own = stack.enter_context(closing_fd(os.open(self._place, FOLDER_FLAGS)))
             out = stack.enter_context(closing_fd(memory_file(b""))) if out_fd is None else out_fd
-            folders = [*self._folders, Folder(own, "/git", write=True)]
+            folders = [self._objects, Folder(own, "/git", write=True)]
             done = run_jailed(argv, folders, stdin=stdin, stdout_fd=out, most_bytes=most, timeout_s=_TIMEOUT_S)
         if done.status:
-            why = f"they are larger than {most // MIB} MiB" if done.too_large else f"git {words[0]} failed: {done.said}"
-            raise HostError(self._what, why, ("To check the repository: ", Command("git fsck")))
+            said = f"git {words[0]} failed: {done.said or f'status {done.status}'}"
+            why = f"they are larger than {most // MIB} MiB" if done.too_large else said
+            if done.timed_out:
+                why = f"git {words[0]} took longer than {_TIMEOUT_S} s"
+            raise HostError(self._what, why, _FSCK)
 
 
 def refs_of(commits: Commits, run: str) -> dict[str, str]:
@@ -517,9 +571,10 @@ def refs_of(commits: Commits, run: str) -> dict[str, str]:
 
 
 def is_ref_name(name: str) -> bool:
-    """Return whether git accepts the full name of a branch or tag (git-check-ref-format(1)), which is readable."""
+    """Return whether git accepts the full name of a branch or tag (git-check-ref-format(1)), and it is UTF-8."""
     parts_fit = all(0 < len(part.encode(errors="replace")) <= _PART_MAX for part in name.split("/"))
-    return name.isprintable() and "\ufffd" not in name and parts_fit and not _NOT_IN_NAMES.search(name)
+    is_text = "\ufffd" not in name and name.encode(errors="ignore").decode() == name
+    return is_text and parts_fit and not _NOT_IN_NAMES.search(name)
 
 
 def _full(name: str) -> str:
@@ -530,15 +585,46 @@ def _short(name: str) -> str:
     return name.removeprefix(_HEADS)
 
 
-def _problem(new: Mapping[str, str]) -> str:
-    """Return why the new branches of a guest cannot be used, or ""."""
-    if len(new) > _BRANCHES_MAX:
-        return f"there are more than {_BRANCHES_MAX} branches"
-    for name, oid in new.items():
-        around = any(other.startswith(f"{name}/") for other in new)
-        if not is_ref_name(_full(name)) or not _ID.fullmatch(oid) or around or len(name) > _REF_MAX // 2:
-            return f"the branch {escaped(name[:_FIELD_MAX])} is invalid"
-    return ""
+def _new_branches(history: History, now: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the new values of a guest's branches, and why others cannot be used, which are named as in messages.
+
+    now: its references and HEAD. git takes no notice of lock files, and a symbolic reference is no branch of its own.
+    """
+    new, left_out = dict[str, str](), dict[str, str]()
+    changed = {
+        _short(name): oid for name, oid in now.items() if name.startswith(_HEADS) and oid != history.refs.get(name)
+    }
+    above = parent_folders(changed)
+    if _ID.fullmatch(now["HEAD"]) and now["HEAD"] not in {history.head, *changed.values(), *history.refs.values()}:
+        changed["HEAD"] = now["HEAD"]
+    for name, oid in changed.items():
+        if name.endswith(".lock") or _BRANCH.fullmatch(oid):
+            continue
+        why = ""
+        if not is_ref_name(_full(name)) or len(name) > _REF_MAX // 2:
+            why = "its name is invalid"
+        elif name in above:
+            why = "there are branches with names below it"
+        elif not _ID.fullmatch(oid):
+            why = "it points to no commit"
+        elif len(new) >= _BRANCHES_MAX:
+            why = f"there are more than {_BRANCHES_MAX} branches"
+        if not why:
+            new[name] = oid
+        elif len(left_out) < _BRANCHES_MAX:
+            left_out[escaped(name[:_FIELD_MAX])] = why
+    return new, left_out
+
+
+def _write_bundle(git: _Git, history: History, new: Mapping[str, str], bundle: Path) -> None:
+    """Write the objects of the *new* branches that *history* lacks to *bundle*. Raises HostError, OSError."""
+    known = [oid for name, oid in history.refs.items() if name.startswith(_HEADS)] or history.ids[:1]
+    lines = ["# v2 git bundle", *(f"-{oid} " for oid in known), *(f"{oid} {_full(name)}" for name, oid in new.items())]
+    revisions = "\n".join([*new.values(), *(f"^{one}" for one in history.ids)])
+    with bundle.open("wb", buffering=0) as out:
+        out.write("\n".join([*lines, "", ""]).encode())
+        words = ("pack-objects", "--revs", "--stdout", "-q")
+        git.run(*words, stdin=revisions.encode(), out_fd=out.fileno(), most=BUNDLE_MAX_BYTES)
 
 
 def _packed_refs(text: str, names: Collection[str] = ()) -> dict[str, str]:
@@ -556,19 +642,12 @@ def _packed(refs: Mapping[str, str]) -> bytes:
     return "".join(f"{refs[name]} {name}\n" for name in sorted(refs)).encode()
 
 
-def _entry(row: str) -> tuple[str, str, str]:
-    """Return the name, mode and object of a row of `git ls-files -s -z`."""
-    fields, name = row.split("\t", 1)
-    mode, oid, _ = fields.split(" ")
-    return name, mode, oid
-
-
-def _commits(log: bytes) -> list[Commit]:
-    rows = (row.split("\0") for row in log.decode("utf-8", "replace").split("\n") if row)
-    return [
-        Commit(id=oid, branch=_short(ref), author=author[:_FIELD_MAX], subject=subject[:_FIELD_MAX])
-        for oid, ref, author, subject in rows
-    ]
+def _commit(fields: Sequence[str]) -> Commit:
+    """Return a commit from the fields of `_FORMAT`. They may contain bytes that are not UTF-8."""
+    oid, ref, author, subject = (
+        field.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for field in fields
+    )
+    return Commit(id=oid, branch=_short(ref), author=author.strip()[:_FIELD_MAX], subject=subject.strip()[:_FIELD_MAX])
 
 
 def _copy(from_fd: int, to_fd: int, size: int, at: int = 0) -> None:

@@ -23,11 +23,13 @@ from x07_sandbox.jail.bwrap import SETPRIV, Jail, jail_argv, may_nest
 from x07_sandbox.jail.forms import jail_form, namespace_flags, needed_files
 from x07_sandbox.jail.resources import lease_uid
 from x07_sandbox.jail.seccomp import vmm_filter
+from x07_sandbox.policy.outcomes import SIGNAL_BASE
 
 _PRLIMIT: Final = "/usr/bin/prlimit"
 _MEMORY: Final = 2 * GIB  # of address space; files that are mapped count
 _FILES: Final = 256
-_SAID_BYTES: Final = 4096
+_SAID_BYTES: Final = 1000
+_SAID_LINES: Final = 3
 
 
 class Folder(NamedTuple):
@@ -39,7 +41,7 @@ class Folder(NamedTuple):
 
 
 class Done(NamedTuple):
-    """The end of a program. status: its exit status, or 128 plus a signal. said: the last line of its errors."""
+    """The end of a program. status: its exit status, or 128 plus a signal. said: the last lines of its errors."""
 
     status: int
     said: str
@@ -47,7 +49,12 @@ class Done(NamedTuple):
     @property
     def too_large(self) -> bool:
         """Whether it wrote more than it may."""
-        return self.status == 128 + signal.SIGXFSZ
+        return self.status == SIGNAL_BASE + signal.SIGXFSZ
+
+    @property
+    def timed_out(self) -> bool:
+        """Whether it took longer than it may."""
+        return self.status in {SIGNAL_BASE + signal.SIGALRM, SIGNAL_BASE + signal.SIGXCPU}
 
 
 def run_jailed(
@@ -102,7 +109,7 @@ def run_jailed(
             )
         except OSError as exc:
             raise HostError(what, f"{_PRLIMIT} cannot be started ({exc.strerror})", "Run x07 doctor") from exc
-        return Done(_ended(child), _last_line(errors_fd))
+        return Done(_ended(child), _last_lines(errors_fd))
 
 
 def _ended(child: subprocess.Popen[bytes]) -> int:
@@ -113,10 +120,10 @@ def _ended(child: subprocess.Popen[bytes]) -> int:
         child.terminate()  # the supervisor then ends the jail
         child.wait()
         raise
-    return status if status >= 0 else 128 - status
+    return status if status >= 0 else SIGNAL_BASE - status
 
 
-def _last_line(fd: int) -> str:
+def _last_lines(fd: int) -> str:
     size = os.fstat(fd).st_size
     text = os.pread(fd, _SAID_BYTES, max(0, size - _SAID_BYTES)).decode("utf-8", "replace")
-    return printable((text.strip().splitlines() or [""])[-1])
+    return printable("; ".join(text.strip().splitlines()[-_SAID_LINES:]))

@@ -404,6 +404,8 @@ def arguments_of(
             given = msgspec.json.decode(given or "{}", type=dict[str, Any])
         except msgspec.DecodeError as exc:
             raise CallError(f"the arguments of {tool} are no JSON object: {named(str(exc))}.") from None
+    if not isinstance(given, Mapping):
+        raise CallError(f"the arguments of {tool} are no JSON object.")
     known = model.__struct_fields__
     if unknown := sorted(given.keys() - set(known)):
         listed = ", ".join(named(name) for name in unknown[:5])

@@ -6,6 +6,7 @@ import contextlib
 import os
 import posixpath
 import shlex
+import shutil
 import tempfile
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Final, TypeVar
@@ -88,6 +89,7 @@ _DENIALS_MAX: Final = 100
 _LETS_IN: Final[dict[Reason, str]] = {"hidden": "--allow-hidden", "link": "--allow-symlinks"}
 _GIT: Final = ".git"
 _GIT_ENTRIES: Final = 200_000  # files in a guest's `.git` that may change
+_LISTED: Final = 3
 _LINKS_MAX: Final = 40  # path_resolution(7): the kernel follows no more
 
 
@@ -102,6 +104,7 @@ class HostFiles:
         self._built_in = is_built_in(request.policy)
         self._place = folder.path / "changes"
         self._history: History | None = None
+        self._stack = stack
         self._bounds = bounds_of(policy, request.hide, request.reveal)
         roots = effective_roots(request, program, policy)
         self.trees: list[Tree] = []
@@ -171,7 +174,9 @@ class HostFiles:
             return name in skipped or not skipped.keys().isdisjoint(parent_folders([name]))
 
         with Repository(root) as repository:
-            self._history = repository.copy_history(self._place.parent, out, is_left_out)
+            store = self._place.parent / "history"
+            self._stack.callback(shutil.rmtree, store, ignore_errors=True)
+            self._history = repository.copy_history(store, out, is_left_out)
         return Copied(size=out.tell())
 
     def _copy(self, tree: Tree, left: int, folder: RunFolder) -> Copied:
@@ -222,6 +227,8 @@ class HostFiles:
                 why = why_left_out(reason, self._bounds)
                 links = "; it also contains symbolic links, fs.allow_symlinks" if left.links else ""
                 subject = f"{', '.join(map(escaped, left.names))}{more}"
+                if reason in {"secret", "chosen"} and self._request.git:
+                    why += "; the git history may have it"
                 how = _to_let_in(reason, left, self._bounds, built_in=self._built_in)
                 denied = denial(FIELDS[reason], "copy", subject, "the copy of host files", left.count, how)
                 found.append(msgspec.structs.replace(denied, reason=f"{why}{links}"))
@@ -253,16 +260,16 @@ class HostFiles:
             )
         changes = self._checked(incoming, self._place, whole=choice == "all-or-nothing")
         denials = []
-        if changes.commits is not None and changes.commits.problem:
-            denied = denial("git", "change", "the program's commits", "git index-pack", 1, (None, None))
-            denials.append(msgspec.structs.replace(denied, reason=changes.commits.problem))
+        for branch, why in ({} if changes.commits is None else changes.commits.left_out).items():
+            denied = denial("git", "change", f"the commits on {branch}", "the check of commits", 1, (None, None))
+            denials.append(msgspec.structs.replace(denied, reason=why))
         if not (has_commits(changes) or any(root.changes or root.left_out or root.refused for root in changes.roots)):
             self._discard()
             return Changes(state="discarded" if denials else "none"), denials, ""
         self._save(changes)
         of_files, entries = denials_and_entries(changes, built_in=self._built_in)
         denials += of_files[:_DENIALS_MAX]
-        if changes.all_or_nothing and any(root.refused for root in changes.roots):
+        if changes.all_or_nothing and (denials or any(root.refused for root in changes.roots)):
             return summarize(changes, "kept", _why_saved(changes)), denials, ""
         settled, warning = self._apply(changes, choice, why_kept)
         return _with_left_out(settled, changes, entries), denials, warning
@@ -340,7 +347,9 @@ class HostFiles:
             with Repository(root) as repository, closing_fd(open_private_file(place / "data", os.O_RDONLY)) as data_fd:
                 return repository.bundle(self._history, reported, data_fd, place)
         except (SandboxError, OSError) as exc:  # the changes of files do not depend on it
-            return Commits(root=root, problem=exc.why if isinstance(exc, SandboxError) else str(exc.strerror))
+            return Commits(
+                root=root, left_out={"HEAD": exc.why if isinstance(exc, SandboxError) else str(exc.strerror)}
+            )
 
     def _own(self, mount: Mount) -> list[str]:
         policy = self._request.policy
@@ -508,9 +517,11 @@ def _why_saved(changes: ChangeSet) -> str:
     names = {(root.root, refusal.name) for root in changes.roots for refusal in root.refused}
     counted = {(root.root, change.name) for root in changes.roots for change in root.changes}
     refused = len(names & counted)
+    left_out = {} if changes.commits is None else changes.commits.left_out
+    lost = [f"the commits on {', '.join([*left_out][:_LISTED])} cannot be used"] if left_out else []
     some = [f"{refused} of them {'are' if refused > 1 else 'is'} not allowed"] if refused else []
     more = [f"{len(names - counted)} more cannot be copied back"] if names - counted else []
-    return ", ".join(some + more)
+    return ", ".join(some + more + lost)
 
 
 def too_many(policy: Policy, action: str, subject: str) -> Denial:

@@ -173,7 +173,7 @@ def summarize(
 
 def has_commits(changes: ChangeSet) -> bool:
     """Return whether there are commits that can be fetched."""
-    return changes.commits is not None and not changes.commits.problem
+    return changes.commits is not None and bool(changes.commits.branches)
 
 
 def _new_commits(changes: ChangeSet) -> tuple[NewCommits, ...]:
@@ -291,7 +291,11 @@ def _fetched(saved: SavedChanges, changes: ChangeSet) -> Iterator[None]:
 
     with _repository(changes) as (repository, commits):
         before = repository.is_fetched(commits, saved.run)
-        repository.fetch(commits, saved.run, saved.folder / BUNDLE)
+        try:
+            repository.fetch(commits, saved.run, saved.folder / BUNDLE)
+        except HostError as exc:
+            only = Command(f"x07 apply {saved.run} --only .")
+            raise HostError("cannot apply the commits", exc.why, ("To apply only the files: ", only)) from exc
         try:
             yield
         except BaseException:
