@@ -156,7 +156,7 @@ def test_binary_files_are_named_and_not_printed(sandbox: Sandbox) -> None:
     assert "is not base64" in box.call("write", {"path": "data.bin", "content": "?", "base64": True})
 
 
-WRONG: dict[str, tuple[str, dict[str, Any] | str, str]] = {
+WRONG: dict[str, tuple[str, Any, str]] = {
     "unknown tool": ("rm", {}, "there is no tool rm. The tools are run, shell,"),
     "unknown argument": ("read", {"path": "a", "policy": "x"}, "read has no argument policy; it has path, line,"),
     "missing argument": ("read", {}, "wrong arguments for read: Object missing required field `path`"),
