@@ -27,6 +27,7 @@ Classes and types:
     Output              one output stream of a result
     Diff                what a run changed, or a sandbox so far, with a patch
     SandboxInfo         facts about an open sandbox
+    Snapshot            a saved sandbox, from which others start
     Outcome             the words that Result.outcome can be
     Policy, Limits      what a program may touch and use up
     SandboxError        the base of all errors: ArgumentError, BackendError, Cancelled, HostError, ImageError,
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
         run_program_async,
     )
     from x07_sandbox.library.sandbox import Sandbox
+    from x07_sandbox.library.snapshots import Snapshot
     from x07_sandbox.library.tools import tools
     from x07_sandbox.policy.denials import Outcome
     from x07_sandbox.policy.model import Limits, Policy
@@ -91,6 +93,7 @@ __all__ = [
     "Sandbox",
     "SandboxError",
     "SandboxInfo",
+    "Snapshot",
     "UsageError",
     "__version__",
     "apply",
@@ -116,6 +119,7 @@ _NAMES_BY_MODULE = {
     "sessions.command": ("Ended", "FileInfo", "Process"),
     "library.run": ("exec_command", "exec_command_async", "load_policy", "run_program", "run_program_async"),
     "library.sandbox": ("Sandbox",),
+    "library.snapshots": ("Snapshot",),
     "library.tools": ("tools",),
     "policy.denials": ("Outcome",),
     "policy.model": ("Limits", "Policy"),

@@ -16,7 +16,7 @@ import pytest
 from msgspec.structs import replace
 
 from x07_sandbox.backends import registry
-from x07_sandbox.backends.base import Availability, Cloning, Greeting, Job, greet
+from x07_sandbox.backends.base import Availability, Cloning, Greeting, Job, Snapshots, greet
 from x07_sandbox.backends.jailed import Jailed, Start, inner_process
 from x07_sandbox.backends.process import NoneBackend, agent_argv, agent_code, remove_folder
 from x07_sandbox.backends.registry import BackendRow
@@ -84,6 +84,7 @@ class OneFile:
     uses_image = False
     engine_images = None
     cloning: Cloning | None = None
+    snapshots: Snapshots | None = None
     needs: Sequence[Need] = ()
 
     @property

@@ -74,7 +74,7 @@ def test_a_program_cannot_read_the_callers_files(confined: OsBackend, tmp_path: 
             env={"LANG": "C.UTF-8"},
         ),
     )
-    assert ended.stdout.splitlines() == ["set()", "no ENOENT ['LANG']"], ended.stderr
+    assert ended.stdout.splitlines() == ["{'x07'}", "no ENOENT ['LANG']"], ended.stderr
 
 
 def test_a_program_has_terminals_of_its_own(confined: OsBackend) -> None:

@@ -47,6 +47,7 @@ from x07_sandbox.channel.messages import (
     Changes,
     Exec,
     Failed,
+    Held,
     Hello,
     Message,
     Seed,
@@ -71,6 +72,8 @@ def in_order(state: State, command: CommandState | None, one: Message) -> State 
     """Return the state of the session after a message, or None if it is out of order."""
     after = NEXT.get((state, type(one)))
     about = getattr(one, "id", 0)
+    if isinstance(one, Held):  # nothing is held otherwise
+        return after if state is State.HOLDING else None
     if isinstance(one, Exec):
         return after if about > (command is not None) else None
     if about and (command is None or (command, type(one)) not in COMMAND_NEXT):

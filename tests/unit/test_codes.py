@@ -86,7 +86,7 @@ def test_every_refusal_has_a_code() -> None:
     calls = [node for tree in TREES.values() for node in ast.walk(tree) if isinstance(node, ast.Call)]
     refusals = [node for node in calls if getattr(node.func, "id", "") == "RefusedError"]
     assert [node.lineno for node in refusals if not any(word.arg == "code" for word in node.keywords)] == []
-    shared = {"bug", "cancelled", PeerError.code}
+    shared = {"bug", "cancelled", "rolled-back", PeerError.code}
     assert {*listed("Errors")} & {*REASONS} == shared
 
 

@@ -318,7 +318,7 @@ def test_the_manifest_provides_defaults(tmp_path: Path) -> None:
 IMPORTED = """
 errors host host.settings
 library library.arguments library.async_sandbox library.awaited library.pool library.run
-library.sandbox
+library.sandbox library.snapshots
 policy policy.denials policy.features policy.model
 reports reports.sandboxes
 sessions sessions.command sessions.result

@@ -17,7 +17,7 @@ import msgspec
 from msgspec.structs import replace
 
 from x07_sandbox.channel.connection import Connection
-from x07_sandbox.channel.link import State
+from x07_sandbox.channel.link import Link, State
 from x07_sandbox.channel.messages import PROTOCOL, Failed, Hello, Message, Seed, Seeded
 from x07_sandbox.channel.streams import Event, Role
 from x07_sandbox.errors import BackendError, PeerError
@@ -34,8 +34,9 @@ from x07_sandbox.records.runs import Claim, JobRecord
 if TYPE_CHECKING:
     from x07_sandbox.backends.prerequisites import Need
 
-# Booted, cloned from a saved machine, restored from a saved process of such a clone, or taken from a pool.
-StartMode = Literal["cold", "clone", "hot", "pool"]
+# Booted, cloned from a saved machine, restored from a saved process of such a clone, taken from a pool, or cloned from
+# a snapshot of a running machine.
+StartMode = Literal["cold", "clone", "hot", "pool", "fork"]
 # The codes of errors about modules that cannot be preloaded, or not in time.
 NOT_IMPORTED: Final = "preload-failed"
 SLOW_IMPORT: Final = "preload-late"
@@ -119,13 +120,20 @@ class Needs(msgspec.Struct, frozen=True, kw_only=True):
 WarmUp = Callable[["Instance", MachineKind, "Cloning", Cancel], None]
 
 
+class Fork(NamedTuple):
+    """A snapshot of a running machine to start from. folder: of its files. link: our end of the channel to a fork."""
+
+    folder: Path
+    link: Link
+
+
 class Job(msgspec.Struct, frozen=True, kw_only=True):
     """The data that a backend needs to start one job. The program itself follows over the channel.
 
     needs: for container backends. cold: whether to boot a VM instead of cloning one. meanwhile: called once while the
     instance starts. warm_up: see `WarmUp`; None if no process may be saved for this job. save_later: called if no VM or
     process of this kind is saved; it has one saved without delaying the job, and returns a remark. None: the job waits
-    until one is saved.
+    until one is saved. fork: a snapshot to start from, instead of anything else.
     """
 
     claim: Claim
@@ -136,6 +144,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     meanwhile: Callable[[], object] = lambda: None
     warm_up: WarmUp | None = None
     save_later: Callable[[MachineKind], str] | None = None
+    fork: Fork | None = None
 
     @property
     def used_ram_bytes(self) -> int:
@@ -149,15 +158,16 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Greeting(NamedTuple):
-    """A ready agent: it has answered, clock and entropy are set, and OPEN is the next message.
+    """A ready agent: it has answered, clock and entropy are set, and OPEN is the next message, or RESUME to a fork.
 
     released_at: when the instance was released, in seconds on the monotonic clock. times_ms: milliseconds from then
-    until the frames HELLO and SEEDED arrived.
+    until the frames HELLO and SEEDED arrived. nonce: that of SEED.
     """
 
     connection: Connection
     released_at: float
     times_ms: dict[str, float]
+    nonce: bytes = b""
 
 
 class HandshakeFailure(msgspec.Struct, frozen=True, kw_only=True):
@@ -293,6 +303,55 @@ class Cloning(Protocol):
         """Return an instance that uses another process's `descriptors`. Raises KeyError if one is missing."""
 
 
+class Note(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What is known about a kept snapshot. name: chosen by the user, or "". sandbox: the id of the sandbox."""
+
+    id: str
+    name: str
+    sandbox: str
+    created_unix_ms: int
+
+
+class Kept(NamedTuple):
+    """A kept snapshot. folder: of its files. image: the digest of the image. bytes: its size on the disk."""
+
+    note: Note
+    folder: Path
+    image: str
+    bytes: int
+
+
+class Capture(Protocol):
+    """A running machine whose snapshot is prepared. ram_bytes: the RAM that it has written until then."""
+
+    ram_bytes: int
+
+    def take(self) -> None:
+        """Pause the machine, save it, and let it run on. Raises BackendError; it then runs on, if it still can."""
+
+
+class Snapshots(Protocol):
+    """Snapshots of running machines, from which forks start (`Job.fork`)."""
+
+    def folder(self) -> AbstractContextManager[Path]:
+        """Make an empty private folder for a snapshot, which is removed at the end of the context. Raises HostError."""
+
+    def capture(self, instance: Instance, kind: MachineKind, folder: Path) -> AbstractContextManager[Capture]:
+        """Prepare a snapshot of a running machine, in an empty private folder. Raises SandboxError."""
+
+    def keep(self, folder: Path, note: Note, kind: MachineKind) -> list[str]:
+        """Keep the snapshot in a `folder`, and remove what takes too much space then. Return remarks about that."""
+
+    def kept(self) -> list[Kept]:
+        """Return the kept snapshots, oldest first. Raises HostError."""
+
+    def drop(self, folder: Path) -> None:
+        """Remove a kept snapshot. Sandboxes that have started from it go on. Raises OSError."""
+
+    def key(self, kind: MachineKind) -> str:
+        """Return a text that is equal for machines that can start from each other's snapshots. Raises HostError."""
+
+
 class EngineImages(Protocol):
     """The guest images of a backend that does not use x07's store.
 
@@ -334,6 +393,10 @@ class Backend(Protocol):
     def cloning(self) -> Cloning | None:
         """Support for cloning saved VMs, if there is any."""
 
+    @property
+    def snapshots(self) -> Snapshots | None:
+        """Support for snapshots of running machines, if there is any."""
+
     def least_features(self) -> Features:
         """Return the features of the backend's weakest isolation class, without starting anything. Raises HostError."""
 
@@ -353,6 +416,7 @@ class Backend(Protocol):
         """Stop a job from any process. Return whether it is proven and recorded as gone. Raises SandboxError."""
 
 
+_CLOCK_S: Final = 0.5
 _EXIT_S: Final = 5.0  # for an instance whose channel ended to end itself, so that its exit status is known
 
 
@@ -362,17 +426,19 @@ def greet(
     cancel_fd: int | None = None,
     meanwhile: Callable[[], object] = lambda: None,
     boot_s: float = settings.BOOT_S,
+    link: Link | None = None,
 ) -> None:
     """Release the instance, wait for its agent, send clock and entropy, and set `Instance.greeting`.
 
     cancel_fd: the wait ends once it is readable. meanwhile: called while the instance starts. boot_s: timeout
-    of a boot, in seconds. Raises NoAnswerError; the caller stops the instance.
+    of a boot, in seconds. link: of a fork. Raises NoAnswerError; the caller stops the instance.
     """
     cold = instance.start_mode == "cold"  # the agent of any other start has sent HELLO already
     released_at = time.monotonic()
     deadline = Deadline.after(boot_s if cold else settings.CLONE_S)
     instance.release()
-    talk = Handshake(instance, State.WAITING if cold else State.WARM, cancel_fd)
+    talk = Handshake(instance, State.WAITING if cold else State.WARM, cancel_fd, link)
+    ready = State.READY if link is None else State.HELD
     if not cold:
         talk.seed()
         talk.connection.flush()
@@ -383,28 +449,40 @@ def greet(
             talk.seed()
             if deadline.passed():  # the agent was in time, this process was not
                 deadline = Deadline.after(settings.CLONE_S)
-        failure = talk.until(State.READY, deadline)
+        failure = talk.until(ready, deadline)
+        while failure is None and link is not None and talk.waited_s() > _CLOCK_S and not deadline.passed():
+            talk.seed()  # the clock is late by that time at most, and a fork can be told again
+            failure = talk.until(ready, deadline)
     if failure is not None:
         talk.reached["end"] = time.monotonic()
     times_ms = {name: round((at - released_at) * 1000, 1) for name, at in talk.reached.items()}
     if failure is not None:
         raise NoAnswerError(instance, failure, times_ms)
-    instance.greeting = Greeting(connection=talk.connection, released_at=released_at, times_ms=times_ms)
+    instance.greeting = Greeting(talk.connection, released_at, times_ms, talk.nonce)
 
 
 class Handshake:
     """One handshake. reached: when HELLO and SEEDED arrived, in seconds on the monotonic clock."""
 
-    def __init__(self, instance: Instance, begin: State, cancel_fd: int | None = None) -> None:
+    def __init__(
+        self, instance: Instance, begin: State, cancel_fd: int | None = None, link: Link | None = None
+    ) -> None:
         self.connection = Connection(instance.channel_fd, Role.HOST, begin)
+        self.connection.link = link or self.connection.link
         self.reached: dict[str, float] = {}
         self._instance = instance
         self._cancel_fd = cancel_fd
-        self._nonce = os.urandom(16)
+        self.nonce = os.urandom(16)
+        self._asked_at = 0.0
+
+    def waited_s(self) -> float:
+        """Return for how long the last answer to `seed` took, in seconds."""
+        return self.reached["seeded"] - self._asked_at
 
     def seed(self) -> None:
         """Queue clock, entropy, and a nonce that the answer must repeat."""
-        self.connection.link.send(Seed(unix_ns(), os.urandom(64), self._nonce, os.urandom(16)))
+        self._asked_at = time.monotonic()
+        self.connection.link.send(Seed(unix_ns(), os.urandom(64), self.nonce, os.urandom(16)))
 
     def until(
         self, wanted: State, deadline: Deadline, say: Mapping[State, Message] | None = None
@@ -467,7 +545,7 @@ class Handshake:
                 raise PeerError("bad HELLO message", why)
             self.reached["hello"] = time.monotonic()
         elif isinstance(message, Seeded):
-            if message.nonce != self._nonce:
+            if message.nonce != self.nonce:
                 raise PeerError("bad SEEDED message", "its nonce is not the one that was sent")
             self.reached["seeded"] = time.monotonic()
 

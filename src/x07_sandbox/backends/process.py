@@ -120,6 +120,7 @@ class _Backend(ABC):
     uses_image = False
     engine_images = None
     cloning = None
+    snapshots = None
 
     @abstractmethod
     def probe(self, _image: OpenImage | None = None, *, boot: bool = True) -> Availability:

@@ -64,6 +64,7 @@ class VzBackend:
     name = "vz"
     uses_image = True
     cloning = None
+    snapshots = None
     known_gaps: Final[Mapping[str, str]] = {}
     image_variable = BUNDLE
     needs = (Need("program", "x07-vz-helper", "", "X07_VM_VZ_HELPER_BIN"),)

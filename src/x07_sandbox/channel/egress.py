@@ -17,6 +17,7 @@ DATA_MAX: Final = 128 * 1024
 DATAGRAM_MAX: Final = 65_507  # of UDP over IPv4
 WINDOW: Final = 512 * 1024
 HOST_MAX: Final = 255
+NONCE_BYTES: Final = 16  # before the first frame in both directions, in a copy of a VM
 FLOWS_MAX: Final = 4096  # of each transport; the gate's own limits are lower
 DNS: Final = "127.0.0.53"  # of the relay in the guest
 RESOLV_CONF: Final = f"nameserver {DNS}\noptions timeout:5 attempts:2\n"

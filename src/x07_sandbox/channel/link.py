@@ -10,7 +10,7 @@ from __future__ import annotations
 import enum
 import struct
 from collections.abc import Iterator
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from x07_sandbox.channel import messages, streams
 from x07_sandbox.channel.messages import (
@@ -24,10 +24,13 @@ from x07_sandbox.channel.messages import (
     Exec,
     Exited,
     Failed,
+    Held,
     Hello,
+    Hold,
     Message,
     Open,
     Resize,
+    Resume,
     Seed,
     Seeded,
     Started,
@@ -92,13 +95,19 @@ class State(enum.Enum):
     SEEDING = "seeding"
     READY = "ready"
     OPEN = "open"
+    HOLDING = "holding"
+    HELD = "held"  # neither side has sent anything that has not arrived: the VM can be saved, and its copies start here
+    RESEEDING = "reseeding"
     # commands may still run; the guest sends what CLOSE asks for once the command *after* has ended
     CLOSING = "closing"
     CLOSED = "closed"
     FAILED = "failed"
 
 
-_AFTER_OPEN: Final = (State.OPEN, State.CLOSING, State.CLOSED, State.FAILED)
+_HELD: Final = (State.HOLDING, State.HELD, State.RESEEDING)
+_AFTER_OPEN: Final = (State.OPEN, *_HELD, State.CLOSING, State.CLOSED, State.FAILED)
+_REPORTING: Final = (State.OPEN, State.HOLDING, State.CLOSING)
+_CAN_FAIL: Final = (State.WARMING, State.SEEDING, State.RESEEDING, *_REPORTING)
 NEXT: Final[dict[tuple[State, type[Any]], State]] = {
     (State.WAITING, Hello): State.GREETED,
     (State.GREETED, Seed): State.SEEDING,
@@ -109,14 +118,22 @@ NEXT: Final[dict[tuple[State, type[Any]], State]] = {
     (State.READY, Open): State.OPEN,
     (State.OPEN, Exec): State.OPEN,
     (State.OPEN, Changes): State.OPEN,
+    (State.OPEN, Hold): State.HOLDING,
+    (State.HOLDING, Held): State.HELD,
+    (State.HELD, Resume): State.OPEN,
+    (State.HELD, Seed): State.RESEEDING,
+    (State.RESEEDING, Seeded): State.HELD,
+    # The host waits no longer, and HELD comes late.
+    (State.HOLDING, Resume): State.OPEN,
+    **{(state, Held): state for state in (State.OPEN, State.CLOSING)},
     (State.OPEN, Close): State.CLOSING,
     (State.CLOSING, Closed): State.CLOSED,
     # The host has run a warm-up program of its own.
     (State.CLOSED, Warm): State.WARMING,
-    **{(state, kind): state for state in (State.OPEN, State.CLOSING) for kind in (Started, Denied, Exited)},
+    **{(state, kind): state for state in _REPORTING for kind in (Started, Denied, Exited)},
     # They may cross the message that reports the end.
     **{(state, kind): state for state in _AFTER_OPEN for kind in (Stop, Resize)},
-    **{(state, Failed): State.FAILED for state in (State.WARMING, State.SEEDING, State.OPEN, State.CLOSING)},
+    **{(state, Failed): State.FAILED for state in _CAN_FAIL},
 }
 
 
@@ -137,6 +154,14 @@ COMMAND_NEXT: Final[dict[tuple[CommandState, type[Any]], CommandState]] = {
 }
 
 
+class LinkState(NamedTuple):
+    """The state of a session whose programs are held: its commands that have not ended, and numbers of messages."""
+
+    commands: dict[int, CommandState]
+    last_command: int
+    holds: int
+
+
 class Link:
     """One end of the channel; not thread-safe. If the VM is a clone of a saved VM, *state* is WARM at first.
 
@@ -149,10 +174,13 @@ class Link:
         self.state = state
         self.streams = Streams(role, STREAMS)
         self._commands: dict[int, CommandState] = {}  # without those that have ended
-        self._last_command = 0
+        self.last_command = 0
         self._subjects: dict[int, tuple[Stream, int]] = {}  # of open streams, by number
         self._used: set[tuple[Stream, int]] = set()  # streams that were opened, and cannot be opened again
         self._changes = 0  # number of CHANGES messages whose stream was not opened yet
+        self._held = 0  # number of the last HELD
+        self.holds = 0  # number of the last HOLD
+        self.stopped = False  # whether the last HELD says that all programs have stopped
 
     def receive(self, data: bytes | memoryview) -> Iterator[Message | Event]:
         """Take bytes from the peer, and yield messages and events of streams.
@@ -216,7 +244,7 @@ class Link:
             allowed = self.state in _AFTER_OPEN and 0 <= subject < FILES_MAX
         elif stream is Stream.STDIN:
             # When the guest receives it, the command may have ended.
-            ended = self.role is Role.GUEST and 0 < subject <= self._last_command
+            ended = self.role is Role.GUEST and 0 < subject <= self.last_command
             allowed = subject in self._commands or ended
         elif stream in {Stream.STDOUT, Stream.STDERR}:
             allowed = self._commands.get(subject) is CommandState.RUNNING
@@ -247,9 +275,9 @@ class Link:
             return problem
         number: int = getattr(message, "id", -1)
         if isinstance(message, Exec):
-            if not self._last_command < number <= ID_MAX or len(self._commands) >= COMMANDS_MAX:
+            if not self.last_command < number <= ID_MAX or len(self._commands) >= COMMANDS_MAX:
                 return f"command {number} cannot be added"
-            self._last_command = number
+            self.last_command = number
             self._commands[number] = CommandState.STARTING
         elif (
             number >= 0
@@ -259,16 +287,34 @@ class Link:
             return problem
         if isinstance(message, Failed) and number:
             return ""
+        if isinstance(message, Hold | Held):
+            return self._hold(message, following)
         self.state = following
         if isinstance(message, Changes):
             self._changes += 1
         if isinstance(message, Warm):
             self._restart()
+        if following is State.RESEEDING:
+            self._begin_streams()
+        return ""
+
+    def _hold(self, message: Hold | Held, following: State) -> str:
+        """Count HOLD, or its answer, which is late if the host has sent another HOLD since."""
+        if isinstance(message, Hold):
+            if message.number != self.holds + 1:
+                return f"HOLD {message.number} after {self.holds}"
+            self.holds = message.number
+        elif not self._held < message.number <= self.holds:
+            return f"HELD {message.number} after {self._held} of {self.holds}"
+        else:
+            self._held, self.stopped = message.number, message.stopped
+        if isinstance(message, Hold) or message.number == self.holds:
+            self.state = following
         return ""
 
     def _advance_command(self, number: int, message: type[Any]) -> str:
         # A command that has ended may still be stopped, since the messages may cross.
-        ended = CommandState.ENDED if 0 < number <= self._last_command else None
+        ended = CommandState.ENDED if 0 < number <= self.last_command else None
         before = self._commands.get(number, ended)
         after = None if before is None else COMMAND_NEXT.get((before, message))
         if after is None:
@@ -278,13 +324,29 @@ class Link:
         self._commands[number] = after
         return ""
 
+    def held(self) -> LinkState:
+        """Return what the host's end of the channel to a copy of the VM must know. The programs are held."""
+        return LinkState(dict(self._commands), self.last_command, self.holds)
+
+    @staticmethod
+    def resumed(state: LinkState) -> Link:
+        """Return the host's end of the channel to a copy of a VM. Its streams begin anew, at both ends."""
+        link = Link(Role.HOST, State.HELD)
+        link._commands, link.last_command = dict(state.commands), state.last_command
+        link.holds = link._held = state.holds
+        return link
+
     def _restart(self) -> None:
         """Forget the warm-up program's streams and commands."""
-        self.streams.restart()
+        self._begin_streams()
         self._commands.clear()
+        self.last_command = 0
+
+    def _begin_streams(self) -> None:
+        self.streams.restart()
         self._subjects.clear()
         self._used.clear()
-        self._last_command = self._changes = 0
+        self._changes = 0
 
     def _end(self, command: int) -> str:
         """Forget a command and its input. Return a problem if its output has not ended."""

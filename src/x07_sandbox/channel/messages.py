@@ -17,7 +17,7 @@ from x07_sandbox.channel.streams import Message as Bounds
 from x07_sandbox.channel.streams import Role
 from x07_sandbox.errors import ChannelUsageError, PeerError
 
-PROTOCOL: Final = 4
+PROTOCOL: Final = 5
 COUNT_MAX: Final = 2**63 - 1
 ID_MAX: Final = 2**32 - 1  # of commands
 TEXT_MAX: Final = 2000  # characters of a text from the guest
@@ -70,7 +70,7 @@ class Warmed(NamedTuple):
 
 
 class Seed(NamedTuple):
-    """Clock, entropy and names for a resumed VM.
+    """Clock, entropy and names for a resumed VM. While its programs are held, it is a copy of the VM that was held.
 
     unix_ns: the time in nanoseconds since 1970. entropy: 64 bytes for the kernel's entropy pool. nonce: 16 bytes, which
     the answer repeats. machine_id: 16 bytes, written to /etc/machine-id in hexadecimal.
@@ -80,6 +80,26 @@ class Seed(NamedTuple):
     entropy: bytes
     nonce: bytes
     machine_id: bytes
+
+
+class Hold(NamedTuple):
+    """Stop all programs, and answer HELD after everything that is queued, so that the VM can be saved.
+
+    The host sends nothing more before RESUME, or SEED in a copy of the VM. number: from 1, one more each time.
+    """
+
+    number: int
+
+
+class Held(NamedTuple):
+    """The guest sends nothing more before RESUME. number: that of HOLD. stopped: whether all programs have stopped."""
+
+    number: int
+    stopped: bool
+
+
+class Resume(NamedTuple):
+    """Let the programs go on after HOLD."""
 
 
 class Seeded(NamedTuple):
@@ -352,6 +372,9 @@ Message = (
     | Stop
     | Resize
     | Changes
+    | Hold
+    | Held
+    | Resume
     | Denied
     | Exited
     | Close
@@ -454,6 +477,9 @@ FORMS: Final[dict[type[Any], Form]] = {
     Failed: Form(14, Role.GUEST, shapes=(_ID, Shape(str, 64), _ERRNO, _TEXT)),
     Resize: Form(15, Role.HOST, struct.Struct(">IHH")),
     Changes: Form(16, Role.HOST, struct.Struct("")),
+    Hold: Form(17, Role.HOST, struct.Struct(">I")),
+    Held: Form(18, Role.GUEST, struct.Struct(">I?")),
+    Resume: Form(19, Role.HOST, struct.Struct("")),
 }
 _TYPES: Final = {form.number: (kind, form) for kind, form in FORMS.items()}
 BOUNDS: Final = {

@@ -140,6 +140,10 @@ class Streams:
         self._last_own = 0 if self.role is Role.HOST else -1
         self._last_peer = -1 if self.role is Role.HOST else 0
 
+    def preface(self, data: bytes) -> None:
+        """Queue bytes that precede all frames."""
+        self._partial = memoryview(data)
+
     # incoming
 
     def receive(self, data: bytes | memoryview) -> Iterator[Event]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from x07_sandbox.channel.connection import Connection
 from x07_sandbox.channel.link import NEXT, State
-from x07_sandbox.channel.messages import PROTOCOL, Failed, Hello, Open, Seed, Seeded, Warm, Warmed
+from x07_sandbox.channel.messages import PROTOCOL, Failed, Held, Hello, Hold, Open, Resume, Seed, Seeded, Warm, Warmed
 from x07_sandbox.channel.streams import Event, Role
 from x07_sandbox.errors import PeerError
 from x07_sandbox.guest.environment import Environment, job_settings
@@ -83,7 +83,7 @@ class Agent:
         """Wait for events once and handle them. Return False when the host has disconnected."""
         poll = select.poll()
         self.connection.register(poll)
-        sandbox = self.sandbox
+        sandbox = None if self.link.state is State.HELD else self.sandbox
         if sandbox is not None:
             sandbox.register(poll)
         running = sandbox is not None and sandbox.is_running()
@@ -103,7 +103,7 @@ class Agent:
             except PeerError:
                 if self.link.state is not State.FAILED:  # else the host does not know of the failure yet
                     raise
-        if self.sandbox is not None:
+        if self.sandbox is not None and self.link.state is not State.HELD:
             self._attempt(self.sandbox.tick)
         return self.connection.flush()
 
@@ -127,6 +127,9 @@ class Agent:
         elif isinstance(event, Seed):
             self.platform.seed(event)
             self.machine_id = event.machine_id
+            if self.environment is not None and sandbox is not None:
+                self.environment.rejoin(event)
+                sandbox.rejoin()
             self.link.send(Seeded(event.nonce))
         elif isinstance(event, Open):
             if event.root:
@@ -135,6 +138,10 @@ class Agent:
             self.environment.admit(event.network)
             opening = self.platform.adapt(event)
             self.sandbox = Sandbox(self.link, self.machine_id, opening, self.environment, self.audit, self._fail)
+        elif isinstance(event, Hold | Resume) and self.environment is not None:
+            stopped = self.environment.group.freeze(frozen=isinstance(event, Hold))
+            if isinstance(event, Hold):
+                self.link.send(Held(event.number, stopped))
         elif sandbox is not None:
             sandbox.take(event)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import time
 from typing import ClassVar, Final
@@ -18,6 +19,7 @@ from x07_sandbox.guest.system import children_of, read_file, write_file
 _ROOT: Final = "/sys/fs/cgroup"
 _GROUP: Final = f"{_ROOT}/x07"
 _GONE_S: Final = 5.0
+_STOPPED_S: Final = 2.0  # some system calls end late
 # Each counter: its controller, its file in versions 2 and 1, and the keys of its lines if the file has several lines.
 _COUNTERS: Final[tuple[tuple[str, ...], ...]] = (
     ("tasks_refused", "pids", "pids.events", "pids.events", "max"),
@@ -80,6 +82,10 @@ class NoGroup:
     def kill(self, init: int) -> None:
         """Kill all processes of the group, if it KILLS."""
 
+    def freeze(self, *, frozen: bool) -> bool:  # noqa: ARG002
+        """Stop all processes of the group, or let them go on. Return whether they have stopped. Raises OSError."""
+        return False
+
     def cpu_us(self, init: int) -> int:
         """Return the CPU time of all processes of the group, in microseconds."""
         return cpu_ticks(init) * 1_000_000 // os.sysconf("SC_CLK_TCK")
@@ -117,6 +123,25 @@ class HostGroup(NoGroup):
 
     def _write(self, name: str, text: str) -> None:
         write_file(f"{self._folder}/{name}", text)
+
+    def freeze(self, *, frozen: bool) -> bool:
+        """Stop all processes of the group, or let them go on. If they do not stop in time, they go on."""
+        self._write("cgroup.freeze", str(int(frozen)))
+        if not frozen or self._stop():
+            return frozen
+        return self.freeze(frozen=False)
+
+    def _stop(self) -> bool:
+        """Wait until the processes have stopped. Return whether they did so in time."""
+        until, poll = time.monotonic() + _STOPPED_S, select.poll()
+        with open(f"{self._folder}/cgroup.events", "rb", buffering=0) as events:
+            poll.register(events, select.POLLPRI)
+            while (left_s := until - time.monotonic()) > 0:
+                events.seek(0)
+                if b"frozen 1" in events.read(4096):  # a later change is an event (cgroups(7))
+                    return True
+                poll.poll(left_s * 1000)
+        return False
 
     def _set_limits(self, mem_bytes: int, tasks: int) -> None:
         if self._memory:

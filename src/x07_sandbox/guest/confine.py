@@ -27,6 +27,7 @@ PROGRAM_PID: Final = 2  # in its namespace, where init is 1
 UID: Final = 65532  # in the image's passwd; owns nothing in the guest
 ROOT: Final = "/run/x07/root"
 MACHINE_ID: Final = "/run/x07/machine-id"
+GENERATION: Final = "/run/x07/generation"  # for programs that want to notice that they run in a copy of their VM
 RESOLV_CONF: Final = "/run/x07/resolv.conf"
 SCRATCH: Final = "/run/x07/scratch"
 LAYER: Final = f"{SCRATCH}/layer"
@@ -214,7 +215,11 @@ def _temporary(world: World) -> None:
         os.mkdir(f"{ROOT}{waiting.FOLDER}")
         with open(f"{ROOT}{waiting.FOLDER}/sitecustomize.py", "x", encoding="utf-8") as file:
             file.write(interpreter.hook(world.preload))
-    system.bind(MACHINE_ID, f"{ROOT}/etc/machine-id", system.MS_RDONLY)
+    os.mkdir(f"{ROOT}{os.path.dirname(GENERATION)}")
+    with open(f"{ROOT}{GENERATION}", "x", encoding="ascii"):
+        pass
+    for path in ("/etc/machine-id", GENERATION):
+        system.bind(MACHINE_ID, f"{ROOT}{path}", system.MS_RDONLY)
     if world.resolver:
         system.bind(RESOLV_CONF, f"{ROOT}/etc/resolv.conf", system.MS_RDONLY)
     _remount(f"{ROOT}/run", system.MS_RDONLY)

@@ -22,7 +22,7 @@ from x07_sandbox.guest.trees import as_program_user
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from x07_sandbox.channel.messages import CommandLimits, Confine, Exec, Network, Open, Terminal, Warm
+    from x07_sandbox.channel.messages import CommandLimits, Confine, Exec, Network, Open, Seed, Terminal, Warm
     from x07_sandbox.guest.cgroup import NoGroup
     from x07_sandbox.guest.platform import Platform
 
@@ -100,6 +100,7 @@ class Environment:
         self._cpu_us: int | None = None
         self._last: int | None = init.FIRST  # key of the process after whose end init kills all others
         self.shared = False
+        self._nonce = b""  # of the last SEED of a copy of the VM
         self._own_modules = False
         self._machine_id_fd = os.open(platform.machine_id, os.O_WRONLY | os.O_CLOEXEC)
         self._make_folders()
@@ -293,6 +294,13 @@ class Environment:
     def name(self, machine_id: bytes) -> None:
         """Write *machine_id* to the file that the program sees as /etc/machine-id."""
         os.pwrite(self._machine_id_fd, machine_id.hex().encode() + b"\n", 0)
+
+    def rejoin(self, seed: Seed) -> None:
+        """Become the environment of a copy of the VM: with another name, and no connections. Raises JobError."""
+        self.name(seed.machine_id)
+        if self.relay is not None and seed.nonce != self._nonce:  # SEED may come again, with the time
+            self.relay.rejoin(seed.nonce)
+            self._nonce = seed.nonce
 
     def mounted(self) -> None:
         """Record whether the mounted folders contain user site-packages, which the waiting interpreter has not read."""

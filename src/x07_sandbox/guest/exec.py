@@ -90,6 +90,7 @@ class Command:
         self._short_reads = 0
         self._stdin = 0  # the number of the input's stream, once it is open
         self._held: deque[memoryview] = deque()  # input not yet written to the program; at most one window
+        self._uncounted = 0  # bytes of it that came on a stream of the VM of which this one is a copy
         self._input_ended = False
 
     # waiting
@@ -164,7 +165,7 @@ class Command:
             except BrokenPipeError:
                 broken = True
             else:
-                self._link.streams.consumed(self._stdin, count)
+                self._consumed(count)
                 if rest := self._held.popleft()[count:]:
                     self._held.appendleft(rest)
         if (broken or self._input_ended) and self._stdin_fd >= 0 and self.order.terminal is None:
@@ -175,8 +176,19 @@ class Command:
             self._held.append(memoryview(_END_OF_INPUT))
             self._feed()
         if self._stdin_fd < 0 and self._held:
-            self._link.streams.consumed(self._stdin, sum(map(len, self._held)))
+            self._consumed(sum(map(len, self._held)))
             self._held.clear()
+
+    def rejoin(self) -> None:
+        """Go on in a copy of the VM: no stream is open, and each opens again when it has data."""
+        self._stdin, self._uncounted = 0, sum(map(len, self._held))
+        for output in self._outputs:
+            output.number = 0
+
+    def _consumed(self, count: int) -> None:
+        uncounted = min(count, self._uncounted)
+        self._uncounted -= uncounted
+        self._link.streams.consumed(self._stdin, count - uncounted)
 
     # output
 

@@ -116,6 +116,7 @@ class Relay:
         self._flows: dict[int, _Flow] = {}
         self._by_endpoints: dict[tuple[int, _Endpoints], _Flow] = {}
         self._connected = True
+        self._nonce, self._skipped = b"", b""  # see `rejoin`
         self._buffer = ReadBuffer()
         watcher.watch(port_fd, self._serve_port)
         for sock in sockets.tcp:
@@ -149,9 +150,36 @@ class Relay:
         if not data:
             self._connected = False
             return
+        if self._nonce:
+            before, found, rest = (self._skipped + data).partition(self._nonce)
+            if not found:
+                self._skipped = before[-len(self._nonce) :]
+                return
+            data, self._nonce, self._skipped = memoryview(rest), b"", b""
         for event in self._link.receive(data):
             if (flow := self._flows.get(event.stream)) is not None:
                 self._take(flow, event)
+
+    def watch_orders(self, fd: int, done: Callable[[], object]) -> None:
+        """For each nonce that arrives on *fd*, begin anew with another gate, and call *done*."""
+
+        def obey(_mask: int) -> None:
+            self._rejoin(os.read(fd, egress.NONCE_BYTES))
+            done()
+
+        self._watcher.watch(fd, obey)
+
+    def _rejoin(self, nonce: bytes) -> None:
+        """End all flows. What the other gate sends begins with *nonce*, and so does what is sent to it.
+
+        In a copy of a VM, the rest of a frame may precede it in either direction.
+        """
+        for flow in list(self._flows.values()):
+            self._release(flow.held, egress.REFUSED)
+            self._end(flow, reset=True)
+        self._nonce, self._skipped = nonce, b""
+        self._link = Streams(Role.GUEST, egress.STREAMS)
+        self._link.preface(nonce)
 
     def _flush(self) -> None:
         before, wanted = self._link.pending(), select.EPOLLIN
@@ -420,12 +448,14 @@ class RelayProcess:
         self._built = self._admitted = False
         self.carried_fd = -1
         settings_r, self._settings_fd = os.pipe2(os.O_CLOEXEC)
+        orders_r, self._orders_fd = os.pipe2(os.O_CLOEXEC)
         self.status_fd, status_w = os.pipe2(os.O_CLOEXEC)
         self.pid = os.fork()
         if self.pid == 0:
-            system.close_descriptors_except(netns_fd, settings_r, status_w, *keep)
-            _run(netns_fd, open_port, settings_r, status_w, hold=hold)
+            system.close_descriptors_except(netns_fd, settings_r, orders_r, status_w, *keep)
+            _run(netns_fd, open_port, (settings_r, orders_r), status_w, hold=hold)
         os.close(settings_r)
+        os.close(orders_r)
         os.close(status_w)
 
     def wait_built(self) -> None:
@@ -450,6 +480,12 @@ class RelayProcess:
             write_all(self._settings_fd, marshal.dumps(tuple(network)))
         os.close(self._settings_fd)
 
+    def rejoin(self, nonce: bytes) -> None:
+        """End all connections, and wait until the process talks to another gate. Raises JobError."""
+        with contextlib.suppress(BrokenPipeError):
+            os.write(self._orders_fd, nonce)
+        self._wait()
+
     def end_reason(self) -> str:
         """Return why the process has ended, once `status_fd` is readable."""
         return os.read(self.status_fd, 4096).decode("utf-8", "replace")[:1000] or "it was killed"
@@ -459,6 +495,7 @@ class RelayProcess:
         os.kill(self.pid, signal.SIGKILL)
         os.waitpid(self.pid, 0)
         os.close(self.status_fd)
+        os.close(self._orders_fd)
 
 
 def on_shared_channel(netns_fd: int) -> RelayProcess:
@@ -478,7 +515,8 @@ def _close(sock: socket.socket, *, reset: bool) -> None:
     sock.close()
 
 
-def _run(netns_fd: int, open_port: Callable[[], int], settings_fd: int, status_fd: int, *, hold: bool) -> NoReturn:
+def _run(netns_fd: int, open_port: Callable[[], int], fds: tuple[int, int], status_fd: int, *, hold: bool) -> NoReturn:
+    settings_fd, orders_fd = fds
     try:
         kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
         if netns_fd >= 0:
@@ -491,6 +529,7 @@ def _run(netns_fd: int, open_port: Callable[[], int], settings_fd: int, status_f
         firewall.admit(network, sockets)
         wildcards = [(suffix, first) for suffix, first in network.wildcards]
         relay = Relay(port_fd, NameTable(network.names, wildcards), sockets)
+        relay.watch_orders(orders_fd, partial(os.write, status_fd, _READY))
         os.write(status_fd, _READY)
         relay.serve()
         os.write(status_fd, b"the gate has disconnected")

@@ -119,6 +119,11 @@ class Sandbox:
         elif isinstance(event, Close):
             self._close(event)
 
+    def rejoin(self) -> None:
+        """Go on in a copy of the VM. No stream is open, and nothing was asked for that is still to be sent."""
+        for command in self._commands.values():
+            command.rejoin()
+
     def _close(self, order: Close) -> None:
         """Send what *order* asks for, once its command has ended. Raises JobError, OSError."""
         self._closing = order

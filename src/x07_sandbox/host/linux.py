@@ -94,6 +94,12 @@ def open_pidfd(pid: int) -> int:
     return fd
 
 
+def pid_of(pidfd: int) -> int:
+    """Return the pid of the process of *pidfd* (pidfd_open(2)), or -1 if it has been reaped. Raises OSError."""
+    info = (of_process(os.getpid(), f"fdinfo/{pidfd}") or b"").splitlines()
+    return next((int(line.split()[1]) for line in info if line.startswith(b"Pid:")), -1)
+
+
 def send_signal(pidfd: int, number: int) -> None:
     """Send a signal to the process of *pidfd*, unless that process has been reaped."""
     with contextlib.suppress(ProcessLookupError):

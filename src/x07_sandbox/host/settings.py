@@ -20,6 +20,7 @@ BOOT_S: Final = 30.0  # timeout of a boot
 FOREIGN_BOOT_S: Final = 120.0  # timeout of a boot of another architecture than the host's, which is emulated
 BOOTS_SLOWER: Final = 4  # or this many times the boot that proved KVM, if that is more
 BOOTS_MAX: Final = 4  # boot attempts per job, if a kernel miscalibrates its timers
+HOLD_S: Final = 5.0  # for programs to stop before a snapshot; the guest itself waits for at most 2 s
 CLONE_S: Final = 10.0  # timeout of a clone; then the job starts cold
 WARM_BYTES: Final = 256 * MIB  # upper bound for an idle warm machine
 WARM_S: Final = 1800.0  # maximum age of a warm machine in a pool

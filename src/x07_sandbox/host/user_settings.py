@@ -73,8 +73,8 @@ SETTINGS: Final = (
         "disk",
         "saved_vms_mib",
         "MiB",
-        "`5120`",
-        "How much disk space saved VMs may take. Above it, x07 removes the least recently used ones.",
+        "`8192`",
+        "How much disk space saved VMs and snapshots may take. Above it, x07 removes the least recently used ones.",
     ),
     Setting("disk", "runs_days", "days", "`7`", "How long records of runs are kept after the run has ended."),
     Setting("disk", "runs_max", "number", "`1000`", "How many records of runs are kept. The newest ones stay."),
@@ -85,7 +85,7 @@ SETTINGS: Final = (
 class DiskLimits(NamedTuple):
     """What saved VMs and records of runs may take on the disk: the settings of `[disk]`."""
 
-    saved_vms_mib: int = 5120  # a default image has 1.3 GiB of saved VMs, so three images have room
+    saved_vms_mib: int = 8192  # a default image has 1.3 GiB of saved VMs, so three images have room
     runs_days: int = 7
     runs_max: int = 1000
     runs_mib: int = 1024

@@ -132,7 +132,15 @@ _ROWS: Final = (
     Variable(
         "X07_VM_MAX_SANDBOXES",
         "number",
-        "How many sandboxes may be open at the same time.",
+        "How many sandboxes may be open at the same time. Forks do not count.",
+        "depends on memory",
+        lo=1,
+        hi=MOST_RUNNING,
+    ),
+    Variable(
+        "X07_VM_MAX_FORKS",
+        "number",
+        "How many sandboxes that have started from a snapshot may be open at the same time.",
         "depends on memory",
         lo=1,
         hi=MOST_RUNNING,

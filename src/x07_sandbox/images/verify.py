@@ -267,6 +267,28 @@ def write_disk(scratch_fd: int, disk: ScratchDisk, fd: int) -> None:
                 written += os.pwrite(fd, data[written:], piece.offset + written)
 
 
+def _copy_range(source_fd: int, target_fd: int, at: int, size: int) -> int:
+    try:
+        return os.copy_file_range(source_fd, target_fd, size, at, at)  # shares blocks where the file system can
+    except OSError as exc:
+        if exc.errno not in {errno.EXDEV, errno.EOPNOTSUPP}:
+            raise
+    os.lseek(target_fd, at, os.SEEK_SET)
+    return os.sendfile(target_fd, source_fd, at, size)
+
+
+def copy_sparse(source_fd: int, target_fd: int, most: int | None = None) -> None:
+    """Copy a sparse file, or its first *most* bytes, into an empty one. Raises OSError."""
+    size, at = os.fstat(source_fd).st_size if most is None else most, 0
+    os.ftruncate(target_fd, size)
+    while at < size:
+        at, end = next_data(source_fd, at, size)
+        while at < end:
+            if not (count := _copy_range(source_fd, target_fd, at, end - at)):
+                raise OSError(errno.EIO, "the file shrank while it was copied")
+            at += count
+
+
 def _check_manifest(folder_fd: int, image: Image, subject: Subject) -> None:
     """Raise ImageError if the manifest has changed since *image* was read."""
     with opened_file(folder_fd, "manifest.json", subject) as fd:

@@ -87,12 +87,6 @@ class Criu(msgspec.Struct, frozen=True, kw_only=True):
         found = [self.images_fd, self.userns_fd, None if self.restores is not None else self.control_fd]
         return [fd for fd in found if fd is not None]
 
-    def numbers(self) -> list[int]:
-        """Return the descriptors of the process that is dumped or restored. criu's own must have higher numbers."""
-        if self.restores is not None:
-            return [fd for fd, _ in self.restores]
-        return [*self.socket_fds, self.scratch_fd]
-
     def namespaces(self) -> list[str]:
         """Return bubblewrap's words for the namespaces and capabilities."""
         if self.userns_fd is None:

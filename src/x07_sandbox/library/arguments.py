@@ -167,6 +167,14 @@ def bad_argument(name: str, why: str, function: str = _RUN) -> UsageError:
     return ArgumentError(_WHAT[function], f"{name} {why}", f"See help({function})")
 
 
+def check_snapshot_name(name: object) -> None:
+    """Raise ArgumentError for a name that no snapshot can have."""
+    from x07_sandbox.sessions.sandbox import NAME, NAME_RULE
+
+    if name != "" and not (isinstance(name, str) and NAME.fullmatch(name)):
+        raise ArgumentError("cannot take a snapshot", f"its name is {name!r}", NAME_RULE.capitalize())
+
+
 def checked_seconds(name: str, value: Any, error: UsageError | None = None) -> float:  # noqa: ANN401 - it is checked
     """Return a number of seconds. Raises UsageError, or *error*."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0 or math.isinf(value):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from x07_sandbox.host.waiting import Cancel
     from x07_sandbox.library.files import AsyncFiles
-    from x07_sandbox.library.sandbox import SandboxOptions, StartOptions
+    from x07_sandbox.library.sandbox import ForkOptions, SandboxOptions, StartOptions
     from x07_sandbox.policy.denials import Denial
     from x07_sandbox.reports.sandboxes import SandboxInfo
     from x07_sandbox.sessions.command import StreamName
@@ -122,6 +122,9 @@ class AsyncSandbox(Awaited[Sandbox]):
     forward = awaited(Sandbox.forward)
     wait_for_port = awaited(Sandbox.wait_for_port)
     changes = awaited(Sandbox.changes)
+    snapshot = awaited(Sandbox.snapshot)
+    checkpoint = awaited(Sandbox.checkpoint)
+    rollback = awaited(Sandbox.rollback)
     disconnect = awaited(Sandbox.disconnect)
     extend = awaited(Sandbox.extend)
     close = awaited(Sandbox.close, "If the task is cancelled, the sandbox is closed nevertheless.")
@@ -137,6 +140,17 @@ class AsyncSandbox(Awaited[Sandbox]):
                 await in_thread(process.kill)
             raise
         return AsyncProcess(started[0])
+
+    async def fork(self, count: int = 1, **options: Unpack[ForkOptions]) -> Sequence[Self]:
+        """See `Sandbox.fork`. If the task is cancelled meanwhile, the forks are closed."""
+        opened: list[Sandbox] = []
+        try:
+            await in_thread(lambda: opened.extend(self._target.fork(count, **options)))
+        except BaseException:
+            for one in opened:
+                await in_thread(partial(one.close, "discard"))
+            raise
+        return [await type(self)()._open(partial(_given, one)) for one in opened]  # noqa: SLF001 - of this class
 
     async def process(self, number: int) -> AsyncProcess:
         """See `Sandbox.process`."""
@@ -155,6 +169,10 @@ class AsyncSandbox(Awaited[Sandbox]):
         if self._opened is None:
             raise UsageError("cannot use the sandbox", "it is not open", "Use async with, or await open()")
         return self._opened
+
+
+def _given(opened: Sandbox, _cancel: Cancel) -> Sandbox:
+    return opened
 
 
 class AsyncProcess(Awaited[Process]):

@@ -193,7 +193,9 @@ class Files:
             if given_up():
                 raise TimeoutError("nobody waits for the request any more")
             # After an exception, an unknown part of the request is under way, so the next one needs a new server.
-            server, self._server = self._server or self._sandbox.file_server(), None
+            server, self._server = self._server, None
+            if server is None or server.ended:  # since the sandbox was rolled back
+                server = self._sandbox.file_server()
             self._busy = server, getattr(caller, "gone", None)
             try:
                 answer = server.ask(asked, content(), within_s)

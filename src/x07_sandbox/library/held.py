@@ -9,7 +9,7 @@ import select
 import socket
 import threading
 import weakref
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
 import msgspec
 
@@ -29,15 +29,21 @@ from x07_sandbox.library.held_messages import (
     Extend,
     Finish,
     Finished,
+    Fork,
+    Forked,
     Input,
     Output,
     Request,
     Resize,
+    Rollback,
     Signal,
     SoFar,
     Start,
     Started,
     Status,
+    TakeCheckpoint,
+    Taken,
+    TakeSnapshot,
     Watch,
 )
 from x07_sandbox.library.resident import Problem, Reader, packed
@@ -51,11 +57,12 @@ from x07_sandbox.sessions.shared import SharedSession
 from x07_sandbox.sessions.transfers import CommandStreams, kept_streams
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from x07_sandbox.library.held_messages import Create
     from x07_sandbox.sessions.result import ChangesChoice, Diff
 
+_T = TypeVar("_T")
 _READ: Final = 256 * 1024
 _PIECE: Final = 64 * 1024
 _UNREAD_MAX: Final = 512 * 1024  # of a command; further output waits in the holder and in the VM
@@ -350,11 +357,32 @@ class HeldSandbox(AnySandbox):
 
     def changes(self) -> Diff:
         """See `AnySandbox.changes`."""
+        return self._asked(AskChanges(), SoFar).diff
+
+    def fork(self, count: int, given: Mapping[str, Any]) -> list[HeldSandbox]:
+        """Return *count* forks of the sandbox. given: keywords of `Sandbox.fork`."""
+        answer = self._asked(Fork(count=count, given=dict(given), flags=self._flags), Forked)
+        return [HeldSandbox(run, flags=self._flags) for run in answer.runs]
+
+    def snapshot(self, name: str) -> str:
+        """See `AnySandbox.snapshot`."""
+        return self._asked(TakeSnapshot(name=name), Taken).what
+
+    def checkpoint(self) -> int:
+        """See `AnySandbox.checkpoint`."""
+        return int(self._asked(TakeCheckpoint(), Taken).what)
+
+    def rollback(self, point: int) -> None:
+        """See `AnySandbox.rollback`."""
+        self._asked(Rollback(point=point), Status)
+
+    def _asked(self, request: Request, kind: type[_T]) -> _T:
+        """Send a request about the whole sandbox, and return the answer, which takes as long as it takes."""
         self.require_open()
-        answer = ask(self.run, AskChanges(), within_s=None)
-        if not isinstance(answer, SoFar):
+        answer = ask(self.run, request, within_s=None)
+        if not isinstance(answer, kind):
             raise _bad_answer(self.run)
-        return answer.diff
+        return answer
 
     def extend(self, lifetime_s: float) -> None:
         """See `AnySandbox.extend`."""

@@ -69,6 +69,30 @@ class AskChanges(Message, frozen=True):
     """The answer is SOFAR."""
 
 
+class Fork(Message, frozen=True):
+    """Fork the sandbox. given: keywords of `Sandbox.fork`. The answer is FORKED."""
+
+    count: int
+    given: dict[str, Any]
+    flags: bool
+
+
+class TakeSnapshot(Message, frozen=True):
+    """Keep a snapshot. The answer is TAKEN, with its id."""
+
+    name: str
+
+
+class TakeCheckpoint(Message, frozen=True):
+    """Make a checkpoint. The answer is TAKEN, with its number."""
+
+
+class Rollback(Message, frozen=True):
+    """Go back to a checkpoint. The answer is STATUS."""
+
+    point: int
+
+
 class Finish(Message, frozen=True):
     """Close the sandbox. The answer is FINISHED."""
 
@@ -79,7 +103,20 @@ class Watch(Message, frozen=True):
     """The answer is FINISHED, once the sandbox has ended."""
 
 
-Request = Start | Attach | Signal | Extend | AskStatus | AskChanges | Finish | Watch
+Request = (
+    Start
+    | Attach
+    | Signal
+    | Extend
+    | AskStatus
+    | AskChanges
+    | Fork
+    | TakeSnapshot
+    | TakeCheckpoint
+    | Rollback
+    | Finish
+    | Watch
+)
 
 # further messages of a client to its command
 
@@ -143,13 +180,25 @@ class SoFar(Message, frozen=True):
     diff: Diff
 
 
+class Forked(Message, frozen=True):
+    """The ids of the forks."""
+
+    runs: tuple[str, ...]
+
+
+class Taken(Message, frozen=True):
+    """The id of a snapshot, or the number of a checkpoint."""
+
+    what: str
+
+
 class Finished(Message, frozen=True):
     """The sandbox has ended."""
 
     result: Result
 
 
-Answer = Problem | Started | Output | End | Status | SoFar | Finished
+Answer = Problem | Started | Output | End | Status | SoFar | Forked | Taken | Finished
 
 
 class Create(NamedTuple):

@@ -37,14 +37,20 @@ from x07_sandbox.library.held_messages import (
     Extend,
     Finish,
     Finished,
+    Fork,
+    Forked,
     Input,
     Output,
     Resize,
+    Rollback,
     Signal,
     SoFar,
     Start,
     Started,
     Status,
+    TakeCheckpoint,
+    Taken,
+    TakeSnapshot,
     Watch,
 )
 from x07_sandbox.library.opening import open_sandbox
@@ -150,6 +156,18 @@ class Holder:
                 client.send(self._status())
             case AskChanges():
                 client.send(SoFar(diff=opened.changes()))
+            case Fork():
+                from x07_sandbox.library.forks import fork_runs  # few sandboxes are forked
+
+                runs = fork_runs(opened, request.count, request.given, flags=request.flags)
+                client.send(Forked(runs=tuple(runs)))
+            case TakeSnapshot():
+                client.send(Taken(what=opened.snapshot(request.name)))
+            case TakeCheckpoint():
+                client.send(Taken(what=str(opened.checkpoint())))
+            case Rollback():
+                opened.rollback(request.point)
+                client.send(self._status())
             case Finish():
                 client.send(Finished(result=opened.finish(request.changes)))
             case Watch():

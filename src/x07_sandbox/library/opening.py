@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from x07_sandbox.errors import Flag
     from x07_sandbox.host.waiting import Cancel
 
-OF_SANDBOXES: Final = ("lifetime_s", "idle_s", "backend", "name", "tags", "wait_s")
+_OF_FORKS: Final = ("lifetime_s", "idle_s", "name", "tags", "wait_s")
+OF_SANDBOXES: Final = (*_OF_FORKS, "backend", "snapshot")
 """The keywords of `Sandbox` that runs do not have."""
 _TAGS_MAX: Final = 64
 _TAG_MAX: Final = 256
@@ -42,19 +43,40 @@ def open_sandbox(
     that the keyword `backend` stands for. word: returns the name of an option, for the reader of messages.
     """
     life = checked_life(given)
+    if (snapshot := given.get("snapshot")) is not None:
+        return _fork(snapshot, given, life, RunCaller(cancel=cancel, progress=progress, word=word))
     backend = given.get("backend")
     selected = select(this_platform(), backend_request(**(choice or {"backend": backend, "flags": ()})))
     of_runs = {name: value for name, value in given.items() if name not in OF_SANDBOXES}
-    wait_s = given.get("wait_s", QUEUE_S)
-    if isinstance(wait_s, bool) or wait_s != 0:
-        wrong = bad_argument("wait_s", f"is {wait_s!r}, not a number of seconds from 0", SANDBOX)
-        wait_s = checked_seconds("wait_s", wait_s, wrong)
-    request = replace(make_request(checked_options(of_runs, SANDBOX)), queue_s=wait_s)
+    request = replace(make_request(checked_options(of_runs, SANDBOX)), queue_s=_checked_wait(given))
     sweep_before_start()
     caller = RunCaller(
         cancel=cancel, progress=progress, choice=selected, machines=machines or pool_machines(), word=word
     )
     return OpenSandbox(request, caller, life)
+
+
+def _fork(snapshot: object, given: Mapping[str, Any], life: Life, caller: RunCaller) -> OpenSandbox:
+    """Open a sandbox from a snapshot. Raises SandboxError."""
+    from x07_sandbox.library.snapshots import folder_of  # few sandboxes are forks
+    from x07_sandbox.sessions.snapshots import read
+
+    if more := sorted(given.keys() - {*_OF_FORKS, "snapshot"}):
+        raise bad_argument(more[0], "cannot be changed in a sandbox that starts from a snapshot", SANDBOX)
+    folder = folder_of(snapshot)
+    saved = read(folder)
+    wait_s = _checked_wait(given)
+    selected = select(this_platform(), backend_request(backend=saved.backend, flags=()))
+    sweep_before_start()
+    return OpenSandbox(replace(saved.request, queue_s=wait_s), replace(caller, choice=selected), life, folder)
+
+
+def _checked_wait(given: Mapping[str, Any]) -> float:
+    wait_s = given.get("wait_s", QUEUE_S)
+    if not isinstance(wait_s, bool) and wait_s == 0:
+        return 0.0
+    wrong = bad_argument("wait_s", f"is {wait_s!r}, not a number of seconds from 0", SANDBOX)
+    return checked_seconds("wait_s", wait_s, wrong)
 
 
 def checked_life(given: Mapping[str, Any]) -> Life:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, Self, TypedDict, Unpack
 
 from x07_sandbox.errors import ArgumentError, SandboxError, UsageError
 from x07_sandbox.host.settings import LIFETIME_S, OUTPUT_MAX_BYTES, QUEUE_S
-from x07_sandbox.library.arguments import check_names, checked_seconds
+from x07_sandbox.library.arguments import check_names, check_snapshot_name, checked_seconds
 from x07_sandbox.library.run import run_uninterrupted
 from x07_sandbox.sessions.command import KEEPS, Process, bad_value, checked
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from x07_sandbox.backends.base import MachineSource
     from x07_sandbox.host.waiting import Cancel
     from x07_sandbox.library.files import Files
+    from x07_sandbox.library.snapshots import Snapshot
     from x07_sandbox.policy.denials import Denial
     from x07_sandbox.policy.model import Policy
     from x07_sandbox.reports.sandboxes import SandboxInfo
@@ -36,6 +37,7 @@ class SandboxOptions(TypedDict, total=False):
 
     policy: str | os.PathLike[str] | Policy | None
     image: str | None
+    snapshot: Snapshot | str | None
     env: Mapping[str, str] | None
     workdir: str | os.PathLike[str] | None
     read_only: bool
@@ -63,6 +65,15 @@ class SandboxOptions(TypedDict, total=False):
     backend: str | None
     wait_s: float
     on_progress: Callable[[str], object] | None
+
+
+class ForkOptions(TypedDict, total=False):
+    """The keyword arguments of `Sandbox.fork`, besides count."""
+
+    lifetime_s: float
+    idle_s: float | None
+    tags: Mapping[str, str] | None
+    wait_s: float
 
 
 class ExecOptions(TypedDict, total=False):
@@ -111,6 +122,7 @@ class Sandbox:
         *,
         policy: str | os.PathLike[str] | Policy | None = None,
         image: str | None = None,
+        snapshot: Snapshot | str | None = None,
         env: Mapping[str, str] | None = None,
         workdir: str | os.PathLike[str] | None = None,
         read_only: bool = False,
@@ -146,6 +158,8 @@ class Sandbox:
         policy, image, env, workdir, read_only, files, read_roots, write_roots, allow_hosts, deny_hosts, allow_hidden,
         allow_symlinks, hide, reveal, guest_root, git, max_file_size, ca: see `run_program`. Commands start in a copy of
         workdir.
+        snapshot: start from this snapshot, or the one with this id or name, instead of an image: see `snapshot`. Then
+        only lifetime_s, idle_s, tags, wait_s and on_progress can be given.
         memory, procs: limits of all commands together. cpu_s, fds: limits of each command. Of a policy that you pass,
         `limits.wall_ms` and `limits.cpu_ms` limit each command; those of the built-in policy do not apply.
         scale_limits: whether to multiply these times by the slowdown of emulation; None follows your settings.
@@ -436,6 +450,57 @@ class Sandbox:
         """
         opened = self._using()
         return run_uninterrupted(lambda: None, opened.changes)
+
+    def fork(self, count: int = 1, **options: Unpack[ForkOptions]) -> Sequence[Self]:
+        """Return *count* sandboxes that go on from this moment: with the same files, programs and memory.
+
+            tries = sandbox.fork(4)
+            for number, one in enumerate(tries):
+                one.shell(f"git apply /x07/in/candidate-{number}.patch && make test")
+
+        Each has its own id, machine id, random numbers, clock, connections and changes. Commands that run go on in each
+        of them, and `process` returns them by their ids; connections to hosts end in them. Meanwhile the programs of
+        this sandbox stop for a moment. Forks end like this sandbox: with the process, if it does, else by `close`.
+        options: lifetime_s, idle_s, tags and wait_s, as of `Sandbox`. If one of them cannot be started, none is, and
+        SandboxError is raised.
+        """
+        from x07_sandbox.library.forks import forks_of
+
+        check_names("fork", options, ForkOptions.__annotations__)
+        forks = []
+        for opened, cancel in forks_of(self._using(), count, options):
+            fork = type(self).__new__(type(self))
+            fork._use(opened, cancel)  # noqa: SLF001 - of this class
+            forks.append(fork)
+        return forks
+
+    def snapshot(self, name: str = "") -> Snapshot:
+        """Keep a snapshot of this moment, from which sandboxes can start: `Sandbox(snapshot=...)`. Raises SandboxError.
+
+        It has the files, programs and memory of this sandbox, which goes on, and is as secret as they are. It outlives
+        the sandbox, and takes some 200 MiB and what was written. Those that were not used for longest are removed when
+        all take more space than the settings allow, or after 7 days. name: replaces the snapshot of this name.
+        """
+        from x07_sandbox.library.snapshots import Snapshot
+
+        opened = self._using()
+        check_snapshot_name(name)
+        return Snapshot.find(run_uninterrupted(lambda: None, lambda: opened.snapshot(name)))
+
+    def checkpoint(self) -> int:
+        """Keep this moment for `rollback`, and return its number. The last 16 are kept, while the sandbox is open."""
+        return run_uninterrupted(lambda: None, self._using().checkpoint)
+
+    def rollback(self, checkpoint: int) -> None:
+        """Go back to a checkpoint: with its files, programs and memory. Raises SandboxError, and changes nothing then.
+
+        Commands that were started later end as "cancelled", and forwarded ports that are in use are disconnected.
+        Commands that ran then go on: get them again by `process`. The clock is right, and the used lifetime counts.
+        """
+        opened = self._using()
+        if isinstance(checkpoint, bool) or not isinstance(checkpoint, int):
+            raise bad_value("checkpoint", checkpoint, "a number that checkpoint() returned")
+        run_uninterrupted(lambda: None, lambda: opened.rollback(checkpoint))
 
     def extend(self, lifetime_s: float) -> None:
         """Let the sandbox last for lifetime_s seconds from now, within 24 hours from its opening."""

@@ -5,7 +5,9 @@ before it reads hostile data. It owns the stream from the guest's relay, on whic
 
     python -I -S -c CODE CONTROL_FD CONFIG_FD LOG_FD ACCOUNT_FD RESOLVER_FD UID
 
-CONTROL_FD: a packet socket. The gate reports its confinement on it and receives the guest's stream from it. Later, the
+CONTROL_FD: a packet socket. The gate reports its confinement on it and receives the guest's stream from it, with the
+message STREAM. In a fork, a nonce follows that word: in both directions the stream begins after these bytes, since
+the rest of what the relay and another gate had sent each other may precede them. Later, the
 gate writes its account to ACCOUNT_FD for each message ACCOUNT, and sends the message back. It exits when the other end
 is closed. UID: the uid to switch to if root started the process, else -1.
 """
@@ -35,7 +37,7 @@ from x07_sandbox.network.dialler import Dialled, Dialler, NotDialledError, Resol
 from x07_sandbox.network.first_bytes import Inspector, Mode
 from x07_sandbox.network.flows import Flow, TcpFlow, UdpFlow
 from x07_sandbox.network.hosts import parse_guest_host
-from x07_sandbox.network.ledger import ACCOUNT, Ledger
+from x07_sandbox.network.ledger import ACCOUNT, STREAM, Ledger
 from x07_sandbox.network.protocols import InspectionError
 from x07_sandbox.network.rules import Allowlist, Decision, Request, Transport, decide, denied_name, make_allowlist
 from x07_sandbox.network.settings import settings_from_json
@@ -52,6 +54,7 @@ _QUEUED_MAX: Final = 128 * 1024  # bytes for the guest: above this, servers are 
 _ROUND_MAX: Final = 3 << 20  # bytes that all flows read in one iteration of the loop
 _STALLED_MAX: Final = 1 << 20  # above this, the guest is not read either
 _FIRST_BYTES_S: Final = 10.0
+_SKIPPED_MAX: Final = 4 << 20  # before the nonce; more than a relay and the devices of a VM hold
 _HALF_CLOSED_S: Final = 60.0
 _UDP_IDLE_S: Final = 60.0
 _TICK_S: Final = 1.0
@@ -88,6 +91,7 @@ class Gate(asyncio.BufferedProtocol):
         self._opens = _BURST_S * self._limits.connections_per_second
         self._opens_at = loop.time()
         self._reading = True
+        self.nonce, self._skipped, self._skipped_bytes = b"", b"", 0
         self._was_busy = False
         self._tick: asyncio.TimerHandle | None = None  # set once a guest is connected
         self._next_start: asyncio.TimerHandle | None = None
@@ -100,6 +104,8 @@ class Gate(asyncio.BufferedProtocol):
         self.transport = transport
         transport.set_write_buffer_limits(high=_QUEUED_MAX, low=_QUEUED_MAX // 2)
         self._tick = self._loop.call_later(_TICK_S, self._check_timeouts)
+        self._link.preface(self.nonce)
+        self.flush()
 
     def get_buffer(self, _sizehint: int) -> bytearray:
         """Return the receive buffer."""
@@ -108,7 +114,8 @@ class Gate(asyncio.BufferedProtocol):
     def buffer_updated(self, nbytes: int) -> None:
         """Take bytes from the guest."""
         try:
-            for event in self._link.receive(memoryview(self._buffer)[:nbytes]):
+            data = memoryview(self._buffer)[:nbytes]
+            for event in self._link.receive(self._after_nonce(bytes(data)) if self.nonce else data):
                 self._take(event)
         except PeerError as exc:
             why = f"{exc.what}: {exc.why}"
@@ -116,6 +123,18 @@ class Gate(asyncio.BufferedProtocol):
             self.close()
             return
         self.flush()
+
+    def _after_nonce(self, data: bytes) -> bytes:
+        """Return the bytes after the nonce. Raises PeerError."""
+        before, found, after = (self._skipped + data).partition(self.nonce)
+        if found:
+            self.nonce = b""
+            return after
+        self._skipped_bytes += len(data)
+        if self._skipped_bytes > _SKIPPED_MAX:
+            raise PeerError("bad frame", "the relay did not begin anew")
+        self._skipped = before[-len(self.nonce) :]
+        return b""
 
     def eof_received(self) -> bool:
         """Close the stream."""
@@ -504,6 +523,7 @@ def _hear(control: socket.socket, gate: Gate, finished: asyncio.Event, write_acc
         loop.remove_reader(control)
         finished.set()
         return
+    gate.nonce = data.removeprefix(STREAM)
     stream = socket.socket(fileno=fds[0])
     stream.setblocking(False)  # noqa: FBT003 - it takes no names
     gate.starting = loop.create_task(loop.create_connection(lambda: gate, sock=stream))

@@ -12,6 +12,7 @@ from msgspec.structs import replace
 
 from x07_sandbox.policy.denials import Contact, NetworkUse
 
+STREAM: Final = b"stream"
 ACCOUNT: Final = b"account"  # asks a gate for a NetworkUse, and is its answer (`gate`)
 ROWS_MAX: Final = 256  # per table; further ones are counted
 _TEXT_MAX: Final = 253

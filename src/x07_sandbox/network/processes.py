@@ -22,7 +22,7 @@ from x07_sandbox.host.paths import raised_as
 from x07_sandbox.host.processes import FdGroup, Launch, close_on_fork, launch
 from x07_sandbox.host.waiting import wait_readable
 from x07_sandbox.jail.resources import lease_uid
-from x07_sandbox.network.ledger import ACCOUNT
+from x07_sandbox.network.ledger import ACCOUNT, STREAM
 from x07_sandbox.network.rules import DeniedHosts, NetSettings
 from x07_sandbox.network.settings import settings_to_json
 from x07_sandbox.policy.denials import NetworkUse
@@ -79,23 +79,27 @@ class GateProcess:
             why = self.last_message() or "it did not answer"
             raise HostError("cannot start the egress gate", why, "Run x07 doctor") from exc
 
-    def connect(self, net_fd: int | None, stack: contextlib.ExitStack) -> int | None:
+    def connect(self, net_fd: int | None, stack: contextlib.ExitStack, nonce: bytes = b"") -> int | None:
         """Connect the gate to the relay. Raises HostError.
 
         net_fd: the relay's stream, if it has one of its own. Else return a descriptor for the relay's bytes.
+        nonce: see `send_stream`.
         """
         if net_fd is not None:
-            self.send_stream(net_fd)
+            self.send_stream(net_fd, nonce)
             return None
         ours, theirs = (stack.enter_context(sock) for sock in socket.socketpair())
         self.send_stream(theirs.fileno())
         return ours.fileno()
 
-    def send_stream(self, stream_fd: int) -> None:
-        """Pass the relay's stream to the gate, and replace this process's copy with /dev/null. Raises HostError."""
+    def send_stream(self, stream_fd: int, nonce: bytes = b"") -> None:
+        """Pass the relay's stream to the gate, and replace this process's copy with /dev/null. Raises HostError.
+
+        nonce: in a fork, the bytes after which the stream begins.
+        """
         self._wait_ready()
         try:
-            socket.send_fds(self._control, [b"stream"], [stream_fd])
+            socket.send_fds(self._control, [STREAM + nonce], [stream_fd])
         except OSError as exc:
             why = self.last_message() or exc.strerror or str(exc)
             raise HostError("cannot reach the egress gate", why, "Run x07 doctor") from exc

@@ -139,6 +139,7 @@ REASONS: Final = {
     "not-built": "the build succeeded, but its output {problem}",
     "cancelled": "the run was cancelled[ by {by}][ while the guest was {doing}]",
     "cancelled-before-apply": "the run was cancelled[ by {by}] before its changes were applied",
+    "rolled-back": "the sandbox was rolled back to a moment before the command was started",
     "not-prepared": "the guest could not prepare the program: {problem}",
     "guest-failed": "the guest failed while {doing}: {problem}",
     "agent-died": "the guest agent died while {doing} (kernel: {problem})",
@@ -242,6 +243,7 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     exec_errno: int = 0  # the error of execve in the guest; 0 if execve succeeded
     boot_timeout: bool = False  # whether the agent did not answer in time
     gate_lost: bool = False  # whether the egress gate ended before the program did
+    rolled_back: bool = False  # whether the sandbox went back to a moment before the program was started
 
     @property
     def killed(self) -> bool:
@@ -309,6 +311,8 @@ def classify(evidence: Evidence, *, features: Features | None = None, limits: Li
     features = features or vm_features("vm-hardware")
     if evidence.gate_lost and evidence.cancelled_by is None and not evidence.deadline_passed:
         return verdict("gate-lost", "gate-exited", {"doing": _DOING[evidence.stage]})
+    if evidence.rolled_back:
+        return verdict("cancelled", "rolled-back")
     ended = _ended_by_us(evidence, emulated=features.emulated, limits=limits)
     if ended := ended or _lost(evidence, features.words.supervisor):
         return ended

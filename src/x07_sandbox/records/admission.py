@@ -31,6 +31,8 @@ from x07_sandbox.host.waiting import Deadline
 MEMORY_PER_MACHINE: Final = 2 * settings.GIB  # of which an ordinary machine uses a small part
 _MEMORY_PER_SANDBOX: Final = settings.GIB
 _SANDBOXES_MAX: Final = 64
+_MEMORY_PER_FORK: Final = 128 * settings.MIB  # forks of one sandbox share most of their memory
+_FORKS_MAX: Final = 256
 _LOOK_AGAIN_S: Final = 0.003
 _SAY_AFTER_S: Final = 1.0
 _LEAST_S: Final = 0.5
@@ -64,9 +66,15 @@ def _for_sandboxes() -> int:
     return max(2, min(_SANDBOXES_MAX, memory_bytes() // 2 // _MEMORY_PER_SANDBOX))  # most are idle most of the time
 
 
+def _for_forks() -> int:
+    return max(2, min(_FORKS_MAX, memory_bytes() // 2 // _MEMORY_PER_FORK))
+
+
 _LONGER: Final = "a longer --queue-timeout of x07 run, or "
 RUNS: Final = Slots("", "X07_VM_MAX_RUNNING", _for_runs, "cores and memory", "VMs are running", _LONGER)
 SANDBOXES: Final = Slots("sandbox-", "X07_VM_MAX_SANDBOXES", _for_sandboxes, "memory", "sandboxes are open", "")
+
+FORKS: Final = Slots("fork-", "X07_VM_MAX_FORKS", _for_forks, "memory", "forks of sandboxes are open", "")
 
 
 def max_running() -> int:

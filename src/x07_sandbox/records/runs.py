@@ -388,7 +388,7 @@ class SandboxRecord(msgspec.Struct, frozen=True, kw_only=True):
     """The file SANDBOX of the folder of a run: facts about a sandbox. image: the digest of its image, or None.
 
     until_unix_ms: when its lifetime ends. left_out: one denial for each reason why entries of its folders were not
-    copied in.
+    copied in. forked_from: the id of the sandbox from whose snapshot it has started, or "".
     """
 
     name: str
@@ -398,6 +398,7 @@ class SandboxRecord(msgspec.Struct, frozen=True, kw_only=True):
     backend: str
     image: str | None
     left_out: tuple[Denial, ...] = ()
+    forked_from: str = ""
 
 
 def record_of(run: str) -> SandboxRecord | None:

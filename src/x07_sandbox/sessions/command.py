@@ -315,10 +315,13 @@ class Process:
 
         def due() -> bool:
             arrived = (self._unread[stream] or self._waiting(stream) for stream in output)
-            return self._completed or given_up() or any(arrived)
+            return self._completed or given_up() or self.execution.replaced or any(arrived)
 
         self._sandbox.require_own_process()
         if self._session.until(due, within_s):
+            if self.execution.replaced and not self._completed:
+                why, fix = "the sandbox was rolled back while it ran", "Get it again by its id: Sandbox.process(id)"
+                raise BackendError(f"cannot use command {self.id}", why, fix, code="rolled-back")
             return not given_up()
         if self._session.over:
             raise self._sandbox.gone()
@@ -455,6 +458,21 @@ class AnySandbox(ABC):
     @abstractmethod
     def at_end(self, call: Callable[[], object]) -> None:
         """Call *call* when the sandbox ends. Raises BackendError if it has ended."""
+
+    @abstractmethod
+    def snapshot(self, name: str) -> str:
+        """Keep a snapshot of the sandbox, which goes on. Return its id. Raises SandboxError."""
+
+    @abstractmethod
+    def checkpoint(self) -> int:
+        """Save the sandbox for `rollback`, and return the number of the checkpoint. The newest ones are kept."""
+
+    @abstractmethod
+    def rollback(self, point: int) -> None:
+        """Go back to a checkpoint. Raises SandboxError, and changes nothing then.
+
+        Commands that were started after it end as cancelled. Those that ran then are detached ones from now on.
+        """
 
     @abstractmethod
     def changes(self) -> Diff:

@@ -110,6 +110,28 @@ def new_denials(net: NetworkUse, before: NetworkUse) -> NetworkUse:
     return NetworkUse(denied=[row for row in rows if row.count > 0], more=net.more - before.more)
 
 
+def joined(uses: Iterable[NetworkUse]) -> NetworkUse:
+    """Return the account of several gates together."""
+    found = NetworkUse()
+    for use in uses:
+        lists = {
+            name: _summed([*getattr(found, name), *getattr(use, name)]) for name in ("allowed", "denied", "failed")
+        }
+        found = replace(use, **lists, more=found.more + use.more, log_dropped=found.log_dropped + use.log_dropped)
+    return found
+
+
+def _summed(rows: list[Contact]) -> list[Contact]:
+    total: dict[Contact, Contact] = {}
+    for row in rows:
+        before = total.get(_key(row), _key(row))
+        counts = {
+            name: getattr(before, name) + getattr(row, name) for name in ("count", "sent_bytes", "received_bytes")
+        }
+        total[_key(row)] = replace(row, **counts)
+    return [*total.values()]
+
+
 def _key(contact: Contact) -> Contact:
     return replace(contact, count=0, sent_bytes=0, received_bytes=0)
 

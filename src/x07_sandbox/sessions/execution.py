@@ -116,13 +116,16 @@ class Execution:
         self.denied: list[Denied] = []
         self.asked_to_stop = False
         self.cut_off = False  # whether the session was closed while it ran
+        self.rolled_back = False  # whether the sandbox went back to a moment before its start
+        self.replaced = False  # whether the sandbox went back to another moment, from which another object goes on
         self.stdin = 0  # number of the input's stream
         self.outputs: dict[Stream, int] = {}  # numbers of the output's streams
         self.input_problem = ""
         self.input_done = streams.stdin_fd is None and not streams.open_input
+        self.unanswered = False  # whether input was given since the last output: a file server has not answered
         self._input = bytearray()
         self._input_hash = hashlib.sha256()
-        self._wall_ms = wall_ms
+        self.wall_ms = wall_ms
         self._sent_ms = sent_ms
         self._sinks = {Stream.STDOUT: streams.stdout, Stream.STDERR: streams.stderr}
 
@@ -135,7 +138,7 @@ class Execution:
     @property
     def ended(self) -> bool:
         """Whether the command and its output have ended, or it could not be started."""
-        return self.exited is not None or self.failed is not None
+        return self.exited is not None or self.failed is not None or self.rolled_back
 
     @property
     def starting(self) -> bool:
@@ -146,8 +149,8 @@ class Execution:
         """Note that the command was executed, and set its deadline."""
         self.streams.on_started()
         self.stage = Stage.RUN
-        if self._wall_ms is not None and not self.asked_to_stop:
-            self.limit = Limit(self._wall_ms / 1000)
+        if self.wall_ms is not None and not self.asked_to_stop:
+            self.limit = Limit(self.wall_ms / 1000)
 
     def ran(self, ended_ms: float, wall_ms: float) -> None:
         """Note when the command ended, and for how long it ran by the guest's clock."""
@@ -178,6 +181,7 @@ class Execution:
 
     def take_output(self, stream: Stream, data: bytes) -> int:
         """Take output, and return how many bytes of it were processed."""
+        self.unanswered = False
         return self._sinks[stream].take(data)
 
     def take_no_more(self) -> list[tuple[Stream, int]]:
@@ -211,6 +215,7 @@ class Execution:
 
     def write(self, data: bytes) -> None:
         """Queue *data* as input, if the streams have `open_input`."""
+        self.unanswered = True
         self._input += data
         self._input_hash.update(data)
 

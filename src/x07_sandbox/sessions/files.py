@@ -37,6 +37,11 @@ class FileServer:
         self._path, self._within_s, self._deadline = "", FILES_S, Deadline.after(FILES_S)
         self._uncounted = 0  # bytes of content since the last progress
 
+    @property
+    def ended(self) -> bool:
+        """Whether the server has ended."""
+        return self._execution.ended
+
     def ask(self, request: Request, content: Iterable[bytes] = (), within_s: float = FILES_S) -> Answer:
         """Send a request with its content, and return the answer. Read what follows the answer with `piece`.
 

@@ -9,7 +9,7 @@ import shlex
 import shutil
 import tempfile
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Final, TypeVar
+from typing import IO, TYPE_CHECKING, Any, Final, TypeVar
 
 import msgspec
 
@@ -76,7 +76,7 @@ from x07_sandbox.sessions.saved_changes import SavedChanges, has_commits, summar
 from x07_sandbox.sessions.transfers import ROOM, InFile, RunFolder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from x07_sandbox.files.incoming import ReportedEntry
     from x07_sandbox.files.repository import History
@@ -88,28 +88,59 @@ _T = TypeVar("_T")
 _DENIALS_MAX: Final = 100
 _LETS_IN: Final[dict[Reason, str]] = {"hidden": "--allow-hidden", "link": "--allow-symlinks"}
 _GIT: Final = ".git"
+_HISTORY: Final = "history"
 _GIT_ENTRIES: Final = 200_000  # files in a guest's `.git` that may change
 _LISTED: Final = 3
+_KEPT: Final = (
+    *("_request", "_policy", "_built_in", "_history", "_bounds", "trees", "copied", "_mounts", "areas", "_roots"),
+)
 _LINKS_MAX: Final = 40  # path_resolution(7): the kernel follows no more
 
 
 class HostFiles:
     """The host files of one run: copied in before the VM starts. The changes are applied or saved after its end."""
 
-    def __init__(self, prepared: Prepared, folder: RunFolder, stack: contextlib.ExitStack) -> None:
-        """Copy the files for the guest. Raises SandboxError, such as EntriesError for too many entries."""
-        request, program, policy = prepared.request, prepared.program, prepared.policy.policy
-        self._request, self._caller = request, prepared.caller
-        self._policy = policy
-        self._built_in = is_built_in(request.policy)
+    files: list[InFile]
+    _history: History | None = None
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        folder: RunFolder,
+        stack: contextlib.ExitStack,
+        kept: tuple[Mapping[str, Any], Path] | None = None,
+    ) -> None:
+        """Copy the files for the guest. Raises SandboxError, such as EntriesError for too many entries.
+
+        kept: for a fork, whose VM has them already, what `kept` has returned, and the folder of the snapshot. Its
+        changes have the same base.
+        """
+        self._caller, self._stack = prepared.caller, stack
         self._place = folder.path / "changes"
-        self._history: History | None = None
-        self._stack = stack
+        self.files = []
+        if kept is None:
+            self._copy_in(prepared, folder)
+        else:
+            values, snapshot = kept
+            vars(self).update(values)
+            if self._history is not None:
+                self._history = self._history._replace(store=self._new_store())
+                shutil.copytree(snapshot / _HISTORY, self._history.store)
+        self._expect_changes()
+
+    def _new_store(self) -> Path:
+        store = self._place.parent / _HISTORY
+        self._stack.callback(shutil.rmtree, store, ignore_errors=True)
+        return store
+
+    def _copy_in(self, prepared: Prepared, folder: RunFolder) -> None:
+        request, program, policy = prepared.request, prepared.program, prepared.policy.policy
+        self._request, self._policy = request, policy
+        self._built_in = is_built_in(request.policy)
         self._bounds = bounds_of(policy, request.hide, request.reveal)
         roots = effective_roots(request, program, policy)
         self.trees: list[Tree] = []
         self.copied: list[Copied] = []
-        self.files: list[InFile] = []
         left = settings.COPY_IN_MAX_BYTES
         waiting = list(trees_of(roots))
         while waiting:
@@ -132,13 +163,21 @@ class HostFiles:
             for _, mount in self._mounts
         ]
         self._roots = [one for one in self._mounts if one in writable]
+
+    def _expect_changes(self) -> None:
         self.incoming: Incoming | None = None
         self.cancelled_by: int | None = None  # who cancelled the run before its changes were applied: Cancel.signal
-        if self._roots and request.changes != "discard":
+        if self._roots and self._request.changes != "discard":
             private_dir(self._place)
             data_fd = open_private_file(self._place / "data", os.O_RDWR | os.O_EXCL)
-            stack.callback(os.close, data_fd)
+            self._stack.callback(os.close, data_fd)
             self.incoming = self._receiver(data_fd)
+
+    def kept(self, snapshot: Path) -> dict[str, Any]:
+        """Return what a fork needs to know. snapshot: a folder, which gets what a guest's commits refer to."""
+        if self._history is not None:
+            shutil.copytree(self._history.store, snapshot / _HISTORY)
+        return {name: getattr(self, name) for name in _KEPT}
 
     def _receiver(self, data_fd: int) -> Incoming:
         entries = self._bounds.entries + sum(len(copied.nodes) for copied in self.copied)
@@ -174,9 +213,7 @@ class HostFiles:
             return name in skipped or not skipped.keys().isdisjoint(parent_folders([name]))
 
         with Repository(root) as repository:
-            store = self._place.parent / "history"
-            self._stack.callback(shutil.rmtree, store, ignore_errors=True)
-            self._history = repository.copy_history(store, out, is_left_out)
+            self._history = repository.copy_history(self._new_store(), out, is_left_out)
         return Copied(size=out.tell())
 
     def _copy(self, tree: Tree, left: int, folder: RunFolder) -> Copied:

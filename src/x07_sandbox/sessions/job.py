@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from msgspec.structs import replace
 
-from x07_sandbox.backends.base import Cloning, Instance, MachineKind, NoAnswerError, evidence_of
+from x07_sandbox.backends.base import Cloning, Fork, Instance, MachineKind, NoAnswerError, evidence_of
 from x07_sandbox.errors import BackendError, Flag
 from x07_sandbox.host import settings
 from x07_sandbox.host.variables import flag
+from x07_sandbox.policy.denials import NetworkUse
 from x07_sandbox.records.admission import RUNS, Slots, admitted
 from x07_sandbox.records.runs import Claim
 from x07_sandbox.sessions.prepare import Prepared, output_caps
@@ -19,14 +20,13 @@ from x07_sandbox.sessions.result import EMPTY_OUTPUT, PhaseReport
 from x07_sandbox.sessions.transfers import CommandStreams, Sink
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from types import TracebackType
 
     from x07_sandbox.host.waiting import Cancel
     from x07_sandbox.network.processes import GateProcess
-    from x07_sandbox.policy.denials import NetworkUse
     from x07_sandbox.policy.outcomes import Evidence, Verdict
-    from x07_sandbox.sessions.execution import Facts
+    from x07_sandbox.sessions.execution import Execution, Facts
     from x07_sandbox.sessions.session import Session
     from x07_sandbox.sessions.specs import SessionSpec
     from x07_sandbox.sessions.transfers import RunFolder
@@ -47,18 +47,22 @@ class SessionJob:
         folder: RunFolder,
         slots: Slots = RUNS,
         progress: Callable[[str], None] | None = None,
+        fork: Fork | None = None,
     ) -> None:
         """Wait for a slot, and start the egress gate of a session with network. Raises SandboxError.
 
-        progress: gets the line that the job waits for a slot; None for that of the caller.
+        progress: gets the line that the job waits for a slot; None for that of the caller. fork: the snapshot to start
+        from, if the session has been open before.
         """
         caller = prepared.caller
         self.spec = spec
         self.warnings: list[str] = []
         self._prepared = prepared
+        self._fork = fork
         self._run_id = folder.path.name
-        self._gate: GateProcess | None = None
         self._vm = contextlib.ExitStack()
+        self._phase: str = spec.name
+        self._before: list[NetworkUse] = []  # accounts of gates of earlier instances
         with contextlib.ExitStack() as stack:
             slot = admitted(
                 cancel_fd=caller.cancel.fd,
@@ -67,11 +71,16 @@ class SessionJob:
                 slots=slots,
             )
             stack.enter_context(slot)
-            if prepared.egress is not None and spec.opening.network is not None:
-                from x07_sandbox.sessions.egress import gate_of
-
-                self._gate = stack.enter_context(gate_of(prepared.egress, folder.path))
+            self._folder = folder.path
+            self._gate = self._new_gate(stack)
             self._rest = stack.pop_all()
+
+    def _new_gate(self, stack: contextlib.ExitStack) -> GateProcess | None:
+        if self._prepared.egress is None or self.spec.opening.network is None:
+            return None
+        from x07_sandbox.sessions.egress import gate_of
+
+        return stack.enter_context(gate_of(self._prepared.egress, self._folder))
 
     def __enter__(self) -> Self:
         return self
@@ -82,15 +91,44 @@ class SessionJob:
         with self._rest, self._vm:
             pass
 
-    def open(self) -> Session:
-        """Start the instance, and open the session on it. Raises SandboxError, such as NoAnswerError."""
+    def open(self, adopted: Sequence[Execution] = ()) -> Session:
+        """Start the instance, and open the session on it. Raises SandboxError, such as NoAnswerError.
+
+        adopted: the commands of a fork.
+        """
         instance = self.instance = self._started()
         gate_fds = None
         if self._gate is not None:
-            gate_fds = self._gate.pidfd, self._gate.connect(instance.net_fd, self._vm)
+            nonce = b"" if self._fork is None else instance.greeting.nonce
+            gate_fds = self._gate.pidfd, self._gate.connect(instance.net_fd, self._vm, nonce)
         from x07_sandbox.sessions.session import Session
 
-        return Session(instance, self._prepared.caller.cancel, self.spec.opening, self.spec.files, gate_fds)
+        cancel = self._prepared.caller.cancel
+        if self._fork is not None:  # its guest has the files already
+            return Session(instance, cancel, None, (), gate_fds, adopted)
+        return Session(instance, cancel, self.spec.opening, self.spec.files, gate_fds)
+
+    def replace(self, fork: Fork, adopted: Sequence[Execution], number: int) -> tuple[Session, Callable[[], object]]:
+        """Start an instance from a snapshot. Return its session, and what ends the instance before.
+
+        number: of the instance. Raises SandboxError; the instance before goes on then.
+        """
+        instance, vm, gate, before = self.instance, self._vm, self._gate, self._fork
+        self._vm, self._fork, self._phase = contextlib.ExitStack(), fork, f"{self.spec.name}-{number}"
+        try:
+            self._gate = self._new_gate(self._rest)
+            session = self.open(adopted)
+        except BaseException:
+            self._vm.close()
+            self.instance, self._vm, self._gate, self._fork = instance, vm, gate, before
+            raise
+
+        def end() -> None:
+            vm.close()
+            if gate is not None:
+                self._before.append(gate.account() or NetworkUse())
+
+        return session, end
 
     def at_end(self, call: Callable[[], object]) -> None:
         """Call *call* when the job ends."""
@@ -98,12 +136,19 @@ class SessionJob:
 
     def connections(self) -> NetworkUse | None:
         """Return the account of the egress gate so far, or None if there is none."""
-        return None if self._gate is None else self._gate.account_so_far()
+        return self._with_before(None if self._gate is None else self._gate.account_so_far())
+
+    def _with_before(self, net: NetworkUse | None) -> NetworkUse | None:
+        if net is None or not self._before:
+            return net
+        from x07_sandbox.sessions.egress import joined
+
+        return joined([*self._before, net])
 
     def end(self, evidence: Evidence) -> tuple[Evidence, NetworkUse | None]:
         """End the instance, then the gate. Return the evidence with that of the gate, and its account."""
         self._vm.close()
-        net = None if self._gate is None else self._gate.account()
+        net = self._with_before(None if self._gate is None else self._gate.account())
         if self._gate is not None and net is None:
             if said := self._gate.last_message():
                 self.warnings.append(f"the egress gate reported: {said}")
@@ -140,15 +185,16 @@ class SessionJob:
         caller, backend, cold = prepared.caller, prepared.backend, prepared.request.cold
         saved_first = flag("X07_VM_SAVE_FIRST")
         job = spec.job(
-            Claim(run_id=self._run_id, phase=spec.name, wall_ms=spec.wall_ms),
+            Claim(run_id=self._run_id, phase=self._phase, wall_ms=spec.wall_ms),
             prepared.image,
             caller,
             cold=cold,
             meanwhile=_preload,
             warm_up=_warm_up,
             save_later=None if saved_first else partial(_save_later, backend.name, caller.progress),
+            fork=self._fork,
         )
-        if caller.machines is not None and not cold:
+        if caller.machines is not None and not cold and self._fork is None:
             try:
                 if (waiting := caller.machines.claim(backend, job)) is not None:
                     return stack.enter_context(waiting)

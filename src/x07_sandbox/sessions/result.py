@@ -61,7 +61,7 @@ class PhaseReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     job_id: the id of the job, made of the run's id and the phase.
     start: how the VM started: booted (`cold`), cloned from a saved VM (`clone`), restored from the saved process of a
-        clone (`hot`), or taken from a pool (`pool`).
+        clone (`hot`), taken from a pool (`pool`), or started from a snapshot of another sandbox (`fork`).
     outcome: how the phase ended, in the same words as the outcome of a run.
     reason_code: the code of the reason (docs/reference/codes.md).
     reason: how the phase ended, in one sentence.
@@ -75,7 +75,7 @@ class PhaseReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """
 
     job_id: str
-    start: Literal["cold", "clone", "hot", "pool"]
+    start: Literal["cold", "clone", "hot", "pool", "fork"]
     outcome: Outcome
     reason_code: str
     reason: str
@@ -303,6 +303,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     scaling: how x07 multiplied the time limits; null if it did not.
     limits: the limits that applied; null if the run ended before x07 determined them.
     commands: the commands of a sandbox, at most 10,000; empty for a run.
+    forked_from: the id of the sandbox from whose snapshot this one has started; null for any other.
     """
 
     run: str
@@ -335,6 +336,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     scaling: Scaling | None = None
     limits: Limits | None = None
     commands: tuple[CommandReport, ...] = ()
+    forked_from: str | None = None
     warnings: list[str]
     files: dict[str, builtins.bytes] = {}
     schema_version: Literal["x07.sandbox.result@0.1.0"] = SCHEMA

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import msgspec
 from msgspec.structs import replace
 
-from x07_sandbox.backends.base import NoAnswerError
+from x07_sandbox.backends.base import NoAnswerError, Note
 from x07_sandbox.channel.messages import DENIED_MAX, CommandLimits, Exec
 from x07_sandbox.errors import Cancelled, Flag, SandboxError, UsageError
 from x07_sandbox.host import settings
@@ -30,7 +30,7 @@ from x07_sandbox.host.waiting import Notice, unix_ms
 from x07_sandbox.options import milliseconds
 from x07_sandbox.policy.denials import CONNECTS, NetworkUse
 from x07_sandbox.policy.outcomes import Verdict, cancelled_verdict, classify, limit_set_by, verdict
-from x07_sandbox.records.admission import SANDBOXES
+from x07_sandbox.records.admission import FORKS, SANDBOXES
 from x07_sandbox.records.runs import SANDBOX, SandboxRecord, new_run_id
 from x07_sandbox.sessions.command import AnySandbox, Ended, Process
 from x07_sandbox.sessions.denials import Observed, ending_of
@@ -44,8 +44,11 @@ from x07_sandbox.sessions.specs import in_folder
 from x07_sandbox.sessions.transfers import Backlog, Inbox, Receivers, Unwanted, kept_streams
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from pathlib import Path
 
+    from x07_sandbox.backends.base import Capture
+    from x07_sandbox.channel.link import LinkState
     from x07_sandbox.files.incoming import Incoming
     from x07_sandbox.policy.denials import Denial
     from x07_sandbox.policy.outcomes import Evidence
@@ -58,6 +61,7 @@ _DISCARD_S: Final = 5.0  # for the guest to report the ends of commands, if its 
 _PATH_MAX: Final = 4095
 COMMANDS_KEPT: Final = 10_000  # in a result
 _NAME_MAX: Final = 100
+CHECKPOINTS_KEPT: Final = 16
 _DETACHED_MAX: Final = 32  # detached commands that have ended, with at most 2 MiB of output each
 _SERVER_FILES: Final = 64  # open files of the file server
 _TIMEOUT: Final = Flag("--timeout")
@@ -82,17 +86,20 @@ class Life(NamedTuple):
 class OpenSandbox(AnySandbox):
     """A sandbox that this process has opened."""
 
-    def __init__(self, request: RunRequest, caller: RunCaller, life: Life) -> None:
-        """Open a sandbox. Raises SandboxError, whose `result` has the details."""
+    def __init__(self, request: RunRequest, caller: RunCaller, life: Life, snapshot: Path | None = None) -> None:
+        """Open a sandbox. Raises SandboxError, whose `result` has the details.
+
+        snapshot: the folder of the snapshot from which it starts; *request* is that of the snapshot then.
+        """
         super().__init__(new_run_id())
         self._caller = caller
         self._life = life
         self._stack = contextlib.ExitStack()
-        self._numbers = itertools.count(1)
         self._log_fd = -1
         self._cancelled_by: int | None = None
         self._logging = threading.Lock()
         self._starting = threading.Lock()
+        self._saving = threading.Lock()
         self._finishing = threading.Lock()
         self._commands: dict[int, Process] = {}
         self._detached: dict[int, Process] = {}  # that have ended
@@ -103,9 +110,12 @@ class OpenSandbox(AnySandbox):
         self._memory_peak_bytes = 0
         self._opened_at = time.monotonic()
         self._extended_s: float | None = None  # by the last `extend`
+        self._instances, self._points = itertools.count(2), itertools.count(1)
+        self._checkpoints: dict[int, tuple[Path, contextlib.ExitStack]] = {}
+        self._stack.callback(self._drop_checkpoints)
         self._draft = Draft(self.run)
         try:
-            self._open(request)
+            self._open(request, snapshot)
         except (SandboxError, OSError, MemoryError) as exc:
             self._stack.close()
             result, error = ended_by(exc, self._draft, caller)
@@ -115,27 +125,43 @@ class OpenSandbox(AnySandbox):
             self._stack.close()
             raise
 
-    def _open(self, request: RunRequest) -> None:
+    def _open(self, request: RunRequest, snapshot: Path | None) -> None:
         stack, caller = self._stack, self._caller
         self._folder = make_folder(request, caller, self.run, stack, "sandbox")
         self._log_fd = open_private_file(self._folder.path / "commands.jsonl", os.O_WRONLY | os.O_APPEND)
         stack.callback(self._close_log)
-        self.prepared, self._host_files = planned(request, None, caller, self._draft, self._folder, stack)
-        spec = described(self.prepared, None, self._host_files, self._draft, stack)
+        fork, slots, adopted = None, SANDBOXES, []
+        if snapshot is None:
+            self.prepared, self._host_files = planned(request, None, caller, self._draft, self._folder, stack)
+            spec = described(self.prepared, None, self._host_files, self._draft, stack)
+        else:
+            from x07_sandbox.sessions.snapshots import read  # few sandboxes are forks
+
+            saved = read(snapshot)
+            self.prepared, self._host_files = saved.reopened(snapshot, caller, self._draft, self._folder, stack)
+            changes = None if self._host_files is None else self._host_files.incoming
+            spec = replace(saved.spec, receivers=Receivers(changes=changes))
+            fork, slots, adopted = saved.fork(snapshot), FORKS, [one.execution() for one in saved.commands]
+        self._numbers = itertools.count(1 if fork is None else fork.link.last_command + 1)
         self._spec = replace(spec, wall_ms=settings.LIFETIME_MAX_S * 1000)
         self._limits = self._command_limits(request)
 
         def progress(text: str) -> None:
             caller.progress(Notice(text))
 
-        self._job = stack.enter_context(SessionJob(self.prepared, self._spec, self._folder, SANDBOXES, progress))
-        self._loop = self._opened_session()
+        self._job = stack.enter_context(SessionJob(self.prepared, self._spec, self._folder, slots, progress, fork))
+        self._loop = self._opened_session(adopted)
         self._opened_at, self._opened_unix_ms = time.monotonic(), unix_ms()
         until_s = self._opened_at + self._life.lifetime_s
         self.session = SharedSession(self._loop, until_s, self._life.idle_s, self._on_end)
+        self._adopt(adopted)
         self.session.begin()
         self._write_record(self._life.lifetime_s)
         atexit.register(self._at_exit)
+
+    def _drop_checkpoints(self) -> None:
+        for _, stack in self._checkpoints.values():
+            stack.close()
 
     def _write_record(self, left_s: float) -> None:
         """Write the record of the sandbox. left_s: seconds until its lifetime ends."""
@@ -147,6 +173,7 @@ class OpenSandbox(AnySandbox):
             backend=self._draft.result.backend or "",
             image=self._draft.result.digests.image,
             left_out=tuple(one for one in self._draft.result.denials if one.action == "copy"),
+            forked_from=self._draft.result.forked_from or "",
         )
         replace_file(self._folder.path / SANDBOX, msgspec.json.encode(record))
 
@@ -160,9 +187,9 @@ class OpenSandbox(AnySandbox):
             os.close(self._log_fd)
             self._log_fd = -1
 
-    def _opened_session(self) -> Session:
+    def _opened_session(self, adopted: list[Execution]) -> Session:
         try:
-            return self._job.open()
+            return self._job.open(adopted)
         except NoAnswerError as exc:
             if exc.failure.kind != "cancelled":
                 raise
@@ -245,6 +272,100 @@ class OpenSandbox(AnySandbox):
         self.session.extend(time.monotonic() + self._extended_s)
         with contextlib.suppress(OSError):  # such as a full disk; only `x07 ps` shows this time
             self._write_record(self._extended_s)
+
+    @contextlib.contextmanager
+    def saved(self, forks: int = 0) -> Iterator[Path]:
+        """Save the sandbox in a folder that is removed at the end of the context. See `save`."""
+        from x07_sandbox.sessions.snapshots import require_snapshots  # few sandboxes are saved
+
+        with require_snapshots(self.prepared).folder() as folder:
+            self.save(folder, forks)
+            yield folder
+
+    def snapshot(self, name: str) -> str:
+        """See `AnySandbox.snapshot`."""
+        from x07_sandbox.sessions.snapshots import require_snapshots  # as above
+
+        note = Note(id=os.urandom(6).hex(), name=name, sandbox=self.run, created_unix_ms=unix_ms())
+        with self.saved() as folder:
+            backend = require_snapshots(self.prepared)
+            for remark in backend.keep(folder, note, self._spec.kind(self.prepared.image)):
+                self._caller.progress(Notice(remark))
+        return note.id
+
+    def checkpoint(self) -> int:
+        """See `AnySandbox.checkpoint`."""
+        with contextlib.ExitStack() as stack:
+            folder = stack.enter_context(self.saved())
+            with self._starting:
+                self.require_open()
+                number = next(self._points)
+                self._checkpoints[number] = folder, stack.pop_all()
+                for old in [*self._checkpoints][:-CHECKPOINTS_KEPT]:
+                    self._checkpoints.pop(old)[1].close()
+        return number
+
+    def rollback(self, point: int) -> None:
+        """See `AnySandbox.rollback`."""
+        from x07_sandbox.sessions import snapshots  # as above
+
+        with self._saving:
+            self.require_open()
+            if point not in self._checkpoints:
+                kept = ", ".join(map(str, self._checkpoints)) or "none"
+                why = f"there is none of this number (kept: {kept})"
+                raise UsageError(
+                    f"cannot go back to checkpoint {point}", why, "Use one that is kept", code="no-checkpoint"
+                )
+            folder, _ = self._checkpoints[point]
+            saved = snapshots.read(folder)
+            fork, adopted = saved.fork(folder), [one.execution() for one in saved.commands]
+            with self._starting:
+                self.require_open()
+                loop, end = self._job.replace(fork, adopted, next(self._instances))
+                with self.session.using():
+                    self._loop.leave(fork.link.last_command)
+                    self._loop = loop
+                    self.session.replace(loop)
+                    self._adopt(adopted)
+                end()
+
+    def _adopt(self, adopted: Sequence[Execution]) -> None:
+        for execution in adopted:
+            if not execution.order.service:
+                command = Process(self, execution, execution.wall_ms, self._caller.word)
+                self._commands[command.id], self._net_before[command.id] = command, self._net
+
+    def save(self, folder: Path, forks: int = 0) -> None:
+        """Save the sandbox in an empty private folder, from which forks can start. It goes on.
+
+        forks: for how many forks there must be room in memory. Raises SandboxError.
+        """
+        from x07_sandbox.sessions import snapshots  # few sandboxes are saved
+
+        with self._saving:
+            self.require_open()
+            host_files = None if self._host_files is None else self._host_files.kept(folder)
+            saved = snapshots.saved_sandbox(self.run, self.prepared, self._spec, self.left_out, host_files)
+            kind, backend = self._spec.kind(self.prepared.image), snapshots.require_snapshots(self.prepared)
+            with backend.capture(self._job.instance, kind, folder) as capture:
+                snapshots.require_room(forks, capture.ram_bytes)
+                with self._starting:
+                    self.require_open()
+                    link, commands = self._captured(capture)
+            left = tuple(snapshots.SavedCommand.of(one) for one in commands)
+            snapshots.write(saved._replace(link=link, commands=left), folder)
+
+    def _captured(self, capture: Capture) -> tuple[LinkState, list[Execution]]:
+        """Save the VM while its programs are held. Return the state of the channel, and the commands."""
+        with self.session.using():
+            try:
+                self._loop.hold()
+                found = self._loop.unended()
+                capture.take()
+            finally:
+                self._loop.go_on()
+        return found
 
     def changes(self) -> Diff:
         """See `AnySandbox.changes`."""

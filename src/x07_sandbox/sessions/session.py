@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from x07_sandbox.backends.base import wait_for_exit
 from x07_sandbox.channel import streams
 from x07_sandbox.channel.connection import Carrier
-from x07_sandbox.channel.link import COMMANDS_MAX, DATA_MAX, State, Stream
+from x07_sandbox.channel.link import COMMANDS_MAX, DATA_MAX, LinkState, State, Stream
 from x07_sandbox.channel.messages import (
     Changes,
     Closed,
@@ -21,16 +21,18 @@ from x07_sandbox.channel.messages import (
     Exec,
     Exited,
     Failed,
+    Hold,
     Message,
     Open,
     Resize,
+    Resume,
     Started,
     Stop,
 )
 from x07_sandbox.channel.streams import Event
-from x07_sandbox.errors import PeerError, UsageError
+from x07_sandbox.errors import BackendError, PeerError, UsageError
 from x07_sandbox.host import settings
-from x07_sandbox.host.waiting import input_poll
+from x07_sandbox.host.waiting import Deadline, input_poll
 from x07_sandbox.policy.outcomes import Evidence, Stage
 from x07_sandbox.sessions.execution import CONNECT, CONNECTIONS_MAX, FILES, FILL, Execution, Facts, Limit
 
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 
 _IDLE_S: Final = 60.0  # between two turns of the loop without any deadline
 _RECEIVED: Final = {Stream.OUTPUT, Stream.CHANGES, Stream.LEFT}
+_NO_SNAPSHOT: Final = "cannot take a snapshot of the sandbox"
 _ALONE: Final = contextlib.nullcontext()
 
 
@@ -67,11 +70,14 @@ class Session:
         self,
         instance: Instance,
         cancel: Cancel,
-        opening: Open,
+        opening: Open | None,
         files: Sequence[InFile] = (),
         gate_fds: tuple[int, int | None] | None = None,
+        adopted: Sequence[Execution] = (),
     ) -> None:
         """Open the session on an instance whose agent has answered, and send its files.
+
+        opening: None for a fork, whose programs then go on. adopted: its commands.
 
         gate_fds: a descriptor that becomes readable when the egress gate has ended, and one that takes the relay's
         bytes to the gate, if the relay shares the channel. None without a gate.
@@ -95,9 +101,13 @@ class Session:
         self._receivers: Receivers | None = None  # once the session is to close
         self._last: Execution | None = None  # after which the session closes
         self._closed: Closed | None = None
-        self._link.send(opening)
+        self._link.send(Resume() if opening is None else opening)
+        for one in adopted:
+            self._adopt(one)
         self._files = [_Copy(file, self._link.open(Stream.INPUT, number)) for number, file in enumerate(files)]
         self._start_limit: Limit | None = Limit(settings.COPY_IN_S)  # for copying in, and for the start of commands
+        if opening is None:
+            self._set_start_limit()
 
     # what the caller asks for
 
@@ -149,6 +159,73 @@ class Session:
         """Change the size of a command's terminal, if it has not ended."""
         if not execution.ended and not self._over:
             self._link.send(Resize(execution.order.id, rows, columns))
+
+    def _adopt(self, execution: Execution) -> None:
+        self._executions[execution.order.id] = execution
+        execution.stdin = self._link.open(Stream.STDIN, execution.order.id)
+        if execution.order.service or execution.asked_to_stop:  # its client is that of another sandbox
+            execution.asked_to_stop = False
+            self._stop(execution)
+
+    # snapshots
+
+    def hold(self) -> None:
+        """Stop all programs, so that the VM can be saved. Raises UsageError, BackendError.
+
+        Nothing else may use the session before `go_on`, which must follow in any case.
+        """
+        commands = [one for one in self._executions.values() if not one.ended]
+        if (
+            self._files
+            or self._wanted
+            or self._arrivals
+            or any(one.order.service == FILES and one.unanswered for one in commands)
+        ):
+            raise UsageError(_NO_SNAPSHOT, "files are being copied to or from it", "Try again once that has ended")
+        limit = Deadline.after(settings.HOLD_S)
+        self._link.send(Hold(self._link.holds + 1))
+        # Once HOLD is out, nothing may be sent: in the VM's copies it would arrive without a beginning.
+        while self._link.pending() and self._connection.flush() and self._link.pending():
+            if self._ended_before(limit, select.POLLOUT):
+                break
+        while self._link.state is State.HOLDING and not self._over and not self._ended_before(limit, select.POLLIN):
+            try:
+                self._receive()
+            except PeerError as exc:
+                self._end(channel_error=f"{exc.what}: {exc.why}")
+        if not self.held:
+            raise BackendError(_NO_SNAPSHOT, "its programs did not stop in time", "Try again when it is less busy")
+
+    def _ended_before(self, limit: Deadline, wanted: int) -> bool:
+        """Wait for the channel. Return whether the VM, or the time, has ended before."""
+        poll = input_poll(self._instance.pidfd, self._cancel.fd)
+        poll.register(self._instance.channel_fd, wanted)
+        return [fd for fd, _ in poll.poll(limit.left_s() * 1000)] != [self._instance.channel_fd]
+
+    @property
+    def held(self) -> bool:
+        """Whether all programs are held."""
+        return self._link.state is State.HELD and self._link.stopped
+
+    def go_on(self) -> None:
+        """Let the programs go on after `hold`, whether it has succeeded or not."""
+        if not self._over and self._link.state in {State.HOLDING, State.HELD}:
+            self._link.send(Resume())
+            self._connection.flush()
+
+    def leave(self, last_command: int) -> None:
+        """End the session, since the sandbox goes back to a moment when *last_command* was the last command."""
+        for number, execution in self._executions.items():
+            if number > last_command or execution.order.service:
+                execution.rolled_back = not execution.ended
+                execution.seen["rolled_back"] = True
+            else:
+                execution.replaced = True
+        self._over = True
+
+    def unended(self) -> tuple[LinkState, list[Execution]]:
+        """Return the state of the channel, and the commands that have not ended, of a VM that is held."""
+        return self._link.held(), [one for one in self._executions.values() if not one.ended]
 
     def changes(self, receiver: Any) -> Arrival:  # noqa: ANN401 - a files/incoming.Incoming
         """Ask for the changes so far."""

@@ -128,6 +128,12 @@ class SharedSession:
                 if self._idle_s is not None:
                     self._wake_loop()  # from now on it waits for less time
 
+    def replace(self, session: CommandSession) -> None:
+        """Go on with another session. Call this in the context `using`."""
+        session.waiting = _Released(self._changed)
+        self._session = session
+        self._changed.notify_all()
+
     def wake(self) -> None:
         """Have all calls of `until` look again."""
         with self._changed:

@@ -110,9 +110,12 @@ class SessionSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     def job(self, claim: Claim, image: OpenImage | None, caller: Caller, **how: Any) -> Job:  # noqa: ANN401 - fields of a job
         """Return the job in which a backend starts an instance for the session. how: further fields of `Job`."""
+        return Job(claim=claim, kind=self.kind(image), caller=caller, needs=self.needs, **how)
+
+    def kind(self, image: OpenImage | None) -> MachineKind:
+        """Return the kind of the session's machine."""
         network = self.opening.network is not None
-        kind = MachineKind(image=image, ram_bytes=self.ram_bytes, runtime=self.name, network=network)
-        return Job(claim=claim, kind=kind, caller=caller, needs=self.needs, **how)
+        return MachineKind(image=image, ram_bytes=self.ram_bytes, runtime=self.name, network=network)
 
 
 def input_files(files: Sequence[InFile]) -> list[InputFile]:

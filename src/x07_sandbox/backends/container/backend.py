@@ -62,6 +62,7 @@ class ContainerBackend(ABC):
     name: str
     uses_image = True
     cloning = None
+    snapshots = None
     needs: Sequence[Need]
     known_gaps: Mapping[str, str] = GAPS
     features = SHARED_KERNEL

@@ -11,7 +11,9 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
+from pathlib import Path
 from typing import Final, NamedTuple
 
 from msgspec.structs import replace
@@ -19,6 +21,8 @@ from msgspec.structs import replace
 from x07_sandbox.backends.base import (
     EMULATED,
     Availability,
+    Capture,
+    Fork,
     Handshake,
     Instance,
     Job,
@@ -33,7 +37,7 @@ from x07_sandbox.backends.prerequisites import KVM, NO_KVM, Need, check
 from x07_sandbox.backends.qemu import hot as processes
 from x07_sandbox.backends.qemu import start as starts
 from x07_sandbox.backends.qemu import template as templates
-from x07_sandbox.backends.qemu.instance import LeasedInstance, NotStartedError, QemuInstance
+from x07_sandbox.backends.qemu.instance import LeasedInstance, NotStartedError, QemuInstance, Streams
 from x07_sandbox.backends.qemu.start import QemuJob, Saved, start_qemu
 from x07_sandbox.backends.qemu.template import Template, TransientError
 from x07_sandbox.channel.link import State
@@ -124,6 +128,9 @@ class QemuBackend:
         """Start a job and yield the first VM whose agent answers: restored, cloned from a saved VM, or booted."""
         notes: dict[str, str] = {}  # by subject, so that each appears once
         with contextlib.ExitStack() as stack:
+            if job.fork is not None:
+                yield self._forked(job, job.fork, stack)
+                return
             instance = None if job.cold else self._restored(job, stack, notes)
             if "hot" in notes:  # each attempt has a record
                 job = replace(job, claim=replace(job.claim, phase=f"{job.claim.phase}-clone"))
@@ -333,6 +340,39 @@ class QemuBackend:
     def why_not_hot(self) -> str:
         """Return why VMs cannot be restored from saved processes here, or "" if they can."""
         return processes.unsupported(kvm=self._kvm)
+
+    def _forked(self, job: Job, fork: Fork, stack: contextlib.ExitStack) -> QemuInstance:
+        """Return a VM that was started from a snapshot. Raises NoAnswerError."""
+        from x07_sandbox.backends.qemu.snapshot import opened_fork  # few jobs are forks
+
+        record = create_record(job.claim, backend=self.name, image_digest=job.kind.image_digest)
+        stack.callback(drop_unstarted, record)
+        files = stack.enter_context(opened_fork(fork.folder, job.kind))
+        machine = QemuJob(record, job.kind, job.claim.deadline_s, ram_bytes=job.used_ram_bytes)
+        instance = stack.enter_context(start_qemu(machine, kvm=self._kvm, memory=files))
+        greet(instance, cancel_fd=job.caller.cancel.fd, meanwhile=job.meanwhile, link=fork.link)
+        return instance
+
+    @property
+    def snapshots(self) -> QemuBackend:
+        """Support for snapshots of running VMs."""
+        return self
+
+    folder = staticmethod(templates.temporary_folder)
+    keep = staticmethod(templates.keep_snapshot)
+    kept = staticmethod(templates.kept_snapshots)
+    drop = staticmethod(templates.delete_template)
+
+    def capture(self, instance: Instance, kind: MachineKind, folder: Path) -> AbstractContextManager[Capture]:
+        """Prepare a snapshot of a running VM."""
+        from x07_sandbox.backends.qemu.snapshot import capture  # as above
+
+        assert isinstance(instance, Streams)  # noqa: S101 - a backend only gets its own instances
+        return capture(instance, kind, folder)
+
+    def key(self, kind: MachineKind) -> str:
+        """Return the key of the saved VMs of this kind."""
+        return templates.template_for(kind, kvm=self._kvm).key
 
     prunable = staticmethod(templates.prunable)
     saved_bytes = staticmethod(templates.saved_bytes)

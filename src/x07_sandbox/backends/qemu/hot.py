@@ -40,7 +40,6 @@ from x07_sandbox.backends.qemu.template import (
     sparse_sha256,
     templates_dir,
 )
-from x07_sandbox.channel.contents import next_data
 from x07_sandbox.errors import BackendError, HostError
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.linux import of_process
@@ -48,7 +47,7 @@ from x07_sandbox.host.paths import closing_fd, unnamed_file
 from x07_sandbox.host.variables import flag
 from x07_sandbox.host.verdicts import file_state
 from x07_sandbox.images.store import Part
-from x07_sandbox.images.verify import FOLDER_MODE, Subject, opened_folder, opened_parts
+from x07_sandbox.images.verify import FOLDER_MODE, Subject, copy_sparse, opened_folder, opened_parts
 from x07_sandbox.jail.bwrap import CRIU, CRIU_NULL, DUMPED_PID, may_nest
 from x07_sandbox.jail.forms import jail_form, needed_files
 from x07_sandbox.policy.decode import canonical_json
@@ -136,7 +135,7 @@ def make_hot(
         names = _dump(kind, warming, theirs, warm_up)
         require_plain_files(images)
         memory_fd = new_file(work / "ram", stack)
-        _copy(saved.ram_fd, memory_fd)
+        copy_sparse(saved.ram_fd, memory_fd)
         paths = (Paths().ram, Paths().root, Paths().program, "/", "/dev/urandom", CRIU_NULL)
         move_pages(images, DUMPED_PID, memory_fd, Paths().ram, {*paths, *needed_files(kind.arch.qemu_binary)})
         reset_priority(images)
@@ -201,16 +200,6 @@ def _dump(
         if not instance.stop():
             raise TransientError(_WHAT, "the VM did not end", _FIX)
     return names
-
-
-def _copy(source_fd: int, target_fd: int) -> None:
-    """Copy a sparse file into an empty one."""
-    size, at = os.fstat(source_fd).st_size, 0
-    os.ftruncate(target_fd, size)
-    while at < size:
-        at, end = next_data(source_fd, at, size)
-        while at < end:
-            at += os.copy_file_range(source_fd, target_fd, end - at, at, at)
 
 
 def _sealed_file(path: Path) -> Part:

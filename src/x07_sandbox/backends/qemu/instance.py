@@ -5,6 +5,7 @@ import math
 import os
 import resource
 import signal
+import socket
 import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from x07_sandbox.backends.jailed import BoundedStream, Jailed, RunningAgent, Sta
 from x07_sandbox.backends.qemu.machine import QMP_CONTINUE, Paths, qmp_resume
 from x07_sandbox.errors import BackendError
 from x07_sandbox.host import settings
-from x07_sandbox.host.linux import send_signal
+from x07_sandbox.host.linux import pid_of, send_signal
 from x07_sandbox.host.paths import raised_as
 from x07_sandbox.host.processes import Identity, close_on_fork
 from x07_sandbox.host.waiting import wait_readable
@@ -78,7 +79,10 @@ class ReleasePipe:
 
 
 class HostSide(NamedTuple):
-    """The host's side of a QEMU process. ends: our ends of its streams, closed by `start_qemu`. paths: of its files."""
+    """The host's side of a QEMU process. ends: our ends of its streams, and two files. paths: of its files.
+
+    `start_qemu` closes the ends.
+    """
 
     groups: HostGroups
     release_pipe: ReleasePipe
@@ -87,11 +91,19 @@ class HostSide(NamedTuple):
 
 
 class Streams(RunningAgent):
-    """The streams of a QEMU process. The caller keeps owning the descriptors in *ends*."""
+    """The streams of a QEMU process. The caller keeps owning the descriptors in *ends*.
+
+    inner_pid: the first process in the jail, which is above QEMU or is QEMU.
+    """
+
+    pidfd: int
+    inner_pid: int
 
     def __init__(self, ends: Mapping[str, int], start_mode: StartMode) -> None:
         self.channel_fd = ends["channel"]
         self.net_fd = ends["net"]
+        self.ram_fd = ends.get("ram")  # the file of which the RAM is a private mapping
+        self.scratch_fd = ends.get("scratch")
         self.start_mode = start_mode
         self.qmp = BoundedStream(ends["qmp"], keep_bytes=4096)
         self.shown = (
@@ -101,10 +113,14 @@ class Streams(RunningAgent):
         )
         self.hidden = (self.qmp,)
 
-    def send_qmp(self, commands: bytes) -> None:
-        """Write commands to QEMU's control protocol (QMP). The replies go to `qmp`."""
+    def send_qmp(self, commands: bytes, fds: tuple[int, ...] = ()) -> None:
+        """Write commands, and descriptors, to QEMU's control protocol (QMP). The replies go to `qmp`."""
         with contextlib.suppress(OSError):  # QEMU has ended, which its other streams show
-            os.write(self.qmp.fd, commands)
+            if not fds:
+                os.write(self.qmp.fd, commands)
+                return
+            with socket.socket(fileno=os.dup(self.qmp.fd)) as control:
+                socket.send_fds(control, [commands], fds)
 
 
 class QemuInstance(Streams, Jailed):
@@ -113,6 +129,7 @@ class QemuInstance(Streams, Jailed):
     def __init__(self, start: Start, host: HostSide, child: subprocess.Popen[bytes], inner: Identity) -> None:
         Streams.__init__(self, host.ends, start.start_mode)
         Jailed.__init__(self, start, child, inner)
+        self.inner_pid = inner.pid
         self.groups = host.groups
         self.ends = host.ends
         self.paths = host.paths
@@ -122,7 +139,7 @@ class QemuInstance(Streams, Jailed):
         """Let the VM run, once its record is written. A second call does nothing."""
         if self._release_pipe.released or self.child.poll() is not None:
             return  # never release a jail whose supervisor has ended: nothing would stop it
-        if self.start_mode == "clone":
+        if self.start_mode in {"clone", "fork"}:
             self.send_qmp(qmp_resume(self.paths.state))
         elif self.start_mode == "hot":
             self.send_qmp(QMP_CONTINUE)
@@ -161,6 +178,7 @@ class LeasedInstance(Streams):
         self.record = record
         self.pidfd = owned_fds["supervisor"]
         self._inner_pidfd = owned_fds["inner"]
+        self.inner_pid = pid_of(self._inner_pidfd)
         self._lease = lease
         self._gone: bool | None = None
 

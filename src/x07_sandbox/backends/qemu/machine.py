@@ -25,6 +25,7 @@ class Origin(enum.Enum):
     COLD = "cold"  # booted, in anonymous memory
     SAVING = "saving"  # booted, in a file that is kept
     CLONE = "clone"  # resumed from such a file, copy-on-write
+    FORK = "fork"  # resumed from a snapshot of a running VM, copy-on-write
     HOT = "hot"  # restored with its process; the command line is that of the dumped process
     WARMING = "warming"  # a clone whose process will be dumped; criu without privileges can dump no filter
 
@@ -98,7 +99,10 @@ def qemu_argv(machine: Machine) -> list[str]:
     argv += ["-object", _memory(machine, megabytes), "-M", kind]
     cpu = machine.arch.emulated_cpu if machine.kvm_fd is None else "host"
     argv += ["-m", f"{megabytes}M", "-smp", "1", "-cpu", cpu, "-accel", accel]
-    if machine.origin in {Origin.CLONE, Origin.WARMING}:
+    if machine.origin is Origin.FORK:
+        argv += ["-global", "migration.send-configuration=off"]  # a state without RAM does not begin with it
+        argv[argv.index("-M") + 1] += ",suppress-vmdesc=on"  # nor end with that
+    if machine.origin in {Origin.CLONE, Origin.WARMING, Origin.FORK}:
         argv += ["-incoming", "defer"]
     else:
         argv += ["-kernel", machine.paths.kernel, "-initrd", machine.paths.initrd]

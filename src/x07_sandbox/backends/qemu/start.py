@@ -32,10 +32,10 @@ from x07_sandbox.errors import HostError
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import Arch, host_arch, is_foreign
 from x07_sandbox.host.linux import fd_path, memory_file, processor, require_own_proc
-from x07_sandbox.host.paths import out_of_cpu_time, unnamed_file
+from x07_sandbox.host.paths import out_of_cpu_time, raised_as, unnamed_file
 from x07_sandbox.host.processes import FdGroup, Identity, Launch
 from x07_sandbox.images.store import ScratchDisk
-from x07_sandbox.images.verify import OpenImage, write_disk
+from x07_sandbox.images.verify import OpenImage, copy_sparse, write_disk
 from x07_sandbox.jail.bwrap import BWRAP, CRIU, DUMPED_PID, PERL, SETPRIV, Criu, Jail, may_nest
 from x07_sandbox.jail.forms import Form, jail_form, namespace_flags, needed_files
 from x07_sandbox.jail.resources import lease_uid, make_groups
@@ -93,8 +93,22 @@ class Hot(Saved, frozen=True, kw_only=True):
     names: tuple[str, ...]
 
 
-Memory = Saving | Saved
-_MODES: Final[dict[Origin, StartMode]] = {Origin.CLONE: "clone", Origin.WARMING: "clone", Origin.HOT: "hot"}
+class Fork(msgspec.Struct, frozen=True, kw_only=True):
+    """The readable files of a snapshot of a running VM, which the caller keeps owning. scratch_fd: the whole disk."""
+
+    origin: ClassVar = Origin.FORK
+    ram_fd: int
+    state_fd: int
+    scratch_fd: int
+
+
+Memory = Saving | Saved | Fork
+_MODES: Final[dict[Origin, StartMode]] = {
+    Origin.CLONE: "clone",
+    Origin.WARMING: "clone",
+    Origin.HOT: "hot",
+    Origin.FORK: "fork",
+}
 
 
 class QemuJob(NamedTuple):
@@ -140,12 +154,14 @@ def start_qemu(
         for fd in streams if isinstance(memory, Hot) else ():  # a started QEMU does so itself
             os.set_blocking(fd, False)
         files, writable = _fd_files(job.kind, image, memory, given, form), _writable(memory, uid, given, form)
+        scratch_fd = _scratch_disk(given, image, record, memory)
+        ours |= _kept_files(scratch_fd, memory, stack)
         machine = Machine(
             arch=arch,
             ram_bytes=job.kind.ram_bytes,
             kvm_fd=given.add(os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)) if kvm else None,
             tsc_khz=None if kvm else tsc_khz(arch),
-            scratch_fd=_scratch_disk(given, image, record, memory),
+            scratch_fd=scratch_fd,
             channel_fd=theirs["channel"],
             net_fd=theirs["net"],
             qmp_fd=theirs["qmp"],
@@ -167,11 +183,8 @@ def start_qemu(
         needed = tuple(dict.fromkeys([*needed_files(arch.qemu_binary), *arch.firmware, *setpriv_files]))
         criu = None
         if isinstance(memory, Warming | Hot):
-            criu = _criu(memory, machine, uid, given, limits)
             files_max = int(min(_CRIU_FILES, hard_limit(resource.RLIMIT_NOFILE)))
-            if (highest := max(criu.numbers())) >= files_max // 2:
-                why = f"this process has so many open files that a new one has the number {highest}"
-                raise HostError("criu cannot be used", why, "Close files, or use another process")
+            criu = _criu(memory, machine, uid, given, limits, files_max)
             limits = limits | {resource.RLIMIT_NOFILE: (files_max, files_max)}
         jail = Jail(
             files=needed if criu is None else criu.not_covered(needed),
@@ -222,8 +235,14 @@ def start_qemu(
         yield stack.enter_context(running(start, request, make, partial(_no_jail, ours["stderr"], form)))
 
 
-def _criu(memory: Warming | Hot, machine: Machine, uid: int | None, given: FdGroup, limits: Limits) -> Criu:
-    """Return what criu does in the jail. limits: of QEMU."""
+def _criu(
+    memory: Warming | Hot, machine: Machine, uid: int | None, given: FdGroup, limits: Limits, files_max: int
+) -> Criu:
+    """Return what criu does in the jail. limits: of QEMU. files_max: how many open files criu may have."""
+    numbers = (machine.scratch_fd, machine.channel_fd, machine.net_fd, machine.qmp_fd, machine.console_fd)
+    if (highest := max(numbers)) >= files_max // 2:  # criu's own must have higher ones
+        why = f"this process has so many open files that a new one has the number {highest}"
+        raise HostError("criu cannot be used", why, "Close files, or use another process")
     files = (*needed_files(CRIU), *needed_files(PERL))
     userns_fd = None if uid is None else given.add(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
     sockets = (machine.channel_fd, machine.net_fd, machine.qmp_fd, machine.console_fd)
@@ -322,7 +341,7 @@ def _fd_files(kind: MachineKind, image: OpenImage, memory: Memory | None, given:
     change the image's mode and times, and so damage it for later runs.
     """
     found = {"kernel": image.fds["kernel"], "initrd": image.fds["initrd"]}
-    if isinstance(memory, Saved):
+    if isinstance(memory, Saved | Fork):
         found = {"ram": memory.ram_fd} | ({} if memory.state_fd is None else {"state": memory.state_fd})
     found |= {name: image.fds[name] for name in ("root", *(["program"] if kind.has_program_root else []))}
     return _placed(found, given, form)
@@ -356,9 +375,20 @@ def _scratch_disk(given: FdGroup, image: OpenImage, record: JobRecord, memory: M
         fd = memory.disk_fd
     else:  # closed once the child has it, so that the space is free when the child is gone
         fd = given.add(unnamed_file(record.folder, "cannot make the scratch disk"))
+    if isinstance(memory, Fork):
+        with raised_as(HostError, "cannot copy the disk of the snapshot", "Free disk space, or set X07_VM_STATE_DIR"):
+            copy_sparse(memory.scratch_fd, fd)
+        return fd
     source = (image.fds["scratch"], image.manifest.scratch_disk)
     write_disk(*((memory.scratch_fd, memory.scratch_disk) if isinstance(memory, Saved) else source), fd)
     return fd
+
+
+def _kept_files(scratch_fd: int, memory: Memory | None, stack: contextlib.ExitStack) -> dict[str, int]:
+    """Return the files that a snapshot of the VM would need."""
+    own = os.dup(scratch_fd)
+    stack.callback(os.close, own)
+    return {"scratch": own} | ({"ram": memory.ram_fd} if isinstance(memory, Saved | Fork) else {})
 
 
 def needs_of(arch: Arch) -> tuple[Need, ...]:

@@ -1,6 +1,7 @@
 """VM templates ("saved VMs" in messages): VMs that were booted, prepared and saved once. Clones resume copy-on-write.
 
 cache/templates/<key>/{template.json,ram,state,scratch.head}
+cache/templates/<id>00.../{snapshot.json,ram,state,disk,sandbox}    kept snapshots (qemu/snapshot)
 
 The key is a hash of everything that a template depends on: image, QEMU and firmware as files, the command line, and the
 processor's clock. Measured: QEMU resumes without an error on another root image or processor count, and hangs on
@@ -15,11 +16,11 @@ import stat
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar, Final, Literal
 
 import msgspec
 
-from x07_sandbox.backends.base import NOT_IMPORTED, SLOW_IMPORT, Handshake, Instance, MachineKind, Prunable
+from x07_sandbox.backends.base import NOT_IMPORTED, SLOW_IMPORT, Handshake, Instance, Kept, MachineKind, Note, Prunable
 from x07_sandbox.backends.qemu import start as starts
 from x07_sandbox.backends.qemu.instance import QemuInstance
 from x07_sandbox.backends.qemu.machine import QMP_QUERY_SAVE, Machine, Origin, qemu_argv, qmp_save
@@ -37,6 +38,7 @@ from x07_sandbox.host.paths import (
     cache_folder,
     least_recently_used,
     open_private_file,
+    raised_as,
     unnamed_file,
     why_not_ours,
 )
@@ -60,6 +62,8 @@ from x07_sandbox.policy.guest import build_limits, command_limits, tmp_bytes
 
 SCHEMA: Final = "x07.sandbox.template@0.3.0"
 MANIFEST: Final = "template.json"
+SNAPSHOT: Final = "snapshot.json"
+_KEY_DIGITS: Final = 64
 SUSPENDED: Final = "suspended"  # the kind of verdict on a template that is not used for now
 _MANIFEST_MAX: Final = 1 << 20
 _ZEROS: Final = bytes(CHUNK_BYTES)
@@ -116,6 +120,15 @@ class TemplateManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     images: tuple[Part, ...] = ()
     names: tuple[str, ...] = ()
     period: str = ""
+
+
+class SnapshotManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The content of snapshot.json, in the folder of a kept snapshot. image: digest of its image."""
+
+    schema_version: Literal["x07.sandbox.snapshot@0.1.0"] = "x07.sandbox.snapshot@0.1.0"
+    image: str
+    note: Note
+    period: ClassVar = ""
 
 
 def sealed(made: TemplateManifest) -> TemplateManifest:
@@ -341,15 +354,20 @@ def _make_alone(
         work.rename(template.folder)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    images = {image.digest for image in list_images()} | {made.image}
+    for remark in _remove_excess(template.key, made.image, most_bytes):
+        progress(Remark(remark))
+
+
+def _remove_excess(keep: str, image: str, most_bytes: int) -> list[str]:
+    """Remove what can be removed after *keep*, a saved VM of an image, was added. Return what was removed."""
+    images = {image.digest for image in list_images()} | {image}
     gone: dict[str, list[int]] = {}
-    for old, why in expired_templates(keep=template.key, images=images, most_bytes=most_bytes):
+    for old, why in expired_templates(keep=keep, images=images, most_bytes=most_bytes):
         size = _size_bytes(old)
         with contextlib.suppress(OSError):
             delete_unused(old)
             gone.setdefault(why, []).append(size)
-    for why, sizes in gone.items():
-        progress(Remark(f"removed saved VMs ({len(sizes)}, with {sum(sizes) >> 20} MiB): {why}"))
+    return [f"removed saved VMs ({len(sizes)}, with {sum(sizes) >> 20} MiB): {why}" for why, sizes in gone.items()]
 
 
 def make_template(
@@ -477,15 +495,43 @@ def expired_templates(*, keep: str, images: set[str], most_bytes: int) -> list[t
     return doomed + [(folder, why) for folder in oldest]
 
 
-def saved_templates() -> list[tuple[Path, TemplateManifest | None]]:
-    """Return all templates with their manifests; None for a damaged manifest."""
-    found: list[tuple[Path, TemplateManifest | None]] = []
+def saved_templates() -> list[tuple[Path, TemplateManifest | SnapshotManifest | None]]:
+    """Return all templates and kept snapshots with their manifests; None for a damaged manifest."""
+    found: list[tuple[Path, TemplateManifest | SnapshotManifest | None]] = []
     for folder in templates_dir().glob("[0-9a-f]" * 64):
-        made = None
+        made: TemplateManifest | SnapshotManifest | None = None
         with contextlib.suppress(OSError, msgspec.MsgspecError):
-            made = msgspec.json.decode((folder / MANIFEST).read_bytes(), type=prepared(TemplateManifest))
+            if os.path.lexists(folder / SNAPSHOT):
+                made = msgspec.json.decode((folder / SNAPSHOT).read_bytes(), type=prepared(SnapshotManifest))
+            else:
+                made = msgspec.json.decode((folder / MANIFEST).read_bytes(), type=prepared(TemplateManifest))
         found.append((folder, made))
     return found
+
+
+def kept_snapshots() -> list[Kept]:
+    """Return the kept snapshots, oldest first. Raises HostError."""
+    saved = saved_templates() if os.path.lexists(cache_dir() / "templates") else []
+    found = [
+        Kept(made.note, folder, made.image, _size_bytes(folder))
+        for folder, made in saved
+        if isinstance(made, SnapshotManifest)
+    ]
+    return sorted(found, key=lambda one: one.note.created_unix_ms)
+
+
+def keep_snapshot(folder: Path, note: Note, kind: MachineKind) -> list[str]:
+    """Keep a snapshot, instead of those with its name. Return remarks about what was removed. Raises SandboxError."""
+    with raised_as(HostError, "cannot keep the snapshot", "Free disk space"):
+        made = SnapshotManifest(image=kind.image_digest, note=note)
+        (folder / SNAPSHOT).write_bytes(msgspec.json.format(msgspec.json.encode(made)))
+        (folder / SNAPSHOT).chmod(FILE_MODE)
+        key = note.id.ljust(_KEY_DIGITS, "0")
+        folder.rename(folder.parent / key)
+    for one in kept_snapshots():
+        if note.name and one.note.name == note.name and one.note.id != note.id:
+            remove_template(one.folder)
+    return _remove_excess(key, made.image, _most_bytes())
 
 
 def _size_bytes(folder: Path) -> int:
@@ -534,9 +580,26 @@ def delete_unused(folder: Path) -> None:
         delete_template(folder)
 
 
+@contextlib.contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """Make an empty folder, which is removed at the end of the context. Raises HostError."""
+    import shutil
+    import tempfile
+
+    with raised_as(HostError, "cannot store a snapshot", "Free disk space"):
+        place = Path(tempfile.mkdtemp(prefix=".fork-", dir=templates_dir()))
+        lock = lock_shared(place)  # else another process takes it for one that a killed process has left
+    try:
+        yield place
+    finally:
+        close_on_fork.close(lock)
+        shutil.rmtree(place, ignore_errors=True)
+
+
 def leftovers(folder: Path) -> list[Path]:
     """Return the folders that killed processes left in *folder*, the templates folder. The caller holds its lock."""
-    return [*folder.glob(".new-*"), *folder.glob(".old-*")]
+    unlocked = [path for path in folder.glob(".fork-*") if not is_locked(path)]
+    return [*folder.glob(".new-*"), *folder.glob(".old-*"), *unlocked]
 
 
 def prunable(images: set[str], on_wait: Callable[[], None]) -> Iterator[Prunable]:

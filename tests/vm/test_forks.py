@@ -1,0 +1,244 @@
+"""Forks, snapshots and checkpoints of sandboxes: what goes on in a copy of a VM, and what is new in it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.vm.conftest import left_behind
+from x07_sandbox import RefusedError, Sandbox, SandboxError, Snapshot, UsageError
+from x07_sandbox.host.waiting import unix_ms
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = [pytest.mark.vm, pytest.mark.usefixtures("image", "state")]
+
+# One line in, one line out. Another process counts, and a listener has a connection of its own.
+PROGRAM = """
+import hashlib, json, os, random, socket, ssl, sys, tempfile, time, uuid
+kept = os.urandom(8 << 20)
+unsynced = open("unsynced", "wb")
+unsynced.write(kept), unsynced.flush()
+if os.fork() == 0:
+    number = 0
+    while True:
+        number += 1
+        with open("counter.new", "w") as file:
+            file.write(str(number))
+        os.rename("counter.new", "counter")
+        time.sleep(0.02)
+listener = socket.create_server(("127.0.0.1", 5000))
+client = socket.create_connection(("127.0.0.1", 5000))
+peer, _ = listener.accept()
+random.seed(1)
+print("ready", flush=True)
+for line in sys.stdin:
+    client.sendall(b"x")
+    again, other = socket.create_connection(("127.0.0.1", 5000)), listener.accept()
+    before = int(open("counter").read())
+    time.sleep(0.5)
+    tls = ssl.MemoryBIO()
+    ssl.create_default_context().wrap_bio(ssl.MemoryBIO(), tls, server_hostname="x.example").__class__
+    session = ssl.create_default_context().wrap_bio(ssl.MemoryBIO(), tls, server_hostname="x.example")
+    try:
+        session.do_handshake()
+    except ssl.SSLWantReadError:
+        pass
+    print(json.dumps({
+        "urandom": os.urandom(16).hex(), "uuid": str(uuid.uuid4()), "name": tempfile.mktemp(),
+        "secret": random.SystemRandom().getrandbits(64), "tls": tls.read()[11:43].hex(),
+        "machine": open("/etc/machine-id").read(), "generation": open("/run/x07/generation").read(),
+        "seeded": random.random(), "time": time.time(),
+        "memory": hashlib.sha256(kept).hexdigest(), "file": hashlib.sha256(open("unsynced", "rb").read()).hexdigest(),
+        "connection": peer.recv(1) == b"x", "counts": int(open("counter").read()) > before,
+    }), flush=True)
+"""
+DISTINCT = ("urandom", "uuid", "name", "secret", "tls", "machine", "generation")
+SAME = ("memory", "file", "seeded")
+
+
+def asked(sandbox: Sandbox, number: int) -> dict[str, Any]:
+    """What the program in a sandbox says about itself, and by how many seconds its clock is wrong."""
+    process = sandbox.process(number)
+    began = unix_ms() / 1000
+    process.write(b"\n")
+    *_, line = process.read_until(b"}\n", timeout_s=60).splitlines()
+    ended, said = unix_ms() / 1000, json.loads(line)
+    said["late_s"] = max(0.0, began - said["time"], said["time"] - ended)
+    return dict(said)
+
+
+@pytest.fixture
+def running() -> Iterator[tuple[Sandbox, int]]:
+    """A sandbox in which the program runs, and the program's number."""
+    with Sandbox() as sandbox:
+        process = sandbox.start(["python3", "-u", "-c", PROGRAM])
+        assert process.read_until(b"\n", timeout_s=60) == b"ready\n"
+        yield sandbox, process.id
+
+
+def test_a_fork_goes_on_with_everything_but_what_must_be_new(running: tuple[Sandbox, int], state: Path) -> None:
+    """Programs, memory, files and local connections go on; random numbers, names and clocks are a fork's own."""
+    parent, number = running
+    forks = parent.fork(2)
+    (grandchild,) = forks[0].fork()
+    family = [parent, *forks, grandchild]
+    said = [asked(one, number) for one in family]
+    for name in DISTINCT:
+        assert len({one[name] for one in said}) == len(family), name
+    for name in SAME:
+        assert len({one[name] for one in said}) == 1, name
+    assert all(one["connection"] and one["counts"] and one["memory"] == one["file"] for one in said)
+    assert max(one["late_s"] for one in said) < 1
+    results = [one.close() for one in reversed(family)]
+    assert [one.reason_code for one in results] == ["closed"] * 4
+    assert [one.forked_from for one in results] == [forks[0].id, parent.id, parent.id, None]
+    assert [one.phases["run"].start for one in results[:3]] == ["fork"] * 3
+    assert left_behind(state) == []
+
+
+def test_each_fork_has_its_own_changes_on_the_same_base(tmp_path: Path) -> None:
+    """The changes of the best try are applied; those of another one then conflict, and so do those of the parent."""
+    (tmp_path / "work").mkdir()
+    file = tmp_path / "work" / "a.txt"
+    file.write_text("base\n")
+    with Sandbox(workdir=tmp_path / "work") as parent:
+        parent.shell("echo prepared >> a.txt", check=True)
+        tries = parent.fork(3)
+        for number, one in enumerate(tries):
+            one.shell(f"echo {number} >> a.txt", check=True)
+        assert b"+prepared\n+1\n" in tries[1].changes().patch
+        assert tries[1].close().changes.state == "applied"
+        assert file.read_text() == "base\nprepared\n1\n"
+        assert tries[2].close().changes.state == "conflict"
+        assert tries[0].kill().changes.state == "discarded"
+        assert parent.close().changes.state == "conflict"
+
+
+def test_a_terminal_and_root_go_on_in_a_fork() -> None:
+    """A shell on a terminal of a sandbox whose programs are root goes on in a fork."""
+    with Sandbox(guest_root=True) as parent:
+        shell = parent.start(["sh"], tty=True)
+        shell.write(b"stty -echo; x=41; id -u\n")
+        assert b"0\r\n" in shell.read_until(b"0\r\n", timeout_s=60)
+        (fork,) = parent.fork()
+        with fork:
+            for one in (fork.process(shell.id), shell):
+                one.write(b"echo $((x + 1))-\n")
+                assert b"42-" in one.read_until(b"42-", timeout_s=60)
+            assert fork.shell("id -u; echo > /etc/new").ok
+            assert not parent.files.exists("/etc/new")
+
+
+def test_what_is_kept_outlives_its_sandbox(tmp_path: Path) -> None:
+    """Sandboxes start from a kept snapshot, by its id or name, also after its sandbox's end, until it is removed."""
+    (tmp_path / "work").mkdir()
+    with Sandbox(workdir=tmp_path / "work", env={"A": "1"}) as parent:
+        parent.files.write("new.txt", b"prepared\n")
+        snapshot = parent.snapshot("prepared")
+        assert (snapshot.name, snapshot.sandbox) == ("prepared", parent.id)
+        parent.kill()
+    assert snapshot in Snapshot.list()
+    with Sandbox(snapshot="prepared") as one, Sandbox(snapshot=snapshot) as other:
+        assert one.shell("cat new.txt; echo $A").stdout == b"prepared\n1\n"
+        assert other.close().changes.state == "applied"
+        one.kill()
+    assert (tmp_path / "work" / "new.txt").read_text() == "prepared\n"
+    with pytest.raises(UsageError, match="workdir cannot be changed"):
+        Sandbox(snapshot=snapshot, workdir=tmp_path)
+    held = Sandbox.create(snapshot=snapshot.id)
+    snapshot.remove()
+    assert held.files.read("new.txt") == b"prepared\n"
+    held.kill()
+    with pytest.raises(UsageError, match="none has this id") as raised:
+        Sandbox(snapshot="prepared")
+    assert raised.value.code == "no-such-snapshot"
+
+
+def test_a_snapshot_is_private_and_replaces_one_of_its_name() -> None:
+    """Nobody else can read a snapshot, and a name stands for the newest one."""
+    with Sandbox() as parent:
+        first, second = parent.snapshot("again"), parent.snapshot("again")
+        assert [one.id for one in Snapshot.list() if one.name == "again"] == [second.id]
+        assert Snapshot.find("again").id == second.id != first.id
+        (folder,) = Path(os.environ["XDG_CACHE_HOME"]).glob(f"x07-sandbox/templates/{second.id}*")
+        assert folder.stat().st_mode & 0o777 == 0o700
+        assert (folder / "sandbox").stat().st_mode & 0o777 == 0o600
+        second.remove()
+
+
+def test_a_rollback_brings_back_files_programs_and_memory(running: tuple[Sandbox, int]) -> None:
+    """The same sandbox goes back: later commands end as cancelled, and older ones go on under their ids."""
+    sandbox, number = running
+    before = asked(sandbox, number)
+    old = sandbox.process(number)
+    sandbox.files.write("f", b"one")
+    point = sandbox.checkpoint()
+    sandbox.files.write("f", b"two")
+    later = sandbox.start(["sleep", "600"])
+    sandbox.rollback(point)
+    ended = later.wait(60)
+    assert (ended.outcome, ended.reason_code, ended.x07_exit_code) == ("cancelled", "rolled-back", 143)
+    assert sandbox.files.read("f") == b"one"
+    with pytest.raises(SandboxError, match=r"Sandbox.process\(id\)") as raised:
+        old.wait(60)
+    assert raised.value.code == "rolled-back"
+    after = asked(sandbox, number)
+    assert (after["memory"], after["counts"], after["late_s"] < 1) == (before["memory"], True, True)
+    assert after["urandom"] != before["urandom"]
+    assert sandbox.exec(["true"]).id > later.id
+    sandbox.rollback(point)  # as often as one likes
+    assert sandbox.files.read("f") == b"one"
+    with pytest.raises(UsageError, match=r"kept: 1"):
+        sandbox.rollback(9)
+    named = {one.name: one.outcome for one in sandbox.close().commands}
+    assert named["sleep"] == "cancelled"
+
+
+def test_a_held_sandbox_is_forked_and_rolled_back_through_its_holder(state: Path) -> None:
+    """Forks of a held sandbox have holders of their own; another client learns that its command was rolled back."""
+    first = Sandbox.create(name="parent")
+    second = Sandbox.connect("parent")
+    first.files.write("f", b"one")
+    forks = first.fork(2, tags={"of": "parent"})
+    assert {one.id for one in Sandbox.list({"of": "parent"})} == {one.id for one in forks}
+    assert [Sandbox.connect(one.id).files.read("f") for one in forks] == [b"one"] * 2
+    point = first.checkpoint()
+    running = second.start(["sleep", "600"])
+    first.rollback(point)
+    assert running.wait(60).reason_code == "rolled-back"
+    assert second.files.read("f") == b"one"
+    for one in (*forks, first):
+        assert one.close().ok
+    assert left_behind(state) == []
+
+
+def test_a_snapshot_waits_for_nobody_and_refuses_half_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No snapshot is taken while a file is on its way in, and no more forks start than memory can hold."""
+    with Sandbox() as sandbox:
+        server = sandbox._open.file_server()  # noqa: SLF001 - a client that stops halfway
+        server._write(b"\0\0\0\7")  # noqa: SLF001
+        with pytest.raises(UsageError, match="files are being copied"):
+            sandbox.snapshot()
+        server.kill()
+        monkeypatch.setattr("x07_sandbox.sessions.snapshots.spare_bytes", lambda: 100 << 20)
+        with pytest.raises(RefusedError, match=r"2 would take about \d+ MiB") as raised:
+            sandbox.fork(2)
+        assert raised.value.code == "no-memory"
+        assert sandbox.exec(["true"]).ok
+
+
+def test_a_backend_that_cannot_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a backend without snapshots, each of the calls is refused, and the sandbox goes on."""
+    monkeypatch.setenv("X07_I_ACCEPT_WEAKER_ISOLATION", "1")
+    with Sandbox(backend="none") as sandbox:
+        for call in (sandbox.fork, sandbox.snapshot, sandbox.checkpoint):
+            with pytest.raises(RefusedError, match="cannot save a running sandbox") as raised:
+                call()
+            assert raised.value.code == "no-snapshots"
+        assert sandbox.exec(["true"]).ok
