@@ -121,10 +121,14 @@ WarmUp = Callable[["Instance", MachineKind, "Cloning", Cancel], None]
 
 
 class Fork(NamedTuple):
-    """A snapshot of a running machine to start from. folder: of its files. link: our end of the channel to a fork."""
+    """A snapshot of a running machine to start from. folder: of its files. link: our end of the channel to a fork.
+
+    number: of the machine in its session, which may have had others before.
+    """
 
     folder: Path
     link: Link
+    number: int = 1
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
@@ -304,12 +308,16 @@ class Cloning(Protocol):
 
 
 class Note(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What is known about a kept snapshot. name: chosen by the user, or "". sandbox: the id of the sandbox."""
+    """What is known about a kept snapshot. name: chosen by the user, or "". sandbox: the id of the sandbox.
+
+    paused: whether the sandbox itself goes on from it.
+    """
 
     id: str
     name: str
     sandbox: str
     created_unix_ms: int
+    paused: bool = False
 
 
 class Kept(NamedTuple):
@@ -338,6 +346,12 @@ class Snapshots(Protocol):
 
     def capture(self, instance: Instance, kind: MachineKind, folder: Path) -> AbstractContextManager[Capture]:
         """Prepare a snapshot of a running machine, in an empty private folder. Raises SandboxError."""
+
+    def prove(self, fork: Fork, kind: MachineKind) -> None:
+        """Start a machine from a snapshot, once on each host. Its programs stay held. Raises SandboxError.
+
+        So nobody gives up a machine for a snapshot from which none starts.
+        """
 
     def keep(self, folder: Path, note: Note, kind: MachineKind) -> list[str]:
         """Keep the snapshot in a `folder`, and remove what takes too much space then. Return remarks about that."""

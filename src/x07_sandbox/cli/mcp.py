@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
 _EPILOG: Final = """An assistant starts this command and talks to it on standard input and output. Its tools are
 run_code, sandbox_open, sandbox_exec, sandbox_kill, sandbox_read, sandbox_write, sandbox_edit, sandbox_list,
-sandbox_search and sandbox_close. The options of this command apply to all of them, and the assistant cannot change
-them. Changes to folders are kept for x07 apply, unless --apply is given. The guest image must exist (x07 image build).
+sandbox_search and sandbox_close; with --checkpoints, also sandbox_checkpoint and sandbox_rollback. The options of this
+command apply to all of them, and the assistant cannot change them. Changes to folders are kept for x07 apply, unless
+--apply is given. The guest image must exist (x07 image build).
 
 examples:
   claude mcp add x07 -- x07 mcp                                      add it to Claude Code
@@ -53,6 +54,7 @@ def add_mcp(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("server")
     most = seconds(LIFETIME_MAX_S)
     switch(group, "--apply", "apply changes to folders of this host, instead of keeping them for x07 apply")
+    switch(group, "--checkpoints", "add the tools sandbox_checkpoint and sandbox_rollback")
     count = whole_number(1, _OPEN_MOST, "VMs")
     option(group, "--max-open", "N", "limit of VMs at once (default: 8, or what this host has room for)", type=count)
     option(group, "--idle", "S", "end a sandbox after this many seconds without a command (default: 600)", type=most)
@@ -97,7 +99,7 @@ def _serve(options: argparse.Namespace) -> int:
     network = bool(preview.hosts)
     if image is not None:
         life["languages"] = tuple(one for one in LANGUAGES if image.holds().issuperset(BY_NAME[one].needs))
-    settings = Settings(options=given, apply=options.apply, network=network, **life)
+    settings = Settings(options=given, apply=options.apply, network=network, checkpoints=options.checkpoints, **life)
     serve(replace(settings, about=_about(preview, image, settings.timeout_s)), ended_by)
     return 0
 

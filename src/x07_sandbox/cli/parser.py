@@ -32,6 +32,7 @@ VERBS: Final = {
     "policy": "write, check and explain policies",
     "image": "build, list, load, remove and verify guest images",
     "sandbox": "open a VM that stays, and run commands in it",
+    "snapshot": "list, show and remove snapshots of sandboxes",
     "mcp": "serve sandboxes to an AI assistant, by the Model Context Protocol (MCP)",
     "pool": "keep VMs ready, so that runs start immediately",
     "sweep": "clean up after x07 processes that were killed",

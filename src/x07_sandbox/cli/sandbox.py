@@ -35,6 +35,7 @@ from x07_sandbox.cli.parser import (
     variable,
     whole_number,
 )
+from x07_sandbox.cli.snapshot import ACTIONS
 from x07_sandbox.errors import BackendError, Cancelled, SandboxError, UsageError
 from x07_sandbox.errors import Command as CommandText
 from x07_sandbox.host.settings import FILES_S, LIFETIME_MAX_S, OUTPUT_MAX_BYTES
@@ -64,6 +65,7 @@ If the sandbox ends in another way than by x07 sandbox close, changes to folders
 examples:
   x07 sandbox create --name build --workdir . --allow-host example.org:443
   id=$(x07 sandbox create --idle 600 --tag job=17)
+  x07 sandbox create --snapshot prepared
 """
 _EXEC_EPILOG: Final = """The exit code is that of the command. Ctrl-C kills the command, and the sandbox stays open.
 Without -i, the standard input of the command is empty. With -t, the command gets a terminal and its control sequences
@@ -141,7 +143,7 @@ def _add_close(parser: Any) -> None:  # noqa: ANN401 - as above
 
 
 def _add_list(parser: Any) -> None:  # noqa: ANN401 - as above
-    repeated(parser, "--tag", "NAME=VALUE", "list only sandboxes with this tag", type=_tag)
+    repeated(parser, "--tag", "NAME=VALUE", "list only sandboxes with this tag", type=tag)
     _ends_with_document(parser, _list)
 
 
@@ -159,7 +161,9 @@ def _add_create(parser: Any) -> None:  # noqa: ANN401 - as above
     add_help_levels(parser, "all")
     life = parser.add_argument_group("sandbox")
     option(life, "--name", "NAME", "name of the sandbox", type=_name)
-    repeated(life, "--tag", "NAME=VALUE", "tag of the sandbox, for x07 sandbox list", type=_tag)
+    repeated(life, "--tag", "NAME=VALUE", "tag of the sandbox, for x07 sandbox list", type=tag)
+    doc = "start from this snapshot, instead of an image; only the options of this group can be given then"
+    option(life, "--snapshot", "SNAPSHOT", doc, type=nonempty)
     most = seconds(LIFETIME_MAX_S)
     option(life, "--lifetime", "S", "end the sandbox after this many seconds (default: 3600)", type=most)
     option(life, "--idle", "S", "end it after this many seconds without a command (default: no limit)", type=most)
@@ -193,7 +197,7 @@ def _name(text: str) -> str:
     return text
 
 
-def _tag(text: str) -> tuple[str, str]:
+def tag(text: str) -> tuple[str, str]:
     """Option type: NAME=VALUE."""
     name, equals, value = text.partition("=")
     if not name or not equals:
@@ -215,6 +219,7 @@ def _create(options: argparse.Namespace) -> int:
     life = {"name": options.name, "tags": dict(options.tag), "lifetime_s": options.lifetime, "idle_s": options.idle}
     given |= {name: value for name, value in life.items() if value}
     given |= {} if options.queue_timeout is None else {"wait_s": options.queue_timeout}
+    given |= {} if options.snapshot is None else {"snapshot": options.snapshot}
     checked_life(given)
     require_new_name(options.name or "")
     choice = {
@@ -222,7 +227,8 @@ def _create(options: argparse.Namespace) -> int:
         "backend": options.backend,
         "accepted": options.i_accept_weaker_isolation,
     }
-    need_image(choose_backend(options), options.image or text("X07_VM_GUEST_IMAGE"))
+    if options.snapshot is None:
+        need_image(choose_backend(options), options.image or text("X07_VM_GUEST_IMAGE"))
     progress = LiveLine()
     with cancelled_by_signals() as cancel:
         try:
@@ -263,7 +269,7 @@ def _list(options: argparse.Namespace) -> int:
             one.name or "-",
             one.backend,
             span(one.age_s),
-            "-" if one.left_s is None else span(one.left_s),
+            "paused" if one.paused else "-" if one.left_s is None else span(one.left_s),
             "-" if one.commands is None else str(one.commands),
             ",".join(f"{name}={value}" for name, value in one.tags.items()) or "-",
         )
@@ -605,6 +611,7 @@ _ACTIONS: Final[dict[str, tuple[str, Callable[[Any], None]]]] = {
     "cp": ("copy a file or folder into or out of a sandbox", _add_copy),
     "ls": ("list files of a sandbox", _add_files),
     "forward": ("let programs of this host connect to a port of a sandbox", _add_forward),
+    **ACTIONS,
     "close": ("end all commands of a sandbox, close it, and apply its changes", _add_close),
     "list": ("list open sandboxes", _add_list),
 }

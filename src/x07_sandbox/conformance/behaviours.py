@@ -580,6 +580,8 @@ def check_behaviour(behaviour: Behaviour, bench: Bench) -> Verdict:
     verdict = partial(msgspec.structs.replace, known)
     if reason := bench.backend.known_gaps.get(behaviour.name):
         return verdict(verdict="gap", reason=reason)
+    if behaviour.name == commands.FORK and bench.backend.snapshots is None:
+        return verdict(verdict="gap", reason="it cannot save a running sandbox")
     if behaviour.needs and behaviour.needs not in bench.features.can_enforce:
         return verdict(verdict="skipped", reason=f"the backend cannot enforce {behaviour.needs} on this host")
     started = time.monotonic()

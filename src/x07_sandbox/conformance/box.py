@@ -8,14 +8,15 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from x07_sandbox.backends.base import Instance, RootPlace
+from x07_sandbox.backends.base import Fork, Instance, Job, MachineKind, RootPlace
+from x07_sandbox.channel.link import Link
 from x07_sandbox.channel.messages import Closed, CommandLimits, Exec, Exited, Mount, Room
 from x07_sandbox.conformance.harness import ANSWER_S, Bench, BrokenError, expect
 from x07_sandbox.host import settings
 from x07_sandbox.host.waiting import Caller, Cancel
 from x07_sandbox.policy.guest import RAM_CLASSES, UNCONFINED
 from x07_sandbox.records.runs import Claim, new_run_id
-from x07_sandbox.sessions.execution import FILES
+from x07_sandbox.sessions.execution import FILES, Execution
 from x07_sandbox.sessions.files import FileServer
 from x07_sandbox.sessions.session import Session
 from x07_sandbox.sessions.specs import CWD, SessionSpec, opening
@@ -23,7 +24,6 @@ from x07_sandbox.sessions.transfers import CommandStreams, InFile, Receivers, Si
 
 if TYPE_CHECKING:
     from x07_sandbox.files.incoming import Incoming
-    from x07_sandbox.sessions.execution import Execution
 
 ROOT: Final = "/mnt/root"
 _SANDBOX_MS: Final = 900_000
@@ -81,12 +81,21 @@ class Command(NamedTuple):
 class Box:
     """A sandbox in which commands run, until it is closed or its context ends. answer_s: a timeout for each wait."""
 
-    def __init__(self, session: Session, instance: Instance, limits: CommandLimits, answer_s: float = ANSWER_S) -> None:
-        self._answer_s = answer_s
+    def __init__(
+        self,
+        session: Session,
+        instance: Instance,
+        limits: CommandLimits,
+        answer_s: float = ANSWER_S,
+        kind: MachineKind | None = None,
+        last: int = 0,
+    ) -> None:
+        self.answer_s = answer_s
         self.session = session
         self.instance = instance
-        self._limits = limits
-        self._last = 0
+        self.limits = limits
+        self.kind = kind
+        self._last = last
 
     def start(
         self, *argv: str, stdin: bytes | None = b"", wall_ms: int | None = None, service: str = "", **limits: int
@@ -94,7 +103,7 @@ class Box:
         """Start a command. stdin: None to keep the input open for `Execution.write`."""
         output = _Kept("stdout")
         given = CommandStreams(stdin_fd=None, stdout=output, stderr=_Kept("stderr"), open_input=True)
-        order = Exec(self._next(), list(argv), _ENV, CWD, self._limits._replace(**limits), service)
+        order = Exec(self._next(), list(argv), _ENV, CWD, self.limits._replace(**limits), service)
         execution = self.session.execute(order, given, wall_ms)
         if stdin is not None:
             execution.write(stdin)
@@ -111,7 +120,7 @@ class Box:
 
     def files(self) -> FileServer:
         """Start a file server."""
-        order = Exec(self._next(), [], {}, "/", self._limits, FILES)
+        order = Exec(self._next(), [], {}, "/", self.limits, FILES)
         return FileServer(self.session, self.session.execute(order, kept_streams(), None))
 
     def _next(self) -> int:
@@ -120,7 +129,7 @@ class Box:
 
     def until(self, what: str, done: Callable[[], bool]) -> None:
         """Wait until *done* returns True. Raises BrokenError after a timeout, or if the sandbox is lost."""
-        if not self.session.until(done, self._answer_s):
+        if not self.session.until(done, self.answer_s):
             raise BrokenError(f"expected {what}, got {'a lost sandbox' if self.session.over else 'none in time'}")
 
     def started(self, *commands: Command) -> None:
@@ -143,7 +152,7 @@ class Box:
 
     def marked(self, mark: str) -> int:
         """Wait until no process in the sandbox has *mark* among its arguments. Return how many do after a timeout."""
-        deadline = time.monotonic() + self._answer_s
+        deadline = time.monotonic() + self.answer_s
         while (count := int(self.output(self.python(_COUNT, stdin=mark.encode())))) and time.monotonic() < deadline:
             pass
         return count
@@ -179,4 +188,34 @@ def opened(bench: Bench, root: bytes = b"", *, guest_root: bool = False, **limit
         claim = Claim(run_id=new_run_id(), phase=spec.name, wall_ms=spec.wall_ms)
         instance = stack.enter_context(bench.backend.start(spec.job(claim, bench.image, Caller(cancel=cancel))))
         session = Session(instance, cancel, spec.opening, spec.files)
-        yield Box(session, instance, most, ANSWER_S * (_EMULATED if bench.features.emulated else 1))
+        kind = spec.kind(bench.image)
+        yield Box(session, instance, most, ANSWER_S * (_EMULATED if bench.features.emulated else 1), kind)
+
+
+@contextlib.contextmanager
+def forked(bench: Bench, box: Box, command: Command) -> Iterator[tuple[Box, Command]]:
+    """Open a fork of a sandbox, and return what its *command* is there. The backend must have snapshots."""
+    snapshots, number = bench.backend.snapshots, command.execution.order.id
+    assert snapshots is not None  # noqa: S101 - else the behaviour is a gap
+    assert box.kind is not None  # noqa: S101 - `opened` has set it
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(snapshots.folder())
+        with snapshots.capture(box.instance, box.kind, folder) as capture:
+            try:
+                box.session.hold()
+                state, _ = box.session.unended()
+                capture.take()
+            finally:
+                box.session.go_on()
+        cancel = stack.enter_context(contextlib.closing(Cancel()))
+        claim = Claim(run_id=new_run_id(), phase="run", wall_ms=_SANDBOX_MS)
+        fork = Fork(folder, Link.resumed(state))
+        job = Job(claim=claim, kind=box.kind, caller=Caller(cancel=cancel), fork=fork)
+        instance = stack.enter_context(bench.backend.start(job))
+        output = _Kept("stdout")
+        given = CommandStreams(stdin_fd=None, stdout=output, stderr=_Kept("stderr"), open_input=True)
+        execution = Execution(command.execution.order, given, None)
+        execution.times_ms["started"] = 0.0
+        execution.started()
+        session = Session(instance, cancel, None, adopted=[execution])
+        yield Box(session, instance, box.limits, box.answer_s, box.kind, number), Command(execution, output)

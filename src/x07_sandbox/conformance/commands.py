@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 from x07_sandbox.channel.files import Request
 from x07_sandbox.channel.link import COMMANDS_MAX
 from x07_sandbox.channel.trees import Entry, Kind
-from x07_sandbox.conformance.box import ROOT, Box, opened
+from x07_sandbox.conformance.box import ROOT, Box, forked, opened
 from x07_sandbox.conformance.harness import Bench, BrokenError, Facts, expect, fact, remaining
 from x07_sandbox.errors import UsageError
 from x07_sandbox.files.incoming import Incoming
@@ -308,6 +308,22 @@ def _root_inside(bench: Bench) -> None:
         expect("output of another sandbox", "no\n", box.output(box.sh("test -e /etc/new || echo no")))
 
 
+def _forked(bench: Bench) -> None:
+    with opened(bench) as box:
+        command = box.sh("n=41; while read -r line; do n=$((n + 1)); echo $n $(cat /etc/machine-id); done", stdin=None)
+        box.started(command)
+        with forked(bench, box, command) as (fork, same):
+            ids = []
+            for one, its in ((box, command), (fork, same)):
+                its.execution.write(b"\n")
+                one.says(its, "\n")
+                ids.append(its.text.split()[1:])
+                expect("the program's variable", "42", its.text.split()[0])
+            expect("whether the machine ids differ", True, ids[0] != ids[1])  # noqa: FBT003 - as `expect` has it
+            expect("output of a command in the fork", "again", fork.output(fork.sh("echo -n again")))
+        expect("output of a command afterwards", "again", box.output(box.sh("echo -n again")))
+
+
 def _own_cpu(bench: Bench) -> None:
     with opened(bench) as box:
         idle = box.start("cat", stdin=None, cpu_ms=1000)
@@ -319,6 +335,7 @@ def _own_cpu(bench: Bench) -> None:
         expect("end of the idle command", (0, False), (box.code(idle), idle.exited.cpu_exceeded))
 
 
+FORK: Final = "fork"
 SEEN: Final = ("ok", b"two", ["closed", "d", "file", "loop"], "one two")
 ERRORS: Final = ["ENOENT", "ELOOP", "EISDIR", "EISDIR", "ENOTDIR"]
 ROWS: Final = (
@@ -347,5 +364,6 @@ ROWS: Final = (
         _memory_together),
     ("root-inside", "Root inside changes its own system, but neither that of another sandbox nor the agent.",
         _root_inside),
+    (FORK, "A fork of a sandbox has its files and programs, and another machine id. The sandbox goes on.", _forked),
     ("cpu-of-one", "A command is not killed for the CPU time of another.", _own_cpu),
 )  # fmt: skip

@@ -35,6 +35,7 @@ class X07Config(BaseModel):
 
     policy: str | None = None
     image: str | None = None
+    snapshot: str | None = None
     workdir: str | None = None
     env: dict[str, str] | None = None
     allow_hosts: tuple[str, ...] = ()

@@ -42,6 +42,8 @@ _DOES: Final = {
     "sandbox_kill": "Kill a command that is still running, with its processes, and return its output.",
     **{tool: inspect.getdoc(getattr(Calls, name)) or "" for tool, name in FILES.items()},
     "sandbox_close": "Close a sandbox. Its processes end and its files are gone.",
+    "sandbox_checkpoint": "Save this moment of a sandbox, with its files and processes. Return its number.",
+    "sandbox_rollback": "Bring a sandbox back to a checkpoint: its files and processes. What came later is gone.",
 }
 _LONG: Final = "If it takes long, the answer has an id in 'running': call again with it to wait for the end."
 _READS: Final = {"sandbox_read", "sandbox_list", "sandbox_search"}
@@ -65,7 +67,7 @@ def make_server(settings: Settings) -> Server[Tools]:
             with anyio.CancelScope(shield=True):
                 await tools.close_all()
 
-    listed = types.ListToolsResult(tools=[_tool(name, settings) for name in ARGUMENTS])
+    listed = types.ListToolsResult(tools=[_tool(name, settings) for name in settings.tools()])
 
     async def list_tools(_ctx: Any, _params: Any) -> types.ListToolsResult:  # noqa: ANN401 - of the framework
         return listed
@@ -101,9 +103,9 @@ def _tool(name: str, settings: Settings) -> types.Tool:
 
 
 async def _call(ctx: Any, params: types.CallToolRequestParams) -> Any:  # noqa: ANN401 - of the framework
-    if params.name not in ARGUMENTS:
-        raise MCPError(types.INVALID_PARAMS, f"there is no such tool; the tools are {', '.join(ARGUMENTS)}")
     tools: Tools = ctx.lifespan_context
+    if params.name not in (known := tools.settings.tools()):
+        raise MCPError(types.INVALID_PARAMS, f"there is no such tool; the tools are {', '.join(known)}")
 
     async def progress(elapsed_s: float, text: str) -> None:
         await ctx.session.report_progress(elapsed_s, None, text)

@@ -98,6 +98,19 @@ class Close(msgspec.Struct, frozen=True, kw_only=True):
     sandbox: Handle
 
 
+class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
+    """The arguments of sandbox_checkpoint."""
+
+    sandbox: Handle
+
+
+class Rollback(msgspec.Struct, frozen=True, kw_only=True):
+    """The arguments of sandbox_rollback."""
+
+    sandbox: Handle
+    checkpoint: Annotated[int, Meta(description="The number that sandbox_checkpoint returned.", ge=1, le=1 << 31)]
+
+
 FILES: Final = {f"sandbox_{name}": name for name in ("read", "write", "edit", "list", "search")}
 """The tools that are those of the library, and a handle."""
 ARGUMENTS: Final[dict[str, type[msgspec.Struct]]] = {
@@ -107,7 +120,10 @@ ARGUMENTS: Final[dict[str, type[msgspec.Struct]]] = {
     "sandbox_kill": Kill,
     **{tool: struct_of(name, ("sandbox", Handle)) for tool, name in FILES.items()},
     "sandbox_close": Close,
+    "sandbox_checkpoint": Checkpoint,
+    "sandbox_rollback": Rollback,
 }
+CHECKPOINTS: Final = frozenset({"sandbox_checkpoint", "sandbox_rollback"})  # only if the settings allow them
 _FIXED: Final = (
     "The policy, image, folders, hosts and limits are fixed by the person who started this server. Leave the argument "
     "out, and ask that person if you need more."
@@ -143,6 +159,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     open_max: VMs at once. idle_s, lifetime_s: see `Sandbox`. timeout_s: limit of each command or program. answer_s:
     after this time a call answers that its command still runs. apply: whether changes to folders are applied. network:
     whether programs can connect to any server. languages: of run_code, those for which the image has what they need.
+    checkpoints: whether the model may save moments of a sandbox, and go back to them.
     """
 
     options: dict[str, Any] = {}
@@ -155,6 +172,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     apply: bool = False
     network: bool = False
     languages: tuple[str, ...] = LANGUAGES
+    checkpoints: bool = False
+
+    def tools(self) -> list[str]:
+        """Return the names of the tools."""
+        return [name for name in ARGUMENTS if self.checkpoints or name not in CHECKPOINTS]
 
 
 class Running:
@@ -430,6 +452,17 @@ class Tools:
         running.cancel()
         await asyncio.wait({running.task}, timeout=self.settings.answer_s)
         return Answer({"state": "killed" if running.cancelled else "ended"}, running.output())
+
+    async def _sandbox_checkpoint(self, asked: Checkpoint) -> Answer:
+        sandbox = await self._sandbox(asked.sandbox)
+        with _using("cannot save the sandbox", sandbox):
+            return Answer({"checkpoint": await sandbox.checkpoint()})
+
+    async def _sandbox_rollback(self, asked: Rollback) -> Answer:
+        sandbox = await self._sandbox(asked.sandbox)
+        with _using("cannot go back", sandbox):
+            await sandbox.rollback(asked.checkpoint)
+        return Answer({"state": "rolled back", "checkpoint": asked.checkpoint})
 
     async def _about_files(self, tool: str, arguments: dict[str, Any]) -> Answer:
         sandbox = await self._sandbox(arguments.pop("sandbox"))

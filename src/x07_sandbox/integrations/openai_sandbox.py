@@ -46,10 +46,15 @@ if TYPE_CHECKING:
     from x07_sandbox.library.async_sandbox import AsyncProcess
 
 _ARCHIVE_MAX: Final = 1 << 30
+_NOT_OF_SANDBOXES: Final = {"type", "keep", "pause", "exposed_ports"}
 
 
 class X07Options(BaseSandboxClientOptions):
-    """A sandbox of an agent. keep: whether it outlives the run, to be resumed by its id. All else: see `Sandbox`."""
+    """A sandbox of an agent. All else: see `Sandbox`.
+
+    keep: whether it outlives the run, to be resumed by its id. pause: whether it is paused meanwhile. snapshot: of
+    `Sandbox.snapshot`, from which it starts; only lifetime_s and idle_s apply then.
+    """
 
     type: Literal["x07"] = "x07"
     image: str | None = None
@@ -62,6 +67,8 @@ class X07Options(BaseSandboxClientOptions):
     idle_s: float | None = None
     exposed_ports: tuple[int, ...] = ()
     keep: bool = False
+    pause: bool = False
+    snapshot: str | None = None
 
 
 class X07State(SandboxSessionState):
@@ -271,7 +278,9 @@ class X07Session(BaseSandboxSession):
         await asyncio.gather(*(terminal.reader for terminal in terminals), return_exceptions=True)
 
     async def _shutdown_backend(self) -> None:
-        if self.state.options.keep:
+        if self.state.options.pause:
+            await self._sandbox.pause()
+        elif self.state.options.keep:
             await self._sandbox.disconnect()
         elif self._sandbox.alive:
             await self._sandbox.kill()
@@ -328,7 +337,9 @@ class X07SandboxClient(BaseSandboxClient[X07Options]):
 
 
 async def _created(state: X07State) -> X07Session:
-    given = {name: value for name, value in state.options if name not in {"type", "keep", "exposed_ports"}}
+    given = {name: value for name, value in state.options if name not in _NOT_OF_SANDBOXES}
+    if state.options.snapshot is not None:
+        given = {name: given[name] for name in ("snapshot", "lifetime_s", "idle_s")}
     sandbox = await AsyncSandbox.create(**given, tags={"openai-agents": str(state.session_id)})
     state.sandbox_id = sandbox.id
     return X07Session(state, sandbox)

@@ -125,6 +125,7 @@ class AsyncSandbox(Awaited[Sandbox]):
     snapshot = awaited(Sandbox.snapshot)
     checkpoint = awaited(Sandbox.checkpoint)
     rollback = awaited(Sandbox.rollback)
+    pause = awaited(Sandbox.pause)
     disconnect = awaited(Sandbox.disconnect)
     extend = awaited(Sandbox.extend)
     close = awaited(Sandbox.close, "If the task is cancelled, the sandbox is closed nevertheless.")

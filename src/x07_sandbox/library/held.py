@@ -33,6 +33,7 @@ from x07_sandbox.library.held_messages import (
     Forked,
     Input,
     Output,
+    Pause,
     Request,
     Resize,
     Rollback,
@@ -48,7 +49,7 @@ from x07_sandbox.library.held_messages import (
 )
 from x07_sandbox.library.resident import Problem, Reader, packed
 from x07_sandbox.options import milliseconds
-from x07_sandbox.records.runs import SOCKET, all_runs
+from x07_sandbox.records.runs import SOCKET, all_runs, record_of
 from x07_sandbox.sessions.command import AnySandbox, Ended, Process
 from x07_sandbox.sessions.execution import Execution, terminal_kind
 from x07_sandbox.sessions.execution import order as command_order
@@ -376,6 +377,11 @@ class HeldSandbox(AnySandbox):
         """See `AnySandbox.rollback`."""
         self._asked(Rollback(point=point), Status)
 
+    def pause(self) -> None:
+        """See `AnySandbox.pause`."""
+        self._asked(Pause(), Taken)
+        self.disconnect()
+
     def _asked(self, request: Request, kind: type[_T]) -> _T:
         """Send a request about the whole sandbox, and return the answer, which takes as long as it takes."""
         self.require_open()
@@ -463,6 +469,8 @@ def status_of(run: str) -> Status | None:
 
 def _bad_answer(run: str) -> BackendError:
     what, why = "cannot use the sandbox", "the process that holds it has ended, or is of another version"
+    if (record := record_of(run)) is not None and record.paused:
+        return BackendError(what, "it was paused", "Connect again", code="sandbox-lost")
     fix = (Command(f"x07 sandbox close {run}"), " closes it, with its changes; see also x07 sandbox list")
     return BackendError(what, why, fix, code="sandbox-lost")
 

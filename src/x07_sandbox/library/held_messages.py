@@ -93,6 +93,10 @@ class Rollback(Message, frozen=True):
     point: int
 
 
+class Pause(Message, frozen=True):
+    """Save the sandbox, and end. The answer is TAKEN."""
+
+
 class Finish(Message, frozen=True):
     """Close the sandbox. The answer is FINISHED."""
 
@@ -114,6 +118,7 @@ Request = (
     | TakeSnapshot
     | TakeCheckpoint
     | Rollback
+    | Pause
     | Finish
     | Watch
 )

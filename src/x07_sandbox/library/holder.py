@@ -41,6 +41,7 @@ from x07_sandbox.library.held_messages import (
     Forked,
     Input,
     Output,
+    Pause,
     Resize,
     Rollback,
     Signal,
@@ -68,6 +69,7 @@ if TYPE_CHECKING:
 
 _READ: Final = 256 * 1024
 _REQUEST_S: Final = 10.0  # for a client to send its request
+_PAUSED_S: Final = 1.0  # for the one who has paused it to learn that
 _ENDED_S: Final = 10.0  # for clients to get the end of their commands
 _LOOK_S: Final = 5.0  # between two looks whether the client of a command that takes no input is still there
 
@@ -110,11 +112,15 @@ class Holder:
         self._opened = opened
         self.server = Server(listener, self._serve_one)
         self._watchers: list[_Client] = []
+        self._paused = False
         opened.at_end(self.server.end)
 
     def serve(self) -> None:
         """Serve until the sandbox ends, or `end` is called. Then close it, keep its changes, and tell the clients."""
         self.server.serve()
+        if self._paused:
+            self.server.join(_PAUSED_S)
+            return
         result = self._opened.finish("keep", self.server.signal)
         for watcher in list(self._watchers):
             with contextlib.suppress(OSError):  # it has gone away
@@ -156,6 +162,22 @@ class Holder:
                 client.send(self._status())
             case AskChanges():
                 client.send(SoFar(diff=opened.changes()))
+            case Finish():
+                client.send(Finished(result=opened.finish(request.changes)))
+            case Watch():
+                opened.require_open()
+                self._watchers.append(client)
+                try:
+                    next(client.messages, None)  # until the client goes away, or the sandbox has ended
+                finally:
+                    self._watchers.remove(client)
+            case _:
+                self._save(client, request)
+
+    def _save(self, client: _Client, request: ClientMessage) -> None:
+        """Carry out a request that saves a moment of the sandbox, or goes back to one."""
+        opened = self._opened
+        match request:
             case Fork():
                 from x07_sandbox.library.forks import fork_runs  # few sandboxes are forked
 
@@ -168,15 +190,11 @@ class Holder:
             case Rollback():
                 opened.rollback(request.point)
                 client.send(self._status())
-            case Finish():
-                client.send(Finished(result=opened.finish(request.changes)))
-            case Watch():
-                opened.require_open()
-                self._watchers.append(client)
-                try:
-                    next(client.messages, None)  # until the client goes away, or the sandbox has ended
-                finally:
-                    self._watchers.remove(client)
+            case Pause():
+                opened.pause()
+                self._paused = True
+                client.send(Taken(what=""))
+                self.server.end()
             case _:
                 raise ValueError("no request")
 

@@ -16,6 +16,7 @@ from x07_sandbox.reports.sandboxes import SandboxInfo
 if TYPE_CHECKING:
     import contextlib
     from collections.abc import Mapping
+    from pathlib import Path
 
     from x07_sandbox.host.waiting import Cancel
     from x07_sandbox.library.held import HeldSandbox
@@ -27,7 +28,9 @@ def list_sandboxes(tags: Mapping[str, str] | None = None) -> list[SandboxInfo]:
     """Return the open sandboxes that have all of *tags*, oldest first. Raises HostError."""
     found, root = [], all_runs()
     for run in runs_with(SANDBOX):
-        record = record_of(run) if is_locked(root / run) else None
+        record = record_of(run)
+        if record is not None and not record.paused and not is_locked(root / run):
+            record = None
         if record is None or not (tags or {}).items() <= record.tags.items():
             continue
         status = None
@@ -37,6 +40,7 @@ def list_sandboxes(tags: Mapping[str, str] | None = None) -> list[SandboxInfo]:
             status = status_of(run)
         if held and status is None:  # it ends just now
             continue
+        paused = bool(record.paused) and not held
         found.append(
             SandboxInfo(
                 id=run,
@@ -45,7 +49,8 @@ def list_sandboxes(tags: Mapping[str, str] | None = None) -> list[SandboxInfo]:
                 backend=record.backend,
                 image=record.image,
                 age_s=round((unix_ms() - record.opened_unix_ms) / 1000, 1),
-                held=held,
+                held=held or paused,
+                paused=paused,
                 left_s=None if status is None else round(status.left_s, 1),
                 commands=None if status is None else status.commands,
                 left_out=record.left_out,
@@ -59,7 +64,7 @@ def find_sandbox(word: str) -> str:
     what, list_them = f"cannot find sandbox {word}", ("To list all sandboxes: ", Command("x07 sandbox list"))
     if not isinstance(word, str) or not word:
         raise ArgumentError("cannot find the sandbox", "its id is empty, or not a str", "Pass its id")
-    held = _held(word)
+    held = _held(word) or _paused(word)
     if len(held) > 1:
         raise UsageError(what, f"{len(held)} sandboxes fit, such as {held[0]}", list_them, code="no-such-sandbox")
     if held:
@@ -82,10 +87,20 @@ def run_of(word: str) -> str:
 
 
 def connect_to(word: str, *, flags: bool = False) -> HeldSandbox:
-    """Connect to the sandbox that *word* names: see `find_sandbox`, `HeldSandbox`. Raises SandboxError."""
+    """Connect to the sandbox that *word* names: see `find_sandbox`, `HeldSandbox`. Raises SandboxError.
+
+    One that was paused goes on.
+    """
     from x07_sandbox.library.held import HeldSandbox
 
-    return HeldSandbox(find_sandbox(word), flags=flags)
+    run = find_sandbox(word)
+    if run in _paused(run):
+        from x07_sandbox.library.snapshots import resume  # few sandboxes were paused
+
+        with file_lock(_lock_of(run)):
+            if run in _paused(run):  # nobody was faster
+                resume(run)
+    return HeldSandbox(run, flags=flags)
 
 
 def require_new_name(name: str) -> None:
@@ -97,15 +112,26 @@ def require_new_name(name: str) -> None:
 
 def naming(name: str, cancel: Cancel) -> contextlib.AbstractContextManager[None]:
     """Keep others from opening a sandbox of this name by `Sandbox.get_or_create`. Raises HostError, Cancelled."""
-    folder = private_dir(private_dir(state_dir()) / "naming")
+    return file_lock(_lock_of(name), pause=cancel.pause)
+
+
+def _lock_of(name: str) -> Path:
     # Lock files stay, and names are no file names: so there are few locks for all of them.
-    return file_lock(folder / str(zlib.crc32(name.encode(errors="replace")) % _LOCKS), pause=cancel.pause)
+    folder = private_dir(private_dir(state_dir()) / "naming")
+    return folder / str(zlib.crc32(name.encode(errors="replace")) % _LOCKS)
 
 
 def _held(word: str) -> list[str]:
     """Return the held sandboxes that *word* names. Few runs have a socket, so few records are read."""
     root = all_runs()
     return [run for run in runs_with(SOCKET) if _fits(run, word) and is_locked(root / run)]
+
+
+def _paused(word: str) -> list[str]:
+    """Return the paused sandboxes that *word* names."""
+    root = all_runs()
+    named = [run for run in runs_with(SANDBOX) if _fits(run, word) and not is_locked(root / run)]
+    return [run for run in named if (record := record_of(run)) is not None and record.paused]
 
 
 def _fits(run: str, word: str) -> bool:

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any, Final
 from msgspec.structs import replace
 
 from x07_sandbox.backends.registry import backend_request, select, this_platform
+from x07_sandbox.errors import Flag, UsageError, listed
 from x07_sandbox.host.settings import LIFETIME_S, QUEUE_S
 from x07_sandbox.library.arguments import SANDBOX, bad_argument, checked_options, checked_seconds
-from x07_sandbox.options import keyword
+from x07_sandbox.options import BY_KEYWORD, keyword
 from x07_sandbox.sessions.request import RunCaller, make_request
 from x07_sandbox.sessions.run import pool_machines, sweep_before_start
 from x07_sandbox.sessions.sandbox import NAME, NAME_RULE, Life, OpenSandbox
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from x07_sandbox.backends.base import MachineSource
-    from x07_sandbox.errors import Flag
     from x07_sandbox.host.waiting import Cancel
 
 _OF_FORKS: Final = ("lifetime_s", "idle_s", "name", "tags", "wait_s")
@@ -62,13 +62,16 @@ def _fork(snapshot: object, given: Mapping[str, Any], life: Life, caller: RunCal
     from x07_sandbox.sessions.snapshots import read
 
     if more := sorted(given.keys() - {*_OF_FORKS, "snapshot"}):
-        raise bad_argument(more[0], "cannot be changed in a sandbox that starts from a snapshot", SANDBOX)
+        flags = [Flag(BY_KEYWORD[name].flag if name in BY_KEYWORD else f"--{name}") for name in more]
+        why = (*listed(flags, " and "), " cannot be given for a sandbox that starts from a snapshot")
+        raise UsageError("cannot open the sandbox", why, ("Omit ", *listed(flags, " and ")))
     folder = folder_of(snapshot)
     saved = read(folder)
     wait_s = _checked_wait(given)
     selected = select(this_platform(), backend_request(backend=saved.backend, flags=()))
     sweep_before_start()
-    return OpenSandbox(replace(saved.request, queue_s=wait_s), replace(caller, choice=selected), life, folder)
+    request, caller = replace(saved.request, queue_s=wait_s), replace(caller, choice=selected)
+    return OpenSandbox(request, caller, life, folder, saved)
 
 
 def _checked_wait(given: Mapping[str, Any]) -> float:

@@ -245,7 +245,8 @@ class Sandbox:
     def connect(cls, id: str) -> Self:  # noqa: A002 - as the property
         """Return the open sandbox with this id, start of an id, or name. Raises SandboxError.
 
-        It must be one that outlives its creator: `Sandbox.create` and `x07 sandbox create` open such. Only the user who
+        It must be one that outlives its creator: `Sandbox.create` and `x07 sandbox create` open such. One that was
+        paused goes on. Only the user who
         opened it can connect. At the end of a `with` block it stays open, and commands that were started through this
         object are killed, except detached ones. `close` closes the sandbox for everybody.
         """
@@ -501,6 +502,14 @@ class Sandbox:
         if isinstance(checkpoint, bool) or not isinstance(checkpoint, int):
             raise bad_value("checkpoint", checkpoint, "a number that checkpoint() returned")
         run_uninterrupted(lambda: None, lambda: opened.rollback(checkpoint))
+
+    def pause(self) -> None:
+        """Save the sandbox to the disk and free its memory, until `connect` lets it go on, with the same id.
+
+        Only of one that outlives its creator. This object is disconnected. The lifetime does not count meanwhile.
+        Connections to hosts end, and checkpoints are lost. It is removed after 7 days. Raises SandboxError.
+        """
+        run_uninterrupted(lambda: None, self._using().pause)
 
     def extend(self, lifetime_s: float) -> None:
         """Let the sandbox last for lifetime_s seconds from now, within 24 hours from its opening."""

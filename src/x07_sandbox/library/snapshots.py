@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-import msgspec
-
 from x07_sandbox.errors import ArgumentError, BackendError, Command, SandboxError, UsageError
+from x07_sandbox.reports.sandboxes import SnapshotRow
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -19,19 +19,12 @@ FORKS_MAX: Final = 256
 _ID_LEAST: Final = 4
 
 
-class Snapshot(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Snapshot(SnapshotRow, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A snapshot of a sandbox, from which others start: `Sandbox(snapshot=...)`.
 
     id, name: by which it is found; the name may be empty. sandbox: the id of the sandbox. created_unix_ms: when it was
     taken, in milliseconds since 1970. image: the digest of the image. bytes: its size on the disk.
     """
-
-    id: str
-    name: str
-    sandbox: str
-    created_unix_ms: int
-    image: str
-    bytes: int
 
     @staticmethod
     def list() -> Sequence[Snapshot]:
@@ -64,12 +57,12 @@ def _described(kept: Kept) -> Snapshot:
     )
 
 
-def _all() -> Iterator[tuple[Snapshots, Kept]]:
+def _all(*, paused: bool = False) -> Iterator[tuple[Snapshots, Kept]]:
     from x07_sandbox.backends.registry import BY_NAME, create
 
     for backend in map(create, BY_NAME):
         if (snapshots := backend.snapshots) is not None:
-            yield from ((snapshots, kept) for kept in snapshots.kept())
+            yield from ((snapshots, kept) for kept in snapshots.kept() if kept.note.paused == paused)
 
 
 def _found(word: str) -> tuple[Snapshots, Kept]:
@@ -83,6 +76,23 @@ def _found(word: str) -> tuple[Snapshots, Kept]:
         why = f"{len(found)} ids start with it" if found else "none has this id, or this name"
         raise UsageError(what, why, fix, code="no-such-snapshot")
     return found[0]
+
+
+def resume(run: str) -> None:
+    """Let a sandbox that was paused go on, in a process of its own. Raises SandboxError."""
+    from x07_sandbox.host.waiting import Cancel
+    from x07_sandbox.library.held import create
+    from x07_sandbox.library.held_messages import Create
+
+    found = next((one for one in _all(paused=True) if one[1].note.sandbox == run), None)
+    if found is None:
+        why = "its snapshot was removed"
+        raise BackendError("cannot resume the sandbox", why, "Open a new sandbox", code="no-such-snapshot")
+    backend, kept = found
+    with contextlib.closing(Cancel()) as cancel:
+        create(Create({"snapshot": kept.folder}, None, flags=False), cancel.fd)
+    with contextlib.suppress(OSError):
+        backend.drop(kept.folder)
 
 
 def folder_of(snapshot: object) -> Path:

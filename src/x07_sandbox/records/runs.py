@@ -388,7 +388,8 @@ class SandboxRecord(msgspec.Struct, frozen=True, kw_only=True):
     """The file SANDBOX of the folder of a run: facts about a sandbox. image: the digest of its image, or None.
 
     until_unix_ms: when its lifetime ends. left_out: one denial for each reason why entries of its folders were not
-    copied in. forked_from: the id of the sandbox from whose snapshot it has started, or "".
+    copied in. forked_from: the id of the sandbox from whose snapshot it has started, or "". paused: the id of the
+    snapshot from which it goes on, or "" while it is open and after its end.
     """
 
     name: str
@@ -399,6 +400,7 @@ class SandboxRecord(msgspec.Struct, frozen=True, kw_only=True):
     image: str | None
     left_out: tuple[Denial, ...] = ()
     forked_from: str = ""
+    paused: str = ""
 
 
 def record_of(run: str) -> SandboxRecord | None:

@@ -13,7 +13,7 @@ class SandboxInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     id, name, tags: by which users find it. backend: its backend. image: the digest of its image, or null.
     age_s: seconds since it was opened.
-    held: whether a process of its own holds it, so that it outlives its creator and others can connect to it.
+    held: whether it outlives its creator, and others can connect to it. paused: whether it was paused.
     left_s, commands: seconds until its lifetime ends, and how many commands run now; null unless it is held.
     left_out: one denial for each reason why entries of folders were not copied in.
     """
@@ -25,6 +25,7 @@ class SandboxInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     image: str | None
     age_s: float
     held: bool
+    paused: bool = False
     left_s: float | None
     commands: int | None
     left_out: tuple[Denial, ...] = ()
@@ -35,6 +36,36 @@ class SandboxesReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
     schema_version: Literal["x07.sandbox.sandboxes@0.1.0"] = "x07.sandbox.sandboxes@0.1.0"
     sandboxes: tuple[SandboxInfo, ...]
+
+
+class SnapshotRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A snapshot.
+
+    id, name: by which it is found; the name may be empty. sandbox: the id of the sandbox that was saved.
+    created_unix_ms: when, in milliseconds since 1970. image: the digest of the image. bytes: its size on the disk.
+    """
+
+    id: str
+    name: str
+    sandbox: str
+    created_unix_ms: int
+    image: str
+    bytes: int
+
+
+class SnapshotsReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The output of `x07 snapshot list|show|rm --json` and of `x07 sandbox snapshot --json`, oldest snapshot first."""
+
+    schema_version: Literal["x07.sandbox.snapshots@0.1.0"] = "x07.sandbox.snapshots@0.1.0"
+    snapshots: tuple[SnapshotRow, ...]
+
+
+class CheckpointReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The output of `x07 sandbox checkpoint --json`. sandbox: its id. checkpoint: the number of the checkpoint."""
+
+    schema_version: Literal["x07.sandbox.checkpoint@0.1.0"] = "x07.sandbox.checkpoint@0.1.0"
+    sandbox: str
+    checkpoint: int
 
 
 class CommandDocument(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

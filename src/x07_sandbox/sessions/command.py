@@ -486,6 +486,11 @@ class AnySandbox(ABC):
     def finish(self, choice: ChangesChoice) -> Result:
         """End all commands, close the sandbox, and apply, keep or discard its changes. A second call does nothing."""
 
+    def pause(self) -> None:
+        """Save the sandbox, and free its memory, until somebody connects to it. Raises SandboxError."""
+        why = "it ends with the process that opened it"
+        raise UsageError("cannot pause this sandbox", why, "Open it by Sandbox.create, or take a snapshot of it")
+
     def disconnect(self) -> None:
         """Leave a sandbox that outlives this process. Its commands are killed, except detached ones."""
         raise UsageError("cannot leave this sandbox", "it ends with the process that opened it", "Close it")

@@ -173,6 +173,11 @@ class HostFiles:
             self._stack.callback(os.close, data_fd)
             self.incoming = self._receiver(data_fd)
 
+    def forget(self) -> None:
+        """Remove the place for changes, which nobody has asked for yet."""
+        if self.incoming is not None:
+            self._discard()
+
     def kept(self, snapshot: Path) -> dict[str, Any]:
         """Return what a fork needs to know. snapshot: a folder, which gets what a guest's commits refer to."""
         if self._history is not None:

@@ -61,8 +61,7 @@ class SessionJob:
         self._fork = fork
         self._run_id = folder.path.name
         self._vm = contextlib.ExitStack()
-        self._phase: str = spec.name
-        self._before: list[NetworkUse] = []  # accounts of gates of earlier instances
+        self.before: list[NetworkUse] = []  # accounts of gates of earlier instances
         with contextlib.ExitStack() as stack:
             slot = admitted(
                 cancel_fd=caller.cancel.fd,
@@ -108,13 +107,13 @@ class SessionJob:
             return Session(instance, cancel, None, (), gate_fds, adopted)
         return Session(instance, cancel, self.spec.opening, self.spec.files, gate_fds)
 
-    def replace(self, fork: Fork, adopted: Sequence[Execution], number: int) -> tuple[Session, Callable[[], object]]:
+    def replace(self, fork: Fork, adopted: Sequence[Execution]) -> tuple[Session, Callable[[], object]]:
         """Start an instance from a snapshot. Return its session, and what ends the instance before.
 
-        number: of the instance. Raises SandboxError; the instance before goes on then.
+        Raises SandboxError; the instance before goes on then.
         """
         instance, vm, gate, before = self.instance, self._vm, self._gate, self._fork
-        self._vm, self._fork, self._phase = contextlib.ExitStack(), fork, f"{self.spec.name}-{number}"
+        self._vm, self._fork = contextlib.ExitStack(), fork
         try:
             self._gate = self._new_gate(self._rest)
             session = self.open(adopted)
@@ -126,7 +125,7 @@ class SessionJob:
         def end() -> None:
             vm.close()
             if gate is not None:
-                self._before.append(gate.account() or NetworkUse())
+                self.before.append(gate.account() or NetworkUse())
 
         return session, end
 
@@ -139,11 +138,11 @@ class SessionJob:
         return self._with_before(None if self._gate is None else self._gate.account_so_far())
 
     def _with_before(self, net: NetworkUse | None) -> NetworkUse | None:
-        if net is None or not self._before:
+        if net is None or not self.before:
             return net
         from x07_sandbox.sessions.egress import joined
 
-        return joined([*self._before, net])
+        return joined([*self.before, net])
 
     def end(self, evidence: Evidence) -> tuple[Evidence, NetworkUse | None]:
         """End the instance, then the gate. Return the evidence with that of the gate, and its account."""
@@ -184,8 +183,9 @@ class SessionJob:
         prepared, spec, stack = self._prepared, self.spec, self._vm
         caller, backend, cold = prepared.caller, prepared.backend, prepared.request.cold
         saved_first = flag("X07_VM_SAVE_FIRST")
+        number = "" if self._fork is None or self._fork.number == 1 else f"-{self._fork.number}"
         job = spec.job(
-            Claim(run_id=self._run_id, phase=self._phase, wall_ms=spec.wall_ms),
+            Claim(run_id=self._run_id, phase=f"{spec.name}{number}", wall_ms=spec.wall_ms),
             prepared.image,
             caller,
             cold=cold,

@@ -15,6 +15,7 @@ import posixpath
 import re
 import threading
 import time
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -47,8 +48,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from x07_sandbox.backends.base import Capture
-    from x07_sandbox.channel.link import LinkState
     from x07_sandbox.files.incoming import Incoming
     from x07_sandbox.policy.denials import Denial
     from x07_sandbox.policy.outcomes import Evidence
@@ -56,6 +55,7 @@ if TYPE_CHECKING:
     from x07_sandbox.sessions.request import RunCaller, RunRequest
     from x07_sandbox.sessions.result import ChangesChoice
     from x07_sandbox.sessions.session import Session
+    from x07_sandbox.sessions.snapshots import Past, SavedSandbox
 
 _DISCARD_S: Final = 5.0  # for the guest to report the ends of commands, if its changes are not wanted
 _PATH_MAX: Final = 4095
@@ -86,12 +86,20 @@ class Life(NamedTuple):
 class OpenSandbox(AnySandbox):
     """A sandbox that this process has opened."""
 
-    def __init__(self, request: RunRequest, caller: RunCaller, life: Life, snapshot: Path | None = None) -> None:
+    def __init__(
+        self,
+        request: RunRequest,
+        caller: RunCaller,
+        life: Life,
+        snapshot: Path | None = None,
+        saved: SavedSandbox | None = None,
+    ) -> None:
         """Open a sandbox. Raises SandboxError, whose `result` has the details.
 
-        snapshot: the folder of the snapshot from which it starts; *request* is that of the snapshot then.
+        snapshot: the folder of the snapshot from which it starts, and its description; *request* is that of it then.
         """
-        super().__init__(new_run_id())
+        past = None if saved is None else saved.past
+        super().__init__(new_run_id() if saved is None or past is None else saved.run)
         self._caller = caller
         self._life = life
         self._stack = contextlib.ExitStack()
@@ -110,12 +118,15 @@ class OpenSandbox(AnySandbox):
         self._memory_peak_bytes = 0
         self._opened_at = time.monotonic()
         self._extended_s: float | None = None  # by the last `extend`
-        self._instances, self._points = itertools.count(2), itertools.count(1)
+        self._points = itertools.count(1)
         self._checkpoints: dict[int, tuple[Path, contextlib.ExitStack]] = {}
         self._stack.callback(self._drop_checkpoints)
         self._draft = Draft(self.run)
+        if past is not None:
+            self._life = past.life
+            self._reports, self._tried, self._memory_peak_bytes = [*past.reports], past.tried, past.memory_peak_bytes
         try:
-            self._open(request, snapshot)
+            self._open(request, snapshot, saved)
         except (SandboxError, OSError, MemoryError) as exc:
             self._stack.close()
             result, error = ended_by(exc, self._draft, caller)
@@ -125,45 +136,49 @@ class OpenSandbox(AnySandbox):
             self._stack.close()
             raise
 
-    def _open(self, request: RunRequest, snapshot: Path | None) -> None:
-        stack, caller = self._stack, self._caller
+    def _open(self, request: RunRequest, snapshot: Path | None, saved: SavedSandbox | None) -> None:
+        stack, caller, past = self._stack, self._caller, None if saved is None else saved.past
         self._folder = make_folder(request, caller, self.run, stack, "sandbox")
         self._log_fd = open_private_file(self._folder.path / "commands.jsonl", os.O_WRONLY | os.O_APPEND)
         stack.callback(self._close_log)
         fork, slots, adopted = None, SANDBOXES, []
-        if snapshot is None:
+        if snapshot is None or saved is None:
             self.prepared, self._host_files = planned(request, None, caller, self._draft, self._folder, stack)
             spec = described(self.prepared, None, self._host_files, self._draft, stack)
         else:
-            from x07_sandbox.sessions.snapshots import read  # few sandboxes are forks
-
-            saved = read(snapshot)
             self.prepared, self._host_files = saved.reopened(snapshot, caller, self._draft, self._folder, stack)
             changes = None if self._host_files is None else self._host_files.incoming
             spec = replace(saved.spec, receivers=Receivers(changes=changes))
             fork, slots, adopted = saved.fork(snapshot), FORKS, [one.execution() for one in saved.commands]
-        self._numbers = itertools.count(1 if fork is None else fork.link.last_command + 1)
+        numbers = (1 if fork is None else fork.link.last_command + 1, 1) if past is None else past.numbers
+        self._numbers, self._instances = map(itertools.count, numbers)
+        number = next(self._instances)
         self._spec = replace(spec, wall_ms=settings.LIFETIME_MAX_S * 1000)
         self._limits = self._command_limits(request)
 
         def progress(text: str) -> None:
             caller.progress(Notice(text))
 
-        self._job = stack.enter_context(SessionJob(self.prepared, self._spec, self._folder, slots, progress, fork))
+        self._job = stack.enter_context(
+            SessionJob(self.prepared, self._spec, self._folder, slots, progress, fork and fork._replace(number=number))
+        )
+        if past is not None and past.net is not None:
+            self._job.before.append(past.net)
         self._loop = self._opened_session(adopted)
-        self._opened_at, self._opened_unix_ms = time.monotonic(), unix_ms()
-        until_s = self._opened_at + self._life.lifetime_s
+        self._opened_at, self._opened_unix_ms = time.monotonic(), unix_ms() if past is None else past.opened_unix_ms
+        left_s = self._life.lifetime_s if past is None else past.left_s
+        until_s = self._opened_at + left_s
         self.session = SharedSession(self._loop, until_s, self._life.idle_s, self._on_end)
         self._adopt(adopted)
         self.session.begin()
-        self._write_record(self._life.lifetime_s)
+        self._write_record(left_s)
         atexit.register(self._at_exit)
 
     def _drop_checkpoints(self) -> None:
         for _, stack in self._checkpoints.values():
             stack.close()
 
-    def _write_record(self, left_s: float) -> None:
+    def _write_record(self, left_s: float, paused: str = "") -> None:
         """Write the record of the sandbox. left_s: seconds until its lifetime ends."""
         record = SandboxRecord(
             name=self._life.name,
@@ -174,6 +189,7 @@ class OpenSandbox(AnySandbox):
             image=self._draft.result.digests.image,
             left_out=tuple(one for one in self._draft.result.denials if one.action == "copy"),
             forked_from=self._draft.result.forked_from or "",
+            paused=paused,
         )
         replace_file(self._folder.path / SANDBOX, msgspec.json.encode(record))
 
@@ -284,14 +300,19 @@ class OpenSandbox(AnySandbox):
 
     def snapshot(self, name: str) -> str:
         """See `AnySandbox.snapshot`."""
-        from x07_sandbox.sessions.snapshots import require_snapshots  # as above
-
         note = Note(id=os.urandom(6).hex(), name=name, sandbox=self.run, created_unix_ms=unix_ms())
         with self.saved() as folder:
-            backend = require_snapshots(self.prepared)
-            for remark in backend.keep(folder, note, self._spec.kind(self.prepared.image)):
+            for remark in self._kept(folder, note):
                 self._caller.progress(Notice(remark))
         return note.id
+
+    def _kept(self, folder: Path, note: Note) -> list[str]:
+        """Keep a snapshot of this sandbox. Return remarks."""
+        from x07_sandbox.sessions.snapshots import read, require_snapshots  # as above
+
+        backend, kind = require_snapshots(self.prepared), self._spec.kind(self.prepared.image)
+        backend.prove(read(folder).fork(folder), kind)
+        return backend.keep(folder, note, kind)
 
     def checkpoint(self) -> int:
         """See `AnySandbox.checkpoint`."""
@@ -322,7 +343,7 @@ class OpenSandbox(AnySandbox):
             fork, adopted = saved.fork(folder), [one.execution() for one in saved.commands]
             with self._starting:
                 self.require_open()
-                loop, end = self._job.replace(fork, adopted, next(self._instances))
+                loop, end = self._job.replace(fork._replace(number=next(self._instances)), adopted)
                 with self.session.using():
                     self._loop.leave(fork.link.last_command)
                     self._loop = loop
@@ -336,10 +357,51 @@ class OpenSandbox(AnySandbox):
                 command = Process(self, execution, execution.wall_ms, self._caller.word)
                 self._commands[command.id], self._net_before[command.id] = command, self._net
 
-    def save(self, folder: Path, forks: int = 0) -> None:
+    def pause(self) -> None:
+        """See `AnySandbox.pause`."""
+        from x07_sandbox.sessions.snapshots import require_snapshots  # as above
+
+        note = Note(id=os.urandom(6).hex(), name="", sandbox=self.run, created_unix_ms=unix_ms(), paused=True)
+        with self._finishing:
+            self.require_open()
+            backend, left_s = require_snapshots(self.prepared), self.session.until_s - time.monotonic()
+            with backend.folder() as folder:
+                self.save(folder, past=partial(self._past, left_s))
+                try:
+                    self._kept(folder, note)
+                    self._write_record(left_s, paused=note.id)
+                except BaseException:
+                    with self.session.using():
+                        self._loop.go_on()
+                    raise
+            with self.session.using():
+                self._loop.end()
+            self.session.end()
+            if self._host_files is not None:
+                self._host_files.forget()
+            self._job.end(self._loop.evidence())
+            self._stack.close()
+            atexit.unregister(self._at_exit)
+
+    def _past(self, left_s: float) -> Past:
+        from x07_sandbox.sessions.snapshots import Past  # as above
+
+        return Past(
+            reports=tuple(self._reports),
+            net=self._job.connections(),
+            tried=self._tried,
+            memory_peak_bytes=self._memory_peak_bytes,
+            opened_unix_ms=self._opened_unix_ms,
+            life=self._life._replace(tags=dict(self._life.tags)),
+            left_s=left_s,
+            numbers=(next(self._numbers), next(self._instances)),
+        )
+
+    def save(self, folder: Path, forks: int = 0, past: Callable[[], Past] | None = None) -> None:
         """Save the sandbox in an empty private folder, from which forks can start. It goes on.
 
-        forks: for how many forks there must be room in memory. Raises SandboxError.
+        forks: for how many forks there must be room in memory. past: returns what the sandbox must know to go on from
+        there itself; its programs stay held then. Raises SandboxError.
         """
         from x07_sandbox.sessions import snapshots  # few sandboxes are saved
 
@@ -352,20 +414,19 @@ class OpenSandbox(AnySandbox):
                 snapshots.require_room(forks, capture.ram_bytes)
                 with self._starting:
                     self.require_open()
-                    link, commands = self._captured(capture)
-            left = tuple(snapshots.SavedCommand.of(one) for one in commands)
-            snapshots.write(saved._replace(link=link, commands=left), folder)
-
-    def _captured(self, capture: Capture) -> tuple[LinkState, list[Execution]]:
-        """Save the VM while its programs are held. Return the state of the channel, and the commands."""
-        with self.session.using():
-            try:
-                self._loop.hold()
-                found = self._loop.unended()
-                capture.take()
-            finally:
-                self._loop.go_on()
-        return found
+                    with self.session.using():
+                        try:
+                            self._loop.hold()
+                            link, commands = self._loop.unended()
+                            capture.take()
+                            left = tuple(snapshots.SavedCommand.of(one) for one in commands)
+                            then = None if past is None else past()
+                            snapshots.write(saved._replace(link=link, commands=left, past=then), folder)
+                        except BaseException:
+                            self._loop.go_on()
+                            raise
+                        if past is None:
+                            self._loop.go_on()
 
     def changes(self) -> Diff:
         """See `AnySandbox.changes`."""

@@ -207,6 +207,10 @@ class Session:
         """Whether all programs are held."""
         return self._link.state is State.HELD and self._link.stopped
 
+    def end(self) -> None:
+        """End the session without a word to the guest: its VM is saved."""
+        self._over = True
+
     def go_on(self) -> None:
         """Let the programs go on after `hold`, whether it has succeeded or not."""
         if not self._over and self._link.state in {State.HOLDING, State.HELD}:

@@ -32,11 +32,12 @@ if TYPE_CHECKING:
     from x07_sandbox.channel.link import LinkState
     from x07_sandbox.channel.messages import Exec
     from x07_sandbox.policy.controls import Plan
-    from x07_sandbox.policy.denials import Denial
+    from x07_sandbox.policy.denials import Denial, NetworkUse
     from x07_sandbox.sessions.host_files import HostFiles
     from x07_sandbox.sessions.prepare import Prepared
     from x07_sandbox.sessions.request import EffectivePolicy, RunCaller, RunRequest
-    from x07_sandbox.sessions.result import Draft
+    from x07_sandbox.sessions.result import CommandReport, Draft
+    from x07_sandbox.sessions.sandbox import Life
     from x07_sandbox.sessions.specs import SessionSpec
     from x07_sandbox.sessions.transfers import RunFolder
 
@@ -74,10 +75,26 @@ class SavedCommand(NamedTuple):
         return execution
 
 
+class Past(NamedTuple):
+    """What has happened in a sandbox that was paused. left_s: of its lifetime.
+
+    numbers: of the next command and the next machine.
+    """
+
+    reports: tuple[CommandReport, ...]
+    net: NetworkUse | None
+    tried: dict[tuple[str, str], Denial]
+    memory_peak_bytes: int
+    opened_unix_ms: int
+    life: Life
+    left_s: float
+    numbers: tuple[int, int]
+
+
 class SavedSandbox(NamedTuple):
     """A sandbox whose VM is in a snapshot. key: see `Snapshots.key`. run: its id. host_files: of `HostFiles.kept`.
 
-    used_s: how much of its lifetime it had used.
+    past: if the sandbox itself goes on from it.
     """
 
     version: str
@@ -92,6 +109,7 @@ class SavedSandbox(NamedTuple):
     host_files: dict[str, Any] | None
     link: LinkState | None = None
     commands: tuple[SavedCommand, ...] = ()
+    past: Past | None = None
 
     def fork(self, folder: Path) -> Fork:
         """Return what the backend needs to know about a snapshot in *folder*."""
@@ -108,7 +126,7 @@ class SavedSandbox(NamedTuple):
         if self.key != snapshots.key(self.spec.kind(prepared.image)):
             why = "it was taken with another image, another QEMU or on another processor"
             raise RefusedError(_WHAT, why, _AGAIN, code="snapshot-outdated")
-        draft.set(limits=self.plan.limits.of_policy(), forked_from=self.run)
+        draft.set(limits=self.plan.limits.of_policy(), forked_from=None if self.past else self.run)
         draft.deny(*self.left_out)
         if self.host_files is None:
             return prepared, None

@@ -488,6 +488,8 @@ def expired_templates(*, keep: str, images: set[str], most_bytes: int) -> list[t
             doomed.append((folder, "used as long as allowed"))
         elif folder.stat().st_mtime < unused_since:
             doomed.append((folder, "not used for 7 days"))
+        elif isinstance(made, SnapshotManifest) and made.note.paused:
+            most_bytes -= _size_bytes(folder)  # it has what a sandbox has done
         else:
             found.append((folder.stat().st_mtime, _size_bytes(folder), folder))
     oldest = least_recently_used(found, most_bytes)
