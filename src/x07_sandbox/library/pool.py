@@ -165,12 +165,14 @@ class Pool(Executor):
     def sandbox(self, **options: Unpack[SandboxOptions]) -> Sandbox:
         """Open a sandbox in a waiting VM, if one is ready. The options are those of `Sandbox`. Raises SandboxError.
 
+        One that starts from a snapshot has a VM of its own.
         It may outlive the pool.
         """
         from x07_sandbox.library.sandbox import Sandbox  # most pools run programs
 
         self._check_process()
-        options.setdefault("image", self._image)
+        if options.get("snapshot") is None:
+            options.setdefault("image", self._image)
         return Sandbox(machines=self._machines, **options)
 
     def _check_process(self) -> None:
