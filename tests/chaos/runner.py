@@ -1,20 +1,26 @@
 """A runner with a fault injected at its n-th step: `python runner.py HOW N COUNT_FILE WORD...`.
 
-HOW is "kill" (SIGKILL before the step) or the name of an errno with which the step fails, such as ENOSPC. Steps are
-audit events of Python (PEP 578): files created, renamed or removed, processes, sockets. N = 0 injects no fault.
-The words are arguments of `x07`. The number of steps is written to COUNT_FILE, unless the runner was killed.
+HOW is "kill" (SIGKILL before the step), the name of an errno with which the step fails, such as ENOSPC, or "gate" or
+"inner": before the step, the runner's processes of this kind are killed. Steps are audit events of Python (PEP 578):
+files created, renamed or removed, processes, sockets. N = 0 injects no fault. The words are arguments of `x07`, or a
+Python program and its arguments. The number of steps is written to COUNT_FILE, unless the runner was killed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import json
 import os
+import runpy
 import signal
 import sys
 import threading
 from pathlib import Path
 
 from msgspec.structs import replace
+
+from x07_sandbox.host.linux import children_of
 
 STEPS = frozenset(
     (
@@ -35,6 +41,27 @@ def is_step(event: str, args: tuple[object, ...]) -> bool:
     return event in STEPS
 
 
+def gates(runner: int) -> list[int]:
+    """Return the processes of a runner's egress gates."""
+    found = []
+    for pid in children_of(runner):
+        with contextlib.suppress(OSError):
+            if b"network.gate import" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.append(pid)
+    return found
+
+
+def inner(jobs: Path) -> list[int]:
+    """Return the processes of VMs, of all jobs below a folder that have not ended."""
+    found = []
+    for owner in jobs.glob("*/owner.json"):
+        with contextlib.suppress(OSError, KeyError):
+            pid = json.loads(owner.read_bytes())["processes"]["inner"]["pid"]
+            if not (owner.parent / "done").exists() and Path(f"/proc/{pid}").exists():
+                found.append(pid)
+    return found
+
+
 def main(how: str, number: int, count_file: str, words: list[str]) -> int:
     """Run the command and return its exit code."""
     from x07_sandbox.backends.registry import BY_NAME
@@ -43,6 +70,8 @@ def main(how: str, number: int, count_file: str, words: list[str]) -> int:
     for name in ("apple-container", "vz"):  # with stand-ins for the programs of a Mac
         BY_NAME[name] = replace(BY_NAME[name], linux=True)
     ended: list[bool] = []
+
+    jobs = Path(os.environ["X07_VM_STATE_DIR"])
 
     def hook(event: str, args: tuple[object, ...]) -> None:
         global _count  # noqa: PLW0603 - one count for all threads
@@ -53,12 +82,19 @@ def main(how: str, number: int, count_file: str, words: list[str]) -> int:
             hit = _count == number
         if hit and how == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        elif hit and how in {"gate", "inner"}:
+            for pid in gates(os.getpid()) if how == "gate" else inner(jobs):
+                os.kill(pid, signal.SIGKILL)
         elif hit:
             code = getattr(errno, how)
             raise OSError(code, os.strerror(code), str(args[0]) if args else None)
 
     sys.addaudithook(hook)
     try:
+        if words[0].endswith(".py"):
+            sys.argv = words
+            runpy.run_path(words[0], run_name="__main__")
+            return 0
         return x07(words)
     finally:
         ended.append(True)

@@ -16,6 +16,7 @@ import msgspec
 import pytest
 
 from tests.apple_container import VERSIONS
+from tests.chaos.runner import gates
 from tests.conftest import FULL
 from tests.engines import apple_container
 from x07_sandbox.cli.main import main
@@ -235,13 +236,8 @@ def victims(stage: Stage, job: str) -> dict[str, list[int]]:
     owner = json.loads((stage.state / job / "owner.json").read_bytes())
     found = {name: [identity["pid"]] for name, identity in owner["processes"].items()}
     runner = owner["runner"]["pid"]
-    for pid in (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()):
-        with contextlib.suppress(OSError):
-            words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
-            parent = int(Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[1])
-            line = " ".join(words)
-            if "network.gate import" in line and parent == runner:
-                found.setdefault("gate", []).append(pid)
+    if running := gates(runner):
+        found["gate"] = running
     if "agent" in ROLES[stage.backend]:
         assert stage.engine is not None
         (container,) = json.loads(stage.engine.call("inspect", f"x07-{job}"))

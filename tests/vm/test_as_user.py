@@ -139,3 +139,27 @@ def test_an_ordinary_users_run_has_a_gate(ordinary: Account) -> None:
     rows = [(row["host"], row["count"]) for kind in ("failed", "denied") for row in result["net"][kind]]
     assert rows == [("x07-conform.invalid", 1), ("unlisted.example", 1)]
     assert list(ordinary.state.parent.rglob("net.jsonl"))
+
+
+@pytest.mark.usefixtures("ran")
+def test_an_ordinary_user_forks_and_pauses_a_sandbox(ordinary: Account) -> None:
+    """A user can read the memory of their own VMs, so all that is done with snapshots works without root."""
+
+    def x07(*words: str) -> str:
+        done = ordinary.x07(*words)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.decode()
+
+    x07("sandbox", "create", "--name", "first")
+    x07("sandbox", "exec", "first", "--", "sh", "-c", "echo one > f")
+    (fork,) = x07("sandbox", "fork", "first").split()
+    point = x07("sandbox", "checkpoint", "first").strip()
+    x07("sandbox", "exec", "first", "--", "rm", "f")
+    x07("sandbox", "rollback", "first", point)
+    snapshot = x07("sandbox", "snapshot", "first").strip()
+    x07("sandbox", "pause", "first")
+    made = x07("sandbox", "create", "--snapshot", snapshot).strip()
+    for name in ("first", fork, made):
+        assert x07("sandbox", "exec", name, "--", "cat", "f") == "one\n"
+        x07("sandbox", "close", name)
+    x07("snapshot", "rm", snapshot)

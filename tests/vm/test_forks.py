@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.command import X07
+from tests.conftest import need
 from tests.vm.conftest import left_behind
 from x07_sandbox import RefusedError, Sandbox, SandboxError, Snapshot, UsageError
 from x07_sandbox.host.waiting import unix_ms
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 pytestmark = [pytest.mark.vm, pytest.mark.usefixtures("image", "state")]
 
@@ -216,6 +220,103 @@ def test_a_held_sandbox_is_forked_and_rolled_back_through_its_holder(state: Path
     for one in (*forks, first):
         assert one.close().ok
     assert left_behind(state) == []
+
+
+def test_the_commands_of_the_shell(tmp_path: Path) -> None:
+    """`x07 sandbox` saves, forks, rolls back and pauses by name; `x07 snapshot` lists, shows and removes."""
+
+    def x07(*words: str, fails: int = 0) -> str:
+        done = subprocess.run([*X07, *words], capture_output=True, text=True, cwd=tmp_path, timeout=120, check=False)
+        assert done.returncode == fails, done.stderr
+        return done.stdout if fails == 0 else done.stderr
+
+    x07("sandbox", "create", "--name", "first")
+    x07("sandbox", "exec", "--detach", "first", "--", "sleep", "1000")
+    x07("sandbox", "exec", "first", "--", "sh", "-c", "echo one > f")
+    forks = x07("sandbox", "fork", "first", "--count", "2", "--tag", "of=first").split()
+    rows = json.loads(x07("sandbox", "list", "--tag", "of=first", "--json"))["sandboxes"]
+    assert {row["id"] for row in rows} == {*forks}
+    point = json.loads(x07("sandbox", "checkpoint", "first", "--json"))["checkpoint"]
+    x07("sandbox", "exec", "first", "--", "rm", "f")
+    x07("sandbox", "rollback", "first", str(point))
+    (kept,) = json.loads(x07("sandbox", "snapshot", "first", "--name", "saved", "--json"))["snapshots"]
+    assert x07("snapshot", "show", "saved").splitlines()[1].split()[:2] == [kept["id"], "saved"]
+    x07("sandbox", "pause", "first")
+    (row,) = [row for row in json.loads(x07("sandbox", "list", "--json"))["sandboxes"] if row["name"] == "first"]
+    assert (row["paused"], row["commands"]) == (True, None)
+    assert x07("sandbox", "exec", "first", "--", "cat", "f") == "one\n"  # it goes on by itself
+    x07("sandbox", "exec", "first", "--", "pgrep", "sleep")
+    assert "none of this number (kept: none)" in x07("sandbox", "rollback", "first", str(point), fails=2)
+    x07("sandbox", "pause", "first")
+    assert x07("sandbox", "resume", "first").strip() == row["id"]
+    made = x07("sandbox", "create", "--snapshot", "saved").strip()
+    assert x07("sandbox", "exec", made, "--", "cat", "f") == "one\n"
+    result = json.loads(x07("sandbox", "close", "--json", "first"))
+    assert [one["outcome"] for one in result["commands"]][-1] == "cancelled"
+    assert len(result["commands"]) >= 6
+    for one in (*forks, made):
+        x07("sandbox", "close", one)
+    x07("snapshot", "rm", "saved")
+    assert "none has this id" in x07("snapshot", "show", "saved", fails=2)
+
+
+def test_a_paused_sandbox_has_its_past_and_its_time(tmp_path: Path) -> None:
+    """A paused sandbox goes on with its id, changes, commands and the rest of its lifetime; its memory was free."""
+    (tmp_path / "work").mkdir()
+    sandbox = Sandbox.create(workdir=tmp_path / "work", lifetime_s=100, tags={"a": "b"})
+    began = sandbox.shell("echo kept > new.txt; sleep 2", check=True)
+    sandbox.pause()
+    with pytest.raises(SandboxError, match="it was paused"):
+        sandbox.exec(["true"])
+    (row,) = Sandbox.list({"a": "b"})
+    assert (row.id, row.paused, row.held) == (sandbox.id, True, True)
+    again = Sandbox.connect(sandbox.id)
+    (row,) = Sandbox.list({"a": "b"})
+    assert (row.id, row.paused) == (sandbox.id, False)
+    assert row.left_s is not None
+    assert row.left_s < 98
+    assert again.exec(["true"]).id > began.id
+    result = again.close()
+    assert (result.run, result.changes.state, result.reason_code) == (sandbox.id, "applied", "closed")
+    assert [one.name for one in result.commands] == ["sh", "true"]
+    assert (tmp_path / "work" / "new.txt").read_text() == "kept\n"
+    assert [kept for kept in Snapshot.list() if kept.sandbox == sandbox.id] == []
+
+
+def test_a_full_disk_is_an_error_and_the_sandbox_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A snapshot that does not fit says so, leaves no files, and holds no programs."""
+    need(os.geteuid() == 0, "only root can mount a small file system", installable=False)
+    with Sandbox() as sandbox:
+        place = tmp_path / "templates"
+        place.mkdir()
+        subprocess.run(["/usr/bin/mount", "-t", "tmpfs", "-o", "size=100m,mode=0700", "none", place], check=True)
+        try:
+            with monkeypatch.context() as patch:
+                patch.setattr("x07_sandbox.backends.qemu.template.templates_dir", lambda: place)
+                for call in (sandbox.fork, sandbox.snapshot, sandbox.checkpoint):
+                    with pytest.raises(SandboxError, match="No space left on device"):
+                        call()
+                assert [*place.iterdir()] == []
+                sandbox.start(["sh", "-c", "head -c 200m /dev/urandom > big; sleep 600"], detach=True)
+                wait_until(lambda: sandbox.shell("stat -c %s big").stdout == b"209715200\n")
+                subprocess.run(["/usr/bin/mount", "-o", "remount,size=250m", place], check=True)
+                with pytest.raises(SandboxError, match="No space left on device"):
+                    sandbox.checkpoint()
+                assert [*place.iterdir()] == []
+            assert sandbox.exec(["true"]).ok
+            point = sandbox.checkpoint()
+            sandbox.rollback(point)
+            assert sandbox.shell("stat -c %s big").stdout == b"209715200\n"
+        finally:
+            subprocess.run(["/usr/bin/umount", place], check=True)
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    """Wait until something holds, for a minute at most."""
+    until = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < until
+        time.sleep(0.1)
 
 
 def test_a_snapshot_waits_for_nobody_and_refuses_half_a_file(monkeypatch: pytest.MonkeyPatch) -> None:

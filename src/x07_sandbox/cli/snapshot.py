@@ -95,38 +95,40 @@ def _report(found: Any, options: argparse.Namespace) -> int:  # noqa: ANN401 - s
 # actions of x07 sandbox
 
 
-def _add_take(parser: Any) -> None:  # noqa: ANN401 - as argparse has it
-    parser.add_argument("sandbox", metavar="SANDBOX", type=nonempty, help="id, start of an id, or name")
+def _action(
+    carry_out: Callable[[argparse.Namespace], int], more: Callable[[Any], None] | None = None, *, document: bool = False
+) -> Callable[[Any], None]:
+    """Return what adds the arguments of an action on one sandbox. document: whether it can print a document."""
+
+    def add(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("sandbox", metavar="SANDBOX", type=nonempty, help="id, start of an id, or name")
+        if more is not None:
+            more(parser)
+        if document:
+            add_document_flags(parser)
+        parser.set_defaults(carry_out=carry_out)
+
+    return add
+
+
+def _of_take(parser: Any) -> None:  # noqa: ANN401 - as argparse has it
     option(parser, "--name", "NAME", "name of the snapshot; replaces the one of this name", type=nonempty)
-    add_document_flags(parser)
-    parser.set_defaults(carry_out=_take)
 
 
-def _add_fork(parser: Any) -> None:  # noqa: ANN401 - as above
+def _of_fork(parser: Any) -> None:  # noqa: ANN401 - as above
     from x07_sandbox.cli.sandbox import tag
 
     parser.epilog = _FORK_EPILOG
-    parser.add_argument("sandbox", metavar="SANDBOX", type=nonempty, help="id, start of an id, or name")
     option(parser, "--count", "N", "number of forks (default: 1)", type=whole_number(1, 256, "forks"))
     repeated(parser, "--tag", "NAME=VALUE", "tag of the forks, for x07 sandbox list", type=tag)
     most = seconds(LIFETIME_MAX_S)
     option(parser, "--lifetime", "S", "end each after this many seconds (default: 3600)", type=most)
     option(parser, "--idle", "S", "end each after this many seconds without a command (default: no limit)", type=most)
-    add_document_flags(parser)
-    parser.set_defaults(carry_out=_fork)
 
 
-def _add_checkpoint(parser: Any) -> None:  # noqa: ANN401 - as above
-    parser.add_argument("sandbox", metavar="SANDBOX", type=nonempty, help="id, start of an id, or name")
-    add_document_flags(parser)
-    parser.set_defaults(carry_out=_checkpoint)
-
-
-def _add_rollback(parser: Any) -> None:  # noqa: ANN401 - as above
-    parser.add_argument("sandbox", metavar="SANDBOX", type=nonempty, help="id, start of an id, or name")
+def _of_rollback(parser: Any) -> None:  # noqa: ANN401 - as above
     doc = "number that x07 sandbox checkpoint printed"
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=whole_number(1, 1 << 31, "checkpoints"), help=doc)
-    parser.set_defaults(carry_out=_rollback)
 
 
 def _opened(options: argparse.Namespace, doing: str) -> tuple[HeldSandbox, LiveLine]:
@@ -187,16 +189,6 @@ def _rollback(options: argparse.Namespace) -> int:
     return 0
 
 
-def _add_pause(parser: Any) -> None:  # noqa: ANN401 - as above
-    parser.add_argument("sandbox", metavar="SANDBOX", type=nonempty, help="id, start of an id, or name")
-    parser.set_defaults(carry_out=_pause)
-
-
-def _add_resume(parser: Any) -> None:  # noqa: ANN401 - as above
-    parser.add_argument("sandbox", metavar="SANDBOX", type=nonempty, help="id, start of an id, or name")
-    parser.set_defaults(carry_out=_resume)
-
-
 def _pause(options: argparse.Namespace) -> int:
     opened, progress = _opened(options, "saving the sandbox")
     opened.pause()
@@ -212,10 +204,13 @@ def _resume(options: argparse.Namespace) -> int:
 
 
 ACTIONS: Final[dict[str, tuple[str, Callable[[Any], None]]]] = {
-    "snapshot": ("keep a snapshot of a sandbox, from which others can start", _add_take),
-    "fork": ("start sandboxes that go on from this moment of a sandbox", _add_fork),
-    "checkpoint": ("keep this moment of a sandbox for rollback, and print its number", _add_checkpoint),
-    "rollback": ("go back to a checkpoint: with all files, programs and memory", _add_rollback),
-    "pause": ("save a sandbox and free its memory, until somebody uses it again", _add_pause),
-    "resume": ("let a paused sandbox go on, as any use of it does, and print its id", _add_resume),
+    "snapshot": ("keep a snapshot of a sandbox, from which others can start", _action(_take, _of_take, document=True)),
+    "fork": ("start sandboxes that go on from this moment of a sandbox", _action(_fork, _of_fork, document=True)),
+    "checkpoint": (
+        "keep this moment of a sandbox for rollback, and print its number",
+        _action(_checkpoint, document=True),
+    ),
+    "rollback": ("go back to a checkpoint: with all files, programs and memory", _action(_rollback, _of_rollback)),
+    "pause": ("save a sandbox and free its memory, until somebody uses it again", _action(_pause)),
+    "resume": ("let a paused sandbox go on, as any use of it does, and print its id", _action(_resume)),
 }

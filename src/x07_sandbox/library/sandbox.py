@@ -246,9 +246,9 @@ class Sandbox:
         """Return the open sandbox with this id, start of an id, or name. Raises SandboxError.
 
         It must be one that outlives its creator: `Sandbox.create` and `x07 sandbox create` open such. One that was
-        paused goes on. Only the user who
-        opened it can connect. At the end of a `with` block it stays open, and commands that were started through this
-        object are killed, except detached ones. `close` closes the sandbox for everybody.
+        paused goes on. Only the user who opened it can connect. At the end of a `with` block it stays open, and
+        commands that were started through this object are killed, except detached ones. `close` closes the sandbox for
+        everybody.
         """
         from x07_sandbox.library.listing import connect_to
 

@@ -162,6 +162,29 @@ def test_a_timeout_kills_a_command_and_not_the_sandbox() -> None:
     asyncio.run(main())
 
 
+def test_a_model_can_go_back_to_a_checkpoint_if_it_is_allowed_to() -> None:
+    """With --checkpoints there are two more tools: one saves a moment, and the other brings its files back."""
+
+    async def main() -> None:
+        async with over_stdio("2026-07-28", "--checkpoints") as client:
+            sandbox = await opened(client)
+            await call(client, "sandbox_write", sandbox=sandbox, path="a.txt", content="one")
+            facts, _ = await call(client, "sandbox_checkpoint", sandbox=sandbox)
+            point = facts["checkpoint"]
+            await call(client, "sandbox_write", sandbox=sandbox, path="a.txt", content="two")
+            facts, _ = await call(client, "sandbox_rollback", sandbox=sandbox, checkpoint=point)
+            assert facts == {"state": "rolled back", "checkpoint": point}
+            _, output = await call(client, "sandbox_read", sandbox=sandbox, path="a.txt")
+            assert "one" in output
+            assert "there is none of this number" in await refused(
+                client, "sandbox_rollback", sandbox=sandbox, checkpoint=point + 1
+            )
+        async with in_process("2026-07-28") as client:
+            assert "sandbox_checkpoint" not in {tool.name for tool in (await client.list_tools()).tools}
+
+    asyncio.run(main())
+
+
 REFUSALS = [
     ("sandbox_open", {"policy": "built-in:default"}, "fixed by the person who started this server"),
     ("sandbox_open", {"backend": "none"}, "fixed by the person who started this server"),

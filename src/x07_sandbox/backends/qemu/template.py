@@ -76,6 +76,7 @@ _COMMANDS: Final = {
 # The imports of programs/data/build_tree.py.
 _OF_BUILDS: Final = ["importlib.util", "os", "traceback"]
 
+_UNLOCKED_S: Final = 60.0
 _SAVED: Final = '"status": "completed"'
 _NOT_SAVED: Final = '"status": "failed"'
 _ASK_AGAIN_MS: Final = 5
@@ -589,6 +590,8 @@ def temporary_folder() -> Iterator[Path]:
     import tempfile
 
     with raised_as(HostError, "cannot store a snapshot", "Free disk space"):
+        for left in _left_by_snapshots(templates_dir()):
+            shutil.rmtree(left, ignore_errors=True)
         place = Path(tempfile.mkdtemp(prefix=".fork-", dir=templates_dir()))
         lock = lock_shared(place)  # else another process takes it for one that a killed process has left
     try:
@@ -600,8 +603,17 @@ def temporary_folder() -> Iterator[Path]:
 
 def leftovers(folder: Path) -> list[Path]:
     """Return the folders that killed processes left in *folder*, the templates folder. The caller holds its lock."""
-    unlocked = [path for path in folder.glob(".fork-*") if not is_locked(path)]
-    return [*folder.glob(".new-*"), *folder.glob(".old-*"), *unlocked]
+    return [*folder.glob(".new-*"), *folder.glob(".old-*"), *_left_by_snapshots(folder)]
+
+
+def _left_by_snapshots(folder: Path) -> list[Path]:
+    """Return the folders of `temporary_folder` that killed processes left. A new one may not be locked yet."""
+    found, since = [], unix_ms() / 1000 - _UNLOCKED_S
+    for path in folder.glob(".fork-*"):
+        with contextlib.suppress(FileNotFoundError):
+            if path.lstat().st_mtime < since and not is_locked(path):
+                found.append(path)
+    return found
 
 
 def prunable(images: set[str], on_wait: Callable[[], None]) -> Iterator[Prunable]:

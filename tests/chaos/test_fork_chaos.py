@@ -1,0 +1,157 @@
+"""Fault injection while sandboxes are saved, forked, rolled back and paused: nothing hangs, and nothing is left."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.chaos.runner import inner
+from tests.chaos.test_chaos import OLD, RUNNER, Stage, points
+from tests.conftest import FULL
+from tests.vm.conftest import copy_cache
+from x07_sandbox import Sandbox, SandboxError, Snapshot
+from x07_sandbox.cli.main import main
+from x07_sandbox.records.runs import SOCKET, all_runs
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = [pytest.mark.root, pytest.mark.vm, pytest.mark.usefixtures("image")]
+PROGRAM = str(Path(__file__).with_name("forking.py"))
+POINTS = 1000 if FULL else 5
+NEW = dict.fromkeys("abc", "new\n")
+
+
+class Forks(Stage):
+    """A cache and a state folder of their own, and a folder that forks change."""
+
+    def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
+        super().__init__("qemu", folder, None)
+        copy_cache(folder / "cache")
+        self.env["X07_VM_CACHE_DIR"] = str(folder / "cache")
+        for name, value in self.env.items():
+            patch.setenv(name, value)
+
+    def act(self, how: str, number: int) -> tuple[int, str, int]:
+        """Carry out PROGRAM with a fault at one step; return the exit code, the output and the number of steps."""
+        self.reset()
+        count = self.folder / "count"
+        count.unlink(missing_ok=True)
+        done = subprocess.run(
+            [sys.executable, RUNNER, how, str(number), str(count), PROGRAM, str(self.tree)],
+            env=self.env,
+            capture_output=True,
+            stdin=subprocess.DEVNULL,
+            timeout=300,
+            check=False,
+        )
+        self.note_marks()
+        steps = int(count.read_text(encoding="ascii")) if count.exists() else 0
+        return done.returncode, (done.stdout + done.stderr).decode(errors="replace"), steps
+
+    def cleaned(self) -> list[str]:
+        """Close the sandboxes that are open or paused, remove snapshots, sweep, and return what remains."""
+        for one in Sandbox.list():
+            with contextlib.suppress(SandboxError):  # it ends by itself
+                Sandbox.connect(one.id).close("discard")
+        found = [f"sandbox {one.id}" for one in Sandbox.list()]
+        for kept in Snapshot.list():
+            kept.remove()
+        for path in self.places():
+            os.utime(path, (0, 0))  # a snapshot that is new is left alone
+        self.sweep()
+        assert main(["prune", "--cache"]) == 0
+        return found + self.left(set()) + [str(path) for path in self.places()]
+
+    def places(self) -> list[Path]:
+        """Return the folders of snapshots that are being taken."""
+        return [*(self.folder / "cache/templates").glob(".*-*")]
+
+
+@pytest.fixture
+def forks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Forks]:
+    """Yield a place in which everything was done once, without a fault."""
+    found = Forks(tmp_path, monkeypatch)
+    code, said, _ = found.act("kill", 0)
+    done = ["forks done", "rolled-back", "checkpoint done", "snapshot done", "pause done"]
+    assert (code, said.splitlines()) == (0, done)
+    assert found.cleaned() == []
+    yield found
+    assert found.cleaned() == []
+
+
+@pytest.mark.parametrize("how", ["kill", "inner", "gate", "ENOSPC", "EMFILE", "ENOMEM"])
+def test_a_fault_at_any_step_leaves_nothing_behind(forks: Forks, how: str) -> None:
+    """Whichever process is killed, or whichever host call fails: nothing hangs, and each action works or says why."""
+    _, _, count = forks.act("kill", 0)
+    for number in points(count, at_most=POINTS):
+        code, said, _ = forks.act(how, number)
+        assert code == (-signal.SIGKILL if how == "kill" else 0), (number, said)
+        assert "Traceback" not in said, (number, said)
+        assert forks.tree_now() in (OLD, NEW), number
+        assert forks.cleaned() == [], number
+
+
+def test_a_fork_that_is_killed_while_it_starts_is_an_error(forks: Forks) -> None:
+    """If the VM of a fork ends at any time, its sandbox fails or ends, and its parent goes on."""
+    jobs, outcomes = forks.state, []
+    for wait_s in [number * 0.02 for number in range(0, 20, 1 if FULL else 3)]:
+        with Sandbox() as parent:
+            (own,) = inner(jobs)
+
+            def kill(wait_s: float = wait_s, own: int = own) -> None:
+                until = time.monotonic() + 20
+                while time.monotonic() < until and not (new := [pid for pid in inner(jobs) if pid != own]):
+                    time.sleep(0.002)
+                time.sleep(wait_s)
+                for pid in new:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+
+            killer = threading.Thread(target=kill)
+            killer.start()
+            try:
+                (fork,) = parent.fork()
+                killer.join()
+                outcomes.append(fork.close().reason_code)
+            except SandboxError as exc:
+                outcomes.append(exc.code)
+            killer.join()
+            assert parent.exec(["true"]).ok
+        assert forks.cleaned() == [], wait_s
+    assert "closed" not in outcomes
+
+
+def test_a_sandbox_whose_holder_is_killed_is_no_sandbox(forks: Forks) -> None:
+    """If the holder of a sandbox is killed while a snapshot is taken, the call fails, and forks go on."""
+    for wait_s in [number * 0.05 for number in range(0, 16, 1 if FULL else 4)]:
+        parent = Sandbox.create()
+        fork, *_ = parent.fork()
+        holder = holder_of(parent.id)
+        killer = threading.Timer(wait_s, os.kill, (holder, signal.SIGKILL))
+        killer.start()
+        with pytest.raises(SandboxError):  # noqa: PT012 - which of the calls fails depends on the time
+            for _ in range(100):
+                parent.snapshot("again")
+        killer.join()
+        assert fork.exec(["true"]).ok
+        assert forks.cleaned() == [], wait_s
+
+
+def holder_of(run: str) -> int:
+    """Return the process that holds a sandbox: the one that listens on its socket."""
+    import socket
+    import struct
+
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(all_runs() / run / SOCKET))
+        return int(struct.unpack("3i", client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0])
