@@ -62,8 +62,9 @@ def main(folder: Path) -> None:
     """Do all of it, each in a sandbox of its own, in which a program runs."""
     actions: tuple[Callable[[Sandbox], None], ...] = (forks, checkpoint, snapshot, pause)
     for action in actions:
+        kind = Sandbox.create if action is pause else Sandbox
         try:
-            with Sandbox(workdir=folder, allow_hosts=["a.example:443"]) as sandbox:
+            with kind(backend="qemu", workdir=folder, allow_hosts=["a.example:443"]) as sandbox:
                 sandbox.start(["sleep", "600"], detach=True)
                 action(sandbox)
                 say(f"{action.__name__} done")

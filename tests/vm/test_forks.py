@@ -153,7 +153,7 @@ def test_what_is_kept_outlives_its_sandbox(tmp_path: Path) -> None:
         assert other.close().changes.state == "applied"
         one.kill()
     assert (tmp_path / "work" / "new.txt").read_text() == "prepared\n"
-    with pytest.raises(UsageError, match="workdir cannot be changed"):
+    with pytest.raises(UsageError, match="workdir cannot be given"):
         Sandbox(snapshot=snapshot, workdir=tmp_path)
     held = Sandbox.create(snapshot=snapshot.id)
     snapshot.remove()
@@ -209,7 +209,11 @@ def test_a_held_sandbox_is_forked_and_rolled_back_through_its_holder(state: Path
     first = Sandbox.create(name="parent")
     second = Sandbox.connect("parent")
     first.files.write("f", b"one")
+    echo = first.start(["sh", "-c", "while read -r x; do echo got $x; done"])
     forks = first.fork(2, tags={"of": "parent"})
+    for same in (Sandbox.connect(forks[0].id).process(echo.id), echo):
+        same.write(b"line\n")
+        assert same.read_until(b"\n", timeout_s=60) == b"got line\n"
     assert {one.id for one in Sandbox.list({"of": "parent"})} == {one.id for one in forks}
     assert [Sandbox.connect(one.id).files.read("f") for one in forks] == [b"one"] * 2
     point = first.checkpoint()
@@ -217,6 +221,9 @@ def test_a_held_sandbox_is_forked_and_rolled_back_through_its_holder(state: Path
     first.rollback(point)
     assert running.wait(60).reason_code == "rolled-back"
     assert second.files.read("f") == b"one"
+    again = first.process(echo.id)
+    again.write(b"more\n")
+    assert again.read_until(b"more\n", timeout_s=60) == b"got more\n"
     for one in (*forks, first):
         assert one.close().ok
     assert left_behind(state) == []
@@ -245,14 +252,14 @@ def test_the_commands_of_the_shell(tmp_path: Path) -> None:
     (row,) = [row for row in json.loads(x07("sandbox", "list", "--json"))["sandboxes"] if row["name"] == "first"]
     assert (row["paused"], row["commands"]) == (True, None)
     assert x07("sandbox", "exec", "first", "--", "cat", "f") == "one\n"  # it goes on by itself
-    x07("sandbox", "exec", "first", "--", "pgrep", "sleep")
+    assert "sleep\n" in x07("sandbox", "exec", "first", "--", "sh", "-c", "cat /proc/[0-9]*/comm")
     assert "none of this number (kept: none)" in x07("sandbox", "rollback", "first", str(point), fails=2)
     x07("sandbox", "pause", "first")
     assert x07("sandbox", "resume", "first").strip() == row["id"]
     made = x07("sandbox", "create", "--snapshot", "saved").strip()
     assert x07("sandbox", "exec", made, "--", "cat", "f") == "one\n"
     result = json.loads(x07("sandbox", "close", "--json", "first"))
-    assert [one["outcome"] for one in result["commands"]][-1] == "cancelled"
+    assert {one["name"] for one in result["commands"]} == {"sh", "sleep", "cat", "rm"}
     assert len(result["commands"]) >= 6
     for one in (*forks, made):
         x07("sandbox", "close", one)
@@ -266,7 +273,7 @@ def test_a_paused_sandbox_has_its_past_and_its_time(tmp_path: Path) -> None:
     sandbox = Sandbox.create(workdir=tmp_path / "work", lifetime_s=100, tags={"a": "b"})
     began = sandbox.shell("echo kept > new.txt; sleep 2", check=True)
     sandbox.pause()
-    with pytest.raises(SandboxError, match="it was paused"):
+    with pytest.raises(SandboxError, match="was disconnected"):
         sandbox.exec(["true"])
     (row,) = Sandbox.list({"a": "b"})
     assert (row.id, row.paused, row.held) == (sandbox.id, True, True)
@@ -278,7 +285,7 @@ def test_a_paused_sandbox_has_its_past_and_its_time(tmp_path: Path) -> None:
     assert again.exec(["true"]).id > began.id
     result = again.close()
     assert (result.run, result.changes.state, result.reason_code) == (sandbox.id, "applied", "closed")
-    assert [one.name for one in result.commands] == ["sh", "true"]
+    assert [one.name for one in result.commands] == ["/bin/sh", "bash", "true"]
     assert (tmp_path / "work" / "new.txt").read_text() == "kept\n"
     assert [kept for kept in Snapshot.list() if kept.sandbox == sandbox.id] == []
 

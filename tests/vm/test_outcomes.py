@@ -147,8 +147,9 @@ def test_the_agent_is_invisible(looked: Ran) -> None:
     """The program sees no agent, channel, disk, console, other process or other control group."""
     seen = dict(line.split() for line in _values(looked, "see"))
     assert seen == dict.fromkeys(seen, "ENOENT")
-    assert {"/run/x07", "/proc/1", "/dev/vport0p1", "/sys/fs/cgroup/x07"} < set(seen)
-    assert "/run/x07" not in "".join(line for line in looked.lines() if line.startswith("/proc/self/mounts"))
+    assert {"/run/x07/agent.zip", "/proc/1", "/dev/vport0p1", "/sys/fs/cgroup/x07"} < set(seen)
+    mounts = "".join(line for line in looked.lines() if line.startswith("/proc/self/mounts"))
+    assert mounts.count("/run/x07") == mounts.count(" /run/x07/generation ") == 1
     assert "hidepid=invisible" in looked.stdout.decode()
     assert _values(looked, "/proc/self/cgroup:") == ["0::/"]
 

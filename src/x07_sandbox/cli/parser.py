@@ -142,6 +142,14 @@ def repeated(to: argparse._ActionsContainer, flag: str, metavar: str, help: str,
     option(to, flag, metavar, help, action="append", default=[], **words)
 
 
+def tag(text: str) -> tuple[str, str]:
+    """Option type: NAME=VALUE."""
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a tag; write NAME=VALUE")
+    return name, value
+
+
 def switch(to: argparse._ActionsContainer, flag: str, help: str) -> None:  # noqa: A002 - as above
     """Add an option without a value."""
     to.add_argument(flag, action="store_true", help=help)

@@ -32,10 +32,10 @@ from x07_sandbox.cli.parser import (
     repeated,
     seconds,
     switch,
+    tag,
     variable,
     whole_number,
 )
-from x07_sandbox.cli.snapshot import ACTIONS
 from x07_sandbox.errors import BackendError, Cancelled, SandboxError, UsageError
 from x07_sandbox.errors import Command as CommandText
 from x07_sandbox.host.settings import FILES_S, LIFETIME_MAX_S, OUTPUT_MAX_BYTES
@@ -195,14 +195,6 @@ def _name(text: str) -> str:
     if not NAME.fullmatch(text):
         raise argparse.ArgumentTypeError(f"{text!r} is no name for a sandbox: {NAME_RULE}")
     return text
-
-
-def tag(text: str) -> tuple[str, str]:
-    """Option type: NAME=VALUE."""
-    name, equals, value = text.partition("=")
-    if not name or not equals:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a tag; write NAME=VALUE")
-    return name, value
 
 
 def _create(options: argparse.Namespace) -> int:
@@ -603,6 +595,17 @@ def _report(run: str, end: Ended, kept: tuple[Kept, Kept] | None, options: argpa
     return end.x07_exit_code
 
 
+def _saving(name: str) -> Callable[[Any], None]:
+    """Return what adds the arguments of an action that saves a moment of a sandbox, or uses one."""
+
+    def add(parser: argparse.ArgumentParser) -> None:
+        from x07_sandbox.cli.snapshot import ACTIONS  # few callers save one
+
+        ACTIONS[name](parser)
+
+    return add
+
+
 _ACTIONS: Final[dict[str, tuple[str, Callable[[Any], None]]]] = {
     "create": ("open a sandbox, and print its id", _add_create),
     "exec": ("run a command in a sandbox", _add_exec),
@@ -611,7 +614,12 @@ _ACTIONS: Final[dict[str, tuple[str, Callable[[Any], None]]]] = {
     "cp": ("copy a file or folder into or out of a sandbox", _add_copy),
     "ls": ("list files of a sandbox", _add_files),
     "forward": ("let programs of this host connect to a port of a sandbox", _add_forward),
-    **ACTIONS,
+    "snapshot": ("keep a snapshot of a sandbox, from which others can start", _saving("snapshot")),
+    "fork": ("start sandboxes that go on from this moment of a sandbox", _saving("fork")),
+    "checkpoint": ("keep this moment for rollback, and print its number", _saving("checkpoint")),
+    "rollback": ("go back to a checkpoint: with all files, programs and memory", _saving("rollback")),
+    "pause": ("save a sandbox and free its memory, until somebody uses it again", _saving("pause")),
+    "resume": ("let a paused sandbox go on, as any use of it does, and print its id", _saving("resume")),
     "close": ("end all commands of a sandbox, close it, and apply its changes", _add_close),
     "list": ("list open sandboxes", _add_list),
 }

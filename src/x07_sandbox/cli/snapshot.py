@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Any, Final
 
 from x07_sandbox.cli.console import LiveLine, show, show_table, span
 from x07_sandbox.cli.json_output import print_document
-from x07_sandbox.cli.parser import add_document_flags, inner_verb, nonempty, option, repeated, seconds, whole_number
+from x07_sandbox.cli.parser import (
+    add_document_flags,
+    inner_verb,
+    nonempty,
+    option,
+    repeated,
+    seconds,
+    tag,
+    whole_number,
+)
 from x07_sandbox.host.settings import LIFETIME_MAX_S
 
 if TYPE_CHECKING:
@@ -116,8 +125,6 @@ def _of_take(parser: Any) -> None:  # noqa: ANN401 - as argparse has it
 
 
 def _of_fork(parser: Any) -> None:  # noqa: ANN401 - as above
-    from x07_sandbox.cli.sandbox import tag
-
     parser.epilog = _FORK_EPILOG
     option(parser, "--count", "N", "number of forks (default: 1)", type=whole_number(1, 256, "forks"))
     repeated(parser, "--tag", "NAME=VALUE", "tag of the forks, for x07 sandbox list", type=tag)
@@ -203,14 +210,11 @@ def _resume(options: argparse.Namespace) -> int:
     return 0
 
 
-ACTIONS: Final[dict[str, tuple[str, Callable[[Any], None]]]] = {
-    "snapshot": ("keep a snapshot of a sandbox, from which others can start", _action(_take, _of_take, document=True)),
-    "fork": ("start sandboxes that go on from this moment of a sandbox", _action(_fork, _of_fork, document=True)),
-    "checkpoint": (
-        "keep this moment of a sandbox for rollback, and print its number",
-        _action(_checkpoint, document=True),
-    ),
-    "rollback": ("go back to a checkpoint: with all files, programs and memory", _action(_rollback, _of_rollback)),
-    "pause": ("save a sandbox and free its memory, until somebody uses it again", _action(_pause)),
-    "resume": ("let a paused sandbox go on, as any use of it does, and print its id", _action(_resume)),
+ACTIONS: Final[dict[str, Callable[[Any], None]]] = {
+    "snapshot": _action(_take, _of_take, document=True),
+    "fork": _action(_fork, _of_fork, document=True),
+    "checkpoint": _action(_checkpoint, document=True),
+    "rollback": _action(_rollback, _of_rollback),
+    "pause": _action(_pause),
+    "resume": _action(_resume),
 }

@@ -170,8 +170,8 @@ class HeldSession:
         return execution
 
     def attach(self, number: int, *, flags: bool) -> HeldExecution:
-        """Take over a detached command."""
-        execution = HeldExecution(command_order([]), kept_streams(open_input=False), None)
+        """Take over a detached command. Its input stays open, if it has any."""
+        execution = HeldExecution(command_order([]), kept_streams(), None)
         self._add(Attach(number, flags), execution)
         return execution
 
@@ -332,12 +332,13 @@ class HeldSandbox(AnySandbox):
 
     def command(self, number: int) -> Process | None:
         """See `AnySandbox.command`."""
-        if number not in self._commands:
+        known = self._commands.get(number)
+        if known is None or getattr(known.execution, "problem", None) is not None:  # the sandbox was rolled back
             self.require_open()
             with self.session.using():
                 execution = self._session.attach(number, flags=self._flags)
             return self._started(execution, None)
-        return self._commands[number]
+        return known
 
     def ending(self, command: Process) -> Ended:
         """See `AnySandbox.ending`."""
@@ -376,6 +377,7 @@ class HeldSandbox(AnySandbox):
     def rollback(self, point: int) -> None:
         """See `AnySandbox.rollback`."""
         self._asked(Rollback(point=point), Status)
+        self._commands.clear()  # others have their numbers
 
     def pause(self) -> None:
         """See `AnySandbox.pause`."""

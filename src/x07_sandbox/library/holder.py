@@ -191,7 +191,7 @@ class Holder:
                 opened.rollback(request.point)
                 client.send(self._status())
             case Pause():
-                opened.pause()
+                opened.put_away()
                 self._paused = True
                 client.send(Taken(what=""))
                 self.server.end()

@@ -38,9 +38,9 @@ def list_sandboxes(tags: Mapping[str, str] | None = None) -> list[SandboxInfo]:
             from x07_sandbox.library.held import status_of
 
             status = status_of(run)
-        if held and status is None:  # it ends just now
+        paused = bool(record.paused) and status is None
+        if held and status is None and not paused:  # it ends just now
             continue
-        paused = bool(record.paused) and not held
         found.append(
             SandboxInfo(
                 id=run,

@@ -13,7 +13,8 @@ from x07_sandbox.library.arguments import SANDBOX, bad_argument, checked_options
 from x07_sandbox.options import BY_KEYWORD, keyword
 from x07_sandbox.sessions.request import RunCaller, make_request
 from x07_sandbox.sessions.run import pool_machines, sweep_before_start
-from x07_sandbox.sessions.sandbox import NAME, NAME_RULE, Life, OpenSandbox
+from x07_sandbox.sessions.sandbox import NAME, NAME_RULE, OpenSandbox
+from x07_sandbox.sessions.shared import Life
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

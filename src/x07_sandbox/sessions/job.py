@@ -107,27 +107,23 @@ class SessionJob:
             return Session(instance, cancel, None, (), gate_fds, adopted)
         return Session(instance, cancel, self.spec.opening, self.spec.files, gate_fds)
 
-    def replace(self, fork: Fork, adopted: Sequence[Execution]) -> tuple[Session, Callable[[], object]]:
-        """Start an instance from a snapshot. Return its session, and what ends the instance before.
+    def replace(self, fork: Fork, adopted: Sequence[Execution], switch: Callable[[Session], object]) -> None:
+        """Start an instance from a snapshot, call *switch* with its session, and end the instance before.
 
-        Raises SandboxError; the instance before goes on then.
+        Raises SandboxError, as *switch* may; the instance before goes on then.
         """
         instance, vm, gate, before = self.instance, self._vm, self._gate, self._fork
         self._vm, self._fork = contextlib.ExitStack(), fork
         try:
             self._gate = self._new_gate(self._rest)
-            session = self.open(adopted)
+            switch(self.open(adopted))
         except BaseException:
             self._vm.close()
             self.instance, self._vm, self._gate, self._fork = instance, vm, gate, before
             raise
-
-        def end() -> None:
-            vm.close()
-            if gate is not None:
-                self.before.append(gate.account() or NetworkUse())
-
-        return session, end
+        vm.close()
+        if gate is not None:
+            self.before.append(gate.account() or NetworkUse())
 
     def at_end(self, call: Callable[[], object]) -> None:
         """Call *call* when the job ends."""

@@ -16,8 +16,7 @@ import re
 import threading
 import time
 from functools import partial
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 from msgspec.structs import replace
@@ -40,12 +39,12 @@ from x07_sandbox.sessions.job import SessionJob
 from x07_sandbox.sessions.request import check_arguments, check_variables, encoded
 from x07_sandbox.sessions.result import Changes, CommandReport, Diff, Draft, Result
 from x07_sandbox.sessions.run import described, ended_by, make_folder, planned, settle, store_result, verdict_of
-from x07_sandbox.sessions.shared import SharedSession
+from x07_sandbox.sessions.shared import Life, SharedSession
 from x07_sandbox.sessions.specs import in_folder
 from x07_sandbox.sessions.transfers import Backlog, Inbox, Receivers, Unwanted, kept_streams
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from x07_sandbox.files.incoming import Incoming
@@ -69,18 +68,6 @@ _TIMEOUT: Final = Flag("--timeout")
 
 NAME: Final = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}")  # of a sandbox; no id starts with a letter
 NAME_RULE: Final = "use up to 64 letters, digits and '_.-', with a letter first"
-
-
-class Life(NamedTuple):
-    """How long a sandbox lasts: at most lifetime_s, and at most idle_s without a command and without a call.
-
-    name, tags: by which users find it.
-    """
-
-    lifetime_s: float = settings.LIFETIME_S
-    idle_s: float | None = None
-    name: str = ""
-    tags: Mapping[str, str] = MappingProxyType({})
 
 
 class OpenSandbox(AnySandbox):
@@ -341,15 +328,18 @@ class OpenSandbox(AnySandbox):
             folder, _ = self._checkpoints[point]
             saved = snapshots.read(folder)
             fork, adopted = saved.fork(folder), [one.execution() for one in saved.commands]
-            with self._starting:
-                self.require_open()
-                loop, end = self._job.replace(fork._replace(number=next(self._instances)), adopted)
+
+            def switch(loop: Session) -> None:
                 with self.session.using():
+                    self.require_open()  # it may have ended meanwhile
                     self._loop.leave(fork.link.last_command)
                     self._loop = loop
                     self.session.replace(loop)
                     self._adopt(adopted)
-                end()
+
+            with self._starting:
+                self.require_open()
+                self._job.replace(fork._replace(number=next(self._instances)), adopted, switch)
 
     def _adopt(self, adopted: Sequence[Execution]) -> None:
         for execution in adopted:
@@ -357,8 +347,8 @@ class OpenSandbox(AnySandbox):
                 command = Process(self, execution, execution.wall_ms, self._caller.word)
                 self._commands[command.id], self._net_before[command.id] = command, self._net
 
-    def pause(self) -> None:
-        """See `AnySandbox.pause`."""
+    def put_away(self) -> None:
+        """Save the sandbox for `AnySandbox.pause`, and end without a result. Raises SandboxError."""
         from x07_sandbox.sessions.snapshots import require_snapshots  # as above
 
         note = Note(id=os.urandom(6).hex(), name="", sandbox=self.run, created_unix_ms=unix_ms(), paused=True)
@@ -558,7 +548,7 @@ class OpenSandbox(AnySandbox):
     def _finish(self, why: str, choice: ChangesChoice) -> None:
         draft = self._draft
         try:
-            with self._stack:
+            with self._saving, self._stack:
                 self._close(why, choice)
                 store_result(self._folder, draft.result)
         except (SandboxError, OSError, MemoryError) as exc:

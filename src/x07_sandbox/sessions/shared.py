@@ -5,20 +5,33 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from typing import TYPE_CHECKING, Literal, Protocol
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 from x07_sandbox.errors import SandboxError
-from x07_sandbox.host import start_thread
+from x07_sandbox.host import settings, start_thread
 from x07_sandbox.host.waiting import Event
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from x07_sandbox.channel.messages import Exec
     from x07_sandbox.sessions.execution import Execution
     from x07_sandbox.sessions.transfers import CommandStreams
 
 _LOOK_S = 60.0  # between two looks at the time, if nothing else happens
+
+
+class Life(NamedTuple):
+    """How long a sandbox lasts: at most lifetime_s, and at most idle_s without a command and without a call.
+
+    name, tags: by which users find it.
+    """
+
+    lifetime_s: float = settings.LIFETIME_S
+    idle_s: float | None = None
+    name: str = ""
+    tags: Mapping[str, str] = MappingProxyType({})
 
 
 class CommandSession(Protocol):

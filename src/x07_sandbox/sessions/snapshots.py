@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from x07_sandbox.sessions.prepare import Prepared
     from x07_sandbox.sessions.request import EffectivePolicy, RunCaller, RunRequest
     from x07_sandbox.sessions.result import CommandReport, Draft
-    from x07_sandbox.sessions.sandbox import Life
+    from x07_sandbox.sessions.shared import Life
     from x07_sandbox.sessions.specs import SessionSpec
     from x07_sandbox.sessions.transfers import RunFolder
 

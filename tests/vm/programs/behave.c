@@ -262,7 +262,7 @@ static int do_many(char **args)
 static void try_paths(void)
 {
 	static const char *const gone[] = {
-		"/run/x07", "/run/x07/agent.zip", "/x07/agent", "/dev/vda", "/dev/vdb", "/dev/vport0p1", "/dev/vport1p1",
+		"/run/x07/agent.zip", "/x07/agent", "/dev/vda", "/dev/vdb", "/dev/vport0p1", "/dev/vport1p1",
 		"/dev/console", "/dev/mem", "/dev/kmsg", "/dev/net", "/sys/fs/cgroup/x07", "/sys/class",
 		"/proc/1", "/proc/1/fd", "/initrd", "/old", "/agent.zip",
 	};

@@ -81,13 +81,14 @@ class ReleasePipe:
 class HostSide(NamedTuple):
     """The host's side of a QEMU process. ends: our ends of its streams, and two files. paths: of its files.
 
-    `start_qemu` closes the ends.
+    `start_qemu` closes the ends. disk: closes our descriptor of the scratch disk, which takes space until then.
     """
 
     groups: HostGroups
     release_pipe: ReleasePipe
     ends: dict[str, int]
     paths: Paths
+    disk: contextlib.ExitStack
 
 
 class Streams(RunningAgent):
@@ -134,6 +135,12 @@ class QemuInstance(Streams, Jailed):
         self.ends = host.ends
         self.paths = host.paths
         self._release_pipe = host.release_pipe
+        self._disk = host.disk
+
+    def close(self) -> None:
+        """Close the descriptors of the job's processes, and its disk."""
+        super().close()
+        self._disk.close()
 
     def release(self) -> None:
         """Let the VM run, once its record is written. A second call does nothing."""

@@ -67,7 +67,9 @@ class Memory:
         try:
             return sum(self._copy(view, begin, end) for begin, end in self._written())
         except OSError as exc:
-            raise BackendError(_WHAT, exc.strerror or str(exc), "Try again") from exc
+            # The kernel has found no room for a page of the file that *view* is a mapping of.
+            why = os.strerror(errno.ENOSPC) if exc.errno == errno.EFAULT else exc.strerror or str(exc)
+            raise BackendError(_WHAT, why, "Free disk space, or try again") from exc
 
     def _copy(self, view: memoryview, begin: int, end: int) -> int:
         at = begin

@@ -155,7 +155,8 @@ def start_qemu(
             os.set_blocking(fd, False)
         files, writable = _fd_files(job.kind, image, memory, given, form), _writable(memory, uid, given, form)
         scratch_fd = _scratch_disk(given, image, record, memory)
-        ours |= _kept_files(scratch_fd, memory, stack)
+        disk = stack.enter_context(contextlib.ExitStack())
+        ours |= _kept_files(scratch_fd, memory, disk)
         machine = Machine(
             arch=arch,
             ram_bytes=job.kind.ram_bytes,
@@ -230,7 +231,7 @@ def start_qemu(
             sockets = ours
             if isinstance(memory, Warming):
                 sockets = {**_made_in_jail(memory.control, stack), "jail": ours["stderr"]}
-            return QemuInstance(start, HostSide(groups, release_pipe, sockets, machine.paths), child, inner)
+            return QemuInstance(start, HostSide(groups, release_pipe, sockets, machine.paths, disk), child, inner)
 
         yield stack.enter_context(running(start, request, make, partial(_no_jail, ours["stderr"], form)))
 
@@ -384,10 +385,10 @@ def _scratch_disk(given: FdGroup, image: OpenImage, record: JobRecord, memory: M
     return fd
 
 
-def _kept_files(scratch_fd: int, memory: Memory | None, stack: contextlib.ExitStack) -> dict[str, int]:
-    """Return the files that a snapshot of the VM would need."""
+def _kept_files(scratch_fd: int, memory: Memory | None, disk: contextlib.ExitStack) -> dict[str, int]:
+    """Return the files that a snapshot of the VM would need. disk: closes that of the scratch disk."""
     own = os.dup(scratch_fd)
-    stack.callback(os.close, own)
+    disk.callback(os.close, own)
     return {"scratch": own} | ({"ram": memory.ram_fd} if isinstance(memory, Saved | Fork) else {})
 
 
