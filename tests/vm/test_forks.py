@@ -260,7 +260,6 @@ def test_the_commands_of_the_shell(tmp_path: Path) -> None:
     assert x07("sandbox", "exec", made, "--", "cat", "f") == "one\n"
     result = json.loads(x07("sandbox", "close", "--json", "first"))
     assert {one["name"] for one in result["commands"]} == {"sh", "sleep", "cat", "rm"}
-    assert len(result["commands"]) >= 6
     for one in (*forks, made):
         x07("sandbox", "close", one)
     x07("snapshot", "rm", "saved")
