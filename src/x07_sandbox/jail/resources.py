@@ -44,6 +44,7 @@ _FILES: Final = {
     "cpuacct": ((), ()),  # version 2 counts CPU time in every group
 }
 _JOB_NAME: Final = re.compile(r"\d+-\d+-\d+-[a-z0-9-]+")
+_OF_LATER_MACHINE: Final = 6  # words in the name of a job: run id, phase, number and process (sessions/job)
 _ABANDONED_S: Final = 60.0
 _SWEPT_AT_ONCE: Final = 256
 
@@ -337,7 +338,8 @@ def remove_abandoned_groups() -> None:
 
 def _abandoned(folder: Path) -> bool:
     """Whether a group is abandoned: the x07 process in its name is dead, or had a minute to fill the group."""
-    runner = folder.name.split("-")[1:2]
-    if sees_every_process() and runner and runner[0].isdigit() and identify(int(runner[0])) is None:
+    words = folder.name.split("-")
+    runner = words[-1] if len(words) == _OF_LATER_MACHINE else words[1] if len(words) > 1 else ""
+    if sees_every_process() and runner.isdigit() and identify(int(runner)) is None:
         return True
     return unix_ms() / 1000 - folder.stat().st_mtime > _ABANDONED_S

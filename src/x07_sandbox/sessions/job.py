@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
@@ -179,7 +180,8 @@ class SessionJob:
         prepared, spec, stack = self._prepared, self.spec, self._vm
         caller, backend, cold = prepared.caller, prepared.backend, prepared.request.cold
         saved_first = flag("X07_VM_SAVE_FIRST")
-        number = "" if self._fork is None or self._fork.number == 1 else f"-{self._fork.number}"
+        # A paused sandbox goes on in another process, so from the second machine on, the name has the process too.
+        number = "" if self._fork is None or self._fork.number == 1 else f"-{self._fork.number}-{os.getpid()}"
         job = spec.job(
             Claim(run_id=self._run_id, phase=f"{spec.name}{number}", wall_ms=spec.wall_ms),
             prepared.image,
