@@ -271,9 +271,15 @@ def test_a_paused_sandbox_has_its_past_and_its_time(tmp_path: Path) -> None:
     (tmp_path / "work").mkdir()
     sandbox = Sandbox.create(workdir=tmp_path / "work", lifetime_s=100, tags={"a": "b"})
     began = sandbox.shell("echo kept > new.txt; sleep 2", check=True)
+    other = Sandbox.connect(sandbox.id)
+    waiting = other.start(["sleep", "600"])
     sandbox.pause()
     with pytest.raises(SandboxError, match="was disconnected"):
         sandbox.exec(["true"])
+    with pytest.raises(SandboxError, match=r"it was paused\. Connect again"):
+        waiting.wait(60)
+    with pytest.raises(SandboxError, match=r"it was paused\. Connect again"):
+        other.exec(["true"])
     (row,) = Sandbox.list({"a": "b"})
     assert (row.id, row.paused, row.held) == (sandbox.id, True, True)
     again = Sandbox.connect(sandbox.id)
@@ -284,7 +290,7 @@ def test_a_paused_sandbox_has_its_past_and_its_time(tmp_path: Path) -> None:
     assert again.exec(["true"]).id > began.id
     result = again.close()
     assert (result.run, result.changes.state, result.reason_code) == (sandbox.id, "applied", "closed")
-    assert [one.name for one in result.commands] == ["/bin/sh", "bash", "true"]
+    assert [one.name for one in result.commands] == ["/bin/sh", "bash", "true", "sleep"]
     assert (tmp_path / "work" / "new.txt").read_text() == "kept\n"
     assert [kept for kept in Snapshot.list() if kept.sandbox == sandbox.id] == []
 
@@ -333,6 +339,10 @@ def test_a_snapshot_waits_for_nobody_and_refuses_half_a_file(monkeypatch: pytest
         with pytest.raises(UsageError, match="files are being copied"):
             sandbox.snapshot()
         server.kill()
+        monkeypatch.setenv("X07_VM_MAX_FORKS", "2")
+        with pytest.raises(RefusedError, match="3 were asked for, and 2 may be open") as full:
+            sandbox.fork(3)
+        assert full.value.code == "no-slot"
         monkeypatch.setattr("x07_sandbox.sessions.snapshots.spare_bytes", lambda: 100 << 20)
         with pytest.raises(RefusedError, match=r"2 would take about \d+ MiB") as raised:
             sandbox.fork(2)

@@ -298,7 +298,7 @@ class HeldSandbox(AnySandbox):
             why = "this object was disconnected from it"
             return BackendError("cannot use the sandbox", why, "Connect again", code="sandbox-lost")
         self.session.until(lambda: False, _ENDED_S)  # the end of a command may arrive before that of its sandbox
-        return super().gone() if self.session.over else _bad_answer(self.run)
+        return super().gone() if self.session.over and not _is_paused(self.run) else _bad_answer(self.run)
 
     def disconnect(self) -> None:
         """See `AnySandbox.disconnect`."""
@@ -322,7 +322,7 @@ class HeldSandbox(AnySandbox):
     def _started(self, execution: HeldExecution, wall_ms: int | None) -> Process:
         self.session.until(lambda: execution.order.id > 0 or execution.ended)
         if execution.problem is not None:
-            raise execution.problem
+            raise self._problem(execution.problem)
         if not execution.order.id:
             raise self.gone()
         command = Process(self, execution, wall_ms, str)  # the holder words its end
@@ -346,10 +346,15 @@ class HeldSandbox(AnySandbox):
         assert isinstance(execution, HeldExecution)  # noqa: S101 - for the type checker
         self._commands.pop(command.id, None)
         if execution.problem is not None:
-            raise execution.problem
+            raise self._problem(execution.problem)
         if execution.ending is None:
             raise self.gone()
         return execution.ending
+
+    def _problem(self, found: SandboxError) -> SandboxError:
+        """Return the error for a problem of a command: a sandbox that another client has paused is not lost."""
+        has_ended = found.code in {"sandbox-lost", "sandbox-closed"}
+        return _bad_answer(self.run) if has_ended and _is_paused(self.run) else found
 
     def at_end(self, call: Callable[[], object]) -> None:
         """See `AnySandbox.at_end`."""
@@ -426,6 +431,8 @@ def connect(run: str) -> socket.socket:
     try:
         connection = connected(all_runs() / run, SOCKET, _CONNECT_S)
     except OSError as exc:
+        if _is_paused(run):
+            raise _bad_answer(run) from exc
         why = "it has ended" if isinstance(exc, FileNotFoundError | ConnectionError) else exc.strerror or str(exc)
         raise BackendError(f"cannot connect to sandbox {run}", why, "Open a new sandbox", code="sandbox-lost") from exc
     close_on_fork.add(connection.fileno())
@@ -469,9 +476,13 @@ def status_of(run: str) -> Status | None:
     return None
 
 
+def _is_paused(run: str) -> bool:
+    return (record := record_of(run)) is not None and bool(record.paused)
+
+
 def _bad_answer(run: str) -> BackendError:
     what, why = "cannot use the sandbox", "the process that holds it has ended, or is of another version"
-    if (record := record_of(run)) is not None and record.paused:
+    if _is_paused(run):
         return BackendError(what, "it was paused", "Connect again", code="sandbox-lost")
     fix = (Command(f"x07 sandbox close {run}"), " closes it, with its changes; see also x07 sandbox list")
     return BackendError(what, why, fix, code="sandbox-lost")

@@ -500,7 +500,8 @@ class Sandbox:
         """
         opened = self._using()
         if isinstance(checkpoint, bool) or not isinstance(checkpoint, int):
-            raise bad_value("checkpoint", checkpoint, "a number that checkpoint() returned")
+            fix = "Pass a number that checkpoint() returned"
+            raise ArgumentError("cannot go back to the checkpoint", f"it is {checkpoint!r}", fix)
         run_uninterrupted(lambda: None, lambda: opened.rollback(checkpoint))
 
     def pause(self) -> None:

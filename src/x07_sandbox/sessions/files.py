@@ -119,4 +119,7 @@ class FileServer:
         return len(self._buffer.data)
 
     def _lost(self) -> BackendError:
-        return BackendError("cannot reach the files of the sandbox", "its file server has ended", "Open a new sandbox")
+        what, why = "cannot reach the files of the sandbox", "its file server has ended"
+        if self._session.over:
+            return BackendError(what, why, "Open a new sandbox")
+        return BackendError(what, f"{why}, by a program or because the sandbox was rolled back", "Try again")

@@ -395,6 +395,7 @@ class OpenSandbox(AnySandbox):
         """
         from x07_sandbox.sessions import snapshots  # few sandboxes are saved
 
+        snapshots.require_slots(forks)
         with self._saving:
             self.require_open()
             host_files = None if self._host_files is None else self._host_files.kept(folder)

@@ -21,6 +21,7 @@ from x07_sandbox.host.linux import spare_bytes
 from x07_sandbox.host.paths import raised_as
 from x07_sandbox.host.settings import MIB, __version__
 from x07_sandbox.policy.outcomes import Stage
+from x07_sandbox.records.admission import FORKS
 from x07_sandbox.sessions.execution import Execution
 from x07_sandbox.sessions.prepare import prepare
 from x07_sandbox.sessions.transfers import Backlog, Receivers, kept_streams
@@ -159,6 +160,13 @@ def require_snapshots(prepared: Prepared) -> Snapshots:
         why = f"the backend {prepared.backend.name} cannot save a running sandbox"
         raise RefusedError("cannot take a snapshot", why, "Use the backend qemu", code="no-snapshots")
     return found
+
+
+def require_slots(count: int) -> None:
+    """Raise RefusedError if *count* forks could never be open at once: each would wait for the others."""
+    if count > (most := FORKS.count()):
+        why, fix = f"{count} were asked for, and {most} may be open at once", "Make fewer, or set X07_VM_MAX_FORKS"
+        raise RefusedError("cannot fork the sandbox", why, fix, code="no-slot")
 
 
 def require_room(count: int, ram_bytes: int) -> None:

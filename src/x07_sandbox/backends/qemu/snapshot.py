@@ -32,7 +32,7 @@ from x07_sandbox.images.verify import FILE_MODE, copy_sparse
 FILES: Final = ("ram", "state", "disk")
 _WHAT: Final = "cannot take a snapshot of the VM"
 _ROOM: Final = "Free disk space, or set XDG_CACHE_HOME to a folder on a larger disk"
-_FDSET: Final = 9
+_MAGIC: Final = b"QEVM"  # a stream begins with it (migration/qemu-file-types.h)
 _STATE_BYTES: Final = 4 << 20  # of the device state; measured: 4.4 kB
 _ANSWER_S: Final = 5.0
 _LOOK_MS: Final = 5
@@ -67,13 +67,15 @@ class Capture:
         try:
             self._qmp.run("stop")
             try:
-                self._qmp.run("xen-save-devices-state", filename=f"/dev/fdset/{_FDSET}", live=False)
+                self._qmp.run("xen-save-devices-state", filename=f"/dev/fdset/{self._qmp.fdset}", live=False)
                 self._memory.copy(self._view)
                 with raised_as(BackendError, _WHAT, _ROOM):
                     copy_sparse(self._scratch_fd, self._disk_fd)
             finally:
                 self._qmp.run("cont")
-            self._qmp.run("remove-fd", **{"fdset-id": _FDSET})
+            self._qmp.run("remove-fd", **{"fdset-id": self._qmp.fdset})
+            if os.pread(stream_fd, len(_MAGIC), 0) != _MAGIC:
+                raise BackendError(_WHAT, "QEMU has not saved the state of its devices", "Try again")
             with raised_as(BackendError, _WHAT, _ROOM):
                 copy_sparse(stream_fd, self._state_fd)
                 for fd in (self._ram_fd, self._state_fd):  # for the uid of a fork's jail; the folder is private
@@ -112,6 +114,7 @@ class _Qmp:
         self._instance = instance
         self._file_fd = -1
         self._count = 0
+        self.fdset = int.from_bytes(os.urandom(4)) >> 1  # a set of its own: one that failed may have left its file
         if instance.start_mode == "cold":  # others were given commands before
             with contextlib.suppress(BackendError):  # also this one, by an earlier snapshot
                 self.run("qmp_capabilities")
@@ -122,7 +125,7 @@ class _Qmp:
         try:
             own = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_CLOEXEC)  # QEMU wants this mode of access
             try:
-                self.run("add-fd", (own,), **{"fdset-id": _FDSET})
+                self.run("add-fd", (own,), **{"fdset-id": self.fdset})
             finally:
                 os.close(own)
         except BaseException:
@@ -142,7 +145,7 @@ class _Qmp:
     def run(self, command: str, fds: tuple[int, ...] = (), /, **arguments: object) -> None:
         """Run a command, and wait for its answer. Raises BackendError if it fails or is late."""
         self._count += 1
-        name = f"{_FDSET}-{id(self)}-{self._count}"
+        name = f"{self.fdset}-{self._count}"
         line = json.dumps({"execute": command, "arguments": arguments, "id": name}).encode() + b"\n"
         self._instance.send_qmp(line, fds)
         qmp, deadline = self._instance.qmp, Deadline.after(_ANSWER_S)
