@@ -13,8 +13,9 @@ import pytest
 
 from tests.command import X07
 from tests.conftest import need
-from tests.vm.conftest import left_behind
+from tests.vm.conftest import copy_cache, left_behind
 from x07_sandbox import RefusedError, Sandbox, SandboxError, Snapshot, UsageError
+from x07_sandbox.backends.qemu.template import templates_dir
 from x07_sandbox.host.waiting import unix_ms
 
 if TYPE_CHECKING:
@@ -106,6 +107,25 @@ def test_a_fork_goes_on_with_everything_but_what_must_be_new(running: tuple[Sand
     assert left_behind(state) == []
 
 
+@pytest.mark.parametrize("place", ["fork", "rollback"])
+def test_a_flood_of_output_goes_on_in_forks_and_after_a_rollback(place: str) -> None:
+    """A program that writes as fast as it can is saved in the middle of it, and goes on everywhere."""
+    with Sandbox() as sandbox:
+        flood = sandbox.start(["yes"], detach=True)
+        assert flood.read(timeout_s=60).startswith(b"y\ny\n")
+        if place == "fork":
+            family = [sandbox, *sandbox.fork(3)]
+        else:
+            sandbox.rollback(sandbox.checkpoint())
+            family = [sandbox]
+        for one in family:
+            again = one.process(flood.id)
+            for _ in range(20):
+                assert set(again.read(timeout_s=60)) == set(b"y\n")
+        for one in family[1:]:
+            one.kill()
+
+
 def test_each_fork_has_its_own_changes_on_the_same_base(tmp_path: Path) -> None:
     """The changes of the best try are applied; those of another one then conflict, and so do those of the parent."""
     (tmp_path / "work").mkdir()
@@ -147,7 +167,7 @@ def test_what_is_kept_outlives_its_sandbox(tmp_path: Path) -> None:
         snapshot = parent.snapshot("prepared")
         assert (snapshot.name, snapshot.sandbox) == ("prepared", parent.id)
         parent.kill()
-    assert snapshot in Snapshot.list()
+    assert snapshot.id in {one.id for one in Snapshot.list()}
     with Sandbox(snapshot="prepared") as one, Sandbox(snapshot=snapshot) as other:
         assert one.shell("cat new.txt; echo $A").stdout == b"prepared\n1\n"
         assert other.close().changes.state == "applied"
@@ -170,7 +190,7 @@ def test_a_snapshot_is_private_and_replaces_one_of_its_name() -> None:
         first, second = parent.snapshot("again"), parent.snapshot("again")
         assert [one.id for one in Snapshot.list() if one.name == "again"] == [second.id]
         assert Snapshot.find("again").id == second.id != first.id
-        (folder,) = Path(os.environ["XDG_CACHE_HOME"]).glob(f"x07-sandbox/templates/{second.id}*")
+        (folder,) = templates_dir().glob(f"{second.id}*")
         assert folder.stat().st_mode & 0o777 == 0o700
         assert (folder / "sandbox").stat().st_mode & 0o777 == 0o600
         second.remove()
@@ -220,6 +240,8 @@ def test_a_held_sandbox_is_forked_and_rolled_back_through_its_holder(state: Path
     running = second.start(["sleep", "600"])
     first.rollback(point)
     assert running.wait(60).reason_code == "rolled-back"
+    with pytest.raises(SandboxError, match=r"Sandbox.process\(id\)"):
+        echo.wait(60)
     assert second.files.read("f") == b"one"
     again = first.process(echo.id)
     again.write(b"more\n")
@@ -331,8 +353,10 @@ def wait_until(holds: Callable[[], bool]) -> None:
         time.sleep(0.1)
 
 
-def test_a_snapshot_waits_for_nobody_and_refuses_half_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_snapshot_waits_for_nobody_and_refuses_half_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No snapshot is taken while a file is on its way in, and no more forks start than memory can hold."""
+    copy_cache(tmp_path / "cache")  # whose slots are free
+    monkeypatch.setenv("X07_VM_CACHE_DIR", str(tmp_path / "cache"))
     with Sandbox() as sandbox:
         server = sandbox._open.file_server()  # noqa: SLF001 - a client that stops halfway
         server._write(b"\0\0\0\7")  # noqa: SLF001
@@ -343,6 +367,11 @@ def test_a_snapshot_waits_for_nobody_and_refuses_half_a_file(monkeypatch: pytest
         with pytest.raises(RefusedError, match="3 were asked for, and 2 may be open") as full:
             sandbox.fork(3)
         assert full.value.code == "no-slot"
+        monkeypatch.setenv("X07_VM_MAX_FORKS", "1")
+        (fork,) = sandbox.fork()
+        with fork, pytest.raises(SandboxError, match="forks of sandboxes are open"):
+            sandbox.fork(wait_s=0)
+        monkeypatch.setenv("X07_VM_MAX_FORKS", "2")
         monkeypatch.setattr("x07_sandbox.sessions.snapshots.spare_bytes", lambda: 100 << 20)
         with pytest.raises(RefusedError, match=r"2 would take about \d+ MiB") as raised:
             sandbox.fork(2)

@@ -93,19 +93,24 @@ class Agent:
             if fd != self.connection.fd:
                 if sandbox is not None:
                     sandbox.handle(fd, mask)
-                continue
-            events = self.connection.read() if mask & (select.POLLIN | select.POLLHUP) else []
-            if events is None:
+            elif mask & (select.POLLIN | select.POLLHUP) and not self._receive():
                 return False
-            try:
-                for event in events:
-                    self._attempt(self._take, event)
-            except PeerError:
-                if self.link.state is not State.FAILED:  # else the host does not know of the failure yet
-                    raise
+            if self.link.state is State.HELD:  # nothing may be sent any more, so nothing else is handled
+                break
         if self.sandbox is not None and self.link.state is not State.HELD:
             self._attempt(self.sandbox.tick)
         return self.connection.flush()
+
+    def _receive(self) -> bool:
+        """Handle what the host has sent. Return False when it has disconnected."""
+        events = self.connection.read()
+        try:
+            for event in events or ():
+                self._attempt(self._take, event)
+        except PeerError:
+            if self.link.state is not State.FAILED:  # else the host does not know of the failure yet
+                raise
+        return events is not None
 
     def _attempt(self, call: Callable[..., object], *args: object) -> None:
         try:

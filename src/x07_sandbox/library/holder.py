@@ -61,7 +61,7 @@ from x07_sandbox.records.runs import SOCKET, all_runs
 from x07_sandbox.sessions.command import caller
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from x07_sandbox.library.held_messages import Answer
     from x07_sandbox.sessions.command import Process
@@ -182,9 +182,12 @@ class Holder:
                 from x07_sandbox.library.forks import fork_runs  # few sandboxes are forked
 
                 runs = fork_runs(opened, request.count, request.given, flags=request.flags)
-                client.send(Forked(runs=tuple(runs)))
+                self._deliver(client, Forked(runs=tuple(runs)), partial(_discard, runs))
             case TakeSnapshot():
-                client.send(Taken(what=opened.snapshot(request.name)))
+                from x07_sandbox.library.snapshots import Snapshot  # as above
+
+                taken = opened.snapshot(request.name)
+                self._deliver(client, Taken(what=taken), Snapshot.find(taken).remove)
             case TakeCheckpoint():
                 client.send(Taken(what=str(opened.checkpoint())))
             case Rollback():
@@ -197,6 +200,16 @@ class Holder:
                 self.server.end()
             case _:
                 raise ValueError("no request")
+
+    @staticmethod
+    def _deliver(client: _Client, answer: Answer, undo: Callable[[], object]) -> None:
+        """Send an answer, or undo what it is about if nobody would learn of it."""
+        try:
+            if client.has_left():
+                raise BrokenPipeError
+            client.send(answer)
+        except OSError:
+            undo()
 
     def _status(self) -> Status:
         session = self._opened.session
@@ -230,13 +243,25 @@ class Holder:
                 client.send(End.of(command.ending()))
         except OSError:
             gone.set()
+        except SandboxError as exc:  # such as a rollback
+            with contextlib.suppress(OSError):
+                client.send(Problem.of(exc))
+            gone.set()
         caller.gone = None
-        if gone.is_set() and not command.execution.order.detached:
+        if gone.is_set() and not command.execution.order.detached and not command.execution.replaced:
             command.kill()
             if not service and command.until(_ENDED_S):
                 command.ending()
         with contextlib.suppress(OSError):
             client.connection.shutdown(socket.SHUT_RDWR)  # ends `recv`
+
+
+def _discard(runs: Sequence[str]) -> None:
+    from x07_sandbox.library.held import ask  # as above
+
+    for one in runs:
+        with contextlib.suppress(SandboxError):
+            ask(one, Finish(changes="discard"), within_s=None)
 
 
 def _receive(client: _Client, command: Process, gone: threading.Event) -> None:

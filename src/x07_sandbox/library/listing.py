@@ -105,7 +105,7 @@ def connect_to(word: str, *, flags: bool = False) -> HeldSandbox:
 
 def require_new_name(name: str) -> None:
     """Raise UsageError if an open sandbox has this name."""
-    for run in _held(name) if name else ():
+    for run in [*_held(name), *_paused(name)] if name else ():
         fix = ("Use another name, or close that sandbox: ", Command(f"x07 sandbox close {name}"))
         raise UsageError("cannot open the sandbox", f"sandbox {run} has the name {name}", fix, code="name-taken")
 

@@ -63,7 +63,7 @@ def _fork(snapshot: object, given: Mapping[str, Any], life: Life, caller: RunCal
     from x07_sandbox.sessions.snapshots import read
 
     if more := sorted(given.keys() - {*_OF_FORKS, "snapshot"}):
-        flags = [Flag(BY_KEYWORD[name].flag if name in BY_KEYWORD else f"--{name}") for name in more]
+        flags = [Flag(BY_KEYWORD[name].flag) if name in BY_KEYWORD else name for name in more]
         why = (*listed(flags, " and "), " cannot be given for a sandbox that starts from a snapshot")
         raise UsageError("cannot open the sandbox", why, ("Omit ", *listed(flags, " and ")))
     folder = folder_of(snapshot)

@@ -133,7 +133,9 @@ class OpenSandbox(AnySandbox):
             self.prepared, self._host_files = planned(request, None, caller, self._draft, self._folder, stack)
             spec = described(self.prepared, None, self._host_files, self._draft, stack)
         else:
-            self.prepared, self._host_files = saved.reopened(snapshot, caller, self._draft, self._folder, stack)
+            self.prepared, self._host_files = saved.reopened(
+                request, snapshot, caller, self._draft, self._folder, stack
+            )
             changes = None if self._host_files is None else self._host_files.incoming
             spec = replace(saved.spec, receivers=Receivers(changes=changes))
             fork, slots, adopted = saved.fork(snapshot), FORKS, [one.execution() for one in saved.commands]

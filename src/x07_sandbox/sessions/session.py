@@ -142,7 +142,7 @@ class Session:
 
     def stop(self, execution: Execution, number: int = signal.SIGKILL) -> None:
         """Send a signal to a command, if it has not ended. SIGKILL goes to all its processes."""
-        if execution.ended or self._over or execution.asked_to_stop:
+        if execution.ended or self._over or execution.asked_to_stop or execution.replaced:
             return
         if number == signal.SIGKILL:
             self._stop(execution)

@@ -118,10 +118,19 @@ class SavedSandbox(NamedTuple):
         return Fork(folder, Link.resumed(self.link))
 
     def reopened(
-        self, folder: Path, caller: RunCaller, draft: Draft, own: RunFolder, stack: contextlib.ExitStack
+        self,
+        request: RunRequest,
+        folder: Path,
+        caller: RunCaller,
+        draft: Draft,
+        own: RunFolder,
+        stack: contextlib.ExitStack,
     ) -> tuple[Prepared, HostFiles | None]:
-        """Return the prepared request of a fork, and its host files. own: its run's folder. Raises SandboxError."""
-        prepared = prepare(self.request, None, replace(caller, policy=self.policy), draft, stack)
+        """Return the prepared request of a fork, and its host files. Raises SandboxError.
+
+        request: that of the sandbox, with the fork's own time to wait. own: the folder of its run.
+        """
+        prepared = prepare(request, None, replace(caller, policy=self.policy), draft, stack)
         prepared = replace(prepared, plan=self.plan)
         snapshots = require_snapshots(prepared)
         if self.key != snapshots.key(self.spec.kind(prepared.image)):
