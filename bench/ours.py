@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 
 from bench.figures import WrongRunError, expected
 from x07_sandbox.backends.base import MachineKind, greet
-from x07_sandbox.backends.qemu.hot import VARIABLE, hot_template, opened_hot
+from x07_sandbox.backends.qemu.hot import VARIABLE, hot_template
 from x07_sandbox.backends.qemu.start import QemuJob, start_qemu
-from x07_sandbox.backends.qemu.template import opened_template, template_for
+from x07_sandbox.backends.qemu.template import template_for
 from x07_sandbox.channel.messages import Exec
 from x07_sandbox.conformance.box import Box
 from x07_sandbox.host.arch import host_arch
@@ -150,8 +150,8 @@ class Floor:
         image = stack.enter_context(open_image(find_image(None)))
         self.kind = MachineKind(image=image, ram_bytes=ram_class_bytes(default_policy().limits.mem_bytes))
         template = template_for(self.kind, kvm=False)
-        self.saved = stack.enter_context(opened_template(template))
-        self.hot = stack.enter_context(opened_hot(hot_template(template)))
+        self.saved = stack.enter_context(template.opened())
+        self.hot = stack.enter_context(hot_template(template).opened())
         self.artifact = program.read_bytes()
 
     @contextlib.contextmanager
@@ -161,7 +161,7 @@ class Floor:
             Claim(run_id=new_run_id(), phase="bench", wall_ms=1000), backend="qemu", image_digest=digest
         )
         job = QemuJob(record=record, kind=self.kind, deadline_s=deadline_s)
-        with start_qemu(job, kvm=False, memory=self.hot if hot else self.saved) as instance:
+        with start_qemu(job, kvm=False, source=self.hot if hot else self.saved) as instance:
             yield instance
 
     def quit_seconds(self) -> float:

@@ -311,15 +311,16 @@ def test_templates_are_removed_with_their_image() -> None:
     part = {"file": "ram", "sha256": "0" * 64, "bytes": 1}
     for key, made in (("a" * 64, named), ("b" * 64, old)):
         (templates / key).mkdir(mode=0o700)
-        document: dict[str, object] = {"schema_version": "x07.sandbox.template@0.2.0", "key": key, "image": made.digest}
-        document |= {"ram": part, "state": part, "scratch": part, "scratch_disk": {"bytes": 1, "pieces": []}}
-        (templates / key / "template.json").write_text(json.dumps(document))
+        files = {"ram": part, "state": part, "scratch": part, "scratch_disk": {"bytes": 1, "pieces": []}}
+        document = {"schema_version": "x", "key": key, "image": made.digest, "made": {"type": "vm", **files}}
+        (templates / key / "manifest.json").write_text(json.dumps(document))
     valid, expired, foreign = (Verdict("verified", name) for name in ("valid", "expired", "foreign"))
     for verdict in (valid, foreign):
         verdict.write({"files": {}})
     expired.path.write_text('{"boot_id": "another", "files": {}}')
     foreign.path.rename(foreign.path.with_name("notes.json"))
     (templates / ".new-left").mkdir()
+    (templates / ".new-left" / "ram").touch()
     expected = {old.folder, templates / ("b" * 64), templates / ".new-left", expired.path}
     assert paths(swept(dry_run=True)) == {str(path) for path in expected}
     report = swept()

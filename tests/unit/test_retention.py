@@ -170,8 +170,9 @@ def test_sizes_add_up(tmp_path: Path) -> None:
             file.write(bytes(100_000))
             file.truncate(1 << 40)
         part = {"file": "ram", "sha256": "0" * 64, "bytes": 1}
-        written = {"schema_version": "x", "key": letter * 64, "image": made, "ram": part, "scratch": part}
-        (folder / "template.json").write_text(json.dumps(written | {"scratch_disk": {"bytes": 1, "pieces": []}}))
+        files = {"ram": part, "state": part, "scratch": part, "scratch_disk": {"bytes": 1, "pieces": []}}
+        written = {"schema_version": "x", "key": letter * 64, "image": made, "made": {"type": "vm", **files}}
+        (folder / "manifest.json").write_text(json.dumps(written))
     listed, counted = (json.loads(x07(tmp_path, *words, "--json").out) for words in (("image", "list"), ("df",)))
     sizes = {part["name"]: part["bytes"] for part in counted["parts"]}
     places = [store.images_dir(), store.images_dir().parent / "templates"]

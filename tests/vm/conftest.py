@@ -38,7 +38,7 @@ from x07_sandbox.sessions.transfers import OutFile
 from x07_sandbox.x07.programs import load_x07
 
 if TYPE_CHECKING:
-    from x07_sandbox.backends.qemu.template import Template
+    from x07_sandbox.backends.qemu.saved import Template
     from x07_sandbox.images.store import Image
     from x07_sandbox.sessions.result import Result
 

@@ -29,7 +29,10 @@ from typing import TYPE_CHECKING, Any
 from msgspec.structs import replace
 
 from x07_sandbox.backends.base import MachineKind, NoAnswerError, evidence_of, greet
-from x07_sandbox.backends.qemu.start import Hot, QemuJob, Warming, start_qemu
+from x07_sandbox.backends.qemu.hot import Dump, Restore, restored
+from x07_sandbox.backends.qemu.machine import Origin
+from x07_sandbox.backends.qemu.start import QemuJob, Source, start_qemu
+from x07_sandbox.backends.qemu.template import filled_from
 from x07_sandbox.channel.messages import Exec
 from x07_sandbox.errors import BackendError
 from x07_sandbox.host import settings
@@ -95,7 +98,7 @@ def swap(folder: Path, how: str) -> None:
 
 
 @contextlib.contextmanager
-def dumped(kind: MachineKind, arch: Arch) -> Iterator[Hot]:
+def dumped(kind: MachineKind, arch: Arch) -> Iterator[Source]:
     """The hostile program, dumped in a jail while it waits for its first word, as QEMU is for hot clones."""
     assert kind.image is not None
     head, disk = kind.image.fds["scratch"], kind.image.manifest.scratch_disk
@@ -108,12 +111,19 @@ def dumped(kind: MachineKind, arch: Arch) -> Iterator[Hot]:
         for fd in fds:
             stack.callback(os.close, fd)
         control, theirs = (stack.enter_context(end) for end in socket.socketpair())
-        saved: dict[str, Any] = {"scratch_fd": head, "scratch_disk": disk, "ram_fd": fds[0], "images_fd": fds[3]}
-        memory = Warming(**saved, state_fd=fds[1], disk_fd=fds[2], control=control, jail_fd=theirs.fileno())
+        fill, ram_fd = filled_from(head, disk), fds[0]
+        source = Source(
+            origin=Origin.WARMING,
+            files={"ram": ram_fd, "state": fds[1]},
+            ram_fd=ram_fd,
+            disk_fd=fds[2],
+            fill=fill,
+            criu=Dump(fds[3], control, theirs.fileno()),
+        )
         claim = Claim(run_id=new_run_id(), phase="template", wall_ms=1000)
         record = create_record(claim, backend="qemu", image_digest=kind.image_digest)
         job = QemuJob(record=record, kind=kind, deadline_s=60)
-        with start_qemu(job, kvm=False, arch=arch, memory=memory) as instance:
+        with start_qemu(job, kvm=False, arch=arch, source=source) as instance:
             instance.release()
             exe = Path()
             while exe != Path(arch.qemu_binary):
@@ -124,7 +134,7 @@ def dumped(kind: MachineKind, arch: Arch) -> Iterator[Hot]:
             control.sendall(b".")
             names = tuple(control.recv(4096).decode().split("\n"))
             assert len(names) > 1, instance.console_tail()
-        yield Hot(**saved, state_fd=None, names=names)
+        yield restored(ram_fd, fill, Restore(fds[3], names))
 
 
 @contextlib.contextmanager
@@ -140,8 +150,8 @@ def started(order: dict[str, Any]) -> Iterator[QemuInstance]:
         kind = MachineKind(image=image, ram_bytes=512 * settings.MIB)
         job = QemuJob(record=record, kind=kind, deadline_s=order.get("deadline_s", 120))
         arch = replace(host_arch(), qemu_binary=order["binary"], firmware=())
-        memory = stack.enter_context(dumped(kind, arch)) if order.get("hot") else None
-        with start_qemu(job, kvm=False, arch=arch, memory=memory) as instance:
+        source = stack.enter_context(dumped(kind, arch)) if order.get("hot") else None
+        with start_qemu(job, kvm=False, arch=arch, source=source) as instance:
             assert instance.supervisor is not None
             tell(
                 "started",

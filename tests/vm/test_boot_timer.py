@@ -13,7 +13,8 @@ import pytest
 from x07_sandbox.backends.base import MachineKind
 from x07_sandbox.backends.qemu import machine as machines
 from x07_sandbox.backends.qemu.backend import known_verdict
-from x07_sandbox.backends.qemu.template import Template, make_template, template_for
+from x07_sandbox.backends.qemu.saved import Template
+from x07_sandbox.backends.qemu.template import make_template, template_for
 from x07_sandbox.cli.main import main
 from x07_sandbox.errors import BackendError
 from x07_sandbox.host import settings

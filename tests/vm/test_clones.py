@@ -37,15 +37,7 @@ from x07_sandbox import Sandbox as Library
 from x07_sandbox.backends import base
 from x07_sandbox.backends.qemu.hot import IMAGES, VARIABLE
 from x07_sandbox.backends.qemu.instance import QemuInstance
-from x07_sandbox.backends.qemu.template import (
-    MANIFEST,
-    SUSPENDED,
-    Template,
-    TemplateManifest,
-    sealed,
-    sparse_sha256,
-    templates_dir,
-)
+from x07_sandbox.backends.qemu.saved import MANIFEST, SUSPENDED, Manifest, Template, sparse_sha256, templates_dir
 from x07_sandbox.cli.main import main
 from x07_sandbox.host import linux, settings, waiting
 from x07_sandbox.host.arch import ARCHES, host_arch
@@ -133,11 +125,12 @@ def test_a_program_cannot_change_the_saved_machine(sandbox: Sandbox, image: Imag
     ran = sandbox.behave("hog")
     assert starts(ran) == {"run": usual_start()}
     found = [json.loads(path.read_bytes()) | {"in": path.parent} for path in templates_dir().glob(f"*/{MANIFEST}")]
-    of_runs = [one for one in found if one["image"] == image.digest and one["ram"]["bytes"] == RAM_CLASSES[0]]
+    of_image = [one["made"] | {"in": one["in"]} for one in found if one["image"] == image.digest]
+    of_runs = [one for one in of_image if "ram" in one and one["ram"]["bytes"] == RAM_CLASSES[0]]
     assert len(of_runs) >= 1 + (usual_start() == "hot")
     for made in of_runs:
         folder = made["in"]
-        for part in filter(None, (made["ram"], made["state"], made["scratch"])):
+        for part in filter(None, (made["ram"], made.get("state"), made["scratch"])):
             assert sha256(folder / part["file"]) == part["sha256"]
         for part in made.get("images", ()):
             assert sha256(folder / IMAGES / part["file"]) == part["sha256"]
@@ -208,11 +201,11 @@ def replace_part(folder: Path, name: str, data: bytes, *, update_manifest: bool)
     path = folder / name
     overwrite(path, data)
     if update_manifest:
-        made = msgspec.json.decode((folder / MANIFEST).read_bytes(), type=TemplateManifest)
-        part = msgspec.structs.replace(getattr(made, name), sha256=sha256(path))
+        manifest = msgspec.json.decode((folder / MANIFEST).read_bytes(), type=Manifest)
+        part = msgspec.structs.replace(getattr(manifest.made, name), sha256=sha256(path))
         (folder / MANIFEST).unlink()
-        (folder / MANIFEST).write_bytes(msgspec.json.encode(sealed(msgspec.structs.replace(made, **{name: part}))))
-        (folder / MANIFEST).chmod(0o444)
+        made = msgspec.structs.replace(manifest.made, **{name: part})
+        msgspec.structs.replace(manifest, made=made).write(folder)
 
 
 def test_a_damaged_machine_is_not_used(
@@ -239,7 +232,7 @@ def test_a_damaged_machine_is_not_used(
         assert (one.result().outcome, starts(one.result())) == ("ok", {"run": "clone"})
     assert left_behind(saved.state) == []
     made = json.loads((template_folder() / MANIFEST).read_bytes())
-    assert made["ram"]["bytes"] == RAM_CLASSES[0]
+    assert made["made"]["ram"]["bytes"] == RAM_CLASSES[0]
     assert sha256(template_folder() / "ram") == made["ram"]["sha256"] != damaged
 
 

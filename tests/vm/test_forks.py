@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
+import shutil
 import subprocess
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from msgspec.structs import replace
 
 from tests.command import X07
 from tests.conftest import need
 from tests.vm.conftest import copy_cache, left_behind
 from x07_sandbox import RefusedError, Sandbox, SandboxError, Snapshot, UsageError
-from x07_sandbox.backends.qemu.template import templates_dir
+from x07_sandbox.backends.qemu.saved import templates_dir
+from x07_sandbox.cli.main import main
 from x07_sandbox.host.waiting import unix_ms
+from x07_sandbox.images.store import encode_manifest, find_image, sealed, set_name
+from x07_sandbox.sessions.snapshots import SCHEMA
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -192,7 +198,7 @@ def test_a_snapshot_is_private_and_replaces_one_of_its_name() -> None:
         assert Snapshot.find("again").id == second.id != first.id
         (folder,) = templates_dir().glob(f"{second.id}*")
         assert folder.stat().st_mode & 0o777 == 0o700
-        assert (folder / "sandbox").stat().st_mode & 0o777 == 0o600
+        assert (folder / "sandbox.json").stat().st_mode & 0o777 == 0o600
         second.remove()
 
 
@@ -317,6 +323,94 @@ def test_a_paused_sandbox_has_its_past_and_its_time(tmp_path: Path) -> None:
     assert [kept for kept in Snapshot.list() if kept.sandbox == sandbox.id] == []
 
 
+def other_default() -> str:
+    """Let the name of the default image stand for another image, as `x07 image build` does. Return its digest."""
+    image = find_image(None)
+    manifest = sealed(replace(image.manifest, suite="another"))
+    folder = image.folder.with_name(manifest.digest.removeprefix("sha256:"))
+    shutil.copytree(image.folder, folder, copy_function=os.link)
+    (folder / "manifest.json").unlink()
+    (folder / "manifest.json").write_bytes(encode_manifest(manifest))
+    (folder / "manifest.json").chmod(0o444)
+    folder.chmod(0o700)
+    set_name("default", folder.name)
+    return manifest.digest
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of this test alone."""
+    copy_cache(tmp_path / "cache")
+    monkeypatch.setenv("X07_VM_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_a_paused_sandbox_goes_on_with_its_image(own_cache: Path, tmp_path: Path) -> None:
+    """After the image was rebuilt and the old one pruned, a paused sandbox goes on, and applies its changes."""
+    (tmp_path / "work").mkdir()
+    sandbox, old = Sandbox.create(workdir=tmp_path / "work"), find_image(None).digest
+    sandbox.files.write("new.txt", b"of the sandbox\n")
+    sandbox.pause()
+    assert other_default() != old
+    assert main(["prune"]) == 0
+    assert main(["image", "rm", "default"]) == 0
+    again = Sandbox.connect(sandbox.id)
+    assert again.files.read("new.txt") == b"of the sandbox\n"
+    assert again.close().changes.state == "applied"
+    assert (tmp_path / "work" / "new.txt").read_text() == "of the sandbox\n"
+    assert main(["prune"]) == 0
+    assert not (own_cache / "images" / old.removeprefix("sha256:")).exists()
+
+
+def test_a_paused_sandbox_that_cannot_go_on_gives_its_changes_back(
+    own_cache: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A paused sandbox that this version cannot resume says so, and closing it saves the changes that it had made."""
+    (tmp_path / "work").mkdir()
+    sandbox = Sandbox.create(workdir=tmp_path / "work", name="old")
+    sandbox.files.write("new.txt", b"of the sandbox\n")
+    sandbox.pause()
+    (path,) = templates_dir().glob("*/sandbox.json")
+    path.write_bytes(path.read_bytes().replace(SCHEMA.encode(), b"x07.sandbox.moment@9.9.9"))
+    with pytest.raises(RefusedError, match="another version of x07-sandbox") as raised:
+        Sandbox.connect("old")
+    assert (raised.value.code, sandbox.id in str(raised.value)) == ("snapshot-outdated", True)
+    assert main(["sandbox", "close", "old", "--json"]) == 125
+    result = json.loads(capfd.readouterr().out)
+    assert (result["run"], result["reason_code"]) == (sandbox.id, "snapshot-outdated")
+    assert (result["changes"]["state"], result["changes"]["added"]) == ("kept", 1)
+    assert [one.id for one in Sandbox.list()] == []
+    assert main(["apply", sandbox.id]) == 0
+    assert (tmp_path / "work" / "new.txt").read_text() == "of the sandbox\n"
+    assert [*templates_dir().glob("*/sandbox.json")] == []
+    del own_cache
+
+
+def test_a_description_of_a_snapshot_executes_nothing(own_cache: Path) -> None:
+    """What somebody writes into the cache in the place of a description is refused, and not executed."""
+    with Sandbox() as sandbox:
+        sandbox.snapshot("kept")
+    (path,) = templates_dir().glob("*/sandbox.json")
+    good = path.read_bytes()
+    evil = pickle.dumps(Evil(own_cache / "executed"))
+    for bad in (evil, b"", good[:-2], b'{"schema_version": 1}', good.replace(b'"qemu"', b"7", 1), b"[" * 100_000):
+        path.write_bytes(bad)
+        with pytest.raises(RefusedError, match="cannot use the snapshot") as raised:
+            Sandbox(snapshot="kept")
+        assert raised.value.code == "snapshot-outdated"
+    assert not (own_cache / "executed").exists()
+
+
+class Evil:
+    """An object whose pickle makes a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
+        return os.mkdir, (str(self.path),)
+
+
 def test_a_full_disk_is_an_error_and_the_sandbox_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A snapshot that does not fit says so, leaves no files, and holds no programs."""
     need(os.geteuid() == 0, "only root can mount a small file system", installable=False)
@@ -326,7 +420,7 @@ def test_a_full_disk_is_an_error_and_the_sandbox_goes_on(tmp_path: Path, monkeyp
         subprocess.run(["/usr/bin/mount", "-t", "tmpfs", "-o", "size=100m,mode=0700", "none", place], check=True)
         try:
             with monkeypatch.context() as patch:
-                patch.setattr("x07_sandbox.backends.qemu.template.templates_dir", lambda: place)
+                patch.setattr("x07_sandbox.backends.qemu.saved.templates_dir", lambda: place)
                 for call in (sandbox.fork, sandbox.snapshot, sandbox.checkpoint):
                     with pytest.raises(SandboxError, match="No space left on device"):
                         call()

@@ -29,7 +29,8 @@ from tests.vm.conftest import (
     run_vm,
     usual_start,
 )
-from x07_sandbox.backends.qemu import hot, template
+from x07_sandbox.backends.qemu import hot
+from x07_sandbox.backends.qemu import saved as store
 from x07_sandbox.backends.qemu.machine import Paths
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import host_arch
@@ -196,12 +197,12 @@ def own_cache(
 def remove_processes() -> None:
     """Remove all saved processes."""
     for folder in process_folders():
-        template.remove_template(folder)
+        store.remove(folder)
 
 
 def process_folders() -> list[Path]:
     """The saved processes."""
-    return [folder for folder in template.templates_dir().iterdir() if (folder / hot.IMAGES).is_dir()]
+    return [folder for folder in store.templates_dir().iterdir() if (folder / hot.IMAGES).is_dir()]
 
 
 @pytest.fixture
@@ -209,9 +210,9 @@ def saved(own_cache: tuple[Path, Path], sandbox: Sandbox, monkeypatch: pytest.Mo
     """Runs with that cache and one saved process, intact whatever earlier tests did to it."""
     cache, aside = own_cache
     monkeypatch.setenv("X07_VM_CACHE_DIR", str(cache))
-    forget(template.SUSPENDED)
+    forget(store.SUSPENDED)
     remove_processes()
-    copy_saved(aside, template.templates_dir() / aside.name)
+    copy_saved(aside, store.templates_dir() / aside.name)
     return sandbox
 
 
@@ -268,7 +269,7 @@ def test_a_process_is_used_for_some_hours(saved: Sandbox, monkeypatch: pytest.Mo
     """After some hours, and after a reboot, a process is saved again and the old one removed; others do not wait."""
     before = process_folders()
     monkeypatch.setattr(settings, "HOT_S", settings.HOT_S / 1e6)
-    with file_lock(template.templates_dir() / ".lock"):
+    with file_lock(store.templates_dir() / ".lock"):
         start, warnings = start_of(saved)
     assert start == "clone"
     assert [text for text in warnings if "another process is saving one" in text]
@@ -282,7 +283,7 @@ def test_the_limits_of_a_shell_do_not_spoil_a_saved_process(saved: Sandbox, limi
     """A run in a shell with lower limits works, and others still use their saved process."""
     (folder,) = process_folders()
     argv = ["/bin/sh", "-c", f'{limit}; exec "$@"', "sh", shutil.which("x07") or "x07", "exec", "--", "/bin/true"]
-    with contextlib.nullcontext() if FULL else file_lock(template.templates_dir() / ".lock"):  # saves none of its own
+    with contextlib.nullcontext() if FULL else file_lock(store.templates_dir() / ".lock"):  # saves none of its own
         done = subprocess.run(argv, check=False, capture_output=True)
     assert done.returncode == 0, done.stderr
     assert folder in process_folders()

@@ -24,7 +24,8 @@ pytestmark = [pytest.mark.vm, pytest.mark.usefixtures("state")]
 
 OURS: Final = """
 backends.base backends.jailed backends.prerequisites backends.qemu.backend backends.qemu.hot
-backends.qemu.instance backends.qemu.machine backends.qemu.start backends.qemu.template backends.registry
+backends.qemu.instance backends.qemu.machine backends.qemu.saved backends.qemu.start backends.qemu.template
+backends.registry
 channel.connection channel.contents channel.link channel.messages channel.streams
 cli.console cli.main cli.parser cli.run
 errors

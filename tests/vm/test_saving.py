@@ -20,7 +20,7 @@ from tests.conftest import need
 from tests.vm.conftest import BEHAVE, Artifacts, Sandbox, copy_cache, left_behind, marked, owners, usual_start
 from x07_sandbox import Pool
 from x07_sandbox.backends.qemu import hot
-from x07_sandbox.backends.qemu.template import SUSPENDED, remove_template, templates_dir
+from x07_sandbox.backends.qemu.saved import SUSPENDED, remove, templates_dir
 from x07_sandbox.cli.main import main
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import host_arch
@@ -60,7 +60,7 @@ def unsaved(cache: Path, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> I
     forget(SUSPENDED)
     forget(saving.SAVER)
     for folder in saved_processes():
-        remove_template(folder)
+        remove(folder)
     yield sandbox
     if (saver := the_saver()) is not None:
         with contextlib.suppress(ProcessLookupError):

@@ -308,20 +308,23 @@ class Cloning(Protocol):
 
 
 class Note(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What is known about a kept snapshot. name: chosen by the user, or "". sandbox: the id of the sandbox.
+    """What is known about a snapshot. name: chosen by the user, or "". sandbox: the id of the sandbox.
 
-    paused: whether the sandbox itself goes on from it.
+    folder: of that sandbox's run, whose record says whether it is paused.
+    keep: "kept" by the user, "paused" (the sandbox itself goes on from it), or "open", for a checkpoint of an open
+    sandbox.
     """
 
     id: str
     name: str
     sandbox: str
+    folder: str
     created_unix_ms: int
-    paused: bool = False
+    keep: Literal["kept", "paused", "open"] = "kept"
 
 
 class Kept(NamedTuple):
-    """A kept snapshot. folder: of its files. image: the digest of the image. bytes: its size on the disk."""
+    """A snapshot. folder: of its files. image: the digest of the image. bytes: its size on the disk."""
 
     note: Note
     folder: Path
@@ -338,11 +341,23 @@ class Capture(Protocol):
         """Pause the machine, save it, and let it run on. Raises BackendError; it then runs on, if it still can."""
 
 
+class SnapshotFolder(Protocol):
+    """A private folder for a snapshot. path: where it is now."""
+
+    path: Path
+
+    def keep(self, note: Note, kind: MachineKind) -> list[str]:
+        """Keep the snapshot, and remove what takes too much space then. Return remarks about that. Raises SandboxError.
+
+        It outlives the context of the folder, unless it is a checkpoint.
+        """
+
+
 class Snapshots(Protocol):
     """Snapshots of running machines, from which forks start (`Job.fork`)."""
 
-    def folder(self) -> AbstractContextManager[Path]:
-        """Make an empty private folder for a snapshot, which is removed at the end of the context. Raises HostError."""
+    def folder(self) -> AbstractContextManager[SnapshotFolder]:
+        """Make an empty folder for a snapshot, which is removed at the end of the context. Raises HostError."""
 
     def capture(self, instance: Instance, kind: MachineKind, folder: Path) -> AbstractContextManager[Capture]:
         """Prepare a snapshot of a running machine, in an empty private folder. Raises SandboxError."""
@@ -352,9 +367,6 @@ class Snapshots(Protocol):
 
         So nobody gives up a machine for a snapshot from which none starts.
         """
-
-    def keep(self, folder: Path, note: Note, kind: MachineKind) -> list[str]:
-        """Keep the snapshot in a `folder`, and remove what takes too much space then. Return remarks about that."""
 
     def kept(self) -> list[Kept]:
         """Return the kept snapshots, oldest first. Raises HostError."""

@@ -358,11 +358,11 @@ def _bare_row(image: Image | DamagedImage, problem: str | None, fix: str | None)
 
 def _remove(options: argparse.Namespace) -> int:
     from x07_sandbox.images.build import remove_images
-    from x07_sandbox.library.cleanup import prune_saved
+    from x07_sandbox.library.cleanup import images_in_use, prune_saved
     from x07_sandbox.records.pruning import Pruner
 
     pruner = Pruner(Progress("image rm"), dry_run=False)
-    removed, gone = remove_images(options.names, pruner)
+    removed, gone = remove_images(options.names, pruner, images_in_use())
     prune_saved(pruner, gone)
     done = pruner.report()
     report = RemoveReport(

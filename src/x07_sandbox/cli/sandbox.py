@@ -36,7 +36,7 @@ from x07_sandbox.cli.parser import (
     variable,
     whole_number,
 )
-from x07_sandbox.errors import BackendError, Cancelled, SandboxError, UsageError
+from x07_sandbox.errors import BackendError, Cancelled, RefusedError, SandboxError, UsageError
 from x07_sandbox.errors import Command as CommandText
 from x07_sandbox.host.settings import FILES_S, LIFETIME_MAX_S, OUTPUT_MAX_BYTES
 from x07_sandbox.host.waiting import write_all
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 
     from x07_sandbox.library.held import HeldSandbox
     from x07_sandbox.sessions.command import Ended, FileInfo, Kept, Process, StreamName
+    from x07_sandbox.sessions.result import Result
 
 _EPILOG: Final = """A sandbox is a VM that stays open for many commands. It outlives the command that opened it. It ends
 when it is closed, at the end of its lifetime, or when it was idle for too long. SANDBOX stands for its id, the first
@@ -274,13 +275,8 @@ def _list(options: argparse.Namespace) -> int:
 def _close(options: argparse.Namespace) -> int:
     from x07_sandbox.cli.messages import say_changes
     from x07_sandbox.cli.outputs import print_result
-    from x07_sandbox.library.listing import connect_to
 
-    opened = connect_to(options.sandbox, flags=True)
-    progress = LiveLine()
-    progress("closing the sandbox")
-    result = opened.finish(options.changes)
-    progress("")
+    result = _closed(options)
     if options.json and not options.quiet_json:
         return print_result(result)
     if result.changes.state != "none":
@@ -290,6 +286,25 @@ def _close(options: argparse.Namespace) -> int:
 
         say_denials(replace(result, denials=denials))
     return result.x07_exit_code
+
+
+def _closed(options: argparse.Namespace) -> Result:
+    from x07_sandbox.library.listing import connect_to, find_sandbox
+
+    progress = LiveLine()
+    progress("closing the sandbox")
+    try:
+        return connect_to(options.sandbox, flags=True).finish(options.changes)
+    except RefusedError as exc:
+        from x07_sandbox.library.snapshots import close_lost  # most sandboxes can go on
+        from x07_sandbox.sessions.snapshots import OUTDATED
+
+        if exc.code != OUTDATED:
+            raise
+        say(f"{exc.what}: {exc.why}")
+        return close_lost(find_sandbox(options.sandbox), options.changes, exc)
+    finally:
+        progress("")
 
 
 def _parts(path: str) -> tuple[str, str]:

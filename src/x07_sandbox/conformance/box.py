@@ -199,7 +199,7 @@ def forked(bench: Bench, box: Box, command: Command) -> Iterator[tuple[Box, Comm
     assert snapshots is not None  # noqa: S101 - else the behaviour is a gap
     assert box.kind is not None  # noqa: S101 - `opened` has set it
     with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(snapshots.folder())
+        folder = stack.enter_context(snapshots.folder()).path
         with snapshots.capture(box.instance, box.kind, folder) as capture:
             try:
                 box.session.hold()

@@ -74,7 +74,8 @@ SETTINGS: Final = (
         "saved_vms_mib",
         "MiB",
         "`8192`",
-        "How much disk space saved VMs and snapshots may take. Above it, x07 removes the least recently used ones.",
+        "How much disk space saved VMs, snapshots and checkpoints may take. Above it, x07 removes the least recently "
+        "used saved VMs and snapshots.",
     ),
     Setting("disk", "runs_days", "days", "`7`", "How long records of runs are kept after the run has ended."),
     Setting("disk", "runs_max", "number", "`1000`", "How many records of runs are kept. The newest ones stay."),

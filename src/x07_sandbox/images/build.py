@@ -132,8 +132,11 @@ def add_image(digest: str, pieces: Iterable[tuple[str, bytes]], progress: Callab
     return store.load(hexes)
 
 
-def prune_images(pruner: Pruner) -> set[str]:
-    """Remove unused images, and return their digests. Raises SandboxError if the image store cannot be used."""
+def prune_images(pruner: Pruner, in_use: Collection[str]) -> set[str]:
+    """Remove unused images, and return their digests. in_use: digests of images that snapshots need.
+
+    Raises SandboxError if the image store cannot be used.
+    """
     if not os.path.lexists(cache_dir() / "images"):
         return set()
     folder = store.images_dir()
@@ -146,6 +149,8 @@ def prune_images(pruner: Pruner) -> set[str]:
         for image in images:
             if not image.name and image.digest == text("X07_VM_GUEST_IMAGE_DIGEST"):
                 pruner.keep("image", image.folder, "X07_VM_GUEST_IMAGE_DIGEST refers to it")
+            elif not image.name and image.digest in in_use:
+                pruner.keep("image", image.folder, "a paused sandbox or a snapshot needs it")
             elif not image.name:
                 doomed.add(image.digest)
                 pruner.remove_own("image", image.folder, "it has no name", remove)
@@ -156,12 +161,12 @@ def prune_images(pruner: Pruner) -> set[str]:
         return doomed
 
 
-def remove_images(names: Collection[str], pruner: Pruner) -> tuple[dict[str, str], set[str]]:
+def remove_images(names: Collection[str], pruner: Pruner, in_use: Collection[str]) -> tuple[dict[str, str], set[str]]:
     """Remove the images called *names* and the bases of them alone. Return their digests, and those of removed images.
 
-    An image stays if it has another name or X07_VM_GUEST_IMAGE_DIGEST refers to it. Current runs keep the files that
-    they have open. Raises UsageError before any removal if an image does not exist, and SandboxError if the store
-    cannot be used.
+    An image stays if it has another name, X07_VM_GUEST_IMAGE_DIGEST refers to it, or it is in_use (see `prune_images`).
+    Current runs keep the files that they have open. Raises UsageError before any removal if an image does not exist,
+    and SandboxError if the store cannot be used.
     """
     folder = store.images_dir()
     with file_lock(folder / ".lock", on_wait=lambda: pruner.progress("waiting for an image build to end")):
@@ -173,8 +178,8 @@ def remove_images(names: Collection[str], pruner: Pruner) -> tuple[dict[str, str
         removed = {name: known.pop(name) for name in dict.fromkeys(names)}
         for name in removed:
             store.remove_name(name)
-        pinned = (text("X07_VM_GUEST_IMAGE_DIGEST") or "").removeprefix("sha256:")
-        doomed = set(removed.values()) - set(known.values()) - {pinned}
+        pinned = {one.removeprefix("sha256:") for one in (text("X07_VM_GUEST_IMAGE_DIGEST") or "", *in_use)}
+        doomed = set(removed.values()) - set(known.values()) - pinned
         made_of = {image.digest.removeprefix("sha256:"): image.manifest.base for image in store.list_images()}
         unneeded = {made_of[digest] for digest in doomed & made_of.keys()}
         unneeded -= {base for digest, base in made_of.items() if digest not in doomed}

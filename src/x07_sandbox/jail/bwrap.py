@@ -67,13 +67,15 @@ class Criu(msgspec.Struct, frozen=True, kw_only=True):
     INNER_UID for the job's uid. So each process restored from one dump has a uid of its own. In the user form,
     bubblewrap makes the user namespace, in which uid 0, which criu requires, stands for the user.
 
-    files: host paths of criu, perl and their libraries. images_fd: the folder of the dump.
+    files: host paths of criu, perl and their libraries. files_max: how many open files criu may have. images_fd: the
+    folder of the dump.
     userns_fd: a descriptor that the supervisor replaces by the user namespace, if root starts the jail.
     restores: (descriptor, criu's name for it) of the sockets and files that the restored process gets, or None to dump.
     control_fd, socket_fds, scratch_fd, open_files: for dumping; see data/criu.pl.
     """
 
     files: tuple[str, ...]
+    files_max: int
     images_fd: int
     userns_fd: int | None
     restores: tuple[tuple[int, str], ...] | None = None

@@ -79,7 +79,7 @@ def _sweep_changes(pruner: Pruner) -> None:
 def prune(parts: Collection[Part], *, progress: Callable[[str], None], dry_run: bool) -> PruneReport:
     """Remove unused files of the given *parts*. Raises SandboxError if a folder of this tool cannot be used."""
     pruner = Pruner(progress, dry_run=dry_run)
-    gone = prune_images(pruner) if "images" in parts else set()
+    gone = prune_images(pruner, images_in_use()) if "images" in parts else set()
     if {"images", "cache"} & set(parts):
         prune_saved(pruner, gone)
     if "cache" in parts:
@@ -87,6 +87,12 @@ def prune(parts: Collection[Part], *, progress: Callable[[str], None], dry_run: 
     if "runs" in parts:
         prune_records(pruner, unapplied=True)
     return pruner.report()
+
+
+def images_in_use() -> set[str]:
+    """Return the digests of the images that snapshots and paused sandboxes need. Raises SandboxError."""
+    found = (backend.snapshots for backend in map(create, BY_NAME))
+    return {kept.image for snapshots in found if snapshots is not None for kept in snapshots.kept()}
 
 
 def prune_saved(pruner: Pruner, gone: set[str]) -> None:

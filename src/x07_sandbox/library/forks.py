@@ -42,13 +42,13 @@ def _own_forks(
 ) -> list[tuple[OpenSandbox, Cancel]]:
     from x07_sandbox.library.opening import open_sandbox
 
-    with contextlib.ExitStack() as stack, opened.saved(count) as folder:
+    with contextlib.ExitStack() as stack, opened.saved(count) as place:
 
         def start() -> tuple[OpenSandbox, Cancel]:
             cancel = Cancel()
             cancels.append(cancel)
             stack.callback(cancel.close)
-            return open_sandbox({**given, "snapshot": folder}, cancel), cancel
+            return open_sandbox({**given, "snapshot": place.path}, cancel), cancel
 
         found = started(count, start, lambda one: one[0].finish("discard"))
         stack.pop_all()
@@ -60,7 +60,7 @@ def fork_runs(opened: OpenSandbox, count: int, given: Mapping[str, Any], *, flag
     from x07_sandbox.library.held import ask, create
     from x07_sandbox.library.held_messages import Create, Finish
 
-    with contextlib.closing(Cancel()) as cancel, opened.saved(count) as folder:
-        asked = Create({**given, "snapshot": folder}, None, flags=flags)
+    with contextlib.closing(Cancel()) as cancel, opened.saved(count) as place:
+        asked = Create({**given, "snapshot": place.path}, None, flags=flags)
         discard = Finish(changes="discard")
         return started(count, partial(create, asked, cancel.fd), partial(ask, request=discard, within_s=None))

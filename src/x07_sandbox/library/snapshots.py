@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
-from x07_sandbox.errors import ArgumentError, BackendError, Command, SandboxError, UsageError
+from x07_sandbox.errors import ArgumentError, BackendError, Command, ImageError, RefusedError, SandboxError, UsageError
 from x07_sandbox.reports.sandboxes import SnapshotRow
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from x07_sandbox.backends.base import Kept, Snapshots
+    from x07_sandbox.sessions.result import ChangesChoice, Result
 
 _T = TypeVar("_T")
 FORKS_MAX: Final = 256
@@ -29,7 +30,7 @@ class Snapshot(SnapshotRow, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     @staticmethod
     def list() -> Sequence[Snapshot]:
         """Return this user's snapshots, oldest first. Raises SandboxError."""
-        return [_described(kept) for _, kept in _all()]
+        return [_described(kept) for _, kept in _all("kept")]
 
     @staticmethod
     def find(word: str) -> Snapshot:
@@ -57,19 +58,19 @@ def _described(kept: Kept) -> Snapshot:
     )
 
 
-def _all(*, paused: bool = False) -> Iterator[tuple[Snapshots, Kept]]:
+def _all(keep: Literal["kept", "paused"]) -> Iterator[tuple[Snapshots, Kept]]:
     from x07_sandbox.backends.registry import BY_NAME, create
 
     for backend in map(create, BY_NAME):
         if (snapshots := backend.snapshots) is not None:
-            yield from ((snapshots, kept) for kept in snapshots.kept() if kept.note.paused == paused)
+            yield from ((snapshots, kept) for kept in snapshots.kept() if kept.note.keep == keep)
 
 
 def _found(word: str) -> tuple[Snapshots, Kept]:
     what, fix = f"cannot find snapshot {word}", ("To list all snapshots: ", Command("x07 snapshot list"))
     if not isinstance(word, str) or not word:
         raise ArgumentError("cannot find the snapshot", "its id is empty, or not a str", "Pass its id or its name")
-    every = [*_all()]
+    every = [*_all("kept")]
     found = [one for one in every if one[1].note.name == word][-1:]
     found = found or [one for one in every if len(word) >= _ID_LEAST and one[1].note.id.startswith(word)]
     if len(found) != 1:
@@ -79,20 +80,83 @@ def _found(word: str) -> tuple[Snapshots, Kept]:
 
 
 def resume(run: str) -> None:
-    """Let a sandbox that was paused go on, in a process of its own. Raises SandboxError."""
+    """Let a sandbox that was paused go on, in a process of its own. Raises SandboxError.
+
+    It is RefusedError with the code OUTDATED if the sandbox never can: see `close_lost`.
+    """
+    import shutil
+
     from x07_sandbox.host.waiting import Cancel
     from x07_sandbox.library.held import create
     from x07_sandbox.library.held_messages import Create
+    from x07_sandbox.records.runs import all_runs
+    from x07_sandbox.sessions.host_files import AT_PAUSE
+    from x07_sandbox.sessions.snapshots import OUTDATED
 
-    found = next((one for one in _all(paused=True) if one[1].note.sandbox == run), None)
-    if found is None:
-        why = "its snapshot was removed"
-        raise BackendError("cannot resume the sandbox", why, "Open a new sandbox", code="no-such-snapshot")
+    def lost(why: str) -> RefusedError:
+        fix = ("To close it and save the changes that it had made: ", Command(f"x07 sandbox close {run}"))
+        return RefusedError("cannot resume the sandbox", why, fix, code="snapshot-outdated")
+
+    if (found := _paused(run)) is None:
+        raise lost("its snapshot was removed")
     backend, kept = found
     with contextlib.closing(Cancel()) as cancel:
-        create(Create({"snapshot": kept.folder}, None, flags=False), cancel.fd)
+        try:
+            create(Create({"snapshot": kept.folder}, None, flags=False), cancel.fd)
+        except (RefusedError, ImageError) as exc:
+            if isinstance(exc, RefusedError) and exc.code != OUTDATED:
+                raise
+            raise lost(exc.why) from exc
+    shutil.rmtree(all_runs() / run / AT_PAUSE, ignore_errors=True)
     with contextlib.suppress(OSError):
         backend.drop(kept.folder)
+
+
+def _paused(run: str) -> tuple[Snapshots, Kept] | None:
+    return next((one for one in _all("paused") if one[1].note.sandbox == run), None)
+
+
+def close_lost(run: str, choice: ChangesChoice, error: SandboxError) -> Result:
+    """Close a paused sandbox whose VM cannot go on (`resume`). Return its result. Raises SandboxError.
+
+    The changes that it had when it was paused are saved, as after a run that did not end by itself.
+    """
+    import shutil
+
+    import msgspec
+    from msgspec.structs import replace
+
+    from x07_sandbox.host.paths import replace_file
+    from x07_sandbox.records.runs import SANDBOX, all_runs, record_of
+    from x07_sandbox.sessions.host_files import AT_PAUSE, CHANGES
+    from x07_sandbox.sessions.result import Changes, Draft
+    from x07_sandbox.sessions.run import ended, store_result, verdict_of
+    from x07_sandbox.sessions.saved_changes import find_saved, has_commits, summarize
+
+    folder, record = all_runs() / run, record_of(run)
+    draft = Draft(run)
+    if record is not None:
+        draft.set(backend=record.backend)
+        draft.set_digests(image=record.image)
+        draft.deny(*record.left_out)
+    changes = Changes()
+    if choice != "discard" and (folder / AT_PAUSE / "changes.json").is_file():
+        (folder / AT_PAUSE).rename(folder / CHANGES)
+        saved = find_saved(run).changes
+        if has_commits(saved) or any(root.changes for root in saved.roots):
+            changes = summarize(saved, "kept", error.why)
+        else:
+            shutil.rmtree(folder / CHANGES)
+    shutil.rmtree(folder / AT_PAUSE, ignore_errors=True)
+    draft.set(changes=changes)
+    result = ended(draft.result, verdict_of(error))
+    store_result(folder, result)
+    if record is not None:
+        replace_file(folder / SANDBOX, msgspec.json.encode(replace(record, paused="")))
+    if (found := _paused(run)) is not None:
+        with contextlib.suppress(OSError):
+            found[0].drop(found[1].folder)
+    return result
 
 
 def folder_of(snapshot: object) -> Path:

@@ -27,7 +27,7 @@ from x07_sandbox.host.processes import is_alive
 from x07_sandbox.host.user_settings import DiskLimits, disk_limits
 from x07_sandbox.host.waiting import Deadline, unix_ms
 from x07_sandbox.records.reader import StoredJob, read_stored
-from x07_sandbox.records.runs import APPLYING, JOB_NAME, RUN_NAME, runner_instance, runs_dir, started_ms
+from x07_sandbox.records.runs import APPLYING, JOB_NAME, RUN_NAME, record_in, runner_instance, runs_dir, started_ms
 
 Part = Literal["images", "cache", "runs"]
 PartName = Literal["images", "templates", "cache", "runs", "records"]  # of `x07 df`
@@ -262,6 +262,8 @@ def _prune_run(folder: Path, of_jobs: list[Path], why: str, pruner: Pruner, *, d
     jobs = _jobs(of_jobs, pruner, days * settings.DAY_S)
     if any(job.ended is None for job in jobs) or is_locked(folder):
         return
+    if (sandbox := record_in(folder)) is not None and sandbox.paused and not unapplied:
+        return  # it has changes that may still be wanted
     changes = folder / "changes"  # applying or undoing changes writes in it, or in a folder for later changes
     touched = [path for path in (folder, changes, *changes.glob("later-*")) if os.path.lexists(path)]
     infos = [path.lstat() for path in touched] + [info for job in jobs for info in (job.info, job.ended_info) if info]

@@ -405,7 +405,12 @@ class SandboxRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 def record_of(run: str) -> SandboxRecord | None:
     """Return the record of a sandbox, or None if it has none."""
+    return record_in(all_runs() / run)
+
+
+def record_in(folder: Path) -> SandboxRecord | None:
+    """Return the record of the sandbox whose run has this folder, or None if it has none."""
     try:
-        return msgspec.json.decode((all_runs() / run / SANDBOX).read_bytes(), type=prepared(SandboxRecord))
+        return msgspec.json.decode((folder / SANDBOX).read_bytes(), type=prepared(SandboxRecord))
     except (OSError, msgspec.MsgspecError):
         return None

@@ -9,7 +9,7 @@ import shlex
 import shutil
 import tempfile
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Final, TypeVar
+from typing import IO, TYPE_CHECKING, Final, TypeVar
 
 import msgspec
 
@@ -76,7 +76,7 @@ from x07_sandbox.sessions.saved_changes import SavedChanges, has_commits, summar
 from x07_sandbox.sessions.transfers import ROOM, InFile, RunFolder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator
 
     from x07_sandbox.files.incoming import ReportedEntry
     from x07_sandbox.files.repository import History
@@ -89,18 +89,37 @@ _DENIALS_MAX: Final = 100
 _LETS_IN: Final[dict[Reason, str]] = {"hidden": "--allow-hidden", "link": "--allow-symlinks"}
 _GIT: Final = ".git"
 _HISTORY: Final = "history"
+CHANGES: Final = "changes"  # folders of a run
+AT_PAUSE: Final = "changes-at-pause"
 _GIT_ENTRIES: Final = 200_000  # files in a guest's `.git` that may change
 _LISTED: Final = 3
-_KEPT: Final = (
-    *("_request", "_policy", "_built_in", "_history", "_bounds", "trees", "copied", "_mounts", "areas", "_roots"),
-)
 _LINKS_MAX: Final = 40  # path_resolution(7): the kernel follows no more
+
+
+class SavedFiles(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a fork must know about the host files of a sandbox, whose VM has them.
+
+    policy_file: the path of the policy, or "" if it is no file. head, refs: see `History`; None without a history.
+    mounts, roots: each with the number of its tree; roots are those whose changes are wanted.
+    """
+
+    policy_file: str
+    head: str | None
+    refs: dict[str, str]
+    bounds: Bounds
+    trees: tuple[Tree, ...]
+    copied: tuple[Copied, ...]
+    mounts: tuple[tuple[int, Mount], ...]
+    areas: tuple[GuestMount, ...]
+    roots: tuple[tuple[int, Mount], ...]
 
 
 class HostFiles:
     """The host files of one run: copied in before the VM starts. The changes are applied or saved after its end."""
 
     files: list[InFile]
+    trees: list[Tree]
+    copied: list[Copied]
     _history: History | None = None
 
     def __init__(
@@ -108,39 +127,47 @@ class HostFiles:
         prepared: Prepared,
         folder: RunFolder,
         stack: contextlib.ExitStack,
-        kept: tuple[Mapping[str, Any], Path] | None = None,
+        saved: tuple[SavedFiles, Path] | None = None,
     ) -> None:
         """Copy the files for the guest. Raises SandboxError, such as EntriesError for too many entries.
 
-        kept: for a fork, whose VM has them already, what `kept` has returned, and the folder of the snapshot. Its
+        saved: for a fork, whose VM has them already, what `saved` has returned, and the folder of the snapshot. Its
         changes have the same base.
         """
         self._caller, self._stack = prepared.caller, stack
-        self._place = folder.path / "changes"
+        self._place = folder.path / CHANGES
+        self._request, self._policy = prepared.request, prepared.policy.policy
+        self._built_in = is_built_in(self._request.policy)
         self.files = []
-        if kept is None:
+        if saved is None:
             self._copy_in(prepared, folder)
         else:
-            values, snapshot = kept
-            vars(self).update(values)
-            if self._history is not None:
-                self._history = self._history._replace(store=self._new_store())
-                shutil.copytree(snapshot / _HISTORY, self._history.store)
+            self._copied_before(*saved)
         self._expect_changes()
 
+    def _copied_before(self, saved: SavedFiles, snapshot: Path) -> None:
+        self._policy_file, self._bounds = saved.policy_file, saved.bounds
+        self.trees, self.copied, self.areas = [*saved.trees], [*saved.copied], [*saved.areas]
+        self._mounts, self._roots = [*saved.mounts], [*saved.roots]
+        if saved.head is not None:
+            from x07_sandbox.files.repository import History  # few runs get one
+
+            self._history = History(saved.head, saved.refs, self._new_store())
+            shutil.copytree(snapshot / _HISTORY, self._history.store)
+
     def _new_store(self) -> Path:
-        store = self._place.parent / _HISTORY
+        store: Path = self._place.parent / _HISTORY
         self._stack.callback(shutil.rmtree, store, ignore_errors=True)
         return store
 
     def _copy_in(self, prepared: Prepared, folder: RunFolder) -> None:
-        request, program, policy = prepared.request, prepared.program, prepared.policy.policy
-        self._request, self._policy = request, policy
-        self._built_in = is_built_in(request.policy)
+        request, program, policy = self._request, prepared.program, self._policy
+        is_file = isinstance(request.policy, str | Path | ProjectPolicy) and not self._built_in
+        self._policy_file = str(real_path(Path()) / str(request.policy)) if is_file else ""
         self._bounds = bounds_of(policy, request.hide, request.reveal)
         roots = effective_roots(request, program, policy)
-        self.trees: list[Tree] = []
-        self.copied: list[Copied] = []
+        self.trees = []
+        self.copied = []
         left = settings.COPY_IN_MAX_BYTES
         waiting = list(trees_of(roots))
         while waiting:
@@ -178,11 +205,21 @@ class HostFiles:
         if self.incoming is not None:
             self._discard()
 
-    def kept(self, snapshot: Path) -> dict[str, Any]:
+    def saved(self, snapshot: Path) -> SavedFiles:
         """Return what a fork needs to know. snapshot: a folder, which gets what a guest's commits refer to."""
         if self._history is not None:
             shutil.copytree(self._history.store, snapshot / _HISTORY)
-        return {name: getattr(self, name) for name in _KEPT}
+        return SavedFiles(
+            policy_file=self._policy_file,
+            head=None if self._history is None else self._history.head,
+            refs={} if self._history is None else self._history.refs,
+            bounds=self._bounds,
+            trees=tuple(self.trees),
+            copied=tuple(self.copied),
+            mounts=tuple(self._mounts),
+            areas=tuple(self.areas),
+            roots=tuple(self._roots),
+        )
 
     def _receiver(self, data_fd: int) -> Incoming:
         entries = self._bounds.entries + sum(len(copied.nodes) for copied in self.copied)
@@ -198,13 +235,25 @@ class HostFiles:
         """
         with tempfile.TemporaryDirectory(dir=self._place.parent, prefix=".changes-") as folder:
             place = Path(folder)
-            with closing_fd(open_private_file(place / "data", os.O_RDWR | os.O_EXCL)) as data_fd:
-                incoming = self._receiver(data_fd)
-                receive(incoming)
-                if not incoming.complete:
-                    why = incoming.problem or "they were not sent"
-                    raise BackendError("cannot show the changes so far", why, "Close the sandbox with less changes")
-                yield SavedChanges(self._place.parent.name, place, self._checked(incoming, place, whole=False))
+            yield SavedChanges(self._place.parent.name, place, self._so_far(receive, place))
+
+    def save_at_pause(self, receive: Callable[[Incoming], object]) -> None:
+        """Save the changes of this moment, for a sandbox that cannot go on later. See `received`."""
+        if self.incoming is None:
+            return
+        place = self._place.with_name(AT_PAUSE)
+        shutil.rmtree(place, ignore_errors=True)
+        private_dir(place)
+        self._save(self._so_far(receive, place), place)
+
+    def _so_far(self, receive: Callable[[Incoming], object], place: Path) -> ChangeSet:
+        with closing_fd(open_private_file(place / "data", os.O_RDWR | os.O_EXCL)) as data_fd:
+            incoming = self._receiver(data_fd)
+            receive(incoming)
+            if not incoming.complete:
+                why = incoming.problem or "they were not sent"
+                raise BackendError("cannot show the changes so far", why, "Close the sandbox with less changes")
+            return self._checked(incoming, place, whole=False)
 
     def _copy_history(self, tree: Tree, out: IO[bytes]) -> Copied:
         """Write a new `.git` instead of the one on the host."""
@@ -308,7 +357,7 @@ class HostFiles:
         if not (has_commits(changes) or any(root.changes or root.left_out or root.refused for root in changes.roots)):
             self._discard()
             return Changes(state="discarded" if denials else "none"), denials, ""
-        self._save(changes)
+        self._save(changes, self._place)
         of_files, entries = denials_and_entries(changes, built_in=self._built_in)
         denials += of_files[:_DENIALS_MAX]
         if changes.all_or_nothing and (denials or any(root.refused for root in changes.roots)):
@@ -394,18 +443,15 @@ class HostFiles:
             )
 
     def _own(self, mount: Mount) -> list[str]:
-        policy = self._request.policy
-        if not isinstance(policy, (str, Path, ProjectPolicy)):
-            return []
         return [
             path.removeprefix(mount.host).lstrip("/")
-            for path in sorted(_way_to(str(policy)))
+            for path in sorted(_way_to(self._policy_file) if self._policy_file else ())
             if path == mount.host or path.startswith(f"{mount.host}/")
         ]
 
-    def _save(self, changes: ChangeSet) -> None:
+    def _save(self, changes: ChangeSet, place: Path) -> None:
         try:
-            replace_file(self._place / "changes.json", encode(changes))
+            replace_file(place / "changes.json", encode(changes))
         except OSError as exc:
             raise BackendError("cannot save the program's changes", exc.strerror or str(exc), ROOM) from exc
 

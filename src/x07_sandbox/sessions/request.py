@@ -22,7 +22,7 @@ from x07_sandbox.host.paths import is_folder, read_bounded
 from x07_sandbox.host.waiting import Caller
 from x07_sandbox.policy.decode import MAX_BYTES, decode_policy, default_policy, render_policy
 from x07_sandbox.policy.decode import MAX_BYTES as POLICY_MAX_BYTES
-from x07_sandbox.policy.model import Policy
+from x07_sandbox.policy.model import Limits, Policy
 from x07_sandbox.programs.toolchains import (
     PROJECT_FOLDER,
     SOURCE_FOLDER,
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from x07_sandbox.backends.registry import Choice
     from x07_sandbox.options import Option
     from x07_sandbox.policy.changes import FlagReach, LimitChanges, Overrides
-    from x07_sandbox.policy.model import Limits
 
     Loader = Callable[["RunRequest", "RunCaller", Path, contextlib.ExitStack], tuple["RunRequest", "Program"] | None]
     from x07_sandbox.files.pack import Packed

@@ -143,7 +143,7 @@ def attempt(request: RunRequest, caller: RunCaller, *, build_only: bool = False)
         with contextlib.ExitStack() as stack:
             folder = make_folder(request, caller, draft.result.run, stack)
             (_build_only if build_only else _run)(request, caller, draft, folder, stack)
-            store_result(folder, draft.result)
+            store_result(folder.path, draft.result)
             return draft.result, None
     except (SandboxError, OSError, MemoryError) as exc:
         return ended_by(exc, draft, caller)
@@ -165,9 +165,9 @@ def make_folder(
     return folder
 
 
-def store_result(folder: RunFolder, result: Result) -> None:
+def store_result(folder: Path, result: Result) -> None:
     """Store the result in the folder of its run."""
-    _store(folder.path / "result.json", msgspec.json.encode(result.document()))
+    _store(folder / "result.json", msgspec.json.encode(result.document()))
 
 
 def ended_by(exc: SandboxError | OSError | MemoryError, draft: Draft, caller: RunCaller) -> tuple[Result, SandboxError]:

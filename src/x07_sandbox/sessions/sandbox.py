@@ -16,7 +16,7 @@ import re
 import threading
 import time
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
 import msgspec
 from msgspec.structs import replace
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
+    from x07_sandbox.backends.base import SnapshotFolder
     from x07_sandbox.files.incoming import Incoming
     from x07_sandbox.policy.denials import Denial
     from x07_sandbox.policy.outcomes import Evidence
@@ -106,12 +107,13 @@ class OpenSandbox(AnySandbox):
         self._opened_at = time.monotonic()
         self._extended_s: float | None = None  # by the last `extend`
         self._points = itertools.count(1)
-        self._checkpoints: dict[int, tuple[Path, contextlib.ExitStack]] = {}
+        self._checkpoints: dict[int, tuple[SnapshotFolder, contextlib.ExitStack]] = {}
         self._stack.callback(self._drop_checkpoints)
         self._draft = Draft(self.run)
         if past is not None:
             self._life = past.life
-            self._reports, self._tried, self._memory_peak_bytes = [*past.reports], past.tried, past.memory_peak_bytes
+            self._reports, self._memory_peak_bytes = [*past.reports], past.memory_peak_bytes
+            self._tried = {(one.action, one.subject): one for one in past.tried}
         try:
             self._open(request, snapshot, saved)
         except (SandboxError, OSError, MemoryError) as exc:
@@ -137,7 +139,7 @@ class OpenSandbox(AnySandbox):
                 request, snapshot, caller, self._draft, self._folder, stack
             )
             changes = None if self._host_files is None else self._host_files.incoming
-            spec = replace(saved.spec, receivers=Receivers(changes=changes))
+            spec = saved.spec(Receivers(changes=changes))
             fork, slots, adopted = saved.fork(snapshot), FORKS, [one.execution() for one in saved.commands]
         numbers = (1 if fork is None else fork.link.last_command + 1, 1) if past is None else past.numbers
         self._numbers, self._instances = map(itertools.count, numbers)
@@ -279,38 +281,47 @@ class OpenSandbox(AnySandbox):
             self._write_record(self._extended_s)
 
     @contextlib.contextmanager
-    def saved(self, forks: int = 0) -> Iterator[Path]:
+    def saved(self, forks: int = 0) -> Iterator[SnapshotFolder]:
         """Save the sandbox in a folder that is removed at the end of the context. See `save`."""
         from x07_sandbox.sessions.snapshots import require_snapshots  # few sandboxes are saved
 
-        with require_snapshots(self.prepared).folder() as folder:
-            self.save(folder, forks)
-            yield folder
+        with require_snapshots(self.prepared).folder() as place:
+            self.save(place.path, forks)
+            yield place
 
     def snapshot(self, name: str) -> str:
         """See `AnySandbox.snapshot`."""
-        note = Note(id=os.urandom(6).hex(), name=name, sandbox=self.run, created_unix_ms=unix_ms())
-        with self.saved() as folder:
-            for remark in self._kept(folder, note):
-                self._caller.progress(Notice(remark))
-        return note.id
+        with self.saved() as place:
+            return self._kept(place, "kept", name).id
 
-    def _kept(self, folder: Path, note: Note) -> list[str]:
-        """Keep a snapshot of this sandbox. Return remarks."""
+    def _kept(self, place: SnapshotFolder, keep: Literal["kept", "paused", "open"], name: str = "") -> Note:
+        """Keep a snapshot of this sandbox."""
         from x07_sandbox.sessions.snapshots import read, require_snapshots  # as above
 
+        note = Note(
+            id=os.urandom(6).hex(),
+            name=name,
+            sandbox=self.run,
+            folder=str(self._folder.path),
+            created_unix_ms=unix_ms(),
+            keep=keep,
+        )
         backend, kind = require_snapshots(self.prepared), self._spec.kind(self.prepared.image)
-        backend.prove(read(folder).fork(folder), kind)
-        return backend.keep(folder, note, kind)
+        if keep != "open":  # its VM may be gone when a fork starts
+            backend.prove(read(place.path).fork(place.path), kind)
+        for remark in place.keep(note, kind):
+            self._caller.progress(Notice(remark))
+        return note
 
     def checkpoint(self) -> int:
         """See `AnySandbox.checkpoint`."""
         with contextlib.ExitStack() as stack:
-            folder = stack.enter_context(self.saved())
+            place = stack.enter_context(self.saved())
+            self._kept(place, "open")
             with self._starting:
                 self.require_open()
                 number = next(self._points)
-                self._checkpoints[number] = folder, stack.pop_all()
+                self._checkpoints[number] = place, stack.pop_all()
                 for old in [*self._checkpoints][:-CHECKPOINTS_KEPT]:
                     self._checkpoints.pop(old)[1].close()
         return number
@@ -327,7 +338,7 @@ class OpenSandbox(AnySandbox):
                 raise UsageError(
                     f"cannot go back to checkpoint {point}", why, "Use one that is kept", code="no-checkpoint"
                 )
-            folder, _ = self._checkpoints[point]
+            folder = self._checkpoints[point][0].path
             saved = snapshots.read(folder)
             fork, adopted = saved.fork(folder), [one.execution() for one in saved.commands]
 
@@ -353,15 +364,15 @@ class OpenSandbox(AnySandbox):
         """Save the sandbox for `AnySandbox.pause`, and end without a result. Raises SandboxError."""
         from x07_sandbox.sessions.snapshots import require_snapshots  # as above
 
-        note = Note(id=os.urandom(6).hex(), name="", sandbox=self.run, created_unix_ms=unix_ms(), paused=True)
         with self._finishing:
             self.require_open()
+            if self._host_files is not None:
+                self._host_files.save_at_pause(self._receive_changes)
             backend, left_s = require_snapshots(self.prepared), self.session.until_s - time.monotonic()
-            with backend.folder() as folder:
-                self.save(folder, past=partial(self._past, left_s))
+            with backend.folder() as place:
+                self.save(place.path, past=partial(self._past, left_s))
                 try:
-                    self._kept(folder, note)
-                    self._write_record(left_s, paused=note.id)
+                    self._write_record(left_s, paused=self._kept(place, "paused").id)
                 except BaseException:
                     with self.session.using():
                         self._loop.go_on()
@@ -381,10 +392,10 @@ class OpenSandbox(AnySandbox):
         return Past(
             reports=tuple(self._reports),
             net=self._job.connections(),
-            tried=self._tried,
+            tried=tuple(self._tried.values()),
             memory_peak_bytes=self._memory_peak_bytes,
             opened_unix_ms=self._opened_unix_ms,
-            life=self._life._replace(tags=dict(self._life.tags)),
+            life=self._life,
             left_s=left_s,
             numbers=(next(self._numbers), next(self._instances)),
         )
@@ -400,8 +411,8 @@ class OpenSandbox(AnySandbox):
         snapshots.require_slots(forks)
         with self._saving:
             self.require_open()
-            host_files = None if self._host_files is None else self._host_files.kept(folder)
-            saved = snapshots.saved_sandbox(self.run, self.prepared, self._spec, self.left_out, host_files)
+            files = None if self._host_files is None else self._host_files.saved(folder)
+            saved = snapshots.saved_sandbox(self.run, self.prepared, self._spec, self.left_out, files)
             kind, backend = self._spec.kind(self.prepared.image), snapshots.require_snapshots(self.prepared)
             with backend.capture(self._job.instance, kind, folder) as capture:
                 snapshots.require_room(forks, capture.ram_bytes)
@@ -413,13 +424,16 @@ class OpenSandbox(AnySandbox):
                             link, commands = self._loop.unended()
                             capture.take()
                             left = tuple(snapshots.SavedCommand.of(one) for one in commands)
-                            then = None if past is None else past()
-                            snapshots.write(saved._replace(link=link, commands=left, past=then), folder)
+                            saved = replace(saved, link=link, commands=left)
+                            if past is not None:
+                                snapshots.write(replace(saved, past=past()), folder)
                         except BaseException:
                             self._loop.go_on()
                             raise
                         if past is None:
                             self._loop.go_on()
+            if past is None:
+                snapshots.write(saved, folder)
 
     def changes(self) -> Diff:
         """See `AnySandbox.changes`."""
@@ -553,7 +567,7 @@ class OpenSandbox(AnySandbox):
         try:
             with self._saving, self._stack:
                 self._close(why, choice)
-                store_result(self._folder, draft.result)
+                store_result(self._folder.path, draft.result)
         except (SandboxError, OSError, MemoryError) as exc:
             draft.result, _ = ended_by(exc, draft, self._caller)
         self.result = draft.result

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
@@ -13,7 +14,7 @@ from x07_sandbox.host import settings, start_thread
 from x07_sandbox.host.waiting import Event
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator
 
     from x07_sandbox.channel.messages import Exec
     from x07_sandbox.sessions.execution import Execution

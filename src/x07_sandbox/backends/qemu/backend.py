@@ -35,11 +35,12 @@ from x07_sandbox.backends.base import (
 )
 from x07_sandbox.backends.prerequisites import KVM, NO_KVM, Need, check
 from x07_sandbox.backends.qemu import hot as processes
+from x07_sandbox.backends.qemu import saved as store
 from x07_sandbox.backends.qemu import start as starts
 from x07_sandbox.backends.qemu import template as templates
 from x07_sandbox.backends.qemu.instance import LeasedInstance, NotStartedError, QemuInstance, Streams
-from x07_sandbox.backends.qemu.start import QemuJob, Saved, start_qemu
-from x07_sandbox.backends.qemu.template import Template, TransientError
+from x07_sandbox.backends.qemu.saved import TransientError
+from x07_sandbox.backends.qemu.start import QemuJob, Source, start_qemu
 from x07_sandbox.channel.link import State
 from x07_sandbox.errors import BackendError, HostError, ImageError, SandboxError, worded
 from x07_sandbox.host import settings
@@ -55,6 +56,7 @@ from x07_sandbox.policy.features import Features, vm_features
 from x07_sandbox.policy.guest import RAM_CLASSES
 from x07_sandbox.records.runs import Claim, JobRecord, create_record, drop_unstarted
 
+Template = templates.VmTemplate | processes.ProcessTemplate
 _ANY_TIMER: Final = "timers in the {} VM may run late: its kernel measured the timer wrong, as in each earlier attempt"
 
 
@@ -160,7 +162,8 @@ class QemuBackend:
         number, last = next(tries)
         while True:
             with contextlib.ExitStack() as one:
-                instance = one.enter_context(self._started(replace(job, claim=claim, cold=cold), notes, any_timer=last))
+                source = None if cold else self._saved(job, one, notes)
+                instance = self._launched(replace(job, claim=claim), source, one, any_timer=last)
                 try:
                     cancel_fd = job.caller.cancel.fd
                     greet(instance, cancel_fd=cancel_fd, meanwhile=job.meanwhile, boot_s=self._boot_s)
@@ -193,11 +196,12 @@ class QemuBackend:
         from x07_sandbox.policy.outcomes import classify
 
         evidence = evidence_of(error.failure)
+        template = templates.template_for(job.kind, kvm=self._kvm)
         why = f"a clone of the saved VM did not answer ({classify(evidence).reason})"
         if evidence.killed:
-            notes["cold"] = _without_saved(job, "VM", why)
+            notes["cold"] = _without_saved(job, template, why)
         else:
-            templates.template_for(job.kind, kvm=self._kvm).suspend(why, transient=error.failure.transient)
+            template.suspend(why, transient=error.failure.transient)
         return evidence.killed
 
     def _restored(self, job: Job, stack: contextlib.ExitStack, notes: dict[str, str]) -> QemuInstance | None:
@@ -214,10 +218,8 @@ class QemuBackend:
                 make = partial(self._make_process, process, job.kind, job.caller, job.warm_up, wait=False)
             files, why_not = self._opened(process, make, job.caller, one, notes)
             if files is not None:
-                record = create_record(job.claim, backend=self.name, image_digest=job.kind.image_digest)
-                restored = QemuJob(record, job.kind, job.claim.deadline_s, ram_bytes=job.used_ram_bytes)
                 try:
-                    instance = one.enter_context(start_qemu(restored, kvm=False, memory=files))
+                    instance = self._launched(job, files, one)
                     greet(instance, cancel_fd=job.caller.cancel.fd, meanwhile=job.meanwhile)
                 except NoAnswerError as exc:
                     if exc.failure.kind == "cancelled":
@@ -233,25 +235,27 @@ class QemuBackend:
                     stack.push(one.pop_all())
                     return instance
         if why_not:
-            notes["hot"] = _without_saved(job, "process", why_not)
+            notes["hot"] = _without_saved(job, process, why_not)
         return None
 
-    @contextlib.contextmanager
-    def _started(self, job: Job, notes: dict[str, str], *, any_timer: bool) -> Iterator[QemuInstance]:
-        """Yield a blocked VM for *job*. notes: remarks for the user, which this function adds to."""
+    def _launched(
+        self, job: Job, source: Source | None, stack: contextlib.ExitStack, *, any_timer: bool = False
+    ) -> QemuInstance:
+        """Return a blocked VM for *job*, which *stack* ends. Raises SandboxError."""
         record = create_record(job.claim, backend=self.name, image_digest=job.kind.image_digest)
-        with contextlib.ExitStack() as stack:
-            stack.callback(drop_unstarted, record)
-            saved = None
-            if not job.cold:
-                template = templates.template_for(job.kind, kvm=self._kvm)
-                make = None if job.save_later else partial(self._make, template, job.kind, job.caller)
-                saved, why_not = self._opened(template, make, job.caller, stack, notes)
-                if why_not:
-                    notes.pop("hot", None)
-                    notes.setdefault("cold", _without_saved(job, "VM", why_not))
-            machine = QemuJob(record, job.kind, job.claim.deadline_s, any_timer=any_timer, ram_bytes=job.used_ram_bytes)
-            yield stack.enter_context(start_qemu(machine, kvm=self._kvm, memory=saved))
+        stack.callback(drop_unstarted, record)
+        machine = QemuJob(record, job.kind, job.claim.deadline_s, any_timer=any_timer, ram_bytes=job.used_ram_bytes)
+        return stack.enter_context(start_qemu(machine, kvm=self._kvm, source=source))
+
+    def _saved(self, job: Job, stack: contextlib.ExitStack, notes: dict[str, str]) -> Source | None:
+        """Return the files of a saved VM, made first if the job waits for it, or None. notes: as in `_restored`."""
+        template = templates.template_for(job.kind, kvm=self._kvm)
+        make = None if job.save_later else partial(self._make, template, job.kind, job.caller)
+        saved, why_not = self._opened(template, make, job.caller, stack, notes)
+        if why_not:
+            notes.pop("hot", None)
+            notes.setdefault("cold", _without_saved(job, template, why_not))
+        return saved
 
     def _opened(
         self,
@@ -260,20 +264,20 @@ class QemuBackend:
         caller: Caller,
         stack: contextlib.ExitStack,
         notes: dict[str, str],
-    ) -> tuple[Saved | None, str]:
+    ) -> tuple[Source | None, str]:
         """Return a template's files, made by *make* if there are none, or None and why there are none."""
         if reason := template.suspended():
             return None, reason
         damage = ""
         try:
-            if (files := stack.enter_context(_files_of(template))) is not None:
+            if (files := stack.enter_context(template.opened())) is not None:
                 return files, ""
         except HostError as exc:
             return None, f"{exc.what}: {exc.why}"  # temporary, as below
         except ImageError as exc:
             damage = f"{exc.what}: {exc.why}"
             caller.progress(damage)
-            templates.remove_template(template.folder)
+            store.remove(template.folder)
         if make is None:
             return None, damage
         started_at = time.monotonic()
@@ -309,11 +313,11 @@ class QemuBackend:
             notice = f"warming up a VM for {process.title}; later ones take less than half the time"
             make = partial(processes.make_hot, process, kind, saved, warm)
             with caller.cancel.waiting():
-                templates.ensure(process, make, notice, caller.progress, wait=wait)
+                store.ensure(process, make, notice, caller.progress, wait=wait)
 
     def prepare(self, kind: MachineKind, caller: Caller, warm_up: WarmUp) -> None:
         """Save a VM now, and a process if possible, even if saving is suspended. Raises SandboxError."""
-        forget(templates.SUSPENDED)
+        forget(store.SUSPENDED)
         self._make(templates.template_for(kind, kvm=self._kvm), kind, caller)
         if why_not := self.save(kind, caller, warm_up):
             caller.progress(f"no process could be saved: {why_not}")
@@ -324,7 +328,7 @@ class QemuBackend:
             return ""
         with contextlib.ExitStack() as stack:
             make = partial(self._make, best, kind, caller)
-            if best.noun == "process":
+            if isinstance(best, processes.ProcessTemplate):
                 make = partial(self._make_process, best, kind, caller, warm_up, wait=True)
             _, why_not = self._opened(best, make, caller, stack, {})
         if why_not and not best.suspended():  # otherwise each job would have it tried again
@@ -345,11 +349,8 @@ class QemuBackend:
         """Return a VM that was started from a snapshot. Raises NoAnswerError."""
         from x07_sandbox.backends.qemu.snapshot import opened_fork  # few jobs are forks
 
-        record = create_record(job.claim, backend=self.name, image_digest=job.kind.image_digest)
-        stack.callback(drop_unstarted, record)
-        files = stack.enter_context(opened_fork(fork.folder, job.kind))
-        machine = QemuJob(record, job.kind, job.claim.deadline_s, ram_bytes=job.used_ram_bytes)
-        instance = stack.enter_context(start_qemu(machine, kvm=self._kvm, memory=files))
+        source = stack.enter_context(opened_fork(fork.folder, job.kind))
+        instance = self._launched(job, source, stack)
         greet(instance, cancel_fd=job.caller.cancel.fd, meanwhile=job.meanwhile, link=fork.link)
         return instance
 
@@ -365,15 +366,14 @@ class QemuBackend:
         verdict = Verdict("snapshots", file_state(kind.arch.qemu_binary), self._kvm)
         if not verdict.read():
             with opened_fork(fork.folder, kind) as files:
-                vm = starts.own_vm(kind, "probe", settings.CLONE_S, kvm=self._kvm, any_timer=False, memory=files)
+                vm = starts.own_vm(kind, "probe", settings.CLONE_S, kvm=self._kvm, any_timer=False, source=files)
                 with vm as instance:
                     greet(instance, link=fork.link)
             verdict.write({"works": True}, transient=False)
 
-    folder = staticmethod(templates.temporary_folder)
-    keep = staticmethod(templates.keep_snapshot)
-    kept = staticmethod(templates.kept_snapshots)
-    drop = staticmethod(templates.delete_template)
+    folder = staticmethod(store.new_folder)
+    kept = staticmethod(store.kept_snapshots)
+    drop = staticmethod(store.delete)
 
     def capture(self, instance: Instance, kind: MachineKind, folder: Path) -> AbstractContextManager[Capture]:
         """Prepare a snapshot of a running VM."""
@@ -386,8 +386,8 @@ class QemuBackend:
         """Return the key of the saved VMs of this kind."""
         return templates.template_for(kind, kvm=self._kvm).key
 
-    prunable = staticmethod(templates.prunable)
-    saved_bytes = staticmethod(templates.saved_bytes)
+    prunable = staticmethod(store.prunable)
+    saved_bytes = staticmethod(store.saved_bytes)
     renew = staticmethod(templates.renew)
 
     def adopt(self, instance: Instance, claim: Claim, runner: Identity, ram_bytes: int) -> None:
@@ -409,19 +409,14 @@ def _ours(instance: Instance) -> QemuInstance:
     return instance
 
 
-def _files_of(template: Template) -> contextlib.AbstractContextManager[Saved | None]:
-    """Open the files of a saved process or VM. The context is None if there are none."""
-    return processes.opened_hot(template) if template.noun == "process" else templates.opened_template(template)
-
-
-def _made(template: Template, make: Callable[[], None], stack: contextlib.ExitStack) -> tuple[Saved | None, str]:
+def _made(template: Template, make: Callable[[], None], stack: contextlib.ExitStack) -> tuple[Source | None, str]:
     """Make a template and return its files, or None and the reason for the failure."""
     try:
         make()
-        return stack.enter_context(_files_of(template)), ""
+        return stack.enter_context(template.opened()), ""
     except NotStartedError as exc:  # temporary: another process may have the limits that this one lacks
         why = f"{exc.what}: {exc.why}"
-        return None, template.suspend(why, transient=True) if template.noun == "process" else why
+        return None, template.suspend(why, transient=True) if template.waits_for_host else why
     except (BackendError, ImageError) as exc:
         transient = isinstance(exc, TransientError)
         return None, template.suspend(f"{exc.what}: {exc.why}", transient=transient)
@@ -436,9 +431,8 @@ def _phase(job: Job) -> str:
     return job.claim.phase.partition("-")[0]  # later attempts have longer names
 
 
-def _without_saved(job: Job, noun: str, why: str) -> str:
-    done = "was cloned" if noun == "process" else "booted"
-    return f"the {_phase(job)} VM {done} without a saved {noun}: {why}"
+def _without_saved(job: Job, template: Template, why: str) -> str:
+    return f"the {_phase(job)} VM {template.done} without a saved {template.noun}: {why}"
 
 
 class Proof(NamedTuple):

@@ -1,7 +1,5 @@
 """Saved processes: a clone of a saved VM that has run warm-up programs, dumped with its QEMU by criu(8).
 
-cache/templates/<key>/{template.json,ram,scratch.head,images/*}
-
 Under emulation most of a clone's time goes into translating the guest's code, and a saved VM contains no translations.
 A saved QEMU process does. Each process restored from it shares the layout of QEMU's address space and the values that
 QEMU drew at its start, so it is made anew after each reboot of the host, and every few hours (`current_period`).
@@ -13,33 +11,33 @@ import os
 import resource
 import socket
 import stat
+import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import msgspec.structs
 
 from x07_sandbox.backends.base import Instance, MachineKind, NoAnswerError, greet, wait_for_exit
 from x07_sandbox.backends.qemu import start as starts
 from x07_sandbox.backends.qemu.instance import QemuInstance, hard_limit
-from x07_sandbox.backends.qemu.machine import QMP_PAUSE, Paths
-from x07_sandbox.backends.qemu.start import Hot, Saved, Warming
-from x07_sandbox.backends.qemu.template import (
+from x07_sandbox.backends.qemu.machine import QMP_PAUSE, Machine, Origin, Paths
+from x07_sandbox.backends.qemu.saved import (
     SCHEMA,
+    Manifest,
+    SavedProcess,
     Template,
-    TemplateManifest,
     TransientError,
-    await_qmp,
     current_period,
-    keep_disk,
     lack_of_space,
-    limit_s,
     new_file,
-    opened_manifest,
+    opened,
     seal,
     sparse_sha256,
     templates_dir,
 )
+from x07_sandbox.backends.qemu.start import CriuJob, Source
+from x07_sandbox.backends.qemu.template import await_qmp, filled_from, keep_disk, limit_s
 from x07_sandbox.errors import BackendError, HostError
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.linux import of_process
@@ -47,8 +45,15 @@ from x07_sandbox.host.paths import closing_fd, unnamed_file
 from x07_sandbox.host.variables import flag
 from x07_sandbox.host.verdicts import file_state
 from x07_sandbox.images.store import Part
-from x07_sandbox.images.verify import FOLDER_MODE, Subject, copy_sparse, opened_folder, opened_parts
-from x07_sandbox.jail.bwrap import CRIU, CRIU_NULL, DUMPED_PID, may_nest
+from x07_sandbox.images.verify import (
+    FOLDER_MODE,
+    OpenImage,
+    Subject,
+    copy_sparse,
+    opened_folder,
+    opened_parts,
+)
+from x07_sandbox.jail.bwrap import CRIU, CRIU_NULL, DUMPED_PID, PERL, Criu, may_nest
 from x07_sandbox.jail.forms import jail_form, needed_files
 from x07_sandbox.policy.decode import canonical_json
 
@@ -57,6 +62,8 @@ VARIABLE: Final = "X07_VM_NO_HOT_CLONES"
 _WHAT: Final = "cannot save a running VM"
 _FIX: Final = "Jobs clone a saved VM instead. See x07 doctor"
 _DUMP_S: Final = 30.0
+_SOCKETS_S: Final = 10.0
+_CRIU_FILES: Final = 1024  # open files; criu keeps some of its own under high numbers
 _CRIU_KILLED: Final = 75  # the exit status of data/criu.pl
 _FILES_MIN: Final = 512
 # Limits that the jail does not set (`instance.limits_of`).
@@ -85,35 +92,129 @@ def unsupported(*, kvm: bool) -> str:
     return next((why for found, why in obstacles if found), "")
 
 
-def hot_template(saved: Template) -> Template:
+class Dump(NamedTuple):
+    """The dump of a clone's process. images_fd: an empty folder for it.
+
+    control, jail_fd: the ends of a socket, ours and that of the jail's first process (jail/data/criu.pl).
+    """
+
+    images_fd: int
+    control: socket.socket
+    jail_fd: int
+
+    def criu(self, process: CriuJob) -> Criu:
+        """See `CriuWork`."""
+        return _criu(
+            process,
+            images_fd=self.images_fd,
+            control_fd=self.jail_fd,
+            socket_fds=_sockets(process.machine),
+            scratch_fd=process.machine.scratch_fd,
+            open_files=process.limits[resource.RLIMIT_NOFILE][0],
+        )
+
+    def release_message(self, _machine: Machine) -> bytes:
+        """See `CriuWork`. QEMU gets no filter, which criu could not dump."""
+        return b"."
+
+    def sockets(self, ours: dict[str, int], stack: contextlib.ExitStack) -> dict[str, int]:
+        """See `CriuWork`. The jail's first process makes them, and sends our ends."""
+        self.control.settimeout(_SOCKETS_S)
+        try:
+            _, fds, _, _ = socket.recv_fds(self.control, 1, len(starts.SOCKETS))
+        except TimeoutError:
+            fds = []
+        for fd in fds:
+            stack.callback(os.close, fd)
+            os.set_blocking(fd, False)
+        if len(fds) != len(starts.SOCKETS):
+            raise ProcessLookupError
+        return {**dict(zip(starts.SOCKETS, fds, strict=True)), "jail": ours["stderr"]}
+
+
+class Restore(NamedTuple):
+    """A dump to restore. images_fd: its folder. names: of the scratch disk and of SOCKETS in the dump."""
+
+    images_fd: int
+    names: tuple[str, ...]
+
+    def criu(self, process: CriuJob) -> Criu:
+        """See `CriuWork`."""
+        fds = (process.machine.scratch_fd, *_sockets(process.machine), 2)
+        return _criu(process, images_fd=self.images_fd, restores=tuple(zip(fds, self.names, strict=True)))
+
+    def release_message(self, machine: Machine) -> bytes:
+        """See `CriuWork`."""
+        from x07_sandbox.jail.seccomp import restored_filter
+
+        mark = machine.mark.encode("ascii")
+        return struct.pack("=I", len(mark)) + mark + restored_filter(host_arch(), DUMPED_PID)
+
+    def sockets(self, ours: dict[str, int], _stack: contextlib.ExitStack) -> dict[str, int]:
+        """See `CriuWork`."""
+        return ours
+
+
+def _sockets(machine: Machine) -> tuple[int, ...]:
+    return machine.channel_fd, machine.net_fd, machine.qmp_fd, machine.console_fd
+
+
+def _criu(process: CriuJob, **what: Any) -> Criu:  # noqa: ANN401 - fields of `Criu`
+    """Return what criu does in the jail. Raises HostError."""
+    files_max = int(min(_CRIU_FILES, hard_limit(resource.RLIMIT_NOFILE)))
+    highest = max(process.machine.scratch_fd, *_sockets(process.machine))
+    if highest >= files_max // 2:  # criu's own must have higher ones
+        why = f"this process has so many open files that a new one has the number {highest}"
+        raise HostError("criu cannot be used", why, "Close files, or use another process")
+    return Criu(
+        files=(*needed_files(CRIU), *needed_files(PERL)),
+        files_max=files_max,
+        userns_fd=None if process.uid is None else process.given.add(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)),
+        **what,
+    )
+
+
+class ProcessTemplate(Template, frozen=True, kw_only=True):
+    """The place of a saved process."""
+
+    noun = "process"
+    instead = "clone a saved VM"
+    done = "was cloned"
+    waits_for_host = True
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[Source | None]:
+        """Open the verified files, or yield None if there are none. Raises ImageError, HostError."""
+        with contextlib.ExitStack() as stack:
+            if (found := opened(self, stack)) is None:
+                yield None
+                return
+            folder_fd, made = found
+            assert isinstance(made, SavedProcess)  # noqa: S101 - by its key
+            ram_fd, scratch_fd = opened_parts(folder_fd, (made.ram, made.scratch), self.subject, stack)
+            subject = Subject(name=self.subject.name, record=f"{self.key}-{IMAGES}", sha256=sparse_sha256)
+            images_fd = stack.enter_context(opened_folder(self.folder / IMAGES, subject))
+            opened_parts(images_fd, made.images, subject, stack)
+            yield restored(ram_fd, filled_from(scratch_fd, made.scratch_disk), Restore(images_fd, made.names))
+
+
+def restored(ram_fd: int, fill: Callable[[OpenImage, int], None], restore: Restore) -> Source:
+    """Return a saved process as the source of a VM. ram_fd: the file, which also has other memory of the process."""
+    return Source(origin=Origin.HOT, files={"ram": ram_fd}, ram_fd=ram_fd, fill=fill, criu=restore)
+
+
+def hot_template(saved: Template) -> ProcessTemplate:
     """Return the place of the process saved from clones of *saved*. Raises OSError."""
     files = [file_state(path) for path in (CRIU, "/etc/ld.so.cache")]  # libraries are found through the latter
     limits = [resource.getrlimit(which) for which in _INHERITED]  # a restored process must be able to have them
     parts = [SCHEMA, saved.key, current_period(), files, os.geteuid(), limits]
     key = hashlib.sha256(canonical_json(parts)).hexdigest()
-    title, instead = saved.title, "clone a saved VM"
-    return Template(key=key, folder=templates_dir() / key, title=title, noun="process", instead=instead)
-
-
-@contextlib.contextmanager
-def opened_hot(template: Template) -> Iterator[Hot | None]:
-    """Open the verified files of a saved process, or yield None if there are none. Raises ImageError, HostError."""
-    with contextlib.ExitStack() as stack:
-        if (found := opened_manifest(template, stack)) is None:
-            yield None
-            return
-        folder_fd, made = found
-        ram_fd, scratch_fd = opened_parts(folder_fd, (made.ram, made.scratch), template.subject, stack)
-        subject = Subject(name=template.subject.name, record=f"{template.key}-{IMAGES}", sha256=sparse_sha256)
-        images_fd = stack.enter_context(opened_folder(template.folder / IMAGES, subject))
-        opened_parts(images_fd, made.images, subject, stack)
-        fds: dict[str, Any] = {"ram_fd": ram_fd, "state_fd": None, "scratch_fd": scratch_fd, "images_fd": images_fd}
-        yield Hot(**fds, scratch_disk=made.scratch_disk, names=made.names)
+    return ProcessTemplate(key=key, folder=templates_dir() / key, title=saved.title)
 
 
 def make_hot(
-    template: Template, kind: MachineKind, saved: Saved, warm_up: Callable[[Instance], None], work: Path
-) -> TemplateManifest:
+    template: Template, kind: MachineKind, saved: Source, warm_up: Callable[[Instance], None], work: Path
+) -> Manifest:
     """Make the saved process in the folder *work*, and restore it once. Raises SandboxError, OSError.
 
     warm_up: runs programs in a VM that has answered, and leaves it waiting for SEED.
@@ -130,11 +231,12 @@ def make_hot(
         stack.callback(os.close, images_fd)
         stack.callback(os.close, disk_fd)
         control, theirs = (stack.enter_context(end) for end in socket.socketpair())
-        fds: dict[str, Any] = {"disk_fd": disk_fd, "images_fd": images_fd, "jail_fd": theirs.fileno()}
-        warming = Warming(**msgspec.structs.asdict(saved), control=control, **fds)
-        names = _dump(kind, warming, theirs, warm_up)
+        dump = Dump(images_fd, control, theirs.fileno())
+        warming = msgspec.structs.replace(saved, origin=Origin.WARMING, disk_fd=disk_fd, criu=dump)
+        names = _dump(kind, warming, dump, theirs, warm_up)
         require_plain_files(images)
         memory_fd = new_file(work / "ram", stack)
+        assert saved.ram_fd is not None  # noqa: S101 - it is a saved VM
         copy_sparse(saved.ram_fd, memory_fd)
         paths = (Paths().ram, Paths().root, Paths().program, "/", "/dev/urandom", CRIU_NULL)
         move_pages(images, DUMPED_PID, memory_fd, Paths().ram, {*paths, *needed_files(kind.arch.qemu_binary)})
@@ -142,17 +244,13 @@ def make_hot(
         scratch_fd = new_file(work / "scratch.head", stack)
         disk = keep_disk(disk_fd, scratch_fd)
         ram, scratch = seal("ram", memory_fd), seal("scratch.head", scratch_fd)
-        fds = {"ram_fd": memory_fd, "state_fd": None, "scratch_fd": scratch_fd, "images_fd": images_fd}
-        hot = Hot(**fds, scratch_disk=disk, names=names)
+        hot = restored(memory_fd, filled_from(scratch_fd, disk), Restore(images_fd, names))
         try:
             with _own(kind, hot) as instance:  # the proof that it works here
                 greet(instance)
         except NoAnswerError as exc:
             raise (TransientError if exc.failure.transient else BackendError)(_WHAT, exc.why, _FIX) from exc
-        return TemplateManifest(
-            schema_version=SCHEMA,
-            key=template.key,
-            image=kind.image_digest,
+        made = SavedProcess(
             ram=ram,
             scratch=scratch,
             scratch_disk=disk,
@@ -160,6 +258,7 @@ def make_hot(
             names=names,
             period=current_period(),
         )
+        return Manifest(key=template.key, image=kind.image_digest, made=made)
 
 
 def require_plain_files(images: Path) -> None:
@@ -170,12 +269,12 @@ def require_plain_files(images: Path) -> None:
             raise BackendError(_WHAT, f"the dump contains {path.name!a}, which is no plain file", _FIX)
 
 
-def _own(kind: MachineKind, memory: Warming | Hot) -> contextlib.AbstractContextManager[QemuInstance]:
-    return starts.own_vm(kind, "template", limit_s(kind), kvm=False, any_timer=False, memory=memory)
+def _own(kind: MachineKind, source: Source) -> contextlib.AbstractContextManager[QemuInstance]:
+    return starts.own_vm(kind, "template", limit_s(kind), kvm=False, any_timer=False, source=source)
 
 
 def _dump(
-    kind: MachineKind, warming: Warming, theirs: socket.socket, warm_up: Callable[[Instance], None]
+    kind: MachineKind, warming: Source, dump: Dump, theirs: socket.socket, warm_up: Callable[[Instance], None]
 ) -> tuple[str, ...]:
     """Warm up a clone and dump its process. Return criu's names. theirs: closed here. Raises SandboxError."""
     with _own(kind, warming) as instance:
@@ -188,9 +287,9 @@ def _dump(
         instance.send_qmp(QMP_PAUSE)
         await_qmp(instance, '"STOP"')
         try:
-            warming.control.settimeout(_DUMP_S)
-            warming.control.sendall(b".")
-            names = tuple(warming.control.recv(_NAMES_MAX).decode("ascii").split("\n"))
+            dump.control.settimeout(_DUMP_S)
+            dump.control.sendall(b".")
+            names = tuple(dump.control.recv(_NAMES_MAX).decode("ascii").split("\n"))
         except (OSError, ValueError) as exc:
             raise TransientError(_WHAT, f"criu did not answer ({exc})", _FIX) from exc
         if len(names) != 1 + len(starts.SOCKETS):

@@ -1,7 +1,5 @@
 """Snapshots of running VMs, from which forks start: device state, RAM and scratch disk, saved in one short pause.
 
-FOLDER/{ram,state,disk}
-
 QEMU can write the device state without RAM: xen-save-devices-state works on any machine, whatever its name says
 (migration/savevm.c). The RAM file gets a copy of the file that the VM was cloned from, and the pages that the VM has
 written (`Memory`): once before the pause, so that in the pause few pages need room on the disk, and once in it. A fork
@@ -19,15 +17,16 @@ from typing import Final
 
 from x07_sandbox.backends.base import MachineKind
 from x07_sandbox.backends.qemu.instance import Streams
+from x07_sandbox.backends.qemu.machine import Origin
 from x07_sandbox.backends.qemu.memory import Memory
-from x07_sandbox.backends.qemu.start import Fork
-from x07_sandbox.backends.qemu.template import new_file
-from x07_sandbox.errors import BackendError
+from x07_sandbox.backends.qemu.saved import new_file
+from x07_sandbox.backends.qemu.start import Source
+from x07_sandbox.errors import BackendError, HostError
 from x07_sandbox.host.locks import lock_shared
 from x07_sandbox.host.paths import raised_as
 from x07_sandbox.host.processes import close_on_fork
 from x07_sandbox.host.waiting import Deadline, input_poll
-from x07_sandbox.images.verify import FILE_MODE, copy_sparse
+from x07_sandbox.images.verify import FILE_MODE, OpenImage, copy_sparse
 
 FILES: Final = ("ram", "state", "disk")
 _WHAT: Final = "cannot take a snapshot of the VM"
@@ -92,7 +91,7 @@ def capture(instance: Streams, kind: MachineKind, folder: Path) -> Iterator[Capt
 
 
 @contextlib.contextmanager
-def opened_fork(folder: Path, kind: MachineKind) -> Iterator[Fork]:
+def opened_fork(folder: Path, kind: MachineKind) -> Iterator[Source]:
     """Open the files of a snapshot. Raises BackendError."""
     with contextlib.ExitStack() as stack:
         with raised_as(BackendError, "cannot use the snapshot", "Take another snapshot"):
@@ -104,7 +103,14 @@ def opened_fork(folder: Path, kind: MachineKind) -> Iterator[Fork]:
                 stack.callback(os.close, fds[-1])
             if os.fstat(fds[0]).st_size != kind.ram_bytes:
                 raise BackendError("cannot use the snapshot", "its RAM has another size", "Take another snapshot")
-        yield Fork(ram_fd=fds[0], state_fd=fds[1], scratch_fd=fds[2])
+        ram_fd, state_fd, disk_fd = fds
+
+        def fill(_image: OpenImage, fd: int) -> None:
+            fix = "Free disk space, or set X07_VM_STATE_DIR"
+            with raised_as(HostError, "cannot copy the disk of the snapshot", fix):
+                copy_sparse(disk_fd, fd)
+
+        yield Source(origin=Origin.FORK, files={"ram": ram_fd, "state": state_fd}, ram_fd=ram_fd, fill=fill)
 
 
 class _Qmp:

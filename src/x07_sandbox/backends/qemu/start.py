@@ -3,12 +3,10 @@
 import contextlib
 import os
 import resource
-import socket
-import struct
 import subprocess
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import ClassVar, Final, NamedTuple
+from typing import Final, NamedTuple, Protocol
 
 import msgspec
 
@@ -24,7 +22,6 @@ from x07_sandbox.backends.qemu.instance import (
     QemuInstance,
     ReleasePipe,
     bound,
-    hard_limit,
     limits_of,
 )
 from x07_sandbox.backends.qemu.machine import OVERCOMMIT, Machine, Origin, Paths, qemu_argv
@@ -32,11 +29,10 @@ from x07_sandbox.errors import HostError
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import Arch, host_arch, is_foreign
 from x07_sandbox.host.linux import fd_path, memory_file, processor, require_own_proc
-from x07_sandbox.host.paths import out_of_cpu_time, raised_as, unnamed_file
+from x07_sandbox.host.paths import out_of_cpu_time, unnamed_file
 from x07_sandbox.host.processes import FdGroup, Identity, Launch
-from x07_sandbox.images.store import ScratchDisk
-from x07_sandbox.images.verify import OpenImage, copy_sparse, write_disk
-from x07_sandbox.jail.bwrap import BWRAP, CRIU, DUMPED_PID, PERL, SETPRIV, Criu, Jail, may_nest
+from x07_sandbox.images.verify import OpenImage, write_disk
+from x07_sandbox.jail.bwrap import BWRAP, PERL, SETPRIV, Criu, Jail, may_nest
 from x07_sandbox.jail.forms import Form, jail_form, namespace_flags, needed_files
 from x07_sandbox.jail.resources import lease_uid, make_groups
 from x07_sandbox.records.runs import Claim, JobRecord, create_record, drop_unstarted, new_run_id
@@ -45,64 +41,49 @@ MISCALIBRATED: Final = "its kernel calibrated its timer wrong, as happens on an 
 # Generations below the supervisor, by whether there are namespaces: then bubblewrap's outer process is in between.
 _DEPTH: Final = {True: 2, False: 1}
 SOCKETS: Final = ("channel", "net", "qmp", "console", "stderr")
-_SOCKETS_S: Final = 10.0
-_CRIU_FILES: Final = 1024  # open files; criu keeps some of its own under high numbers
 
 
-class Saving(msgspec.Struct, frozen=True, kw_only=True):
-    """Empty writable files, which the caller keeps owning, for saving a VM. ram_fd: has the size of the VM's RAM."""
+class CriuJob(NamedTuple):
+    """The process that criu dumps or restores. limits: of QEMU. given: gets descriptors of the child."""
 
-    origin: ClassVar = Origin.SAVING
-    ram_fd: int
-    state_fd: int
-    scratch_fd: int
-
-
-class Saved(msgspec.Struct, frozen=True, kw_only=True):
-    """The readable files of a saved VM, which the caller keeps owning, and the content of its scratch disk."""
-
-    origin: ClassVar = Origin.CLONE
-    ram_fd: int
-    state_fd: int | None
-    scratch_fd: int
-    scratch_disk: ScratchDisk
+    machine: Machine
+    uid: int | None
+    given: FdGroup
+    limits: Limits
 
 
-class Warming(Saved, frozen=True, kw_only=True):
-    """A saved VM to clone, whose process will be dumped.
+class CriuWork(Protocol):
+    """What criu does with a VM's process when it starts (qemu/hot)."""
 
-    disk_fd: an empty file, for the scratch disk. images_fd: an empty folder for the dump. control, jail_fd: the ends of
-    a socket, ours and that of the jail's first process (jail/data/criu.pl).
+    def criu(self, process: CriuJob) -> Criu:
+        """Return the part of criu in the jail. Raises HostError."""
+
+    def release_message(self, machine: Machine) -> bytes:
+        """Return the message that releases the jail."""
+
+    def sockets(self, ours: dict[str, int], stack: contextlib.ExitStack) -> dict[str, int]:
+        """Return our ends of QEMU's sockets; *stack* closes new ones. Raises ProcessLookupError if the jail ended."""
+
+
+class Source(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a VM comes from: by default it boots in anonymous memory. The caller keeps owning all descriptors.
+
+    files: to read, by their name in `Paths`; None for those to boot from. ram_fd: that of which the RAM is a private
+    mapping. written: files for QEMU to write. disk_fd: for the job's disk; None for a new unnamed file. fill: writes
+    the content of that disk. criu: None if criu takes no part.
     """
 
-    origin: ClassVar = Origin.WARMING
-    disk_fd: int
-    images_fd: int
-    control: socket.socket
-    jail_fd: int
+    origin: Origin = Origin.COLD
+    files: dict[str, int] | None = None
+    ram_fd: int | None = None
+    written: dict[str, int] = {}
+    disk_fd: int | None = None
+    fill: Callable[[OpenImage, int], None] = lambda image, fd: write_disk(
+        image.fds["scratch"], image.manifest.scratch_disk, fd
+    )
+    criu: CriuWork | None = None
 
 
-class Hot(Saved, frozen=True, kw_only=True):
-    """A dumped process to restore. Its *ram_fd* also has other memory of the process, and there is no *state_fd*.
-
-    images_fd: the folder of the dump. names: criu's names for the scratch disk and the sockets, as in SOCKETS.
-    """
-
-    origin: ClassVar = Origin.HOT
-    images_fd: int
-    names: tuple[str, ...]
-
-
-class Fork(msgspec.Struct, frozen=True, kw_only=True):
-    """The readable files of a snapshot of a running VM, which the caller keeps owning. scratch_fd: the whole disk."""
-
-    origin: ClassVar = Origin.FORK
-    ram_fd: int
-    state_fd: int
-    scratch_fd: int
-
-
-Memory = Saving | Saved | Fork
 _MODES: Final[dict[Origin, StartMode]] = {
     Origin.CLONE: "clone",
     Origin.WARMING: "clone",
@@ -127,15 +108,15 @@ class QemuJob(NamedTuple):
 
 @contextlib.contextmanager
 def start_qemu(
-    job: QemuJob, *, kvm: bool, arch: Arch | None = None, memory: Memory | None = None
+    job: QemuJob, *, kvm: bool, arch: Arch | None = None, source: Source | None = None
 ) -> Iterator[QemuInstance]:
     """Start a QEMU process, blocked until it is released. When the context ends, it is gone and recorded as gone.
 
-    kvm: whether KVM runs the guest's processor, instead of emulation. memory: where the VM comes from. None: boot in
-    anonymous memory. arch: the machine type and its needs, by default those of the image.
+    kvm: whether KVM runs the guest's processor, instead of emulation. source: where the VM comes from; None: boot it.
+    arch: the machine type and its needs, by default those of the image.
     Raises BackendError (including NotStartedError), HostError.
     """
-    arch, record, image = arch or job.kind.arch, job.record, job.kind.image
+    arch, record, image, source = arch or job.kind.arch, job.record, job.kind.image, source or Source()
     assert image is not None  # noqa: S101 - each virtual machine has one
     with contextlib.ExitStack() as stack:
         stack.callback(drop_unstarted, record)
@@ -151,12 +132,19 @@ def start_qemu(
         ends = {name: socket_ends(stack, given) for name in SOCKETS}
         ours, theirs = {name: pair[0] for name, pair in ends.items()}, {name: pair[1] for name, pair in ends.items()}
         streams = [theirs[name] for name in SOCKETS[:-1]]
-        for fd in streams if isinstance(memory, Hot) else ():  # a started QEMU does so itself
+        for fd in streams if source.origin is Origin.HOT else ():  # a started QEMU does so itself
             os.set_blocking(fd, False)
-        files, writable = _fd_files(job.kind, image, memory, given, form), _writable(memory, uid, given, form)
-        scratch_fd = _scratch_disk(given, image, record, memory)
+        files = _placed(_read_files(job.kind, image, source), given, form)
+        if uid is not None:
+            for fd in source.written.values():
+                os.fchown(fd, uid, uid)
+        written = _placed(source.written, given, form, os.O_RDWR)
+        if (scratch_fd := source.disk_fd) is None:
+            # Closed once the child has it, so that the space is free when the child is gone.
+            scratch_fd = given.add(unnamed_file(record.folder, "cannot make the scratch disk"))
+        source.fill(image, scratch_fd)
         disk = stack.enter_context(contextlib.ExitStack())
-        ours |= _kept_files(scratch_fd, memory, disk)
+        ours |= _snapshot_files(scratch_fd, source, disk)
         machine = Machine(
             arch=arch,
             ram_bytes=job.kind.ram_bytes,
@@ -168,32 +156,31 @@ def start_qemu(
             qmp_fd=theirs["qmp"],
             console_fd=theirs["console"],
             mark=record.mark,
-            origin=Origin.COLD if memory is None else memory.origin,
+            origin=source.origin,
             reserve=not form.namespaces,
             any_timer=job.any_timer,
             program=job.kind.has_program_root,
-            paths=msgspec.structs.replace(Paths(), **{name: path for name, (_, path) in (files | writable).items()}),
+            paths=msgspec.structs.replace(Paths(), **{name: path for name, (_, path) in (files | written).items()}),
         )
-        limits = limits_of(machine.ram_bytes, namespaces=form.namespaces)
         filter_fd, pipe_w = os.pipe()
-        release_pipe = ReleasePipe(pipe_w, _release_message(memory, form, machine))
+        release_pipe = ReleasePipe(pipe_w, _release_message(source, form, machine))
         stack.callback(release_pipe.close)
         given.add(filter_fd)
-        as_user = form.namespaces and not isinstance(memory, Hot) and (uid is not None or isinstance(memory, Warming))
-        setpriv_files = needed_files(SETPRIV) if as_user else ()
-        needed = tuple(dict.fromkeys([*needed_files(arch.qemu_binary), *arch.firmware, *setpriv_files]))
-        criu = None
-        if isinstance(memory, Warming | Hot):
-            files_max = int(min(_CRIU_FILES, hard_limit(resource.RLIMIT_NOFILE)))
-            criu = _criu(memory, machine, uid, given, limits, files_max)
-            limits = limits | {resource.RLIMIT_NOFILE: (files_max, files_max)}
+        limits = limits_of(machine.ram_bytes, namespaces=form.namespaces)
+        criu = None if source.criu is None else source.criu.criu(CriuJob(machine, uid, given, limits))
+        if criu is not None:
+            limits = limits | {resource.RLIMIT_NOFILE: (criu.files_max, criu.files_max)}
+        as_user = form.namespaces and source.origin is not Origin.HOT and (uid is not None or criu is not None)
+        needed = dict.fromkeys(
+            [*needed_files(arch.qemu_binary), *arch.firmware, *(needed_files(SETPRIV) if as_user else ())]
+        )
         jail = Jail(
-            files=needed if criu is None else criu.not_covered(needed),
+            files=tuple(needed) if criu is None else criu.not_covered(tuple(needed)),
             fd_files=tuple(files.values()),
             # "always" in proc(5), for QEMU only, so that it leaves memory unreserved. The jail has no /proc, and the
             # kernel uses the host's setting.
             fd_copies=((given.add(memory_file(b"1\n")), OVERCOMMIT),) if form.namespaces and criu is None else (),
-            fd_writable=tuple(writable.values()),
+            fd_writable=tuple(written.values()),
             devices=("/dev/urandom",),
             limits=limits,
             fds=(*([] if machine.kvm_fd is None else [machine.kvm_fd]), machine.scratch_fd, *streams),
@@ -224,79 +211,32 @@ def start_qemu(
             bound=partial(bound, limits if form.namespaces else {}, groups),
             name="the virtual machine",
             error=NotStartedError,
-            start_mode=_MODES.get(machine.origin, "cold"),
+            start_mode=_MODES.get(source.origin, "cold"),
         )
 
         def make(child: subprocess.Popen[bytes], inner: Identity) -> QemuInstance:
-            sockets = ours
-            if isinstance(memory, Warming):
-                sockets = {**_made_in_jail(memory.control, stack), "jail": ours["stderr"]}
+            sockets = ours if source.criu is None else source.criu.sockets(ours, stack)
             return QemuInstance(start, HostSide(groups, release_pipe, sockets, machine.paths, disk), child, inner)
 
         yield stack.enter_context(running(start, request, make, partial(_no_jail, ours["stderr"], form)))
 
 
-def _criu(
-    memory: Warming | Hot, machine: Machine, uid: int | None, given: FdGroup, limits: Limits, files_max: int
-) -> Criu:
-    """Return what criu does in the jail. limits: of QEMU. files_max: how many open files criu may have."""
-    numbers = (machine.scratch_fd, machine.channel_fd, machine.net_fd, machine.qmp_fd, machine.console_fd)
-    if (highest := max(numbers)) >= files_max // 2:  # criu's own must have higher ones
-        why = f"this process has so many open files that a new one has the number {highest}"
-        raise HostError("criu cannot be used", why, "Close files, or use another process")
-    files = (*needed_files(CRIU), *needed_files(PERL))
-    userns_fd = None if uid is None else given.add(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
-    sockets = (machine.channel_fd, machine.net_fd, machine.qmp_fd, machine.console_fd)
-    if isinstance(memory, Hot):
-        restores = tuple(zip((machine.scratch_fd, *sockets, 2), memory.names, strict=True))
-        return Criu(files=files, images_fd=memory.images_fd, userns_fd=userns_fd, restores=restores)
-    return Criu(
-        files=files,
-        images_fd=memory.images_fd,
-        userns_fd=userns_fd,
-        control_fd=memory.jail_fd,
-        socket_fds=sockets,
-        scratch_fd=machine.scratch_fd,
-        open_files=limits[resource.RLIMIT_NOFILE][0],
-    )
-
-
-def _made_in_jail(control: socket.socket, stack: contextlib.ExitStack) -> dict[str, int]:
-    """Return our ends of the sockets that the jail's first process made. Raises ProcessLookupError if it ended."""
-    control.settimeout(_SOCKETS_S)
-    try:
-        _, fds, _, _ = socket.recv_fds(control, 1, len(SOCKETS))
-    except TimeoutError:
-        fds = []
-    for fd in fds:
-        stack.callback(os.close, fd)
-        os.set_blocking(fd, False)
-    if len(fds) != len(SOCKETS):
-        raise ProcessLookupError
-    return dict(zip(SOCKETS, fds, strict=True))
-
-
-def _release_message(memory: Memory | None, form: Form, machine: Machine) -> Callable[[int], bytes]:
+def _release_message(source: Source, form: Form, machine: Machine) -> Callable[[int], bytes]:
     """Return a function that turns the pid of the jail's first process into the message that releases the jail."""
-    if isinstance(memory, Warming):
-        return lambda _pid: b"."
-    if isinstance(memory, Hot):
-        from x07_sandbox.jail.seccomp import restored_filter
-
-        mark = machine.mark.encode("ascii")
-        return lambda _pid: struct.pack("=I", len(mark)) + mark + restored_filter(host_arch(), DUMPED_PID)
+    if (work := source.criu) is not None:
+        return lambda _pid: work.release_message(machine)
     return form.release_message(host_arch())
 
 
 @contextlib.contextmanager
 def own_vm(
-    kind: MachineKind, phase: str, limit_s: float, *, kvm: bool, any_timer: bool, memory: Memory | None = None
+    kind: MachineKind, phase: str, limit_s: float, *, kvm: bool, any_timer: bool, source: Source | None = None
 ) -> Iterator[QemuInstance]:
     """Boot a VM for a purpose of x07, named *phase*, which takes at most *limit_s*. Raises as `start_qemu`."""
     claim = Claim(run_id=new_run_id(), phase=phase, wall_ms=int(limit_s * 1000))
     record = create_record(claim, backend="qemu", image_digest=kind.image_digest)
     job = QemuJob(record=record, kind=kind, deadline_s=2 * int(limit_s) + 5, any_timer=any_timer)
-    with start_qemu(job, kvm=kvm, memory=memory) as instance:
+    with start_qemu(job, kvm=kvm, source=source) as instance:
         instance.release()
         yield instance
 
@@ -335,26 +275,14 @@ def miscalibrated(failure: HandshakeFailure) -> bool:
 _Files = dict[str, tuple[int, str]]
 
 
-def _fd_files(kind: MachineKind, image: OpenImage, memory: Memory | None, given: FdGroup, form: Form) -> _Files:
+def _read_files(kind: MachineKind, image: OpenImage, source: Source) -> dict[str, int]:
     """Return the files that the VM reads. A clone has kernel and initramfs in its memory.
 
     The files appear on a read-only mount. Through a plain descriptor, a QEMU that runs as the owner of an image could
     change the image's mode and times, and so damage it for later runs.
     """
-    found = {"kernel": image.fds["kernel"], "initrd": image.fds["initrd"]}
-    if isinstance(memory, Saved | Fork):
-        found = {"ram": memory.ram_fd} | ({} if memory.state_fd is None else {"state": memory.state_fd})
-    found |= {name: image.fds[name] for name in ("root", *(["program"] if kind.has_program_root else []))}
-    return _placed(found, given, form)
-
-
-def _writable(memory: Memory | None, uid: int | None, given: FdGroup, form: Form) -> _Files:
-    if not isinstance(memory, Saving):
-        return {}
-    if uid is not None:
-        for fd in (memory.ram_fd, memory.state_fd):
-            os.fchown(fd, uid, uid)
-    return _placed({"ram": memory.ram_fd, "state": memory.state_fd}, given, form, os.O_RDWR)
+    names = ("root", *(["program"] if kind.has_program_root else []), *(("kernel", "initrd") * (source.files is None)))
+    return (source.files or {}) | {name: image.fds[name] for name in names}
 
 
 def _placed(fds: dict[str, int], given: FdGroup, form: Form, flags: int = os.O_RDONLY) -> _Files:
@@ -368,28 +296,11 @@ def _placed(fds: dict[str, int], given: FdGroup, form: Form, flags: int = os.O_R
     return found
 
 
-def _scratch_disk(given: FdGroup, image: OpenImage, record: JobRecord, memory: Memory | None) -> int:
-    """Make the job's disk, an unnamed file. The disk of a clone has the content saved with its VM."""
-    if isinstance(memory, Saving):
-        fd = memory.scratch_fd
-    elif isinstance(memory, Warming):
-        fd = memory.disk_fd
-    else:  # closed once the child has it, so that the space is free when the child is gone
-        fd = given.add(unnamed_file(record.folder, "cannot make the scratch disk"))
-    if isinstance(memory, Fork):
-        with raised_as(HostError, "cannot copy the disk of the snapshot", "Free disk space, or set X07_VM_STATE_DIR"):
-            copy_sparse(memory.scratch_fd, fd)
-        return fd
-    source = (image.fds["scratch"], image.manifest.scratch_disk)
-    write_disk(*((memory.scratch_fd, memory.scratch_disk) if isinstance(memory, Saved) else source), fd)
-    return fd
-
-
-def _kept_files(scratch_fd: int, memory: Memory | None, disk: contextlib.ExitStack) -> dict[str, int]:
+def _snapshot_files(scratch_fd: int, source: Source, disk: contextlib.ExitStack) -> dict[str, int]:
     """Return the files that a snapshot of the VM would need. disk: closes that of the scratch disk."""
     own = os.dup(scratch_fd)
     disk.callback(os.close, own)
-    return {"scratch": own} | ({"ram": memory.ram_fd} if isinstance(memory, Saved | Fork) else {})
+    return {"scratch": own} | ({} if source.ram_fd is None else {"ram": source.ram_fd})
 
 
 def needs_of(arch: Arch) -> tuple[Need, ...]:
