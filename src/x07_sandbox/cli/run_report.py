@@ -77,7 +77,7 @@ def run_with_report(
 ) -> int:
     """Run the program, print X07's report on the run and return the report's exit code. Raises SandboxError."""
     program = caller.program
-    assert program is not None  # noqa: S101 - for the type checker
+    assert program is not None
     caller = replace(caller, policy=caller.policy or requests.effective_policy_of(request))
     path = None if request.policy is None else str(request.policy)
     result, report = run_and_report(request, caller, options, stack, path)
@@ -138,7 +138,7 @@ def run_and_report(
     `x07 run`. Raises UsageError, or, if a file was not written, RefusedError with the result.
     """
     program, tell = caller.program, say if flags is None else partial(say, command="x07-os-runner")
-    assert program is not None  # noqa: S101 - for the type checker
+    assert program is not None
     with caller.cancel.waiting():  # it may be a pipe
         data = requests.read_whole(requests.open_input(request, program.input_fd, stack), INPUT_MAX_BYTES)
     if options.attest_runtime is not None:
@@ -182,7 +182,7 @@ def _attested(
     given: the policy's path as the user typed it, and the size of the input.
     """
     program, policy, (policy_path, input_size) = caller.program, caller.policy, given
-    assert program is not None and policy is not None and report.solve is not None  # noqa: S101, PT018 - as above
+    assert program is not None and policy is not None and report.solve is not None  # noqa: PT018 - only for the type checker
     facts = Attested(
         policy=policy.policy,
         policy_bytes=policy.data,

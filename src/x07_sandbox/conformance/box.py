@@ -196,8 +196,8 @@ def opened(bench: Bench, root: bytes = b"", *, guest_root: bool = False, **limit
 def forked(bench: Bench, box: Box, command: Command) -> Iterator[tuple[Box, Command]]:
     """Open a fork of a sandbox, and return what its *command* is there. The backend must have snapshots."""
     snapshots, number = bench.backend.snapshots, command.execution.order.id
-    assert snapshots is not None  # noqa: S101 - else the behaviour is a gap
-    assert box.kind is not None  # noqa: S101 - `opened` has set it
+    assert snapshots is not None  # else the behaviour is a gap
+    assert box.kind is not None  # `opened` has set it
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(snapshots.folder())
         with snapshots.capture(box.instance, box.kind, folder) as capture:

@@ -350,7 +350,7 @@ class ContainerTree(Tree):
             super()._make(entry)
 
     def _close_file(self) -> None:
-        assert self._entry is not None  # noqa: S101 - a file is open
+        assert self._entry is not None  # a file is open
         with as_program_user(self._owner(self._entry.name)):
             super()._close_file()
 

@@ -419,7 +419,7 @@ class Sandbox:
     def _exited(self, command: Command) -> None:
         group, identity = command.process.group, command.order.id
         lost = 0 if command.order.service else self._report_denials(identity)
-        assert command.wait_status is not None  # noqa: S101 - it has ended
+        assert command.wait_status is not None  # it has ended
         self._link.send(
             Exited(
                 id=identity,
@@ -531,7 +531,7 @@ class Sandbox:
     def _changes(self) -> Iterator[bytes]:
         room = Room(*self._opening.room)
         for number, mount in enumerate(mount for mount in self._opening.mounts if mount.changes):
-            assert mount.tree is not None  # noqa: S101 - only trees have changes
+            assert mount.tree is not None  # only trees have changes
             yield Entry(Record.ROOT, b"%d" % number).encoded()
             yield from changes(self._files.trees[mount.tree], os.fsencode(mount.sub), room)
         yield Entry(Record.END, b"").encoded()

@@ -132,7 +132,7 @@ class Execution:
     def inbox(self, name: Literal["stdout", "stderr"]) -> Inbox:
         """Return what keeps a stream of a command whose streams are kept in memory."""
         found = self.streams.stdout if name == "stdout" else self.streams.stderr
-        assert isinstance(found, Inbox)  # noqa: S101 - such streams are made by `kept_streams`
+        assert isinstance(found, Inbox)  # such streams are made by `kept_streams`
         return found
 
     @property
@@ -226,7 +226,7 @@ class Execution:
     def read_input(self) -> None:
         """Read input once."""
         fd = self.streams.stdin_fd
-        assert fd is not None  # noqa: S101 - `wants_input`
+        assert fd is not None  # `wants_input`
         try:
             data = os.read(fd, DATA_MAX)
         except BlockingIOError:

@@ -384,7 +384,7 @@ class HostFiles:
         from x07_sandbox.files.repository import Repository  # as above
 
         root = posixpath.dirname(mount.host)
-        assert self._history is not None  # noqa: S101 - the caller has checked it
+        assert self._history is not None  # the caller has checked it
         try:
             with Repository(root) as repository, closing_fd(open_private_file(place / "data", os.O_RDONLY)) as data_fd:
                 return repository.bundle(self._history, reported, data_fd, place)

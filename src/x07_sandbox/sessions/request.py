@@ -546,7 +546,7 @@ def _from_project(
 
     reject_overridden_options(request, f"the project {path}", "its manifest sets these options")
     place = find_manifest(path)
-    assert place is not None  # noqa: S101 - for the type checker: a folder, or that name
+    assert place is not None  # a folder, or that name
     folder = ProjectFolder(place.parent)
     if place == path:  # the user named it, and may name a link
         data = read_bounded(place, "manifest", MAX_BYTES)

@@ -225,8 +225,8 @@ def _build_only(
     request, program = loaded(request, caller, stack)
     prepared = prepare(request, program, caller, draft, stack)
     prepared.plan.require(() if request.overrides is None else request.overrides.given)
-    assert caller.artifact is not None  # noqa: S101 - for the type checker
-    assert program is not None  # noqa: S101 - as above
+    assert caller.artifact is not None
+    assert program is not None
     ending = obtain_artifact(prepared, program, draft, folder, caller.artifact)
     if ending is None:
         draft.set_digests(artifact=f"sha256:{caller.artifact.sha256()}")
@@ -510,7 +510,7 @@ def obtain_artifact(
 
 def _key(prepared: Prepared, program: Program, image_digest: str) -> str:
     toolchain = program.toolchain
-    assert toolchain.build is not None  # noqa: S101 - for the type checker
+    assert toolchain.build is not None
     extras = None if toolchain.protocol is None else toolchain.protocol.build_extras(prepared.policy.data)
     more = [] if extras is None else [sha256_text(part) for part in extras.key]
     more += [sha256_text(build_driver())] if toolchain.packs else []

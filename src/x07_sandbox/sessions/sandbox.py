@@ -532,7 +532,7 @@ class OpenSandbox(AnySandbox):
                 self.session.end()
                 self._cancelled_by = cancelled_by
                 self._finish(self.session.why or "closed", choice)
-            assert self.result is not None  # noqa: S101 - for the type checker
+            assert self.result is not None
             return self.result
 
     def _at_exit(self) -> None:

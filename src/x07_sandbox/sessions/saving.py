@@ -189,7 +189,7 @@ def main(words: list[str]) -> int:
         opened = stack.enter_context(open_image(find_image(image)))
         backend = create(name)
         backend.probe(opened)
-        assert backend.cloning is not None  # noqa: S101 - as in the process that started this one
+        assert backend.cloning is not None  # as in the process that started this one
         kind = MachineKind(image=opened, ram_bytes=int(ram_bytes), runtime=runtime, network=network == "1")
         why_not = backend.cloning.save(kind, Caller(cancel=cancel, progress=log), warm_up)
         log(why_not or "done")

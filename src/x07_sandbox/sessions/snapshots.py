@@ -114,7 +114,7 @@ class SavedSandbox(NamedTuple):
 
     def fork(self, folder: Path) -> Fork:
         """Return what the backend needs to know about a snapshot in *folder*."""
-        assert self.link is not None  # noqa: S101 - it was held
+        assert self.link is not None  # it was held
         return Fork(folder, Link.resumed(self.link))
 
     def reopened(

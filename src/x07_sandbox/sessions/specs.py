@@ -146,7 +146,7 @@ def run_environment(
 def build_spec(prepared: Prepared, program: Program, artifact: OutFile, stack: contextlib.ExitStack) -> SessionSpec:
     """Return the description of the build, which writes the built program to *artifact*."""
     toolchain = program.toolchain
-    assert toolchain.build is not None  # noqa: S101 - for the type checker
+    assert toolchain.build is not None
     files, env = [program.file], dict(_ENVIRONMENT)
     if toolchain.packs:
         files.append(in_memory(build_driver(), program.source.driver, 0o644, stack))

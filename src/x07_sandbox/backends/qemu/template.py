@@ -88,7 +88,7 @@ _FIX: Final = ("Jobs boot a new VM instead. To try again: ", Command("x07 image 
 
 def warm_message(kind: MachineKind) -> Warm:
     """Return the message WARM. Its commands are run before saving, so that their files are in memory."""
-    assert kind.image is not None  # noqa: S101 - each virtual machine has one
+    assert kind.image is not None  # each virtual machine has one
     running = kind.runtime == "run"
     of_run, of_build = run_limits(default_policy()), build_limits()
     limits = of_run.for_guest() if running else command_limits(of_build, settings.BUILD_TASKS)
@@ -235,7 +235,7 @@ def opened_template(template: Template) -> Iterator[Saved | None]:
             yield None
             return
         folder_fd, made = found
-        assert made.state is not None  # noqa: S101 - by the kind of the template
+        assert made.state is not None  # by the kind of the template
         parts = (made.ram, made.state, made.scratch)
         ram_fd, state_fd, scratch_fd = opened_parts(folder_fd, parts, template.subject, stack)
         yield Saved(ram_fd=ram_fd, state_fd=state_fd, scratch_fd=scratch_fd, scratch_disk=made.scratch_disk)
