@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from x07_sandbox.errors import Flag, Text, UsageError
 from x07_sandbox.options import FILE_SIZE, LIMITS, Option
 from x07_sandbox.policy.decode import canonical_json, check_policy, render_policy
-from x07_sandbox.policy.hosts import Addresses, covers, is_name, meaning
+from x07_sandbox.policy.hosts import PORT_LAST, Addresses, covers, is_name, meaning, port_number
 from x07_sandbox.policy.model import FILE_BYTES, HostPorts, Limits, Net, Policy
 
 NAMES: Final[Mapping[str, Option]] = MappingProxyType({row.sets.removeprefix("limits."): row for row in LIMITS})
@@ -24,7 +24,6 @@ NAMES: Final[Mapping[str, Option]] = MappingProxyType({row.sets.removeprefix("li
 _FILE_FIELDS: Final = ("max_read_bytes", "max_write_bytes")  # set by --max-file-size
 
 # Checked per flag for a better message; check_policy checks the result again, and the number of entries.
-_PORT_LAST: Final = 65_535
 _HOST_MAX_BYTES: Final = 255
 _ROOT_MAX_CHARS: Final = 4096
 _NOTES_MAX_CHARS: Final = 4096
@@ -272,10 +271,8 @@ def _parsed(where: tuple[str, ...], spec: str, *, deny: bool) -> tuple[str, set[
     host = host.encode().lower().decode()  # bytes.lower() changes ASCII letters only
     if ports == "*":
         return (host, None) if deny else refuse(("'*' for all ports is valid only with ", Flag("--deny-host")))
-    found = {_port(text.strip()) for text in ports.split(",")}
-    if None in found:
-        refuse(f"a port must be a number from 1 to {_PORT_LAST}")
-    return host, {port for port in found if port is not None}
+    found = {port_number(text.strip()) for text in ports.split(",")}
+    return (host, found) if 0 not in found else refuse(f"a port must be a number from 1 to {PORT_LAST}")
 
 
 def _host_problem(host: str) -> str:
@@ -289,12 +286,6 @@ def _host_problem(host: str) -> str:
     if len(host.encode()) > _HOST_MAX_BYTES or any(char in ";\0" or char.isspace() for char in host):
         return f"a host has at most {_HOST_MAX_BYTES} bytes and no ';', whitespace or NUL"
     return "a part between dots is empty" if ".." in host or host.startswith(".") else ""
-
-
-def _port(text: str) -> int | None:
-    if text.isascii() and text.isdigit() and len(text) <= len(str(_PORT_LAST)) and 1 <= int(text) <= _PORT_LAST:
-        return int(text)
-    return None
 
 
 def _by_host(specs: Iterable[tuple[str, set[int] | None]]) -> dict[str, set[int] | None]:
