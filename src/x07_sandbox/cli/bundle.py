@@ -40,9 +40,9 @@ from x07_sandbox.host.waiting import write_all
 from x07_sandbox.images.store import DEFAULT, arch_of
 from x07_sandbox.options import COPIED, FILE_SIZE, GRANTS, GROUPS, LIMITS, OF_X07
 from x07_sandbox.policy.decode import decode_policy
+from x07_sandbox.policy.model import EffectivePolicy
 from x07_sandbox.programs.toolchains import SOURCE_FOLDER, toolchain_named
 from x07_sandbox.sessions.request import (
-    EffectivePolicy,
     Program,
     RunRequest,
     effective_policy_of,

@@ -24,12 +24,12 @@ from x07_sandbox.errors import RefusedError, SandboxError, UsageError
 from x07_sandbox.host.documents import render_json
 from x07_sandbox.host.paths import is_file, is_folder
 from x07_sandbox.host.variables import flag
-from x07_sandbox.policy.model import PolicyError
+from x07_sandbox.policy.model import EffectivePolicy, PolicyError
 from x07_sandbox.policy.outcomes import REFUSED_EXIT
 from x07_sandbox.programs.project import project_root, write_document
 from x07_sandbox.programs.toolchains import ARTIFACT, PROGRAM_FOLDER, Protocol
 from x07_sandbox.sessions import request as requests
-from x07_sandbox.sessions.request import EffectivePolicy, Program, RunCaller, RunRequest
+from x07_sandbox.sessions.request import Program, RunCaller, RunRequest
 from x07_sandbox.sessions.result import Result
 from x07_sandbox.sessions.run import carry_out
 from x07_sandbox.x07 import runner_report
@@ -114,8 +114,8 @@ def with_derived_file(
     root = project_root(request.program if program.project and request.program and is_file(request.program) else None)
     if request.program is not None and is_folder(request.program):
         root = request.program
-    granted, name = requests.derived_policy(request, gate=False)
-    parts = (".x07", "policies", "_generated", name)
+    granted = requests.derived_policy(request, gate=False)
+    parts = (".x07", "policies", "_generated", granted.file_name)
     place = root.joinpath(*parts)
     fix = f"Make {place.parent} writable, or omit the flags that change the policy"
     write_document(root, parts, granted.data, overwrite=True, fix=fix)

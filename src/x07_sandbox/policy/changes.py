@@ -17,7 +17,7 @@ from x07_sandbox.errors import Flag, Text, UsageError
 from x07_sandbox.options import FILE_SIZE, LIMITS, Option
 from x07_sandbox.policy.decode import canonical_json, check_policy, render_policy
 from x07_sandbox.policy.hosts import PORT_LAST, Addresses, covers, is_name, meaning, port_number
-from x07_sandbox.policy.model import FILE_BYTES, HostPorts, Limits, Net, Policy
+from x07_sandbox.policy.model import FILE_BYTES, EffectivePolicy, HostPorts, Limits, Net, Policy
 
 NAMES: Final[Mapping[str, Option]] = MappingProxyType({row.sets.removeprefix("limits."): row for row in LIMITS})
 """The option for each field of a policy's limits."""
@@ -134,15 +134,6 @@ class Overrides(msgspec.Struct, frozen=True, kw_only=True):
         return bool(self.allows or self.deny_host or self.deny_host_file)
 
 
-class Derived(msgspec.Struct, frozen=True, kw_only=True):
-    """A policy derived from a base policy by overrides. data: its document. file_name: the document's usual name."""
-
-    policy: Policy
-    data: bytes
-    file_name: str
-    denied: Hosts
-
-
 def derive_policy(  # noqa: PLR0913 - the policy, the overrides, and four facts about them
     base: Policy,
     base_bytes: bytes,
@@ -152,7 +143,7 @@ def derive_policy(  # noqa: PLR0913 - the policy, the overrides, and four facts 
     read_spec_file: ReadFile,
     may_relax: bool = False,
     gate: bool = False,
-) -> Derived:
+) -> EffectivePolicy:
     """Return *base* with *overrides* applied. A denied host stays denied even if another flag allows it.
 
     base_bytes: the base policy's bytes as read. base_path: the name for the notes. read_spec_file: returns the bounded
@@ -193,7 +184,7 @@ def derive_policy(  # noqa: PLR0913 - the policy, the overrides, and four facts 
     )
     name = f"{base.policy_id}{mark}.policy.json"
     check_policy(policy, source=name)
-    return Derived(policy=policy, data=render_policy(policy), file_name=name, denied=deny)
+    return EffectivePolicy(policy, render_policy(policy), base_path, deny, may_raise=may_relax, file_name=name)
 
 
 def denied_hosts(given: Sequence[str]) -> dict[str, set[int] | None]:

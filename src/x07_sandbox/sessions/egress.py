@@ -34,7 +34,7 @@ from x07_sandbox.records.runs import NET_LOG
 
 if TYPE_CHECKING:
     from x07_sandbox.channel.messages import Denied
-    from x07_sandbox.sessions.request import EffectivePolicy
+    from x07_sandbox.policy.model import EffectivePolicy
 
 _DENIALS_MAX: Final = 64
 # Hosts from which others serve their files, so that one of the two is of little use alone.

@@ -22,9 +22,9 @@ from x07_sandbox.images.store import DEFAULT, Image, find_image, image_is_curren
 from x07_sandbox.images.verify import OpenImage, open_image
 from x07_sandbox.options import BY_FLAG
 from x07_sandbox.policy.controls import Plan, make_plan
+from x07_sandbox.policy.model import EffectivePolicy
 from x07_sandbox.programs.toolchains import Protocol, require_packages
 from x07_sandbox.sessions.request import (
-    EffectivePolicy,
     Program,
     RunCaller,
     RunRequest,

@@ -9,8 +9,7 @@ import re
 import stat
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from msgspec.structs import replace
@@ -22,7 +21,7 @@ from x07_sandbox.host.paths import is_folder, read_bounded
 from x07_sandbox.host.waiting import Caller
 from x07_sandbox.policy.decode import MAX_BYTES, decode_policy, default_policy, render_policy
 from x07_sandbox.policy.decode import MAX_BYTES as POLICY_MAX_BYTES
-from x07_sandbox.policy.model import Policy
+from x07_sandbox.policy.model import EffectivePolicy, Policy
 from x07_sandbox.programs.toolchains import (
     PROJECT_FOLDER,
     SOURCE_FOLDER,
@@ -42,7 +41,6 @@ if TYPE_CHECKING:
     from x07_sandbox.backends.registry import Choice
     from x07_sandbox.options import Option
     from x07_sandbox.policy.changes import FlagReach, LimitChanges, Overrides
-    from x07_sandbox.policy.model import Limits
 
     Loader = Callable[["RunRequest", "RunCaller", Path, contextlib.ExitStack], tuple["RunRequest", "Program"] | None]
     from x07_sandbox.files.pack import Packed
@@ -66,28 +64,6 @@ class ProjectPolicy(msgspec.Struct, frozen=True):
 
     def __str__(self) -> str:
         return str(self.path)
-
-
-class EffectivePolicy(NamedTuple):
-    """The policy that applies to a run. base: the policy's path, `built-in:TEMPLATE` or id.
-
-    denied: denied ports by host, from --deny-host; None stands for all ports.
-    own: the limits before the request changed any; None if the request changed none. may_raise: whether flags may raise
-    the limits.
-    """
-
-    policy: Policy
-    data: bytes
-    base: str
-    denied: Mapping[str, set[int] | None] = MappingProxyType({})
-    own: Limits | None = None
-    may_raise: bool = False
-
-    def reach(self) -> FlagReach:
-        """Return how far flags can raise the limits."""
-        from x07_sandbox.policy.changes import flag_reach  # few runs need it
-
-        return flag_reach(self.own, self.policy.limits, may_raise=self.may_raise)
 
 
 class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -315,24 +291,30 @@ def _check_own(policy: Policy, given: ProjectPolicy) -> None:
 
 def effective_policy_of(request: RunRequest) -> EffectivePolicy:
     """Return the policy with all changes of the request applied. Raises UsageError, PolicyError, RefusedError."""
-    return with_limits(derived_policy(request, gate=True)[0], request.limits)
+    return with_limits(derived_policy(request, gate=True), request.limits)
 
 
-def derived_policy(request: RunRequest, *, gate: bool) -> tuple[EffectivePolicy, str]:
-    """Return the policy with the grants of the request, and the usual name of its file; "" if there are no grants.
+def derived_policy(request: RunRequest, *, gate: bool) -> EffectivePolicy:
+    """Return the policy with the grants of the request. gate: see `derive_policy`.
 
-    gate: see `derive_policy`. Raises UsageError, PolicyError, RefusedError.
+    Raises UsageError, PolicyError, RefusedError.
     """
     policy, data = read_policy(request.policy)
     base, built_in = name_of_policy(request.policy), is_built_in(request.policy)
     if request.overrides is None:
-        return EffectivePolicy(policy, data, base, may_raise=built_in), ""
+        return EffectivePolicy(policy, data, base, may_raise=built_in)
     from x07_sandbox.policy.changes import derive_policy
 
-    derived = derive_policy(
+    return derive_policy(
         policy, data, base, request.overrides, read_spec_file=read_spec_file, may_relax=built_in, gate=gate
     )
-    return EffectivePolicy(derived.policy, derived.data, base, derived.denied, may_raise=built_in), derived.file_name
+
+
+def reach_of(found: EffectivePolicy) -> FlagReach:
+    """Return how far flags can raise the limits."""
+    from x07_sandbox.policy.changes import flag_reach  # few runs need it
+
+    return flag_reach(found.own, found.policy.limits, may_raise=found.may_raise)
 
 
 def with_limits(found: EffectivePolicy, limits: LimitChanges | None) -> EffectivePolicy:

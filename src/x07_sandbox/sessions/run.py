@@ -38,7 +38,7 @@ from x07_sandbox.programs.toolchains import OUTPUT, build_driver
 from x07_sandbox.records.runs import JOB_NAME, REQUEST, RETENTION, new_run_id, runs_dir, unfinished_jobs
 from x07_sandbox.sessions.job import JobEnd, run_job
 from x07_sandbox.sessions.prepare import Prepared, output_caps, prepare, wants_scaling
-from x07_sandbox.sessions.request import loaded, sha256_text
+from x07_sandbox.sessions.request import loaded, reach_of, sha256_text
 from x07_sandbox.sessions.result import BuildOutput, Discarded, Draft, Result
 from x07_sandbox.sessions.specs import build_spec, run_spec
 from x07_sandbox.sessions.transfers import TAIL_BYTES, RunFolder
@@ -406,7 +406,7 @@ def _of_limits(end: JobEnd, outcome: Outcome, prepared: Prepared, spec: SessionS
     from x07_sandbox.policy import observed  # imported only for programs that were denied something
     from x07_sandbox.policy.outcomes import mostly_waited
 
-    policy, reach = prepared.policy.policy, prepared.policy.reach()
+    policy, reach = prepared.policy.policy, reach_of(prepared.policy)
     denials = [observed.disk_full()] if disk else []
     if memory:
         denials.append(observed.memory_full(policy, reach))

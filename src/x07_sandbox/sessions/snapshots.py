@@ -34,9 +34,10 @@ if TYPE_CHECKING:
     from x07_sandbox.channel.messages import Exec
     from x07_sandbox.policy.controls import Plan
     from x07_sandbox.policy.denials import Denial, NetworkUse
+    from x07_sandbox.policy.model import EffectivePolicy
     from x07_sandbox.sessions.host_files import HostFiles
     from x07_sandbox.sessions.prepare import Prepared
-    from x07_sandbox.sessions.request import EffectivePolicy, RunCaller, RunRequest
+    from x07_sandbox.sessions.request import RunCaller, RunRequest
     from x07_sandbox.sessions.result import CommandReport, Draft
     from x07_sandbox.sessions.shared import Life
     from x07_sandbox.sessions.specs import SessionSpec
