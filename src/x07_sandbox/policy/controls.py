@@ -9,13 +9,13 @@ variable.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
 from x07_sandbox.errors import Flag, RefusedError, Text, listed
 from x07_sandbox.policy.decode import VARIABLES, program_environment
-from x07_sandbox.policy.denials import HowToAllow
+from x07_sandbox.policy.denials import Control, HowToAllow, State
 from x07_sandbox.policy.features import Features
 from x07_sandbox.policy.guest import (
     PROGRAM,
@@ -32,8 +32,6 @@ from x07_sandbox.policy.model import SCHEMA_VERSION, Limits, Policy, leaf_values
 if TYPE_CHECKING:
     from x07_sandbox.channel.messages import CommandLimits
 
-State = Literal["enforced", "advisory", "refused"]
-
 # MAX_ARG_STRLEN: execve(2) rejects a longer variable, counting name, '=' and NUL.
 VARIABLE_MAX_BYTES: Final = 131_072
 # Flags of x07 run that add to a field.
@@ -42,19 +40,6 @@ _FLAGS: Final = {
     "fs.write_roots": ("--allow-write-root",),
     "net.allow_hosts": ("--allow-host", "--allow-host-file"),
 }
-
-
-class Control(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How the plan handles one field.
-
-    field: the field's path, such as "limits.wall_ms". by: the component that enforces the field, or that gets the value
-    of an advisory field.
-    """
-
-    field: str
-    state: State
-    by: str
-    why: str
 
 
 class Refusal(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

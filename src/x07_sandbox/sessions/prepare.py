@@ -36,7 +36,7 @@ from x07_sandbox.sessions.request import (
     read_whole,
     sha256_text,
 )
-from x07_sandbox.sessions.result import ControlReport, Draft
+from x07_sandbox.sessions.result import Draft
 from x07_sandbox.sessions.transfers import memory_file
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ def prepare(
     draft.set(
         isolation=availability.features.isolation,
         backend=backend.name,
-        controls=[ControlReport(field=c.field, state=c.state, by=c.by, why=c.why) for c in plan.controls],
+        controls=list(plan.controls),
     )
     draft.warn(*availability.warnings)
     egress = None if plan.refusals else _egress(effective_policy)
