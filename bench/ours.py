@@ -18,7 +18,7 @@ from x07_sandbox.backends.base import MachineKind, greet
 from x07_sandbox.backends.qemu.hot import VARIABLE, hot_template, opened_hot
 from x07_sandbox.backends.qemu.start import QemuJob, start_qemu
 from x07_sandbox.backends.qemu.template import opened_template, template_for
-from x07_sandbox.channel.messages import Exec
+from x07_sandbox.channel.messages import CWD, Exec
 from x07_sandbox.conformance.box import Box
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.documents import render_json
@@ -37,7 +37,7 @@ from x07_sandbox.records.reader import open_stored
 from x07_sandbox.records.runs import Claim, create_record, new_run_id
 from x07_sandbox.sessions.request import in_memory
 from x07_sandbox.sessions.session import Session
-from x07_sandbox.sessions.specs import CWD, SessionSpec, opening
+from x07_sandbox.sessions.specs import SessionSpec, opening
 from x07_sandbox.sessions.transfers import CommandStreams, Receivers, Sink, memory_file
 
 if TYPE_CHECKING:

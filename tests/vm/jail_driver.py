@@ -30,7 +30,7 @@ from msgspec.structs import replace
 
 from x07_sandbox.backends.base import MachineKind, NoAnswerError, evidence_of, greet
 from x07_sandbox.backends.qemu.start import Hot, QemuJob, Warming, start_qemu
-from x07_sandbox.channel.messages import Exec
+from x07_sandbox.channel.messages import CWD, Exec
 from x07_sandbox.errors import BackendError
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import host_arch
@@ -45,7 +45,7 @@ from x07_sandbox.policy.guest import UNCONFINED
 from x07_sandbox.policy.outcomes import classify
 from x07_sandbox.records.runs import Claim, create_record, new_run_id
 from x07_sandbox.sessions.session import Session
-from x07_sandbox.sessions.specs import CWD, opening
+from x07_sandbox.sessions.specs import opening
 from x07_sandbox.sessions.transfers import CommandStreams, Receivers, Sink
 
 if TYPE_CHECKING:

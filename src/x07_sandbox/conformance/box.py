@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from x07_sandbox.backends.base import Fork, Instance, Job, MachineKind, RootPlace
 from x07_sandbox.channel.link import Link
-from x07_sandbox.channel.messages import Closed, CommandLimits, Exec, Exited, Mount, Room
+from x07_sandbox.channel.messages import CWD, FILES, Closed, CommandLimits, Exec, Exited, Mount, Room
 from x07_sandbox.conformance.harness import ANSWER_S, Bench, BrokenError, expect
 from x07_sandbox.host import settings
 from x07_sandbox.host.waiting import Caller, Cancel
 from x07_sandbox.policy.guest import RAM_CLASSES, UNCONFINED
 from x07_sandbox.records.runs import Claim, new_run_id
-from x07_sandbox.sessions.execution import FILES, Execution
+from x07_sandbox.sessions.execution import Execution
 from x07_sandbox.sessions.files import FileServer
 from x07_sandbox.sessions.session import Session
-from x07_sandbox.sessions.specs import CWD, SessionSpec, opening
+from x07_sandbox.sessions.specs import SessionSpec, opening
 from x07_sandbox.sessions.transfers import CommandStreams, InFile, Receivers, Sink, kept_streams, memory_file
 
 if TYPE_CHECKING:

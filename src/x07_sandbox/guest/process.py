@@ -22,7 +22,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox import kernel
-from x07_sandbox.channel.messages import Confine
+from x07_sandbox.channel.messages import CWD, IN, OUT, Confine
 from x07_sandbox.channel.trees import Entry, Kind
 from x07_sandbox.guest import confine, system
 from x07_sandbox.guest.audit import NoAudit
@@ -203,7 +203,7 @@ UNCONFINED: Final = confine.Confinement(
     job=(confine.Step("resource limits", "", limits_of_child, confine.RESOURCES),),
 )
 # The guest paths that the host uses, and the folders below `scratch` that replace them.
-_REPLACEMENTS: Final = (("/x07/in", "in"), ("/x07/out", "out"), (confine.CWD, "work"))
+_REPLACEMENTS: Final = ((IN, "in"), (OUT, "out"), (CWD, "work"))
 
 
 class Unconfined(OnSharedKernel):
@@ -379,7 +379,7 @@ class Contained(OnSharedKernel):
             self.confinement = CONTAINED_TASKS
         self._network = network
         self._limits_tasks = limits_tasks
-        self._work = confine.CWD
+        self._work = CWD
         self._trees: dict[int, tuple[str, dict[bytes, bool]]] = {}
 
     def open_channel(self) -> int:

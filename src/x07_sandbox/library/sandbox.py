@@ -437,7 +437,8 @@ class Sandbox:
 
     def wait_for_port(self, port: int, timeout_s: float = 30.0) -> None:
         """Wait until a program of the sandbox accepts connections at 127.0.0.1. Raises TimeoutError, SandboxError."""
-        from x07_sandbox.sessions.execution import CONNECT, order
+        from x07_sandbox.channel.messages import CONNECT
+        from x07_sandbox.sessions.execution import order
 
         within_s = checked_seconds("timeout_s", timeout_s)
         asked = order([str(_port("wait for", port)), f"{within_s:.3f}"], service=CONNECT)

@@ -22,20 +22,18 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from x07_sandbox.channel.messages import CommandLimits, Confine
+from x07_sandbox.channel.messages import CWD, OUT, CommandLimits, Confine
 from x07_sandbox.host import settings
 from x07_sandbox.policy.model import Limits
 
 if TYPE_CHECKING:
     from x07_sandbox.policy.model import Policy
 
-PROGRAM: Final = "/opt/x07"
-WORK: Final = f"{PROGRAM}/work"  # the folder of --workdir
-OUT: Final = "/x07/out"
-WRITABLE: Final = ("/tmp", "/dev/shm", PROGRAM, OUT)  # noqa: S108 - the guest's own
+WORK: Final = f"{CWD}/work"  # the folder of --workdir
+WRITABLE: Final = ("/tmp", "/dev/shm", CWD, OUT)  # noqa: S108 - the guest's own
 # The guest's own tree: no host folder may be inside, above or on top of it.
 _SYSTEM: Final = (
-    *("/bin", "/boot", "/dev", "/etc", "/lib", "/lib32", "/lib64", "/libx32", "/lost+found", "/opt/x07", "/proc"),
+    *("/bin", "/boot", "/dev", "/etc", "/lib", "/lib32", "/lib64", "/libx32", "/lost+found", CWD, "/proc"),
     *("/run", "/sbin", "/sys", "/usr", "/var", "/x07"),
 )
 _NOT_ON_TOP: Final = ("/tmp", "/opt")  # noqa: S108 - host folders may be inside, not on top
@@ -49,7 +47,7 @@ OVERHEAD_DIVISOR: Final = 32
 
 
 def guest_path(given: str, start: str, *, deny_hidden: bool) -> tuple[str | None, str]:
-    """Return a root's guest path, or None and why it has none. start: PROGRAM, WORK or a project's start folder.
+    """Return a root's guest path, or None and why it has none. start: CWD, WORK or a project's start folder.
 
     By the X07 language's rules, an absolute root has the same path in the guest. A relative root is below *start*.
     """

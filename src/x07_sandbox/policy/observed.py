@@ -11,12 +11,12 @@ from typing import Final, Literal
 
 import msgspec
 
-from x07_sandbox.channel.messages import Denied
+from x07_sandbox.channel.messages import OUT, Denied
 from x07_sandbox.host.documents import prepared
 from x07_sandbox.policy.changes import NAMES, FlagReach
 from x07_sandbox.policy.decode import rule_problems
 from x07_sandbox.policy.denials import STARTS, Denial, GuestMount, HowToAllow
-from x07_sandbox.policy.guest import OUT, WRITABLE, confinement, guest_path, is_below
+from x07_sandbox.policy.guest import WRITABLE, confinement, guest_path, is_below
 from x07_sandbox.policy.model import Policy
 from x07_sandbox.policy.schema import largest
 

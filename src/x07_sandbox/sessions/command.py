@@ -442,7 +442,8 @@ class AnySandbox(ABC):
 
     def file_server(self) -> FileServer:
         """Start a file server. Raises SandboxError if the sandbox is closed."""
-        from x07_sandbox.sessions.execution import FILES, order  # most callers run commands
+        from x07_sandbox.channel.messages import FILES
+        from x07_sandbox.sessions.execution import order  # most callers run commands
         from x07_sandbox.sessions.files import FileServer
 
         return FileServer(self.session, self.start(order([], service=FILES)).execution)

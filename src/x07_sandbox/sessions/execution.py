@@ -20,8 +20,6 @@ from x07_sandbox.sessions.transfers import CommandStreams, Inbox
 
 _TERM: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+_-]{0,63}")
 FILL: Final = 1024 * 1024  # limit for bytes queued for the guest
-FILES: Final = "files"  # the service of the file server (sessions/files)
-CONNECT: Final = "connect"  # the service that connects to a port of the guest
 CONNECTIONS_MAX: Final = COMMANDS_MAX // 2  # at the same time, so that commands always find room
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from msgspec.structs import replace
 
+from x07_sandbox.channel.messages import IN, PROJECT_FOLDER
 from x07_sandbox.errors import Flag, RefusedError, Text, UsageError, listed
 from x07_sandbox.host import settings
 from x07_sandbox.host.documents import encodable
@@ -23,8 +24,6 @@ from x07_sandbox.policy.decode import MAX_BYTES, decode_policy, default_policy, 
 from x07_sandbox.policy.decode import MAX_BYTES as POLICY_MAX_BYTES
 from x07_sandbox.policy.model import EffectivePolicy, Policy
 from x07_sandbox.programs.toolchains import (
-    PROJECT_FOLDER,
-    SOURCE_FOLDER,
     Protocol,
     Source,
     Toolchain,
@@ -504,7 +503,7 @@ def single_file(
             raise UsageError(f"cannot run {name}", "`files` contains a file of the same name", "Rename that file")
         packed = pack_files({**request.files, name: data}, "the files beside the program")
         return _tree(toolchain, source, packed, stack)
-    file = in_memory(data, f"{SOURCE_FOLDER}/{name}", 0o644, stack)
+    file = in_memory(data, f"{IN}/{name}", 0o644, stack)
     return Program(toolchain=toolchain, source=source, data=data, file=file, sha256=sha256_text(data))
 
 

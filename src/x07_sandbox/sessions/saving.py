@@ -25,7 +25,7 @@ from msgspec.structs import replace
 
 from x07_sandbox.backends.base import MachineKind, greet
 from x07_sandbox.backends.registry import BackendRequest, create, select, this_platform
-from x07_sandbox.channel.messages import Exec, Left
+from x07_sandbox.channel.messages import CWD, FILES, Exec, Left
 from x07_sandbox.errors import BackendError, HostError
 from x07_sandbox.host import settings
 from x07_sandbox.host.linux import spare_bytes
@@ -40,10 +40,9 @@ from x07_sandbox.policy.decode import default_policy
 from x07_sandbox.policy.guest import UNCONFINED, build_limits, command_limits, confinement, ram_class_bytes
 from x07_sandbox.policy.outcomes import classify
 from x07_sandbox.programs.toolchains import ARTIFACT
-from x07_sandbox.sessions.execution import FILES
 from x07_sandbox.sessions.request import in_memory
 from x07_sandbox.sessions.session import Session
-from x07_sandbox.sessions.specs import CWD, SessionSpec, opening, run_environment
+from x07_sandbox.sessions.specs import SessionSpec, opening, run_environment
 from x07_sandbox.sessions.transfers import CommandStreams, Receivers, Sink, memory_file
 
 if TYPE_CHECKING:

@@ -12,7 +12,20 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import msgspec
 
 from x07_sandbox.backends.base import Job, MachineKind, Needs, RootPlace
-from x07_sandbox.channel.messages import CommandLimits, Exec, InputFile, Left, Mount, Network, Open, Room
+from x07_sandbox.channel.messages import (
+    CWD,
+    ENVIRONMENT,
+    IN,
+    PROJECT_FOLDER,
+    CommandLimits,
+    Exec,
+    InputFile,
+    Left,
+    Mount,
+    Network,
+    Open,
+    Room,
+)
 from x07_sandbox.errors import RefusedError
 from x07_sandbox.host import settings
 from x07_sandbox.policy.decode import program_environment
@@ -27,13 +40,7 @@ from x07_sandbox.policy.guest import (
     tmp_bytes,
 )
 from x07_sandbox.policy.model import Policy
-from x07_sandbox.programs.toolchains import (
-    ARTIFACT,
-    PROGRAM_FOLDER,
-    PROJECT_FOLDER,
-    SOURCE_FOLDER,
-    build_driver,
-)
+from x07_sandbox.programs.toolchains import ARTIFACT, PROGRAM_FOLDER, build_driver
 from x07_sandbox.sessions.request import in_memory
 from x07_sandbox.sessions.transfers import InFile, OutFile, Receivers
 
@@ -46,15 +53,6 @@ if TYPE_CHECKING:
     from x07_sandbox.sessions.private_files import LeftFiles
     from x07_sandbox.sessions.request import Program
 
-# PYTHONUNBUFFERED: a timeout would lose buffered output. PYTHONDONTWRITEBYTECODE: the folders of programs are
-# read-only.
-_ENVIRONMENT: Final = {
-    "PATH": "/usr/local/bin:/usr/bin:/bin",
-    "HOME": "/opt/x07",
-    "LANG": "C.UTF-8",
-    "PYTHONUNBUFFERED": "1",
-    "PYTHONDONTWRITEBYTECODE": "1",
-}
 _OF_ROOT: Final = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root"}
 # The variables by which OpenSSL, Python, Go, curl, git, pip, Node, cargo and others find the certificates they trust.
 _CA_VARIABLES: Final = (
@@ -64,9 +62,6 @@ _CA_VARIABLES: Final = (
 _NO_ROOM: Final = Room(0, 0)
 # For a program with a manifest, the private working folder is mounted at the folder in which relative roots appear.
 _PROJECT_MOUNT: Final = Mount(tree=None, sub="", at=PROJECT_FOLDER, write=True, changes=False)
-
-
-CWD: Final = "/opt/x07"
 
 
 class SessionSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -135,7 +130,7 @@ def run_environment(
 
     of_image: the variables of an imported image, which replace fixed ones. root: whether the program is root inside.
     """
-    env = {**_ENVIRONMENT, **(_OF_ROOT if root else {}), **of_image}
+    env = {**ENVIRONMENT, **(_OF_ROOT if root else {}), **of_image}
     if policy.env.enabled:
         env |= {key: ours[key] for key in policy.env.allow_keys if key in ours and not key.startswith("X07_")}
     for key in policy.env.deny_keys:
@@ -147,7 +142,7 @@ def build_spec(prepared: Prepared, program: Program, artifact: OutFile, stack: c
     """Return the description of the build, which writes the built program to *artifact*."""
     toolchain = program.toolchain
     assert toolchain.build is not None
-    files, env = [program.file], dict(_ENVIRONMENT)
+    files, env = [program.file], dict(ENVIRONMENT)
     if toolchain.packs:
         files.append(in_memory(build_driver(), program.source.driver, 0o644, stack))
     if toolchain.protocol is not None:
@@ -204,7 +199,7 @@ def run_spec(
     request, program, limits = prepared.request, prepared.program, prepared.plan.limits
     policy, protocol, project = prepared.policy.policy, prepared.protocol, prepared.project
     is_tree = program is not None and program.toolchain.packs
-    files = [in_memory(prepared.policy.data, f"{SOURCE_FOLDER}/policy.json", 0o644, stack)]
+    files = [in_memory(prepared.policy.data, f"{IN}/policy.json", 0o644, stack)]
     if artifact is not None:
         path, kind = (PROGRAM_FOLDER, "tree") if is_tree else (ARTIFACT, "file")
         files.insert(0, InFile(path=path, mode=0o755, kind=kind, fd=artifact.fd, size=artifact.size))
