@@ -30,7 +30,7 @@ from msgspec.structs import replace
 
 from x07_sandbox.backends.base import MachineKind, NoAnswerError, evidence_of, greet
 from x07_sandbox.backends.qemu.start import Hot, QemuJob, Warming, start_qemu
-from x07_sandbox.channel.messages import CWD, Exec
+from x07_sandbox.channel.messages import CWD, FREE, Exec
 from x07_sandbox.errors import BackendError
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import host_arch
@@ -41,7 +41,6 @@ from x07_sandbox.images.store import find_image
 from x07_sandbox.images.verify import open_image
 from x07_sandbox.policy.controls import run_limits
 from x07_sandbox.policy.decode import default_policy
-from x07_sandbox.policy.guest import UNCONFINED
 from x07_sandbox.policy.outcomes import classify
 from x07_sandbox.records.runs import Claim, create_record, new_run_id
 from x07_sandbox.sessions.session import Session
@@ -225,7 +224,7 @@ def phase(order: dict[str, Any]) -> None:
             sinks.append(Sink(name, keep_fd=keep_fd, live_fd=None, max_bytes=settings.MIB))
         instance = stack.enter_context(started(order))
         limits = run_limits(default_policy()).for_guest()
-        opened = opening(UNCONFINED, limits, [], out_writable=False)
+        opened = opening(FREE, limits, [], out_writable=False)
         command = Exec(1, ["/bin/true"], {}, CWD, limits)
         given = CommandStreams(stdin_fd=None, stdout=sinks[0], stderr=sinks[1])
         before = status_kib("VmRSS")

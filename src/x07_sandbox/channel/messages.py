@@ -167,6 +167,9 @@ class Confine(NamedTuple):
     alone: bool
 
 
+FREE: Final = Confine(threads=True, spawn=True, execute=True, programs=None, prefixes=[], alone=False)
+
+
 class Network(NamedTuple):
     """Configuration of the relay.
 

@@ -1,7 +1,7 @@
 """Confinement of the program as lists of steps, which state their requirements. A failing step ends the job.
 
-`Confinement.world`: init, still root, builds the file system that the program sees. `Confinement.rights`: the program's
-process drops its rights. Neither depends on the job, so both are done before the VM is saved. `Confinement.job`: init,
+`Steps.world`: init, still root, builds the file system that the program sees. `Steps.rights`: the program's
+process drops its rights. Neither depends on the job, so both are done before the VM is saved. `Steps.job`: init,
 still root, applies the job's settings. The order matters: a step may need a right that a later step drops.
 
 `MACHINE` is for VMs; `guest/process` defines the weaker platforms.
@@ -105,7 +105,7 @@ class Step(NamedTuple, Generic[T]):
     fields: tuple[str, ...] = ()
 
 
-class Confinement(NamedTuple):
+class Steps(NamedTuple):
     """The steps of one platform, in order."""
 
     world: tuple[Step[World], ...]
@@ -433,7 +433,7 @@ def _fresh_signals(_world: World) -> None:
 BOUNDING_SET: Final = "bounding set"
 NO_CAPABILITIES: Final = "no capabilities"
 FRESH_SIGNALS: Final = Step[World]("fresh signals", "", _fresh_signals)
-MACHINE: Final = Confinement(
+MACHINE: Final = Steps(
     world=(
         Step("namespaces", "CAP_SYS_ADMIN", _namespaces),
         Step("read-only system", "CAP_SYS_ADMIN", _read_only_system),
@@ -474,7 +474,7 @@ _INSTEAD: Final = {
     )
 }
 # For programs that are root in a user namespace of their own. The network namespace stays ours.
-ROOTED: Final = Confinement(
+ROOTED: Final = Steps(
     world=tuple(_INSTEAD.get(step.name, step) for step in MACHINE.world),
     rights=tuple(_INSTEAD.get(step.name, step) for step in MACHINE.rights),
     job=MACHINE.job,

@@ -32,6 +32,7 @@ from x07_sandbox.host.documents import prepared as prepared_model
 from x07_sandbox.host.paths import cache_dir, state_dir
 from x07_sandbox.host.waiting import unix_ms
 from x07_sandbox.policy.denials import Denial, HowToAllow, Outcome
+from x07_sandbox.policy.guest import filters_of
 from x07_sandbox.policy.model import PolicyError
 from x07_sandbox.programs import artifacts
 from x07_sandbox.programs.toolchains import OUTPUT, build_driver
@@ -266,7 +267,7 @@ def described(
     spec = run_spec(prepared, artifact, stack, host_files)
     if prepared.image is not None:
         known = prepared.image.manifest.filters
-        draft.set(filters={name: f"sha256:{known[name].sha256}" for name in spec.filters})
+        draft.set(filters={name: f"sha256:{known[name].sha256}" for name in filters_of(spec.opening.confine)})
     return spec
 
 

@@ -15,9 +15,11 @@ from x07_sandbox.backends.base import Job, MachineKind, Needs, RootPlace
 from x07_sandbox.channel.messages import (
     CWD,
     ENVIRONMENT,
+    FREE,
     IN,
     PROJECT_FOLDER,
     CommandLimits,
+    Confine,
     Exec,
     InputFile,
     Left,
@@ -30,15 +32,7 @@ from x07_sandbox.errors import RefusedError
 from x07_sandbox.host import settings
 from x07_sandbox.policy.decode import program_environment
 from x07_sandbox.policy.denials import GuestMount
-from x07_sandbox.policy.guest import (
-    UNCONFINED,
-    Confinement,
-    build_limits,
-    command_limits,
-    confinement,
-    ram_class_bytes,
-    tmp_bytes,
-)
+from x07_sandbox.policy.guest import build_limits, command_limits, confinement, ram_class_bytes, tmp_bytes
 from x07_sandbox.policy.model import Policy
 from x07_sandbox.programs.toolchains import ARTIFACT, PROGRAM_FOLDER, build_driver
 from x07_sandbox.sessions.request import in_memory
@@ -68,7 +62,6 @@ class SessionSpec(msgspec.Struct, frozen=True, kw_only=True):
     """The description of a session. The caller owns the descriptors.
 
     order: the command of a build or a run; for a sandbox, what all its commands have in common.
-    filters: names of the image's seccomp filters for the commands.
     limits_shown: the limits that messages show.
     places: the guest folders with host files, for the backend.
     areas: the mounted host folders, for the advice in denials.
@@ -81,7 +74,6 @@ class SessionSpec(msgspec.Struct, frozen=True, kw_only=True):
     receivers: Receivers
     wall_ms: int
     ram_bytes: int
-    filters: tuple[str, ...]
     places: tuple[RootPlace, ...] = ()
     areas: tuple[GuestMount, ...] = ()
     limits_shown: Any = None
@@ -154,19 +146,18 @@ def build_spec(prepared: Prepared, program: Program, artifact: OutFile, stack: c
     order = Exec(1, toolchain.build(program.source), env, CWD, command_limits(limits, settings.BUILD_TASKS))
     return SessionSpec(
         name="build",
-        opening=opening(UNCONFINED, order.limits, files, out_writable=True),
+        opening=opening(FREE, order.limits, files, out_writable=True),
         order=order,
         files=tuple(files),
         receivers=Receivers(output=artifact, is_tree=toolchain.packs),
         wall_ms=wall_ms or settings.BUILD_WALL_MS,
         ram_bytes=ram_class_bytes(limits.mem_bytes),
-        filters=UNCONFINED.filters,
         limits_shown=limits,
     )
 
 
 def opening(  # noqa: PLR0913 - what a session consists of
-    confine: Confinement,
+    confine: Confine,
     limits: CommandLimits,
     files: list[InFile],
     mounts: Sequence[Mount] = (),
@@ -184,7 +175,7 @@ def opening(  # noqa: PLR0913 - what a session consists of
         tmp_bytes=tmp_bytes(limits.mem_bytes),
         files=input_files(files),
         mounts=list(mounts),
-        confine=confine.for_guest(),
+        confine=confine,
         network=network,
         out_writable=out_writable,
         room=room,
@@ -261,7 +252,6 @@ def run_spec(
         ),
         wall_ms=limits.wall_ms,
         ram_bytes=limits.ram_bytes,
-        filters=confine.filters,
         places=(*([RootPlace(at=PROJECT_FOLDER, write=True)] if project else []), *places),
         areas=() if host_files is None else tuple(host_files.areas),
         limits_shown=limits,
