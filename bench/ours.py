@@ -18,7 +18,7 @@ from x07_sandbox.backends.base import MachineKind, greet
 from x07_sandbox.backends.qemu.hot import VARIABLE, hot_template
 from x07_sandbox.backends.qemu.start import QemuJob, start_qemu
 from x07_sandbox.backends.qemu.template import template_for
-from x07_sandbox.channel.messages import Exec
+from x07_sandbox.channel.messages import CWD, FREE, Exec
 from x07_sandbox.conformance.box import Box
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.documents import render_json
@@ -31,13 +31,13 @@ from x07_sandbox.library.pool import Pool
 from x07_sandbox.policy.controls import make_plan, run_limits
 from x07_sandbox.policy.decode import default_policy, render_policy
 from x07_sandbox.policy.features import vm_features
-from x07_sandbox.policy.guest import UNCONFINED, ram_class_bytes
+from x07_sandbox.policy.guest import ram_class_bytes
 from x07_sandbox.programs.toolchains import ARTIFACT
 from x07_sandbox.records.reader import open_stored
 from x07_sandbox.records.runs import Claim, create_record, new_run_id
 from x07_sandbox.sessions.request import in_memory
 from x07_sandbox.sessions.session import Session
-from x07_sandbox.sessions.specs import CWD, SessionSpec, opening
+from x07_sandbox.sessions.specs import SessionSpec, opening
 from x07_sandbox.sessions.transfers import CommandStreams, Receivers, Sink, memory_file
 
 if TYPE_CHECKING:
@@ -208,13 +208,12 @@ class Floor:
         limits = run_limits(policy).for_guest()
         return SessionSpec(
             name="run",
-            opening=opening(UNCONFINED, limits, files, out_writable=False),
+            opening=opening(FREE, limits, files, out_writable=False),
             order=Exec(1, [ARTIFACT], {}, CWD, limits),
             files=tuple(files),
             receivers=Receivers(),
             wall_ms=policy.limits.wall_ms,
             ram_bytes=self.kind.ram_bytes,
-            filters=UNCONFINED.filters,
         )
 
     @staticmethod

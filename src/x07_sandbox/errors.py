@@ -5,6 +5,7 @@ Standard library only: the guest agent and the channel import this module too.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
@@ -136,6 +137,13 @@ class ArgumentError(UsageError):
     """An argument of a call from Python has a wrong type or value."""
 
     code = "bad-argument"
+
+
+def whole_number(value: object, error: SandboxError, least: float = -math.inf, most: float = math.inf) -> int:
+    """Return *value* if it is an int from *least* to *most*, and no bool. Raises *error*."""
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise error
+    return value
 
 
 class RefusedError(SandboxError):

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from x07_sandbox import SandboxError, run_program
+from x07_sandbox.channel.messages import CWD
 from x07_sandbox.channel.trees import Entry, Kind, segment
 from x07_sandbox.cli.main import main
 from x07_sandbox.errors import PeerError, RefusedError, UsageError
@@ -23,7 +24,7 @@ from x07_sandbox.guest import trees
 from x07_sandbox.guest.trees import Tree, left_files, stream_of
 from x07_sandbox.host.waiting import Cancel
 from x07_sandbox.policy.decode import default_policy
-from x07_sandbox.policy.guest import PROGRAM, WORK, guest_path
+from x07_sandbox.policy.guest import WORK, guest_path
 from x07_sandbox.policy.model import Policy
 from x07_sandbox.reports.result import render_result
 from x07_sandbox.sessions.host_files import effective_roots
@@ -107,7 +108,7 @@ def test_a_policy_decides_about_working_folders_too(here: Path) -> None:
 
 def test_an_escaping_root_suggests_its_absolute_path() -> None:
     """The refusal of a root such as ../dir suggests its absolute path."""
-    where, why = guest_path("../dir", PROGRAM, deny_hidden=True)
+    where, why = guest_path("../dir", CWD, deny_hidden=True)
     assert where is None
     assert "use an absolute path" in why
 

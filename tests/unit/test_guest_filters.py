@@ -18,11 +18,12 @@ import pytest
 
 from tests.conftest import need
 from tests.unit.test_jail_own_limits import answer as verdict
+from x07_sandbox.channel.messages import FREE
 from x07_sandbox.guest import environment, execution
 from x07_sandbox.guest.boot import filters, places
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.kernel import TOKEN_BYTES
-from x07_sandbox.policy.guest import Confinement
+from x07_sandbox.policy.guest import filters_of
 
 SOURCES: Final = Path(filters.__file__).parents[3]
 LINE: Final = struct.Struct("=HBBI")
@@ -68,7 +69,7 @@ def test_every_combination_has_its_filter(codes: dict[str, bytes]) -> None:
     """Every combination of policy restrictions has exactly one filter."""
     asked = set()
     for threads, spawn, execute in itertools.product((False, True), repeat=3):
-        names = Confinement(threads=threads, spawn=spawn, execute=execute).filters
+        names = filters_of(FREE._replace(threads=threads, spawn=spawn, execute=execute))
         asked |= set(names)
         name = execution.filter_name(threads=threads, spawn=spawn, execute=execute)
         assert names[2:3] == ((name,) if name else ())

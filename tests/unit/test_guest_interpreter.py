@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from x07_sandbox.guest.interpreter import ENVIRONMENT, PYTHON, can_become, can_fork
+from x07_sandbox.channel.messages import ENVIRONMENT
+from x07_sandbox.guest.interpreter import PYTHON, can_become, can_fork
 from x07_sandbox.guest.waiting import CODE_MAX, PLACEHOLDER
 
 SCRIPT = [PYTHON, "/x07/in/program/a.py"]

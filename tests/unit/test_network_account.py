@@ -19,9 +19,8 @@ from x07_sandbox.network.rules import make_allowlist
 from x07_sandbox.network.settings import parse_settings
 from x07_sandbox.policy.decode import default_policy
 from x07_sandbox.policy.denials import Contact, Denial, HowToAllow, NetworkUse
-from x07_sandbox.policy.model import HostPorts
+from x07_sandbox.policy.model import EffectivePolicy, HostPorts
 from x07_sandbox.sessions.egress import denials, denials_without_gate, new_denials
-from x07_sandbox.sessions.request import EffectivePolicy
 
 if TYPE_CHECKING:
     from collections.abc import Callable

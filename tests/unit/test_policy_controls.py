@@ -318,27 +318,27 @@ def test_fewer_children_than_tasks_bound_all_tasks() -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({}, (True, True, True, None, ())),
-        ({"threads__enabled": False}, (False, True, True, None, ())),
-        ({"process__enabled": False}, (True, False, False, None, ())),
-        ({"process__allow_spawn": False, "process__max_live": 0}, (True, False, True, None, ())),
-        ({"process__allow_exec": False}, (True, True, False, None, ())),
+        ({}, (True, True, True, None, [])),
+        ({"threads__enabled": False}, (False, True, True, None, [])),
+        ({"process__enabled": False}, (True, False, False, None, [])),
+        ({"process__allow_spawn": False, "process__max_live": 0}, (True, False, True, None, [])),
+        ({"process__allow_exec": False}, (True, True, False, None, [])),
         (
             {"process__allow_execs": ["/bin/true", "tool"], "process__allow_exec_prefixes": ["deps/", "/usr/"]},
-            (True, True, True, ("/bin/true", "/home/x/tool"), ("/home/x/deps/", "/usr/")),
+            (True, True, True, ["/bin/true", "/home/x/tool"], ["/home/x/deps/", "/usr/"]),
         ),
-        ({"process__allow_execs": ["/bin/true"]}, (True, True, True, None, ())),
+        ({"process__allow_execs": ["/bin/true"]}, (True, True, True, None, [])),
         (
             {
                 "process__allow_execs": ["../tool", "a/../b", "/usr//bin/env"],
                 "process__allow_exec_prefixes": ["../../tmp/x", "deps/.", "//usr/bin/", "deps/x"],
             },
             (
-                *(True, True, True, ("/home/tool", "/home/x/b", "/usr/bin/env")),
-                ("/tmp/x", "/home/x/deps/", "/usr/bin/", "/home/x/deps/x"),  # noqa: S108 - the guest's own
+                *(True, True, True, ["/home/tool", "/home/x/b", "/usr/bin/env"]),
+                ["/tmp/x", "/home/x/deps/", "/usr/bin/", "/home/x/deps/x"],  # noqa: S108 - the guest's own
             ),
         ),
-        ({"process__allow_exec_prefixes": ["/usr/.."]}, (True, True, True, None, ())),
+        ({"process__allow_exec_prefixes": ["/usr/.."]}, (True, True, True, None, [])),
     ],
 )
 def test_confinement_follows_from_the_policy(changes: dict[str, object], expected: tuple[object, ...]) -> None:

@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.policies import document_with
+from x07_sandbox.channel.messages import CWD
 from x07_sandbox.files.copy import roots_of
 from x07_sandbox.policy.controls import make_plan, run_limits
 from x07_sandbox.policy.features import vm_features
-from x07_sandbox.policy.guest import PROGRAM, confinement
+from x07_sandbox.policy.guest import confinement, filters_of
 from x07_sandbox.policy.model import Policy, leaf_values
 
 PATHS = st.lists(
@@ -50,19 +51,19 @@ def policies(draw: st.DrawFn) -> Policy:
 @given(policies())
 def test_the_guest_gets_no_more_than_the_policy(policy: Policy) -> None:
     """The guest's confinement and limits never exceed the policy."""
-    process, granted = policy.process, confinement(policy, PROGRAM)
+    process, granted = policy.process, confinement(policy, CWD)
     assert not granted.threads or policy.threads_in_force.enabled
     assert not granted.spawn or (process.enabled and process.allow_spawn)
     assert not granted.execute or (process.enabled and process.allow_exec)
     if granted.execute and "/" not in process.allow_exec_prefixes:
         assert granted.programs is not None
-        own = {posixpath.normpath(posixpath.join(PROGRAM, path)) for path in process.allow_execs}
+        own = {posixpath.normpath(posixpath.join(CWD, path)) for path in process.allow_execs}
         assert {posixpath.normpath(path) for path in granted.programs} <= own
-        begins = {posixpath.normpath(posixpath.join(PROGRAM, path)) for path in process.allow_exec_prefixes}
+        begins = {posixpath.normpath(posixpath.join(CWD, path)) for path in process.allow_exec_prefixes}
         assert {posixpath.normpath(path) for path in granted.prefixes} <= begins
     names = {"threads": granted.threads, "spawn": granted.spawn, "exec": granted.execute}
     assert {word for word, allowed in names.items() if not allowed} == {
-        word for word in names if any(f"no-{word}" in name for name in granted.filters)
+        word for word in names if any(f"no-{word}" in name for name in filters_of(granted))
     }
     limits, held = policy.limits, run_limits(policy)
     assert (held.wall_ms, held.cpu_ms, held.mem_bytes) == (limits.wall_ms, limits.cpu_ms, limits.mem_bytes)
@@ -73,7 +74,7 @@ def test_the_guest_gets_no_more_than_the_policy(policy: Policy) -> None:
 @given(policies())
 def test_no_folder_is_opened_that_the_policy_does_not_name(policy: Policy) -> None:
     """Only roots named by the policy go in, and only write roots are writable."""
-    roots = roots_of(policy, Path("/home/u/work"), PROGRAM)
+    roots = roots_of(policy, Path("/home/u/work"), CWD)
     assert not roots or policy.fs.enabled
     for root in roots:
         named = policy.fs.write_roots if root.write else policy.fs.read_roots

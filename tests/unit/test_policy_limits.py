@@ -16,7 +16,8 @@ from x07_sandbox.options import BY_FLAG, OPTIONS, keyword, parse_size, size_text
 from x07_sandbox.policy.changes import LimitChanges, change_limits
 from x07_sandbox.policy.controls import run_limits
 from x07_sandbox.policy.decode import default_policy, render_policy
-from x07_sandbox.sessions.request import EffectivePolicy, ProjectPolicy, RunRequest, effective_policy_of, make_request
+from x07_sandbox.policy.model import EffectivePolicy
+from x07_sandbox.sessions.request import ProjectPolicy, RunRequest, effective_policy_of, make_request, reach_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,7 +39,7 @@ def test_flags_raise_the_limits_of_a_built_in_policy(policy: str | None) -> None
     assert (limits.mem_bytes, limits.cpu_ms, limits.wall_ms) == (GIB, 90_000, 120_000)
     assert (limits.procs, limits.fds) == (128, 512)
     assert found.data == render_policy(found.policy)
-    assert found.reach().tops["limits.wall_ms"] == 600_000
+    assert reach_of(found).tops["limits.wall_ms"] == 600_000
 
 
 def test_more_time_is_more_cpu_time_too() -> None:
@@ -72,7 +73,7 @@ def test_a_given_policy_is_only_lowered(tmp_path: Path, kind: str, field: str, v
     lowered = effective_policy(policy, **{field: held // 2})
     if field != "procs":
         assert getattr(lowered.policy.limits, field) == held // 2
-        assert lowered.reach().tops == {f"limits.{field}": held}
+        assert reach_of(lowered).tops == {f"limits.{field}": held}
 
 
 def test_a_smaller_number_of_children_is_not_passed_over() -> None:

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from x07_sandbox.errors import UsageError
-from x07_sandbox.policy.changes import Derived, Overrides, derive_policy
+from x07_sandbox.policy.changes import Overrides, derive_policy
 from x07_sandbox.policy.decode import decode_policy, default_policy, render_policy
 from x07_sandbox.policy.hosts import addresses, covers, is_name, meaning
-from x07_sandbox.policy.model import HostPorts, Policy
+from x07_sandbox.policy.model import EffectivePolicy, HostPorts, Policy
 from x07_sandbox.policy.templates import TEMPLATES
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def derive(
     path: str = BUILT_IN,
     flags: Overrides | None = None,
     **words: Any,  # noqa: ANN401 - fields of Overrides
-) -> Derived:
+) -> EffectivePolicy:
     """The policy derived from *base* and *flags* or *words*; *files* holds the host files."""
     base = base or default_policy()
     wanted = flags or Overrides(**words)
@@ -37,7 +37,7 @@ def derive(
     return derive_policy(base, render_policy(base), path, wanted, read_spec_file=read, may_relax=True)
 
 
-def digest_of(derived: Derived) -> str:
+def digest_of(derived: EffectivePolicy) -> str:
     """The digest of base and flags in the id of a derived policy."""
     return derived.policy.policy_id.rpartition(".g")[2]
 
@@ -49,7 +49,7 @@ def with_hosts(*hosts: tuple[str, tuple[int, ...]], **changes: object) -> Policy
     return replace(base, net=replace(base.net, allow_hosts=entries, **changes))
 
 
-def hosts_of(derived: Derived) -> list[tuple[str, tuple[int, ...]]]:
+def hosts_of(derived: EffectivePolicy) -> list[tuple[str, tuple[int, ...]]]:
     """Hosts and ports in order."""
     return [(entry.host, entry.ports) for entry in derived.policy.net.allow_hosts]
 

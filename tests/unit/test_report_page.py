@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from tests.browser import missing, running
 from tests.command import X07, x07
 from x07_sandbox import Ended
-from x07_sandbox.policy.denials import Contact, Denial, Hint, HowToAllow, NetworkUse
+from x07_sandbox.policy.denials import Contact, Control, Denial, Hint, HowToAllow, NetworkUse
 from x07_sandbox.policy.model import Limits
 from x07_sandbox.sessions.html import PATCH_MAX, fragment, page, visible
 from x07_sandbox.sessions.result import (
@@ -25,7 +25,6 @@ from x07_sandbox.sessions.result import (
     ChangedName,
     Changes,
     CommandReport,
-    ControlReport,
     Digests,
     LeftOutEntry,
     Output,
@@ -117,7 +116,7 @@ def full_result() -> Result:
         build=BuildOutput(stdout=_output("b"), stderr=_output("b")),
         policy="built-in:default",
         digests=Digests(image="sha256:1", policy="sha256:2"),
-        controls=[ControlReport(field="limits.wall_ms", state="enforced", by="the host", why="it kills the VM")],
+        controls=[Control(field="limits.wall_ms", state="enforced", by="the host", why="it kills the VM")],
         denials=[denial, msgspec.structs.replace(denial, how_to_allow=None)],
         denials_lost=4,
         hints=[Hint(subject="the program jq", how=_HOW), Hint(subject="/x", kind="elsewhere", how=_HOW, in_vm="/y")],

@@ -21,6 +21,7 @@ import pytest
 
 from tests.unit.apply_trees import full_disk
 from tests.unit.test_refused_lines import result
+from x07_sandbox.channel.messages import OUT
 from x07_sandbox.channel.trees import Entry, Kind, Reader
 from x07_sandbox.cli.console import print_bytes
 from x07_sandbox.cli.main import main
@@ -37,11 +38,11 @@ from x07_sandbox.host.waiting import Cancel, Notice
 from x07_sandbox.policy.changes import Overrides
 from x07_sandbox.policy.decode import default_policy, render_policy
 from x07_sandbox.policy.denials import HowToAllow
-from x07_sandbox.policy.guest import OUT
+from x07_sandbox.policy.model import EffectivePolicy
 from x07_sandbox.sessions.host_files import HostFiles
 from x07_sandbox.sessions.patches import patch_chunks
 from x07_sandbox.sessions.prepare import Prepared
-from x07_sandbox.sessions.request import EffectivePolicy, RunCaller, RunRequest, load_program
+from x07_sandbox.sessions.request import RunCaller, RunRequest, load_program
 from x07_sandbox.sessions.result import ChangedName, Changes, Draft
 from x07_sandbox.sessions.run import attempt, copy_in, failure
 from x07_sandbox.sessions.saved_changes import apply_saved, find_saved, recover_all, undo_saved

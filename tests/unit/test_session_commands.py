@@ -16,13 +16,12 @@ from x07_sandbox import sessions
 from x07_sandbox.channel import streams
 from x07_sandbox.channel.files import Answer, Request, encode
 from x07_sandbox.channel.link import COMMANDS_MAX, WINDOW, Stream
-from x07_sandbox.channel.messages import Changes, Close, Exec, Failed, Started, Stop
+from x07_sandbox.channel.messages import FILES, Changes, Close, Exec, Failed, Started, Stop
 from x07_sandbox.errors import BackendError, PeerError, UsageError
 from x07_sandbox.files.incoming import Incoming
 from x07_sandbox.host import settings
 from x07_sandbox.policy.outcomes import Stage
 from x07_sandbox.sessions import execution
-from x07_sandbox.sessions.execution import FILES
 from x07_sandbox.sessions.files import FileServer
 from x07_sandbox.sessions.transfers import CommandStreams, Inbox, InFile, Receivers, kept_streams, memory_file
 

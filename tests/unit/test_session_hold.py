@@ -16,12 +16,11 @@ from tests.guest.messages import NONCE, execute, message
 from tests.guest.played import FakeClock, Guest, Machine, Pair
 from x07_sandbox.backends.base import NoAnswerError, greet
 from x07_sandbox.channel.link import DATA_MAX, Link, State, Stream
-from x07_sandbox.channel.messages import Changes, Exec, Exited, Held, Hold, Resume, Seed, Seeded, Started, Stop
+from x07_sandbox.channel.messages import FILES, Changes, Exec, Exited, Held, Hold, Resume, Seed, Seeded, Started, Stop
 from x07_sandbox.errors import BackendError, UsageError
 from x07_sandbox.files.incoming import Incoming
 from x07_sandbox.host import settings
 from x07_sandbox.host.waiting import Cancel
-from x07_sandbox.sessions.execution import FILES
 from x07_sandbox.sessions.session import Session
 from x07_sandbox.sessions.snapshots import SavedCommand
 from x07_sandbox.sessions.transfers import kept_streams

@@ -16,7 +16,7 @@ from x07_sandbox.policy.controls import make_plan
 from x07_sandbox.policy.decode import default_policy
 from x07_sandbox.policy.features import Isolation, vm_features
 from x07_sandbox.reports.result import render_result
-from x07_sandbox.sessions.result import ControlReport, Result, draft_result
+from x07_sandbox.sessions.result import Result, draft_result
 
 CHANGED = "limits.cpu_ms"
 
@@ -28,8 +28,7 @@ def _with_controls(*, isolation: Isolation = "vm-emulated", spawn: bool = True) 
     plan = make_plan(
         policy, EngineBackend("podman").least_features() if isolation == "container" else vm_features(isolation)
     )
-    controls = [ControlReport(field=c.field, state=c.state, by=c.by, why=c.why) for c in plan.controls]
-    return replace(draft_result("1-1-0"), outcome="ok", controls=controls)
+    return replace(draft_result("1-1-0"), outcome="ok", controls=list(plan.controls))
 
 
 @pytest.mark.parametrize("isolation", ["vm-emulated", "vm-hardware", "container"])

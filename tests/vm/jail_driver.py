@@ -33,7 +33,7 @@ from x07_sandbox.backends.qemu.hot import Dump, Restore, restored
 from x07_sandbox.backends.qemu.machine import Origin
 from x07_sandbox.backends.qemu.start import QemuJob, Source, start_qemu
 from x07_sandbox.backends.qemu.template import filled_from
-from x07_sandbox.channel.messages import Exec
+from x07_sandbox.channel.messages import CWD, FREE, Exec
 from x07_sandbox.errors import BackendError
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import host_arch
@@ -44,11 +44,10 @@ from x07_sandbox.images.store import find_image
 from x07_sandbox.images.verify import open_image
 from x07_sandbox.policy.controls import run_limits
 from x07_sandbox.policy.decode import default_policy
-from x07_sandbox.policy.guest import UNCONFINED
 from x07_sandbox.policy.outcomes import classify
 from x07_sandbox.records.runs import Claim, create_record, new_run_id
 from x07_sandbox.sessions.session import Session
-from x07_sandbox.sessions.specs import CWD, opening
+from x07_sandbox.sessions.specs import opening
 from x07_sandbox.sessions.transfers import CommandStreams, Receivers, Sink
 
 if TYPE_CHECKING:
@@ -235,7 +234,7 @@ def phase(order: dict[str, Any]) -> None:
             sinks.append(Sink(name, keep_fd=keep_fd, live_fd=None, max_bytes=settings.MIB))
         instance = stack.enter_context(started(order))
         limits = run_limits(default_policy()).for_guest()
-        opened = opening(UNCONFINED, limits, [], out_writable=False)
+        opened = opening(FREE, limits, [], out_writable=False)
         command = Exec(1, ["/bin/true"], {}, CWD, limits)
         given = CommandStreams(stdin_fd=None, stdout=sinks[0], stderr=sinks[1])
         before = status_kib("VmRSS")

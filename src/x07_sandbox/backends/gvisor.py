@@ -85,7 +85,7 @@ class GvisorBackend(ContainerBackend):
     @contextlib.contextmanager
     def start(self, job: Job) -> Iterator[ContainerInstance]:
         """Start a job and wait until its agent has answered. Raises NoAnswerError, BackendError, HostError."""
-        assert job.kind.image is not None  # noqa: S101 - for the type checker
+        assert job.kind.image is not None
         _unpack(job.kind.image)
         with super().start(job) as instance:
             yield instance

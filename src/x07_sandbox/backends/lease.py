@@ -140,7 +140,7 @@ def _leased(
 
 
 def _instance_of(backend: Backend, connection: socket.socket, answer: dict[str, Any], owned_fds: list[int]) -> Instance:
-    assert backend.cloning is not None  # noqa: S101 - checked by `claim`
+    assert backend.cloning is not None  # checked by `claim`
     try:
         fds = dict(zip(answer["fds"], owned_fds, strict=True))
         instance = backend.cloning.leased(_Lease(connection), record_from(answer["record"]), str(answer["jail"]), fds)
@@ -153,7 +153,7 @@ def _instance_of(backend: Backend, connection: socket.socket, answer: dict[str, 
 
 def handover(backend: Backend, instance: Instance) -> tuple[dict[str, object], list[int]]:
     """Return the answer and the descriptors for the client that gets a VM. The pool keeps owning the descriptors."""
-    assert backend.cloning is not None  # noqa: S101 - else there is no pool
+    assert backend.cloning is not None  # else there is no pool
     fds = backend.cloning.descriptors(instance)
     message = {"protocol": PROTOCOL, "jail": instance.jail, "notes": instance.notes, "fds": list(fds)}
     return message | {"record": record_values(instance.record)}, list(fds.values())

@@ -138,7 +138,7 @@ def _preflight(helper: str) -> Preflight:
             start_new_session=True,
         ) as child,
     ):
-        assert child.stdout is not None  # noqa: S101 - for the type checker
+        assert child.stdout is not None
         try:
             while len(said) <= _PREFLIGHT_MAX and wait_readable(child.stdout.fileno(), deadline.left_s()):
                 if not (data := os.read(child.stdout.fileno(), _PREFLIGHT_MAX)):

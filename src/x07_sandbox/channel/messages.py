@@ -22,6 +22,21 @@ COUNT_MAX: Final = 2**63 - 1
 ID_MAX: Final = 2**32 - 1  # of commands
 TEXT_MAX: Final = 2000  # characters of a text from the guest
 DENIED_MAX: Final = 64  # DENIED messages for one command
+CWD: Final = "/opt/x07"  # where a program starts, and its home
+IN: Final = "/x07/in"
+OUT: Final = "/x07/out"
+PROJECT_FOLDER: Final = f"{IN}/project"
+FILES: Final = "files"  # the service of the file server (channel/files)
+CONNECT: Final = "connect"  # the service that connects to a port of the guest
+# Of every program, and of the interpreter that waits to become one. PYTHONUNBUFFERED: a timeout would lose buffered
+# output. PYTHONDONTWRITEBYTECODE: the folders of programs are read-only.
+ENVIRONMENT: Final = {
+    "PATH": "/usr/local/bin:/usr/bin:/bin",
+    "HOME": CWD,
+    "LANG": "C.UTF-8",
+    "PYTHONUNBUFFERED": "1",
+    "PYTHONDONTWRITEBYTECODE": "1",
+}
 _JSON_MAX: Final = 32 * 1024  # a text of TEXT_MAX characters fits, each as two JSON escapes
 _LARGE_JSON_MAX: Final = 16 * 1024 * 1024  # arguments and environment, which JSON escapes may make six times larger
 
@@ -152,6 +167,9 @@ class Confine(NamedTuple):
     alone: bool
 
 
+FREE: Final = Confine(threads=True, spawn=True, execute=True, programs=None, prefixes=[], alone=False)
+
+
 class Network(NamedTuple):
     """Configuration of the relay.
 
@@ -207,7 +225,7 @@ class Exec(NamedTuple):
 
     argv: the program and its arguments. env: the complete environment. cwd: the working directory. limits: of this
     command. service: "" for a program; else the service of the agent to run like a command, on the same streams:
-    "files" (channel/files), or "connect", which connects its streams to the port argv[0] of this sandbox.
+    FILES, or CONNECT, which connects its streams to the port argv[0] of this sandbox.
     merge: whether standard error goes to standard output. terminal: if not None, the command gets a terminal, whose
     output is standard output. detached: whether it has no input.
     """

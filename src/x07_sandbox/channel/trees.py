@@ -471,7 +471,7 @@ class Unpacker:
 
     def _close_file(self) -> None:
         entry, fd = self._entry, self._fd
-        assert entry is not None  # noqa: S101 - a file is open
+        assert entry is not None  # a file is open
         info = os.fstat(fd)
         if info.st_size < entry.size:  # it ends with a hole
             os.ftruncate(fd, entry.size)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from msgspec.structs import replace
 
 from x07_sandbox.backends.registry import backend_request, select, this_platform
+from x07_sandbox.channel.messages import IN, OUT
 from x07_sandbox.cli.console import say, show, write_stdout
 from x07_sandbox.cli.json_output import print_document, shell_path
 from x07_sandbox.cli.outputs import artifact_file, check_outputs, files_read, write_bytes
@@ -40,16 +41,9 @@ from x07_sandbox.host.waiting import write_all
 from x07_sandbox.images.store import DEFAULT, arch_of
 from x07_sandbox.options import COPIED, FILE_SIZE, GRANTS, GROUPS, LIMITS, OF_X07
 from x07_sandbox.policy.decode import decode_policy
-from x07_sandbox.programs.toolchains import SOURCE_FOLDER, toolchain_named
-from x07_sandbox.sessions.request import (
-    EffectivePolicy,
-    Program,
-    RunRequest,
-    effective_policy_of,
-    in_memory,
-    load_program,
-    sha256_text,
-)
+from x07_sandbox.policy.model import EffectivePolicy
+from x07_sandbox.programs.toolchains import toolchain_named
+from x07_sandbox.sessions.request import Program, RunRequest, effective_policy_of, in_memory, load_program, sha256_text
 from x07_sandbox.sessions.run import attempt, carry_out, sweep_before_start
 from x07_sandbox.x07 import bundle
 from x07_sandbox.x07.bundle import POLICY, Bundle, folder_of, read_bundle
@@ -225,7 +219,7 @@ def _report(options: argparse.Namespace, made: _Made) -> bundle.BundleReport:
         guest=bundle.Guest(
             platform={"os": "linux", "arch": arch_of(digest).deb},
             image={"digest": digest, "ref": name},
-            mounts={"job_in": "/x07/in", "job_out": "/x07/out"},
+            mounts={"job_in": IN, "job_out": OUT},
         ),
     )
     target = target_of(made.program, made.request.program, made.report)
@@ -385,7 +379,7 @@ def _program(bundle: Bundle, stack: contextlib.ExitStack) -> Program:
         toolchain=X07_ARTIFACT if facts.toolchain == X07_ARTIFACT.name else toolchain_named(facts.toolchain),
         source=facts.source,
         data=b"",
-        file=in_memory(b"", f"{SOURCE_FOLDER}/none", 0o644, stack),  # for a build VM, which no start has
+        file=in_memory(b"", f"{IN}/none", 0o644, stack),  # for a build VM, which no start has
         sha256=sha256_text(bundle.payload),
         project=facts.project,
         cpu_ms=facts.cpu_ms,

@@ -35,7 +35,7 @@ from x07_sandbox.options import OF_POLICIES
 from x07_sandbox.policy.changes import Overrides
 from x07_sandbox.policy.controls import make_plan
 from x07_sandbox.policy.decode import is_policy_id, policy_digest, render_policy
-from x07_sandbox.policy.guest import confinement
+from x07_sandbox.policy.guest import confinement, filters_of
 from x07_sandbox.policy.model import Policy, PolicyError, leaf_values
 from x07_sandbox.policy.schema import render_schema
 from x07_sandbox.policy.templates import BUILT_IN, TEMPLATES, make_policy
@@ -260,7 +260,7 @@ def _explain(options: argparse.Namespace) -> int:
         isolation=backend.isolation,
         toolchain=options.toolchain,
         carried_out=not plan.refusals,
-        filters=confinement(policy, "").filters if "confinement" in features.can_enforce else (),
+        filters=filters_of(confinement(policy, "")) if "confinement" in features.can_enforce else (),
         controls=tuple(
             ExplainedControl(
                 **msgspec.structs.asdict(control),

@@ -24,12 +24,12 @@ from x07_sandbox.errors import RefusedError, SandboxError, UsageError
 from x07_sandbox.host.documents import render_json
 from x07_sandbox.host.paths import is_file, is_folder
 from x07_sandbox.host.variables import flag
-from x07_sandbox.policy.model import PolicyError
+from x07_sandbox.policy.model import EffectivePolicy, PolicyError
 from x07_sandbox.policy.outcomes import REFUSED_EXIT
 from x07_sandbox.programs.project import project_root, write_document
 from x07_sandbox.programs.toolchains import ARTIFACT, PROGRAM_FOLDER, Protocol
 from x07_sandbox.sessions import request as requests
-from x07_sandbox.sessions.request import EffectivePolicy, Program, RunCaller, RunRequest
+from x07_sandbox.sessions.request import Program, RunCaller, RunRequest
 from x07_sandbox.sessions.result import Result
 from x07_sandbox.sessions.run import carry_out
 from x07_sandbox.x07 import runner_report
@@ -77,7 +77,7 @@ def run_with_report(
 ) -> int:
     """Run the program, print X07's report on the run and return the report's exit code. Raises SandboxError."""
     program = caller.program
-    assert program is not None  # noqa: S101 - for the type checker
+    assert program is not None
     caller = replace(caller, policy=caller.policy or requests.effective_policy_of(request))
     path = None if request.policy is None else str(request.policy)
     result, report = run_and_report(request, caller, options, stack, path)
@@ -114,8 +114,8 @@ def with_derived_file(
     root = project_root(request.program if program.project and request.program and is_file(request.program) else None)
     if request.program is not None and is_folder(request.program):
         root = request.program
-    granted, name = requests.derived_policy(request, gate=False)
-    parts = (".x07", "policies", "_generated", name)
+    granted = requests.derived_policy(request, gate=False)
+    parts = (".x07", "policies", "_generated", granted.file_name)
     place = root.joinpath(*parts)
     fix = f"Make {place.parent} writable, or omit the flags that change the policy"
     write_document(root, parts, granted.data, overwrite=True, fix=fix)
@@ -138,7 +138,7 @@ def run_and_report(
     `x07 run`. Raises UsageError, or, if a file was not written, RefusedError with the result.
     """
     program, tell = caller.program, say if flags is None else partial(say, command="x07-os-runner")
-    assert program is not None  # noqa: S101 - for the type checker
+    assert program is not None
     with caller.cancel.waiting():  # it may be a pipe
         data = requests.read_whole(requests.open_input(request, program.input_fd, stack), INPUT_MAX_BYTES)
     if options.attest_runtime is not None:
@@ -182,7 +182,7 @@ def _attested(
     given: the policy's path as the user typed it, and the size of the input.
     """
     program, policy, (policy_path, input_size) = caller.program, caller.policy, given
-    assert program is not None and policy is not None and report.solve is not None  # noqa: S101, PT018 - as above
+    assert program is not None and policy is not None and report.solve is not None  # noqa: PT018 - only for the type checker
     facts = Attested(
         policy=policy.policy,
         policy_bytes=policy.data,

@@ -443,7 +443,7 @@ def _attach(options: argparse.Namespace) -> int:
 
     opened = connect_to(options.sandbox, flags=True)
     command = opened.command(options.number)
-    assert command is not None  # noqa: S101 - the holder has answered
+    assert command is not None  # the holder has answered
     return _attached(opened, command, options, kills=False)
 
 

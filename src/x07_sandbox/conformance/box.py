@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from x07_sandbox.backends.base import Fork, Instance, Job, MachineKind, RootPlace
 from x07_sandbox.channel.link import Link
-from x07_sandbox.channel.messages import Closed, CommandLimits, Exec, Exited, Mount, Room
+from x07_sandbox.channel.messages import CWD, FILES, FREE, Closed, CommandLimits, Exec, Exited, Mount, Room
 from x07_sandbox.conformance.harness import ANSWER_S, Bench, BrokenError, expect
 from x07_sandbox.host import settings
 from x07_sandbox.host.waiting import Caller, Cancel
-from x07_sandbox.policy.guest import RAM_CLASSES, UNCONFINED
+from x07_sandbox.policy.guest import RAM_CLASSES
 from x07_sandbox.records.runs import Claim, new_run_id
-from x07_sandbox.sessions.execution import FILES, Execution
+from x07_sandbox.sessions.execution import Execution
 from x07_sandbox.sessions.files import FileServer
 from x07_sandbox.sessions.session import Session
-from x07_sandbox.sessions.specs import CWD, SessionSpec, opening
+from x07_sandbox.sessions.specs import SessionSpec, opening
 from x07_sandbox.sessions.transfers import CommandStreams, InFile, Receivers, Sink, kept_streams, memory_file
 
 if TYPE_CHECKING:
@@ -175,13 +175,12 @@ def opened(bench: Bench, root: bytes = b"", *, guest_root: bool = False, **limit
         files = [InFile(path="", mode=0o755, kind="tree", fd=memory_file(root, stack), size=len(root))] if root else []
         spec = SessionSpec(
             name="run",
-            opening=opening(UNCONFINED, most, files, mounts, None, room, out_writable=False, root=guest_root),
+            opening=opening(FREE, most, files, mounts, None, room, out_writable=False, root=guest_root),
             order=Exec(0, [], _ENV, CWD, most),
             files=tuple(files),
             receivers=Receivers(),
             wall_ms=_SANDBOX_MS,
             ram_bytes=RAM_CLASSES[0],
-            filters=UNCONFINED.filters,
             places=(RootPlace(at=ROOT, write=True),) if root else (),
         )
         cancel = stack.enter_context(contextlib.closing(Cancel()))
@@ -196,8 +195,8 @@ def opened(bench: Bench, root: bytes = b"", *, guest_root: bool = False, **limit
 def forked(bench: Bench, box: Box, command: Command) -> Iterator[tuple[Box, Command]]:
     """Open a fork of a sandbox, and return what its *command* is there. The backend must have snapshots."""
     snapshots, number = bench.backend.snapshots, command.execution.order.id
-    assert snapshots is not None  # noqa: S101 - else the behaviour is a gap
-    assert box.kind is not None  # noqa: S101 - `opened` has set it
+    assert snapshots is not None  # else the behaviour is a gap
+    assert box.kind is not None  # `opened` has set it
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(snapshots.folder()).path
         with snapshots.capture(box.instance, box.kind, folder) as capture:

@@ -167,7 +167,7 @@ class Bench:
         argv = [*self._runner, self.backend.name, code, *args]
         environment = {**inherited_environment(), **(env or {})}
         with subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=environment) as runner:
-            assert runner.stdout is not None  # noqa: S101 - for the type checker
+            assert runner.stdout is not None
             try:
                 yield runner, partial(read_line, runner.stdout.fileno())
             finally:

@@ -107,7 +107,7 @@ class Incoming:
                 self._position += event.size
             elif isinstance(event, FileEnd):
                 entry = self._entry
-                assert entry is not None  # noqa: S101 - for the type checker
+                assert entry is not None
                 node = Node(kind="file", mode=entry.mode, size=entry.size, sha256=self._hash.hexdigest(), at=self._at)
                 self.reported.append(ReportedEntry(root=self._root, name=os.fsdecode(entry.name), node=node))
             else:

@@ -59,7 +59,7 @@ class Planner:
             # A new mode would affect other names (hard links) too. In the VM each name was a separate file.
             linked = item.info is not None and stat.S_ISREG(item.info.st_mode) and item.info.st_nlink > 1
             if only_mode(item.change) and not linked:
-                assert after is not None  # noqa: S101 - for the type checker
+                assert after is not None
                 # A folder keeps its setgid and sticky bits; a changed file loses its special bits.
                 wanted = after.mode | (mode & 0o7000 if after.kind == "folder" else 0)
                 if wanted != mode:

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from x07_sandbox.channel.messages import DENIED_MAX
+from x07_sandbox.channel.messages import CWD, DENIED_MAX, OUT
 from x07_sandbox.guest import confine
 from x07_sandbox.guest.confine import UID
 
@@ -436,7 +436,7 @@ class ProgramPaths:
         return self._targets[path]
 
     def _resolve(self, path: str) -> str:
-        writable = [*confine.IN_MEMORY, confine.CWD, "/x07/out"]
+        writable = [*confine.IN_MEMORY, CWD, OUT]
         writable += [_shown(mount.at) for mount in self._mounts if mount.write]
         if all(_below(path.strip("/"), folder.strip("/")) is None for folder in writable):
             return ""

@@ -1,7 +1,7 @@
 """Confinement of the program as lists of steps, which state their requirements. A failing step ends the job.
 
-`Confinement.world`: init, still root, builds the file system that the program sees. `Confinement.rights`: the program's
-process drops its rights. Neither depends on the job, so both are done before the VM is saved. `Confinement.job`: init,
+`Steps.world`: init, still root, builds the file system that the program sees. `Steps.rights`: the program's
+process drops its rights. Neither depends on the job, so both are done before the VM is saved. `Steps.job`: init,
 still root, applies the job's settings. The order matters: a step may need a right that a later step drops.
 
 `MACHINE` is for VMs; `guest/process` defines the weaker platforms.
@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 from x07_sandbox import kernel
+from x07_sandbox.channel.messages import CWD, IN, OUT
 from x07_sandbox.guest import execution, interpreter, system, waiting
 
 T = TypeVar("T")
@@ -35,7 +36,6 @@ MEMORY: Final = "/run/x07/memory"
 # More than fit into trees of IN_MEMORY_BYTES, in which a folder has at least 14 bytes and a file with content 31.
 _ENTRIES: Final = 20_000
 _PAGES_BYTES: Final = 48 << 20
-CWD: Final = "/opt/x07"
 IN_MEMORY: Final = ("/tmp", "/dev/shm")  # noqa: S108 - the program's tmpfs folders
 CGROUP_VIEW: Final = "/sys/fs/cgroup"
 _IGNORED: Final = (signal.SIGPIPE, signal.SIGXFSZ)  # by init, as by Python
@@ -105,7 +105,7 @@ class Step(NamedTuple, Generic[T]):
     fields: tuple[str, ...] = ()
 
 
-class Confinement(NamedTuple):
+class Steps(NamedTuple):
     """The steps of one platform, in order."""
 
     world: tuple[Step[World], ...]
@@ -311,12 +311,12 @@ def _sizes(settings: JobSettings) -> None:
 
 
 def _output(settings: JobSettings) -> None:
-    _remount("/x07/out", 0 if settings.out_writable else system.MS_RDONLY)
+    _remount(OUT, 0 if settings.out_writable else system.MS_RDONLY)
 
 
 def _inputs(settings: JobSettings) -> None:
     if settings.inputs_on_disk:
-        system.unmount("/x07/in")
+        system.unmount(IN)
 
 
 def resource_limits(settings: JobSettings) -> tuple[tuple[int, int], ...]:
@@ -347,7 +347,7 @@ def _programs(settings: JobSettings) -> None:
 def _no_execution(settings: JobSettings) -> None:
     if settings.execution is not None:
         rules = execution.ExecutionRules(*settings.execution)
-        execution.forbid_elsewhere(rules, [*IN_MEMORY, "/x07/out", CWD], "/x07/in")
+        execution.forbid_elsewhere(rules, [*IN_MEMORY, OUT, CWD], IN)
 
 
 # A remount by another step clears the flag again.
@@ -433,7 +433,7 @@ def _fresh_signals(_world: World) -> None:
 BOUNDING_SET: Final = "bounding set"
 NO_CAPABILITIES: Final = "no capabilities"
 FRESH_SIGNALS: Final = Step[World]("fresh signals", "", _fresh_signals)
-MACHINE: Final = Confinement(
+MACHINE: Final = Steps(
     world=(
         Step("namespaces", "CAP_SYS_ADMIN", _namespaces),
         Step("read-only system", "CAP_SYS_ADMIN", _read_only_system),
@@ -474,7 +474,7 @@ _INSTEAD: Final = {
     )
 }
 # For programs that are root in a user namespace of their own. The network namespace stays ours.
-ROOTED: Final = Confinement(
+ROOTED: Final = Steps(
     world=tuple(_INSTEAD.get(step.name, step) for step in MACHINE.world),
     rights=tuple(_INSTEAD.get(step.name, step) for step in MACHINE.rights),
     job=MACHINE.job,

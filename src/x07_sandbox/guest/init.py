@@ -118,7 +118,7 @@ class Pipes(NamedTuple):
 
 
 def run_init(
-    world: confine.World, pipes: Pipes, agent: socket.socket, report_fd: int, confinement: confine.Confinement
+    world: confine.World, pipes: Pipes, agent: socket.socket, report_fd: int, confinement: confine.Steps
 ) -> NoReturn:
     """Run as init. agent, report_fd: for messages from and to the agent. Never returns."""
     try:
@@ -178,7 +178,7 @@ class _Init:
         world: confine.World,
         agent: socket.socket,
         report_fd: int,
-        confinement: confine.Confinement,
+        confinement: confine.Steps,
         program: int,
         interpreter: socket.socket | None,
     ) -> None:
@@ -324,7 +324,7 @@ class _Init:
 
 
 def _become(
-    world: confine.World, pipes: Pipes, confinement: confine.Confinement, ready: bytes, how: Start = _FIRST_START
+    world: confine.World, pipes: Pipes, confinement: confine.Steps, ready: bytes, how: Start = _FIRST_START
 ) -> NoReturn:
     """Drop all rights, wait for the start message, and execute the program or run a service of the agent."""
     start_fd, status_fd = pipes.start_fd, pipes.status_fd

@@ -22,6 +22,7 @@ import os
 from typing import Any, Final
 
 from x07_sandbox import kernel
+from x07_sandbox.channel.messages import CWD, ENVIRONMENT
 from x07_sandbox.guest import waiting
 from x07_sandbox.guest.waiting import CODE_MAX, FOLDER, PLACEHOLDER, SCRIPTS
 
@@ -33,15 +34,8 @@ _EARLY: Final = (
     *("PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE"),
 )
 _EARLY_PREFIXES: Final = ("PYTHON", "LD_", "GLIBC_", "MALLOC_")
-ENVIRONMENT: Final = {
-    "PATH": "/usr/local/bin:/usr/bin:/bin",
-    "HOME": "/opt/x07",
-    "LANG": "C.UTF-8",
-    "PYTHONUNBUFFERED": "1",
-    "PYTHONDONTWRITEBYTECODE": "1",
-}
 ENV: Final = ENVIRONMENT | {"PYTHONPATH": FOLDER}
-OWN_MODULES: Final = f"{ENVIRONMENT['HOME']}/.local"  # the user site-packages
+OWN_MODULES: Final = f"{CWD}/.local"  # the user site-packages
 
 
 def hook(preload: list[str]) -> str:

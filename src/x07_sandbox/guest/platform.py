@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from x07_sandbox.channel.messages import Exec, Open, Seed
     from x07_sandbox.guest.audit import Audit, NoAudit
     from x07_sandbox.guest.cgroup import NoGroup
-    from x07_sandbox.guest.confine import Confinement, JobSettings
+    from x07_sandbox.guest.confine import JobSettings, Steps
     from x07_sandbox.guest.dns import NoNetwork
     from x07_sandbox.guest.relay import RelayProcess
 
@@ -33,7 +33,7 @@ class Platform(ABC):
     user_fd: the user namespace in which programs are root, or -1. program_root: see `confine.World`.
     """
 
-    confinement: Confinement
+    confinement: Steps
     program_uid: int | None
     scratch: str
     memory: str

@@ -22,7 +22,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox import kernel
-from x07_sandbox.channel.messages import Confine
+from x07_sandbox.channel.messages import CWD, FREE, IN, OUT
 from x07_sandbox.channel.trees import Entry, Kind
 from x07_sandbox.guest import confine, system
 from x07_sandbox.guest.audit import NoAudit
@@ -109,7 +109,7 @@ _INSTEAD: Final[dict[str, confine.Step[confine.World]]] = {
 }
 _OMITTED: Final = {confine.BOUNDING_SET, confine.NO_CAPABILITIES}  # _own_user also drops capabilities
 # The steps of a VM with replacements.
-CONFINED: Final = confine.Confinement(
+CONFINED: Final = confine.Steps(
     world=tuple(_INSTEAD.get(step.name, step) for step in confine.MACHINE.world if step.name not in _OMITTED),
     rights=tuple(_INSTEAD.get(step.name, step) for step in confine.MACHINE.rights if step.name not in _OMITTED),
     job=(*confine.VIEW, confine.Step("resource limits", "", _resource_limits, (*confine.RESOURCES, "tasks"))),
@@ -197,13 +197,13 @@ def limits_of_child(settings: confine.JobSettings, *, tasks: bool = False) -> No
 
 
 FREE_INIT: Final = confine.Step[confine.World]("reaper", "", _own_init)
-UNCONFINED: Final = confine.Confinement(
+UNCONFINED: Final = confine.Steps(
     world=(FREE_INIT,),
     rights=(confine.Step("end with init", "", _end_with_parent), confine.FRESH_SIGNALS),
     job=(confine.Step("resource limits", "", limits_of_child, confine.RESOURCES),),
 )
 # The guest paths that the host uses, and the folders below `scratch` that replace them.
-_REPLACEMENTS: Final = (("/x07/in", "in"), ("/x07/out", "out"), (confine.CWD, "work"))
+_REPLACEMENTS: Final = ((IN, "in"), (OUT, "out"), (CWD, "work"))
 
 
 class Unconfined(OnSharedKernel):
@@ -232,8 +232,7 @@ class Unconfined(OnSharedKernel):
         if any(mount.tree is not None for mount in opening.mounts):
             raise JobError("mounts", 0, "host folders cannot be mounted without confinement")
         self._replacements = (*((mount.at, "work") for mount in opening.mounts), *_REPLACEMENTS)
-        free = Confine(threads=True, spawn=True, execute=True, programs=None, prefixes=[], alone=False)
-        return opening._replace(mounts=[], confine=free)
+        return opening._replace(mounts=[], confine=FREE)
 
     def adapt_command(self, order: Exec) -> Exec:
         """Replace guest paths by paths in the private folder."""
@@ -272,7 +271,7 @@ def _limits_in_container(settings: confine.JobSettings, *, tasks: bool = False) 
 
 
 _MACHINE_STEPS: Final = {step.name: step for step in confine.MACHINE.rights}
-CONTAINED: Final = confine.Confinement(
+CONTAINED: Final = confine.Steps(
     world=(FREE_INIT, RULES),
     rights=(
         confine.Step("first to die", "", _first_to_die),
@@ -287,7 +286,7 @@ CONTAINED: Final = confine.Confinement(
     ),
 )
 # For runtimes that cannot limit tasks.
-CONTAINED_TASKS: Final = confine.Confinement(
+CONTAINED_TASKS: Final = confine.Steps(
     world=CONTAINED.world,
     rights=CONTAINED.rights,
     job=(
@@ -350,7 +349,7 @@ class ContainerTree(Tree):
             super()._make(entry)
 
     def _close_file(self) -> None:
-        assert self._entry is not None  # noqa: S101 - a file is open
+        assert self._entry is not None  # a file is open
         with as_program_user(self._owner(self._entry.name)):
             super()._close_file()
 
@@ -379,7 +378,7 @@ class Contained(OnSharedKernel):
             self.confinement = CONTAINED_TASKS
         self._network = network
         self._limits_tasks = limits_tasks
-        self._work = confine.CWD
+        self._work = CWD
         self._trees: dict[int, tuple[str, dict[bytes, bool]]] = {}
 
     def open_channel(self) -> int:

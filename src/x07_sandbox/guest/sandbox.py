@@ -16,7 +16,11 @@ from x07_sandbox.channel.connection import Carrier
 from x07_sandbox.channel.egress import CA_FILE
 from x07_sandbox.channel.link import Link, State, Stream
 from x07_sandbox.channel.messages import (
+    CWD,
     DENIED_MAX,
+    IN,
+    OUT,
+    PROJECT_FOLDER,
     Changes,
     Close,
     Closed,
@@ -36,16 +40,7 @@ from x07_sandbox.guest.environment import IN_MEMORY_BYTES, failure, job_settings
 from x07_sandbox.guest.exec import READ, Command, Spare
 from x07_sandbox.guest.execution import ExecutionRules
 from x07_sandbox.guest.system import JobError, write_all
-from x07_sandbox.guest.trees import (
-    Left,
-    ProgramTree,
-    Room,
-    Tree,
-    changes,
-    left_files,
-    pack_program,
-    stream_of,
-)
+from x07_sandbox.guest.trees import Left, ProgramTree, Room, Tree, changes, left_files, pack_program, stream_of
 
 if TYPE_CHECKING:
     from x07_sandbox.channel.messages import CommandLimits, InputFile, Message, Mount, Open, Output
@@ -53,13 +48,11 @@ if TYPE_CHECKING:
     from x07_sandbox.guest.environment import Environment, Process
 
 
-_PROJECT: Final = "/x07/in/project"
-_OUT: Final = "/x07/out"
 _FULL_BLOCKS: Final = 256  # a disk with fewer free blocks (4 KiB) counts as full
 _FULL_SHARE: Final = 64  # a tmpfs with less than 1/64 free counts as full
 _QUEUED_MAX: Final = 4 * READ
 
-_FOLDER: Final = "/x07/in/"
+_FOLDER: Final = f"{IN}/"
 SYSTEM_CA: Final = "/etc/ssl/certs/ca-certificates.crt"
 
 
@@ -319,7 +312,7 @@ class Sandbox:
 
     def _mount(self) -> None:
         wanted = self._opening.mounts
-        if any(mount.at.startswith(_PROJECT) for mount in wanted):
+        if any(mount.at.startswith(PROJECT_FOLDER) for mount in wanted):
             os.makedirs(f"{self._environment.folder(on_disk=self._files.on_disk)}/project", exist_ok=True)
         mounts = [(self._source(mount), mount.at, mount.write) for mount in wanted]
         mounts += [(self._files.ca, SYSTEM_CA, False)] if self._files.ca else []
@@ -419,7 +412,7 @@ class Sandbox:
     def _exited(self, command: Command) -> None:
         group, identity = command.process.group, command.order.id
         lost = 0 if command.order.service else self._report_denials(identity)
-        assert command.wait_status is not None  # noqa: S101 - it has ended
+        assert command.wait_status is not None  # it has ended
         self._link.send(
             Exited(
                 id=identity,
@@ -497,9 +490,9 @@ class Sandbox:
         # On some platforms, host folders lie inside these; their files are among the changes.
         mounts, platform = self._opening.mounts, self._environment.platform
         places = [mount.at for mount in mounts]
-        with_out = order.left.files > 0 and _OUT not in places
+        with_out = order.left.files > 0 and OUT not in places
         folders = [platform.folder(name) for name in ("work", "out")[: 1 + with_out]]
-        start = f"{next((mount.at for mount in mounts if mount.tree is None), confine.CWD)}/"
+        start = f"{next((mount.at for mount in mounts if mount.tree is None), CWD)}/"
         roots = [os.fsencode(at.removeprefix(start)) for at in places if at.startswith(start)]
         with platform.reading():
             return left_files(folders, self._files.work, order.left.files, order.left.bytes, roots)
@@ -531,7 +524,7 @@ class Sandbox:
     def _changes(self) -> Iterator[bytes]:
         room = Room(*self._opening.room)
         for number, mount in enumerate(mount for mount in self._opening.mounts if mount.changes):
-            assert mount.tree is not None  # noqa: S101 - only trees have changes
+            assert mount.tree is not None  # only trees have changes
             yield Entry(Record.ROOT, b"%d" % number).encoded()
             yield from changes(self._files.trees[mount.tree], os.fsencode(mount.sub), room)
         yield Entry(Record.END, b"").encoded()
@@ -585,7 +578,7 @@ class IncomingFiles:
                 os.mkdir(self._path(file), 0o755)
                 self._open[number] = ProgramTree(self._path(file))
             else:
-                in_work = file.path == confine.CWD
+                in_work = file.path == CWD
                 tree = environment.platform.work_tree() if in_work else environment.platform.tree(number)
                 self._open[number] = self.trees[number] = tree
                 self.work = tree if in_work else self.work

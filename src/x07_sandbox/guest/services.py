@@ -20,6 +20,7 @@ from typing import Any, Final, NoReturn
 from x07_sandbox.channel import files
 from x07_sandbox.channel.contents import next_data
 from x07_sandbox.channel.files import Answer, Buffer, FileInfo, Request
+from x07_sandbox.channel.messages import FILES
 from x07_sandbox.channel.trees import FOLDER_FLAGS, Entry, Kind, Unpacker, can_hold_names, entry_of, segment, walk
 from x07_sandbox.errors import PeerError
 from x07_sandbox.guest.system import JobError, write_all
@@ -36,7 +37,7 @@ def run(service: str, argv: list[str]) -> NoReturn:
     """Run a service until its streams end."""
     status = 1
     try:
-        if service == "files":
+        if service == FILES:
             FileServer(0, 1).serve()
         elif len(argv) > 1:
             _await(int(argv[0]), float(argv[1]))

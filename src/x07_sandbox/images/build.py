@@ -360,7 +360,7 @@ class _Builder:
             folder.rename(self._work / f"old-{folder.name}")
         made.rename(folder)
         base = bases.read_base(folder)
-        assert base is not None  # noqa: S101
+        assert base is not None
         return folder, base
 
     def _new_base(self, contents: bases.Contents) -> Path:

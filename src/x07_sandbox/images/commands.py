@@ -99,7 +99,7 @@ def run(
     log = bytearray()
     try:
         pipe = proc.stdout if stdout_fd is None else proc.stderr
-        assert pipe is not None  # noqa: S101 - for the type checker
+        assert pipe is not None
         with pipe:
             in_time = _drain(pipe.fileno(), log, on_line, time.monotonic() + timeout_s)
         if in_time:

@@ -353,7 +353,7 @@ def _unzstd(pieces: Iterable[bytes], packed: hashlib._Hash) -> Iterator[bytes]:
         whole.seek(0)
         argv = [commands.tool("zstd"), "-dcq"]
         with subprocess.Popen(argv, stdin=whole, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as child:
-            assert child.stdout is not None  # noqa: S101 - it is a pipe
+            assert child.stdout is not None  # it is a pipe
             try:
                 while data := child.stdout.read(_CHUNK):
                     yield data

@@ -325,7 +325,7 @@ class PoolPlugin(WorkerPlugin):
 
     def pool(self) -> Pool:
         """Return the pool of this worker. Raises SandboxError."""
-        assert self._lock is not None  # noqa: S101 - setup was called
+        assert self._lock is not None  # setup was called
         with self._lock:
             if self._pool is None:
                 self._pool = Pool(self._size, image=self._image)

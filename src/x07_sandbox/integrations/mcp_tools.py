@@ -396,7 +396,7 @@ class Tools:
 
     async def _end(self, handle: str) -> Result:
         sandbox = self._open[handle]
-        assert sandbox is not None  # noqa: S101 - for the type checker; _sandbox and close_all have looked
+        assert sandbox is not None  # _sandbox and close_all have looked
         self._ended[handle] = "it could not be closed"
         try:
             result = await sandbox.close(self._choice)

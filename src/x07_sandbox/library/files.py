@@ -16,7 +16,7 @@ from typing import IO, TYPE_CHECKING, Final, Literal, TypeVar, cast
 from x07_sandbox.channel import files as calls
 from x07_sandbox.channel.files import Request
 from x07_sandbox.channel.trees import Entry, FileEnd, Hole, Kind, Piece, Reader
-from x07_sandbox.errors import ArgumentError, PeerError, UsageError, printable
+from x07_sandbox.errors import ArgumentError, PeerError, UsageError, printable, whole_number
 from x07_sandbox.host.settings import FILES_S
 from x07_sandbox.library.arguments import checked_seconds
 from x07_sandbox.library.awaited import Awaited, awaited
@@ -287,15 +287,13 @@ def _info(entry: calls.FileInfo) -> FileInfo:
 def _mode(mode: int | None) -> int:
     if mode is None:
         return -1
-    if isinstance(mode, bool) or not isinstance(mode, int) or not 0 <= mode <= _PERMISSIONS:
-        raise ArgumentError("cannot set the mode", f"it is {mode!r}", "Pass permission bits, such as 0o644")
-    return mode
+    error = ArgumentError("cannot set the mode", f"it is {mode!r}", "Pass permission bits, such as 0o644")
+    return whole_number(mode, error, 0, _PERMISSIONS)
 
 
 def _whole(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 62:
-        raise ArgumentError("cannot read the file", f"{name} is {value!r}, not a whole number from 0", "Pass a number")
-    return value
+    error = ArgumentError("cannot read the file", f"{name} is {value!r}, not a whole number from 0", "Pass a number")
+    return whole_number(value, error, 0, (1 << 62) - 1)
 
 
 def _pieces(data: bytes) -> Iterator[bytes]:

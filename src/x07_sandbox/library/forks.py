@@ -26,7 +26,7 @@ def forks_of(opened: AnySandbox, count: int, given: Mapping[str, Any]) -> Sequen
     if not isinstance(opened, OpenSandbox):
         from x07_sandbox.library.held import HeldSandbox
 
-        assert isinstance(opened, HeldSandbox)  # noqa: S101 - there is no other kind
+        assert isinstance(opened, HeldSandbox)  # there is no other kind
         return [(fork, None) for fork in opened.fork(count, given)]
     cancels: list[Cancel] = []
 

@@ -8,9 +8,10 @@ import socket
 import threading
 from typing import TYPE_CHECKING, Final
 
+from x07_sandbox.channel.messages import CONNECT
 from x07_sandbox.errors import SandboxError
 from x07_sandbox.host import start_thread
-from x07_sandbox.sessions.execution import CONNECT, order
+from x07_sandbox.sessions.execution import order
 
 if TYPE_CHECKING:
     from x07_sandbox.sessions.command import AnySandbox, Process

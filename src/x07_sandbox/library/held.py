@@ -343,7 +343,7 @@ class HeldSandbox(AnySandbox):
     def ending(self, command: Process) -> Ended:
         """See `AnySandbox.ending`."""
         execution = command.execution
-        assert isinstance(execution, HeldExecution)  # noqa: S101 - for the type checker
+        assert isinstance(execution, HeldExecution)
         self._commands.pop(command.id, None)
         if execution.problem is not None:
             raise self._problem(execution.problem)

@@ -157,7 +157,7 @@ def start(
     with os.fdopen(ready_r, "rb", buffering=0) as ready:
         child = start_in_background(module, *words, ready_fd=ready_w, errors=log, stdin=subprocess.PIPE)
         os.close(ready_w)
-        assert child.stdin is not None  # noqa: S101 - it is a pipe
+        assert child.stdin is not None  # it is a pipe
         try:
             with contextlib.suppress(BrokenPipeError), child.stdin:  # it has ended; see below
                 child.stdin.write(given)

@@ -7,7 +7,7 @@ import os
 from functools import partial
 from typing import TYPE_CHECKING, Literal, Self, TypedDict, Unpack
 
-from x07_sandbox.errors import ArgumentError, SandboxError, UsageError
+from x07_sandbox.errors import ArgumentError, SandboxError, UsageError, whole_number
 from x07_sandbox.host.settings import LIFETIME_S, OUTPUT_MAX_BYTES, QUEUE_S
 from x07_sandbox.library.arguments import check_names, check_snapshot_name, checked_seconds
 from x07_sandbox.library.run import run_uninterrupted
@@ -339,8 +339,7 @@ class Sandbox:
             raise bad_value("keep", keep, f"one of {', '.join(KEEPS)}")
         if not isinstance(input, bytes | bytearray | memoryview):
             raise bad_value("input", input, "bytes")
-        if isinstance(max_output_bytes, bool) or not isinstance(max_output_bytes, int) or max_output_bytes < 0:
-            raise bad_value("max_output_bytes", max_output_bytes, "a number from 0")
+        whole_number(max_output_bytes, bad_value("max_output_bytes", max_output_bytes, "a number from 0"), 0)
         process = self.start(argv, cwd=cwd, env=env, timeout_s=timeout_s, merge=merge)
         try:
             process.feed(bytes(input))
@@ -394,8 +393,7 @@ class Sandbox:
         Detached commands are found also after their end, the last 32 of them, with up to 1 MiB of each of their
         streams. Raises UsageError.
         """
-        if isinstance(number, bool) or not isinstance(number, int):
-            raise bad_value("number", number, "the id of a command")
+        whole_number(number, bad_value("number", number, "the id of a command"))
         command = self._using().command(number)
         if command is None:
             why = "none has this id, or it was waited for"
@@ -437,7 +435,8 @@ class Sandbox:
 
     def wait_for_port(self, port: int, timeout_s: float = 30.0) -> None:
         """Wait until a program of the sandbox accepts connections at 127.0.0.1. Raises TimeoutError, SandboxError."""
-        from x07_sandbox.sessions.execution import CONNECT, order
+        from x07_sandbox.channel.messages import CONNECT
+        from x07_sandbox.sessions.execution import order
 
         within_s = checked_seconds("timeout_s", timeout_s)
         asked = order([str(_port("wait for", port)), f"{within_s:.3f}"], service=CONNECT)
@@ -499,9 +498,8 @@ class Sandbox:
         Commands that ran then go on: get them again by `process`. The clock is right, and the used lifetime counts.
         """
         opened = self._using()
-        if isinstance(checkpoint, bool) or not isinstance(checkpoint, int):
-            fix = "Pass a number that checkpoint() returned"
-            raise ArgumentError("cannot go back to the checkpoint", f"it is {checkpoint!r}", fix)
+        what, fix = "cannot go back to the checkpoint", "Pass a number that checkpoint() returned"
+        whole_number(checkpoint, ArgumentError(what, f"it is {checkpoint!r}", fix))
         run_uninterrupted(lambda: None, lambda: opened.rollback(checkpoint))
 
     def pause(self) -> None:
@@ -597,9 +595,8 @@ def _teller(on_progress: Callable[[str], object] | None, opened: Sequence[object
 
 
 def _port(what: str, port: int) -> int:
-    if isinstance(port, bool) or not isinstance(port, int) or not 0 < port < 1 << 16:
-        raise ArgumentError(f"cannot {what} a port", f"it is {port!r}", "Pass a number from 1 to 65535")
-    return port
+    error = ArgumentError(f"cannot {what} a port", f"it is {port!r}", "Pass a number from 1 to 65535")
+    return whole_number(port, error, 1, 65535)
 
 
 _DEFAULTS = Sandbox.__init__.__kwdefaults__ or {}

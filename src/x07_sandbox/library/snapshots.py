@@ -6,7 +6,16 @@ import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
-from x07_sandbox.errors import ArgumentError, BackendError, Command, ImageError, RefusedError, SandboxError, UsageError
+from x07_sandbox.errors import (
+    ArgumentError,
+    BackendError,
+    Command,
+    ImageError,
+    RefusedError,
+    SandboxError,
+    UsageError,
+    whole_number,
+)
 from x07_sandbox.reports.sandboxes import SnapshotRow
 
 if TYPE_CHECKING:
@@ -168,9 +177,8 @@ def folder_of(snapshot: object) -> Path:
 
 def checked_count(count: Any) -> int:  # noqa: ANN401 - it is checked
     """Return a number of forks. Raises ArgumentError."""
-    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= FORKS_MAX:
-        raise ArgumentError("cannot fork the sandbox", f"count is {count!r}", f"Pass a number from 1 to {FORKS_MAX}")
-    return count
+    error = ArgumentError("cannot fork the sandbox", f"count is {count!r}", f"Pass a number from 1 to {FORKS_MAX}")
+    return whole_number(count, error, 1, FORKS_MAX)
 
 
 def started(count: int, start: Callable[[], _T], end: Callable[[_T], object]) -> list[_T]:

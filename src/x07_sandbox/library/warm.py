@@ -14,7 +14,7 @@ from typing import Final
 
 from x07_sandbox.backends.base import Backend, Cloning, Instance, Job, MachineKind, NoAnswerError, greet
 from x07_sandbox.backends.registry import choice_from_environment, create
-from x07_sandbox.errors import BackendError, Cancelled, Command, HostError, SandboxError, UsageError
+from x07_sandbox.errors import BackendError, Cancelled, Command, HostError, SandboxError, UsageError, whole_number
 from x07_sandbox.host import settings
 from x07_sandbox.host.linux import memory_bytes
 from x07_sandbox.host.processes import Identity, own_identity
@@ -61,10 +61,8 @@ class WarmMachines:
             each, here = settings.WARM_BYTES >> 20, memory >> 20
             why = f"one VM takes {each} MiB, more than a quarter of the {here} MiB of memory"
             raise HostError("cannot start a pool", why, "Raise the memory limit, or run programs without a pool")
-        if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= most:
-            why = f"the size is {size!r}, but memory allows only a whole number from 1 to {most}"
-            raise UsageError("cannot start a pool", why, "Set another size")
-        self.size = size
+        why = f"the size is {size!r}, but memory allows only a whole number from 1 to {most}"
+        self.size = whole_number(size, UsageError("cannot start a pool", why, "Set another size"), 1, most)
         self._most = most
         self.claimed = 0
         self.problem: SandboxError | None = None

@@ -151,7 +151,7 @@ class TcpFlow(Flow, asyncio.BufferedProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Keep the transport."""
-        assert isinstance(transport, asyncio.Transport)  # noqa: S101 - for the type checker
+        assert isinstance(transport, asyncio.Transport)
         self.transport = transport
         transport.set_write_buffer_limits(high=0, low=0)  # resume_writing() is called when the buffer is empty
 
@@ -236,7 +236,7 @@ class UdpFlow(Flow, asyncio.DatagramProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Keep the transport."""
-        assert isinstance(transport, asyncio.DatagramTransport)  # noqa: S101 - for the type checker
+        assert isinstance(transport, asyncio.DatagramTransport)
         self.transport = transport
 
     def from_guest(self, data: bytes) -> None:

@@ -100,7 +100,7 @@ class Gate(asyncio.BufferedProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Keep the transport and start the timer."""
-        assert isinstance(transport, asyncio.Transport)  # noqa: S101 - for the type checker
+        assert isinstance(transport, asyncio.Transport)
         self.transport = transport
         transport.set_write_buffer_limits(high=_QUEUED_MAX, low=_QUEUED_MAX // 2)
         self._tick = self._loop.call_later(_TICK_S, self._check_timeouts)

@@ -36,7 +36,6 @@ class Wildcard(msgspec.Struct, frozen=True):
 Pattern = str | Wildcard | Addresses
 """Meaning of an allowlist entry."""
 
-PORT_LAST: Final = 65_535
 _TEXT_MAX: Final = 255  # characters, as in a policy
 _NAME_MAX: Final = 253
 _LABEL_MAX: Final = 63

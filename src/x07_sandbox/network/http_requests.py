@@ -27,8 +27,9 @@ from typing import TYPE_CHECKING, Final, NoReturn
 import h11
 
 from x07_sandbox.errors import UsageError
-from x07_sandbox.network.hosts import PORT_LAST, Host, parse_guest_host
+from x07_sandbox.network.hosts import Host, parse_guest_host
 from x07_sandbox.network.protocols import InspectionError
+from x07_sandbox.policy.hosts import PORT_LAST
 
 if TYPE_CHECKING:
     from hpack.struct import HeaderTuple

@@ -31,7 +31,6 @@ from x07_sandbox.network.hosts import (
     ALLOWED_BY,
     HOST_ADDRESS,
     HOST_NAME,
-    PORT_LAST,
     Address,
     Host,
     Pattern,
@@ -47,7 +46,7 @@ from x07_sandbox.network.hosts import (
     unmapped,
 )
 from x07_sandbox.policy.denials import HowToAllow
-from x07_sandbox.policy.hosts import Addresses, covers
+from x07_sandbox.policy.hosts import Addresses, covers, split_port
 from x07_sandbox.policy.model import Policy, PolicyError, Problem
 from x07_sandbox.policy.observed import advise
 
@@ -174,20 +173,6 @@ def parse_request(text: str, transport: Transport = "tcp") -> Request:
     """Parse ``HOST:PORT``, with an IPv6 address in brackets. Raises UsageError for any other text."""
     host, port = split_port(text)
     return Request(host=parse_host(host), port=port, transport=transport)
-
-
-def split_port(text: str) -> tuple[str, int]:
-    """Return host and port of ``HOST:PORT``. Raises UsageError."""
-    host, colon, port = text.rpartition(":")
-    number = int(port) if port.isascii() and port.isdigit() and len(port) <= len(str(PORT_LAST)) else 0
-    fix = "Write HOST:PORT, such as example.org:443 or [2001:db8::1]:443"
-    if not colon or not port or text.endswith("]"):
-        raise UsageError(f"cannot use {text!r}", "the port is missing", fix)
-    if not 1 <= number <= PORT_LAST:
-        raise UsageError(f"cannot use {text!r}", f"the port is not a number from 1 to {PORT_LAST}", fix)
-    if ":" in host and not host.startswith("["):
-        raise UsageError(f"cannot use {text!r}", "an IPv6 address with a port needs brackets", fix)
-    return host, number
 
 
 def make_allowlist(policy: Policy, denied: DeniedHosts | None = None, settings: NetSettings | None = None) -> Allowlist:

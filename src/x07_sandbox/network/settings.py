@@ -16,9 +16,9 @@ import msgspec
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host.paths import read_bounded, settings_file
 from x07_sandbox.host.user_settings import settings_bytes, settings_table
-from x07_sandbox.network.hosts import ALLOWED_BY, PORT_LAST, kind_of, parse_host, parse_pattern
-from x07_sandbox.network.rules import NetSettings, Proxy, opened_texts, parse_request, split_port
-from x07_sandbox.policy.hosts import Addresses
+from x07_sandbox.network.hosts import ALLOWED_BY, kind_of, parse_host, parse_pattern
+from x07_sandbox.network.rules import NetSettings, Proxy, opened_texts, parse_request
+from x07_sandbox.policy.hosts import PORT_LAST, Addresses, split_port
 
 LIMITS: Final = {  # the least and the greatest value of each limit
     "max_connections": (1, 512),

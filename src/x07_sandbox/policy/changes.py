@@ -16,15 +16,14 @@ from msgspec.structs import replace
 from x07_sandbox.errors import Flag, Text, UsageError
 from x07_sandbox.options import FILE_SIZE, LIMITS, Option
 from x07_sandbox.policy.decode import canonical_json, check_policy, render_policy
-from x07_sandbox.policy.hosts import Addresses, covers, is_name, meaning
-from x07_sandbox.policy.model import FILE_BYTES, HostPorts, Limits, Net, Policy
+from x07_sandbox.policy.hosts import PORT_LAST, Addresses, covers, is_name, meaning, port_number
+from x07_sandbox.policy.model import FILE_BYTES, EffectivePolicy, HostPorts, Limits, Net, Policy
 
 NAMES: Final[Mapping[str, Option]] = MappingProxyType({row.sets.removeprefix("limits."): row for row in LIMITS})
 """The option for each field of a policy's limits."""
 _FILE_FIELDS: Final = ("max_read_bytes", "max_write_bytes")  # set by --max-file-size
 
 # Checked per flag for a better message; check_policy checks the result again, and the number of entries.
-_PORT_LAST: Final = 65_535
 _HOST_MAX_BYTES: Final = 255
 _ROOT_MAX_CHARS: Final = 4096
 _NOTES_MAX_CHARS: Final = 4096
@@ -135,15 +134,6 @@ class Overrides(msgspec.Struct, frozen=True, kw_only=True):
         return bool(self.allows or self.deny_host or self.deny_host_file)
 
 
-class Derived(msgspec.Struct, frozen=True, kw_only=True):
-    """A policy derived from a base policy by overrides. data: its document. file_name: the document's usual name."""
-
-    policy: Policy
-    data: bytes
-    file_name: str
-    denied: Hosts
-
-
 def derive_policy(  # noqa: PLR0913 - the policy, the overrides, and four facts about them
     base: Policy,
     base_bytes: bytes,
@@ -153,7 +143,7 @@ def derive_policy(  # noqa: PLR0913 - the policy, the overrides, and four facts 
     read_spec_file: ReadFile,
     may_relax: bool = False,
     gate: bool = False,
-) -> Derived:
+) -> EffectivePolicy:
     """Return *base* with *overrides* applied. A denied host stays denied even if another flag allows it.
 
     base_bytes: the base policy's bytes as read. base_path: the name for the notes. read_spec_file: returns the bounded
@@ -194,7 +184,7 @@ def derive_policy(  # noqa: PLR0913 - the policy, the overrides, and four facts 
     )
     name = f"{base.policy_id}{mark}.policy.json"
     check_policy(policy, source=name)
-    return Derived(policy=policy, data=render_policy(policy), file_name=name, denied=deny)
+    return EffectivePolicy(policy, render_policy(policy), base_path, deny, may_raise=may_relax, file_name=name)
 
 
 def denied_hosts(given: Sequence[str]) -> dict[str, set[int] | None]:
@@ -272,10 +262,8 @@ def _parsed(where: tuple[str, ...], spec: str, *, deny: bool) -> tuple[str, set[
     host = host.encode().lower().decode()  # bytes.lower() changes ASCII letters only
     if ports == "*":
         return (host, None) if deny else refuse(("'*' for all ports is valid only with ", Flag("--deny-host")))
-    found = {_port(text.strip()) for text in ports.split(",")}
-    if None in found:
-        refuse(f"a port must be a number from 1 to {_PORT_LAST}")
-    return host, {port for port in found if port is not None}
+    found = {port_number(text.strip()) for text in ports.split(",")}
+    return (host, found) if 0 not in found else refuse(f"a port must be a number from 1 to {PORT_LAST}")
 
 
 def _host_problem(host: str) -> str:
@@ -289,12 +277,6 @@ def _host_problem(host: str) -> str:
     if len(host.encode()) > _HOST_MAX_BYTES or any(char in ";\0" or char.isspace() for char in host):
         return f"a host has at most {_HOST_MAX_BYTES} bytes and no ';', whitespace or NUL"
     return "a part between dots is empty" if ".." in host or host.startswith(".") else ""
-
-
-def _port(text: str) -> int | None:
-    if text.isascii() and text.isdigit() and len(text) <= len(str(_PORT_LAST)) and 1 <= int(text) <= _PORT_LAST:
-        return int(text)
-    return None
 
 
 def _by_host(specs: Iterable[tuple[str, set[int] | None]]) -> dict[str, set[int] | None]:

@@ -9,16 +9,16 @@ variable.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+from x07_sandbox.channel.messages import CWD
 from x07_sandbox.errors import Flag, RefusedError, Text, listed
 from x07_sandbox.policy.decode import VARIABLES, program_environment
-from x07_sandbox.policy.denials import HowToAllow
+from x07_sandbox.policy.denials import Control, HowToAllow, State
 from x07_sandbox.policy.features import Features
 from x07_sandbox.policy.guest import (
-    PROGRAM,
     WRITABLE,
     command_limits,
     entry_path,
@@ -32,8 +32,6 @@ from x07_sandbox.policy.model import SCHEMA_VERSION, Limits, Policy, leaf_values
 if TYPE_CHECKING:
     from x07_sandbox.channel.messages import CommandLimits
 
-State = Literal["enforced", "advisory", "refused"]
-
 # MAX_ARG_STRLEN: execve(2) rejects a longer variable, counting name, '=' and NUL.
 VARIABLE_MAX_BYTES: Final = 131_072
 # Flags of x07 run that add to a field.
@@ -42,19 +40,6 @@ _FLAGS: Final = {
     "fs.write_roots": ("--allow-write-root",),
     "net.allow_hosts": ("--allow-host", "--allow-host-file"),
 }
-
-
-class Control(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How the plan handles one field.
-
-    field: the field's path, such as "limits.wall_ms". by: the component that enforces the field, or that gets the value
-    of an advisory field.
-    """
-
-    field: str
-    state: State
-    by: str
-    why: str
 
 
 class Refusal(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -273,9 +258,9 @@ def _roots(given: PlanInput, field: str) -> Answer:
         return Answer("refused", _NOBODY, "this backend cannot provide host files")
     hidden = given.values["fs.deny_hidden"] is True
     for root in roots:
-        where, why = guest_path(root, PROGRAM, deny_hidden=hidden)
+        where, why = guest_path(root, CWD, deny_hidden=hidden)
         if where is None:
-            bare = guest_path(root, PROGRAM, deny_hidden=False)[0]
+            bare = guest_path(root, CWD, deny_hidden=False)[0]
             instead = None if bare is None else ("fs.deny_hidden", False)
             what = f"{ascii(root)[1:-1]} cannot be copied into the sandbox, because {why}"
             return Answer("refused", _NOBODY, what, instead)
@@ -442,11 +427,11 @@ def _writable_entries(given: PlanInput) -> list[str]:
     named = [str(root) for root in given.entries("fs.write_roots")] if given.files else []
     forms = {root.startswith("/") for root in named}
     named += [root for root in map(str, given.entries("fs.read_roots")) if (not root.startswith("/")) in forms]
-    roots = [path for root in named if (path := guest_path(root, PROGRAM, deny_hidden=False)[0])]
+    roots = [path for root in named if (path := guest_path(root, CWD, deny_hidden=False)[0])]
     prefixes = [str(entry) for entry in given.entries("process.allow_exec_prefixes")]
     files = [str(entry) for entry in given.entries("process.allow_execs")]
-    found = prefixes_into(prefixes, (*WRITABLE, *roots), PROGRAM)
-    return [*found, *(file for file in files if entry_path(file, PROGRAM) in roots)]
+    found = prefixes_into(prefixes, (*WRITABLE, *roots), CWD)
+    return [*found, *(file for file in files if entry_path(file, CWD) in roots)]
 
 
 def _max_live(given: PlanInput, _field: str) -> Answer:

@@ -1,4 +1,4 @@
-"""Outcomes, denials, hints and network use in a result, and advice on how to allow what was denied."""
+"""Outcomes, controls, denials, hints and network use in a result, and advice on how to allow what was denied."""
 
 from typing import Any, Final, Literal
 
@@ -8,6 +8,7 @@ CONNECTS: Final = frozenset({"connect", "look up"})  # actions of denied connect
 STARTS: Final = "start"
 """The action of a denied process or thread."""
 
+State = Literal["enforced", "advisory", "refused"]
 # How a run ended. The table of outcomes (policy/outcomes) is elsewhere, because it would slow down every start.
 Outcome = Literal[
     "ok",
@@ -26,6 +27,21 @@ Outcome = Literal[
     "cancelled",
     "usage-error",
 ]
+
+
+class Control(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One field of the policy, and what enforces it.
+
+    field: the policy field.
+    state: whether the field is enforced, advisory (only programs that check the policy obey it) or refused.
+    by: the component that enforces the field.
+    why: how the field is enforced, or why it is not.
+    """
+
+    field: str
+    state: State
+    by: str
+    why: str
 
 
 class HowToAllow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

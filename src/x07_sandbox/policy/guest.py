@@ -20,22 +20,18 @@ import posixpath
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Final
 
-import msgspec
-
-from x07_sandbox.channel.messages import CommandLimits, Confine
+from x07_sandbox.channel.messages import CWD, OUT, CommandLimits, Confine
 from x07_sandbox.host import settings
 from x07_sandbox.policy.model import Limits
 
 if TYPE_CHECKING:
     from x07_sandbox.policy.model import Policy
 
-PROGRAM: Final = "/opt/x07"
-WORK: Final = f"{PROGRAM}/work"  # the folder of --workdir
-OUT: Final = "/x07/out"
-WRITABLE: Final = ("/tmp", "/dev/shm", PROGRAM, OUT)  # noqa: S108 - the guest's own
+WORK: Final = f"{CWD}/work"  # the folder of --workdir
+WRITABLE: Final = ("/tmp", "/dev/shm", CWD, OUT)  # noqa: S108 - the guest's own
 # The guest's own tree: no host folder may be inside, above or on top of it.
 _SYSTEM: Final = (
-    *("/bin", "/boot", "/dev", "/etc", "/lib", "/lib32", "/lib64", "/libx32", "/lost+found", "/opt/x07", "/proc"),
+    *("/bin", "/boot", "/dev", "/etc", "/lib", "/lib32", "/lib64", "/libx32", "/lost+found", CWD, "/proc"),
     *("/run", "/sbin", "/sys", "/usr", "/var", "/x07"),
 )
 _NOT_ON_TOP: Final = ("/tmp", "/opt")  # noqa: S108 - host folders may be inside, not on top
@@ -49,7 +45,7 @@ OVERHEAD_DIVISOR: Final = 32
 
 
 def guest_path(given: str, start: str, *, deny_hidden: bool) -> tuple[str | None, str]:
-    """Return a root's guest path, or None and why it has none. start: PROGRAM, WORK or a project's start folder.
+    """Return a root's guest path, or None and why it has none. start: CWD, WORK or a project's start folder.
 
     By the X07 language's rules, an absolute root has the same path in the guest. A relative root is below *start*.
     """
@@ -74,46 +70,27 @@ def is_below(path: str, folder: str) -> bool:
     return path.startswith(folder.rstrip("/") + "/")
 
 
-class Confinement(msgspec.Struct, frozen=True, kw_only=True):
-    """Restrictions of the program. It may execute only `programs` and files that match `prefixes` (absolute paths)."""
+def filters_of(confine: Confine) -> tuple[str, ...]:
+    """Return the names of the image's seccomp filters for a program (guest/boot/filters.py).
 
-    threads: bool
-    spawn: bool
-    execute: bool
-    programs: tuple[str, ...] | None = None  # None: there is no list; `execute` decides for every program
-    prefixes: tuple[str, ...] = ()
-    alone: bool = False  # whether the program's folder contains only the program and the policy
-
-    @property
-    def filters(self) -> tuple[str, ...]:
-        """Names of the image's seccomp filters for the program (guest/boot/filters.py).
-
-        A filter whose name ends in -once still allows the guest to execute the program itself.
-        """
-        words = (not self.threads and "no-threads", not self.spawn and "no-spawn", not self.execute and "no-exec")
-        name = "-".join(word for word in words if word)
-        names = (*BASE_FILTERS, name, "" if self.execute else f"{name}-once")
-        return tuple(name for name in names if name)
-
-    def for_guest(self) -> Confine:
-        """Return the restrictions as the guest agent gets them."""
-        programs = None if self.programs is None else list(self.programs)
-        return Confine(self.threads, self.spawn, self.execute, programs, list(self.prefixes), self.alone)
+    A filter whose name ends in -once still allows the guest to execute the program itself.
+    """
+    words = (not confine.threads and "no-threads", not confine.spawn and "no-spawn", not confine.execute and "no-exec")
+    name = "-".join(word for word in words if word)
+    names = (*BASE_FILTERS, name, "" if confine.execute else f"{name}-once")
+    return tuple(name for name in names if name)
 
 
-UNCONFINED: Final = Confinement(threads=True, spawn=True, execute=True)
-
-
-def confinement(policy: Policy, cwd: str, *, alone: bool = False) -> Confinement:
+def confinement(policy: Policy, cwd: str, *, alone: bool = False) -> Confine:
     """Return the confinement of a run with *policy*. cwd: the guest folder that relative paths start from."""
     process = policy.process
     listed = process.may_execute and not names_everything(process.allow_exec_prefixes)
-    return Confinement(
+    return Confine(
         threads=policy.threads_in_force.enabled,
         spawn=process.may_spawn,
         execute=process.may_execute,
-        programs=tuple(entry_path(path, cwd) for path in process.allow_execs) if listed else None,
-        prefixes=tuple(entry_path(path, cwd) for path in process.allow_exec_prefixes) if listed else (),
+        programs=[entry_path(path, cwd) for path in process.allow_execs] if listed else None,
+        prefixes=[entry_path(path, cwd) for path in process.allow_exec_prefixes] if listed else [],
         alone=alone,
     )
 

@@ -12,8 +12,9 @@ import re
 from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from x07_sandbox.channel.messages import CWD
 from x07_sandbox.policy.denials import GuestMount, Hint, HowToAllow
-from x07_sandbox.policy.guest import PROGRAM, guest_path, is_below
+from x07_sandbox.policy.guest import guest_path, is_below
 from x07_sandbox.policy.observed import advise, advise_loading, advise_root
 
 if TYPE_CHECKING:
@@ -194,14 +195,14 @@ def _paths(text: str, policy: Policy, areas: Sequence[GuestMount], cwd: str) -> 
             at, _ = guest_path(path, cwd, deny_hidden=False)
             visible = at is None or any(at == area.at or is_below(at, area.at) for area in areas)
             visible = visible and not (at and _hidden(path, policy))
-            if not visible and path.isprintable() and not is_below(path, PROGRAM):
+            if not visible and path.isprintable() and not is_below(path, CWD):
                 yield path if "/" in path else f"./{path}"
 
 
 def _hidden(path: str, policy: Policy) -> bool:
     """Return whether fs.deny_hidden is the only reason why the path is missing."""
-    at, _ = guest_path(path, PROGRAM, deny_hidden=False)
-    return at != guest_path(path, PROGRAM, deny_hidden=policy.fs.deny_hidden)[0]
+    at, _ = guest_path(path, CWD, deny_hidden=False)
+    return at != guest_path(path, CWD, deny_hidden=policy.fs.deny_hidden)[0]
 
 
 def _elsewhere(path: str, areas: Sequence[GuestMount]) -> Hint | None:
@@ -221,7 +222,7 @@ def _hint(path: str, policy: Policy) -> Hint | None:
         return None if how is None else Hint(subject=path, how=how)
     folder = path.rpartition("/")[0]
     how = advise_root(policy, "read_roots", path)
-    there = folder and guest_path(folder, PROGRAM, deny_hidden=policy.fs.deny_hidden)[0]
+    there = folder and guest_path(folder, CWD, deny_hidden=policy.fs.deny_hidden)[0]
     # The program may have tried to read or to create the file. To create it, its folder must be writable.
     to_write = advise_root(policy, "write_roots", folder) if there else None
     return None if how is None else Hint(subject=path, how=how, to_write=to_write)

@@ -1,12 +1,15 @@
-"""Meaning of the host of an allowlist entry: one name or a range of addresses. The gate loads it without the policy."""
+"""Meaning of an allowlist entry's host, one name or a range of addresses, and ports. No policy is needed for it."""
 
 from ipaddress import ip_address, ip_network
-from typing import Literal
+from typing import Final, Literal
 
 import msgspec
 
+from x07_sandbox.errors import UsageError
+
 Cover = Literal["whole", "part", "none"]
 
+PORT_LAST: Final = 65_535
 _V4_BITS = 32
 _V4_IN_V6 = 0xFFFF  # ::ffff:0:0/96: the IPv4-mapped addresses
 
@@ -54,6 +57,25 @@ def covers(mine: Addresses | str, theirs: Addresses | str) -> Cover:
     if mine.version != theirs.version or theirs.last < mine.first or mine.last < theirs.first:
         return "none"
     return "whole" if mine.first <= theirs.first and theirs.last <= mine.last else "part"
+
+
+def port_number(text: str) -> int:
+    """Return the port that *text* names, or 0 if it names none."""
+    number = int(text) if text.isascii() and text.isdigit() and len(text) <= len(str(PORT_LAST)) else 0
+    return number if number <= PORT_LAST else 0
+
+
+def split_port(text: str) -> tuple[str, int]:
+    """Return host and port of ``HOST:PORT``. Raises UsageError."""
+    host, colon, port = text.rpartition(":")
+    fix = "Write HOST:PORT, such as example.org:443 or [2001:db8::1]:443"
+    if not colon or not port or text.endswith("]"):
+        raise UsageError(f"cannot use {text!r}", "the port is missing", fix)
+    if not (number := port_number(port)):
+        raise UsageError(f"cannot use {text!r}", f"the port is not a number from 1 to {PORT_LAST}", fix)
+    if ":" in host and not host.startswith("["):
+        raise UsageError(f"cannot use {text!r}", "an IPv6 address with a port needs brackets", fix)
+    return host, number
 
 
 def _unmapped(version: int, first: int, last: int) -> Addresses:

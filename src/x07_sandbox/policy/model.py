@@ -6,8 +6,9 @@ section is ``UNSET``. OPTIONAL_SECTIONS and ``Policy.threads_in_force`` give the
 """
 
 import json
-from collections.abc import Iterable, Sequence
-from typing import Annotated, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Annotated, Literal, NamedTuple
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
@@ -346,6 +347,23 @@ class Problem(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def _line(self, place: str) -> str:
         hint = f"; did you mean {self.suggestion}?" if self.suggestion else ""
         return f"{place} {self.message}{hint}"
+
+
+class EffectivePolicy(NamedTuple):
+    """The policy that applies to a run. base: the policy's path, `built-in:TEMPLATE` or id.
+
+    denied: denied ports by host, from --deny-host; None stands for all ports.
+    own: the limits before the request changed any; None if the request changed none. may_raise: whether flags may raise
+    the limits. file_name: the usual name of its file, if flags changed the policy.
+    """
+
+    policy: Policy
+    data: bytes
+    base: str
+    denied: Mapping[str, set[int] | None] = MappingProxyType({})
+    own: Limits | None = None
+    may_raise: bool = False
+    file_name: str = ""
 
 
 class PolicyError(UsageError):

@@ -11,12 +11,12 @@ from typing import Final, Literal
 
 import msgspec
 
-from x07_sandbox.channel.messages import Denied
+from x07_sandbox.channel.messages import OUT, Denied
 from x07_sandbox.host.documents import prepared
 from x07_sandbox.policy.changes import NAMES, FlagReach
 from x07_sandbox.policy.decode import rule_problems
 from x07_sandbox.policy.denials import STARTS, Denial, GuestMount, HowToAllow
-from x07_sandbox.policy.guest import OUT, WRITABLE, confinement, guest_path, is_below
+from x07_sandbox.policy.guest import WRITABLE, confinement, guest_path, is_below
 from x07_sandbox.policy.model import Policy
 from x07_sandbox.policy.schema import largest
 
@@ -218,7 +218,7 @@ def _execution(denied: Denied, policy: Policy, areas: Sequence[GuestMount], cwd:
         if listed:
             return _denial(PERMISSIONS, "execute", path, "the file's mode", count, None)
         return _denial("process.allow_execs", "execute", path, _LANDLOCK, count, _advise_entry(policy, path))
-    if f"{folder}/".startswith(lists.prefixes):
+    if f"{folder}/".startswith(tuple(lists.prefixes)):
         return _denial(PERMISSIONS, "execute", path, "the file's mode", count, None)
     # An entry applies to files that exist at the start; a file created later needs a prefix for the whole folder.
     # Whether a file of a listed root existed at the start is not known here.
@@ -242,7 +242,7 @@ def _advise_entry(policy: Policy, path: str) -> HowToAllow | None:
 def _is_unlisted(path: str, policy: Policy, cwd: str) -> bool:
     """Return whether the policy lists allowed programs, but *path* is not among them."""
     lists = confinement(policy, cwd)
-    return lists.programs is not None and path not in lists.programs and not path.startswith(lists.prefixes)
+    return lists.programs is not None and path not in lists.programs and not path.startswith(tuple(lists.prefixes))
 
 
 def _file(denied: Denied, policy: Policy, areas: Sequence[GuestMount], cwd: str) -> Denial:

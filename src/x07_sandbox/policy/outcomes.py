@@ -316,7 +316,7 @@ def classify(evidence: Evidence, *, features: Features | None = None, limits: Li
     ended = _ended_by_us(evidence, emulated=features.emulated, limits=limits)
     if ended := ended or _lost(evidence, features.words.supervisor):
         return ended
-    assert evidence.wait_status is not None  # noqa: S101 - else it is lost
+    assert evidence.wait_status is not None  # else it is lost
     return _ended_by_itself(evidence, evidence.wait_status, limits)
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+from x07_sandbox.channel.messages import IN, OUT
 from x07_sandbox.errors import Command, Flag, RefusedError, UsageError
 
 if TYPE_CHECKING:
@@ -51,11 +52,9 @@ class Protocol(typing.Protocol):
         """Return the limits for standard output and standard error. most: limit for the program's output in bytes."""
 
 
-SOURCE_FOLDER: Final = "/x07/in"
-PROJECT_FOLDER: Final = "/x07/in/project"
-OUTPUT: Final = "/x07/out/compiled-out"
-ARTIFACT: Final = "/x07/in/artifact"
-PROGRAM_FOLDER: Final = "/x07/in/program"
+OUTPUT: Final = f"{OUT}/compiled-out"
+ARTIFACT: Final = f"{IN}/artifact"
+PROGRAM_FOLDER: Final = f"{IN}/program"
 _PYTHON: Final = "/usr/bin/python3"
 _SHELLS: Final = ("sh", "dash", "bash")
 _SHELL_FOLDERS: Final = frozenset({"", "/bin", "/usr/bin", "/usr/local/bin"})
@@ -69,7 +68,7 @@ class Source(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """A source in the build VM. Names are relative to the folder."""
 
     name: str  # the file to start; "" if there is none (make)
-    folder: str = SOURCE_FOLDER
+    folder: str = IN
     files: tuple[str, ...] = ()  # all files below the folder, sorted; () for a single file
     head: bytes = b""  # the first bytes of the file to start
     args: tuple[str, ...] = ()  # arguments for the build tool
@@ -83,7 +82,7 @@ class Source(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     @property
     def driver(self) -> str:
         """The path of the script `build_driver()` in the build VM, if the toolchain packs the program."""
-        return f"{SOURCE_FOLDER}/{'driver.py' if self.name != 'driver.py' else 'build.py'}"
+        return f"{IN}/{'driver.py' if self.name != 'driver.py' else 'build.py'}"
 
     def with_suffixes(self, suffixes: tuple[str, ...]) -> list[str]:
         """Return the paths of the files that have one of these suffixes."""
@@ -289,7 +288,7 @@ TOOLCHAINS: Final = (
         name="make",
         suffixes=(),
         beside=(*MAKEFILES, *_C, *_CPP, *_HEADERS, ".s", ".mk"),  # `x07 init` adds all other sources
-        build=lambda source: [*_MAKE, source.folder, source.artifact, OUTPUT, "/x07/out/tree", *source.args],
+        build=lambda source: [*_MAKE, source.folder, source.artifact, OUTPUT, f"{OUT}/tree", *source.args],
         needs=("make",),
         artifact=True,
         doc="A project with a Makefile. make builds the artifact that the manifest specifies.",

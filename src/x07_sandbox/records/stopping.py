@@ -101,7 +101,7 @@ def stop_recorded(
 def _processes_gone(stored: StoredJob, record: JobRecord) -> bool:
     """End the job's processes and return whether they are proven gone."""
     owner = stored.owner
-    assert owner is not None  # noqa: S101 - checked by the caller
+    assert owner is not None  # checked by the caller
     if owner.boot_id != boot_id():
         return True
     processes = list(owner.processes.values())

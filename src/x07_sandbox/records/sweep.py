@@ -119,7 +119,7 @@ def _settled(pruner: Pruner, find: FindBackend, stored: StoredJob, now: Now) -> 
 def _not_stopped(stored: StoredJob, find: FindBackend) -> str:
     """Stop a job by its record. Return why the job is not proven gone, or "" if it is."""
     record = stored.record
-    assert record is not None  # noqa: S101 - the job is ours
+    assert record is not None  # the job is ours
     if (backend := find(record.backend)) is None:
         return f"this version has no backend {record.backend!a}"
     try:

@@ -7,8 +7,8 @@ from msgspec import UNSET, Meta, UnsetType
 
 from x07_sandbox.errors import SandboxError
 from x07_sandbox.images.store import ProgramRoot
-from x07_sandbox.policy.controls import Control, Refusal
-from x07_sandbox.policy.denials import HowToAllow
+from x07_sandbox.policy.controls import Refusal
+from x07_sandbox.policy.denials import Control, HowToAllow
 from x07_sandbox.policy.model import PolicyError, Problem
 from x07_sandbox.policy.templates import TEMPLATES
 from x07_sandbox.programs.project import ROWS, Status

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 import msgspec
 from msgspec.structs import replace
 
-from x07_sandbox.errors import ArgumentError, BackendError, SandboxError, UsageError
+from x07_sandbox.errors import ArgumentError, BackendError, SandboxError, UsageError, whole_number
 from x07_sandbox.host.settings import OUTPUT_MAX_BYTES
 from x07_sandbox.policy.denials import Denial, Hint, Outcome
 
@@ -442,7 +442,8 @@ class AnySandbox(ABC):
 
     def file_server(self) -> FileServer:
         """Start a file server. Raises SandboxError if the sandbox is closed."""
-        from x07_sandbox.sessions.execution import FILES, order  # most callers run commands
+        from x07_sandbox.channel.messages import FILES
+        from x07_sandbox.sessions.execution import order  # most callers run commands
         from x07_sandbox.sessions.files import FileServer
 
         return FileServer(self.session, self.start(order([], service=FILES)).execution)
@@ -526,9 +527,7 @@ def bad_value(name: str, value: object, wanted: str) -> UsageError:
 
 
 def _whole(name: str, value: int, least: int, most: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise bad_value(name, value, f"a number from {least} to {most}")
-    return value
+    return whole_number(value, bad_value(name, value, f"a number from {least} to {most}"), least, most)
 
 
 def _deadline(timeout_s: float | None) -> float | None:

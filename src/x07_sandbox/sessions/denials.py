@@ -15,6 +15,7 @@ from x07_sandbox.policy.controls import run_limits
 from x07_sandbox.policy.denials import CONNECTS, Denial, Hint
 from x07_sandbox.policy.outcomes import limit_set_by, with_denied_tasks
 from x07_sandbox.sessions.prepare import image_in_use
+from x07_sandbox.sessions.request import reach_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -63,7 +64,7 @@ def ending_of(
         from x07_sandbox.policy import observed
 
         policy = prepared.policy
-        denials.append(observed.more_tasks(policy.policy, run_limits(policy.policy).max_live, tasks, policy.reach()))
+        denials.append(observed.more_tasks(policy.policy, run_limits(policy.policy).max_live, tasks, reach_of(policy)))
     hints = [] if found.outcome == "ok" else _hints(seen, prepared, spec)
     if any(one.action in CONNECTS for one in denials):  # they say more
         hints = [hint for hint in hints if hint.kind != "network"]
@@ -78,7 +79,7 @@ def _observed(seen: Observed, prepared: Prepared, spec: SessionSpec) -> tuple[li
     from x07_sandbox.policy import observed  # imported only for programs that were denied something
 
     policy, text = prepared.policy, seen.tail.decode("utf-8", "replace")
-    found, lost = observed.denials(refused, policy.policy, spec.areas, seen.order.cwd, policy.reach()), 0
+    found, lost = observed.denials(refused, policy.policy, spec.areas, seen.order.cwd, reach_of(policy)), 0
     connections: list[Denial] = []
     if net is not None and prepared.egress is not None:
         from x07_sandbox.sessions.egress import denials as denied_connections

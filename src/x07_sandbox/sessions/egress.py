@@ -24,17 +24,17 @@ from x07_sandbox.network.rules import (
     endpoint_text,
     guest_view,
     make_allowlist,
-    split_port,
 )
 from x07_sandbox.network.settings import LIMITS, read_settings
 from x07_sandbox.policy.denials import Contact, Denial, HowToAllow, NetworkUse
 from x07_sandbox.policy.hints import hosts_in
+from x07_sandbox.policy.hosts import split_port
 from x07_sandbox.policy.observed import NETWORK
 from x07_sandbox.records.runs import NET_LOG
 
 if TYPE_CHECKING:
     from x07_sandbox.channel.messages import Denied
-    from x07_sandbox.sessions.request import EffectivePolicy
+    from x07_sandbox.policy.model import EffectivePolicy
 
 _DENIALS_MAX: Final = 64
 # Hosts from which others serve their files, so that one of the two is of little use alone.

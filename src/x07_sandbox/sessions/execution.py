@@ -20,8 +20,6 @@ from x07_sandbox.sessions.transfers import CommandStreams, Inbox
 
 _TERM: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+_-]{0,63}")
 FILL: Final = 1024 * 1024  # limit for bytes queued for the guest
-FILES: Final = "files"  # the service of the file server (sessions/files)
-CONNECT: Final = "connect"  # the service that connects to a port of the guest
 CONNECTIONS_MAX: Final = COMMANDS_MAX // 2  # at the same time, so that commands always find room
 
 
@@ -132,7 +130,7 @@ class Execution:
     def inbox(self, name: Literal["stdout", "stderr"]) -> Inbox:
         """Return what keeps a stream of a command whose streams are kept in memory."""
         found = self.streams.stdout if name == "stdout" else self.streams.stderr
-        assert isinstance(found, Inbox)  # noqa: S101 - such streams are made by `kept_streams`
+        assert isinstance(found, Inbox)  # such streams are made by `kept_streams`
         return found
 
     @property
@@ -226,7 +224,7 @@ class Execution:
     def read_input(self) -> None:
         """Read input once."""
         fd = self.streams.stdin_fd
-        assert fd is not None  # noqa: S101 - `wants_input`
+        assert fd is not None  # `wants_input`
         try:
             data = os.read(fd, DATA_MAX)
         except BlockingIOError:

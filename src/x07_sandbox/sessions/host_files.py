@@ -14,8 +14,8 @@ from typing import IO, TYPE_CHECKING, Final, TypeVar
 import msgspec
 
 from x07_sandbox.backends.base import RootPlace
+from x07_sandbox.channel.messages import CWD, OUT, PROJECT_FOLDER, Room
 from x07_sandbox.channel.messages import Mount as GuestFolder
-from x07_sandbox.channel.messages import Room
 from x07_sandbox.errors import (
     BackendError,
     Cancelled,
@@ -66,8 +66,7 @@ from x07_sandbox.host.paths import (
 from x07_sandbox.host.waiting import Notice
 from x07_sandbox.options import flag_for_file
 from x07_sandbox.policy.denials import Denial, GuestMount
-from x07_sandbox.policy.guest import OUT, PROGRAM, WORK
-from x07_sandbox.programs.toolchains import PROJECT_FOLDER
+from x07_sandbox.policy.guest import WORK
 from x07_sandbox.records.runs import runs_dir, state_home
 from x07_sandbox.sessions.refusals import apply_command, denial, denials_and_entries, flag_for
 from x07_sandbox.sessions.request import Program, ProjectPolicy, RunRequest, is_built_in
@@ -433,7 +432,7 @@ class HostFiles:
         from x07_sandbox.files.repository import Repository  # as above
 
         root = posixpath.dirname(mount.host)
-        assert self._history is not None  # noqa: S101 - the caller has checked it
+        assert self._history is not None  # the caller has checked it
         try:
             with Repository(root) as repository, closing_fd(open_private_file(place / "data", os.O_RDONLY)) as data_fd:
                 return repository.bundle(self._history, reported, data_fd, place)
@@ -470,7 +469,7 @@ def base_folder(request: RunRequest, program: Program | None) -> Path:
 
 def effective_roots(request: RunRequest, program: Program | None, policy: Policy) -> tuple[Root, ...]:
     """Return the host folders that a run opens to its program. Raises RefusedError, UsageError."""
-    start = PROJECT_FOLDER if program is not None and program.project else PROGRAM if request.workdir is None else WORK
+    start = PROJECT_FOLDER if program is not None and program.project else CWD if request.workdir is None else WORK
     roots = roots_of(policy, base_folder(request, program), start)
     if request.workdir is not None:
         roots = (*roots, workdir_root(request, program, policy, request.workdir))

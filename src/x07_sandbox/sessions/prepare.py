@@ -22,9 +22,9 @@ from x07_sandbox.images.store import DEFAULT, Image, find_image, image_is_curren
 from x07_sandbox.images.verify import OpenImage, open_image
 from x07_sandbox.options import BY_FLAG
 from x07_sandbox.policy.controls import Plan, make_plan
+from x07_sandbox.policy.model import EffectivePolicy
 from x07_sandbox.programs.toolchains import Protocol, require_packages
 from x07_sandbox.sessions.request import (
-    EffectivePolicy,
     Program,
     RunCaller,
     RunRequest,
@@ -36,7 +36,7 @@ from x07_sandbox.sessions.request import (
     read_whole,
     sha256_text,
 )
-from x07_sandbox.sessions.result import ControlReport, Draft
+from x07_sandbox.sessions.result import Draft
 from x07_sandbox.sessions.transfers import memory_file
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ def prepare(
     draft.set(
         isolation=availability.features.isolation,
         backend=backend.name,
-        controls=[ControlReport(field=c.field, state=c.state, by=c.by, why=c.why) for c in plan.controls],
+        controls=list(plan.controls),
     )
     draft.warn(*availability.warnings)
     egress = None if plan.refusals else _egress(effective_policy)

@@ -6,9 +6,9 @@ import time
 from collections.abc import Mapping
 from typing import Final
 
+from x07_sandbox.channel.messages import CWD
 from x07_sandbox.files.incoming import Incoming
 from x07_sandbox.files.pack import check_files, tree_of
-from x07_sandbox.policy.guest import PROGRAM
 from x07_sandbox.sessions.transfers import InFile, memory_file
 
 FILES_MAX: Final = 10_000
@@ -49,4 +49,4 @@ def work_files(files: Mapping[str, bytes], stack: contextlib.ExitStack) -> InFil
     check_files(files, "the files of the program")
     now = time.time_ns()
     tree = tree_of({name: (data, 0o644, now) for name, data in files.items()})
-    return InFile(path=PROGRAM, mode=0, kind="tree", fd=memory_file(tree, stack), size=len(tree))
+    return InFile(path=CWD, mode=0, kind="tree", fd=memory_file(tree, stack), size=len(tree))

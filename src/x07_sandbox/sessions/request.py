@@ -9,12 +9,12 @@ import re
 import stat
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from msgspec.structs import replace
 
+from x07_sandbox.channel.messages import IN, PROJECT_FOLDER
 from x07_sandbox.errors import Flag, RefusedError, Text, UsageError, listed
 from x07_sandbox.host import settings
 from x07_sandbox.host.documents import encodable
@@ -22,10 +22,8 @@ from x07_sandbox.host.paths import is_folder, read_bounded
 from x07_sandbox.host.waiting import Caller
 from x07_sandbox.policy.decode import MAX_BYTES, decode_policy, default_policy, render_policy
 from x07_sandbox.policy.decode import MAX_BYTES as POLICY_MAX_BYTES
-from x07_sandbox.policy.model import Limits, Policy
+from x07_sandbox.policy.model import EffectivePolicy, Policy
 from x07_sandbox.programs.toolchains import (
-    PROJECT_FOLDER,
-    SOURCE_FOLDER,
     Protocol,
     Source,
     Toolchain,
@@ -65,28 +63,6 @@ class ProjectPolicy(msgspec.Struct, frozen=True):
 
     def __str__(self) -> str:
         return str(self.path)
-
-
-class EffectivePolicy(NamedTuple):
-    """The policy that applies to a run. base: the policy's path, `built-in:TEMPLATE` or id.
-
-    denied: denied ports by host, from --deny-host; None stands for all ports.
-    own: the limits before the request changed any; None if the request changed none. may_raise: whether flags may raise
-    the limits.
-    """
-
-    policy: Policy
-    data: bytes
-    base: str
-    denied: Mapping[str, set[int] | None] = MappingProxyType({})
-    own: Limits | None = None
-    may_raise: bool = False
-
-    def reach(self) -> FlagReach:
-        """Return how far flags can raise the limits."""
-        from x07_sandbox.policy.changes import flag_reach  # few runs need it
-
-        return flag_reach(self.own, self.policy.limits, may_raise=self.may_raise)
 
 
 class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -314,24 +290,30 @@ def _check_own(policy: Policy, given: ProjectPolicy) -> None:
 
 def effective_policy_of(request: RunRequest) -> EffectivePolicy:
     """Return the policy with all changes of the request applied. Raises UsageError, PolicyError, RefusedError."""
-    return with_limits(derived_policy(request, gate=True)[0], request.limits)
+    return with_limits(derived_policy(request, gate=True), request.limits)
 
 
-def derived_policy(request: RunRequest, *, gate: bool) -> tuple[EffectivePolicy, str]:
-    """Return the policy with the grants of the request, and the usual name of its file; "" if there are no grants.
+def derived_policy(request: RunRequest, *, gate: bool) -> EffectivePolicy:
+    """Return the policy with the grants of the request. gate: see `derive_policy`.
 
-    gate: see `derive_policy`. Raises UsageError, PolicyError, RefusedError.
+    Raises UsageError, PolicyError, RefusedError.
     """
     policy, data = read_policy(request.policy)
     base, built_in = name_of_policy(request.policy), is_built_in(request.policy)
     if request.overrides is None:
-        return EffectivePolicy(policy, data, base, may_raise=built_in), ""
+        return EffectivePolicy(policy, data, base, may_raise=built_in)
     from x07_sandbox.policy.changes import derive_policy
 
-    derived = derive_policy(
+    return derive_policy(
         policy, data, base, request.overrides, read_spec_file=read_spec_file, may_relax=built_in, gate=gate
     )
-    return EffectivePolicy(derived.policy, derived.data, base, derived.denied, may_raise=built_in), derived.file_name
+
+
+def reach_of(found: EffectivePolicy) -> FlagReach:
+    """Return how far flags can raise the limits."""
+    from x07_sandbox.policy.changes import flag_reach  # few runs need it
+
+    return flag_reach(found.own, found.policy.limits, may_raise=found.may_raise)
 
 
 def with_limits(found: EffectivePolicy, limits: LimitChanges | None) -> EffectivePolicy:
@@ -521,7 +503,7 @@ def single_file(
             raise UsageError(f"cannot run {name}", "`files` contains a file of the same name", "Rename that file")
         packed = pack_files({**request.files, name: data}, "the files beside the program")
         return _tree(toolchain, source, packed, stack)
-    file = in_memory(data, f"{SOURCE_FOLDER}/{name}", 0o644, stack)
+    file = in_memory(data, f"{IN}/{name}", 0o644, stack)
     return Program(toolchain=toolchain, source=source, data=data, file=file, sha256=sha256_text(data))
 
 
@@ -545,7 +527,7 @@ def _from_project(
 
     reject_overridden_options(request, f"the project {path}", "its manifest sets these options")
     place = find_manifest(path)
-    assert place is not None  # noqa: S101 - for the type checker: a folder, or that name
+    assert place is not None  # a folder, or that name
     folder = ProjectFolder(place.parent)
     if place == path:  # the user named it, and may name a link
         data = read_bounded(place, "manifest", MAX_BYTES)

@@ -9,7 +9,7 @@ from typing import Any, Final, Literal
 import msgspec
 from msgspec.structs import replace
 
-from x07_sandbox.policy.denials import Denial, Hint, NetworkUse, Outcome
+from x07_sandbox.policy.denials import Control, Denial, Hint, NetworkUse, Outcome
 from x07_sandbox.policy.features import Isolation
 from x07_sandbox.policy.model import Limits
 
@@ -95,21 +95,6 @@ class BuildOutput(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     stdout: Output
     stderr: Output
-
-
-class ControlReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One field of the policy, and what enforces it.
-
-    field: the policy field.
-    state: whether the field is enforced, advisory (only programs that check the policy obey it) or refused.
-    by: the component that enforces the field.
-    why: how the field is enforced, or why it is not.
-    """
-
-    field: str
-    state: Literal["enforced", "advisory", "refused"]
-    by: str
-    why: str
 
 
 class ChangedName(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -324,7 +309,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     phases: dict[str, PhaseReport]
     policy: str | None = None
     digests: Digests
-    controls: list[ControlReport]
+    controls: list[Control]
     denials: list[Denial]
     denials_lost: int = 0
     hints: list[Hint] = []

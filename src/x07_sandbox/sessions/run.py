@@ -32,13 +32,14 @@ from x07_sandbox.host.documents import prepared as prepared_model
 from x07_sandbox.host.paths import cache_dir, state_dir
 from x07_sandbox.host.waiting import unix_ms
 from x07_sandbox.policy.denials import Denial, HowToAllow, Outcome
+from x07_sandbox.policy.guest import filters_of
 from x07_sandbox.policy.model import PolicyError
 from x07_sandbox.programs import artifacts
 from x07_sandbox.programs.toolchains import OUTPUT, build_driver
 from x07_sandbox.records.runs import JOB_NAME, REQUEST, RETENTION, new_run_id, runs_dir, unfinished_jobs
 from x07_sandbox.sessions.job import JobEnd, run_job
 from x07_sandbox.sessions.prepare import Prepared, output_caps, prepare, wants_scaling
-from x07_sandbox.sessions.request import loaded, sha256_text
+from x07_sandbox.sessions.request import loaded, reach_of, sha256_text
 from x07_sandbox.sessions.result import BuildOutput, Discarded, Draft, Result
 from x07_sandbox.sessions.specs import build_spec, run_spec
 from x07_sandbox.sessions.transfers import TAIL_BYTES, RunFolder
@@ -225,8 +226,8 @@ def _build_only(
     request, program = loaded(request, caller, stack)
     prepared = prepare(request, program, caller, draft, stack)
     prepared.plan.require(() if request.overrides is None else request.overrides.given)
-    assert caller.artifact is not None  # noqa: S101 - for the type checker
-    assert program is not None  # noqa: S101 - as above
+    assert caller.artifact is not None
+    assert program is not None
     ending = obtain_artifact(prepared, program, draft, folder, caller.artifact)
     if ending is None:
         draft.set_digests(artifact=f"sha256:{caller.artifact.sha256()}")
@@ -266,7 +267,7 @@ def described(
     spec = run_spec(prepared, artifact, stack, host_files)
     if prepared.image is not None:
         known = prepared.image.manifest.filters
-        draft.set(filters={name: f"sha256:{known[name].sha256}" for name in spec.filters})
+        draft.set(filters={name: f"sha256:{known[name].sha256}" for name in filters_of(spec.opening.confine)})
     return spec
 
 
@@ -406,7 +407,7 @@ def _of_limits(end: JobEnd, outcome: Outcome, prepared: Prepared, spec: SessionS
     from x07_sandbox.policy import observed  # imported only for programs that were denied something
     from x07_sandbox.policy.outcomes import mostly_waited
 
-    policy, reach = prepared.policy.policy, prepared.policy.reach()
+    policy, reach = prepared.policy.policy, reach_of(prepared.policy)
     denials = [observed.disk_full()] if disk else []
     if memory:
         denials.append(observed.memory_full(policy, reach))
@@ -510,7 +511,7 @@ def obtain_artifact(
 
 def _key(prepared: Prepared, program: Program, image_digest: str) -> str:
     toolchain = program.toolchain
-    assert toolchain.build is not None  # noqa: S101 - for the type checker
+    assert toolchain.build is not None
     extras = None if toolchain.protocol is None else toolchain.protocol.build_extras(prepared.policy.data)
     more = [] if extras is None else [sha256_text(part) for part in extras.key]
     more += [sha256_text(build_driver())] if toolchain.packs else []

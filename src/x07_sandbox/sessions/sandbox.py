@@ -22,7 +22,7 @@ import msgspec
 from msgspec.structs import replace
 
 from x07_sandbox.backends.base import NoAnswerError, Note
-from x07_sandbox.channel.messages import DENIED_MAX, CommandLimits, Exec
+from x07_sandbox.channel.messages import DENIED_MAX, FILES, CommandLimits, Exec
 from x07_sandbox.errors import Cancelled, Flag, SandboxError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.paths import open_private_file, replace_file
@@ -34,7 +34,7 @@ from x07_sandbox.records.admission import FORKS, SANDBOXES
 from x07_sandbox.records.runs import SANDBOX, SandboxRecord, new_run_id
 from x07_sandbox.sessions.command import AnySandbox, Ended, Process
 from x07_sandbox.sessions.denials import Observed, ending_of
-from x07_sandbox.sessions.execution import FILES, terminal_kind
+from x07_sandbox.sessions.execution import terminal_kind
 from x07_sandbox.sessions.job import SessionJob
 from x07_sandbox.sessions.request import check_arguments, check_variables, encoded
 from x07_sandbox.sessions.result import Changes, CommandReport, Diff, Draft, Result
@@ -546,7 +546,7 @@ class OpenSandbox(AnySandbox):
                 self.session.end()
                 self._cancelled_by = cancelled_by
                 self._finish(self.session.why or "closed", choice)
-            assert self.result is not None  # noqa: S101 - for the type checker
+            assert self.result is not None
             return self.result
 
     def _at_exit(self) -> None:

@@ -273,7 +273,7 @@ def _repository(changes: ChangeSet) -> Iterator[tuple[Repository, Commits]]:
     """Yield the repository of the commits in *changes*, and these. Raises HostError."""
     from x07_sandbox.files.repository import Repository  # few runs get one
 
-    assert changes.commits is not None  # noqa: S101 - the caller has checked it
+    assert changes.commits is not None  # the caller has checked it
     try:
         with Repository(changes.commits.root) as repository:
             yield repository, changes.commits

@@ -25,7 +25,7 @@ from msgspec.structs import replace
 
 from x07_sandbox.backends.base import MachineKind, greet
 from x07_sandbox.backends.registry import BackendRequest, create, select, this_platform
-from x07_sandbox.channel.messages import Exec, Left
+from x07_sandbox.channel.messages import CWD, FILES, FREE, Exec, Left
 from x07_sandbox.errors import BackendError, HostError
 from x07_sandbox.host import settings
 from x07_sandbox.host.linux import spare_bytes
@@ -37,13 +37,12 @@ from x07_sandbox.images.store import Image, find_image
 from x07_sandbox.images.verify import open_image
 from x07_sandbox.policy.controls import run_limits
 from x07_sandbox.policy.decode import default_policy
-from x07_sandbox.policy.guest import UNCONFINED, build_limits, command_limits, confinement, ram_class_bytes
+from x07_sandbox.policy.guest import build_limits, command_limits, confinement, ram_class_bytes
 from x07_sandbox.policy.outcomes import classify
 from x07_sandbox.programs.toolchains import ARTIFACT
-from x07_sandbox.sessions.execution import FILES
 from x07_sandbox.sessions.request import in_memory
 from x07_sandbox.sessions.session import Session
-from x07_sandbox.sessions.specs import CWD, SessionSpec, opening, run_environment
+from x07_sandbox.sessions.specs import SessionSpec, opening, run_environment
 from x07_sandbox.sessions.transfers import CommandStreams, Receivers, Sink, memory_file
 
 if TYPE_CHECKING:
@@ -164,7 +163,7 @@ def _spec(kind: MachineKind, argv: list[str], stack: contextlib.ExitStack) -> Se
     """Return the description of a session like those of users' programs, which runs *argv*."""
     policy, running = default_policy(), kind.runtime == "run"
     limits = run_limits(policy).for_guest() if running else command_limits(build_limits(), settings.BUILD_TASKS)
-    confine = confinement(policy, CWD) if running else UNCONFINED
+    confine = confinement(policy, CWD) if running else FREE
     files = [in_memory(_PYTHON, ARTIFACT, 0o755, stack)]
     return SessionSpec(
         name="run" if running else "build",
@@ -174,7 +173,6 @@ def _spec(kind: MachineKind, argv: list[str], stack: contextlib.ExitStack) -> Se
         receivers=Receivers(left_wanted=Left(0, 0) if running else None),
         wall_ms=_WALL_MS,
         ram_bytes=ram_class_bytes(limits.mem_bytes),
-        filters=confine.filters,
     )
 
 
@@ -189,7 +187,7 @@ def main(words: list[str]) -> int:
         opened = stack.enter_context(open_image(find_image(image)))
         backend = create(name)
         backend.probe(opened)
-        assert backend.cloning is not None  # noqa: S101 - as in the process that started this one
+        assert backend.cloning is not None  # as in the process that started this one
         kind = MachineKind(image=opened, ram_bytes=int(ram_bytes), runtime=runtime, network=network == "1")
         why_not = backend.cloning.save(kind, Caller(cancel=cancel, progress=log), warm_up)
         log(why_not or "done")

@@ -23,11 +23,12 @@ from x07_sandbox.host.linux import processor
 from x07_sandbox.host.verdicts import Verdict, file_state
 from x07_sandbox.policy.controls import RunLimits, make_plan
 from x07_sandbox.policy.decode import default_policy, render_policy
+from x07_sandbox.policy.model import EffectivePolicy
 from x07_sandbox.policy.schema import largest
 from x07_sandbox.programs.toolchains import OUTPUT
 from x07_sandbox.records.runs import new_run_id
 from x07_sandbox.sessions.job import run_job
-from x07_sandbox.sessions.request import EffectivePolicy, RunCaller, RunRequest, load_program
+from x07_sandbox.sessions.request import RunCaller, RunRequest, load_program
 from x07_sandbox.sessions.result import Scaling
 from x07_sandbox.sessions.specs import run_spec
 from x07_sandbox.sessions.transfers import RunFolder, output_of

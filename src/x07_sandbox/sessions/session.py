@@ -15,6 +15,8 @@ from x07_sandbox.channel import streams
 from x07_sandbox.channel.connection import Carrier
 from x07_sandbox.channel.link import COMMANDS_MAX, DATA_MAX, LinkState, State, Stream
 from x07_sandbox.channel.messages import (
+    CONNECT,
+    FILES,
     Changes,
     Closed,
     Denied,
@@ -34,7 +36,7 @@ from x07_sandbox.errors import BackendError, PeerError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.waiting import Deadline, input_poll
 from x07_sandbox.policy.outcomes import Evidence, Stage
-from x07_sandbox.sessions.execution import CONNECT, CONNECTIONS_MAX, FILES, FILL, Execution, Facts, Limit
+from x07_sandbox.sessions.execution import CONNECTIONS_MAX, FILL, Execution, Facts, Limit
 
 if TYPE_CHECKING:
     from x07_sandbox.backends.base import Instance

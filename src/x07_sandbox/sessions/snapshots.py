@@ -25,12 +25,13 @@ from x07_sandbox.host.settings import MIB
 from x07_sandbox.policy.changes import LimitChanges, Overrides
 from x07_sandbox.policy.controls import RunLimits
 from x07_sandbox.policy.denials import Denial, GuestMount, NetworkUse
+from x07_sandbox.policy.model import EffectivePolicy
 from x07_sandbox.policy.outcomes import Stage
 from x07_sandbox.records.admission import FORKS
 from x07_sandbox.sessions.execution import Execution
 from x07_sandbox.sessions.host_files import SavedFiles
 from x07_sandbox.sessions.prepare import prepare
-from x07_sandbox.sessions.request import EffectivePolicy, ProjectPolicy, RunRequest
+from x07_sandbox.sessions.request import ProjectPolicy, RunRequest
 from x07_sandbox.sessions.result import CommandReport
 from x07_sandbox.sessions.shared import Life
 from x07_sandbox.sessions.specs import SessionSpec
@@ -120,7 +121,7 @@ class SavedSandbox(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """A sandbox whose VM is in a snapshot.
 
     protocol: that of its guest. image: the digest of its image, or "". key: see `Snapshots.key`. run: its id.
-    limits: of its plan. opening, order, filters, places, areas: see `SessionSpec`. files: of its host files.
+    limits: of its plan. opening, order, places, areas: see `SessionSpec`. files: of its host files.
     past: if the sandbox itself goes on from it.
     """
 
@@ -135,7 +136,6 @@ class SavedSandbox(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     limits: RunLimits
     opening: Open
     order: Exec
-    filters: tuple[str, ...]
     places: tuple[RootPlace, ...]
     areas: tuple[GuestMount, ...]
     left_out: tuple[Denial, ...]
@@ -154,7 +154,6 @@ class SavedSandbox(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             receivers=receivers,
             wall_ms=0,
             ram_bytes=self.limits.ram_bytes,
-            filters=self.filters,
             places=self.places,
             areas=self.areas,
             limits_shown=self.limits,
@@ -162,7 +161,7 @@ class SavedSandbox(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     def fork(self, folder: Path) -> Fork:
         """Return what the backend needs to know about a snapshot in *folder*."""
-        assert self.link is not None  # noqa: S101 - it was held
+        assert self.link is not None  # it was held
         return Fork(folder, Link.resumed(self.link))
 
     def reopened(
@@ -209,7 +208,6 @@ def saved_sandbox(
         limits=prepared.plan.limits,
         opening=spec.opening,
         order=spec.order,
-        filters=spec.filters,
         places=spec.places,
         areas=spec.areas,
         left_out=left_out,

@@ -12,28 +12,29 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import msgspec
 
 from x07_sandbox.backends.base import Job, MachineKind, Needs, RootPlace
-from x07_sandbox.channel.messages import CommandLimits, Exec, InputFile, Left, Mount, Network, Open, Room
+from x07_sandbox.channel.messages import (
+    CWD,
+    ENVIRONMENT,
+    FREE,
+    IN,
+    PROJECT_FOLDER,
+    CommandLimits,
+    Confine,
+    Exec,
+    InputFile,
+    Left,
+    Mount,
+    Network,
+    Open,
+    Room,
+)
 from x07_sandbox.errors import RefusedError
 from x07_sandbox.host import settings
 from x07_sandbox.policy.decode import program_environment
 from x07_sandbox.policy.denials import GuestMount
-from x07_sandbox.policy.guest import (
-    UNCONFINED,
-    Confinement,
-    build_limits,
-    command_limits,
-    confinement,
-    ram_class_bytes,
-    tmp_bytes,
-)
+from x07_sandbox.policy.guest import build_limits, command_limits, confinement, ram_class_bytes, tmp_bytes
 from x07_sandbox.policy.model import Policy
-from x07_sandbox.programs.toolchains import (
-    ARTIFACT,
-    PROGRAM_FOLDER,
-    PROJECT_FOLDER,
-    SOURCE_FOLDER,
-    build_driver,
-)
+from x07_sandbox.programs.toolchains import ARTIFACT, PROGRAM_FOLDER, build_driver
 from x07_sandbox.sessions.request import in_memory
 from x07_sandbox.sessions.transfers import InFile, OutFile, Receivers
 
@@ -46,15 +47,6 @@ if TYPE_CHECKING:
     from x07_sandbox.sessions.private_files import LeftFiles
     from x07_sandbox.sessions.request import Program
 
-# PYTHONUNBUFFERED: a timeout would lose buffered output. PYTHONDONTWRITEBYTECODE: the folders of programs are
-# read-only.
-_ENVIRONMENT: Final = {
-    "PATH": "/usr/local/bin:/usr/bin:/bin",
-    "HOME": "/opt/x07",
-    "LANG": "C.UTF-8",
-    "PYTHONUNBUFFERED": "1",
-    "PYTHONDONTWRITEBYTECODE": "1",
-}
 _OF_ROOT: Final = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root"}
 # The variables by which OpenSSL, Python, Go, curl, git, pip, Node, cargo and others find the certificates they trust.
 _CA_VARIABLES: Final = (
@@ -66,14 +58,10 @@ _NO_ROOM: Final = Room(0, 0)
 _PROJECT_MOUNT: Final = Mount(tree=None, sub="", at=PROJECT_FOLDER, write=True, changes=False)
 
 
-CWD: Final = "/opt/x07"
-
-
 class SessionSpec(msgspec.Struct, frozen=True, kw_only=True):
     """The description of a session. The caller owns the descriptors.
 
     order: the command of a build or a run; for a sandbox, what all its commands have in common.
-    filters: names of the image's seccomp filters for the commands.
     limits_shown: the limits that messages show.
     places: the guest folders with host files, for the backend.
     areas: the mounted host folders, for the advice in denials.
@@ -86,7 +74,6 @@ class SessionSpec(msgspec.Struct, frozen=True, kw_only=True):
     receivers: Receivers
     wall_ms: int
     ram_bytes: int
-    filters: tuple[str, ...]
     places: tuple[RootPlace, ...] = ()
     areas: tuple[GuestMount, ...] = ()
     limits_shown: Any = None
@@ -135,7 +122,7 @@ def run_environment(
 
     of_image: the variables of an imported image, which replace fixed ones. root: whether the program is root inside.
     """
-    env = {**_ENVIRONMENT, **(_OF_ROOT if root else {}), **of_image}
+    env = {**ENVIRONMENT, **(_OF_ROOT if root else {}), **of_image}
     if policy.env.enabled:
         env |= {key: ours[key] for key in policy.env.allow_keys if key in ours and not key.startswith("X07_")}
     for key in policy.env.deny_keys:
@@ -146,8 +133,8 @@ def run_environment(
 def build_spec(prepared: Prepared, program: Program, artifact: OutFile, stack: contextlib.ExitStack) -> SessionSpec:
     """Return the description of the build, which writes the built program to *artifact*."""
     toolchain = program.toolchain
-    assert toolchain.build is not None  # noqa: S101 - for the type checker
-    files, env = [program.file], dict(_ENVIRONMENT)
+    assert toolchain.build is not None
+    files, env = [program.file], dict(ENVIRONMENT)
     if toolchain.packs:
         files.append(in_memory(build_driver(), program.source.driver, 0o644, stack))
     if toolchain.protocol is not None:
@@ -159,19 +146,18 @@ def build_spec(prepared: Prepared, program: Program, artifact: OutFile, stack: c
     order = Exec(1, toolchain.build(program.source), env, CWD, command_limits(limits, settings.BUILD_TASKS))
     return SessionSpec(
         name="build",
-        opening=opening(UNCONFINED, order.limits, files, out_writable=True),
+        opening=opening(FREE, order.limits, files, out_writable=True),
         order=order,
         files=tuple(files),
         receivers=Receivers(output=artifact, is_tree=toolchain.packs),
         wall_ms=wall_ms or settings.BUILD_WALL_MS,
         ram_bytes=ram_class_bytes(limits.mem_bytes),
-        filters=UNCONFINED.filters,
         limits_shown=limits,
     )
 
 
 def opening(  # noqa: PLR0913 - what a session consists of
-    confine: Confinement,
+    confine: Confine,
     limits: CommandLimits,
     files: list[InFile],
     mounts: Sequence[Mount] = (),
@@ -189,7 +175,7 @@ def opening(  # noqa: PLR0913 - what a session consists of
         tmp_bytes=tmp_bytes(limits.mem_bytes),
         files=input_files(files),
         mounts=list(mounts),
-        confine=confine.for_guest(),
+        confine=confine,
         network=network,
         out_writable=out_writable,
         room=room,
@@ -204,7 +190,7 @@ def run_spec(
     request, program, limits = prepared.request, prepared.program, prepared.plan.limits
     policy, protocol, project = prepared.policy.policy, prepared.protocol, prepared.project
     is_tree = program is not None and program.toolchain.packs
-    files = [in_memory(prepared.policy.data, f"{SOURCE_FOLDER}/policy.json", 0o644, stack)]
+    files = [in_memory(prepared.policy.data, f"{IN}/policy.json", 0o644, stack)]
     if artifact is not None:
         path, kind = (PROGRAM_FOLDER, "tree") if is_tree else (ARTIFACT, "file")
         files.insert(0, InFile(path=path, mode=0o755, kind=kind, fd=artifact.fd, size=artifact.size))
@@ -266,7 +252,6 @@ def run_spec(
         ),
         wall_ms=limits.wall_ms,
         ram_bytes=limits.ram_bytes,
-        filters=confine.filters,
         places=(*([RootPlace(at=PROJECT_FOLDER, write=True)] if project else []), *places),
         areas=() if host_files is None else tuple(host_files.areas),
         limits_shown=limits,

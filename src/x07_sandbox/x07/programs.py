@@ -5,13 +5,14 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
+from x07_sandbox.channel.messages import IN, PROJECT_FOLDER
 from x07_sandbox.errors import Flag, UsageError
 from x07_sandbox.files.pack import Packed, pack_files, pack_tree
 from x07_sandbox.host import settings
 from x07_sandbox.host.paths import is_folder, read_bounded
 from x07_sandbox.host.variables import number, text
 from x07_sandbox.programs.project import ProjectFolder
-from x07_sandbox.programs.toolchains import PROJECT_FOLDER, SOURCE_FOLDER, Source, source_name
+from x07_sandbox.programs.toolchains import Source, source_name
 from x07_sandbox.sessions.request import (
     Program,
     RunCaller,
@@ -90,14 +91,14 @@ def _with_arguments_as_input(request: RunRequest, path: Path) -> RunRequest:
 
 def _program(caller: RunCaller, path: Path, options: x07.Options, stack: contextlib.ExitStack) -> Program:
     files = {"main.x07.json": read_bounded(path, "program", settings.SOURCE_MAX_BYTES)}
-    words = ["--program", f"{SOURCE_FOLDER}/{x07.PROGRAM}"]
+    words = ["--program", f"{IN}/{x07.PROGRAM}"]
     read: list[Path] = []
     for index, root in enumerate(options.module_roots):
         packed = pack_tree(Path(root), ["**"], what=f"cannot use the module root {root}", check=caller.cancel.check)
         files |= {f"module_roots/{index}/{name}": data for name, data in packed.files.items()}
         read += [Path(root) / name for name in packed.files]
-        words += ["--module-root", f"{SOURCE_FOLDER}/program/module_roots/{index}"]
-    program = _loaded(pack_files(files, "the program"), f"{SOURCE_FOLDER}/program", words, options, stack)
+        words += ["--module-root", f"{IN}/program/module_roots/{index}"]
+    program = _loaded(pack_files(files, "the program"), f"{IN}/program", words, options, stack)
     return replace(program, read=tuple(read))
 
 

@@ -15,9 +15,10 @@ from typing import Annotated, Any, Final, Literal, NoReturn
 import msgspec
 from msgspec.structs import replace
 
+from x07_sandbox.channel.messages import IN
 from x07_sandbox.errors import Flag, UsageError
 from x07_sandbox.host.documents import prepared, why_invalid
-from x07_sandbox.programs.toolchains import SOURCE_FOLDER, BuildExtras, Protocol, Toolchain
+from x07_sandbox.programs.toolchains import OUTPUT, BuildExtras, Protocol, Toolchain
 
 PROJECT_FILE: Final = "x07.json"
 SOURCE_SUFFIX: Final = ".x07.json"
@@ -135,13 +136,13 @@ def compile_argv(options: Options, target: Sequence[str]) -> list[str]:
     words += ["--sandbox-backend", "os", "--i-accept-weaker-isolation"]
     if options.max_c_bytes is not None:
         words += ["--max-c-bytes", str(options.max_c_bytes)]
-    words += ["--policy", "/x07/in/policy.json", "--input", "/x07/in/input.bin"]
+    words += ["--policy", _POLICY, "--input", _INPUT]
     for name in ("solve_fuel", "max_memory_bytes", "max_output_bytes", "cpu_time_limit_seconds"):
         words += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
     if options.compat is not None:
         words += ["--compat", options.compat]
     words += ["--debug-borrow-checks"] if options.debug_borrow_checks else []
-    words += ["--compiled-out", "/x07/out/compiled-out", "--compile-only"]
+    words += ["--compiled-out", OUTPUT, "--compile-only"]
     return [*words, *(["--auto-ffi"] if options.auto_ffi else []), *target]
 
 
@@ -195,8 +196,8 @@ INPUT_MAX_BYTES: Final = 64 << 20
 HEAD_BYTES: Final = 4  # of a frame: its length
 STDERR_MAX_BYTES: Final = 256 << 10  # independent of the output limit
 USAGE_EXIT: Final = 2
-_POLICY: Final = f"{SOURCE_FOLDER}/policy.json"
-_INPUT: Final = f"{SOURCE_FOLDER}/input.bin"
+_POLICY: Final = f"{IN}/policy.json"
+_INPUT: Final = f"{IN}/input.bin"
 
 
 class X07Protocol:

@@ -65,7 +65,7 @@ def main() -> None:
     execution.restrict_self = lambda *_words: None
     honest.Environment = RootEnvironment
     world = tuple(step for step in confine.MACHINE.world if step.name != confine.BOUNDING_SET)  # keep capabilities
-    machine.Machine.confinement = confine.Confinement(
+    machine.Machine.confinement = confine.Steps(
         world=world, rights=(confine.MACHINE.rights[0], confine.FRESH_SIGNALS), job=confine.VIEW
     )
     platform = machine.Machine()

@@ -88,7 +88,7 @@ class ContainerBackend(ABC):
     @contextlib.contextmanager
     def start(self, job: Job) -> Iterator[ContainerInstance]:
         """Start a job and wait until its agent has answered. Raises NoAnswerError, BackendError, HostError."""
-        assert job.kind.image is not None  # noqa: S101 - for the type checker
+        assert job.kind.image is not None
         with _started(self._runtime(), job, job.kind.image) as instance:
             greet(instance, cancel_fd=job.caller.cancel.fd, meanwhile=job.meanwhile)
             yield instance
@@ -309,7 +309,7 @@ def _recorded_runtime(folder: Path) -> str:
 
 
 def _spec(runtime: Runtime, job: Job, record: JobRecord, image: OpenImage) -> ContainerSpec:
-    assert job.needs is not None  # noqa: S101 - sessions/job sets them
+    assert job.needs is not None  # sessions/job sets them
     spec = ContainerSpec(
         runtime=runtime.name,
         image=image.manifest.digest,

@@ -13,6 +13,7 @@ import msgspec
 
 from x07_sandbox.backends.base import Needs
 from x07_sandbox.backends.engines import DOCTOR, Client
+from x07_sandbox.channel.messages import CWD, OUT
 from x07_sandbox.errors import BackendError
 from x07_sandbox.host.settings import MIB
 from x07_sandbox.host.waiting import Deadline
@@ -91,8 +92,8 @@ class ContainerSpec(msgspec.Struct, frozen=True, kw_only=True):
             "/tmp": f"{_TMPFS},{run},size={needs.tmp_bytes},mode=1777",  # noqa: S108 - the container's
             "/dev/shm": f"{_TMPFS},{run},size={needs.tmp_bytes},mode=1777",  # noqa: S108 - as above
             "/x07": f"{_TMPFS},{'exec' if needs.alone or not needs.closed else 'noexec'},size={files},mode=0755",
-            "/opt/x07": f"{_TMPFS},{run},size={program},mode=1777",
-            "/x07/out": f"{_TMPFS},{run},size={program},mode={'1777' if needs.out else '0755'}",
+            CWD: f"{_TMPFS},{run},size={program},mode=1777",
+            OUT: f"{_TMPFS},{run},size={program},mode={'1777' if needs.out else '0755'}",
         }
         for place in needs.places:
             found[place.at] = f"{_TMPFS},{run},size={program},mode={'1777' if place.write else '0755'}"

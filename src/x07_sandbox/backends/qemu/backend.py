@@ -95,7 +95,7 @@ class QemuBackend:
         # First: verdicts and templates are stored by the state of QEMU's file.
         starts.check_needs(host_arch() if image is None else image.arch)
         jail_form()  # raises RefusedError or HostError before anything else fails
-        assert image is not None or not boot  # noqa: S101 - `uses_image` is set
+        assert image is not None or not boot  # `uses_image` is set
         if image is not None and is_foreign(image.arch):
             return self._foreign(image.arch)
         verdict = known_verdict() if image is None or not boot else kvm_verdict(image)
@@ -379,7 +379,7 @@ class QemuBackend:
         """Prepare a snapshot of a running VM."""
         from x07_sandbox.backends.qemu.snapshot import capture  # as above
 
-        assert isinstance(instance, Streams)  # noqa: S101 - a backend only gets its own instances
+        assert isinstance(instance, Streams)  # a backend only gets its own instances
         return capture(instance, kind, folder)
 
     def key(self, kind: MachineKind) -> str:
@@ -405,7 +405,7 @@ class QemuBackend:
 
 
 def _ours(instance: Instance) -> QemuInstance:
-    assert isinstance(instance, QemuInstance)  # noqa: S101 - a backend only gets its own instances
+    assert isinstance(instance, QemuInstance)  # a backend only gets its own instances
     return instance
 
 

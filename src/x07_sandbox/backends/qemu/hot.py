@@ -190,7 +190,7 @@ class ProcessTemplate(Template, frozen=True, kw_only=True):
                 yield None
                 return
             folder_fd, made = found
-            assert isinstance(made, SavedProcess)  # noqa: S101 - by its key
+            assert isinstance(made, SavedProcess)  # by its key
             ram_fd, scratch_fd = opened_parts(folder_fd, (made.ram, made.scratch), self.subject, stack)
             subject = Subject(name=self.subject.name, record=f"{self.key}-{IMAGES}", sha256=sparse_sha256)
             images_fd = stack.enter_context(opened_folder(self.folder / IMAGES, subject))
@@ -236,7 +236,7 @@ def make_hot(
         names = _dump(kind, warming, dump, theirs, warm_up)
         require_plain_files(images)
         memory_fd = new_file(work / "ram", stack)
-        assert saved.ram_fd is not None  # noqa: S101 - it is a saved VM
+        assert saved.ram_fd is not None  # it is a saved VM
         copy_sparse(saved.ram_fd, memory_fd)
         paths = (Paths().ram, Paths().root, Paths().program, "/", "/dev/urandom", CRIU_NULL)
         move_pages(images, DUMPED_PID, memory_fd, Paths().ram, {*paths, *needed_files(kind.arch.qemu_binary)})

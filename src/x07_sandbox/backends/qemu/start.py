@@ -117,7 +117,7 @@ def start_qemu(
     Raises BackendError (including NotStartedError), HostError.
     """
     arch, record, image, source = arch or job.kind.arch, job.record, job.kind.image, source or Source()
-    assert image is not None  # noqa: S101 - each virtual machine has one
+    assert image is not None  # each virtual machine has one
     with contextlib.ExitStack() as stack:
         stack.callback(drop_unstarted, record)
         require_own_proc()

@@ -64,7 +64,7 @@ _FIX: Final = ("Jobs boot a new VM instead. To try again: ", Command("x07 image 
 
 def warm_message(kind: MachineKind) -> Warm:
     """Return the message WARM. Its commands are run before saving, so that their files are in memory."""
-    assert kind.image is not None  # noqa: S101 - each virtual machine has one
+    assert kind.image is not None  # each virtual machine has one
     running = kind.runtime == "run"
     of_run, of_build = run_limits(default_policy()), build_limits()
     limits = of_run.for_guest() if running else command_limits(of_build, settings.BUILD_TASKS)
@@ -95,7 +95,7 @@ class VmTemplate(Template, frozen=True, kw_only=True):
                 yield None
                 return
             folder_fd, made = found
-            assert isinstance(made, SavedVm)  # noqa: S101 - by its key
+            assert isinstance(made, SavedVm)  # by its key
             parts = (made.ram, made.state, made.scratch)
             ram_fd, state_fd, scratch_fd = opened_parts(folder_fd, parts, self.subject, stack)
             files = {"ram": ram_fd, "state": state_fd}
