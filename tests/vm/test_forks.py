@@ -317,6 +317,16 @@ def test_a_paused_sandbox_has_its_past_and_its_time(tmp_path: Path) -> None:
     assert [kept for kept in Snapshot.list() if kept.sandbox == sandbox.id] == []
 
 
+def test_a_paused_sandbox_has_no_result() -> None:
+    """Another client of a sandbox that is paused learns that it is left, and gets no result, since it has not ended."""
+    sandbox = Sandbox.create()
+    other = Sandbox.connect(sandbox.id)
+    sandbox.pause()
+    other._open.session.until(lambda: False, 60)  # noqa: SLF001 - until its holder has ended
+    assert (other.alive, other.result) == (False, None)
+    Sandbox.connect(sandbox.id).close("discard")
+
+
 def test_a_full_disk_is_an_error_and_the_sandbox_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A snapshot that does not fit says so, leaves no files, and holds no programs."""
     need(os.geteuid() == 0, "only root can mount a small file system", installable=False)

@@ -60,7 +60,6 @@ if TYPE_CHECKING:
 
 _READ: Final = 256 * 1024
 _REQUEST_S: Final = 10.0  # for a client to send its request
-_PAUSED_S: Final = 1.0  # for the one who has paused it to learn that
 _ENDED_S: Final = 10.0  # for clients to get the end of their commands
 _LOOK_S: Final = 5.0  # between two looks whether the client of a command that takes no input is still there
 
@@ -104,6 +103,7 @@ class Holder:
         self.server = Server(listener, self._serve_one)
         self._watchers: list[_Client] = []
         self._paused = False
+        self._pausing = threading.Lock()
         own = {"status": self._status, "fork": self._fork, "pause": self._pause}
         self._methods: dict[str, Any] = {name: getattr(opened, name) for name in CALLS if name not in own} | own
         opened.at_end(self.server.end)
@@ -111,13 +111,12 @@ class Holder:
     def serve(self) -> None:
         """Serve until the sandbox ends, or `end` is called. Then close it, keep its changes, and tell the clients."""
         self.server.serve()
-        if self._paused:
-            self.server.join(_PAUSED_S)
-            return
-        result = self._opened.finish("keep", self.server.signal)
+        with self._pausing:  # `serve` returns before the sandbox is paused
+            result = None if self._paused else self._opened.finish("keep", self.server.signal)
         for watcher in list(self._watchers):
             with contextlib.suppress(OSError):  # it has gone away
-                watcher.send(Finished(result=result))
+                if result is not None:
+                    watcher.send(Finished(result=result))
                 watcher.connection.shutdown(socket.SHUT_RDWR)  # ends its thread
         self.server.join(_ENDED_S)
 
@@ -175,8 +174,9 @@ class Holder:
         return fork_runs(self._opened, count, given, flags=flags)
 
     def _pause(self) -> None:
-        self._opened.put_away()
-        self._paused = True
+        with self._pausing:
+            self._opened.put_away()
+            self._paused = True
 
     def _detached(self, number: int) -> Process:
         command = self._opened.command(number)
