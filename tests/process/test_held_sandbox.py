@@ -27,7 +27,7 @@ from tests.vm.conftest import left_behind, marked, owners
 from x07_sandbox import AsyncSandbox, Ended, Sandbox, SandboxError
 from x07_sandbox.host.linux import process_ids
 from x07_sandbox.host.sockets import connected
-from x07_sandbox.library.held_messages import AskStatus
+from x07_sandbox.library.held_messages import Call
 from x07_sandbox.library.resident import packed
 from x07_sandbox.records.runs import SOCKET, all_runs
 
@@ -321,7 +321,7 @@ connection = socket.socket(socket.AF_UNIX)
 connection.connect("/proc/self/fd/{folder}/{SOCKET}")
 connection.settimeout(60)
 try:
-    connection.sendall({packed(AskStatus())!r})
+    connection.sendall({packed(Call("status", ()))!r})
     print(connection.recv(1))
 except (BrokenPipeError, ConnectionResetError):  # it was closed before that
     print(b"")

@@ -668,7 +668,7 @@ def test_async_sandboxes_have_the_same_methods() -> None:
     from x07_sandbox.library.files import AsyncFiles, Files
     from x07_sandbox.sessions.command import Process
 
-    own = {"again", "wake", "feed", "collect", "kept", "next_pieces", "ended", "ending", "until", "tail"}
+    own = {"again", "wake", "feed", "collect", "kept", "send_all", "next_pieces", "ended", "ending", "until", "tail"}
     for one, twin in ((Sandbox, AsyncSandbox), (Process, AsyncProcess), (Files, AsyncFiles)):
         names = {name for name in vars(one) if not name.startswith("_")} - own
         assert names - set(vars(twin)) == set(), one

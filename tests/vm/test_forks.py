@@ -323,6 +323,16 @@ def test_a_paused_sandbox_has_its_past_and_its_time(tmp_path: Path) -> None:
     assert [kept for kept in Snapshot.list() if kept.sandbox == sandbox.id] == []
 
 
+def test_a_paused_sandbox_has_no_result() -> None:
+    """Another client of a sandbox that is paused learns that it is left, and gets no result, since it has not ended."""
+    sandbox = Sandbox.create()
+    other = Sandbox.connect(sandbox.id)
+    sandbox.pause()
+    other._open.session.until(lambda: False, 60)  # noqa: SLF001 - until its holder has ended
+    assert (other.alive, other.result) == (False, None)
+    Sandbox.connect(sandbox.id).close("discard")
+
+
 def other_default() -> str:
     """Let the name of the default image stand for another image, as `x07 image build` does. Return its digest."""
     image = find_image(None)

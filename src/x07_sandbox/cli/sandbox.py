@@ -13,6 +13,7 @@ import sys
 import termios
 import threading
 import tty
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -509,7 +510,7 @@ def _attached(opened: HeldSandbox, command: Process, options: argparse.Namespace
         if options.tty:
             stack.enter_context(_raw_terminal(command))
         if options.interactive:
-            threading.Thread(target=_send_input, args=(command,), daemon=True).start()
+            threading.Thread(target=command.send_all, args=(partial(os.read, 0, _READ),), daemon=True).start()
         else:
             command.close_stdin()
         try:
@@ -530,21 +531,11 @@ def _carry(command: Process, kept: tuple[Kept, Kept] | None, *, raw: bool) -> No
 
     fds: dict[StreamName, int] = {"stdout": 1, "stderr": 2}
     filters = {name: TerminalFilter() for name, fd in fds.items() if not raw and os.isatty(fd)}
-    ended = False
-    while not ended:
-        ended, pieces = command.next_pieces()
-        for stream, data in pieces:
-            if kept is not None:
-                kept[stream == "stderr"].take(data)
-            else:
-                write_all(fds[stream], filters[stream](data) if stream in filters else data)
-
-
-def _send_input(command: Process) -> None:
-    with contextlib.suppress(OSError, SandboxError):
-        while data := os.read(0, _READ):
-            command.write(data)
-    command.close_stdin()
+    for stream, data in command:
+        if kept is not None:
+            kept[stream == "stderr"].take(data)
+        else:
+            write_all(fds[stream], filters[stream](data) if stream in filters else data)
 
 
 def _size() -> tuple[int, int]:

@@ -57,10 +57,9 @@ def _own_forks(
 
 def fork_runs(opened: OpenSandbox, count: int, given: Mapping[str, Any], *, flags: bool) -> list[str]:
     """Return the ids of *count* forks, each held by a process of its own. Raises SandboxError."""
-    from x07_sandbox.library.held import ask, create
-    from x07_sandbox.library.held_messages import Create, Finish
+    from x07_sandbox.library.held import create, discard
+    from x07_sandbox.library.held_messages import Create
 
     with contextlib.closing(Cancel()) as cancel, opened.saved(count) as place:
         asked = Create({**given, "snapshot": place.path}, None, flags=flags)
-        discard = Finish(changes="discard")
-        return started(count, partial(create, asked, cancel.fd), partial(ask, request=discard, within_s=None))
+        return started(count, partial(create, asked, cancel.fd), discard)

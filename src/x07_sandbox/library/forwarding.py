@@ -6,6 +6,7 @@ import contextlib
 import os
 import socket
 import threading
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.channel.messages import CONNECT
@@ -14,7 +15,7 @@ from x07_sandbox.host import start_thread
 from x07_sandbox.sessions.execution import order
 
 if TYPE_CHECKING:
-    from x07_sandbox.sessions.command import AnySandbox, Process
+    from x07_sandbox.sessions.command import AnySandbox
 
 _READ: Final = 64 * 1024
 _WAITING: Final = 32  # connections that nobody has accepted yet
@@ -91,12 +92,12 @@ class Forwarder:
             command = self._sandbox.start(order([str(self._port)], service=CONNECT))
         except SandboxError:  # it has ended, or has too many connections
             return
-        sent_all = threading.Event()
-        reader = start_thread(threading.Thread(target=_send, args=(connection, command, sent_all), daemon=True))
+        read = partial(connection.recv, _READ)
+        reader = start_thread(threading.Thread(target=command.send_all, args=(read,), daemon=True))
         try:
             ended = False
             while not ended:
-                silent = sent_all.is_set()
+                silent = command.execution.input_done
                 ended, pieces = command.next_pieces(within_s=_SILENT_S)
                 for stream, data in pieces:
                     if stream == "stdout":
@@ -108,11 +109,3 @@ class Forwarder:
         with contextlib.suppress(OSError):
             connection.shutdown(socket.SHUT_RDWR)  # ends `recv`
         reader.join()
-
-
-def _send(connection: socket.socket, command: Process, sent_all: threading.Event) -> None:
-    with contextlib.suppress(OSError, SandboxError):
-        while data := connection.recv(_READ):
-            command.write(data)
-    command.close_stdin()
-    sent_all.set()

@@ -16,35 +16,26 @@ import msgspec
 from x07_sandbox.channel.link import Stream
 from x07_sandbox.channel.messages import Exec, encode
 from x07_sandbox.errors import BackendError, ChannelUsageError, Command, SandboxError, UsageError
+from x07_sandbox.host.documents import prepared
 from x07_sandbox.host.processes import close_on_fork
 from x07_sandbox.host.sockets import connected
 from x07_sandbox.library import resident
 from x07_sandbox.library.held_messages import (
     Answer,
-    AskChanges,
-    AskStatus,
     Attach,
+    Call,
     End,
     EndInput,
-    Extend,
-    Finish,
     Finished,
-    Fork,
-    Forked,
     Input,
     Output,
-    Pause,
     Request,
     Resize,
-    Rollback,
+    Returned,
     Signal,
-    SoFar,
     Start,
     Started,
     Status,
-    TakeCheckpoint,
-    Taken,
-    TakeSnapshot,
     Watch,
 )
 from x07_sandbox.library.resident import Problem, Reader, packed
@@ -53,7 +44,7 @@ from x07_sandbox.records.runs import SOCKET, all_runs, record_of
 from x07_sandbox.sessions.command import AnySandbox, Ended, Process
 from x07_sandbox.sessions.execution import Execution, terminal_kind
 from x07_sandbox.sessions.execution import order as command_order
-from x07_sandbox.sessions.result import Result, stored_result
+from x07_sandbox.sessions.result import Diff, Result, stored_result
 from x07_sandbox.sessions.shared import SharedSession
 from x07_sandbox.sessions.transfers import CommandStreams, kept_streams
 
@@ -61,7 +52,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from x07_sandbox.library.held_messages import Create
-    from x07_sandbox.sessions.result import ChangesChoice, Diff
+    from x07_sandbox.sessions.result import ChangesChoice
 
 _T = TypeVar("_T")
 _READ: Final = 256 * 1024
@@ -364,61 +355,50 @@ class HeldSandbox(AnySandbox):
 
     def changes(self) -> Diff:
         """See `AnySandbox.changes`."""
-        return self._asked(AskChanges(), SoFar).diff
+        return self._call(Diff, "changes")
 
     def fork(self, count: int, given: Mapping[str, Any]) -> list[HeldSandbox]:
         """Return *count* forks of the sandbox. given: keywords of `Sandbox.fork`."""
-        answer = self._asked(Fork(count=count, given=dict(given), flags=self._flags), Forked)
-        return [HeldSandbox(run, flags=self._flags) for run in answer.runs]
+        runs = self._call(tuple[str, ...], "fork", count, dict(given), self._flags)
+        return [HeldSandbox(run, flags=self._flags) for run in runs]
 
     def snapshot(self, name: str) -> str:
         """See `AnySandbox.snapshot`."""
-        return self._asked(TakeSnapshot(name=name), Taken).what
+        return self._call(str, "snapshot", name)
 
     def checkpoint(self) -> int:
         """See `AnySandbox.checkpoint`."""
-        return int(self._asked(TakeCheckpoint(), Taken).what)
+        return self._call(int, "checkpoint")
 
     def rollback(self, point: int) -> None:
         """See `AnySandbox.rollback`."""
-        self._asked(Rollback(point=point), Status)
+        self._call(type(None), "rollback", point)
         self._commands.clear()  # others have their numbers
 
     def pause(self) -> None:
         """See `AnySandbox.pause`."""
-        self._asked(Pause(), Taken)
+        self._call(type(None), "pause")
         self.disconnect()
-
-    def _asked(self, request: Request, kind: type[_T]) -> _T:
-        """Send a request about the whole sandbox, and return the answer, which takes as long as it takes."""
-        self.require_open()
-        answer = ask(self.run, request, within_s=None)
-        if not isinstance(answer, kind):
-            raise _bad_answer(self.run)
-        return answer
 
     def extend(self, lifetime_s: float) -> None:
         """See `AnySandbox.extend`."""
+        self._call(type(None), "extend", lifetime_s, within_s=_ANSWER_S)
+
+    def _call(self, kind: type[_T], name: str, *given: object, within_s: float | None = None) -> _T:
         self.require_open()
-        ask(self.run, Extend(lifetime_s=lifetime_s))
+        return call(self.run, kind, name, *given, within_s=within_s)
 
     def finish(self, choice: ChangesChoice) -> Result:
         """See `AnySandbox.finish`."""
         if self.result is None:
-            self.result = self._finished(choice)
+            try:
+                self.result = call(self.run, Result, "finish", choice)
+            except BackendError:
+                self.result = stored_result(self.run)  # if somebody else has closed it
+                if self.result is None:
+                    raise
             self.session.until(lambda: self.session.over, _ANSWER_S)
         return self.result
-
-    def _finished(self, choice: ChangesChoice) -> Result:
-        try:
-            answer = ask(self.run, Finish(changes=choice), within_s=None)
-        except BackendError:
-            if (stored := stored_result(self.run)) is not None:  # somebody else has closed it
-                return stored
-            raise
-        if not isinstance(answer, Finished):
-            raise _bad_answer(self.run)
-        return answer.result
 
 
 def _leave(shared: SharedSession, session: HeldSession) -> None:
@@ -449,30 +429,35 @@ def _connection(run: str) -> Iterator[socket.socket]:
             close_on_fork.discard(connection.fileno())
 
 
-def ask(run: str, request: Request, within_s: float | None = _ANSWER_S) -> Answer:
-    """Send one request to a holder and return its answer. Raises BackendError, or the error that the holder sends."""
+def call(run: str, kind: type[_T], name: str, *given: object, within_s: float | None = None) -> _T:
+    """Have a holder carry out a method of CALLS, and return what it returns, of type *kind*.
+
+    within_s: for the answer, which else takes as long as it takes. Raises BackendError, or the error of the method.
+    """
     reader: Reader[Answer] = Reader(Answer)
     found: list[Answer] = []
     with _connection(run) as connection:
         connection.settimeout(within_s)
         try:
-            connection.sendall(packed(request))
+            connection.sendall(packed(Call(name, given)))
             while not found and (data := connection.recv(_READ)):
                 found = reader.take(data)
+            if found and isinstance(found[0], Returned):
+                return msgspec.convert(found[0].value, prepared(kind))
         except (OSError, *_BAD) as exc:
             raise _bad_answer(run) from exc
-    if not found:
-        raise _bad_answer(run)
-    if isinstance(found[0], Problem):
-        raise found[0].error()
-    return found[0]
+    raise found[0].error() if found and isinstance(found[0], Problem) else _bad_answer(run)
+
+
+def discard(run: str) -> None:
+    """Close a sandbox, and discard its changes. Raises SandboxError."""
+    call(run, Result, "finish", "discard")
 
 
 def status_of(run: str) -> Status | None:
     """Return facts about a sandbox from its holder, or None if it does not answer."""
     with contextlib.suppress(SandboxError):
-        answer = ask(run, AskStatus(), within_s=5.0)
-        return answer if isinstance(answer, Status) else None
+        return call(run, Status, "status", within_s=5.0)
     return None
 
 

@@ -5,7 +5,7 @@ Each command, and each request, has a connection to the holder's socket of its o
 
 from __future__ import annotations
 
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Final, NamedTuple
 
 import msgspec
 from msgspec.structs import replace
@@ -15,7 +15,7 @@ from x07_sandbox.errors import UsageError
 from x07_sandbox.host.documents import encodable, prepared
 from x07_sandbox.library.resident import Message, Problem
 from x07_sandbox.sessions.command import Ended, StreamName
-from x07_sandbox.sessions.result import ChangesChoice, Diff, Result
+from x07_sandbox.sessions.result import ChangesChoice, Result
 
 # requests
 
@@ -55,73 +55,25 @@ class Signal(Message, frozen=True):
     number: int
 
 
-class Extend(Message, frozen=True):
-    """Set the lifetime. The answer is STATUS."""
-
-    lifetime_s: Annotated[float, msgspec.Meta(gt=0)]
-
-
-class AskStatus(Message, frozen=True):
-    """The answer is STATUS."""
-
-
-class AskChanges(Message, frozen=True):
-    """The answer is SOFAR."""
-
-
-class Fork(Message, frozen=True):
-    """Fork the sandbox. given: keywords of `Sandbox.fork`. The answer is FORKED."""
-
-    count: int
-    given: dict[str, Any]
-    flags: bool
-
-
-class TakeSnapshot(Message, frozen=True):
-    """Keep a snapshot. The answer is TAKEN, with its id."""
+class Call(Message, frozen=True):
+    """Carry out a method of CALLS about the whole sandbox. given: its arguments. The answer is RETURNED."""
 
     name: str
+    given: tuple[Any, ...]
 
-
-class TakeCheckpoint(Message, frozen=True):
-    """Make a checkpoint. The answer is TAKEN, with its number."""
-
-
-class Rollback(Message, frozen=True):
-    """Go back to a checkpoint. The answer is STATUS."""
-
-    point: int
-
-
-class Pause(Message, frozen=True):
-    """Save the sandbox, and end. The answer is TAKEN."""
-
-
-class Finish(Message, frozen=True):
-    """Close the sandbox. The answer is FINISHED."""
-
-    changes: ChangesChoice
+    def arguments(self) -> tuple[Any, ...]:
+        """Return the arguments, checked. Raises ValueError, msgspec.ValidationError."""
+        if self.name not in CALLS:
+            raise ValueError("no such method")
+        found: tuple[Any, ...] = msgspec.convert(self.given, prepared(CALLS[self.name]))
+        return found
 
 
 class Watch(Message, frozen=True):
     """The answer is FINISHED, once the sandbox has ended."""
 
 
-Request = (
-    Start
-    | Attach
-    | Signal
-    | Extend
-    | AskStatus
-    | AskChanges
-    | Fork
-    | TakeSnapshot
-    | TakeCheckpoint
-    | Rollback
-    | Pause
-    | Finish
-    | Watch
-)
+Request = Start | Attach | Signal | Call | Watch
 
 # further messages of a client to its command
 
@@ -172,29 +124,10 @@ class End(Message, frozen=True):
         return End(replace(ended, reason=encodable(ended.reason)))
 
 
-class Status(Message, frozen=True):
-    """Facts about an open sandbox. left_s: until its lifetime ends. commands: the number of those that run."""
+class Returned(Message, frozen=True):
+    """What a method has returned."""
 
-    left_s: float
-    commands: int
-
-
-class SoFar(Message, frozen=True):
-    """What has changed so far."""
-
-    diff: Diff
-
-
-class Forked(Message, frozen=True):
-    """The ids of the forks."""
-
-    runs: tuple[str, ...]
-
-
-class Taken(Message, frozen=True):
-    """The id of a snapshot, or the number of a checkpoint."""
-
-    what: str
+    value: Any
 
 
 class Finished(Message, frozen=True):
@@ -203,7 +136,28 @@ class Finished(Message, frozen=True):
     result: Result
 
 
-Answer = Problem | Started | Output | End | Status | SoFar | Forked | Taken | Finished
+Answer = Problem | Started | Output | End | Returned | Finished
+
+
+class Status(msgspec.Struct, frozen=True):
+    """Facts about an open sandbox. left_s: until its lifetime ends. commands: the number of those that run."""
+
+    left_s: float
+    commands: int
+
+
+CALLS: Final[dict[str, Any]] = {
+    "extend": tuple[Annotated[float, msgspec.Meta(gt=0)]],
+    "status": tuple[()],
+    "changes": tuple[()],
+    "fork": tuple[int, dict[str, Any], bool],
+    "snapshot": tuple[str],
+    "checkpoint": tuple[()],
+    "rollback": tuple[int],
+    "pause": tuple[()],
+    "finish": tuple[ChangesChoice],
+}
+"""The types of the arguments of each method of CALL. All but "status" and "fork" are those of `AnySandbox`."""
 
 
 class Create(NamedTuple):

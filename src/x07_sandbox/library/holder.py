@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
@@ -27,31 +27,22 @@ from x07_sandbox.host import start_thread
 from x07_sandbox.host.sockets import listening
 from x07_sandbox.host.waiting import Cancel
 from x07_sandbox.library.held_messages import (
-    AskChanges,
-    AskStatus,
+    CALLS,
     Attach,
+    Call,
     ClientMessage,
     Create,
     End,
     EndInput,
-    Extend,
-    Finish,
     Finished,
-    Fork,
-    Forked,
     Input,
     Output,
-    Pause,
     Resize,
-    Rollback,
+    Returned,
     Signal,
-    SoFar,
     Start,
     Started,
     Status,
-    TakeCheckpoint,
-    Taken,
-    TakeSnapshot,
     Watch,
 )
 from x07_sandbox.library.opening import open_sandbox
@@ -69,7 +60,6 @@ if TYPE_CHECKING:
 
 _READ: Final = 256 * 1024
 _REQUEST_S: Final = 10.0  # for a client to send its request
-_PAUSED_S: Final = 1.0  # for the one who has paused it to learn that
 _ENDED_S: Final = 10.0  # for clients to get the end of their commands
 _LOOK_S: Final = 5.0  # between two looks whether the client of a command that takes no input is still there
 
@@ -113,18 +103,20 @@ class Holder:
         self.server = Server(listener, self._serve_one)
         self._watchers: list[_Client] = []
         self._paused = False
+        self._pausing = threading.Lock()
+        own = {"status": self._status, "fork": self._fork, "pause": self._pause}
+        self._methods: dict[str, Any] = {name: getattr(opened, name) for name in CALLS if name not in own} | own
         opened.at_end(self.server.end)
 
     def serve(self) -> None:
         """Serve until the sandbox ends, or `end` is called. Then close it, keep its changes, and tell the clients."""
         self.server.serve()
-        if self._paused:
-            self.server.join(_PAUSED_S)
-            return
-        result = self._opened.finish("keep", self.server.signal)
+        with self._pausing:  # `serve` returns before the sandbox is paused
+            result = None if self._paused else self._opened.finish("keep", self.server.signal)
         for watcher in list(self._watchers):
             with contextlib.suppress(OSError):  # it has gone away
-                watcher.send(Finished(result=result))
+                if result is not None:
+                    watcher.send(Finished(result=result))
                 watcher.connection.shutdown(socket.SHUT_RDWR)  # ends its thread
         self.server.join(_ENDED_S)
 
@@ -147,23 +139,8 @@ class Holder:
             case Signal():
                 if (command := opened.command(request.id)) is not None:
                     command.signal(request.number)
-            case _:
-                self._answer(client, request)
-
-    def _answer(self, client: _Client, request: ClientMessage) -> None:
-        """Carry out a request about the whole sandbox."""
-        opened = self._opened
-        match request:
-            case Extend():
-                opened.extend(request.lifetime_s)
-                client.send(self._status())
-            case AskStatus():
-                opened.require_open()
-                client.send(self._status())
-            case AskChanges():
-                client.send(SoFar(diff=opened.changes()))
-            case Finish():
-                client.send(Finished(result=opened.finish(request.changes)))
+            case Call():
+                self._call(client, request)
             case Watch():
                 opened.require_open()
                 self._watchers.append(client)
@@ -172,48 +149,34 @@ class Holder:
                 finally:
                     self._watchers.remove(client)
             case _:
-                self._save(client, request)
-
-    def _save(self, client: _Client, request: ClientMessage) -> None:
-        """Carry out a request that saves a moment of the sandbox, or goes back to one."""
-        opened = self._opened
-        match request:
-            case Fork():
-                from x07_sandbox.library.forks import fork_runs  # few sandboxes are forked
-
-                runs = fork_runs(opened, request.count, request.given, flags=request.flags)
-                self._deliver(client, Forked(runs=tuple(runs)), partial(_discard, runs))
-            case TakeSnapshot():
-                from x07_sandbox.library.snapshots import Snapshot  # as above
-
-                taken = opened.snapshot(request.name)
-                self._deliver(client, Taken(what=taken), Snapshot.find(taken).remove)
-            case TakeCheckpoint():
-                client.send(Taken(what=str(opened.checkpoint())))
-            case Rollback():
-                opened.rollback(request.point)
-                client.send(self._status())
-            case Pause():
-                opened.put_away()
-                self._paused = True
-                client.send(Taken(what=""))
-                self.server.end()
-            case _:
                 raise ValueError("no request")
 
-    @staticmethod
-    def _deliver(client: _Client, answer: Answer, undo: Callable[[], object]) -> None:
-        """Send an answer, or undo what it is about if nobody would learn of it."""
+    def _call(self, client: _Client, request: Call) -> None:
+        """Carry out a method about the whole sandbox, or undo it if nobody would learn of what it returns."""
+        given = request.arguments()
+        value = self._methods[request.name](*given)
         try:
             if client.has_left():
                 raise BrokenPipeError
-            client.send(answer)
+            client.send(Returned(value))
         except OSError:
-            undo()
+            if request.name in _UNDO:
+                _UNDO[request.name](value)
 
     def _status(self) -> Status:
+        self._opened.require_open()
         session = self._opened.session
         return Status(left_s=max(0.0, session.until_s - time.monotonic()), commands=self._opened.running)
+
+    def _fork(self, count: int, given: dict[str, Any], flags: bool) -> list[str]:  # noqa: FBT001 - of a message
+        from x07_sandbox.library.forks import fork_runs  # few sandboxes are forked
+
+        return fork_runs(self._opened, count, given, flags=flags)
+
+    def _pause(self) -> None:
+        with self._pausing:
+            self._opened.put_away()
+            self._paused = True
 
     def _detached(self, number: int) -> Process:
         command = self._opened.command(number)
@@ -257,11 +220,21 @@ class Holder:
 
 
 def _discard(runs: Sequence[str]) -> None:
-    from x07_sandbox.library.held import ask  # as above
+    from x07_sandbox.library.held import discard  # few sandboxes are forked
 
     for one in runs:
         with contextlib.suppress(SandboxError):
-            ask(one, Finish(changes="discard"), within_s=None)
+            discard(one)
+
+
+def _remove(snapshot: str) -> None:
+    from x07_sandbox.library.snapshots import Snapshot  # as above
+
+    Snapshot.find(snapshot).remove()
+
+
+_UNDO: Final[dict[str, Callable[[Any], object]]] = {"fork": _discard, "snapshot": _remove}
+"""What undoes methods of which nobody would learn."""
 
 
 def _receive(client: _Client, command: Process, gone: threading.Event) -> None:

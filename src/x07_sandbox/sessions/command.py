@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import math
 import os
@@ -378,6 +379,13 @@ class Process:
             if self._ending is None:
                 self._ending = self._sandbox.ending(self)
             return self._ending
+
+    def send_all(self, read: Callable[[], bytes]) -> None:
+        """Send what *read* returns to the standard input. End it at b"", at an error, or if nobody takes it."""
+        with contextlib.suppress(OSError, SandboxError):
+            while data := read():
+                self.write(data)
+        self.close_stdin()
 
     def tail(self) -> bytes:
         """Return the ends of both streams, as they have arrived."""
