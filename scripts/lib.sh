@@ -197,7 +197,8 @@ wanted_stamp() {
     printf '%s %s\n' "$kind" "$(
         {
             "$python" -I -c 'import sys; print(sys.version)' &&
-                pwd -P && cat "requirements/$kind.txt" pyproject.toml launchers/*
+                pwd -P && cat "requirements/$kind.txt" pyproject.toml launchers/* \
+                src/x07_sandbox/cli/x07_front_client.py
         } | sha256sum | cut -d ' ' -f 1
     )"
 }

@@ -18,6 +18,7 @@ fd = posix.open({mark!r}, posix.O_WRONLY | posix.O_CREAT | posix.O_APPEND, 0o600
 posix.write(fd, f"module {{__name__}}\\n".encode())
 """
 _FUNCTIONS: Final = ("[", "cd", "command", "echo", "printf", "readlink", "test")
+_MORE_MODULES: Final = {"x07_sandbox", "x07_front_client", "sitecustomize", "usercustomize"}
 _PERL_MODULES: Final = ("hostile", "strict", "warnings", "POSIX")
 
 
@@ -39,7 +40,7 @@ class HostileFolder:
         """Add a module for every top-level name that could be imported, as source and in a cache of compiled files."""
         code = _MODULE.format(mark=str(self._mark))
         names = {*sys.stdlib_module_names, *importlib.metadata.packages_distributions()}
-        for name in sorted(filter(str.isidentifier, names | {"x07_sandbox", "sitecustomize", "usercustomize"})):
+        for name in sorted(filter(str.isidentifier, names | _MORE_MODULES)):
             (self.path / f"{name}.py").write_text(code)
         # Where PYTHONHOME, PYTHONPLATLIBDIR and PYTHONUSERBASE would lead to.
         version = f"python{sys.version_info.major}.{sys.version_info.minor}"
@@ -48,7 +49,8 @@ class HostileFolder:
             (self.path / library / version).symlink_to("..")
         (self.path / "site-packages").symlink_to(".")
         package = Path(x07_sandbox.__file__)
-        for source in (package, package.with_name("errors.py"), package.parent / "cli" / "main.py"):
+        sources = (package, package.with_name("errors.py"), package.parent / "cli" / "main.py")
+        for source in (*sources, BIN / "x07_front_client.py"):
             compiled = f"{self.path}/compiled{source.with_name(source.stem)}.{sys.implementation.cache_tag}.pyc"
             mode = py_compile.PycInvalidationMode.UNCHECKED_HASH
             py_compile.compile(str(self.path / "json.py"), cfile=compiled, invalidation_mode=mode)

@@ -75,10 +75,12 @@ NONE: Final = ("--backend", "none", "--i-accept-weaker-isolation")
 
 
 def client() -> list[str]:
-    """Return the words that start the client of the launcher, which prints ALONE instead of a command."""
-    text = (ROOT / "launchers/x07").read_text("utf-8")
-    code = text.partition("-S -c '")[2].partition('\' "$module"')[0].rpartition("sys.argv[1:]")[0]
-    return [str(PYTHON), "-I", "-S", "-c", f'{code}\nprint("{ALONE}")', "main"]
+    """Return the words that start the client of the front, which prints ALONE instead of carrying a command out."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT / 'src/x07_sandbox/cli')!r}); import x07_front_client as client;"
+        f" client.hand_over(sys.argv[1], sys.argv[2:]); print({ALONE!r})"
+    )
+    return [str(PYTHON), "-I", "-S", "-c", code, "main"]
 
 
 def said(

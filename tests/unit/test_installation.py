@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 ROOT: Final = Path(__file__).resolve().parents[2]
 PARTS: Final = ("LICENSE", "README.md", "launchers", "pyproject.toml", "src")
 NAMES: Final = ("x07", "x07-os-runner", "x07-sandbox")
+CLIENT: Final = ROOT / "src" / "x07_sandbox" / "cli" / "x07_front_client.py"
 BUILD: Final = "import sys; from setuptools import build_meta; print(getattr(build_meta, sys.argv[1])(sys.argv[2]))"
 
 
@@ -65,6 +66,16 @@ def installed(wheel: Path, folder: Path) -> Path:
     return folder / "bin"
 
 
+def check_client(commands: Path, cwd: Path) -> None:
+    """Check that the commands start the client beside them, and start without it, too. The client is removed."""
+    client = commands / CLIENT.name
+    assert client.read_bytes() == CLIENT.read_bytes()
+    client.write_text("def start(): print('started')", encoding="ascii")
+    assert [ran([commands / name], cwd) for name in NAMES] == ["started\n"] * len(NAMES)
+    client.unlink()
+    assert [ran([commands / name, "--help"], cwd).split()[1] for name in NAMES] == ["x07", "x07-os-runner", "x07"]
+
+
 def test_installed_commands_start_through_any_path(source: Path, tmp_path: Path) -> None:
     """The commands of the wheel made from the source archive start by path, through links, and from PATH."""
     sdist = build("sdist", source, tmp_path)
@@ -89,6 +100,7 @@ def test_installed_commands_start_through_any_path(source: Path, tmp_path: Path)
         assert ran([runner, "--cli-specrows"], tmp_path).startswith('{"schema_version":"x07cli.specrows@')
     python = ran([commands / "python3", "-I", "-c", "import x07_sandbox; print(x07_sandbox.__file__)"], tmp_path)
     assert python.startswith(str(tmp_path))
+    check_client(commands, tmp_path)
 
 
 def test_an_editable_install_has_the_same_commands(source: Path, tmp_path: Path) -> None:
@@ -99,3 +111,4 @@ def test_an_editable_install_has_the_same_commands(source: Path, tmp_path: Path)
     version = source / "src" / "x07_sandbox" / "host" / "settings.py"
     version.write_text(version.read_text().replace(__version__, "9.9"))
     assert ran([commands / "x07", "--version"], tmp_path) == "x07-sandbox 9.9\n"
+    check_client(commands, tmp_path)

@@ -23,7 +23,7 @@ from x07_sandbox.records.runs import record_from, record_values
 
 PROTOCOL: Final = 3
 SOCKET: Final = "socket"
-FRONT: Final = "front"  # the socket of cli/front.py, also in launchers/x07
+FRONT: Final = "front"  # the socket of cli/front.py, also in cli/x07_front_client.py
 MESSAGE_MAX: Final = 64 * 1024
 ANSWER_S: Final = 5.0
 GONE_S: Final = 15.0

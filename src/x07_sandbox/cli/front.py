@@ -2,7 +2,7 @@
 
     python -I -m x07_sandbox.cli.front READY_FD
 
-The client is in launchers/x07. The front forks a worker for each connection, and reads nothing itself. It has one
+The client is `x07_front_client`. The front forks a worker for each connection, and reads nothing itself. It has one
 thread and no machines or locks. It ends when its standard input does, and its workers finish their commands.
 
 Client and worker each have a memory file with a random name. The kernel shows that name only to a process that may
@@ -50,13 +50,13 @@ from typing import Final, NamedTuple, NoReturn
 
 from x07_sandbox.backends.lease import FRONT, pool_dir
 from x07_sandbox.cli import main as command_line
+from x07_sandbox.cli.x07_front_client import FILE, PROTOCOL
 from x07_sandbox.errors import HostError, SandboxError
 from x07_sandbox.host.linux import of_process, open_pidfd, peer_of
 from x07_sandbox.host.sockets import is_own, listening, received
 from x07_sandbox.host.waiting import Event, input_poll, wait_readable
 from x07_sandbox.policy.outcomes import SIGNAL_BASE
 
-PROTOCOL: Final = b"1"
 _ENTRIES: Final = MappingProxyType({b"main": "x07_sandbox.cli.main", b"os_runner": "x07_sandbox.cli.os_runner"})
 # What these import is what most commands need.
 _USED: Final = (
@@ -77,7 +77,6 @@ _RIGHTS: Final = (
 )
 _FILTERS: Final = (b"Seccomp:", b"Seccomp_filters:")
 _LIMITS: Final = range(16)  # asm-generic/resource.h: RLIM_NLIMITS
-_FILE: Final = "x07-front-"  # begins the names of the memory files, also in launchers/x07
 _PEERPIDFD: Final = 77  # asm-generic/socket.h: SO_PEERPIDFD, since Linux 6.5
 _JOIN_SESSION_KEYRING: Final = 1  # keyctl(2)
 _KEYCTL: Final = {"x86_64": 250, "aarch64": 219}
@@ -183,7 +182,7 @@ def _work(connection: socket.socket, ours: _Ours) -> NoReturn:
 def _accepted(connection: socket.socket, ours: _Ours) -> _Request:
     """Return the request of a client with our rights. Raises _DeclinedError, OSError, ValueError, LookupError."""
     pid, pidfd = _peer(connection)
-    name = _FILE + os.urandom(16).hex()
+    name = FILE + os.urandom(16).hex()
     own_fd = os.memfd_create(name)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
     connection.send(b".")
@@ -220,7 +219,7 @@ def _file_of(pid: int) -> str:
     """Return the name of the memory file of a process. Raises OSError if this process may not inspect that one."""
     links = [os.readlink(entry.path) for entry in os.scandir(f"/proc/{pid}/fd")]  # noqa: PTH115 - no paths
     for link in links:
-        if (name := link.removeprefix("/memfd:").partition(" ")[0]).startswith(_FILE):
+        if (name := link.removeprefix("/memfd:").partition(" ")[0]).startswith(FILE):
             return name
     raise _DeclinedError
 
