@@ -233,7 +233,7 @@ def test_a_damaged_machine_is_not_used(
     assert left_behind(saved.state) == []
     made = json.loads((template_folder() / MANIFEST).read_bytes())
     assert made["made"]["ram"]["bytes"] == RAM_CLASSES[0]
-    assert sha256(template_folder() / "ram") == made["ram"]["sha256"] != damaged
+    assert sha256(template_folder() / "ram") == made["made"]["ram"]["sha256"] != damaged
 
 
 @pytest.mark.full("two more starts, one of them cold")

@@ -467,6 +467,7 @@ def test_a_snapshot_waits_for_nobody_and_refuses_half_a_file(tmp_path: Path, mon
         with pytest.raises(UsageError, match="files are being copied"):
             sandbox.snapshot()
         server.kill()
+        wait_until(lambda: server.ended)
         monkeypatch.setenv("X07_VM_MAX_FORKS", "2")
         with pytest.raises(RefusedError, match="3 were asked for, and 2 may be open") as full:
             sandbox.fork(3)

@@ -134,10 +134,11 @@ class Fork(NamedTuple):
 class Job(msgspec.Struct, frozen=True, kw_only=True):
     """The data that a backend needs to start one job. The program itself follows over the channel.
 
-    needs: for container backends. cold: whether to boot a VM instead of cloning one. meanwhile: called once while the
-    instance starts. warm_up: see `WarmUp`; None if no process may be saved for this job. save_later: called if no VM or
-    process of this kind is saved; it has one saved without delaying the job, and returns a remark. None: the job waits
-    until one is saved. fork: a snapshot to start from, instead of anything else.
+    needs: for container backends; None if they are not known yet. cold: whether to boot a VM instead of cloning one.
+    meanwhile: called while the instance starts, again if another attempt follows. warm_up: see `WarmUp`; None if no
+    process may be saved for this job. save_later: called if no VM or process of this kind is saved; it has one saved
+    without delaying the job, and returns a remark. None: the job waits until one is saved. fork: a snapshot to start
+    from, instead of anything else.
     """
 
     claim: Claim
@@ -296,6 +297,9 @@ class Cloning(Protocol):
 
     def renew(self, instance: Instance, kind: MachineKind) -> None:
         """Prepare an instance for one user program after it has run x07's own programs. Raises BackendError."""
+
+    def limit_ram(self, instance: Instance, ram_bytes: int) -> None:
+        """Lower the most RAM that a VM may use, once its job is known. Raises BackendError."""
 
     def adopt(self, instance: Instance, claim: Claim, runner: Identity, ram_bytes: int) -> None:
         """Turn a waiting VM into the job in *claim*, which uses at most *ram_bytes* of RAM. Raises SandboxError."""

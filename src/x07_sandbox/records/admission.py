@@ -84,9 +84,14 @@ def max_running() -> int:
 
 @contextlib.contextmanager
 def admitted(
-    *, cancel_fd: int, timeout_s: float, progress: Callable[[str], None] = lambda _text: None, slots: Slots = RUNS
+    *,
+    cancel_fd: int,
+    timeout_s: float,
+    progress: Callable[[str], None] = lambda _text: None,
+    slots: Slots = RUNS,
+    before_wait: Callable[[], object] = lambda: None,
 ) -> Iterator[float]:
-    """Wait for a slot, hold it during the context, and yield the seconds waited.
+    """Wait for a slot, hold it during the context, and yield the seconds waited. before_wait: called if none is free.
 
     Raises RefusedError after timeout_s, Cancelled once cancel_fd is readable, UsageError for a bad number of slots.
     """
@@ -94,6 +99,7 @@ def admitted(
     queue = _Queue(cache_folder("slots"), slots)
     slot = queue.free_slot_if_nobody_waits()
     if slot is None:
+        before_wait()
         slot = queue.slot_after_waiting(cancel_fd, timeout_s, progress)
     try:
         yield time.monotonic() - started_at

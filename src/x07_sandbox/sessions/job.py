@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from msgspec.structs import replace
 
-from x07_sandbox.backends.base import Cloning, Fork, Instance, MachineKind, NoAnswerError, evidence_of
-from x07_sandbox.errors import BackendError, Flag
+from x07_sandbox.backends.base import Cloning, Fork, Instance, Job, MachineKind, NoAnswerError, evidence_of
+from x07_sandbox.errors import BackendError, Flag, SandboxError
 from x07_sandbox.host import settings
 from x07_sandbox.host.variables import flag
 from x07_sandbox.policy.denials import NetworkUse
 from x07_sandbox.records.admission import RUNS, Slots, admitted
-from x07_sandbox.records.runs import Claim
+from x07_sandbox.records.runs import ENDS, Claim
 from x07_sandbox.sessions.prepare import Prepared, output_caps
 from x07_sandbox.sessions.result import EMPTY_OUTPUT, PhaseReport
+from x07_sandbox.sessions.specs import Planned, SessionSpec
 from x07_sandbox.sessions.transfers import CommandStreams, Sink
 
 if TYPE_CHECKING:
@@ -29,14 +30,14 @@ if TYPE_CHECKING:
     from x07_sandbox.policy.outcomes import Evidence, Verdict
     from x07_sandbox.sessions.execution import Execution, Facts
     from x07_sandbox.sessions.session import Session
-    from x07_sandbox.sessions.specs import SessionSpec
     from x07_sandbox.sessions.transfers import RunFolder
 
 
 class SessionJob:
     """The job of one session, from its place in the queue to its end. A context manager.
 
-    spec: what it was made for. instance: once it has started. warnings: about its start and its end.
+    A VM starts before its session is described: that happens while it wakes. A session that is refused then ends a VM
+    that has got nothing of it. instance: once it has started. warnings: about its start and its end.
     """
 
     instance: Instance
@@ -44,36 +45,69 @@ class SessionJob:
     def __init__(
         self,
         prepared: Prepared,
-        spec: SessionSpec,
+        planned: SessionSpec | Planned,
         folder: RunFolder,
         slots: Slots = RUNS,
         progress: Callable[[str], None] | None = None,
         fork: Fork | None = None,
     ) -> None:
-        """Wait for a slot, and start the egress gate of a session with network. Raises SandboxError.
+        """Wait for a slot. Raises SandboxError.
 
         progress: gets the line that the job waits for a slot; None for that of the caller. fork: the snapshot to start
         from, if the session has been open before.
         """
         caller = prepared.caller
-        self.spec = spec
         self.warnings: list[str] = []
         self._prepared = prepared
+        self._planned = planned
+        self._spec = planned if isinstance(planned, SessionSpec) else None
         self._fork = fork
         self._run_id = folder.path.name
         self._vm = contextlib.ExitStack()
+        self._gate: GateProcess | None = None
+        self._is_ready = False
+        self._problem: SandboxError | OSError | MemoryError | None = None
         self.before: list[NetworkUse] = []  # accounts of gates of earlier instances
+        # Other backends need the description to start an instance, and the VMs of a pool wait already.
+        if prepared.backend.cloning is None or caller.machines is not None:
+            self._describe()
+        self._needs_known = self._spec is not None
         with contextlib.ExitStack() as stack:
             slot = admitted(
                 cancel_fd=caller.cancel.fd,
                 timeout_s=prepared.request.queue_s,
                 progress=progress or caller.progress,
                 slots=slots,
+                before_wait=self._describe,
             )
             stack.enter_context(slot)
             self._folder = folder.path
-            self._gate = self._new_gate(stack)
             self._rest = stack.pop_all()
+
+    @property
+    def spec(self) -> SessionSpec:
+        """The description of the session."""
+        self._describe()
+        assert self._spec is not None
+        return self._spec
+
+    def _describe(self) -> None:
+        if self._spec is None:
+            assert isinstance(self._planned, Planned)
+            self._spec = self._planned.describe()
+
+    def _make_ready(self) -> None:
+        """Do what the session needs, while its instance starts."""
+        if self._is_ready:
+            return
+        self._is_ready = True
+        import x07_sandbox.sessions.session  # noqa: F401 - to save time later
+
+        try:
+            self._describe()
+            self._gate = self._new_gate(self._rest)
+        except (SandboxError, OSError, MemoryError) as exc:
+            self._problem = exc
 
     def _new_gate(self, stack: contextlib.ExitStack) -> GateProcess | None:
         if self._prepared.egress is None or self.spec.opening.network is None:
@@ -96,7 +130,16 @@ class SessionJob:
 
         adopted: the commands of a fork.
         """
-        instance = self.instance = self._started()
+        try:
+            instance = self.instance = self._started()
+        except SandboxError:
+            if self._problem is not None:
+                raise self._problem from None
+            raise
+        self._make_ready()
+        if self._problem is not None:
+            self._leave_no_record(instance)
+            raise self._problem
         gate_fds = None
         if self._gate is not None:
             nonce = b"" if self._fork is None else instance.greeting.nonce
@@ -107,6 +150,15 @@ class SessionJob:
         if self._fork is not None:  # its guest has the files already
             return Session(instance, cancel, None, (), gate_fds, adopted)
         return Session(instance, cancel, self.spec.opening, self.spec.files, gate_fds)
+
+    def _leave_no_record(self, instance: Instance) -> None:
+        """End an instance whose session was refused, and remove its record."""
+        from x07_sandbox.records.pruning import remove_record  # few sessions are refused so late
+
+        self._vm.close()
+        if os.path.lexists(instance.record.folder / ENDS[0]):  # it is proven gone
+            with contextlib.suppress(OSError):
+                remove_record(instance.record.folder)
 
     def replace(self, fork: Fork, adopted: Sequence[Execution], switch: Callable[[Session], object]) -> None:
         """Start an instance from a snapshot, call *switch* with its session, and end the instance before.
@@ -177,17 +229,18 @@ class SessionJob:
 
     def _started(self) -> Instance:
         """Return an instance whose agent has answered; `_vm` ends it. Raises SandboxError."""
-        prepared, spec, stack = self._prepared, self.spec, self._vm
+        prepared, planned, stack = self._prepared, self._planned, self._vm
         caller, backend, cold = prepared.caller, prepared.backend, prepared.request.cold
         saved_first = flag("X07_VM_SAVE_FIRST")
         # A paused sandbox goes on in another process, so from the second machine on, the name has the process too.
         number = "" if self._fork is None or self._fork.number == 1 else f"-{self._fork.number}-{os.getpid()}"
-        job = spec.job(
-            Claim(run_id=self._run_id, phase=f"{spec.name}{number}", wall_ms=spec.wall_ms),
-            prepared.image,
-            caller,
+        job = Job(
+            claim=Claim(run_id=self._run_id, phase=f"{planned.name}{number}", wall_ms=planned.wall_ms),
+            kind=planned.kind(prepared.image),
+            caller=caller,
+            needs=self.spec.needs if self._needs_known else None,
             cold=cold,
-            meanwhile=_preload,
+            meanwhile=self._make_ready,
             warm_up=_warm_up,
             save_later=None if saved_first else partial(_save_later, backend.name, caller.progress),
             fork=self._fork,
@@ -202,10 +255,13 @@ class SessionJob:
                     if exc.failure.kind == "cancelled":
                         raise
                     why = "the VM did not answer"
-                self.warnings.append(f"no VM of the pool was used for the {spec.name}: {why}")
+                self.warnings.append(f"no VM of the pool was used for the {planned.name}: {why}")
                 # The record of the failed job is kept.
-                job = replace(job, claim=replace(job.claim, phase=f"{spec.name}-clone"))
-        return stack.enter_context(backend.start(job))
+                job = replace(job, claim=replace(job.claim, phase=f"{planned.name}-clone"))
+        instance = stack.enter_context(backend.start(job))
+        if not self._needs_known and self._problem is None and backend.cloning is not None:
+            backend.cloning.limit_ram(instance, replace(job, needs=self.spec.needs).used_ram_bytes)
+        return instance
 
     def unanswered(self, exc: NoAnswerError) -> Facts:
         """Return what is known about a job whose agent did not answer."""
@@ -242,10 +298,10 @@ class JobEnd(NamedTuple):
         return self.job.report(ending, word, self.facts.times_ms, **outputs, **used)
 
 
-def run_job(prepared: Prepared, spec: SessionSpec, folder: RunFolder) -> JobEnd:
+def run_job(prepared: Prepared, planned: SessionSpec | Planned, folder: RunFolder) -> JobEnd:
     """Run one command in an instance of its own. Raises SandboxError if no instance could be started."""
     caller, raw = prepared.caller, prepared.request.raw
-    if live := spec.name == "run":
+    if live := planned.name == "run":
         caps, names = output_caps(prepared.request, prepared.protocol), ("stdout", "stderr")
         live_fds = caller.live_stdout, caller.live_stderr
     else:
@@ -260,9 +316,10 @@ def run_job(prepared: Prepared, spec: SessionSpec, folder: RunFolder) -> JobEnd:
         stderr=stderr,
         on_started=lambda: caller.progress("") if live else None,
     )
-    with SessionJob(prepared, spec, folder) as job:
+    with SessionJob(prepared, planned, folder) as job:
         try:
-            facts = job.open().run(spec.order, given, spec.wall_ms, spec.receivers)
+            session, spec = job.open(), job.spec
+            facts = session.run(spec.order, given, spec.wall_ms, spec.receivers)
         except NoAnswerError as exc:
             facts = job.unanswered(exc)
         evidence, net = job.end(facts.evidence)
@@ -271,15 +328,10 @@ def run_job(prepared: Prepared, spec: SessionSpec, folder: RunFolder) -> JobEnd:
 
     if not drain((stdout, stderr), caller.cancel):
         evidence = replace(evidence, cancelled_by=caller.cancel.signal or 0)
-    ending = classify(evidence, features=prepared.availability.features, limits=spec.limits_shown)
+    ending = classify(evidence, features=prepared.availability.features, limits=job.spec.limits_shown)
     job.warnings += ending.warnings
     facts = replace(facts, evidence=evidence)
     return JobEnd(job, ending, facts, (stdout, stderr), (stdout_fd, stderr_fd), net)
-
-
-def _preload() -> None:
-    """Import the module of the session. Called while the instance boots, to save time."""
-    import x07_sandbox.sessions.session  # noqa: F401
 
 
 def _warm_up(instance: Instance, kind: MachineKind, cloning: Cloning, cancel: Cancel) -> None:

@@ -11,6 +11,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -41,7 +42,7 @@ from x07_sandbox.sessions.job import JobEnd, run_job
 from x07_sandbox.sessions.prepare import Prepared, output_caps, prepare, wants_scaling
 from x07_sandbox.sessions.request import loaded, reach_of, sha256_text
 from x07_sandbox.sessions.result import BuildOutput, Discarded, Draft, Result
-from x07_sandbox.sessions.specs import build_spec, run_spec
+from x07_sandbox.sessions.specs import build_spec, run_plan, run_spec
 from x07_sandbox.sessions.transfers import TAIL_BYTES, RunFolder
 
 if TYPE_CHECKING:
@@ -198,23 +199,25 @@ def failure(exc: Exception, signalled: int | None = None) -> Result:
 def _run(request: RunRequest, caller: RunCaller, draft: Draft, folder: RunFolder, stack: contextlib.ExitStack) -> None:
     """Carry out a run."""
     request, program = loaded(request, caller, stack)
-    prepared, host_files = planned(request, program, caller, draft, folder, stack)
+    prepared = planned(request, program, caller, draft, folder, stack)
+    host_files = cache(partial(copy_in, prepared, draft, folder, stack))
     artifact: OutFile | None = None
     if program is not None:
         artifact = caller.artifact or folder.out_file(OUTPUT, settings.ARTIFACT_MAX_BYTES)
-        failed = obtain_artifact(prepared, program, draft, folder, artifact)
+        failed = obtain_artifact(prepared, program, draft, folder, artifact, host_files)
         if failed is not None:
             draft.result = ended(draft.result, failed, caller.word)
             return
-        draft.set_digests(artifact=f"sha256:{artifact.sha256()}")
-    spec = described(prepared, artifact, host_files, draft, stack)
-    end = run_job(prepared, spec, folder)
+    end = run_job(
+        prepared, run_plan(prepared, lambda: described(prepared, artifact, host_files(), draft, stack)), folder
+    )
+    spec = end.job.spec
     ending = _concluded(end, prepared, spec, draft)
     _fill_in(draft, end, ending, caller)
     left = {} if spec.receivers.left is None else spec.receivers.left.files()
     draft.set(files=left, files_discarded=_discarded(end.facts.closed, left))
     why_kept = "" if ending.outcome in {"ok", "failed"} else "the program did not end by itself"
-    settle(draft, host_files, request.changes, why_kept, ending, caller.word)
+    settle(draft, host_files(), request.changes, why_kept, ending, caller.word)
 
 
 def _build_only(
@@ -242,18 +245,15 @@ def planned(
     draft: Draft,
     folder: RunFolder,
     stack: contextlib.ExitStack,
-) -> tuple[Prepared, HostFiles | None]:
-    """Check and plan a request, and copy its host files for the guest. Raises SandboxError."""
+) -> Prepared:
+    """Check and plan a request. Raises SandboxError."""
     prepared = prepare(request, program, caller, draft, stack)
     overrides = request.overrides
     if overrides is not None:
         _store(folder.path / "policy.json", prepared.policy.data)
     draft.deny(*(_denial(refusal.field, refusal.why, refusal.how_to_allow) for refusal in prepared.plan.refusals))
     prepared.plan.require(() if overrides is None else overrides.given)
-    host_files = copy_in(prepared, draft, folder, stack)
-    prepared = _scaled(prepared, draft)
-    draft.set(limits=prepared.plan.limits.of_policy())
-    return prepared, host_files
+    return _scaled(prepared, draft)
 
 
 def described(
@@ -263,7 +263,10 @@ def described(
     draft: Draft,
     stack: contextlib.ExitStack,
 ) -> SessionSpec:
-    """Return the description of the session, and note its filters."""
+    """Return the description of the session, and note what the result says of it. Raises SandboxError."""
+    draft.set(limits=prepared.plan.limits.of_policy())
+    if artifact is not None:
+        draft.set_digests(artifact=f"sha256:{artifact.sha256()}")
     spec = run_spec(prepared, artifact, stack, host_files)
     if prepared.image is not None:
         known = prepared.image.manifest.filters
@@ -485,10 +488,16 @@ class _CachedBuild(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def obtain_artifact(
-    prepared: Prepared, program: Program, draft: Draft, folder: RunFolder, artifact: OutFile
+    prepared: Prepared,
+    program: Program,
+    draft: Draft,
+    folder: RunFolder,
+    artifact: OutFile,
+    before_build: Callable[[], object] = lambda: None,
 ) -> Verdict | None:
     """Fill *artifact* with the file that the run executes, and *draft* with the facts about the build.
 
+    before_build: called before a build, if one is needed: it checks what would be refused afterwards.
     Return the verdict if the build failed, else None. Raises SandboxError.
     """
     if artifact.complete or program.toolchain.build is None:
@@ -498,10 +507,12 @@ def obtain_artifact(
         return None
     # The compiler is unknown without an image, so nothing is cached.
     if prepared.image is None or not prepared.request.cache:
+        before_build()
         return _build(prepared, program, draft, folder, artifact)
     key = _key(prepared, program, prepared.image.manifest.digest)
     if (known := _recall(key, artifact)) is not None:
         return _from_cache(prepared, program, draft, known)
+    before_build()
     most_s = min((prepared.request.build_wall_ms or settings.BUILD_WALL_MS) / 1000, prepared.request.queue_s)
     with artifacts.build_lock(key, prepared.caller.cancel.pause, most_s, prepared.caller.progress) as mostly_waited:
         if mostly_waited and (known := _recall(key, artifact)) is not None:

@@ -38,9 +38,18 @@ from x07_sandbox.sessions.execution import terminal_kind
 from x07_sandbox.sessions.job import SessionJob
 from x07_sandbox.sessions.request import check_arguments, check_variables, encoded
 from x07_sandbox.sessions.result import Changes, CommandReport, Diff, Draft, Result
-from x07_sandbox.sessions.run import described, ended_by, make_folder, planned, settle, store_result, verdict_of
+from x07_sandbox.sessions.run import (
+    copy_in,
+    described,
+    ended_by,
+    make_folder,
+    planned,
+    settle,
+    store_result,
+    verdict_of,
+)
 from x07_sandbox.sessions.shared import Life, SharedSession
-from x07_sandbox.sessions.specs import in_folder
+from x07_sandbox.sessions.specs import Planned, SessionSpec, in_folder, run_plan
 from x07_sandbox.sessions.transfers import Backlog, Inbox, Receivers, Unwanted, kept_streams
 
 if TYPE_CHECKING:
@@ -131,31 +140,39 @@ class OpenSandbox(AnySandbox):
         self._log_fd = open_private_file(self._folder.path / "commands.jsonl", os.O_WRONLY | os.O_APPEND)
         stack.callback(self._close_log)
         fork, slots, adopted = None, SANDBOXES, []
+        wall_ms = settings.LIFETIME_MAX_S * 1000
+        asked: SessionSpec | Planned
         if snapshot is None or saved is None:
-            self.prepared, self._host_files = planned(request, None, caller, self._draft, self._folder, stack)
-            spec = described(self.prepared, None, self._host_files, self._draft, stack)
+            self.prepared = planned(request, None, caller, self._draft, self._folder, stack)
+
+            def describe() -> SessionSpec:
+                self._host_files = copy_in(self.prepared, self._draft, self._folder, stack)
+                spec = described(self.prepared, None, self._host_files, self._draft, stack)
+                return replace(spec, wall_ms=wall_ms)
+
+            asked = run_plan(self.prepared, describe)._replace(wall_ms=wall_ms)
         else:
             self.prepared, self._host_files = saved.reopened(
                 request, snapshot, caller, self._draft, self._folder, stack
             )
             changes = None if self._host_files is None else self._host_files.incoming
-            spec = saved.spec(Receivers(changes=changes))
+            asked = replace(saved.spec(Receivers(changes=changes)), wall_ms=wall_ms)
             fork, slots, adopted = saved.fork(snapshot), FORKS, [one.execution() for one in saved.commands]
         numbers = (1 if fork is None else fork.link.last_command + 1, 1) if past is None else past.numbers
         self._numbers, self._instances = map(itertools.count, numbers)
         number = next(self._instances)
-        self._spec = replace(spec, wall_ms=settings.LIFETIME_MAX_S * 1000)
         self._limits = self._command_limits(request)
 
         def progress(text: str) -> None:
             caller.progress(Notice(text))
 
         self._job = stack.enter_context(
-            SessionJob(self.prepared, self._spec, self._folder, slots, progress, fork and fork._replace(number=number))
+            SessionJob(self.prepared, asked, self._folder, slots, progress, fork and fork._replace(number=number))
         )
         if past is not None and past.net is not None:
             self._job.before.append(past.net)
         self._loop = self._opened_session(adopted)
+        self._spec = self._job.spec
         self._opened_at, self._opened_unix_ms = time.monotonic(), unix_ms() if past is None else past.opened_unix_ms
         left_s = self._life.lifetime_s if past is None else past.left_s
         until_s = self._opened_at + left_s

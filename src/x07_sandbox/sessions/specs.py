@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import posixpath
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 import msgspec
 
@@ -58,6 +58,23 @@ _NO_ROOM: Final = Room(0, 0)
 _PROJECT_MOUNT: Final = Mount(tree=None, sub="", at=PROJECT_FOLDER, write=True, changes=False)
 
 
+class Planned(NamedTuple):
+    """What is known of a session when its machine starts. The other fields are those of `SessionSpec`.
+
+    network: whether it has connections. describe: returns the rest, once, while the machine wakes. Raises SandboxError.
+    """
+
+    name: Literal["build", "run"]
+    wall_ms: int
+    ram_bytes: int
+    network: bool
+    describe: Callable[[], SessionSpec]
+
+    def kind(self, image: OpenImage | None) -> MachineKind:
+        """Return the kind of the session's machine."""
+        return MachineKind(image=image, ram_bytes=self.ram_bytes, runtime=self.name, network=self.network)
+
+
 class SessionSpec(msgspec.Struct, frozen=True, kw_only=True):
     """The description of a session. The caller owns the descriptors.
 
@@ -99,10 +116,13 @@ class SessionSpec(msgspec.Struct, frozen=True, kw_only=True):
         """Return the job in which a backend starts an instance for the session. how: further fields of `Job`."""
         return Job(claim=claim, kind=self.kind(image), caller=caller, needs=self.needs, **how)
 
+    def planned(self) -> Planned:
+        """Return what is known when the machine starts, which is all."""
+        return Planned(self.name, self.wall_ms, self.ram_bytes, self.opening.network is not None, lambda: self)
+
     def kind(self, image: OpenImage | None) -> MachineKind:
         """Return the kind of the session's machine."""
-        network = self.opening.network is not None
-        return MachineKind(image=image, ram_bytes=self.ram_bytes, runtime=self.name, network=network)
+        return self.planned().kind(image)
 
 
 def input_files(files: Sequence[InFile]) -> list[InputFile]:
@@ -181,6 +201,12 @@ def opening(  # noqa: PLR0913 - what a session consists of
         room=room,
         root=root,
     )
+
+
+def run_plan(prepared: Prepared, describe: Callable[[], SessionSpec]) -> Planned:
+    """Return what is known of a run or a sandbox before `run_spec`."""
+    limits = prepared.plan.limits
+    return Planned("run", limits.wall_ms, limits.ram_bytes, prepared.egress is not None, describe)
 
 
 def run_spec(

@@ -390,6 +390,10 @@ class QemuBackend:
     saved_bytes = staticmethod(store.saved_bytes)
     renew = staticmethod(templates.renew)
 
+    def limit_ram(self, instance: Instance, ram_bytes: int) -> None:
+        """Lower the most RAM that a VM may use."""
+        _ours(instance).limit_ram(ram_bytes)
+
     def adopt(self, instance: Instance, claim: Claim, runner: Identity, ram_bytes: int) -> None:
         """Turn a waiting VM into the job in *claim*, which uses at most *ram_bytes* of RAM."""
         _ours(instance).adopt(claim, runner, ram_bytes)

@@ -156,11 +156,15 @@ class QemuInstance(Streams, Jailed):
         """Turn a waiting VM into the job in *claim*, which uses at most *ram_bytes* of RAM. Raises SandboxError."""
         # If this fails halfway, the record names the processes and an owner that is dead by then.
         self.set_deadline(claim.deadline_s)
-        with raised_as(BackendError, "cannot limit the VM's memory", "Try again"):
-            self.groups.limit_memory(ram_bytes + VMM_BYTES)
+        self.limit_ram(ram_bytes)
         self.record = renewed_record(self.record, claim)
         self.record_owner(runner)
         self.record = renamed_record(self.record)
+
+    def limit_ram(self, ram_bytes: int) -> None:
+        """Limit the RAM that the VM may use. Raises BackendError."""
+        with raised_as(BackendError, "cannot limit the VM's memory", "Try again"):
+            self.groups.limit_memory(ram_bytes + VMM_BYTES)
 
     def set_deadline(self, seconds: int) -> None:
         """Set the supervisor's deadline, with a signal that carries a value (jail/data/supervisor.pl)."""

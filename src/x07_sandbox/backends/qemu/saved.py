@@ -368,15 +368,13 @@ def expired(*, keep: str, images: set[str], most_bytes: int) -> list[tuple[Path,
         held = made.note.keep if isinstance(made, SavedMoment) else "kept"
         if folder.name == keep or is_locked(folder):
             most_bytes -= size_bytes(folder)
-        elif found is None:
-            doomed.append((folder, "the manifest is damaged"))
         elif isinstance(made, SavedMoment) and held != "kept" and not made.is_needed():
             doomed.append((folder, "its sandbox has ended"))
         elif folder.stat().st_mtime < since:
             doomed.append((folder, "not used for 7 days"))
         elif held == "paused":
             most_bytes -= size_bytes(folder)
-        elif found.image not in images:
+        elif found is not None and found.image not in images:  # it may be of another version of x07-sandbox
             doomed.append((folder, "the image is gone"))
         elif isinstance(made, SavedProcess) and made.period != current_period():
             doomed.append((folder, "used as long as allowed"))
