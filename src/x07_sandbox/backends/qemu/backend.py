@@ -133,13 +133,94 @@ class QemuBackend:
             if job.fork is not None:
                 yield self._forked(job, job.fork, stack)
                 return
-            instance = None if job.cold else self._restored(job, stack, notes)
-            if "hot" in notes:  # each attempt has a record
-                job = replace(job, claim=replace(job.claim, phase=f"{job.claim.phase}-clone"))
-            instance = instance or self._answering(job, stack, notes)
+            instance = self._first(job, stack, notes)
+            instance.notes = tuple(notes.values())
             if job.save_later and not job.cold and instance.start_mode != "hot":
                 instance.notes += self._saved_later(job, instance, job.save_later)
             yield instance
+
+    def _first(self, job: Job, stack: contextlib.ExitStack, notes: dict[str, str]) -> QemuInstance:
+        """Return the first VM whose agent answers. notes: remarks for the user, which this adds to.
+
+        Raises NoAnswerError if none does, or if the caller cancels. A VM that fails has not received the program.
+        """
+        at = job  # each attempt has a record of its own
+        for template in () if job.cold else self._templates(job.kind):
+            with contextlib.ExitStack() as one:
+                source, why_not = self._opened(template, self._maker(template, job), job.caller, one, notes)
+                if source is not None:
+                    try:
+                        instance = self._answered(at, source, one)
+                    except NoAnswerError as exc:
+                        if exc.failure.kind == "cancelled":
+                            raise
+                        why_not = template.failed(exc)
+                    except (BackendError, HostError) as exc:
+                        if not template.waits_for_host:
+                            raise
+                        why_not = f"{exc.what}: {exc.why}"  # perhaps a clone needs less
+                    else:
+                        stack.push(one.pop_all())
+                        return instance
+            if why_not:
+                notes["without"] = _without_saved(job, template, why_not)
+            if source is not None or (why_not and template.waits_for_host):
+                at = _next_attempt(at, template.next_attempt)
+        return self._booted(at, stack, notes)
+
+    def _booted(self, job: Job, stack: contextlib.ExitStack, notes: dict[str, str]) -> QemuInstance:
+        """Return the first booted VM whose agent answers. See `_first`."""
+        at = job
+        if job.cold:
+            job.caller.progress(f"booting a VM for the {job.claim.phase}")
+        for number, last in enumerate(starts.boot_attempts(), 1):
+            with contextlib.ExitStack() as one:
+                try:
+                    instance = self._answered(at, None, one, any_timer=last)
+                except NoAnswerError as exc:
+                    exc.instance.notes = tuple(notes.values())
+                    if not starts.miscalibrated(exc.failure):
+                        raise
+                    if last:
+                        why = f"{starts.MISCALIBRATED}; try again when the host is less busy"
+                        failure = replace(exc.failure, kind="failed", why=why)
+                        raise NoAnswerError(exc.instance, failure, exc.times_ms) from None
+                else:
+                    stack.push(one.pop_all())
+                    if last:
+                        notes["timer"] = _ANY_TIMER.format(_phase(job))
+                    return instance
+            at = _next_attempt(job, f"cold{number}")
+        raise AssertionError("the last attempt has ended above")
+
+    def _answered(
+        self, job: Job, source: Source | None, stack: contextlib.ExitStack, *, any_timer: bool = False
+    ) -> QemuInstance:
+        """Return a VM whose agent has answered. *stack* ends it. Raises SandboxError, such as NoAnswerError."""
+        record = create_record(job.claim, backend=self.name, image_digest=job.kind.image_digest)
+        stack.callback(drop_unstarted, record)
+        machine = QemuJob(record, job.kind, job.claim.deadline_s, any_timer=any_timer, ram_bytes=job.used_ram_bytes)
+        instance = stack.enter_context(start_qemu(machine, kvm=self._kvm, source=source))
+        link = None if job.fork is None else job.fork.link
+        greet(instance, cancel_fd=job.caller.cancel.fd, meanwhile=job.meanwhile, boot_s=self._boot_s, link=link)
+        return instance
+
+    def _templates(self, kind: MachineKind) -> Iterator[Template]:
+        """Yield the places of the saved process and the saved VM from which jobs of this kind may start."""
+        template = templates.template_for(kind, kvm=self._kvm)
+        if not self.why_not_hot():
+            yield processes.hot_template(template)
+        yield template
+
+    def _maker(self, template: Template, job: Job) -> Callable[[], None] | None:
+        """Return what makes a template for a job that waits for it, or None if the job does not wait."""
+        if job.save_later is not None:
+            return None
+        if isinstance(template, templates.VmTemplate):
+            return partial(self._make, template, job.kind, job.caller)
+        if job.warm_up is None:
+            return None
+        return partial(self._make_process, template, job.kind, job.caller, job.warm_up, wait=False)
 
     def _saved_later(self, job: Job, instance: Instance, save_later: Callable[[MachineKind], str]) -> tuple[str, ...]:
         """Have saved what the job did not find, now that its VM has started. Return a remark for the user, if any."""
@@ -149,113 +230,6 @@ class QemuBackend:
         done = "was cloned" if instance.start_mode == "clone" else "booted"
         why = f"no {best.noun} for {best.title} is saved with this image"
         return (f"the {_phase(job)} VM {done}: {why}; {save_later(job.kind)}",)
-
-    def _answering(self, job: Job, stack: contextlib.ExitStack, notes: dict[str, str]) -> QemuInstance:
-        """Return the first clone or booted VM whose agent answers. notes: remarks for the user, which this adds to.
-
-        Raises NoAnswerError if none does, or if the caller cancels.
-        """
-        claim, cold, cloned = job.claim, job.cold, False
-        if cold:
-            job.caller.progress(f"booting a VM for the {claim.phase}")
-        tries = enumerate(starts.boot_attempts(), 1)
-        number, last = next(tries)
-        while True:
-            with contextlib.ExitStack() as one:
-                source = None if cold else self._saved(job, one, notes)
-                instance = self._launched(replace(job, claim=claim), source, one, any_timer=last)
-                try:
-                    cancel_fd = job.caller.cancel.fd
-                    greet(instance, cancel_fd=cancel_fd, meanwhile=job.meanwhile, boot_s=self._boot_s)
-                    if last and instance.start_mode == "cold":
-                        notes["timer"] = _ANY_TIMER.format(_phase(job))
-                except NoAnswerError as exc:
-                    error = exc
-                else:
-                    stack.push(one.pop_all())
-                    return instance
-                finally:
-                    instance.notes = tuple(notes.values())
-            # The machine has not received the program, so another one may take its place.
-            if error.failure.kind == "cancelled":
-                raise error
-            if instance.start_mode == "clone" and not cloned:
-                cold, cloned = self._clone_failed(job, error, notes), True
-                claim = replace(claim, phase=f"{job.claim.phase}-cold")
-                continue
-            if not starts.miscalibrated(error.failure):
-                raise error
-            if last:
-                why = f"{starts.MISCALIBRATED}; try again when the host is less busy"
-                raise NoAnswerError(instance, replace(error.failure, kind="failed", why=why), error.times_ms)
-            claim = replace(claim, phase=f"{job.claim.phase}-cold{number}")
-            number, last = next(tries)
-
-    def _clone_failed(self, job: Job, error: NoAnswerError, notes: dict[str, str]) -> bool:
-        """Record that a clone did not answer. Return whether the caller must boot a VM in the next attempt."""
-        from x07_sandbox.policy.outcomes import classify
-
-        evidence = evidence_of(error.failure)
-        template = templates.template_for(job.kind, kvm=self._kvm)
-        why = f"a clone of the saved VM did not answer ({classify(evidence).reason})"
-        if evidence.killed:
-            notes["cold"] = _without_saved(job, template, why)
-        else:
-            template.suspend(why, transient=error.failure.transient)
-        return evidence.killed
-
-    def _restored(self, job: Job, stack: contextlib.ExitStack, notes: dict[str, str]) -> QemuInstance | None:
-        """Return a VM restored from a saved process, made first if the job waits for it, or None if there is none.
-
-        notes: remarks for the user, which this function adds to. Raises NoAnswerError if the caller cancels.
-        """
-        if self.why_not_hot():
-            return None
-        process = processes.hot_template(templates.template_for(job.kind, kvm=self._kvm))
-        with contextlib.ExitStack() as one:
-            make = None
-            if job.warm_up is not None and job.save_later is None:
-                make = partial(self._make_process, process, job.kind, job.caller, job.warm_up, wait=False)
-            files, why_not = self._opened(process, make, job.caller, one, notes)
-            if files is not None:
-                try:
-                    instance = self._launched(job, files, one)
-                    greet(instance, cancel_fd=job.caller.cancel.fd, meanwhile=job.meanwhile)
-                except NoAnswerError as exc:
-                    if exc.failure.kind == "cancelled":
-                        raise
-                    why_not = f"the restored one did not answer ({exc.why})"
-                    if not evidence_of(exc.failure).killed:
-                        transient = exc.failure.transient
-                        why_not = process.suspend(why_not, transient=transient, keep=transient)
-                except (BackendError, HostError) as exc:  # perhaps a clone needs less
-                    why_not = f"{exc.what}: {exc.why}"
-                else:
-                    instance.notes = tuple(notes.values())
-                    stack.push(one.pop_all())
-                    return instance
-        if why_not:
-            notes["hot"] = _without_saved(job, process, why_not)
-        return None
-
-    def _launched(
-        self, job: Job, source: Source | None, stack: contextlib.ExitStack, *, any_timer: bool = False
-    ) -> QemuInstance:
-        """Return a blocked VM for *job*, which *stack* ends. Raises SandboxError."""
-        record = create_record(job.claim, backend=self.name, image_digest=job.kind.image_digest)
-        stack.callback(drop_unstarted, record)
-        machine = QemuJob(record, job.kind, job.claim.deadline_s, any_timer=any_timer, ram_bytes=job.used_ram_bytes)
-        return stack.enter_context(start_qemu(machine, kvm=self._kvm, source=source))
-
-    def _saved(self, job: Job, stack: contextlib.ExitStack, notes: dict[str, str]) -> Source | None:
-        """Return the files of a saved VM, made first if the job waits for it, or None. notes: as in `_restored`."""
-        template = templates.template_for(job.kind, kvm=self._kvm)
-        make = None if job.save_later else partial(self._make, template, job.kind, job.caller)
-        saved, why_not = self._opened(template, make, job.caller, stack, notes)
-        if why_not:
-            notes.pop("hot", None)
-            notes.setdefault("cold", _without_saved(job, template, why_not))
-        return saved
 
     def _opened(
         self,
@@ -337,9 +311,7 @@ class QemuBackend:
 
     def _best(self, kind: MachineKind) -> Template | None:
         """Return the saved process or VM from which jobs of this kind start, or would, if it could be saved now."""
-        template = templates.template_for(kind, kvm=self._kvm)
-        found = (template,) if self.why_not_hot() else (processes.hot_template(template), template)
-        return next((one for one in found if not one.suspended()), None)
+        return next((one for one in self._templates(kind) if not one.suspended()), None)
 
     def why_not_hot(self) -> str:
         """Return why VMs cannot be restored from saved processes here, or "" if they can."""
@@ -349,10 +321,7 @@ class QemuBackend:
         """Return a VM that was started from a snapshot. Raises NoAnswerError."""
         from x07_sandbox.backends.qemu.snapshot import opened_fork  # few jobs are forks
 
-        source = stack.enter_context(opened_fork(fork.folder, job.kind))
-        instance = self._launched(job, source, stack)
-        greet(instance, cancel_fd=job.caller.cancel.fd, meanwhile=job.meanwhile, link=fork.link)
-        return instance
+        return self._answered(job, stack.enter_context(opened_fork(fork.folder, job.kind)), stack)
 
     @property
     def snapshots(self) -> QemuBackend:
@@ -429,6 +398,11 @@ def _made(template: Template, make: Callable[[], None], stack: contextlib.ExitSt
         if error is None:
             raise
         return None, f"{error.what}: {error.why}"
+
+
+def _next_attempt(job: Job, name: str) -> Job:
+    """Return the job for another attempt. Its record has *name* in its own."""
+    return replace(job, claim=replace(job.claim, phase=f"{job.claim.phase}-{name}"))
 
 
 def _phase(job: Job) -> str:

@@ -18,7 +18,7 @@ from typing import Any, Final, NamedTuple
 
 import msgspec.structs
 
-from x07_sandbox.backends.base import Instance, MachineKind, NoAnswerError, greet, wait_for_exit
+from x07_sandbox.backends.base import Instance, MachineKind, NoAnswerError, evidence_of, greet, wait_for_exit
 from x07_sandbox.backends.qemu import start as starts
 from x07_sandbox.backends.qemu.instance import QemuInstance, hard_limit
 from x07_sandbox.backends.qemu.machine import QMP_PAUSE, Machine, Origin, Paths
@@ -181,6 +181,12 @@ class ProcessTemplate(Template, frozen=True, kw_only=True):
     instead = "clone a saved VM"
     done = "was cloned"
     waits_for_host = True
+    next_attempt = "clone"
+
+    def failed(self, error: NoAnswerError) -> str:
+        """Suspend it, unless somebody has killed the restored process. Return why that did not answer."""
+        why, transient = f"the restored one did not answer ({error.why})", error.failure.transient
+        return why if evidence_of(error.failure).killed else self.suspend(why, transient=transient, keep=transient)
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[Source | None]:

@@ -117,13 +117,15 @@ class Template(msgspec.Struct, frozen=True, kw_only=True):
     """The key and folder of a saved VM or process, which may not exist yet. See `VmTemplate` and `ProcessTemplate`.
 
     title: the jobs that use it. noun: what is saved. instead, done: what such jobs do, or did, without it. All for
-    messages. waits_for_host: whether it is suspended, too, when no VM could be started to make it.
+    messages. waits_for_host: whether it is suspended, too, when no VM could be started to make it. next_attempt: names
+    the attempt that follows one from it.
     """
 
     noun: ClassVar[str]
     instead: ClassVar[str]
     done: ClassVar[str]
     waits_for_host: ClassVar[bool]
+    next_attempt: ClassVar[str]
     key: str
     folder: Path
     title: str = "runs"

@@ -13,7 +13,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from x07_sandbox.backends.base import NOT_IMPORTED, SLOW_IMPORT, Handshake, Instance, MachineKind
+from x07_sandbox.backends.base import (
+    NOT_IMPORTED,
+    SLOW_IMPORT,
+    Handshake,
+    Instance,
+    MachineKind,
+    NoAnswerError,
+    evidence_of,
+)
 from x07_sandbox.backends.qemu import start as starts
 from x07_sandbox.backends.qemu.instance import QemuInstance
 from x07_sandbox.backends.qemu.machine import QMP_QUERY_SAVE, Machine, Origin, qemu_argv, qmp_save
@@ -86,6 +94,15 @@ class VmTemplate(Template, frozen=True, kw_only=True):
     instead = "boot a new VM"
     done = "booted"
     waits_for_host = False
+    next_attempt = "cold"
+
+    def failed(self, error: NoAnswerError) -> str:
+        """Suspend it, unless somebody has killed its clone. Return why the clone did not answer."""
+        from x07_sandbox.policy.outcomes import classify
+
+        evidence = evidence_of(error.failure)
+        why = f"a clone of the saved VM did not answer ({classify(evidence).reason})"
+        return why if evidence.killed else self.suspend(why, transient=error.failure.transient)
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[Source | None]:
