@@ -100,10 +100,10 @@ class StoredJob(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def run(self) -> str:
         """The name of the job's run, from the folder's name."""
-        return run_of(self.folder.name)
+        return run_of_job(self.folder.name)
 
 
-def run_of(job: str) -> str:
+def run_of_job(job: str) -> str:
     """Return the name of a job's run."""
     match = JOB_NAME.fullmatch(job)
     return match[1] if match else job
@@ -196,7 +196,7 @@ def all_stored() -> list[StoredJob]:
 
 def open_stored(run: str = "") -> list[StoredJob]:
     """Return the jobs, of all runs or of one, that have not ended, sorted by name. Raises OSError, HostError."""
-    return _read_all(name for name in unfinished_jobs(state_dir()) if not run or run_of(name) == run)
+    return _read_all(name for name in unfinished_jobs(state_dir()) if not run or run_of_job(name) == run)
 
 
 def _read_all(names: Iterable[str]) -> list[StoredJob]:
