@@ -41,7 +41,7 @@ def _apt(folder: Path, files: dict[str, str]) -> Path:
     return folder
 
 
-def _read(apt: Path) -> tuple[list[sources.Source], list[str]]:
+def _read(apt: Path) -> tuple[list[dict[str, str]], list[str]]:
     notes: list[str] = []
     return sources.host_sources("trixie", "amd64", note=notes.append, apt=apt), notes
 
@@ -49,12 +49,12 @@ def _read(apt: Path) -> tuple[list[sources.Source], list[str]]:
 def test_deb822_sources_are_read_with_their_keys(tmp_path: Path) -> None:
     """A .sources file is read with its inline key, and suites of other releases are left out."""
     found, notes = _read(_apt(tmp_path / "apt", {"sources.list.d/debian.sources": DEB822}))
-    assert [source.suites for source in found] == [("trixie", "trixie-updates"), ("trixie-security",)]
+    assert [source["Suites"] for source in found] == ["trixie trixie-updates", "trixie-security"]
     assert notes == []
-    assert next(iter(sources.parse_deb822(found[1].stanza())))["Signed-By"].endswith(
+    assert next(iter(sources.parse_deb822(sources.encoded(found[1]))))["Signed-By"].endswith(
         "-----END PGP PUBLIC KEY BLOCK-----"
     )
-    assert "deb-src" not in found[0].stanza()
+    assert "deb-src" not in sources.encoded(found[0])
 
 
 def test_one_line_sources_are_read_with_their_options(tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ def test_one_line_sources_are_read_with_their_options(tmp_path: Path) -> None:
         "deb-src http://x y z\n"
     )
     found, _ = _read(_apt(tmp_path / "apt", {"sources.list": text}))
-    assert found[0].stanza() == (
+    assert sources.encoded(found[0]) == (
         "Types: deb\nURIs: http://mirror.example/debian\nSuites: trixie\nComponents: main contrib\nSigned-By: /k.gpg\n"
     )
 
@@ -99,7 +99,7 @@ def test_sources_that_apt_skips_are_skipped(tmp_path: Path, stanza: str) -> None
     text = f"{stanza}\nURIs: http://a.example/\nSuites: trixie\nComponents: main\n"
     files = {"sources.list": "deb http://b.example/ trixie main\n", "sources.list.d/a.sources": text}
     found, notes = _read(_apt(tmp_path / "apt", files))
-    assert [source.uris for source in found] == [("http://b.example/",)]
+    assert [source["URIs"] for source in found] == ["http://b.example/"]
     assert notes == []
 
 

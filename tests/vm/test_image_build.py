@@ -128,7 +128,9 @@ def test_the_image_has_no_traces_of_the_host(first: Image, tree: Path, killed: P
     """Root file system, initramfs and manifest hold no mirror, proxy, machine name or path of the host."""
     found = sources.host_sources(sources.release_codename(), host_arch().deb, note=print)
     settings = sources.fetch_settings(commands.capture([commands.tool("apt-config"), "dump"]).decode())
-    hosts = {re.sub(r"https?://(?:[^@/]*@)?([^/:]+).*", r"\1", uri) for source in found for uri in source.uris}
+    hosts = {
+        re.sub(r"https?://(?:[^@/]*@)?([^/:]+).*", r"\1", uri) for source in found for uri in source["URIs"].split()
+    }
     words = hosts | set(re.findall(r"https?://(?:[^@/]*@)?([^/:\"]+)", "\n".join(settings)))
     everywhere = {word.encode() for word in words if not PUBLIC.fullmatch(word)} | {str(killed).encode()}
     written = {word.encode() for word in words}

@@ -20,6 +20,7 @@ from msgspec.structs import replace
 from x07_sandbox.cli.console import write_stdout
 from x07_sandbox.errors import Cancelled, RefusedError, SandboxError, UsageError
 from x07_sandbox.host import settings
+from x07_sandbox.host.linux import copy_range
 from x07_sandbox.host.paths import closing_fd, private_dir, real_path, state_dir
 from x07_sandbox.host.waiting import write_all
 from x07_sandbox.policy.outcomes import REFUSED_EXIT
@@ -117,13 +118,7 @@ def write_bytes(path: Path, data: bytes, *, code: str = "") -> None:
 
 def write_executable(path: Path, artifact: OutFile) -> None:
     """Write a copy of the built program as an executable file. Raises RefusedError."""
-
-    def copy(fd: int) -> None:
-        position = 0
-        while position < artifact.size and (count := os.sendfile(fd, artifact.fd, position, artifact.size - position)):
-            position += count
-
-    write_atomically(path, copy, mode=0o777)
+    write_atomically(path, lambda fd: copy_range(artifact.fd, fd, artifact.size), mode=0o777)
 
 
 def artifact_file(stack: contextlib.ExitStack) -> OutFile:

@@ -124,7 +124,7 @@ class _Check(NamedTuple):
         for change in changes:
             refused += _by_name(change.name, bounds, protection)
             refused += _by_kind(change, bounds)
-            refused += _by_path(change, links, skipped, bounds)
+            refused += _by_link(change, links, skipped, bounds)
             refused += _by_action(change, allowed, moved)
         protected = {refusal.name for refusal in refused if refusal.rule == "protected"}
         written = [change.name for change in changes if change.after is not None]
@@ -228,13 +228,6 @@ def _by_kind(change: Change, bounds: Bounds) -> Iterator[Refused]:
     name, node = change.name, change.after
     if node is None:
         return
-    if node.kind == "link":
-        if not copy.link_stays_inside(name, node.target):
-            yield Refused(name=name, rule="fs.allow_symlinks", why="symbolic link to a path outside the folder")
-        elif not bounds.allow_symlinks:
-            why = "symbolic link, and fs.allow_symlinks is false"
-            yield Refused(name=name, rule="fs.allow_symlinks", why=why, value=True, flag="--allow-symlinks")
-        return
     if node.mode & _SPECIAL_BITS:
         yield Refused(name=name, rule="kind", why="set-id or sticky bit")
     if node.kind == "file" and not node.mode & 0o400:
@@ -248,11 +241,17 @@ def _by_kind(change: Change, bounds: Bounds) -> Iterator[Refused]:
         yield Refused(name=name, rule="fs.max_write_bytes", why=why)
 
 
-def _by_path(change: Change, links: Links, skipped: Mapping[str, Skipped], bounds: Bounds) -> Iterator[Refused]:
-    """Refuse a link whose target is inside the root by name, but outside of it through other links."""
+def _by_link(change: Change, links: Links, skipped: Mapping[str, Skipped], bounds: Bounds) -> Iterator[Refused]:
+    """Refuse a link that is not allowed, or whose target is outside the root, by its text or through other links."""
     name, node = change.name, change.after
-    if node is None or node.kind != "link" or not copy.link_stays_inside(name, node.target):
+    if node is None or node.kind != "link":
         return
+    if not copy.link_stays_inside(name, node.target):
+        yield Refused(name=name, rule="fs.allow_symlinks", why="symbolic link to a path outside the folder")
+        return
+    if not bounds.allow_symlinks:
+        why = "symbolic link, and fs.allow_symlinks is false"
+        yield Refused(name=name, rule="fs.allow_symlinks", why=why, value=True, flag="--allow-symlinks")
     through = links.through(name)
     if through in skipped:
         yield _by_skipped(name, f"symbolic link through {escaped(through)}", through, skipped[through], bounds)

@@ -34,7 +34,7 @@ from x07_sandbox.channel.trees import (
 from x07_sandbox.errors import BackendError, PeerError
 from x07_sandbox.files.changes import Node
 from x07_sandbox.files.inode import add_zeros, write
-from x07_sandbox.host.paths import closing_fd
+from x07_sandbox.host.paths import closing_fd, raised_as
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -90,11 +90,9 @@ class Incoming:
         """Take the next bytes of the stream; return False once there is a problem. Raises PeerError, BackendError."""
         if self.problem:
             return False
-        try:
+        fix = "Free disk space, or set X07_VM_STATE_DIR to a folder on a larger disk"
+        with raised_as(BackendError, "cannot save the program's changes", fix):
             self._take(self._reader.feed(data))
-        except OSError as exc:
-            fix = "Free disk space, or set X07_VM_STATE_DIR to a folder on a larger disk"
-            raise BackendError("cannot save the program's changes", exc.strerror or str(exc), fix) from exc
         return not self.problem
 
     def _take(self, events: Iterable[Event]) -> None:

@@ -25,7 +25,7 @@ from x07_sandbox.channel.trees import FOLDER_FLAGS, Entry, Kind, file_record, op
 from x07_sandbox.errors import Command, Flag, HostError, RefusedError, SandboxError, Text, UsageError, escaped
 from x07_sandbox.files.changes import Commit, Commits, Node, parent_folders
 from x07_sandbox.host import beneath
-from x07_sandbox.host.linux import memory_file
+from x07_sandbox.host.linux import copy_range, memory_file
 from x07_sandbox.host.paths import closing_fd, find_program
 from x07_sandbox.host.settings import COPY_IN_MAX_BYTES, MIB
 from x07_sandbox.host.waiting import write_all
@@ -226,8 +226,8 @@ class Repository:
         with self._git(store.parent, refs, head or text) as git:
             if shallow := _ID_LINE.findall((self._read("shallow") or b"").decode("ascii", "replace")):
                 git.write("shallow", "".join(shallow).encode())
-            merged = git.lines("for-each-ref", "--merged=HEAD", "--format=%(refname)") if head else []
-            history = History(head, {name: refs[name] for name in merged if name in refs}, store)
+            merged = git.rows("\n", "for-each-ref", "--merged=HEAD", "--format=%(refname)") if head else []
+            history = History(head, {name: refs[name] for [name] in merged if name in refs}, store)
             objects = self._copy_index(git, is_left_out)
             texts = {"HEAD": f"{text}\n".encode(), "config": _GUESTS, "packed-refs": _packed(history.refs)}
             made = ["index"] if objects is not None else []
@@ -316,7 +316,7 @@ class Repository:
                 with self._unpacked(bundle, new, history.store) as (git, _):
                     revisions = "\n".join([*map(_full, new), *(f"^{one}" for one in history.ids)])
                     words = ("log", "--source", _FORMAT, "--stdin")
-                    found = [_commit(row) for row in git.rows("\n", *words, between="\0", count=4, stdin=revisions)]
+                    found = [_commit(row) for row in git.rows("\n", *words, count=4, stdin=revisions)]
         except HostError as exc:
             left_out |= dict.fromkeys(new, f"{exc.why}")
             found = []
@@ -380,20 +380,15 @@ class Repository:
     def _drop_packed(self, refs: Collection[str]) -> None:
         """Remove references from packed-refs, under git's lock of that file. Raises OSError."""
         lock, names, skip = "packed-refs.lock", set(map(str.encode, refs)), False
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        with closing_fd(os.open(lock, flags, 0o600, dir_fd=self._fd)) as fd:
-            try:
-                for line in (self._read("packed-refs") or b"").splitlines(keepends=True):
-                    if not line.startswith(b"^"):  # the object of the tag before it
-                        skip = line.rstrip(b"\n").partition(b" ")[2] in names
-                    if not skip:
-                        write_all(fd, line)
-                _give(fd, os.fstat(self._fd), 0o644)
-                os.fsync(fd)
-                os.rename(lock, "packed-refs", src_dir_fd=self._fd, dst_dir_fd=self._fd)
-            except BaseException:
-                os.unlink(lock, dir_fd=self._fd)
-                raise
+        with self._new_file(self._fd, lock) as fd:
+            for line in (self._read("packed-refs") or b"").splitlines(keepends=True):
+                if not line.startswith(b"^"):  # the object of the tag before it
+                    skip = line.rstrip(b"\n").partition(b" ")[2] in names
+                if not skip:
+                    write_all(fd, line)
+            self._give(fd, 0o644)
+            os.fsync(fd)
+            os.rename(lock, "packed-refs", src_dir_fd=self._fd, dst_dir_fd=self._fd)
 
     def _moved(self, name: str) -> tuple[str, str, str]:
         return f"cannot use {name}", "it points to another commit than the run's", "Rename or delete that reference"
@@ -414,27 +409,43 @@ class Repository:
             why = f"{exc.strerror or exc} in {escaped(self.root)}/.git"
             raise HostError("cannot change the repository", why, "Check its permissions and the free space") from exc
 
+    @contextlib.contextmanager
+    def _new_file(self, dir_fd: int, name: str) -> Iterator[int]:
+        """Yield a new file that the caller renames in the context. Remove it after an error. Raises OSError."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        with closing_fd(os.open(name, flags, 0o600, dir_fd=dir_fd)) as fd:
+            try:
+                yield fd
+            except BaseException:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(name, dir_fd=dir_fd)
+                raise
+
+    def _give(self, fd: int, mode: int) -> None:
+        """Set the mode of a new file or folder, and as root its owner to that of the repository. Raises OSError."""
+        owner = os.fstat(self._fd)
+        os.fchmod(fd, mode)
+        if os.geteuid() == 0:
+            os.fchown(fd, owner.st_uid, owner.st_gid)
+
     def _put(self, name: str, source_fd: int, mode: int) -> None:
         """Create a file in `.git` with the content of *source_fd*, unless it exists. Raises OSError."""
         folder, _, part = name.rpartition("/")
-        owner = os.fstat(self._fd)
-        with closing_fd(self._folder("objects/pack")) as packs, closing_fd(self._made(folder)) as there:
-            temporary = f"tmp_x07_{secrets.token_hex(8)}"  # git prune removes tmp_*
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-            with closing_fd(os.open(temporary, flags, 0o600, dir_fd=packs)) as fd:
-                try:
-                    _copy(source_fd, fd, os.fstat(source_fd).st_size)
-                    _give(fd, owner, mode)
-                    os.fsync(fd)
-                    with contextlib.suppress(FileExistsError):
-                        beneath.move(packs, temporary, there, part)
-                finally:
-                    with contextlib.suppress(FileNotFoundError):
-                        os.unlink(temporary, dir_fd=packs)
+        temporary = f"tmp_x07_{secrets.token_hex(8)}"  # git prune removes tmp_*
+        with (
+            closing_fd(self._folder("objects/pack")) as packs,
+            closing_fd(self._made(folder)) as there,
+            contextlib.suppress(FileExistsError),
+            self._new_file(packs, temporary) as fd,
+        ):
+            copy_range(source_fd, fd, os.fstat(source_fd).st_size)
+            self._give(fd, mode)
+            os.fsync(fd)
+            beneath.move(packs, temporary, there, part)
 
     def _made(self, name: str) -> int:
         """Open a folder in `.git`; create it and those above it if they are missing. Raises OSError."""
-        fd, owner = os.dup(self._fd), os.fstat(self._fd)
+        fd = os.dup(self._fd)
         for part in name.split("/"):
             with closing_fd(fd) as above:
                 try:
@@ -444,7 +455,7 @@ class Repository:
                     made = False
                 fd = open_folder(above, os.fsencode(part))
             if made:
-                _give(fd, owner, 0o755)
+                self._give(fd, 0o755)
         return fd
 
     def _delete(self, name: str) -> None:
@@ -478,22 +489,22 @@ class _Git:
         self.write("packed-refs", _packed(refs))
         self.write("objects/info/alternates", b"/objects\n")
 
-    def write(self, name: str, data: bytes) -> None:
-        """Create a file of the directory, before git uses it. Raises OSError."""
+    def write(self, name: str, data: bytes = b"") -> Path:
+        """Create a file of the directory, before git has run, and return its path. Raises OSError."""
         path = self._place / name
         with path.open("xb") as file:
             file.write(data)
         path.chmod(0o644)
+        return path
 
     def copy(self, name: str, data_fd: int, node: Node) -> None:
         """Create a file with objects that a guest sends, before git has run, unless it is too large. Raises OSError."""
-        path = self._place / name
         if node.at is not None:
-            path.parent.mkdir(exist_ok=True)
-            path.parent.chmod(0o777)
-            with path.open("xb") as file:
-                _copy(data_fd, file.fileno(), node.size, at=node.at)
-            path.chmod(0o644)
+            folder = (self._place / name).parent
+            folder.mkdir(exist_ok=True)
+            folder.chmod(0o777)
+            with self.write(name).open("r+b") as file:
+                copy_range(data_fd, file.fileno(), node.size, at=node.at)
 
     def keep_objects(self, store: Path) -> None:
         """Move the folder with the objects, and cut its connection to others. Raises OSError."""
@@ -509,7 +520,7 @@ class _Git:
         if not branches:
             return []
         stdin = "\n".join(branches.values())
-        rows = self.rows("\n", "cat-file", "--batch-check=%(objecttype)", between="\0", count=1, stdin=stdin)
+        rows = self.rows("\n", "cat-file", "--batch-check=%(objecttype)", stdin=stdin)
         return [name for name, [kind] in zip(branches, rows, strict=False) if kind != "commit"]
 
     @contextlib.contextmanager
@@ -535,17 +546,13 @@ class _Git:
             self.run(*words, stdin=given, out_fd=fd, most=most)
             return os.pread(fd, min(os.fstat(fd).st_size, _TEXT_MAX), 0)
 
-    def rows(self, end: str, *words: str, between: str, count: int, stdin: str = "") -> list[list[str]]:
+    def rows(self, end: str, *words: str, between: str = "\0", count: int = 1, stdin: str = "") -> list[list[str]]:
         """Run git, and return the fields of each row of its output. Raises HostError."""
         data = self.read(*words, stdin=stdin).decode("utf-8", "surrogateescape")
         found = [row.split(between, count - 1) for row in data.split(end) if row]
         if any(len(row) != count for row in found):
             raise HostError(self._what, f"the output of git {words[0]} is invalid", _FSCK)
         return found
-
-    def lines(self, *words: str, stdin: str = "") -> list[str]:
-        """Run git, and return the lines of its output. Raises HostError."""
-        return [line for line in self.read(*words, stdin=stdin).decode("utf-8", "replace").split("\n") if line]
 
     def run(self, *words: str, stdin: bytes | int, most: int, out_fd: int | None = None) -> None:
         """Run git, with a limit for its files. Raises HostError if it fails."""
@@ -648,19 +655,3 @@ def _commit(fields: Sequence[str]) -> Commit:
         field.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for field in fields
     )
     return Commit(id=oid, branch=_short(ref), author=author.strip()[:_FIELD_MAX], subject=subject.strip()[:_FIELD_MAX])
-
-
-def _copy(from_fd: int, to_fd: int, size: int, at: int = 0) -> None:
-    """Copy *size* bytes of a file from the offset *at*. Raises OSError."""
-    end = at + size
-    while at < end:
-        if not (count := os.sendfile(to_fd, from_fd, at, min(end - at, 1 << 30))):
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        at += count
-
-
-def _give(fd: int, owner: os.stat_result, mode: int) -> None:
-    """Set the mode of a new file or folder, and as root its owner to that of the repository."""
-    os.fchmod(fd, mode)
-    if os.geteuid() == 0:
-        os.fchown(fd, owner.st_uid, owner.st_gid)

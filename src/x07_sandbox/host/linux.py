@@ -7,6 +7,7 @@ functions.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import signal
@@ -61,6 +62,18 @@ def memory_file(data: bytes) -> int:
         os.close(fd)
         raise
     return fd
+
+
+def copy_range(source_fd: int, target_fd: int, size: int, at: int = 0) -> None:
+    """Copy *size* bytes of a file from the offset *at* to where *target_fd* is. Raises OSError, also if it is shorter.
+
+    File to file, sendfile(2) works only on Linux.
+    """
+    end = at + size
+    while at < end:
+        if not (count := os.sendfile(target_fd, source_fd, at, min(end - at, 1 << 30))):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        at += count
 
 
 def new_unnamed_file(folder: Path) -> int:

@@ -24,7 +24,6 @@ from x07_sandbox.policy.decode import canonical_json
 _LABEL_MAX: Final = 4000  # containerd refuses a label of more than 4096 bytes with its name
 _CREATED: Final = "2025-01-01T00:00:00Z"  # commands.EPOCH
 _HEADER: Final = 110
-_DOCKER_ARCH: Final = {"x86_64": "amd64", "aarch64": "arm64"}
 _FOLDERS: Final = ("x07", "opt/x07", "run", "tmp", "dev", "proc", "sys", "usr/lib/x07")
 _LINKS: Final = {"etc/machine-id": "/run/x07/machine-id"}
 
@@ -110,7 +109,7 @@ def _config(image: Image, layers: list[str]) -> dict[str, Any]:
     parts = [text[at : at + _LABEL_MAX] for at in range(0, len(text), _LABEL_MAX)]
     labels = {f"{LABEL}{number}": part for number, part in enumerate(parts)}
     return {
-        "architecture": _DOCKER_ARCH[ARCHES[image.manifest.arch].name],
+        "architecture": ARCHES[image.manifest.arch].deb,
         "os": "linux",
         "created": _CREATED,
         "config": {"Entrypoint": ENTRY, "Env": ["PATH=/usr/bin:/bin"], "Labels": labels, "WorkingDir": "/"},

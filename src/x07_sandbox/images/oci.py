@@ -49,7 +49,6 @@ _WORDS_MAX: Final = 1000
 _TEXT_MAX: Final = 256 << 10  # characters of these words, so that the image's manifest stays readable
 _DIGEST: Final = re.compile(r"sha256:([0-9a-f]{64})")
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
-_ARCHES: Final = {"x86_64": "amd64", "aarch64": "arm64"}
 _VARIABLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,255}")
 _FETCH_S: Final = 1800.0
 BYTES_MAX: Final = 16 << 30  # of all layers, uncompressed, and of the archive that is written
@@ -66,8 +65,8 @@ _LINKS_MAX: Final = 40  # path_resolution(7)
 _OPAQUE: Final = ".wh..wh..opq"
 _WHITEOUT: Final = ".wh."
 # What the guest mounts over, and what it needs as folders on the way.
-_FOLDERS: Final = {"dev": 0o755, "etc": 0o755, "opt": 0o755, "proc": 0o555, "run": 0o755, "sys": 0o555, "tmp": 0o1777}
-_OURS: Final = ("x07", "opt/x07")
+_MODES: Final = {"proc": 0o555, "sys": 0o555, "tmp": 0o1777}
+_FOLDERS: Final = ("dev", "etc", "opt", "proc", "run", "sys", "tmp", "x07", "opt/x07")
 _EMPTY_FILES: Final = ("machine-id", "resolv.conf")  # in /etc
 
 
@@ -248,7 +247,7 @@ def _of_layout(source: _Source, index: _Index) -> tuple[str, _Config, list[tuple
 
 
 def _chosen(index: _Index) -> _Descriptor:
-    wanted = _ARCHES.get(host_arch().name, host_arch().name)
+    wanted = host_arch().deb
     fitting = [
         one
         for one in index.manifests
@@ -261,7 +260,7 @@ def _chosen(index: _Index) -> _Descriptor:
 
 
 def _check_platform(config: _Config) -> None:
-    wanted = _ARCHES.get(host_arch().name, host_arch().name)
+    wanted = host_arch().deb
     if config.os != "linux" or config.architecture not in {"", wanted}:
         raise bad_image(f"it is for {config.os[:20]!a} on {config.architecture[:20]!a}, not for linux on {wanted}")
 
@@ -519,23 +518,16 @@ class Merged:
     def prepare(self, workdir: str) -> None:
         """Add what the guest mounts over, and the working folder. Raises ImageError if something else is there."""
         self._layer += 1
-        for name, mode in _FOLDERS.items():
-            found = self.root.children.setdefault(name, Node(tarfile.DIRTYPE, mode, self._layer))
-            if found.kind != tarfile.DIRTYPE:
-                raise bad_image(f"its /{name} is no folder")
-        for path in _OURS:
-            self._real(path.split("/"))
+        for path in _FOLDERS:
+            at = self.root
+            for name in path.split("/"):
+                made = Node(tarfile.DIRTYPE, _MODES.get(path, 0o755), self._layer)
+                at = at.children.setdefault(name, made)
+                if at.kind != tarfile.DIRTYPE:
+                    raise bad_image(f"its /{path} is no folder")
         for name in _EMPTY_FILES:
             self.root.children["etc"].children[name] = Node(tarfile.REGTYPE, 0o644, self._layer)
         self._folder(_parts(workdir))
-
-    def _real(self, parts: Sequence[str]) -> None:
-        at = self.root
-        for name in parts:
-            found = at.children.setdefault(name, Node(tarfile.DIRTYPE, 0o755, self._layer))
-            if found.kind != tarfile.DIRTYPE:
-                raise bad_image(f"its /{'/'.join(parts)} is no folder")
-            at = found
 
     def write(self, out: IO[bytes]) -> None:
         """Write everything as one archive, for mkfs.erofs. Raises ImageError, OSError."""

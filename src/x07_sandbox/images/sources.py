@@ -9,7 +9,6 @@ On a host without package lists, nothing is looked up: mmdebstrap downloads list
 import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from x07_sandbox.errors import ImageError, UsageError
@@ -32,22 +31,6 @@ PASSED_ON = ("Signed-By", "Check-Valid-Until", "Check-Date", "By-Hash")
 _FIELDS = {field.lower(): field for field in ("Types", "URIs", "Suites", "Components", "Enabled", *OPTIONS.values())}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Source:
-    """One stanza of apt sources."""
-
-    uris: tuple[str, ...]
-    suites: tuple[str, ...]
-    components: tuple[str, ...]
-    fields: tuple[tuple[str, str], ...] = ()  # further deb822 fields, passed on unchanged
-
-    def stanza(self) -> str:
-        """Return the source in deb822 format."""
-        lists = (("URIs", self.uris), ("Suites", self.suites), ("Components", self.components))
-        fields = [("Types", "deb"), *((name, " ".join(words)) for name, words in lists), *self.fields]
-        return "".join(f"{name}: {value}\n" for name, value in fields)
-
-
 def release_codename(os_release: Path = Path("/etc/os-release")) -> str:
     """Return VERSION_CODENAME of the host. Raises ImageError."""
     for line in _text(os_release).splitlines():
@@ -59,9 +42,9 @@ def release_codename(os_release: Path = Path("/etc/os-release")) -> str:
 
 def host_sources(
     codename: str, deb_arch: str, *, note: Callable[[str], None], apt: Path = Path("/etc/apt")
-) -> list[Source]:
+) -> list[dict[str, str]]:
     """Return the usable sources below *apt*, in apt's order. Raises ImageError if none serves the suite itself."""
-    usable: list[Source] = []
+    usable: list[dict[str, str]] = []
     for path in source_files(apt):
         text = _text(path)
         parsed = parse_deb822(text) if path.suffix == ".sources" else parse_one_line(text)
@@ -72,7 +55,7 @@ def host_sources(
                     note(f"skipping a source in {path.name}: {reason}")
             elif source not in usable:
                 usable.append(source)
-    if not any(codename in source.suites for source in usable):
+    if not any(codename in source["Suites"].split() for source in usable):
         why = f"no signed http or https source below {apt} serves the suite {codename}"
         fix = f"Add one for {codename} (by that name, not as 'stable') to {apt}/sources.list.d"
         raise ImageError(f"cannot build a guest image of {codename}", why, fix)
@@ -92,7 +75,7 @@ def source_files(apt: Path) -> list[Path]:
     return files
 
 
-def select(stanza: dict[str, str], codename: str, deb_arch: str) -> tuple[Source | None, str]:
+def select(stanza: dict[str, str], codename: str, deb_arch: str) -> tuple[dict[str, str] | None, str]:
     """Return the usable part of *stanza*, or None and why it is unusable ("" if apt would skip it too)."""
     if (
         stanza.get("Enabled", "yes").lower() in {"no", "false", "off", "0", "without", "disable"}
@@ -104,16 +87,21 @@ def select(stanza: dict[str, str], codename: str, deb_arch: str) -> tuple[Source
     architectures = stanza.get("Architectures", "").split()
     if architectures and deb_arch not in architectures:
         return None, ""
-    uris = tuple(uri for uri in stanza.get("URIs", "").split() if re.match(r"https?://", uri))
+    uris = " ".join(uri for uri in stanza.get("URIs", "").split() if re.match(r"https?://", uri))
     if not uris:
         return None, "it does not use http or https"
     wanted = {codename, f"{codename}-updates", f"{codename}-security"}
-    suites = tuple(suite for suite in stanza.get("Suites", "").split() if suite in wanted)
-    components = tuple(stanza.get("Components", "").split())
+    suites = " ".join(suite for suite in stanza.get("Suites", "").split() if suite in wanted)
+    components = " ".join(stanza.get("Components", "").split())
     if not suites or not components:
         return None, f"it is not for {codename}, its updates or its security fixes"
-    fields = tuple((name, stanza[name]) for name in PASSED_ON if name in stanza)
-    return Source(uris=uris, suites=suites, components=components, fields=fields), ""
+    passed_on = {name: stanza[name] for name in PASSED_ON if name in stanza}
+    return {"Types": "deb", "URIs": uris, "Suites": suites, "Components": components, **passed_on}, ""
+
+
+def encoded(stanza: dict[str, str]) -> str:
+    """Return a stanza in deb822 format."""
+    return "".join(f"{name}: {value}\n" for name, value in stanza.items())
 
 
 def parse_deb822(text: str) -> Iterator[dict[str, str]]:
@@ -172,7 +160,7 @@ def write_sources(work: Path, suite: str, deb_arch: str, note: Callable[[str], N
     """Write the apt sources of an image to a file in *work*, and return the file's path. Raises ImageError."""
     file = work / "build.sources"
     found = host_sources(suite, deb_arch, note=note)
-    file.write_text("\n".join(source.stanza() for source in found))
+    file.write_text("\n".join(map(encoded, found)))
     return file
 
 

@@ -175,13 +175,9 @@ def decode_manifest(data: bytes, where: str) -> Manifest:
     if len(data) > MAX_BYTES:
         raise _bad(where, f"it has more than {MAX_BYTES} bytes")
     try:
-        version = msgspec.json.decode(data, type=prepared(Version)).schema_version
-    except (ValueError, RecursionError) as exc:  # msgspec.MsgspecError, UnicodeDecodeError
-        raise _bad(where, str(exc)) from exc
-    if version != SCHEMA:
-        why = f"its format is {version[:80]!r}, but this x07 reads {SCHEMA}"
-        raise ImageError(f"cannot read {where}", why, "Use the x07 that made it, or run x07 image build")
-    try:
+        if (version := msgspec.json.decode(data, type=prepared(Version)).schema_version) != SCHEMA:
+            why = f"its format is {version[:80]!r}, but this x07 reads {SCHEMA}"
+            raise ImageError(f"cannot read {where}", why, "Use the x07 that made it, or run x07 image build")
         manifest = _decoder.decode(data)
     except (ValueError, RecursionError) as exc:  # msgspec.MsgspecError, UnicodeDecodeError
         raise _bad(where, str(exc)) from exc

@@ -85,29 +85,21 @@ class Exec(Long, frozen=True, kw_only=True):
     command: Annotated[str, Meta(description="Text for bash -c.", max_length=_TEXT_MAX)] = ""
 
 
-class Kill(msgspec.Struct, frozen=True, kw_only=True):
-    """The arguments of sandbox_kill."""
+class OfSandbox(msgspec.Struct, frozen=True, kw_only=True):
+    """The arguments of sandbox_close and sandbox_checkpoint."""
 
     sandbox: Handle
+
+
+class Kill(OfSandbox, frozen=True, kw_only=True):
+    """The arguments of sandbox_kill."""
+
     running: Annotated[str, Meta(description="The id of the answer that said 'running'.", max_length=64)]
 
 
-class Close(msgspec.Struct, frozen=True, kw_only=True):
-    """The arguments of sandbox_close."""
-
-    sandbox: Handle
-
-
-class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
-    """The arguments of sandbox_checkpoint."""
-
-    sandbox: Handle
-
-
-class Rollback(msgspec.Struct, frozen=True, kw_only=True):
+class Rollback(OfSandbox, frozen=True, kw_only=True):
     """The arguments of sandbox_rollback."""
 
-    sandbox: Handle
     checkpoint: Annotated[int, Meta(description="The number that sandbox_checkpoint returned.", ge=1, le=1 << 31)]
 
 
@@ -119,8 +111,8 @@ ARGUMENTS: Final[dict[str, type[msgspec.Struct]]] = {
     "sandbox_exec": Exec,
     "sandbox_kill": Kill,
     **{tool: struct_of(name, ("sandbox", Handle)) for tool, name in FILES.items()},
-    "sandbox_close": Close,
-    "sandbox_checkpoint": Checkpoint,
+    "sandbox_close": OfSandbox,
+    "sandbox_checkpoint": OfSandbox,
     "sandbox_rollback": Rollback,
 }
 CHECKPOINTS: Final = frozenset({"sandbox_checkpoint", "sandbox_rollback"})  # only if the settings allow them
@@ -435,7 +427,7 @@ class Tools:
                 about = await AsyncCalls(sandbox).about()
         return Answer(facts, (("about", about), ("not copied in", denied(sandbox.left_out))))
 
-    async def _sandbox_close(self, asked: Close) -> Answer:
+    async def _sandbox_close(self, asked: OfSandbox) -> Answer:
         if asked.sandbox not in self._closing:
             await self._sandbox(asked.sandbox)
         with errors("cannot close the sandbox"):
@@ -453,7 +445,7 @@ class Tools:
         await asyncio.wait({running.task}, timeout=self.settings.answer_s)
         return Answer({"state": "killed" if running.cancelled else "ended"}, running.output())
 
-    async def _sandbox_checkpoint(self, asked: Checkpoint) -> Answer:
+    async def _sandbox_checkpoint(self, asked: OfSandbox) -> Answer:
         sandbox = await self._sandbox(asked.sandbox)
         with _using("cannot save the sandbox", sandbox):
             return Answer({"checkpoint": await sandbox.checkpoint()})

@@ -17,6 +17,7 @@ from typing import Final
 import msgspec
 
 from x07_sandbox.host import settings
+from x07_sandbox.host.linux import copy_range
 from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.paths import cache_folder, closing_fd, least_recently_used
 
@@ -85,9 +86,7 @@ def store_artifact(key: str, fd: int, size: int, sha256: str, notes: bytes = b""
             os.fchmod(file.fileno(), 0o600)
             file.write(json.dumps(header).encode().ljust(HEADER_BYTES - 1) + b"\n")
             file.flush()
-            position = 0
-            while position < size and (count := os.sendfile(file.fileno(), fd, position, size - position)):
-                position += count
+            copy_range(fd, file.fileno(), size)
             file.seek(0, os.SEEK_END)
             file.write(notes)
         temporary.replace(folder / key)

@@ -25,7 +25,7 @@ from x07_sandbox.records.reader import (
     overdue_ms,
     state_of,
 )
-from x07_sandbox.records.runs import JOB_NAME, KILL, REQUEST, SANDBOX, run_folder, run_names, started_ms
+from x07_sandbox.records.runs import JOB_NAME, KILL, REQUEST, record_in, run_folder, run_names, started_ms
 
 _T = TypeVar("_T", bound=msgspec.Struct)
 _LIVE: Final = frozenset({"starting", "running", "ending", "orphaned", "expired"})
@@ -122,13 +122,6 @@ class InspectReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     paths: dict[str, str]
 
 
-class _Sandbox(msgspec.Struct, frozen=True):
-    """The fields of a sandbox's record (records/runs) that `JobLine` needs."""
-
-    name: str
-    until_unix_ms: int
-
-
 class _Request(msgspec.Struct, frozen=True):
     program: str | None = None
 
@@ -167,7 +160,7 @@ def list_jobs(*, everything: bool = False) -> PsReport:
 
 def _line(stored: StoredJob, now: Now) -> JobLine:
     match, job = JOB_NAME.fullmatch(stored.folder.name), stored.job
-    sandbox = _read(run_folder(stored.run) / SANDBOX, _REQUEST_MAX, _Sandbox)
+    sandbox = record_in(run_folder(stored.run))
     left_s = None
     if stored.ended is None and stored.record is not None:
         left_s = -overdue_ms(stored, now) / 1000

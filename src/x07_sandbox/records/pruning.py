@@ -314,7 +314,7 @@ def doomed_name(folder: Path) -> Path:
 
 
 def remove_record(folder: Path) -> None:
-    """Remove a job's record. An interrupted removal leaves no record that looks like a live job. Raises OSError."""
+    """Remove the folder of a job or a run. An interrupted removal leaves none that looks live. Raises OSError."""
     doomed = doomed_name(folder)
     folder.rename(doomed)
     (doomed / "job.json").unlink(missing_ok=True)
@@ -326,6 +326,4 @@ def _remove_run(folder: Path) -> None:
     with lock_for_removal(folder) as free:
         if not free:
             raise BlockingIOError(0, "the run is in progress")
-        doomed = doomed_name(folder)
-        folder.rename(doomed)
-        shutil.rmtree(doomed)
+        remove_record(folder)

@@ -100,8 +100,13 @@ class StoredJob(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def run(self) -> str:
         """The name of the job's run, from the folder's name."""
-        match = JOB_NAME.fullmatch(self.folder.name)
-        return match[1] if match else self.folder.name
+        return run_of_job(self.folder.name)
+
+
+def run_of_job(job: str) -> str:
+    """Return the name of a job's run."""
+    match = JOB_NAME.fullmatch(job)
+    return match[1] if match else job
 
 
 class _UnreadableError(Exception):
@@ -189,9 +194,9 @@ def all_stored() -> list[StoredJob]:
     return _read_all(job_names(state_dir()))
 
 
-def open_stored() -> list[StoredJob]:
-    """Return the jobs that have not ended, sorted by name. Raises OSError, HostError."""
-    return _read_all(unfinished_jobs(state_dir()))
+def open_stored(run: str = "") -> list[StoredJob]:
+    """Return the jobs, of all runs or of one, that have not ended, sorted by name. Raises OSError, HostError."""
+    return _read_all(name for name in unfinished_jobs(state_dir()) if not run or run_of_job(name) == run)
 
 
 def _read_all(names: Iterable[str]) -> list[StoredJob]:

@@ -13,19 +13,11 @@ from x07_sandbox.errors import Command, HostError
 from x07_sandbox.host import settings
 from x07_sandbox.host.linux import boot_id, boot_ms, pid_namespace, sees_every_process
 from x07_sandbox.host.locks import is_locked
-from x07_sandbox.host.paths import closing_fd, state_dir
+from x07_sandbox.host.paths import closing_fd
 from x07_sandbox.host.processes import Identity, is_alive, kill_identity, processes_with_mark, wait_gone
 from x07_sandbox.host.waiting import Deadline
-from x07_sandbox.records.reader import StoredJob, all_stored, here_and_now, read_stored, state_of
-from x07_sandbox.records.runs import (
-    JOB_NAME,
-    KILL,
-    JobRecord,
-    mark_reaped,
-    run_folder,
-    runner_instance,
-    unfinished_jobs,
-)
+from x07_sandbox.records.reader import StoredJob, all_stored, here_and_now, open_stored, read_stored, state_of
+from x07_sandbox.records.runs import KILL, JobRecord, mark_reaped, run_folder
 
 _GONE_S: Final = 10.0
 _GRACE_S: Final = 2.0
@@ -139,7 +131,7 @@ def kill_run(run: str, find: FindBackend) -> tuple[bool, int]:
     asked = _ask(run)
     alone_until = Deadline.after(_ASKED_S if asked else 0)
     while True:
-        jobs = _open_jobs(run)
+        jobs = open_stored(run)
         if not is_locked(run_folder(run)):
             if not jobs:
                 return asked or bool(ended), len(ended)
@@ -161,15 +153,6 @@ def _ask(run: str) -> bool:
         with closing_fd(fd):
             return os.write(fd, b"k") == 1
     return False
-
-
-def _open_jobs(run: str) -> list[StoredJob]:
-    root = state_dir()
-    names = [name for name in unfinished_jobs(root) if (match := JOB_NAME.fullmatch(name)) and match[1] == run]
-    if not names:
-        return []
-    instance = runner_instance(root)
-    return [stored for name in names if (stored := read_stored(root / name, instance)) is not None]
 
 
 def _stopped(stored: StoredJob, find: FindBackend) -> bool:

@@ -599,13 +599,8 @@ def network_mode(policy: Policy) -> NetworkMode:
 
 def reference(path: str, made: Attestation) -> AttestationReference:
     """Return the entry in the runner report that refers to the attestation at *path*."""
-    return AttestationReference(
-        path=path,
-        sandbox_backend=made.sandbox_backend,
-        weaker_isolation=made.weaker_isolation,
-        network_mode=made.network_mode,
-        network_enforcement=made.network_enforcement,
-    )
+    _, *names = AttestationReference.__struct_fields__
+    return AttestationReference(path=path, **{name: getattr(made, name) for name in names})
 
 
 def _cannot(code: str, why: str, fix: Text) -> RefusedError:
