@@ -95,6 +95,27 @@ with Sandbox() as sandbox:
     assert (done.exit_code, done.stdout) == (0, b"42\n"), done
 assert sandbox.result.isolation == "vm-hardware", sandbox.result'
 }
+p_forks() {
+    "$root/.venv/bin/python" -I -c '
+from x07_sandbox import Sandbox
+with Sandbox() as sandbox:
+    echo = sandbox.start(["cat"])
+    sandbox.files.write("file", b"one")
+    point = sandbox.checkpoint()
+    forks = sandbox.fork(2)
+    for number, fork in enumerate(forks):
+        fork.files.write("file", b"%d" % number)
+    assert [fork.files.read("file") for fork in forks] == [b"0", b"1"]
+    for one in (forks[0].process(echo.id), echo):
+        one.write(b"line\n")
+        assert one.read_until(b"\n", timeout_s=60) == b"line\n"
+    for fork in forks:
+        fork.close()
+    sandbox.files.write("file", b"two")
+    sandbox.rollback(point)
+    assert sandbox.files.read("file") == b"one"
+assert forks[0].result.isolation == "vm-hardware", forks[0].result'
+}
 p_changes() {
     mkdir work && cd work && echo one >a.txt
     ran clone written --workdir . --toolchain python -c 'open("b.txt", "w").write("2"); print("written")'
@@ -162,6 +183,7 @@ clone_build|C program, cloned VMs for build and run
 pool|pool started, a program in it, pool stopped
 sandbox_command|sandbox created, used and closed by commands
 sandbox_library|sandbox from the library
+forks|two forks of a sandbox, a checkpoint and a rollback
 changes|changes applied and undone
 network|network: a server allowed with allow_local
 killed_runner|runner killed, VM gone, record swept

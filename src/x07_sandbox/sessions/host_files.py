@@ -240,10 +240,13 @@ class HostFiles:
         """Save the changes of this moment, for a sandbox that cannot go on later. See `received`."""
         if self.incoming is None:
             return
-        place = self._place.with_name(AT_PAUSE)
-        shutil.rmtree(place, ignore_errors=True)
-        private_dir(place)
+        self.forget_at_pause()
+        place = private_dir(self._place.with_name(AT_PAUSE))
         self._save(self._so_far(receive, place), place)
+
+    def forget_at_pause(self) -> None:
+        """Remove what `save_at_pause` has saved."""
+        shutil.rmtree(self._place.with_name(AT_PAUSE), ignore_errors=True)
 
     def _so_far(self, receive: Callable[[Incoming], object], place: Path) -> ChangeSet:
         with closing_fd(open_private_file(place / "data", os.O_RDWR | os.O_EXCL)) as data_fd:

@@ -381,9 +381,10 @@ class OpenSandbox(AnySandbox):
         """Save the sandbox for `AnySandbox.pause`, and end without a result. Raises SandboxError."""
         from x07_sandbox.sessions.snapshots import require_snapshots  # as above
 
-        with self._finishing:
+        with self._finishing, contextlib.ExitStack() as unless_paused:
             self.require_open()
             if self._host_files is not None:
+                unless_paused.callback(self._host_files.forget_at_pause)
                 self._host_files.save_at_pause(self._receive_changes)
             backend, left_s = require_snapshots(self.prepared), self.session.until_s - time.monotonic()
             with backend.folder() as place:
@@ -394,6 +395,7 @@ class OpenSandbox(AnySandbox):
                     with self.session.using():
                         self._loop.go_on()
                     raise
+            unless_paused.pop_all()
             with self.session.using():
                 self._loop.end()
             self.session.end()
