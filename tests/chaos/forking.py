@@ -1,4 +1,4 @@
-"""Everything that is done with snapshots of a sandbox: `python forking.py FOLDER`.
+"""What is done with snapshots of a sandbox: `python forking.py FOLDER ACTION...`.
 
 What fails for a reason is printed, and the next is tried. Anything else ends the program with a traceback.
 """
@@ -58,19 +58,23 @@ def pause(sandbox: Sandbox) -> None:
     again.close("discard")
 
 
-def main(folder: Path) -> None:
-    """Do all of it, each in a sandbox of its own, in which a program runs."""
-    actions: tuple[Callable[[Sandbox], None], ...] = (forks, checkpoint, snapshot, pause)
-    for action in actions:
-        kind = Sandbox.create if action is pause else Sandbox
+ACTIONS: dict[str, Callable[[Sandbox], None]] = {
+    action.__name__: action for action in (forks, checkpoint, snapshot, pause)
+}
+
+
+def main(folder: Path, *names: str) -> None:
+    """Do what is named, each in a sandbox of its own, in which a program runs."""
+    for name in names:
+        kind = Sandbox.create if name == "pause" else Sandbox
         try:
             with kind(backend="qemu", workdir=folder, allow_hosts=["a.example:443"]) as sandbox:
                 sandbox.start(["sleep", "600"], detach=True)
-                action(sandbox)
-                say(f"{action.__name__} done")
+                ACTIONS[name](sandbox)
+                say(f"{name} done")
         except SandboxError as exc:
-            say(f"{action.__name__}: {exc}")
+            say(f"{name}: {exc}")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

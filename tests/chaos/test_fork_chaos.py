@@ -31,27 +31,33 @@ pytestmark = [pytest.mark.root, pytest.mark.vm]
 PROGRAM = str(Path(__file__).with_name("forking.py"))
 POINTS = 1000 if FULL else 3
 NEW = dict.fromkeys("abc", "new\n")
+ACTIONS = {
+    "forks": "forks done",
+    "checkpoint": "rolled-back\ncheckpoint done",
+    "snapshot": "snapshot done",
+    "pause": "pause done",
+}
+"""The actions of PROGRAM, and what it prints after each."""
 
 
 class Forks(Stage):
-    """A cache and a state folder of their own, and a folder that forks change. steps: of PROGRAM, without a fault."""
-
-    steps = 0
+    """A cache and a state folder of their own, and a folder that forks change. steps: of actions, without a fault."""
 
     def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
         super().__init__("qemu", folder, None)
+        self.steps: list[tuple[str, int]] = []
         copy_cache(folder / "cache")
         self.env["X07_VM_CACHE_DIR"] = str(folder / "cache")
         for name, value in self.env.items():
             patch.setenv(name, value)
 
-    def act(self, how: str, number: int) -> tuple[int, str, int]:
-        """Carry out PROGRAM with a fault at one step; return the exit code, the output and the number of steps."""
+    def act(self, how: str, number: int, *actions: str) -> tuple[int, str, int]:
+        """Carry out actions with a fault at one step; return the exit code, the output and the number of steps."""
         self.reset()
         count = self.folder / "count"
         count.unlink(missing_ok=True)
         done = subprocess.run(
-            [sys.executable, RUNNER, how, str(number), str(count), PROGRAM, str(self.tree)],
+            [sys.executable, RUNNER, how, str(number), str(count), PROGRAM, str(self.tree), *actions],
             env=self.env,
             capture_output=True,
             stdin=subprocess.DEVNULL,
@@ -91,9 +97,10 @@ def forks(image: Image, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fo
 
 def made(found: Forks) -> Iterator[Forks]:
     """Do everything once without a fault, and yield the place."""
-    code, said, found.steps = found.act("kill", 0)
-    done = ["forks done", "rolled-back", "checkpoint done", "snapshot done", "pause done"]
-    assert (code, said.splitlines()) == (0, done), said
+    for action, done in ACTIONS.items():
+        code, said, steps = found.act("kill", 0, action)
+        assert (code, said) == (0, f"{done}\n")
+        found.steps += [(action, number + 1) for number in range(steps)]
     assert found.cleaned() == []
     yield found
     assert found.cleaned() == []
@@ -102,12 +109,13 @@ def made(found: Forks) -> Iterator[Forks]:
 @pytest.mark.parametrize("how", sample(["kill", "gate", "ENOSPC", "EMFILE", "inner", "ENOMEM"], 3))
 def test_a_fault_at_any_step_leaves_nothing_behind(forks: Forks, how: str) -> None:
     """Whichever process is killed, or whichever host call fails: nothing hangs, and each action works or says why."""
-    for number in points(forks.steps, at_most=POINTS):
-        code, said, _ = forks.act(how, number)
-        assert code == (-signal.SIGKILL if how == "kill" else 0), (number, said)
-        assert "Traceback" not in said, (number, said)
-        assert forks.cleaned() == [], number
-        assert forks.tree_now() in (OLD, NEW), number
+    for point in points(len(forks.steps), at_most=POINTS):
+        action, number = forks.steps[point - 1]
+        code, said, _ = forks.act(how, number, action, *(ACTIONS if FULL else ()))  # the process goes on
+        assert code == (-signal.SIGKILL if how == "kill" else 0), (action, number, said)
+        assert "Traceback" not in said, (action, number, said)
+        assert forks.cleaned() == [], (action, number)
+        assert forks.tree_now() in (OLD, NEW), (action, number)
 
 
 def test_a_fork_that_is_killed_while_it_starts_is_an_error(forks: Forks) -> None:

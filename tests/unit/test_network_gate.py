@@ -1145,6 +1145,19 @@ async def test_guest_refusals_are_recorded() -> None:
         assert it.resolver.asked == []
 
 
+@on_a_loop
+async def test_a_denial_is_recorded_if_the_guest_has_ended_since() -> None:
+    """A gate that reads late records what the guest sent, also if it first writes to the guest, which has ended."""
+    async with lab() as it:
+        _, far = await it.open("a.example", 22)
+        far.transport.write(b"for the guest")
+        it.relay.link.message(egress.REFUSAL, Target(TCP, b"lookup.example", 0).refusal())
+        it.relay.flush()
+        it.relay.transport.abort()
+        await it.gate.over.wait()
+        assert it.denied() == [("lookup.example", "net.allow_hosts")]
+
+
 # first bytes
 
 

@@ -14,6 +14,7 @@ is closed. UID: the uid to switch to if root started the process, else -1.
 
 import array
 import asyncio
+import contextlib
 import encodings.punycode  # noqa: F401 - used by idna
 import gc
 import json
@@ -113,6 +114,10 @@ class Gate(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         """Take bytes from the guest."""
+        self._receive(nbytes)
+        self.flush()
+
+    def _receive(self, nbytes: int) -> None:
         try:
             data = memoryview(self._buffer)[:nbytes]
             for event in self._link.receive(self._after_nonce(bytes(data)) if self.nonce else data):
@@ -121,8 +126,6 @@ class Gate(asyncio.BufferedProtocol):
             why = f"{exc.what}: {exc.why}"
             self._ledger.denied(Contact(host="", port=0, transport="tcp", rule="frames", reason=why))
             self.close()
-            return
-        self.flush()
 
     def _after_nonce(self, data: bytes) -> bytes:
         """Return the bytes after the nonce. Raises PeerError."""
@@ -141,7 +144,12 @@ class Gate(asyncio.BufferedProtocol):
         return False
 
     def connection_lost(self, _exc: Exception | None) -> None:
-        """Close all connections of the guest."""
+        """Take what the guest had sent, and close all its connections."""
+        # A late gate may write to a guest that has ended, which fails, before it reads the guest's last bytes.
+        with contextlib.suppress(OSError):
+            stream_fd = self.transport.get_extra_info("socket").fileno()
+            while not self.over.is_set() and (nbytes := os.readv(stream_fd, [self._buffer])):
+                self._receive(nbytes)
         self.close()
 
     def resume_writing(self) -> None:
