@@ -10,6 +10,7 @@ from msgspec.structs import replace
 
 from x07_sandbox.channel.messages import encode
 from x07_sandbox.errors import BackendError, Command, Flag, PeerError, SandboxError, UsageError
+from x07_sandbox.host.sockets import Message
 from x07_sandbox.library.held_messages import (
     Answer,
     ClientMessage,
@@ -20,7 +21,7 @@ from x07_sandbox.library.held_messages import (
     Start,
     Started,
 )
-from x07_sandbox.library.resident import Message, Problem, Reader, packed
+from x07_sandbox.library.resident import Problem, Reader, packed
 from x07_sandbox.sessions.command import Ended
 from x07_sandbox.sessions.execution import order
 

@@ -49,11 +49,11 @@ from x07_sandbox.sessions.request import RunCaller, RunRequest
 from x07_sandbox.sessions.run import attempt
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Callable, Iterator, Mapping
     from concurrent.futures import Future
 
     from tests.conftest import Need
-    from x07_sandbox.backends.base import Lease
     from x07_sandbox.backends.qemu.instance import LeasedInstance, QemuInstance
     from x07_sandbox.images.store import Image
     from x07_sandbox.records.runs import JobRecord
@@ -345,11 +345,11 @@ def test_a_clone_replaces_a_warm_machine_that_died(echo: str, monkeypatch: pytes
     leased = QemuBackend.leased
 
     def dead(
-        backend: QemuBackend, lease: Lease, record: JobRecord, jail: str, owned_fds: Mapping[str, int]
+        backend: QemuBackend, lease: socket.socket, record: JobRecord, jail: str, fds: Mapping[str, int]
     ) -> LeasedInstance:
         for pid in marked(record.mark):
             os.kill(pid, signal.SIGKILL)
-        return leased(backend, lease, record, jail, owned_fds)
+        return leased(backend, lease, record, jail, fds)
 
     monkeypatch.setattr(QemuBackend, "leased", dead)
     cancel = Cancel()

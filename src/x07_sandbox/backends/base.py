@@ -9,7 +9,7 @@ import os
 import select
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Protocol
 
@@ -32,6 +32,8 @@ from x07_sandbox.policy.outcomes import Evidence
 from x07_sandbox.records.runs import Claim, JobRecord
 
 if TYPE_CHECKING:
+    import socket
+
     from x07_sandbox.backends.prerequisites import Need
 
 # Booted, cloned from a saved machine, restored from a saved process of such a clone, taken from a pool, or cloned from
@@ -249,19 +251,6 @@ class Instance(Protocol):
         """Kill the instance, clean up, and return whether it is proven gone. May be called again."""
 
 
-class Lease(Protocol):
-    """The connection to the pool's process, which started an instance and lets this process use it.
-
-    The instance ends when the connection ends.
-    """
-
-    def exit_status(self) -> int | None:
-        """Return the instance's exit status as reported by the pool's process, or None while the instance runs."""
-
-    def end_lease(self) -> bool:
-        """Make the pool's process end the instance. Return whether that process has proven the instance gone."""
-
-
 class Prunable(NamedTuple):
     """A file or folder that can be removed by calling `remove`, which may raise OSError."""
 
@@ -307,8 +296,11 @@ class Cloning(Protocol):
     def descriptors(self, instance: Instance) -> dict[str, int]:
         """Return, by name, the descriptors with which another process can use *instance*, which still owns them."""
 
-    def leased(self, lease: Lease, record: JobRecord, jail: str, owned_fds: Mapping[str, int]) -> Instance:
-        """Return an instance that uses another process's `descriptors`. Raises KeyError if one is missing."""
+    def leased(self, lease: socket.socket, record: JobRecord, jail: str, fds: Mapping[str, int]) -> Instance:
+        """Return an instance that uses the `descriptors` of the pool's process. Raises KeyError if one is missing.
+
+        lease: the connection to that process (backends/lease). The caller keeps owning all descriptors.
+        """
 
 
 class Note(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -489,6 +481,16 @@ def greet(
     if failure is not None:
         raise NoAnswerError(instance, failure, times_ms)
     instance.greeting = Greeting(talk.connection, released_at, times_ms, talk.nonce)
+
+
+@contextmanager
+def claimed(instance: Instance, job: Job, end: Callable[[], object]) -> Iterator[Instance]:
+    """Greet an instance that waited in a pool, and yield it. *end* is called at the end. Raises NoAnswerError."""
+    try:
+        greet(instance, cancel_fd=job.caller.cancel.fd, meanwhile=job.meanwhile)
+        yield instance
+    finally:
+        end()
 
 
 class Handshake:

@@ -1,19 +1,18 @@
 """`x07 pool`: start, stop and query the process that keeps VMs ready."""
 
 import argparse
-import contextlib
 from typing import Final
 
 import msgspec
 
-from x07_sandbox.backends.lease import GONE_S, PROTOCOL, connect_to_pool, pool_dir, receive, send
+from x07_sandbox.backends.lease import GONE_S, Query, Stop, ask, connect_to_pool, pool_dir, send
 from x07_sandbox.cli.console import Progress, show
 from x07_sandbox.cli.json_output import document_wanted, print_document
 from x07_sandbox.cli.parser import add_document_flags, inner_verb, whole_number
 from x07_sandbox.errors import Command, HostError
 from x07_sandbox.host import settings
-from x07_sandbox.host.documents import prepared
 from x07_sandbox.host.linux import peer_of
+from x07_sandbox.host.waiting import wait_readable
 from x07_sandbox.library import resident
 from x07_sandbox.reports.commands import PoolReport, PoolStatus
 
@@ -66,9 +65,9 @@ def _stop(options: argparse.Namespace) -> int:
     connection = connect_to_pool()
     if connection is not None:
         with connection:
-            connection.settimeout(2 * GONE_S)
-            send(connection, {"protocol": PROTOCOL, "want": "stop"})
-            if receive(connection) is not None or connect_to_pool() is not None:
+            send(connection, Stop())
+            wait_readable(connection.fileno(), 2 * GONE_S)  # the answer is the end of its process
+            if connect_to_pool() is not None:
                 raise HostError("cannot stop the pool", "it does not end", "Check it with x07 pool status")
     if not print_document(PoolReport(pool=None), options):
         show("no pool is running" if connection is None else "the pool has stopped")
@@ -97,18 +96,15 @@ def _query_status() -> PoolStatus | None:
         return None
     with connection:
         pid, _ = peer_of(connection)
-        with contextlib.suppress(OSError):  # the pool has ended, so there is no answer
-            send(connection, {"protocol": PROTOCOL, "want": "status"})
-        answer = receive(connection)
-    if answer is None:
+        try:
+            status: PoolStatus | None = ask(connection, Query(), PoolStatus)
+        except msgspec.MsgspecError as exc:  # a pool of another version
+            restart = ("Restart it: ", Command("x07 pool stop, x07 pool start"))
+            raise HostError("cannot read the pool's status", str(exc), restart) from exc
+    if status is None:
         if (still := connect_to_pool()) is None:
             return None
         still.close()
         fix = f"End it with kill -KILL {pid}, or, if it is suspended, resume it with kill -CONT {pid}"
         raise HostError("cannot query the pool", f"its process {pid} does not answer", fix)
-    status = {key: value for key, value in answer[0].items() if key != "protocol"}
-    try:
-        return msgspec.convert(status, prepared(PoolStatus))
-    except msgspec.ValidationError as exc:  # a pool of another version
-        restart = ("Restart it: ", Command("x07 pool stop, x07 pool start"))
-        raise HostError("cannot read the pool's status", str(exc), restart) from exc
+    return status

@@ -100,17 +100,17 @@ class FdGroup:
     """Descriptors that are closed together, exactly once. Forked children do not keep them open."""
 
     def __init__(self) -> None:
-        self._fds: list[int] = []
+        self.fds: list[int] = []
 
     def add(self, owned_fd: int) -> int:
         """Add a descriptor and return it."""
-        self._fds.append(close_on_fork.add(owned_fd))
+        self.fds.append(close_on_fork.add(owned_fd))
         return owned_fd
 
     def close(self) -> None:
         """Close all descriptors. Idempotent."""
-        while self._fds:
-            close_on_fork.close(self._fds.pop())
+        while self.fds:
+            close_on_fork.close(self.fds.pop())
 
 
 class Identity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -10,11 +10,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+import msgspec
+
 from x07_sandbox.host.linux import CREDENTIALS, fd_path, path_flag, peer_of
 from x07_sandbox.host.paths import closing_fd
 
 _WAITING_MAX: Final = 128  # connections that nobody has accepted yet
 _BUSY_S: Final = 0.01
+
+
+class Message(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """The base of all messages between x07's processes."""
 
 
 @contextlib.contextmanager

@@ -13,7 +13,8 @@ from msgspec.structs import replace
 from x07_sandbox.channel.messages import FORMS, Exec, decode
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host.documents import encodable, prepared
-from x07_sandbox.library.resident import Message, Problem
+from x07_sandbox.host.sockets import Message
+from x07_sandbox.library.resident import Problem
 from x07_sandbox.sessions.command import Ended, StreamName
 from x07_sandbox.sessions.result import ChangesChoice, Result
 

@@ -17,14 +17,25 @@ import threading
 import time
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, Final
+from typing import Final
 
-import msgspec
-
-from x07_sandbox.backends.lease import ANSWER_S, GONE_S, PROTOCOL, SOCKET, handover, pool_dir, receive, send
+from x07_sandbox.backends.lease import (
+    ANSWER_S,
+    GONE_S,
+    SOCKET,
+    Leased,
+    Lend,
+    NoneReady,
+    Over,
+    Query,
+    Request,
+    Stop,
+    pool_dir,
+    receive,
+    send,
+)
 from x07_sandbox.errors import HostError, SandboxError
 from x07_sandbox.host import settings
-from x07_sandbox.host.documents import prepared
 from x07_sandbox.host.linux import open_pidfd, peer_of
 from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.paths import state_dir
@@ -34,7 +45,7 @@ from x07_sandbox.host.variables import inherited_environment
 from x07_sandbox.host.waiting import Deadline, input_poll, wait_readable
 from x07_sandbox.library.resident import Problem, Progress, Ready, Server, Starter, run
 from x07_sandbox.library.warm import WarmMachine, WarmMachines
-from x07_sandbox.records.runs import Claim
+from x07_sandbox.reports.commands import PoolStatus
 
 _JOB_ID: Final = re.compile(r"[0-9]{1,20}-[0-9]{1,10}-[0-9]{1,10}-[a-z]{1,16}")
 _WALL_MS_MAX: Final = 86_400_000
@@ -72,18 +83,18 @@ class PoolServer:
 
     def _serve_one(self, connection: socket.socket) -> None:
         connection.settimeout(ANSWER_S)
-        message, fds = receive(connection) or ({}, [])
-        for fd in fds:
-            os.close(fd)
-        want = None if fds else message.get("want")
-        if want == "claim":
-            self._lend(connection, message)
-        elif want == "status":
-            send(connection, {"protocol": PROTOCOL, **self.status()})
-        elif want == "stop":
-            self.server.end()
-            connection.settimeout(None)
-            connection.recv(1)  # the answer is the end of this process, which closes the connection
+        asked: Request | None = receive(connection, Request)
+        match asked:
+            case Lend():
+                self._lend(connection, asked)
+            case Query():
+                send(connection, self.status())
+            case Stop():
+                self.server.end()
+                connection.settimeout(None)
+                connection.recv(1)  # the answer is the end of this process, which closes the connection
+            case None:  # the client is gone
+                pass
 
     def wait_filled(self) -> int:
         """Wait until all machines are warm, start the idle time, and return their number. Raises SandboxError."""
@@ -93,35 +104,35 @@ class PoolServer:
         self._filled = True
         return self.machines.ready()
 
-    def status(self) -> dict[str, object]:
+    def status(self) -> PoolStatus:
         """Return the values for `x07 pool status`."""
         machines = self.machines
         problem, front = machines.problem, self._front
-        return {
-            "pid": os.getpid(),
-            "front": front.pid if front is not None and front.poll() is None else None,
-            "size": machines.size,
-            "ready": machines.ready(),
-            "running": self._leases,
-            "claimed": machines.claimed,
-            "image": machines.kind.image_digest,
-            "idle_s": self.idle_s,
-            "unused_s": round(time.monotonic() - machines.used_at, 1),
-            "problem": None if problem is None else str(problem),
-        }
+        return PoolStatus(
+            pid=os.getpid(),
+            front=front.pid if front is not None and front.poll() is None else None,
+            size=machines.size,
+            ready=machines.ready(),
+            running=self._leases,
+            claimed=machines.claimed,
+            image=machines.kind.image_digest,
+            idle_s=self.idle_s,
+            unused_s=round(time.monotonic() - machines.used_at, 1),
+            problem=None if problem is None else str(problem),
+        )
 
-    def _lend(self, connection: socket.socket, asked: dict[str, Any]) -> None:
+    def _lend(self, connection: socket.socket, asked: Lend) -> None:
         pid, _ = peer_of(connection)
         machine = self._taken(asked, pid)
         if machine is None:
-            send(connection, {"protocol": PROTOCOL})
+            send(connection, NoneReady())
             return
         with self._lock:
             self._leases += 1
         ended = False
         try:
-            message, fds = handover(self.machines.backend, machine.instance)
-            send(connection, message, fds)
+            one, fds = machine.instance, self.machines.cloning.descriptors(machine.instance)
+            send(connection, Leased(one.record, one.jail, one.notes, tuple(fds)), [*fds.values()])
             connection.settimeout(None)
             ended = self._wait_for_end(connection, machine.instance.pidfd, pid)
         finally:
@@ -130,7 +141,7 @@ class PoolServer:
                 self._leases -= 1
             self.machines.used_at = time.monotonic()
         status = -signal.SIGTERM if ended else machine.instance.exit_status()
-        send(connection, {"protocol": PROTOCOL, "status": -9 if status is None else status, "gone": gone})
+        send(connection, Over(status=-9 if status is None else status, gone=gone))
 
     def _wait_for_end(self, connection: socket.socket, machine_pidfd: int, claimer: int) -> bool:
         """Wait until the connection, the claimer, the machine or the server ends. Return whether the server ended."""
@@ -142,25 +153,17 @@ class PoolServer:
                 stack.callback(os.close, fds[-1])
             return any(fd == self.server.end_fd for fd, _ in input_poll(*fds).poll())
 
-    def _taken(self, asked: dict[str, Any], pid: int) -> WarmMachine | None:
+    def _taken(self, asked: Lend, pid: int) -> WarmMachine | None:
         """Return a machine as requested and record that the process *pid* owns it, or return None if none fits."""
-        ours = (str(state_dir()), self.machines.backend.name, list(self.machines.kind.key))
+        claim, kind = asked.claim, self.machines.kind
+        ours = (str(state_dir()), self.machines.backend.name, kind.key)
+        if (asked.state_dir, asked.backend, asked.kind) != ours or not 0 < asked.ram_bytes <= kind.ram_bytes:
+            return None
+        # The job's id becomes the name of a folder.
+        if not _JOB_ID.fullmatch(claim.job_id) or not 0 < claim.wall_ms <= _WALL_MS_MAX:
+            return None
         runner = identify(pid)
-        claim, ram_bytes = _claim(asked), asked.get("ram_bytes")
-        if type(ram_bytes) is not int or not 0 < ram_bytes <= self.machines.kind.ram_bytes:
-            return None
-        if claim is None or runner is None or tuple(map(asked.get, ("state_dir", "backend", "kind"))) != ours:
-            return None
-        return self.machines.take(claim, runner, ram_bytes)
-
-
-def _claim(asked: dict[str, Any]) -> Claim | None:
-    """Return the job in the request, or None if it is malformed. The job's id becomes the name of a folder."""
-    with contextlib.suppress(msgspec.ValidationError):
-        claim = msgspec.convert({name: asked.get(name) for name in ("run_id", "phase", "wall_ms")}, prepared(Claim))
-        if _JOB_ID.fullmatch(claim.job_id) and 0 < claim.wall_ms <= _WALL_MS_MAX:
-            return claim
-    return None
+        return None if runner is None else self.machines.take(claim, runner, asked.ram_bytes)
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from x07_sandbox.host import start_thread
 from x07_sandbox.host.documents import encodable, prepared
 from x07_sandbox.host.paths import host_error
 from x07_sandbox.host.processes import reap_later, start_in_background
-from x07_sandbox.host.sockets import is_own
+from x07_sandbox.host.sockets import Message, is_own
 from x07_sandbox.host.waiting import Event, Notice, input_poll, wait_readable, write_all
 
 if TYPE_CHECKING:
@@ -42,10 +42,6 @@ _MARKS: Final[dict[str, type[str]]] = {"flag": Flag, "command": Command, "": str
 
 Marked = tuple[str, str]
 """A part of a text: how it is marked, a key of _MARKS, and its words."""
-
-
-class Message(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """The base of all messages."""
 
 
 class Problem(Message, frozen=True):

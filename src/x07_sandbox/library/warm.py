@@ -9,10 +9,10 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Final
 
-from x07_sandbox.backends.base import Backend, Cloning, Instance, Job, MachineKind, NoAnswerError, greet
+from x07_sandbox.backends.base import Backend, Cloning, Instance, Job, MachineKind, NoAnswerError, claimed
 from x07_sandbox.backends.registry import choice_from_environment, create
 from x07_sandbox.errors import BackendError, Cancelled, Command, HostError, SandboxError, UsageError, whole_number
 from x07_sandbox.host import settings
@@ -86,7 +86,7 @@ class WarmMachines:
             self._image = self._stack.enter_context(open_image(current_image(find_image(self._image_ref))))
             check_pinned(self._image.manifest.digest)
             self.backend = create(self._choice.backend)
-            self._cloning = _cloning_of(self.backend)
+            self.cloning = _cloning_of(self.backend)
             self.backend.probe(self._image)
             self.kind = MachineKind(image=self._image, ram_bytes=ram_class_bytes(default_policy().limits.mem_bytes))
             self._needs = needs_of_programs(self.kind)
@@ -158,7 +158,7 @@ class WarmMachines:
                 raise BackendError("cannot prepare a VM for the pool", exc.why, "Run x07 doctor") from exc
             for note in instance.notes:
                 progress(note)
-            warm_up(instance, self.kind, self._cloning, self._cancel)
+            warm_up(instance, self.kind, self.cloning, self._cancel)
             return WarmMachine(instance, stack.pop_all(), time.monotonic())
 
     def _check_open(self) -> None:
@@ -194,7 +194,7 @@ class WarmMachines:
             self.used_at = self._taken_at = time.monotonic()
             self._changed.notify_all()
         try:
-            self._cloning.adopt(machine.instance, claim, runner, ram_bytes)
+            self.cloning.adopt(machine.instance, claim, runner, ram_bytes)
         except (HostError, BackendError):
             machine.close()
             return None
@@ -207,7 +207,7 @@ class WarmMachines:
         if (backend.name, job.kind.key) != (self.backend.name, self.kind.key):
             return None
         machine = self.take(job.claim, own_identity(), job.used_ram_bytes)
-        return None if machine is None else _claimed(machine, job)
+        return None if machine is None else claimed(machine.instance, job, machine.close)
 
     def close(self) -> None:
         """End the waiting machines and make no more. Claimed machines stay, since they belong to runs."""
@@ -238,12 +238,3 @@ def _cloning_of(backend: Backend) -> Cloning:
         why = f"the backend {backend.name} cannot clone VMs"
         raise UsageError("cannot start a pool", why, "Run programs without a pool")
     return backend.cloning
-
-
-@contextlib.contextmanager
-def _claimed(machine: WarmMachine, job: Job) -> Iterator[Instance]:
-    try:
-        greet(machine.instance, cancel_fd=job.caller.cancel.fd, meanwhile=job.meanwhile)
-        yield machine.instance
-    finally:
-        machine.close()

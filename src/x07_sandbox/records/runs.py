@@ -119,16 +119,6 @@ def create_record(claim: Claim, *, backend: str, image_digest: str) -> JobRecord
     return record
 
 
-def record_values(record: JobRecord) -> dict[str, object]:
-    """Return a record as JSON values, for `record_from`."""
-    return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(record).items()}
-
-
-def record_from(values: dict[str, object]) -> JobRecord:
-    """Return the record that has *values* (see `record_values`). Raises TypeError if a field is missing or unknown."""
-    return JobRecord(**(values | {"folder": Path(str(values["folder"]))}))  # type: ignore[arg-type]  # as written
-
-
 def renewed_record(record: JobRecord, claim: Claim) -> JobRecord:
     """Rewrite a waiting machine's record for the job of *claim*. Raises HostError.
 

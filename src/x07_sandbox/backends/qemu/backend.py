@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -26,7 +27,6 @@ from x07_sandbox.backends.base import (
     Handshake,
     Instance,
     Job,
-    Lease,
     MachineKind,
     NoAnswerError,
     WarmUp,
@@ -372,9 +372,9 @@ class QemuBackend:
         found = _ours(instance)
         return {**found.ends, "supervisor": found.pidfd, "inner": found.inner_pidfd}
 
-    def leased(self, lease: Lease, record: JobRecord, jail: str, owned_fds: Mapping[str, int]) -> LeasedInstance:
+    def leased(self, lease: socket.socket, record: JobRecord, jail: str, fds: Mapping[str, int]) -> LeasedInstance:
         """Return a VM that another process started and still watches."""
-        return LeasedInstance(lease, record, jail, owned_fds)
+        return LeasedInstance(lease, record, jail, fds)
 
 
 def _ours(instance: Instance) -> QemuInstance:

@@ -1,5 +1,7 @@
 """A running QEMU in its jail: its streams, its resource limits, and its end."""
 
+from __future__ import annotations
+
 import contextlib
 import math
 import os
@@ -9,9 +11,9 @@ import socket
 import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
-from x07_sandbox.backends.base import Lease, StartMode
+from x07_sandbox.backends.base import StartMode
 from x07_sandbox.backends.jailed import BoundedStream, Jailed, RunningAgent, Start
 from x07_sandbox.backends.qemu.machine import QMP_CONTINUE, Paths, qmp_resume
 from x07_sandbox.errors import BackendError
@@ -22,6 +24,9 @@ from x07_sandbox.host.processes import Identity, close_on_fork
 from x07_sandbox.host.waiting import wait_readable
 from x07_sandbox.jail.resources import HostGroups
 from x07_sandbox.records.runs import Claim, JobRecord, renamed_record, renewed_record
+
+if TYPE_CHECKING:
+    from x07_sandbox.backends.lease import Over
 
 _DEADLINE_SIGNAL: Final = 40  # a real-time signal, since these are queued
 _GONE_S: Final = 10.0
@@ -181,28 +186,33 @@ class QemuInstance(Streams, Jailed):
 
 
 class LeasedInstance(Streams):
-    """A VM that the pool's process started and this process uses. This process owns the descriptors."""
+    """A VM of the pool's process, which lets this process use it until the connection *lease* ends (backends/lease)."""
 
-    def __init__(self, lease: Lease, record: JobRecord, jail: str, owned_fds: Mapping[str, int]) -> None:
-        super().__init__(owned_fds, "pool")
+    def __init__(self, lease: socket.socket, record: JobRecord, jail: str, fds: Mapping[str, int]) -> None:
+        super().__init__(fds, "pool")
         self.jail = jail
         self.record = record
-        self.pidfd = owned_fds["supervisor"]
-        self._inner_pidfd = owned_fds["inner"]
+        self.pidfd = fds["supervisor"]
+        self._inner_pidfd = fds["inner"]
         self.inner_pid = pid_of(self._inner_pidfd)
         self._lease = lease
-        self._gone: bool | None = None
+        self._over: Over | None = None
+        self._gone = False
 
     def exit_status(self) -> int | None:
         """Return the VM's exit status as reported by the pool's process, or None while the VM runs."""
-        return self._lease.exit_status()
+        if self._over is None and wait_readable(self._lease.fileno(), 0):
+            self.stop()
+        return None if self._over is None else self._over.status
 
     def stop(self) -> bool:
         """Kill QEMU, end the lease, and return whether everything is proven gone."""
-        if self._gone is None:
-            if self.exit_status() is None:
-                send_signal(self._inner_pidfd, signal.SIGKILL)
-            self._gone = self._lease.end_lease() and wait_readable(self._inner_pidfd, _GONE_S)
+        if self._over is None:
+            from x07_sandbox.backends.lease import end  # few runs use a pool
+
+            send_signal(self._inner_pidfd, signal.SIGKILL)
+            self._over = end(self._lease)
+            self._gone = self._over.gone and wait_readable(self._inner_pidfd, _GONE_S)
         return self._gone
 
 
