@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
-from x07_sandbox.backends.qemu.memory import PAGE, Memory
+from x07_sandbox.backends.qemu.snapshot import PAGE, Memory
 from x07_sandbox.errors import BackendError
 
 if TYPE_CHECKING:
