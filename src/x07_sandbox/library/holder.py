@@ -169,7 +169,7 @@ class Holder:
         return Status(left_s=max(0.0, session.until_s - time.monotonic()), commands=self._opened.running)
 
     def _fork(self, count: int, given: dict[str, Any], flags: bool) -> list[str]:  # noqa: FBT001 - of a message
-        from x07_sandbox.library.snapshots import fork_runs  # few sandboxes are forked
+        from x07_sandbox.library.opening import fork_runs  # few sandboxes are forked
 
         return fork_runs(self._opened, count, given, flags=flags)
 

@@ -1,7 +1,9 @@
-"""Opening a sandbox, for a caller from Python and for the process that holds one."""
+"""Opening a sandbox, and forks of one, for a caller from Python and for the process that holds one."""
 
 from __future__ import annotations
 
+import contextlib
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from msgspec.structs import replace
@@ -17,10 +19,11 @@ from x07_sandbox.sessions.sandbox import NAME, NAME_RULE, OpenSandbox
 from x07_sandbox.sessions.shared import Life
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from x07_sandbox.backends.base import MachineSource
     from x07_sandbox.host.waiting import Cancel
+    from x07_sandbox.sessions.command import AnySandbox
 
 _OF_FORKS: Final = ("lifetime_s", "idle_s", "name", "tags", "wait_s")
 OF_SANDBOXES: Final = (*_OF_FORKS, "backend", "snapshot")
@@ -106,3 +109,55 @@ def checked_life(given: Mapping[str, Any]) -> Life:
         name=name or "",
         tags=dict(pairs),
     )
+
+
+def forks_of(opened: AnySandbox, count: int, given: Mapping[str, Any]) -> Sequence[tuple[AnySandbox, Cancel | None]]:
+    """Return *count* forks, each with what cancels it. given: keywords of `Sandbox`. Raises SandboxError."""
+    from x07_sandbox.library.run import run_uninterrupted
+    from x07_sandbox.library.snapshots import checked_count
+
+    count = checked_count(count)
+    checked_life(given)
+    if not isinstance(opened, OpenSandbox):
+        from x07_sandbox.library.held import HeldSandbox
+
+        assert isinstance(opened, HeldSandbox)  # there is no other kind
+        return [(fork, None) for fork in opened.fork(count, given)]
+    cancels: list[Cancel] = []
+
+    def cancel_all() -> None:
+        for one in cancels:
+            one()
+
+    return run_uninterrupted(cancel_all, lambda: _own_forks(opened, count, given, cancels))
+
+
+def _own_forks(
+    opened: OpenSandbox, count: int, given: Mapping[str, Any], cancels: list[Cancel]
+) -> list[tuple[OpenSandbox, Cancel]]:
+    from x07_sandbox.host.waiting import Cancel
+    from x07_sandbox.library.snapshots import started
+
+    with contextlib.ExitStack() as stack, opened.saved(count) as place:
+
+        def start() -> tuple[OpenSandbox, Cancel]:
+            cancel = Cancel()
+            cancels.append(cancel)
+            stack.callback(cancel.close)
+            return open_sandbox({**given, "snapshot": place.path}, cancel), cancel
+
+        found = started(count, start, lambda one: one[0].finish("discard"))
+        stack.pop_all()
+    return found
+
+
+def fork_runs(opened: OpenSandbox, count: int, given: Mapping[str, Any], *, flags: bool) -> list[str]:
+    """Return the ids of *count* forks, each held by a process of its own. Raises SandboxError."""
+    from x07_sandbox.host.waiting import Cancel
+    from x07_sandbox.library.held import create, discard
+    from x07_sandbox.library.held_messages import Create
+    from x07_sandbox.library.snapshots import started
+
+    with contextlib.closing(Cancel()) as cancel, opened.saved(count) as place:
+        asked = Create({**given, "snapshot": place.path}, None, flags=flags)
+        return started(count, partial(create, asked, cancel.fd), discard)

@@ -464,7 +464,7 @@ class Sandbox:
         options: lifetime_s, idle_s, tags and wait_s, as of `Sandbox`. If one of them cannot be started, none is, and
         SandboxError is raised.
         """
-        from x07_sandbox.library.snapshots import forks_of
+        from x07_sandbox.library.opening import forks_of
 
         check_names("fork", options, ForkOptions.__annotations__)
         forks = []
