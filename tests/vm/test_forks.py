@@ -349,9 +349,11 @@ def other_default() -> str:
 
 @pytest.fixture
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache of this test alone."""
+    """A cache of this test alone, without snapshots of others."""
     copy_cache(tmp_path / "cache")
     monkeypatch.setenv("X07_VM_CACHE_DIR", str(tmp_path / "cache"))
+    for path in templates_dir().glob("*/sandbox.json"):
+        shutil.rmtree(path.parent)
     return tmp_path / "cache"
 
 

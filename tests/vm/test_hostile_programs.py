@@ -72,7 +72,8 @@ def test_a_machine_killed_by_the_hosts_oom_killer_is_guest_lost(
     sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, state: Path, need: Need
 ) -> None:
     """If the host's kernel OOM-kills the machine, the run ends at once as the host's fault, with advice."""
-    monkeypatch.setattr("x07_sandbox.backends.qemu.start.VMM_BYTES", -480 * MIB)  # much less than the program asks for
+    for module in ("start", "instance"):  # much less than the program asks for
+        monkeypatch.setattr(f"x07_sandbox.backends.qemu.{module}.VMM_BYTES", -480 * MIB)
     ran = sandbox.behave("hog")
     need("hold memory" in str(ran.result.jail), "this host gives us no memory group", installable=False)
     assert (ran.outcome, ran.result.fault) == ("guest-lost", "host"), ran.reason
