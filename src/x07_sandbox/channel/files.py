@@ -10,17 +10,14 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
+from x07_sandbox.channel.messages import COUNT_MAX, Shape
 from x07_sandbox.errors import PeerError
 
 MESSAGE_MAX: Final = 8 << 20
 ENTRIES_MAX: Final = 100_000
-MODE_MAX: Final = 0o177777
 _LENGTH: Final = struct.Struct(">I")
-NUMBER_MAX: Final = 2**63 - 1
-_ERRNO_MAX: Final = 4096
 
 READ: Final = "read"
 WRITE: Final = "write"
@@ -70,6 +67,12 @@ class Answer(NamedTuple):
     entries: tuple[FileInfo, ...] = ()
 
 
+_NAME: Final = Shape(str, 4096)  # with lone surrogates, and without NUL
+_NUMBER: Final = Shape(int)
+_ANSWER: Final = (Shape(int, 4096), _NUMBER, Shape(list, ENTRIES_MAX))
+_INFO: Final = (_NAME, Shape(int, 0o177777), _NUMBER, Shape(int, lo=-COUNT_MAX), _NAME)
+
+
 def encode(message: Request | Answer) -> bytes:
     """Encode a request or an answer. Lone surrogates, which stand for undecodable bytes, become JSON escapes."""
     data = json.dumps(message, separators=(",", ":")).encode("ascii")
@@ -111,42 +114,17 @@ class Buffer:
 
 def answer_of(values: list[Any]) -> Answer:
     """Return the answer in a message of the guest. Raises PeerError."""
-    number, size, entries = _checked(values, (_errno, _number, _list), "answer")
-    infos = tuple(FileInfo(*_checked(one, (_name, _mode, _number, _time, _name), "entry")) for one in entries)
-    return Answer(number, size, infos)
+    number, size, entries = _checked(values, _ANSWER, "answer")
+    return Answer(number, size, tuple(FileInfo(*_checked(one, _INFO, "entry")) for one in entries))
 
 
-def _checked(values: Any, checks: tuple[Callable[[Any], bool], ...], what: str) -> list[Any]:  # noqa: ANN401
-    if not isinstance(values, list) or len(values) != len(checks):
+def _checked(values: Any, shapes: tuple[Shape, ...], what: str) -> list[Any]:  # noqa: ANN401
+    if not isinstance(values, list) or len(values) != len(shapes):
         raise _bad(f"an {what} has the wrong number of fields")
-    for value, check in zip(values, checks, strict=True):
-        if not check(value):
-            raise _bad(f"a field of an {what} is out of range")
+    for value, shape in zip(values, shapes, strict=True):
+        if (problem := shape.problem(value)) or (shape is _NAME and "\0" in value):
+            raise _bad(f"a field of an {what} {problem or 'contains a NUL'}")
     return values
-
-
-def _number(value: object) -> bool:
-    return type(value) is int and 0 <= value <= NUMBER_MAX
-
-
-def _mode(value: object) -> bool:
-    return _number(value) and value <= MODE_MAX  # type: ignore[operator]  # it is a number
-
-
-def _time(value: object) -> bool:
-    return type(value) is int and -NUMBER_MAX <= value <= NUMBER_MAX
-
-
-def _errno(value: object) -> bool:
-    return type(value) is int and 0 <= value <= _ERRNO_MAX
-
-
-def _name(value: object) -> bool:
-    return isinstance(value, str) and len(value) <= _ERRNO_MAX and "\0" not in value
-
-
-def _list(value: object) -> bool:
-    return isinstance(value, list) and len(value) <= ENTRIES_MAX
 
 
 def _bad(why: str) -> PeerError:

@@ -402,12 +402,20 @@ Message = (
 
 
 class Shape(NamedTuple):
-    """The bounds of a field: numbers lo to hi, or texts of at most hi characters without lone surrogates."""
+    """The bounds of a field: numbers lo to hi, or texts or lists with lo to hi characters or items."""
 
     type: type
     hi: int = COUNT_MAX
     lo: int = 0
     optional: bool = False
+
+    def problem(self, value: Any) -> str:  # noqa: ANN401 - it is checked
+        """Return what is wrong with a value, or ""."""
+        found = type(value)
+        if found is not self.type:  # bool is a subclass of int
+            return "has the wrong type"
+        size = len(value) if self.type in {str, list} else value
+        return "" if self.lo <= size <= self.hi else "is out of range"
 
 
 class Form(NamedTuple):
@@ -569,11 +577,8 @@ def _check(name: str, kind: type[Any], form: Form, values: list[Any]) -> None:
         value = values[number]
         if value is None and shape.optional:
             continue
-        found = type(value)
-        if found is not shape.type:  # bool is a subclass of int
-            raise PeerError(f"bad {name} message", f"{field} has the wrong type")
-        if not shape.lo <= (len(value) if shape.type is str else value) <= shape.hi:
-            raise PeerError(f"bad {name} message", f"{field} is out of range")
+        if problem := shape.problem(value):
+            raise PeerError(f"bad {name} message", f"{field} {problem}")
         # A lone surrogate would fail wherever the text is written later.
         if isinstance(value, str) and any("\ud800" <= char <= "\udfff" for char in value):
             raise PeerError(f"bad {name} message", f"{field} is not text")

@@ -14,16 +14,15 @@ import socket
 import stat
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any, Final, NoReturn
 
 from x07_sandbox.channel import files
 from x07_sandbox.channel.contents import next_data
 from x07_sandbox.channel.files import Answer, Buffer, FileInfo, Request
-from x07_sandbox.channel.messages import FILES
+from x07_sandbox.channel.messages import COUNT_MAX, FILES
 from x07_sandbox.channel.trees import FOLDER_FLAGS, Entry, Kind, Unpacker, can_hold_names, entry_of, segment, walk
 from x07_sandbox.errors import PeerError
-from x07_sandbox.guest.system import JobError, write_all
+from x07_sandbox.guest.system import write_all
 from x07_sandbox.guest.trees import content
 
 _READ: Final = 128 * 1024
@@ -121,6 +120,7 @@ class FileServer:
         self._in_fd = in_fd
         self._out_fd = out_fd
         self._buffer = Buffer()
+        self._left = 0  # of the content that follows the request
         self._calls: dict[str, Callable[[Request], Iterator[Answer | bytes]]] = {
             files.READ: self._read,
             files.WRITE: self._write,
@@ -136,14 +136,16 @@ class FileServer:
         """Serve requests. Raises OSError if the agent is gone."""
         while (values := self._next()) is not None:
             request = Request(*values)
-            answered = False
+            answered, self._left = False, request.size if request.kind in {files.WRITE, files.PUT} else 0
             try:
                 for part in self._calls[request.kind](request):
                     write_all(self._out_fd, part if isinstance(part, bytes) else files.encode(part))
                     answered = True
-            except (OSError, ValueError, OverflowError) as exc:
+            except (OSError, ValueError, OverflowError, PeerError) as exc:
                 if answered:  # the host learns from the end of the output that the content is incomplete
                     raise
+                for _ in self._content():
+                    pass  # all of it is read, or the next request could not be found
                 write_all(self._out_fd, files.encode(Answer(_number_of(exc))))
 
     def _next(self) -> list[Any] | None:
@@ -157,22 +159,12 @@ class FileServer:
         self._buffer.data += data
         return bool(data)
 
-    def _content(self, size: int) -> Iterator[bytes]:
-        """Yield the *size* bytes that follow a request."""
-        while size and (self._buffer.data or self._fill()):
-            piece = self._buffer.piece(min(size, _READ))
-            size -= len(piece)
+    def _content(self) -> Iterator[bytes]:
+        """Yield the content that follows the request, from where it was read to."""
+        while self._left and (self._buffer.data or self._fill()):
+            piece = self._buffer.piece(min(self._left, _READ))
+            self._left -= len(piece)
             yield piece
-
-    def _consume(self, size: int, begin: Callable[[], None], take: Callable[[bytes], None]) -> int:
-        """Call *begin*, then pass the content after a request to *take*. Return the errno of a failure, or 0.
-
-        All of the content is read even after a failure, or the next request could not be found.
-        """
-        failed = _errno_of(begin)
-        for piece in self._content(size):
-            failed = failed or _errno_of(partial(take, piece))
-        return failed
 
     # requests: each yields its answer, and the content after it
 
@@ -236,32 +228,20 @@ class FileServer:
             yield piece
 
     def _write(self, request: Request) -> Iterator[Answer | bytes]:
-        left, failed = request.size, 0
-        try:
-            fd = self._opened(request.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            with os.fdopen(fd, "wb", buffering=0):
-                if request.mode >= 0:
-                    os.fchmod(fd, request.mode)
-                ahead = self._buffer.piece(left)  # it came with the request
-                left -= len(ahead)
-                write_all(fd, ahead)
-                left -= self._received(fd, left)
-                for piece in self._content(left):
-                    left -= len(piece)
-                    write_all(fd, piece)
-        except (OSError, ValueError) as exc:
-            failed = _number_of(exc)
-        for _ in self._content(left):
-            pass  # all of it is read, or the next request could not be found
-        yield Answer(failed)
-
-    def _received(self, fd: int, size: int) -> int:
-        """Move content to a file without copying it to this process, and return the size of what was moved."""
-        moved = 0
-        with contextlib.suppress(OSError):  # then the caller writes it, or gets the error
-            while moved < size and (count := os.splice(self._in_fd, fd, size - moved)):
-                moved += count
-        return moved
+        fd = self._opened(request.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        with os.fdopen(fd, "wb", buffering=0):
+            if request.mode >= 0:
+                os.fchmod(fd, request.mode)
+            while self._left and self._buffer.data:  # it came with the request
+                write_all(fd, next(self._content()))
+            with contextlib.suppress(OSError):  # it is written below, or that raises the error
+                while self._left and (
+                    count := os.splice(self._in_fd, fd, self._left)
+                ):  # without a copy in this process
+                    self._left -= count
+            for piece in self._content():
+                write_all(fd, piece)
+        yield Answer(0)
 
     def _stat(self, request: Request) -> Iterator[Answer | bytes]:
         info = os.stat(request.path, follow_symlinks=not request.whole)
@@ -302,16 +282,14 @@ class FileServer:
 
     def _put(self, request: Request) -> Iterator[Answer | bytes]:
         """Create a tree at a new path."""
-        trees: list[Unpacker] = []
-
-        def begin() -> None:
-            os.mkdir(request.path)
-            trees.append(Unpacker(os.open(request.path, FOLDER_FLAGS), _PERMISSIONS))
-
-        failed = self._consume(request.size, begin, lambda piece: trees[0].write(piece))  # noqa: PLW0108 - no tree before
-        if not failed:
-            failed = _errno_of(trees[0].finish) if trees[0].ended else errno.EINVAL
-        yield Answer(failed)
+        os.mkdir(request.path)
+        with contextlib.closing(Unpacker(os.open(request.path, FOLDER_FLAGS), _PERMISSIONS)) as tree:
+            for piece in self._content():
+                tree.write(piece)
+            if not tree.ended:
+                raise ValueError("the tree has no end")
+            tree.finish()
+        yield Answer(0)
 
     def _get(self, request: Request) -> Iterator[Answer | bytes]:
         fd = os.open(request.path, FOLDER_FLAGS | os.O_NOFOLLOW)
@@ -340,14 +318,6 @@ def _whole(fd: int, offset: int, most: int) -> bytes:
     return bytes(data)
 
 
-def _errno_of(call: Callable[[], None]) -> int:
-    try:
-        call()
-    except (OSError, ValueError, JobError, PeerError) as exc:
-        return _number_of(exc)
-    return 0
-
-
 def _number_of(exc: Exception) -> int:
     """Return the errno of a failure. Other errors are about a malformed tree, or a path with a NUL."""
     return (exc.errno or errno.EIO) if isinstance(exc, OSError) else errno.EINVAL
@@ -355,5 +325,5 @@ def _number_of(exc: Exception) -> int:
 
 def _info(name: str, path: str, info: os.stat_result) -> FileInfo:
     target = os.readlink(path) if stat.S_ISLNK(info.st_mode) else ""
-    mtime_ns = max(-files.NUMBER_MAX, min(info.st_mtime_ns, files.NUMBER_MAX))
+    mtime_ns = max(-COUNT_MAX, min(info.st_mtime_ns, COUNT_MAX))
     return FileInfo(name, info.st_mode, info.st_size, mtime_ns, target)
